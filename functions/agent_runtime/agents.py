@@ -1,0 +1,94 @@
+"""The agents of the runtime that are states of the state machine.
+
+planner agent      `validate_plan`     is the stored plan one that may be executed?
+compliance agent   `check_compliance`  may this step run now, does it wait for a person, or is it denied?
+execution agent    `end_task`          how did the execution end? (the steps themselves: ExecuteStep, the worker)
+audit agent        RecordAudit         the audit service's recorder, called by the state machine (ADR 2)
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from qaes.adapters.ledger_client import LedgerClient
+from qaes.adapters.logs import TASK_ID, logger
+from qaes.adapters.task_store import TaskStore
+from qaes.domain import compliance, planning
+from qaes.domain.models import Model, Outcome
+
+
+class EndOfTask(Model):
+    """What the state machine says at its end; `error` is the state's error output."""
+
+    task_id: str
+    outcome: Outcome
+    error: dict[str, Any] | None = None
+
+
+@logger().inject_lambda_context(correlation_id_path=TASK_ID)
+def validate_plan(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
+    """Planner agent. `{task_id, plan_id}` → `{steps: [{step_index, step_id, step_type}]}`; execution begins."""
+    store = TaskStore()
+    task = store.get_task(event["task_id"])
+    plan = store.get_plan(event["plan_id"])
+    planning.check_plan(plan, task.task_id)
+    compliance.check_same_plan(task, plan)
+    store.begin_execution(task.task_id)
+    return {
+        "steps": [
+            {"step_index": index, "step_id": step.step_id, "step_type": step.type}
+            for index, step in enumerate(plan.steps)
+        ]
+    }
+
+
+@logger().inject_lambda_context(correlation_id_path=TASK_ID)
+def check_compliance(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
+    """Compliance agent. `{task_id, step_index}` → `{verdict, reason}`; asked again after an approval."""
+    store, step_index = TaskStore(), int(event["step_index"])
+    task = store.get_task(event["task_id"])
+    plan = store.plan_of(task)
+    current = LedgerClient().policy().decide(plan.analysis.action_type)
+    approval = store.latest_approval(task.task_id, step_index)
+    verdict = compliance.decide(task, plan, step_index, current, approval)
+    return verdict.model_dump(mode="json")
+
+
+REASONS: dict[Outcome, str] = {
+    "completed": "",
+    "denied": "the policy does not allow it",
+    "rejected": "an approver rejected it",
+    "expired": "nobody decided in time",
+    "failed": "a step failed",
+}
+KIND_OF_FAILURE: dict[str, Literal["the time limit was reached", "a service did not answer"]] = {
+    "States.Timeout": "the time limit was reached",
+    "States.TaskFailed": "a service did not answer",
+}
+
+
+@logger().inject_lambda_context(correlation_id_path=TASK_ID)
+def end_task(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
+    """Execution agent. `{task_id, outcome, error?}` → `{status, reason}`: the terminal status, once.
+
+    What went wrong is read from the step records: the state's error output names functions and ARNs, which are for
+    the logs, not for users.
+    """
+    end = EndOfTask.model_validate(event)
+    store = TaskStore()
+    task = store.get_task(end.task_id)
+    reason, failed_step = REASONS[end.outcome], None
+    if end.outcome == "failed":
+        logger().error("the execution failed", extra={"state_error": (end.error or {}).get("Error")})
+        records = store.steps(task.task_id)
+        broken = next((record for record in records if record.status != "succeeded"), None)
+        failed_step = broken.step_id if broken else None
+        kind = KIND_OF_FAILURE.get(str((end.error or {}).get("Error")), "a service did not answer")
+        reason = broken.error if broken and broken.error else kind
+    elif end.outcome == "rejected":
+        approvals = store.approvals(task.task_id)
+        reason = approvals[-1].reason or reason if approvals else reason
+    ended = store.end_task(task.task_id, end.outcome, actor="execution", reason=reason, failed_step=failed_step)
+    return {"status": ended.status, "reason": ended.reason}

@@ -1,0 +1,84 @@
+"""The reconciler: no task is left behind, whatever crashed.
+
+Runs every minute and when an execution's status changes. It starts what was written and not started, delivers a
+decision that was committed and not delivered, and ends a task whose execution has ended without saying so.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from qaes.adapters.executions import Executions
+from qaes.adapters.logs import logger
+from qaes.adapters.task_store import TaskStore
+from qaes.domain.errors import NotFoundError
+from qaes.domain.models import OPEN, TERMINAL, Outcome, Task
+
+GRACE_SECONDS = 30
+"""A task that changed less than this ago is left to those who are at work on it."""
+
+OUTCOMES: dict[str, Outcome] = {"TIMED_OUT": "failed", "ABORTED": "failed", "FAILED": "failed", "SUCCEEDED": "failed"}
+REASONS = {
+    "TIMED_OUT": "the execution reached its time limit",
+    "ABORTED": "the execution was stopped",
+    "FAILED": "the execution failed",
+    "SUCCEEDED": "the execution ended without an outcome",
+}
+
+
+@logger().inject_lambda_context
+def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
+    """An EventBridge event → `{"reconciled": [task ids]}`."""
+    store, executions = TaskStore(), Executions()
+    detail = event.get("detail") or {}
+    if event.get("detail-type") == "Step Functions Execution Status Change":
+        tasks = _ended(store, detail)
+    else:
+        tasks = [task for status in OPEN for task in store.open_tasks(status, GRACE_SECONDS)]
+    reconciled = []
+    for task in tasks:
+        try:
+            if reconcile(task, store, executions):
+                reconciled.append(task.task_id)
+        except Exception:  # one task that cannot be helped now must not keep the others waiting
+            logger().exception("could not reconcile", extra={"task_id": task.task_id})
+    return {"reconciled": reconciled}
+
+
+def reconcile(task: Task, store: TaskStore, executions: Executions) -> bool:
+    """Bring one open task forward, if it is stuck; returns whether it did."""
+    status = executions.status(task.task_id)
+    if status is None:
+        if task.status != "pending":
+            return False
+        executions.start(task.task_id)
+        return True
+    if status == "RUNNING":
+        return _deliver(task, store, executions)
+    store.end_task(task.task_id, OUTCOMES[status], actor="reconciler", reason=REASONS[status], failed_step=None)
+    return True
+
+
+def _deliver(task: Task, store: TaskStore, executions: Executions) -> bool:
+    """A decision that the execution still waits for; a token that was used already is not an error."""
+    approvals = store.approvals(task.task_id)
+    if task.status != "executing" or not approvals or approvals[-1].status not in {"approved", "rejected"}:
+        return False
+    last = approvals[-1]
+    if store.step(task.task_id, last.step_index) is not None:
+        return False
+    return executions.deliver(last)
+
+
+def _ended(store: TaskStore, detail: dict[str, Any]) -> list[Task]:
+    if detail.get("status") == "RUNNING":
+        return []
+    try:
+        task = store.get_task(str(json.loads(detail["input"])["task_id"]))
+    except (KeyError, TypeError, ValueError, NotFoundError):
+        logger().warning("an execution of no known task", extra={"execution": detail.get("name")})
+        return []
+    return [] if task.status in TERMINAL else [task]

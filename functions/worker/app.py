@@ -1,0 +1,59 @@
+"""The worker: runs one step, whose effect happens once however often it is called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from qaes.adapters.ledger_client import LedgerClient
+from qaes.adapters.logs import TASK_ID, logger
+from qaes.adapters.task_store import TaskStore
+from qaes.domain import compliance
+from qaes.domain.errors import RefusedError, UnavailableError
+from qaes.domain.models import StepRecord
+from worker.steps import RUN, StepContext
+
+
+@logger().inject_lambda_context(correlation_id_path=TASK_ID)
+def execute_step(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
+    """`{task_id, step_index}` → `{step_id, status, result, error, attempt}`.
+
+    A refusal is a value (`failed`); only what may work when tried again is raised. The intent is recorded, and the
+    approval consumed, before the step acts; the effect carries (task, step) as its reference, so that the ledger
+    answers a repetition from its record.
+    """
+    store, ledger = TaskStore(), LedgerClient()
+    task_id, step_index = str(event["task_id"]), int(event["step_index"])
+    record = store.step(task_id, step_index)
+    if record is not None and record.status != "running":
+        return _answer(record)
+    task = store.get_task(task_id)
+    plan = store.plan_of(task)
+    step, policy = plan.steps[step_index], ledger.policy()
+    if record is None:
+        # The claim is the commit point: an attempt after it must find out what happened, whatever the policy says by then.
+        approval = store.latest_approval(task_id, step_index)
+        current = policy.decide(plan.analysis.action_type)
+        try:
+            compliance.check_may_act(task, plan, step_index, current, approval)
+        except RefusedError as refusal:
+            refused = store.claim_step(task_id, step_index, step, None)
+            if refused.attempt > 1:
+                raise UnavailableError("another attempt is at work on this step") from refusal
+            return _answer(store.finish_step(task_id, refused, result=None, error=refusal.message))
+        consumed = approval if compliance.needs_approval(step, current) else None
+    else:
+        consumed = None
+    record = store.claim_step(task_id, step_index, step, consumed)
+    if record.status != "running":
+        return _answer(record)
+    try:
+        result = RUN[step.type](step.parameters, StepContext(f"{task_id}#{step.step_id}", ledger, policy))
+    except RefusedError as refusal:
+        return _answer(store.finish_step(task_id, record, result=None, error=f"{refusal.code}: {refusal.message}"))
+    return _answer(store.finish_step(task_id, record, result=result, error=None))
+
+
+def _answer(record: StepRecord) -> dict[str, Any]:
+    return record.model_dump(mode="json", include={"step_id", "status", "result", "error", "attempt"})

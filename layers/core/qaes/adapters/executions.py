@@ -1,0 +1,58 @@
+"""The executions of the state machine: one for each task, under the task's id."""
+
+from __future__ import annotations
+
+import json
+
+from qaes.adapters import clients, settings
+from qaes.adapters.logs import logger
+from qaes.domain.models import Approval
+
+
+class Executions:
+    """Starts an execution, asks for its status, and resumes it with a decision."""
+
+    def __init__(self, state_machine_arn: str | None = None) -> None:
+        self._arn = state_machine_arn or settings.text("STATE_MACHINE_ARN")
+
+    def start(self, task_id: str) -> None:
+        """Start the task's execution; the name makes it once."""
+        step_functions = clients.client("stepfunctions")
+        try:
+            step_functions.start_execution(
+                stateMachineArn=self._arn, name=task_id, input=json.dumps({"task_id": task_id})
+            )
+        except step_functions.exceptions.ExecutionAlreadyExists:
+            logger().info("the execution had been started already", extra={"task_id": task_id})
+
+    def status(self, task_id: str) -> str | None:
+        """RUNNING, SUCCEEDED, FAILED, TIMED_OUT or ABORTED; None when there is no execution."""
+        step_functions = clients.client("stepfunctions")
+        try:
+            found = step_functions.describe_execution(
+                executionArn=f"{self._arn.replace(':stateMachine:', ':execution:')}:{task_id}"
+            )
+        except step_functions.exceptions.ExecutionDoesNotExist:
+            return None
+        status: str = found["status"]
+        return status
+
+    def deliver(self, approval: Approval) -> bool:
+        """Resume the execution that waits for this decision; False when it no longer waits (delivered, or too late).
+
+        The execution reads the decision from the table: what is sent only wakes it.
+        """
+        step_functions = clients.client("stepfunctions")
+        gone = (
+            step_functions.exceptions.TaskTimedOut,
+            step_functions.exceptions.TaskDoesNotExist,
+            step_functions.exceptions.InvalidToken,
+        )
+        try:
+            step_functions.send_task_success(
+                taskToken=approval.token, output=json.dumps({"decision": approval.status})
+            )
+        except gone as error:
+            logger().info("nobody waits for this decision any more", extra={"reason": type(error).__name__})
+            return False
+        return True

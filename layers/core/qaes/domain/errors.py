@@ -1,0 +1,57 @@
+"""What can go wrong, each with one meaning; turned into HTTP once, at the edge (`qaes.adapters.http`).
+
+    QaesError
+    ├── InvalidInputError   the caller sent something that is not acceptable; `field` names it   (422)
+    ├── ForbiddenError      the caller may not do this                                           (403)
+    ├── NotFoundError       there is no such thing, or the caller may not know of it             (404)
+    ├── ConflictError       it cannot be done in the present state                               (409)
+    │   └── ConcurrentUpdateError   somebody else changed the task in between: read again
+    ├── RefusedError        an outside system said no, for good: never retry                     (422)
+    └── UnavailableError    an outside system did not answer: retry                              (503)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class QaesError(Exception):
+    """Base of all errors of this project; `message` is fit to be shown to a user."""
+
+    def __init__(self, message: str, *, field: str | None = None, **details: Any) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.details = details
+
+
+class InvalidInputError(QaesError):
+    """The input is not acceptable; `field` is the dotted path of the part that is wrong."""
+
+
+class ForbiddenError(QaesError):
+    """The caller is known and may not do this."""
+
+
+class NotFoundError(QaesError):
+    """There is no such thing, or the caller may not know that there is."""
+
+
+class ConflictError(QaesError):
+    """The present state does not allow it; `details` may carry that state."""
+
+
+class ConcurrentUpdateError(ConflictError):
+    """The task was changed by somebody else between reading and writing."""
+
+
+class RefusedError(QaesError):
+    """An outside system refused, and would refuse again; `code` is a stable word for the reason."""
+
+    def __init__(self, code: str, message: str, **details: Any) -> None:
+        super().__init__(message, **details)
+        self.code = code
+
+
+class UnavailableError(QaesError):
+    """An outside system could not be asked, or its answer was not received: the outcome is unknown."""

@@ -1,0 +1,165 @@
+"""The words of this project: task, plan, step, approval, event."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from qaes.domain.canonical import hash_of
+from qaes.domain.policy import PolicyDecision, RiskLevel
+
+Status = Literal[
+    "pending",
+    "planning",
+    "executing",
+    "waiting_approval",
+    "completed",
+    "denied",
+    "rejected",
+    "expired",
+    "failed",
+    "cancelled",
+]
+TERMINAL: frozenset[str] = frozenset({"completed", "denied", "rejected", "expired", "failed", "cancelled"})
+OPEN: tuple[Status, ...] = ("pending", "planning", "executing", "waiting_approval")
+
+StepType = Literal["check_balance", "policy_check", "monitor_action", "onchain_action", "generic_action"]
+EFFECT_TYPES: frozenset[str] = frozenset({"onchain_action", "generic_action"})
+"""Step types that change something outside; only these can need an approval."""
+
+StepStatus = Literal["pending", "running", "succeeded", "failed"]
+ApprovalStatus = Literal["pending", "approved", "rejected", "expired"]
+Outcome = Literal["completed", "denied", "rejected", "expired", "failed"]
+EventKind = Literal[
+    "task_started",
+    "policy_checked",
+    "plan_built",
+    "approval_requested",
+    "approval_decided",
+    "approval_expired",
+    "step_executed",
+    "task_ended",
+]
+
+
+class Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Analysis(Model):
+    """What the planner made of a task's words."""
+
+    action_type: str
+    risk_level: RiskLevel
+
+
+class Step(Model):
+    """One typed step of a plan, its parameters resolved: what is hashed, shown, approved and executed."""
+
+    step_id: str
+    type: StepType
+    requires_approval: bool
+    parameters: dict[str, Any]
+
+    def hash(self) -> str:
+        """SHA-256 of the canonical step."""
+        return hash_of(self.model_dump(mode="json"))
+
+
+class Plan(Model):
+    """A plan; `policy` pins the policy's version under which it was made."""
+
+    plan_id: str
+    task_id: str | None
+    created_at: str
+    analysis: Analysis
+    policy: PolicyDecision
+    steps: tuple[Step, ...]
+
+    def hash(self) -> str:
+        """SHA-256 of the canonical plan."""
+        return hash_of(self.model_dump(mode="json"))
+
+
+class Task(Model):
+    """A task as its item has it; `version` guards each write, `events` counts the events so far."""
+
+    task_id: str
+    status: Status
+    task_type: str
+    description: str
+    parameters: dict[str, Any]
+    requester: str
+    created_at: str
+    updated_at: str
+    plan_id: str | None = None
+    plan_hash: str | None = None
+    policy_id: str | None = None
+    current_step: int | None = None
+    total_steps: int | None = None
+    requires_approval: bool = False
+    failed_step: str | None = None
+    reason: str | None = None
+    version: int = 0
+    events: int = 0
+
+    def request(self) -> dict[str, Any]:
+        """What was asked for: the part of the task that the requester wrote, and who they are."""
+        return {
+            "task_id": self.task_id,
+            "task_type": self.task_type,
+            "description": self.description,
+            "parameters": self.parameters,
+            "requester": self.requester,
+        }
+
+
+class StepRecord(Model):
+    """What happened to a step. `result` is there when it succeeded, `error` when it failed."""
+
+    step_index: int
+    step_id: str
+    type: StepType
+    status: StepStatus
+    attempt: int
+    input_hash: str
+    output_hash: str | None = None
+    result: dict[str, Any] | None = None
+    error: str | None = None
+    started_at: str
+    duration_ms: int | None = None
+
+
+class Approval(Model):
+    """A person was asked. Bound to the hashes of the plan and of the step; the token never leaves the service."""
+
+    step_index: int
+    round: int
+    status: ApprovalStatus
+    plan_hash: str
+    step_hash: str
+    policy_id: str
+    token: str
+    requested_at: str
+    expires_at: str
+    decided_by: str | None = None
+    decided_at: str | None = None
+    reason: str | None = None
+
+
+class Event(Model):
+    """Something that happened to a task; becomes the audit entry with the same number."""
+
+    kind: EventKind
+    actor: str
+    status: str
+    input_hash: str
+    output_hash: str
+    timestamp: str
+    step_index: int = -1
+    step_id: str = ""
+    step_type: str = ""
+    plan_hash: str = ""
+    policy_id: str = ""
+    detail: str = ""

@@ -1,0 +1,110 @@
+"""From a task's words to a plan: the three nodes of the planner as pure functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qaes.domain.errors import InvalidInputError
+from qaes.domain.models import EFFECT_TYPES, Analysis, Plan, Step, StepType
+from qaes.domain.policy import Policy, PolicyDecision
+
+ACTION_TYPES = {"monitor_wallet": "monitoring"}
+"""Task types whose action type has another name; any other word is its own action type, denied unless a rule allows it."""
+
+ACTION_STEPS: dict[str, StepType] = {"monitoring": "monitor_action", "transfer_funds": "onchain_action"}
+MAX_STEPS = 50
+
+
+def analyze(task_type: str, policy: Policy) -> Analysis:
+    """What kind of action is this, and how risky does the policy call it?"""
+    action_type = ACTION_TYPES.get(task_type, task_type)
+    return Analysis(action_type=action_type, risk_level=policy.decide(action_type).risk_level)
+
+
+def build_plan(
+    *,
+    plan_id: str,
+    task_id: str | None,
+    created_at: str,
+    task_type: str,
+    description: str,
+    parameters: dict[str, Any],
+    analysis: Analysis,
+    policy: PolicyDecision,
+) -> Plan:
+    """`check_balance` (when there is a wallet), `policy_check`, then the action.
+
+    Raises
+    ------
+    InvalidInputError
+        A parameter that the action needs is missing; `field` names it.
+    """
+    steps: list[tuple[StepType, dict[str, Any]]] = []
+    wallet = parameters.get("wallet_address")
+    if wallet is not None:
+        steps.append(("check_balance", {"wallet_address": wallet}))
+    steps.append(("policy_check", {"action_type": analysis.action_type, "policy_id": policy.policy_id}))
+    action = ACTION_STEPS.get(analysis.action_type, "generic_action")
+    steps.append((action, _action_parameters(action, task_type, description, parameters)))
+    return Plan(
+        plan_id=plan_id,
+        task_id=task_id,
+        created_at=created_at,
+        analysis=analysis,
+        policy=policy,
+        steps=tuple(
+            Step(
+                step_id=f"step_{number}",
+                type=type_,
+                # The policy and the step's type alone say so, whatever a planner thinks.
+                requires_approval=step_requires_approval(type_, policy),
+                parameters=values,
+            )
+            for number, (type_, values) in enumerate(steps, start=1)
+        ),
+    )
+
+
+def step_requires_approval(type_: StepType, policy: PolicyDecision) -> bool:
+    return policy.requires_approval and type_ in EFFECT_TYPES | {"monitor_action"}
+
+
+def _action_parameters(
+    action: StepType, task_type: str, description: str, parameters: dict[str, Any]
+) -> dict[str, Any]:
+    if action == "onchain_action":
+        for field in ("wallet_address", "to_address", "amount"):
+            if field not in parameters:
+                raise InvalidInputError(f"a transfer needs {field}", field=f"parameters.{field}")
+        return {
+            "from_address": parameters["wallet_address"],
+            "to_address": parameters["to_address"],
+            "amount": parameters["amount"],
+        }
+    if action == "monitor_action":
+        return {
+            "wallet_address": parameters.get("wallet_address"),
+            "alert_threshold": parameters.get("alert_threshold"),
+        }
+    return {"task_type": task_type, "description": description, "parameters": parameters}
+
+
+def check_plan(plan: Plan, task_id: str) -> None:
+    """Is this a plan that may be executed for this task?
+
+    Raises
+    ------
+    InvalidInputError
+        It belongs to another task, has no steps or too many, a step id twice, or asks for less approval than its policy.
+    """
+    if plan.task_id != task_id:
+        raise InvalidInputError("the plan belongs to another task", field="plan.task_id")
+    if not 1 <= len(plan.steps) <= MAX_STEPS:
+        raise InvalidInputError(f"a plan has 1 to {MAX_STEPS} steps", field="plan.steps")
+    if len({step.step_id for step in plan.steps}) != len(plan.steps):
+        raise InvalidInputError("a step id stands twice", field="plan.steps")
+    if not plan.policy.allowed or plan.policy.action_type != plan.analysis.action_type:
+        raise InvalidInputError("the pinned policy does not allow this plan", field="plan.policy")
+    for number, step in enumerate(plan.steps):
+        if step_requires_approval(step.type, plan.policy) and not step.requires_approval:
+            raise InvalidInputError("the policy asks for an approval here", field=f"plan.steps.{number}")

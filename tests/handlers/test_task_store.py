@@ -1,0 +1,274 @@
+"""The task aggregate on moto's DynamoDB: once, at the same time, half-way, a day late."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import boto3
+import pytest
+
+from qaes.adapters import clients
+from qaes.adapters.task_store import Idempotency, TaskStore
+from qaes.domain import planning
+from qaes.domain.errors import ConcurrentUpdateError, ConflictError, NotFoundError
+from qaes.domain.ids import new_plan_id, new_task_id, now, timestamp
+from qaes.domain.models import Plan, Task
+from tests.support.cloud import cloud
+from tests.unit.test_planning import POLICY, TRANSFER
+
+
+@pytest.fixture
+def store() -> Iterator[TaskStore]:
+    with cloud(state_machine=False):
+        yield TaskStore("TasksTable")
+
+
+def new_task(requester: str = "alice") -> Task:
+    moment = timestamp(now())
+    return Task(
+        task_id=new_task_id(),
+        status="pending",
+        task_type="transfer_funds",
+        description="a test",
+        parameters=TRANSFER,
+        requester=requester,
+        created_at=moment,
+        updated_at=moment,
+    )
+
+
+def planned(store: TaskStore) -> tuple[str, Plan]:
+    """A task that executes its plan."""
+    task, _ = store.start_task(new_task())
+    store.begin_planning(task.task_id)
+    analysis = planning.analyze(task.task_type, POLICY)
+    decision = POLICY.decide(analysis.action_type)
+    store.record_policy(task.task_id, analysis, decision)
+    plan = store.save_plan(task.task_id, build(task.task_id))
+    store.begin_execution(task.task_id)
+    return task.task_id, plan
+
+
+def build(task_id: str | None) -> Plan:
+    analysis = planning.analyze("transfer_funds", POLICY)
+    return planning.build_plan(
+        plan_id=new_plan_id(),
+        task_id=task_id,
+        created_at=timestamp(now()),
+        task_type="transfer_funds",
+        description="a test",
+        parameters=TRANSFER,
+        analysis=analysis,
+        policy=POLICY.decide(analysis.action_type),
+    )
+
+
+def waiting(store: TaskStore, expires_in: int = 60) -> tuple[str, Plan]:
+    task_id, plan = planned(store)
+    store.request_approval(task_id, 2, plan.steps[2], "token-1", expires_in)
+    return task_id, plan
+
+
+def events(task_id: str) -> list[str]:
+    found = boto3.client("dynamodb").query(
+        TableName="TasksTable",
+        KeyConditionExpression="pk = :pk AND begins_with(sk, :event)",
+        ExpressionAttributeValues={":pk": {"S": task_id}, ":event": {"S": "EVENT#"}},
+    )["Items"]
+    assert [item["sk"]["S"] for item in found] == [f"EVENT#{n:06d}" for n in range(1, len(found) + 1)]
+    return [item["kind"]["S"] for item in found]
+
+
+def test_everything_called_twice_changes_nothing_the_second_time(store: TaskStore) -> None:
+    task_id, plan = planned(store)
+    before = store.get_task(task_id)
+    store.begin_planning(task_id)
+    store.record_policy(task_id, plan.analysis, plan.policy)
+    assert store.save_plan(task_id, build(task_id)) == plan
+    store.begin_execution(task_id)
+    assert store.get_task(task_id) == before
+    assert events(task_id) == ["task_started", "policy_checked", "plan_built"]
+
+
+def test_an_idempotency_key_gives_the_same_task_and_refuses_another_body(store: TaskStore) -> None:
+    key = Idempotency("alice", "key-1", "body-1")
+    first, replayed = store.start_task(new_task(), key)
+    second, again = store.start_task(new_task(), key)
+    assert (replayed, again) == (False, True) and second.task_id == first.task_id
+    with pytest.raises(ConflictError, match="Idempotency-Key"):
+        store.start_task(new_task(), Idempotency("alice", "key-1", "body-2"))
+    other, replayed = store.start_task(new_task("bob"), Idempotency("bob", "key-1", "body-2"))
+    assert not replayed and other.task_id != first.task_id
+
+
+def test_fifty_starts_at_once_under_one_key_make_one_task(store: TaskStore) -> None:
+    clients.client("dynamodb")
+
+    def start(_: int) -> str:
+        return store.start_task(new_task(), Idempotency("alice", "key", "body"))[0].task_id
+
+    with ThreadPoolExecutor(10) as pool:
+        assert len(set(pool.map(start, range(50)))) == 1
+
+
+def test_a_task_id_is_not_written_twice(store: TaskStore) -> None:
+    task, _ = store.start_task(new_task())
+    with pytest.raises(ConcurrentUpdateError):
+        store.start_task(task)
+
+
+def test_what_is_not_there_is_not_found(store: TaskStore) -> None:
+    with pytest.raises(NotFoundError):
+        store.get_task(new_task_id())
+    with pytest.raises(NotFoundError):
+        store.get_plan(new_plan_id())
+    task, _ = store.start_task(new_task())
+    with pytest.raises(ConflictError):
+        store.plan_of(task)
+
+
+def test_a_preview_goes_after_a_while(store: TaskStore) -> None:
+    plan = build(None)
+    store.save_preview_plan(plan)
+    assert store.get_plan(plan.plan_id) == plan
+    item = boto3.client("dynamodb").get_item(
+        TableName="TasksTable", Key={"pk": {"S": plan.plan_id}, "sk": {"S": "PLAN"}}
+    )["Item"]
+    assert "expires_at_epoch" in item
+
+
+def test_waiting_and_token_are_one_write_and_the_newest_token_counts(store: TaskStore) -> None:
+    task_id, plan = waiting(store)
+    assert store.get_task(task_id).status == "waiting_approval"
+    store.request_approval(task_id, 2, plan.steps[2], "token-1", 60)
+    again = store.request_approval(task_id, 2, plan.steps[2], "token-2", 60)
+    assert (again.token, again.round) == ("token-2", 1)
+    assert store.open_approval(task_id) == again
+    assert events(task_id).count("approval_requested") == 1
+
+
+def test_of_two_decisions_at_the_same_moment_one_wins(store: TaskStore) -> None:
+    task_id, _ = waiting(store)
+
+    def decide(number: int) -> str | None:
+        try:
+            return store.decide(task_id, approved=bool(number % 2), subject=f"bob-{number}", reason="x").status
+        except ConflictError:
+            return None
+
+    clients.client("dynamodb")
+    with ThreadPoolExecutor(8) as pool:
+        results = [result for result in pool.map(decide, range(8)) if result]
+    assert len(results) == 1
+    assert store.approvals(task_id)[0].status == results[0]
+    assert events(task_id).count("approval_decided") == 1
+
+
+def test_a_decision_a_day_late_is_refused_and_says_so(store: TaskStore) -> None:
+    task_id, _ = waiting(store, expires_in=0)
+    with pytest.raises(ConflictError) as caught:
+        store.decide(task_id, approved=True, subject="bob", reason="late")
+    assert caught.value.details["task_status"] == "expired"
+    assert "approval_decided" not in events(task_id)
+
+
+def test_a_decision_after_the_end_is_refused_with_the_status(store: TaskStore) -> None:
+    task_id, _ = waiting(store)
+    store.end_task(task_id, "expired", actor="execution", reason="nobody decided in time", failed_step=None)
+    with pytest.raises(ConflictError) as caught:
+        store.decide(task_id, approved=True, subject="bob", reason="late")
+    assert caught.value.details["task_status"] == "expired"
+    assert events(task_id)[-2:] == ["approval_expired", "task_ended"]
+    assert store.approvals(task_id)[0].status == "expired"
+
+
+@pytest.mark.parametrize(("approved", "status"), [(True, "failed"), (False, "rejected")])
+def test_a_time_out_after_the_decision_is_neither_expiry_nor_a_lost_decision(
+    store: TaskStore, approved: bool, status: str
+) -> None:
+    task_id, _ = waiting(store)
+    store.decide(task_id, approved=approved, subject="bob", reason="because")
+    ended = store.end_task(task_id, "expired", actor="execution", reason="nobody decided in time", failed_step=None)
+    assert ended.status == status
+    assert "approval_expired" not in events(task_id)
+
+
+def test_an_approval_is_consumed_once(store: TaskStore) -> None:
+    task_id, plan = waiting(store)
+    approval = store.decide(task_id, approved=True, subject="bob", reason="ok")
+    store.claim_step(task_id, 2, plan.steps[2], approval)
+    # Another step cannot be run on the same approval.
+    with pytest.raises(ConcurrentUpdateError):
+        store.claim_step(task_id, 1, plan.steps[1], approval)
+    assert store.step(task_id, 1) is None
+
+
+def test_a_step_is_claimed_counted_and_ended_once(store: TaskStore) -> None:
+    task_id, plan = planned(store)
+    first = store.claim_step(task_id, 0, plan.steps[0], None)
+    second = store.claim_step(task_id, 0, plan.steps[0], None)
+    assert (first.attempt, second.attempt) == (1, 2)
+    ended = store.finish_step(task_id, first, result={"balance": 1}, error=None)
+    assert ended.status == "succeeded" and ended.attempt == 2
+    late = store.finish_step(task_id, second, result=None, error="too late")
+    assert late == ended and store.steps(task_id) == [ended]
+    assert store.claim_step(task_id, 0, plan.steps[0], None) == ended
+    assert events(task_id).count("step_executed") == 1
+
+
+def test_terminal_statuses_never_change(store: TaskStore) -> None:
+    task_id, plan = planned(store)
+    store.end_task(task_id, "failed", actor="execution", reason="x", failed_step="step_1")
+    before = store.get_task(task_id)
+    store.end_task(task_id, "completed", actor="execution", reason="", failed_step=None)
+    store.begin_planning(task_id)
+    for late in (
+        lambda: store.begin_execution(task_id),
+        lambda: store.claim_step(task_id, 0, plan.steps[0], None),
+        lambda: store.request_approval(task_id, 2, plan.steps[2], "t", 60),
+    ):
+        with pytest.raises(ConflictError):
+            late()
+    assert store.get_task(task_id) == before
+
+
+def test_open_tasks_are_found_by_status_and_age(store: TaskStore) -> None:
+    task, _ = store.start_task(new_task())
+    assert [each.task_id for each in store.open_tasks("pending", -1)] == [task.task_id]
+    assert store.open_tasks("pending", 60) == [] and store.open_tasks("executing", -1) == []
+
+
+def test_a_write_that_loses_every_race_gives_up_with_a_clear_error(
+    store: TaskStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, _ = store.start_task(new_task())
+    stale = store.get_task(task.task_id)
+    store.begin_planning(task.task_id)
+
+    def read_stale(self: TaskStore, task_id: str) -> Task:
+        return stale
+
+    monkeypatch.setattr(TaskStore, "get_task", read_stale)
+    monkeypatch.setattr("qaes.adapters.task_store.time.sleep", lambda seconds: None)
+    with pytest.raises(ConcurrentUpdateError):
+        store.begin_planning(task.task_id)
+
+
+def test_other_errors_of_the_table_are_not_swallowed(store: TaskStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    from botocore.exceptions import ClientError
+
+    from qaes.domain.errors import UnavailableError
+
+    class Broken:
+        def __init__(self, code: str) -> None:
+            self.code = code
+
+        def transact_write_items(self, **_: Any) -> None:
+            raise ClientError({"Error": {"Code": self.code, "Message": ""}}, "TransactWriteItems")
+
+    for code, expected in (("ThrottlingException", UnavailableError), ("AccessDeniedException", ClientError)):
+        monkeypatch.setattr(clients, "client", lambda name, code=code: Broken(code))
+        with pytest.raises(expected):
+            store.start_task(new_task())

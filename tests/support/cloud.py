@@ -1,0 +1,223 @@
+"""The template's tables, functions and state machine on moto, in this process.
+
+Tables are created from the template's own properties, the state machine from the deployed file, and a function's name
+leads to the handler that the template names, called with the function's own environment. moto carries no JSONata
+evaluator and runs no function without Docker; these two seams are filled here, and nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import boto3
+import jsonata
+from botocore.client import BaseClient
+from moto import mock_aws
+from moto.awslambda_simple.models import LambdaSimpleBackend
+from moto.stepfunctions.parser.asl.jsonata import jsonata as moto_jsonata
+
+from qaes.adapters import clients
+from tests.support import template
+
+PARAMETERS = {"Stage": "local", "ApprovalTimeoutSeconds": "60", "RetryIntervalSeconds": "1", "RetryMaxAttempts": "2"}
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": template.REGION,
+    "AWS_REGION": template.REGION,
+}
+
+
+@dataclass
+class Context:
+    """What a Lambda function gets as its context."""
+
+    function_name: str = "test"
+    memory_limit_in_mb: int = 512
+    invoked_function_arn: str = "arn:aws:lambda:us-east-1:123456789012:function:test"
+    aws_request_id: str = "00000000-0000-4000-8000-000000000000"
+
+    def get_remaining_time_in_millis(self) -> int:
+        return 30_000
+
+
+def evaluate(expression: str) -> Any:
+    """JSONata for moto, which expects its own exception for an error."""
+    try:
+        return jsonata.Jsonata(expression).evaluate(None)
+    except Exception as error:
+        raise moto_jsonata.JSONataException("UNKNOWN", str(error)) from error
+
+
+def call(function: str, event: Any, parameters: dict[str, str] | None = None) -> Any:
+    """Call the template's handler of `function` with its own environment."""
+    module, _, attribute = template.functions()[function].rpartition(".")
+    with _environment(template.environment(function, PARAMETERS | (parameters or {}))):
+        return getattr(importlib.import_module(module), attribute)(event, Context(function_name=function))
+
+
+_environment_lock = threading.RLock()
+_dynamodb_lock = threading.Lock()
+_make_api_call = BaseClient._make_api_call
+
+
+def _one_at_a_time(client: Any, operation: str, arguments: Any) -> Any:
+    """moto's transactions are not atomic among threads, DynamoDB's are: each call to it is made so."""
+    if client.meta.service_model.service_name != "dynamodb":
+        return _make_api_call(client, operation, arguments)
+    with _dynamodb_lock:
+        return _make_api_call(client, operation, arguments)
+
+
+@contextmanager
+def _environment(variables: dict[str, str]) -> Iterator[None]:
+    # Handlers call one another (a function asks the ledger's) and share one process: the inner one's variables go on top.
+    with _environment_lock, patch.dict(os.environ, variables | {"POWERTOOLS_LOG_LEVEL": "ERROR"}):
+        yield
+
+
+@dataclass
+class Cloud:
+    """moto with the template's resources; `faults` maps a function to what stands in front of its handler."""
+
+    machine_arn: str = ""
+    invocations: Counter[str] = field(default_factory=Counter)
+    faults: dict[str, Callable[[Any], None]] = field(default_factory=dict)
+    parameters: dict[str, str] = field(default_factory=dict)
+
+    def invoke(self, function: str, event: Any) -> Any:
+        self.invocations[function] += 1
+        if fault := self.faults.get(function):
+            fault(event)
+        return call(function, event, self.parameters)
+
+    def drain(self, task_id: str) -> Any:
+        """What the tasks table's stream would do."""
+        return self.invoke("RecordAuditFunction", {"task_id": task_id})
+
+    def wait(self, task_id: str, *statuses: str, seconds: float = 20) -> dict[str, Any]:
+        """Wait until the task's own record has one of `statuses`."""
+        from qaes.adapters.task_store import TaskStore
+
+        deadline = time.monotonic() + seconds
+        while True:
+            task = TaskStore("TasksTable").get_task(task_id)
+            if task.status in statuses:
+                return task.model_dump()
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{task_id} is {task.status} ({task.reason}), not {statuses}: {self.history(task_id)}")
+            time.sleep(0.02)
+
+    def execution(self, task_id: str, seconds: float = 20) -> dict[str, Any]:
+        """The execution once it has ended."""
+        arn = f"{self.machine_arn.replace(':stateMachine:', ':execution:')}:{task_id}"
+        deadline = time.monotonic() + seconds
+        while True:
+            found = boto3.client("stepfunctions").describe_execution(executionArn=arn)
+            if found["status"] != "RUNNING" or time.monotonic() > deadline:
+                return dict(found)
+            time.sleep(0.02)
+
+    def history(self, task_id: str) -> list[str]:
+        """The states that were entered, in order."""
+        arn = f"{self.machine_arn.replace(':stateMachine:', ':execution:')}:{task_id}"
+        events = boto3.client("stepfunctions").get_execution_history(executionArn=arn, maxResults=1000)["events"]
+        return [event["stateEnteredEventDetails"]["name"] for event in events if "stateEnteredEventDetails" in event]
+
+
+def _create_tables() -> None:
+    dynamodb = boto3.client("dynamodb")
+    for name, body in template.resources("AWS::DynamoDB::Table").items():
+        properties = template.resolve(body["Properties"], PARAMETERS)
+        keep = {"AttributeDefinitions", "KeySchema", "GlobalSecondaryIndexes", "BillingMode"}
+        stream = properties.get("StreamSpecification")
+        dynamodb.create_table(
+            TableName=name,
+            **{key: each for key, each in properties.items() if key in keep},
+            **({"StreamSpecification": {"StreamEnabled": True, **stream}} if stream else {}),
+        )
+
+
+@contextmanager
+def cloud(*, state_machine: bool = True, parameters: dict[str, str] | None = None) -> Iterator[Cloud]:
+    """A fresh AWS of moto's with the template's resources in it."""
+    it = Cloud(parameters=parameters or {})
+
+    def invoke(
+        backend: Any, function_name: str, qualifier: Any, body: Any, headers: Any, response_headers: Any
+    ) -> bytes:
+        name = function_name.rsplit(":", 1)[-1]
+        try:
+            return json.dumps(it.invoke(name, json.loads(body or "null"))).encode()
+        except Exception as error:  # the runtime turns whatever a handler raises into this answer
+            response_headers["x-amz-function-error"] = "Unhandled"
+            return json.dumps({"errorType": type(error).__name__, "errorMessage": str(error)}).encode()
+
+    config: Any = {"stepfunctions": {"execute_state_machine": True}, "lambda": {"use_docker": False}}
+    with (
+        patch.dict(os.environ, CREDENTIALS),
+        mock_aws(config=config),
+        patch.object(LambdaSimpleBackend, "invoke", invoke),
+        patch.object(moto_jsonata, "_eval_jsonata", evaluate),
+        patch.object(BaseClient, "_make_api_call", _one_at_a_time),
+    ):
+        clients.reset()
+        _create_tables()
+        _create_functions()
+        if state_machine:
+            it.machine_arn = _create_state_machine(it.parameters)
+        yield it
+        clients.reset()
+
+
+def _create_functions() -> None:
+    role = _role("lambda.amazonaws.com")
+    lambda_ = boto3.client("lambda")
+    for name, handler in template.functions().items():
+        lambda_.create_function(
+            FunctionName=name, Runtime="python3.13", Role=role, Handler=handler, Code={"ZipFile": _EMPTY_ZIP}
+        )
+
+
+def _role(service: str) -> str:
+    document = {
+        "Version": "2012-10-17",
+        "Statement": [{"Effect": "Allow", "Principal": {"Service": service}, "Action": "sts:AssumeRole"}],
+    }
+    role = boto3.client("iam").create_role(
+        RoleName=service.split(".")[0], AssumeRolePolicyDocument=json.dumps(document)
+    )
+    return str(role["Role"]["Arn"])
+
+
+def _create_state_machine(parameters: dict[str, str]) -> str:
+    [name] = template.resources("AWS::Serverless::StateMachine")
+    created = boto3.client("stepfunctions").create_state_machine(
+        name=name,
+        definition=json.dumps(template.definition(**(PARAMETERS | parameters))),
+        roleArn=_role("states.amazonaws.com"),
+    )
+    return str(created["stateMachineArn"])
+
+
+def _empty_zip() -> bytes:
+    import zipfile
+
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("empty", "")
+    return buffer.getvalue()
+
+
+_EMPTY_ZIP = _empty_zip()

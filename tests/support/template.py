@@ -1,0 +1,135 @@
+"""template.yaml as the tests read it: parsed, with references resolved to what moto will have."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+ACCOUNT, REGION = "123456789012", "us-east-1"
+PSEUDO = {
+    "AWS::AccountId": ACCOUNT,
+    "AWS::Region": REGION,
+    "AWS::Partition": "aws",
+    "AWS::StackName": "qaes",
+    "AWS::URLSuffix": "amazonaws.com",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with CloudFormation's short forms (`!Ref x` is `{"Ref": "x"}`)."""
+
+
+def _short_form(loader: yaml.SafeLoader, suffix: str, node: yaml.Node) -> Any:
+    if isinstance(node, yaml.ScalarNode):
+        value: Any = loader.construct_scalar(node)
+        if suffix == "GetAtt":
+            value = value.split(".", 1)
+    elif isinstance(node, yaml.SequenceNode):
+        value = loader.construct_sequence(node, deep=True)
+    else:
+        value = loader.construct_mapping(node, deep=True)
+    return {suffix if suffix in {"Ref", "Condition"} else f"Fn::{suffix}": value}
+
+
+_Loader.add_multi_constructor("!", _short_form)
+
+
+@cache
+def template() -> dict[str, Any]:
+    return yaml.load((ROOT / "template.yaml").read_text(), _Loader)  # noqa: S506 (a SafeLoader)
+
+
+def resources(type_: str) -> dict[str, dict[str, Any]]:
+    return {name: body for name, body in template()["Resources"].items() if body["Type"] == type_}
+
+
+def arn(name: str) -> str:
+    """The ARN that `!GetAtt name.Arn` stands for."""
+    kind = template()["Resources"][name]["Type"]
+    if kind == "AWS::Serverless::Function":
+        return f"arn:aws:lambda:{REGION}:{ACCOUNT}:function:{name}"
+    if kind == "AWS::Serverless::StateMachine":
+        return f"arn:aws:states:{REGION}:{ACCOUNT}:stateMachine:{name}"
+    if kind == "AWS::DynamoDB::Table":
+        return f"arn:aws:dynamodb:{REGION}:{ACCOUNT}:table/{name}"
+    return f"arn:aws:{kind.split('::')[1].lower()}:{REGION}:{ACCOUNT}:{name}"
+
+
+def resolve(value: Any, parameters: dict[str, str] | None = None) -> Any:
+    """`value` with Ref, GetAtt, Sub, If, Join and conditions replaced, for the given parameters over their defaults."""
+    body, given = template(), parameters or {}
+
+    def ref(name: str) -> Any:
+        if name in given:
+            return given[name]
+        if name in body["Parameters"]:
+            return str(body["Parameters"][name].get("Default", ""))
+        if name in PSEUDO:
+            return PSEUDO[name]
+        if body["Resources"].get(name, {}).get("Type") == "AWS::Serverless::StateMachine":
+            return arn(name)
+        return name
+
+    def get(target: str) -> Any:
+        name, _, attribute = target.partition(".")
+        return arn(name) if attribute == "Arn" else f"{name}.{attribute}" if attribute else ref(name)
+
+    def condition(test: Any) -> bool:
+        if isinstance(test, str):
+            return condition(body["Conditions"][test])
+        [(kind, operands)] = test.items()
+        if kind == "Condition":
+            return condition(operands)
+        if kind == "Fn::Equals":
+            return bool(resolve(operands[0], given) == resolve(operands[1], given))
+        if kind == "Fn::Not":
+            return not condition(operands[0])
+        results = [condition(each) for each in operands]
+        return all(results) if kind == "Fn::And" else any(results)
+
+    if isinstance(value, list):
+        return [resolve(each, given) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if len(value) == 1:
+        [(kind, operand)] = value.items()
+        if kind == "Ref":
+            return ref(operand)
+        if kind == "Fn::GetAtt":
+            return get(".".join(operand))
+        if kind == "Fn::Sub":
+            text, names = operand if isinstance(operand, list) else (operand, {})
+            names = {name: resolve(each, given) for name, each in names.items()}
+            return re.sub(r"\$\{([^}!]+)\}", lambda m: str(names.get(m[1]) or get(m[1])), text)
+        if kind == "Fn::If":
+            return resolve(operand[1] if condition(operand[0]) else operand[2], given)
+        if kind == "Fn::Join":
+            return operand[0].join(str(resolve(each, given)) for each in operand[1])
+    return {name: resolve(each, given) for name, each in value.items()}
+
+
+def functions() -> dict[str, str]:
+    """Logical id → handler (`module.attribute`) of each function."""
+    return {name: body["Properties"]["Handler"] for name, body in resources("AWS::Serverless::Function").items()}
+
+
+def environment(function: str, parameters: dict[str, str] | None = None) -> dict[str, str]:
+    """The environment variables of a function, the template's global ones included."""
+    globals_ = template().get("Globals", {}).get("Function", {}).get("Environment", {}).get("Variables", {})
+    own = template()["Resources"][function]["Properties"].get("Environment", {}).get("Variables", {})
+    return {name: str(resolve(each, parameters)) for name, each in (globals_ | own).items()}
+
+
+def definition(**parameters: str) -> dict[str, Any]:
+    """The state machine's definition as deployed: the file, its substitutions filled in."""
+    [machine] = resources("AWS::Serverless::StateMachine").values()
+    text = (ROOT / machine["Properties"]["DefinitionUri"]).read_text()
+    values = resolve(machine["Properties"]["DefinitionSubstitutions"], parameters)
+    rendered: dict[str, Any] = json.loads(re.sub(r"\$\{(\w+)\}", lambda m: str(values[m[1]]), text))
+    return rendered

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qaes.domain import planning
+from qaes.domain.errors import InvalidInputError
+from qaes.domain.models import Analysis, Plan
+from qaes.domain.policy import Policy, Rule
+
+POLICY = Policy(
+    policy_id="policy-v1-test",
+    version=1,
+    rules={
+        "monitoring": Rule(allowed=True, requires_approval=False, risk_level="low"),
+        "transaction": Rule(allowed=True, requires_approval=True, risk_level="medium"),
+        "transfer_funds": Rule(allowed=True, requires_approval=True, risk_level="high"),
+    },
+)
+TRANSFER = {"wallet_address": "0x1234567890abcdef", "to_address": "0xfedcba0987654321", "amount": 5}
+
+
+def plan(task_type: str, parameters: dict[str, Any], task_id: str | None = "task_1") -> Plan:
+    analysis = planning.analyze(task_type, POLICY)
+    return planning.build_plan(
+        plan_id="plan_1",
+        task_id=task_id,
+        created_at="2026-11-23T12:00:00.000Z",
+        task_type=task_type,
+        description="a test",
+        parameters=parameters,
+        analysis=analysis,
+        policy=POLICY.decide(analysis.action_type),
+    )
+
+
+@pytest.mark.parametrize(
+    ("task_type", "parameters", "types", "approvals"),
+    [
+        (
+            "monitor_wallet",
+            {"wallet_address": "0x12"},
+            ["check_balance", "policy_check", "monitor_action"],
+            [False] * 3,
+        ),
+        ("transfer_funds", TRANSFER, ["check_balance", "policy_check", "onchain_action"], [False, False, True]),
+        ("transaction", {}, ["policy_check", "generic_action"], [False, True]),
+    ],
+)
+def test_the_steps_of_each_kind_of_task(
+    task_type: str, parameters: dict[str, Any], types: list[str], approvals: list[bool]
+) -> None:
+    steps = plan(task_type, parameters).steps
+    assert [step.type for step in steps] == types
+    assert [step.requires_approval for step in steps] == approvals
+    assert [step.step_id for step in steps] == [f"step_{n}" for n in range(1, len(steps) + 1)]
+
+
+@pytest.mark.parametrize("missing", ["wallet_address", "to_address", "amount"])
+def test_a_transfer_without_a_parameter_names_it(missing: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        plan("transfer_funds", {name: value for name, value in TRANSFER.items() if name != missing})
+    assert caught.value.field == f"parameters.{missing}"
+
+
+@given(st.text(min_size=1).filter(lambda word: word not in {*POLICY.rules, "monitor_wallet"}))
+def test_an_action_type_without_a_rule_is_denied(word: str) -> None:
+    decision = POLICY.decide(planning.analyze(word, POLICY).action_type)
+    assert not decision.allowed and decision.requires_approval and decision.risk_level == "high"
+
+
+def test_monitoring_has_the_policys_risk() -> None:
+    assert planning.analyze("monitor_wallet", POLICY) == Analysis(action_type="monitoring", risk_level="low")
+
+
+def _changed(**changes: Any) -> Plan:
+    return plan("transfer_funds", TRANSFER).model_copy(update=changes)
+
+
+@pytest.mark.parametrize(
+    ("bad", "field"),
+    [
+        (_changed(task_id="task_2"), "plan.task_id"),
+        (_changed(steps=()), "plan.steps"),
+        (_changed(steps=plan("transfer_funds", TRANSFER).steps * 20), "plan.steps"),
+        (_changed(steps=plan("transfer_funds", TRANSFER).steps[:1] * 2), "plan.steps"),
+        (_changed(policy=POLICY.decide("unknown")), "plan.policy"),
+        (
+            _changed(
+                steps=tuple(
+                    step.model_copy(update={"requires_approval": False})
+                    for step in plan("transfer_funds", TRANSFER).steps
+                )
+            ),
+            "plan.steps.2",
+        ),
+    ],
+)
+def test_a_plan_that_may_not_be_executed_is_refused_with_the_part_that_is_wrong(bad: Plan, field: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        planning.check_plan(bad, "task_1")
+    assert caught.value.field == field
+
+
+def test_a_good_plan_passes() -> None:
+    planning.check_plan(plan("transfer_funds", TRANSFER), "task_1")
+
+
+@given(st.integers(min_value=1, max_value=10**15))
+def test_the_plans_hash_depends_on_every_amount(amount: int) -> None:
+    one = plan("transfer_funds", TRANSFER | {"amount": amount})
+    other = plan("transfer_funds", TRANSFER | {"amount": amount + 1})
+    assert one.hash() != other.hash() and one.steps[2].hash() != other.steps[2].hash()
+    assert Plan.model_validate_json(one.model_dump_json()).hash() == one.hash()

@@ -1,0 +1,327 @@
+"""Every path through the deployed state machine, with the template's own handlers and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import boto3
+import pytest
+
+from qaes.adapters.task_store import TaskStore
+from qaes.domain.policy import Policy
+from tests.support import template
+from tests.support.cloud import Cloud, call
+from tests.workflow.conftest import DESTINATION, SOURCE
+
+VISITED: set[str] = set()
+
+
+def balance(address: str) -> int:
+    answer = call("LedgerFunction", {"operation": "balance", "address": address})
+    return int(answer["result"]["balance"])
+
+
+def kinds(aws: Cloud, task_id: str) -> list[str]:
+    aws.drain(task_id)
+    found = boto3.client("dynamodb").query(
+        TableName="AuditEntriesTable",
+        KeyConditionExpression="pk = :pk",
+        ExpressionAttributeValues={":pk": {"S": task_id}},
+    )
+    import json
+
+    entries = [json.loads(item["text"]["S"]) for item in found["Items"]]
+    assert [entry["seq"] for entry in entries] == list(range(1, len(entries) + 1))
+    return [f"{entry['kind']}:{entry['status']}" for entry in entries]
+
+
+def visited(aws: Cloud, task_id: str) -> list[str]:
+    states = aws.history(task_id)
+    VISITED.update(states)
+    return states
+
+
+def policy_of(**changes: dict[str, Any]) -> Callable[[Any], Policy]:
+    """The ledger's policy with other rules, from now on."""
+    base = Policy.model_validate(call("LedgerFunction", {"operation": "policy"})["result"])
+    rules = {name: rule.model_dump() for name, rule in base.rules.items()} | changes
+    changed = Policy.model_validate({"policy_id": "policy-v2-changed", "version": 2, "rules": rules})
+    return lambda client: changed
+
+
+def test_a_monitoring_task_completes_in_at_most_20_transitions(aws: Cloud, start: Callable[..., str]) -> None:
+    task_id = start(alert_threshold=500)
+    task = aws.wait(task_id, "completed")
+    assert task["total_steps"] == 3 and task["requires_approval"] is False
+    assert aws.execution(task_id)["status"] == "SUCCEEDED"
+    assert len(visited(aws, task_id)) <= 20
+    records = TaskStore("TasksTable").steps(task_id)
+    assert [record.status for record in records] == ["succeeded"] * 3
+    assert records[2].result is not None and records[2].result["balance"] == 1000
+    assert kinds(aws, task_id) == [
+        "task_started:pending",
+        "policy_checked:allowed",
+        "plan_built:planned",
+        "step_executed:succeeded",
+        "step_executed:succeeded",
+        "step_executed:succeeded",
+        "task_ended:completed",
+    ]
+
+
+def test_an_action_without_a_rule_is_denied_and_nothing_is_executed(aws: Cloud, start: Callable[..., str]) -> None:
+    task_id = start("delete_everything")
+    task = aws.wait(task_id, "denied")
+    assert aws.execution(task_id)["status"] == "SUCCEEDED"
+    assert "DenyTask" in visited(aws, task_id)
+    assert task["plan_id"] is None and TaskStore("TasksTable").steps(task_id) == []
+    assert kinds(aws, task_id) == ["task_started:pending", "policy_checked:denied", "task_ended:denied"]
+
+
+def test_an_approved_transfer_moves_the_amount_once_in_at_most_22_transitions(
+    aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any]
+) -> None:
+    task_id = transfer(250)
+    aws.wait(task_id, "waiting_approval")
+    assert balance(SOURCE) == 1000
+    decide(task_id, approved=True)
+    aws.wait(task_id, "completed")
+    aws.execution(task_id)
+    assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
+    assert len(visited(aws, task_id)) <= 22
+    assert kinds(aws, task_id)[-4:] == [
+        "approval_requested:pending",
+        "approval_decided:approved",
+        "step_executed:succeeded",
+        "task_ended:completed",
+    ]
+
+
+def test_a_rejected_transfer_moves_nothing(
+    aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any]
+) -> None:
+    task_id = transfer(250)
+    decide(task_id, approved=False)
+    task = aws.wait(task_id, "rejected")
+    assert task["reason"] == "because"
+    aws.execution(task_id)
+    assert "RejectTask" in visited(aws, task_id)
+    assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
+    assert kinds(aws, task_id)[-2:] == ["approval_decided:rejected", "task_ended:rejected"]
+
+
+@pytest.mark.parametrize("aws_parameters", [{"ApprovalTimeoutSeconds": "2"}])
+def test_an_approval_that_nobody_decides_expires(aws_parameters: dict[str, str]) -> None:
+    from tests.support.cloud import cloud
+
+    with cloud(parameters=aws_parameters) as aws:
+        task_id = _start_transfer(aws)
+        task = aws.wait(task_id, "expired")
+        assert task["reason"] == "nobody decided in time"
+        aws.execution(task_id)
+        assert "ExpireTask" in visited(aws, task_id)
+        assert balance(SOURCE) == 1000
+        assert kinds(aws, task_id)[-2:] == ["approval_expired:expired", "task_ended:expired"]
+
+
+def _start_transfer(aws: Cloud) -> str:
+    from qaes.domain.ids import new_task_id, now, timestamp
+    from qaes.domain.models import Task
+
+    moment = timestamp(now())
+    task = Task(
+        task_id=new_task_id(),
+        status="pending",
+        task_type="transfer_funds",
+        description="a test",
+        parameters={"wallet_address": SOURCE, "to_address": DESTINATION, "amount": 5},
+        requester="alice",
+        created_at=moment,
+        updated_at=moment,
+    )
+    TaskStore("TasksTable").start_task(task)
+    boto3.client("stepfunctions").start_execution(
+        stateMachineArn=aws.machine_arn, name=task.task_id, input=f'{{"task_id": "{task.task_id}"}}'
+    )
+    return task.task_id
+
+
+def test_a_worker_that_fails_at_first_is_tried_again(aws: Cloud, start: Callable[..., str]) -> None:
+    failures = iter([True, True])
+
+    def flaky(event: Any) -> None:
+        if next(failures, False):
+            raise RuntimeError("the network is down")
+
+    aws.faults["ExecuteStepFunction"] = flaky
+    task_id = start()
+    aws.wait(task_id, "completed")
+    assert aws.invocations["ExecuteStepFunction"] == 5
+    assert len(TaskStore("TasksTable").steps(task_id)) == 3
+    assert kinds(aws, task_id).count("step_executed:succeeded") == 3
+
+
+def test_a_worker_that_fails_for_good_fails_the_task(aws: Cloud, start: Callable[..., str]) -> None:
+    def broken(event: Any) -> None:
+        raise RuntimeError("secret internals")
+
+    aws.faults["ExecuteStepFunction"] = broken
+    task_id = start()
+    task = aws.wait(task_id, "failed")
+    assert "secret" not in task["reason"]
+    assert aws.execution(task_id)["status"] == "FAILED"
+    assert {"FailTask", "TaskFailed"} <= set(visited(aws, task_id))
+
+
+def test_a_transfer_of_more_than_there_is_fails_at_once_with_the_reason(
+    aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any]
+) -> None:
+    task_id = transfer(1001)
+    decide(task_id, approved=True)
+    task = aws.wait(task_id, "failed")
+    assert task["failed_step"] == "step_3" and "insufficient_balance" in task["reason"]
+    assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
+    # A refusal is not tried again: three steps, three calls.
+    assert aws.invocations["ExecuteStepFunction"] == 3
+    assert kinds(aws, task_id)[-2:] == ["step_executed:failed", "task_ended:failed"]
+
+
+def test_a_ledger_that_is_down_fails_the_task_after_its_retries(aws: Cloud, start: Callable[..., str]) -> None:
+    def down(event: Any) -> None:
+        raise ConnectionError("down")
+
+    aws.faults["LedgerFunction"] = down
+    task_id = start()
+    aws.wait(task_id, "failed")
+    assert aws.invocations["AnalyzeTaskFunction"] == 3
+
+
+def test_a_ledger_that_comes_back_is_found_by_a_retry(aws: Cloud, start: Callable[..., str]) -> None:
+    failures = iter([True])
+
+    def flaky(event: Any) -> None:
+        if event["operation"] == "write_hashes" and next(failures, False):
+            raise ConnectionError("down")
+
+    aws.faults["LedgerFunction"] = flaky
+    task_id = start()
+    aws.wait(task_id, "completed")
+    assert kinds(aws, task_id)[-1] == "task_ended:completed"
+
+
+def test_a_policy_that_denies_by_now_stops_the_step(
+    aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_id = transfer(250)
+    aws.wait(task_id, "waiting_approval")
+    rule = {"allowed": False, "requires_approval": True, "risk_level": "high"}
+    monkeypatch.setattr("qaes.adapters.ledger_client.LedgerClient.policy", policy_of(transfer_funds=rule))
+    decide(task_id, approved=True)
+    aws.wait(task_id, "denied")
+    aws.execution(task_id)
+    visited(aws, task_id)
+    assert balance(SOURCE) == 1000
+
+
+def test_a_policy_that_has_become_stricter_asks_for_an_approval(
+    aws: Cloud, start: Callable[..., str], decide: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stricter = policy_of(monitoring={"allowed": True, "requires_approval": True, "risk_level": "low"})
+    store_plan = TaskStore.save_plan
+
+    def then_stricter(self: TaskStore, task_id: str, plan: Any) -> Any:
+        monkeypatch.setattr("qaes.adapters.ledger_client.LedgerClient.policy", stricter)
+        return store_plan(self, task_id, plan)
+
+    monkeypatch.setattr(TaskStore, "save_plan", then_stricter)
+    task_id = start()
+    decide(task_id, approved=True)
+    aws.wait(task_id, "completed")
+
+
+def test_a_plan_that_was_swapped_while_the_approval_was_open_does_not_run(
+    aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any]
+) -> None:
+    task_id = transfer(1)
+    task = aws.wait(task_id, "waiting_approval")
+    plan = TaskStore("TasksTable").get_plan(task["plan_id"])
+    step = plan.steps[2]
+    richer = step.model_copy(update={"parameters": step.parameters | {"amount": 999}})
+    swapped = plan.model_copy(update={"steps": (*plan.steps[:2], richer)})
+    boto3.client("dynamodb").put_item(
+        TableName="TasksTable",
+        Item={"pk": {"S": plan.plan_id}, "sk": {"S": "PLAN"}, "data": {"S": swapped.model_dump_json()}},
+    )
+    decide(task_id, approved=True)
+    aws.wait(task_id, "failed")
+    assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
+
+
+def test_a_step_that_is_run_again_takes_effect_once(
+    aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any]
+) -> None:
+    """The worker dies after the transfer and before its record is written."""
+    task_id = transfer(250)
+    finish, crashes = TaskStore.finish_step, iter([True])
+
+    def crash(self: TaskStore, task: str, record: Any, **outcome: Any) -> Any:
+        if record.type == "onchain_action" and next(crashes, False):
+            raise RuntimeError("crashed after the effect")
+        return finish(self, task, record, **outcome)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskStore, "finish_step", crash)
+        decide(task_id, approved=True)
+        aws.wait(task_id, "completed")
+    assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
+    record = TaskStore("TasksTable").step(task_id, 2)
+    assert record is not None and record.attempt == 2
+
+
+def test_a_decision_that_was_committed_and_not_delivered_is_delivered_by_the_reconciler(
+    aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_id = transfer(250)
+    decide(task_id, approved=True, deliver=False)
+    monkeypatch.setattr("agent_runtime.reconciler.GRACE_SECONDS", -1)
+    assert aws.invoke("ReconcilerFunction", {}) == {"reconciled": [task_id]}
+    aws.wait(task_id, "completed")
+    assert aws.invoke("ReconcilerFunction", {}) == {"reconciled": []}
+
+
+def test_an_execution_that_was_stopped_leaves_no_open_task(aws: Cloud, transfer: Callable[..., str]) -> None:
+    task_id = transfer(250)
+    aws.wait(task_id, "waiting_approval")
+    arn = f"{aws.machine_arn.replace(':stateMachine:', ':execution:')}:{task_id}"
+    boto3.client("stepfunctions").stop_execution(executionArn=arn)
+    event = {
+        "detail-type": "Step Functions Execution Status Change",
+        "detail": {"status": "ABORTED", "name": task_id, "input": f'{{"task_id": "{task_id}"}}'},
+    }
+    assert aws.invoke("ReconcilerFunction", event) == {"reconciled": [task_id]}
+    assert TaskStore("TasksTable").get_task(task_id).status == "failed"
+
+
+def test_no_token_is_in_the_executions_history_output(aws: Cloud, transfer: Callable[..., str]) -> None:
+    task_id = transfer(250)
+    aws.wait(task_id, "waiting_approval")
+    approval = TaskStore("TasksTable").open_approval(task_id)
+    assert approval is not None
+    arn = f"{aws.machine_arn.replace(':stateMachine:', ':execution:')}:{task_id}"
+    history = boto3.client("stepfunctions").get_execution_history(executionArn=arn, includeExecutionData=True)
+    outputs = [
+        event["stateExitedEventDetails"].get("output", "")
+        for event in history["events"]
+        if "stateExitedEventDetails" in event
+    ]
+    assert outputs and not any(approval.token in output for output in outputs)
+
+
+def test_every_state_was_visited() -> None:
+    """Runs last: the tests above have walked through the whole definition."""
+    machine = template.definition()
+    states = set(machine["States"])
+    for state in machine["States"].values():
+        states |= set(state.get("ItemProcessor", {}).get("States", {}))
+    assert states - VISITED == set()
