@@ -1,0 +1,128 @@
+"""House rules of the state machine: bounded in time, retried, and with an end for every error."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+DEFINITION = Path(__file__).parents[2] / "statemachine" / "task_execution.asl.json"
+ENDS = {"CompleteTask", "DenyTask", "RejectTask", "ExpireTask", "FailTask"}
+
+States = dict[str, dict[str, Any]]
+
+
+def tasks(states: States) -> States:
+    return {name: state for name, state in states.items() if state["Type"] == "Task"}
+
+
+def successors(state: dict[str, Any]) -> set[str]:
+    """Every state that may follow."""
+    following = [state, *state.get("Choices", []), *state.get("Catch", [])]
+    return {each[key] for each in following for key in ("Next", "Default") if key in each}
+
+
+def test_every_substitution_is_defined_and_used(template: Any) -> None:
+    used = set(re.findall(r"\$\{(\w+)\}", DEFINITION.read_text()))
+    assert used == set(template.state_machine["DefinitionSubstitutions"])
+
+
+def test_every_state_says_what_it_is_for(states: States) -> None:
+    assert [name for name, state in states.items() if not state.get("Comment")] == []
+
+
+def test_every_task_has_a_time_limit_and_retries_with_backoff_and_jitter(states: States) -> None:
+    for name, state in tasks(states).items():
+        assert isinstance(state.get("TimeoutSeconds"), int), name
+        retry = state["Retry"][-1]
+        assert "States.TaskFailed" in retry["ErrorEquals"], name
+        assert retry["MaxAttempts"] > 0, name
+        assert retry["BackoffRate"] > 1, name
+        assert retry["MaxDelaySeconds"] > retry["IntervalSeconds"], name
+        assert retry["JitterStrategy"] == "FULL", name
+
+
+def test_a_token_waits_as_long_as_the_approval_is_open_and_never_twice(template: Any, states: States) -> None:
+    waiting = {name: each for name, each in states.items() if str(each.get("Resource")).endswith(".waitForTaskToken")}
+    assert set(waiting) == {"AwaitApproval"}
+    for state in waiting.values():
+        assert state["TimeoutSeconds"] == template.parameters["ApprovalTimeoutSeconds"]["Default"]
+        assert {"ErrorEquals": ["States.Timeout"], "Next": "ApprovalExpired"} in state["Catch"]
+        assert all("States.Timeout" not in retry["ErrorEquals"] for retry in state["Retry"])
+    variables = template.functions["RequestApprovalFunction"]["Environment"]["Variables"]
+    assert variables["APPROVAL_TIMEOUT_SECONDS"] == {"Ref": "ApprovalTimeoutSeconds"}
+
+
+def test_every_error_has_an_end(definition: dict[str, Any]) -> None:
+    for name, state in definition["States"].items():
+        if state["Type"] in {"Task", "Map"}:
+            last = state["Catch"][-1]
+            end = "TaskFailed" if name == "FailTask" else "FailTask"
+            assert (last["ErrorEquals"], last["Next"]) == (["States.ALL"], end), name
+
+
+def test_what_stops_a_step_ends_the_task_by_its_name(states: States) -> None:
+    caught = {each["ErrorEquals"][0]: each["Next"] for each in states["ExecuteSteps"]["Catch"]}
+    inner = states_in(states["ExecuteSteps"])
+    raised = {state["Error"] for state in inner.values() if state["Type"] == "Fail"}
+    assert caught == {
+        "StepDenied": "DenyTask",
+        "ApprovalRejected": "RejectTask",
+        "ApprovalExpired": "ExpireTask",
+        "States.ALL": "FailTask",
+    }
+    assert raised == set(caught) - {"States.ALL"}
+
+
+def test_steps_run_one_at_a_time(states: States) -> None:
+    assert states["ExecuteSteps"]["MaxConcurrency"] == 1
+
+
+def test_a_step_that_was_refused_is_never_tried_again(states: States) -> None:
+    first = states["ExecuteStep"]["Retry"][0]
+    assert first == {"ErrorEquals": ["States.QueryEvaluationError"], "MaxAttempts": 0}
+    assert "$error(" in states["ExecuteStep"]["Output"]
+
+
+def test_nothing_runs_without_a_clear_yes(states: States) -> None:
+    assert states["PolicyAllowed?"]["Default"] == "DenyTask"
+    assert states["Verdict?"]["Default"] == "StepDenied"
+
+
+def test_the_end_of_a_task_does_not_loop(states: States) -> None:
+    for name in ENDS:
+        assert successors(states[name]) <= {"FailTask", "TaskFailed"}, name
+    assert successors(states["FailTask"]) == {"TaskFailed"}
+    assert successors(states["TaskFailed"]) == set()
+
+
+def test_every_state_is_reached_and_exists(definition: dict[str, Any], states: States) -> None:
+    for machine in (definition, states["ExecuteSteps"]["ItemProcessor"]):
+        reached, open_states = set(), {machine["StartAt"]}
+        while open_states:
+            name = open_states.pop()
+            reached.add(name)
+            open_states |= successors(machine["States"][name]) - reached
+        assert reached == set(machine["States"])
+
+
+def test_the_machine_may_call_its_functions_and_no_others(template: Any) -> None:
+    called = [
+        value for value in template.state_machine["DefinitionSubstitutions"].values() if "Fn::GetAtt" in value
+    ]
+    [invoke] = [each for each in template.statements("TaskExecutionStateMachine") if each["Sid"] == "InvokeTheStates"]
+    assert sorted(map(str, called)) == sorted(map(str, invoke["Resource"]))
+
+
+def test_a_task_stays_within_its_budget_of_transitions() -> None:
+    """Standard workflows are billed by the transition: three monitoring steps, and a transfer with one approval."""
+    planning = ["AnalyzeTask", "CheckPolicy", "PolicyAllowed?", "BuildPlan", "ValidatePlan", "ExecuteSteps"]
+    step = ["CheckCompliance", "Verdict?", "ExecuteStep", "RecordAudit"]
+    approval = ["CheckCompliance", "Verdict?", "AwaitApproval"]
+    assert len([*planning, *step * 3, "CompleteTask"]) <= 20
+    assert len([*planning, *step * 3, *approval, "CompleteTask"]) <= 22
+
+
+def states_in(map_state: dict[str, Any]) -> States:
+    inner: States = map_state["ItemProcessor"]["States"]
+    return inner

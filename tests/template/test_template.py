@@ -1,0 +1,186 @@
+"""House rules of template.yaml."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+NEEDS_EVERY_RESOURCE = {"logs"}
+"""Services of the actions for which AWS knows no resource: the delivery of Step Functions' logs."""
+HEALTH_ROUTES = {
+    "/health",
+    "/planner/health",
+    "/agent-runtime/health",
+    "/worker/health",
+    "/audit/health",
+    "/qubic/health",
+}
+ROUTES = {
+    "GatewayFunction": {"POST /task/start", "GET /task/{task_id}", "POST /task/{task_id}/approve", "GET /health"},
+    "PlannerApiFunction": {"POST /plan/create", "GET /plan/{plan_id}", "GET /planner/health"},
+    "AgentRuntimeApiFunction": {"GET /task/{task_id}/status", "GET /agent-runtime/health"},
+    "WorkerApiFunction": {"GET /worker/health"},
+    "AuditApiFunction": {"GET /audit/{task_id}", "GET /audit/verify/{hash}", "GET /audit/health"},
+    "QubicApiFunction": {"GET /policy", "POST /write", "GET /verify/{hash}", "GET /tx/{txid}", "GET /qubic/health"},
+}
+CHANGES = {
+    "dynamodb:UpdateItem",
+    "dynamodb:DeleteItem",
+    "dynamodb:BatchWriteItem",
+    "dynamodb:PartiQLUpdate",
+    "dynamodb:PartiQLDelete",
+}
+OWNERS = {
+    "LedgerTable": {"LedgerFunction", "QubicApiFunction"},
+    "AuditEntriesTable": {"RecordAuditFunction", "RecordEventsFunction", "AuditApiFunction"},
+    "AuditLogTable": {"RecordAuditFunction", "RecordEventsFunction", "AuditApiFunction"},
+}
+
+
+def allowed(template: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """(action, resource) pairs that the function's own policy allows."""
+    for statement in template.statements(name):
+        if statement["Effect"] == "Allow":
+            yield from ((action, resource) for action in statement["Action"] for resource in statement["Resource"])
+
+
+def test_every_function_has_a_log_group_of_its_own_with_retention(template: Any) -> None:
+    groups = {name: function["LoggingConfig"]["LogGroup"]["Ref"] for name, function in template.functions.items()}
+    assert len(set(groups.values())) == len(groups)
+    for group in groups.values():
+        assert "RetentionInDays" in template.resources[group]["Properties"]
+
+
+def test_every_log_group_is_kept_for_a_limited_time(template: Any) -> None:
+    for name, group in template.of_type("AWS::Logs::LogGroup").items():
+        assert group["RetentionInDays"] == {"Ref": "LogRetentionDays"}, name
+
+
+def test_functions_are_traced_and_share_one_build(template: Any) -> None:
+    common = template.document["Globals"]["Function"]
+    assert common["Tracing"] == "Active"
+    assert common["CodeUri"] == "functions/"
+    for name, function in template.functions.items():
+        assert not {"CodeUri", "Layers", "Runtime", "Tracing"} & function.keys(), f"{name} departs from Globals"
+
+
+def test_every_handler_can_be_imported(template: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+    for name, function in template.functions.items():
+        module, _, attribute = function["Handler"].rpartition(".")
+        assert callable(getattr(importlib.import_module(module), attribute, None)), f"{name}: {function['Handler']}"
+
+
+def test_a_function_ends_before_its_state_does(template: Any) -> None:
+    shortest_state = template.parameters["TaskTimeoutSeconds"]["MinValue"]
+    common = template.document["Globals"]["Function"]["Timeout"]
+    called = {
+        value["Fn::GetAtt"][0]
+        for value in template.state_machine["DefinitionSubstitutions"].values()
+        if "Fn::GetAtt" in value
+    }
+    assert called
+    for name in called:
+        assert template.functions[name].get("Timeout", common) < shortest_state, name
+
+
+def test_the_routes_are_those_of_the_contract(template: Any) -> None:
+    for name, function in template.functions.items():
+        events = [event["Properties"] for event in function.get("Events", {}).values() if event["Type"] == "Api"]
+        assert {f"{event['Method']} {event['Path']}" for event in events} == ROUTES.get(name, set()), name
+
+
+def test_only_health_routes_are_open(template: Any) -> None:
+    assert template.resources["Api"]["Properties"]["Auth"]["DefaultAuthorizer"] == "TokenAuthorizer"
+    for function in template.functions.values():
+        for event in function.get("Events", {}).values():
+            if event["Type"] == "Api":
+                is_open = event["Properties"].get("Auth", {}).get("Authorizer") == "NONE"
+                assert is_open == (event["Properties"]["Path"] in HEALTH_ROUTES), event["Properties"]["Path"]
+
+
+def test_the_api_is_throttled_and_logged(template: Any) -> None:
+    api = template.resources["Api"]["Properties"]
+    [settings] = api["MethodSettings"]
+    assert {"ThrottlingRateLimit", "ThrottlingBurstLimit"} <= settings.keys()
+    assert settings["DataTraceEnabled"] is False
+    assert "authorizationToken" not in api["AccessLogSetting"]["Format"]
+
+
+def test_no_policy_names_every_resource(template: Any) -> None:
+    for name in [*template.functions, "TaskExecutionStateMachine"]:
+        for action, resource in allowed(template, name):
+            assert not action.endswith("*"), f"{name}: {action}"
+            if resource == "*":
+                assert action.split(":")[0] in NEEDS_EVERY_RESOURCE, f"{name}: {action} on every resource"
+
+
+def test_every_action_says_which_call_needs_it() -> None:
+    lines = (Path(__file__).parents[2] / "template.yaml").read_text().splitlines()
+    begin = lines.index("  TaskExecutionStateMachine:")  # after the tables, whose own policy only denies
+    services = ("dynamodb:", "lambda:", "states:", "logs:", "sqs:")
+    actions = [line for line in lines[begin:] if line.strip().startswith(tuple(f"- {each}" for each in services))]
+    assert actions
+    uncommented = [line for line in actions if " # " not in line]
+    assert uncommented == []
+
+
+def test_only_the_recorder_puts_audit_entries(template: Any) -> None:
+    entries = {"Fn::GetAtt": ["AuditEntriesTable", "Arn"]}
+    writers = {name for name in template.functions if ("dynamodb:PutItem", entries) in list(allowed(template, name))}
+    assert writers == {"RecordAuditFunction", "RecordEventsFunction"}
+
+
+def test_nobody_changes_audit_entries(template: Any) -> None:
+    entries = {"Fn::GetAtt": ["AuditEntriesTable", "Arn"]}
+    [everyone] = template.resources["AuditEntriesTable"]["Properties"]["ResourcePolicy"]["PolicyDocument"]["Statement"]
+    assert (everyone["Effect"], everyone["Principal"], set(everyone["Action"])) == ("Deny", "*", CHANGES)
+    for name in OWNERS["AuditEntriesTable"]:
+        denied = [each for each in template.statements(name) if each["Effect"] == "Deny"]
+        assert [(set(each["Action"]), each["Resource"]) for each in denied] == [(CHANGES, [entries])], name
+
+
+def test_a_table_has_one_owner(template: Any) -> None:
+    for table, owners in OWNERS.items():
+        users = {name for name in template.functions if f"'{table}'" in str(list(allowed(template, name)))}
+        assert users == owners, table
+
+
+def test_what_must_outlive_the_stack_is_retained(template: Any) -> None:
+    for table in OWNERS:
+        assert template.resources[table]["DeletionPolicy"] == "RetainExceptOnCreate"
+        assert template.resources[table]["UpdateReplacePolicy"] == "Retain"
+
+
+def test_tables_are_encrypted_and_recoverable(template: Any) -> None:
+    for name, table in template.of_type("AWS::DynamoDB::Table").items():
+        assert table["SSESpecification"] == {"SSEEnabled": True}, name
+        assert table["PointInTimeRecoverySpecification"] == {"PointInTimeRecoveryEnabled": True}, name
+        assert table["BillingMode"] == "PAY_PER_REQUEST", name
+
+
+def test_the_stub_is_refused_outside_the_local_stage(template: Any) -> None:
+    rule = template.document["Rules"]["StubOnlyInLocalStage"]
+    assert rule["RuleCondition"] == {"Fn::Equals": [{"Ref": "AuthMode"}, "stub"]}
+    [assertion] = rule["Assertions"]
+    assert assertion["Assert"] == {"Fn::Equals": [{"Ref": "Stage"}, "local"]}
+    assert template.parameters["AuthMode"]["Default"] == "jwt"
+
+
+def test_events_that_cannot_be_recorded_are_not_lost(template: Any) -> None:
+    stream = template.functions["RecordEventsFunction"]["Events"]["NewEvents"]["Properties"]
+    assert stream["FunctionResponseTypes"] == ["ReportBatchItemFailures"]
+    assert stream["BisectBatchOnFunctionError"] is True
+    assert stream["MaximumRetryAttempts"] > 0
+    assert stream["DestinationConfig"]["OnFailure"]["Destination"] == {"Fn::GetAtt": ["UnrecordedEventsQueue", "Arn"]}
+
+
+def test_every_parameter_is_used(template: Any) -> None:
+    used = str({key: template.document[key] for key in ("Rules", "Conditions", "Globals", "Resources")})
+    unused = [name for name in template.parameters if f"{{'Ref': '{name}'}}" not in used]
+    assert unused == []
+
