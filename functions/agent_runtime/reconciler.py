@@ -15,12 +15,11 @@ from qaes.adapters.executions import Executions
 from qaes.adapters.logs import logger
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.errors import NotFoundError
-from qaes.domain.models import OPEN, TERMINAL, Outcome, Task
+from qaes.domain.models import OPEN, TERMINAL, Task
 
 GRACE_SECONDS = 30
 """A task that changed less than this ago is left to those who are at work on it."""
 
-OUTCOMES: dict[str, Outcome] = {"TIMED_OUT": "failed", "ABORTED": "failed", "FAILED": "failed", "SUCCEEDED": "failed"}
 REASONS = {
     "TIMED_OUT": "the execution reached its time limit",
     "ABORTED": "the execution was stopped",
@@ -33,13 +32,10 @@ REASONS = {
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """An EventBridge event → `{"reconciled": [task ids]}`."""
     store, executions = TaskStore(), Executions()
-    detail = event.get("detail") or {}
     if event.get("detail-type") == "Step Functions Execution Status Change":
-        tasks = _ended(store, detail)
-    else:
-        tasks = [task for status in OPEN for task in store.open_tasks(status, GRACE_SECONDS)]
+        return {"reconciled": _execution_changed(store, event.get("detail") or {})}
     reconciled = []
-    for task in tasks:
+    for task in [task for status in OPEN for task in store.open_tasks(status, GRACE_SECONDS)]:
         try:
             if reconcile(task, store, executions):
                 reconciled.append(task.task_id)
@@ -58,7 +54,7 @@ def reconcile(task: Task, store: TaskStore, executions: Executions) -> bool:
         return True
     if status == "RUNNING":
         return _deliver(task, store, executions)
-    store.end_task(task.task_id, OUTCOMES[status], actor="reconciler", reason=REASONS[status], failed_step=None)
+    _end(store, task, status)
     return True
 
 
@@ -73,12 +69,22 @@ def _deliver(task: Task, store: TaskStore, executions: Executions) -> bool:
     return executions.deliver(last)
 
 
-def _ended(store: TaskStore, detail: dict[str, Any]) -> list[Task]:
-    if detail.get("status") == "RUNNING":
+def _execution_changed(store: TaskStore, detail: dict[str, Any]) -> list[str]:
+    if detail.get("status") not in REASONS:
         return []
     try:
         task = store.get_task(str(json.loads(detail["input"])["task_id"]))
     except (KeyError, TypeError, ValueError, NotFoundError):
         logger().warning("an execution of no known task", extra={"execution": detail.get("name")})
         return []
-    return [] if task.status in TERMINAL else [task]
+    if task.status in TERMINAL:
+        return []
+    _end(store, task, detail["status"])
+    return [task.task_id]
+
+
+def _end(store: TaskStore, task: Task, execution_status: str) -> None:
+    """The execution has ended and has not said how the task did: whatever it was, the task has failed."""
+    store.end_task(
+        task.task_id, "failed", actor="reconciler", reason=REASONS[execution_status], failed_step=None
+    )

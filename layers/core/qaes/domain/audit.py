@@ -1,0 +1,139 @@
+"""Audit entries: one chain for each task, in which every entry names the hash of the one before."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationError
+
+from qaes.domain.canonical import canonical_json
+from qaes.domain.errors import InvalidInputError, QaesError
+from qaes.domain.merkle import leaf_hash
+from qaes.domain.models import Event, EventKind, Model
+
+GENESIS = "0" * 64
+"""`prev` of a task's first entry."""
+
+Check = Literal["text", "log", "seq", "prev", "leaf", "anchor"]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+HashOrNone = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
+
+
+class BrokenChainError(QaesError):
+    """A chain does not hold: `seq` is the first entry (from 1) that is wrong, `check` what is wrong with it."""
+
+    def __init__(self, seq: int, check: Check, message: str) -> None:
+        super().__init__(f"entry {seq}: {message}", seq=seq, check=check)
+        self.seq = seq
+        self.check = check
+
+
+class AuditEntry(Model):
+    """What happened to a task, as it is hashed. `step_index` is -1 where no step is meant, `step_type` then the kind."""
+
+    v: Literal[1] = 1
+    log_id: str
+    task_id: str
+    seq: int = Field(ge=1)
+    step_index: int = Field(ge=-1)
+    step_id: str
+    step_type: str
+    kind: EventKind
+    actor: str
+    status: str
+    input_hash: HashOrNone
+    output_hash: HashOrNone
+    plan_hash: HashOrNone
+    policy_id: str
+    nonce: str = Field(pattern=r"^[0-9a-f]{32}$")
+    prev: Hash
+    timestamp: str
+
+
+def build_entry(event: Event, *, log_id: str, task_id: str, seq: int, prev: str) -> AuditEntry:
+    """The entry for `event`, whose number in its task is `seq`; `prev` is the leaf hash of the entry before.
+
+    The nonce is random, so that nobody finds out what an entry says by hashing guesses. Two calls give two entries: the one that
+    is stored first is the entry.
+    """
+    return AuditEntry(
+        log_id=log_id,
+        task_id=task_id,
+        seq=seq,
+        step_index=event.step_index,
+        step_id=event.step_id,
+        step_type=event.step_type or event.kind,
+        kind=event.kind,
+        actor=event.actor,
+        status=event.status,
+        input_hash=event.input_hash,
+        output_hash=event.output_hash,
+        plan_hash=event.plan_hash,
+        policy_id=event.policy_id,
+        nonce=secrets.token_hex(16),
+        prev=prev,
+        timestamp=event.timestamp,
+    )
+
+
+def entry_text(entry: AuditEntry) -> str:
+    """The RFC 8785 text that is stored and hashed."""
+    return canonical_json(entry.model_dump(mode="json"))
+
+
+def parse_entry(text: str) -> AuditEntry:
+    """The entry of a stored text.
+
+    Raises
+    ------
+    InvalidInputError
+        It is not an entry, or is written in another way than `entry_text` writes it.
+    """
+    try:
+        entry = AuditEntry.model_validate_json(text, strict=True)
+    except ValidationError as error:
+        raise InvalidInputError("not an audit entry") from error
+    if entry_text(entry) != text:
+        raise InvalidInputError("not the canonical text of the entry")
+    return entry
+
+
+def verify_chain(links: Iterable[tuple[str, str]], *, log_id: str, task_id: str) -> str:
+    """Check a task's whole chain, or the beginning of it.
+
+    Parameters
+    ----------
+    links
+        (text, leaf hash) of each entry as stored, from the first.
+    log_id, task_id
+        What the entries must belong to: known to the caller, never taken from the entries.
+
+    Returns
+    -------
+    str
+        The leaf hash of the last entry; GENESIS for an empty chain.
+
+    Raises
+    ------
+    BrokenChainError
+        The first link that does not hold. Its `check`: `text` (no canonical entry), `log` (of another log or task), `seq` (a gap),
+        `prev` (does not name the entry before) or `leaf` (the text has another hash).
+    """
+    prev = GENESIS
+    for seq, (text, leaf) in enumerate(links, start=1):
+        try:
+            entry = parse_entry(text)
+        except InvalidInputError as error:
+            raise BrokenChainError(seq, "text", error.message) from error
+        if (entry.log_id, entry.task_id) != (log_id, task_id):
+            raise BrokenChainError(seq, "log", "it belongs to another log or task")
+        if entry.seq != seq:
+            raise BrokenChainError(seq, "seq", f"its number is {entry.seq}")
+        if entry.prev != prev:
+            raise BrokenChainError(seq, "prev", "it does not name the entry before")
+        if leaf_hash(text) != leaf:
+            raise BrokenChainError(seq, "leaf", "its text does not have the recorded hash")
+        prev = leaf
+    return prev

@@ -1,0 +1,109 @@
+"""32 bytes as 60 letters with a checksum: an identity in capitals, a transaction's id in small letters.
+
+Source: Qubic's integration documents. Four uint64 (little-endian), each as 14 letters of base 26, the least significant
+first; then 18 bits of K12 of the 32 bytes as 4 letters.
+"""
+
+from __future__ import annotations
+
+import re
+
+from qaes.domain.errors import InvalidInputError
+from qaes.domain.qubic.k12 import k12
+
+LETTERS = 60
+_A = ord("A")
+_IDENTITY = re.compile(r"[A-Z]{60}", re.ASCII)
+_TRANSACTION_ID = re.compile(r"[a-z]{60}", re.ASCII)
+_LEGACY_ADDRESS = re.compile(r"0[xX][0-9a-fA-F]{16,40}", re.ASCII)
+
+
+def _letters(value: int, count: int) -> str:
+    letters = []
+    for _ in range(count):
+        value, letter = divmod(value, 26)
+        letters.append(chr(_A + letter))
+    return "".join(letters)
+
+
+def encode_identity(data: bytes) -> str:
+    """The identity (60 capitals) of 32 bytes."""
+    if len(data) != 32:
+        raise ValueError("an identity stands for 32 bytes")
+    words = (int.from_bytes(data[at : at + 8], "little") for at in range(0, 32, 8))
+    checksum = int.from_bytes(k12(data, 3), "little") & 0x3FFFF
+    return "".join(_letters(word, 14) for word in words) + _letters(checksum, 4)
+
+
+def decode_identity(identity: str) -> bytes:
+    """The 32 bytes of an identity. Raises ValueError unless form and checksum are right."""
+    if not is_identity_shaped(identity):
+        raise ValueError("an identity has 60 letters A to Z")
+    data = bytearray()
+    for at in range(0, 56, 14):
+        value = 0
+        for letter in reversed(identity[at : at + 14]):
+            value = value * 26 + ord(letter) - _A
+        if value >= 1 << 64:
+            raise ValueError("the identity is out of range")
+        data += value.to_bytes(8, "little")
+    if encode_identity(bytes(data)) != identity:
+        raise ValueError("the identity's checksum is wrong")
+    return bytes(data)
+
+
+def encode_transaction_id(data: bytes) -> str:
+    """The transaction id (60 small letters) of a 32-byte hash."""
+    return encode_identity(data).lower()
+
+
+def decode_transaction_id(txid: str) -> bytes:
+    """The 32-byte hash of a transaction id. Raises ValueError unless form and checksum are right."""
+    if not _TRANSACTION_ID.fullmatch(txid):
+        raise ValueError("a transaction id has 60 letters a to z")
+    return decode_identity(txid.upper())
+
+
+def is_identity_shaped(text: str) -> bool:
+    """Whether `text` has the form of an identity; says nothing of its checksum."""
+    return _IDENTITY.fullmatch(text) is not None
+
+
+def is_transaction_id_shaped(text: str) -> bool:
+    """Whether `text` has the form of a transaction id; says nothing of its checksum."""
+    return _TRANSACTION_ID.fullmatch(text) is not None
+
+
+def check_address(address: object, field: str = "address") -> str:
+    """An address that the ledger takes, in its one spelling.
+
+    Parameters
+    ----------
+    address
+        A Qubic identity, or an address of the older clients: `0x` and 16 to 40 hexadecimal digits.
+    field
+        What the error names.
+
+    Returns
+    -------
+    str
+        The identity, or the older address in lower case.
+
+    Raises
+    ------
+    InvalidInputError
+        It is neither, or the identity's checksum is wrong.
+    """
+    if not isinstance(address, str):
+        raise InvalidInputError("an address is text", field=field)
+    if _LEGACY_ADDRESS.fullmatch(address):
+        return address.lower()
+    if not is_identity_shaped(address):
+        raise InvalidInputError(
+            "an address is an identity of 60 capital letters, or 0x and 16 to 40 hexadecimal digits", field=field
+        )
+    try:
+        decode_identity(address)
+    except ValueError as error:
+        raise InvalidInputError(f"{error}: it is mistyped", field=field) from error
+    return address

@@ -1,0 +1,66 @@
+"""Tasks under fixed ids, so that the events under `events/` find what they name.
+
+`python -m local.seed` writes them to the table TASKS_TABLE of the local AWS; a second time changes nothing.
+"""
+
+from __future__ import annotations
+
+from qaes.adapters.task_store import TaskStore
+from qaes.domain import planning
+from qaes.domain.errors import ConcurrentUpdateError
+from qaes.domain.ids import now, timestamp
+from qaes.domain.models import Plan, Task
+from qaes.domain.policy import Policy
+
+NEW_TASK = "task_019ab000-0000-7000-8000-000000000001"
+"""A task that was just started: for the planner's nodes."""
+PLANNED_TASK = "task_019ab000-0000-7000-8000-000000000002"
+"""A transfer whose plan is stored and whose first step comes next: for the agents and the worker."""
+PLAN = "plan_019ab000-0000-7000-8000-000000000002"
+PARAMETERS = {"wallet_address": "0x1234567890abcdef", "to_address": "0xfedcba0987654321", "amount": 1}
+
+
+def seed(store: TaskStore, policy: Policy) -> None:
+    """Write both tasks; `policy` is the one in force, which the plan pins."""
+    for task_id in (NEW_TASK, PLANNED_TASK):
+        moment = timestamp(now())
+        task = Task(
+            task_id=task_id,
+            status="pending",
+            task_type="transfer_funds",
+            description="an example for the events",
+            parameters=PARAMETERS,
+            requester="alice",
+            created_at=moment,
+            updated_at=moment,
+        )
+        try:
+            store.start_task(task)
+        except ConcurrentUpdateError:
+            continue  # it was written by an earlier run
+    if store.get_task(PLANNED_TASK).plan_id is None:
+        store.begin_planning(PLANNED_TASK)
+        plan = _plan(policy)
+        store.record_policy(PLANNED_TASK, plan.analysis, plan.policy)
+        store.save_plan(PLANNED_TASK, plan)
+
+
+def _plan(policy: Policy) -> Plan:
+    analysis = planning.analyze("transfer_funds", policy)
+    return planning.build_plan(
+        plan_id=PLAN,
+        task_id=PLANNED_TASK,
+        created_at=timestamp(now()),
+        task_type="transfer_funds",
+        description="an example for the events",
+        parameters=PARAMETERS,
+        analysis=analysis,
+        policy=policy.decide(analysis.action_type),
+    )
+
+
+if __name__ == "__main__":
+    from qaes.adapters.ledger_client import LedgerClient
+
+    seed(TaskStore(), LedgerClient().policy())
+    print(f"seeded {NEW_TASK} and {PLANNED_TASK}")

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qaes.domain.errors import InvalidInputError
+from qaes.domain.qubic import identity as identities
+from qaes.domain.qubic.identity import (
+    check_address,
+    decode_identity,
+    decode_transaction_id,
+    encode_identity,
+    encode_transaction_id,
+    is_identity_shaped,
+)
+
+IDENTITY = "BZBQFLLBNCXEMGLOBHUVFTLUPLVCPQUASSILFABOFFBCADQSSUPNWLZBQEXK"
+keys = st.binary(min_size=32, max_size=32)
+
+
+@given(keys)
+def test_round_trip(data: bytes) -> None:
+    assert decode_identity(encode_identity(data)) == data
+    assert decode_transaction_id(encode_transaction_id(data)) == data
+    assert is_identity_shaped(encode_identity(data))
+    assert check_address(encode_identity(data)) == encode_identity(data)
+
+
+@given(st.integers(0, 59), st.sampled_from("ABCDEFGHIJKLMNOPQRSTUVWXYZ"))
+def test_one_wrong_letter_is_refused(position: int, letter: str) -> None:
+    mistyped = IDENTITY[:position] + letter + IDENTITY[position + 1 :]
+    if mistyped == IDENTITY:
+        return
+    with pytest.raises(ValueError, match="identity"):
+        decode_identity(mistyped)
+    with pytest.raises(InvalidInputError) as caught:
+        check_address(mistyped, field="to_address")
+    assert caught.value.field == "to_address"
+
+
+@pytest.mark.parametrize("text", ["", "A" * 59, "A" * 61, IDENTITY.lower(), IDENTITY[:-1] + "1", IDENTITY + "\n"])
+def test_what_is_not_shaped_like_an_identity(text: str) -> None:
+    assert not is_identity_shaped(text)
+    with pytest.raises(ValueError, match="60 letters"):
+        decode_identity(text)
+
+
+def test_a_word_beyond_64_bits_is_refused() -> None:
+    with pytest.raises(ValueError, match="range"):
+        decode_identity("Z" * 60)
+
+
+def test_a_transaction_id_is_in_small_letters() -> None:
+    with pytest.raises(ValueError, match="a to z"):
+        decode_transaction_id(IDENTITY)
+    with pytest.raises(ValueError, match="32 bytes"):
+        encode_identity(bytes(31))
+    assert identities.is_transaction_id_shaped(IDENTITY.lower())
+    assert not identities.is_transaction_id_shaped(IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("address", "expected"),
+    [
+        (IDENTITY, IDENTITY),
+        ("0x1234567890abcdef", "0x1234567890abcdef"),
+        ("0X1234567890ABCDEF", "0x1234567890abcdef"),
+        ("0x" + "Ab" * 20, "0x" + "ab" * 20),
+    ],
+)
+def test_addresses(address: str, expected: str) -> None:
+    assert check_address(address) == expected
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        None,
+        5,
+        "",
+        "0x",
+        "0x" + "a" * 15,
+        "0x" + "a" * 41,
+        "0x12345678 90abcdef",
+        "0x1234567890abcdeg",
+        "A" * 60,
+        "wallet",
+    ],
+)
+def test_what_is_no_address(address: object) -> None:
+    with pytest.raises(InvalidInputError):
+        check_address(address)
+
+
+def test_checking_an_address_loads_no_curve() -> None:
+    code = "import sys, qaes.domain.qubic.identity; print(*[name for name in sys.modules if name.endswith(('fourq', 'schnorrq'))])"
+    layer = Path(identities.__file__).parents[3]
+    out = subprocess.run([sys.executable, "-c", code], cwd=layer, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == ""
