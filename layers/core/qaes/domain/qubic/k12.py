@@ -28,7 +28,7 @@ _ROUND_CONSTANTS = (
 
 
 def _rho_pi() -> tuple[tuple[int, int, int], ...]:
-    # (from, rotation, to): lane (x, y), at index x + 5y, moves to (y, 2x + 3y) while it rotates (FIPS 202, 3.2.2, 3.2.3).
+    # (from, rotation, to): lane (x, y), at index x + 5y, moves to (y, 2x + 3y) and rotates (FIPS 202, 3.2.2 and 3.2.3).
     moves = [(0, 0, 0)]
     x, y = 1, 0
     for t in range(24):

@@ -1,0 +1,132 @@
+"""The audit agent's recorder: turns a task's events into the entries of its chain, and anchors them on the ledger.
+
+Called by the state RecordAudit, so that a step counts only once it is on record, and by the stream of the tasks table
+for what happens outside of steps. Both do the same `drain`, at the same time too, and it may stop anywhere: what is
+there stays, what is not there yet is done by the next one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from audit.store import Anchor, AuditStore, Outbox, StoredEntry
+from qaes.adapters import settings
+from qaes.adapters.ledger_client import LedgerClient
+from qaes.adapters.logs import TASK_ID, logger
+from qaes.domain.audit import GENESIS, BrokenChainError, build_entry
+from qaes.domain.errors import UnavailableError
+
+BATCH = 25
+"""Hashes in one call to the ledger."""
+
+
+@dataclass(frozen=True)
+class Drained:
+    """How many entries this drain recorded, and the number of the task's newest entry (0: none)."""
+
+    recorded: int
+    seq: int
+
+
+class Recorder:
+    """Records what is outstanding of a task."""
+
+    def __init__(self, outbox: Outbox, store: AuditStore, ledger: LedgerClient, *, log_id: str, network: str) -> None:
+        self._outbox = outbox
+        self._store = store
+        self._ledger = ledger
+        self._log_id = log_id
+        self._network = network
+
+    def drain(self, task_id: str) -> Drained:
+        """Record the events after the last entry, then anchor the entries after the last anchor.
+
+        Raises
+        ------
+        UnavailableError
+            A table or the ledger did not answer; to be called again.
+        BrokenChainError
+            An event is missing, or the stored entries were altered: nothing is recorded on top of that.
+        """
+        last = self._store.last_entry(task_id)
+        seq, prev = (last.seq, last.intact().leaf) if last else (0, GENESIS)
+        recorded = 0
+        for number, event in self._outbox.events_after(task_id, seq):
+            if number != seq + 1:
+                raise BrokenChainError(seq + 1, "seq", f"its event is missing, the next is {number}")
+            entry = build_entry(event, log_id=self._log_id, task_id=task_id, seq=number, prev=prev)
+            stored = self._store.append(entry)
+            recorded += stored is not None
+            seq, prev = number, (stored or self._recorded_by_another(task_id, number)).leaf
+        self._anchor(task_id)
+        return Drained(recorded, seq)
+
+    def _recorded_by_another(self, task_id: str, seq: int) -> StoredEntry:
+        stored = self._store.entry(task_id, seq)
+        if stored is None:
+            raise BrokenChainError(seq, "seq", "the entry was there and is gone")
+        return stored.intact()
+
+    def _anchor(self, task_id: str) -> None:
+        # Anchors are written in order by everyone, each after the one before it was seen: what has one is a prefix of the chain.
+        outstanding = [*self._store.entries(task_id, self._store.last_anchored(task_id) + 1)]
+        for start in range(0, len(outstanding), BATCH):
+            batch = [entry.intact() for entry in outstanding[start : start + BATCH]]
+            transactions = self._ledger.write_hashes(
+                [
+                    {
+                        "hash": entry.leaf,
+                        "metadata": {"log_id": self._log_id, "task_id": task_id, "seq": entry.seq},
+                    }
+                    for entry in batch
+                ]
+            )
+            if [each["hash"] for each in transactions] != [entry.leaf for entry in batch]:
+                raise UnavailableError("the ledger answered for other hashes")
+            for entry, each in zip(batch, transactions, strict=True):
+                anchor = Anchor(entry.seq, entry.leaf, str(each["txid"]), int(each["tick"]), self._network)
+                self._store.record_anchor(task_id, anchor)
+
+
+def recorder() -> Recorder:
+    """The recorder of this function's environment."""
+    return Recorder(
+        Outbox(),
+        AuditStore(),
+        LedgerClient(),
+        log_id=settings.text("LOG_ID"),
+        network=settings.text("QUBIC_NETWORK"),
+    )
+
+
+@logger().inject_lambda_context(correlation_id_path=TASK_ID)
+def record_audit(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
+    """`{task_id}` → `{recorded, seq}`. Raises when anything is unavailable: the state tries again."""
+    drained = recorder().drain(str(event["task_id"]))
+    return {"recorded": drained.recorded, "seq": drained.seq}
+
+
+@logger().inject_lambda_context
+def record_events(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
+    """A batch of the tasks table's stream → `{"batchItemFailures": [{"itemIdentifier": sequence number}]}`.
+
+    A task is drained once however many of its events are in the batch; when that fails, all of them are to be
+    delivered again. One task that cannot be recorded does not keep the others from being recorded.
+    """
+    deliveries: dict[str, list[str]] = {}
+    for record in event["Records"]:
+        change = record["dynamodb"]
+        if change["Keys"]["sk"]["S"].startswith("EVENT#"):
+            deliveries.setdefault(change["Keys"]["pk"]["S"], []).append(change["SequenceNumber"])
+    to_record = recorder()
+    failed: list[str] = []
+    for task_id, sequence_numbers in deliveries.items():
+        try:
+            to_record.drain(task_id)
+        except Exception:
+            logger().exception("could not record", extra={"task_id": task_id})
+            failed += sequence_numbers
+    return {"batchItemFailures": [{"itemIdentifier": number} for number in failed]}

@@ -1,0 +1,272 @@
+"""The audit tables: entries (append-only), pointers from hashes to entries, the ledger's transactions; and the outbox.
+
+All reads are consistent. A call that AWS did not answer, or that it was too busy for, is an UnavailableError.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from qaes.adapters import clients, settings
+from qaes.domain.audit import AuditEntry, BrokenChainError, entry_text
+from qaes.domain.errors import UnavailableError
+from qaes.domain.merkle import leaf_hash
+from qaes.domain.models import Event
+
+Item = dict[str, Any]
+Role = Literal["leaf", "input", "output"]
+
+_LAST = 999_999
+_ATTEMPTS = 6
+_BUSY = {
+    "InternalServerError",
+    "ProvisionedThroughputExceededException",
+    "RequestLimitExceeded",
+    "ThrottlingException",
+    "TransactionInProgressException",
+}
+
+
+@dataclass(frozen=True)
+class StoredEntry:
+    """An entry as stored: its exact text and the leaf hash that was recorded with it."""
+
+    seq: int
+    text: str
+    leaf: str
+
+    def intact(self) -> StoredEntry:
+        """Itself. Raises BrokenChainError when text and leaf hash do not belong together."""
+        if leaf_hash(self.text) != self.leaf:
+            raise BrokenChainError(self.seq, "leaf", "its text does not have the recorded hash")
+        return self
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The ledger's transaction that carries an entry's leaf hash."""
+
+    seq: int
+    leaf: str
+    txid: str
+    tick: int
+    network: str
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """Where a hash occurs: as an entry's own leaf hash, or as the hash of what went in or came out."""
+
+    task_id: str
+    seq: int
+    role: Role
+
+
+class Outbox:
+    """The events of tasks, written by the execution side; only read here."""
+
+    def __init__(self, table: str | None = None) -> None:
+        self._table = table or settings.text("TASKS_TABLE")
+
+    def events_after(self, task_id: str, seq: int) -> Iterator[tuple[int, Event]]:
+        """(number, event) of each event after number `seq`, in order."""
+        for item in _range(self._table, task_id, "EVENT", seq + 1, _LAST):
+            fields = {name: _value(value) for name, value in item.items() if name not in {"pk", "sk"}}
+            yield _number(item), Event.model_validate(fields)
+
+
+class AuditStore:
+    """Entries, pointers and anchors. Nothing is ever changed or deleted."""
+
+    def __init__(self, entries_table: str | None = None, log_table: str | None = None) -> None:
+        self._entries = entries_table or settings.text("AUDIT_ENTRIES_TABLE")
+        self._log = log_table or settings.text("AUDIT_LOG_TABLE")
+
+    # Entries
+
+    def entries(self, task_id: str, first: int = 1, last: int = _LAST) -> Iterator[StoredEntry]:
+        """The task's entries with numbers from `first` to `last`, in order."""
+        return map(_entry, _range(self._entries, task_id, "ENTRY", first, last))
+
+    def entry(self, task_id: str, seq: int) -> StoredEntry | None:
+        with _asking():
+            found = clients.client("dynamodb").get_item(
+                TableName=self._entries, Key=_key(task_id, f"ENTRY#{seq:06d}"), ConsistentRead=True
+            )
+        return _entry(found["Item"]) if "Item" in found else None
+
+    def last_entry(self, task_id: str) -> StoredEntry | None:
+        item = _newest(self._entries, task_id, "ENTRY")
+        return _entry(item) if item else None
+
+    def append(self, entry: AuditEntry) -> StoredEntry | None:
+        """Record an entry and the pointers to it, in one transaction.
+
+        Returns what was recorded; None when there is an entry with that number already, which stays as it is.
+        """
+        text = entry_text(entry)
+        stored = StoredEntry(entry.seq, text, leaf_hash(text))
+        attributes = {"text": {"S": text}, "leaf": {"S": stored.leaf}}
+        writes = [self._put_new(self._entries, _key(entry.task_id, f"ENTRY#{entry.seq:06d}") | attributes)]
+        for hash_, role in ((stored.leaf, "leaf"), (entry.input_hash, "input"), (entry.output_hash, "output")):
+            if hash_:
+                pointer = _key(f"HASH#{hash_}", f"{entry.task_id}#{entry.seq:06d}#{role}")
+                writes.append({"Put": {"TableName": self._log, "Item": pointer}})
+        for attempt in range(_ATTEMPTS):
+            if self._transact(writes):
+                return stored
+            if self.entry(entry.task_id, entry.seq) is not None:
+                return None
+            # Somebody else's transaction on this item was under way, and has not written it.
+            time.sleep(0.02 * 2**attempt)
+        raise UnavailableError("the audit table is busy")
+
+    # Anchors
+
+    def anchors(self, task_id: str) -> dict[int, Anchor]:
+        """The anchors of the task's entries, by number."""
+        return {_number(item): _anchor(item) for item in _range(self._log, task_id, "ANCHOR", 1, _LAST)}
+
+    def anchor(self, task_id: str, seq: int) -> Anchor | None:
+        with _asking():
+            found = clients.client("dynamodb").get_item(
+                TableName=self._log, Key=_key(task_id, f"ANCHOR#{seq:06d}"), ConsistentRead=True
+            )
+        return _anchor(found["Item"]) if "Item" in found else None
+
+    def last_anchored(self, task_id: str) -> int:
+        """The number of the newest entry with an anchor; 0 when there is none."""
+        item = _newest(self._log, task_id, "ANCHOR")
+        return _number(item) if item else 0
+
+    def record_anchor(self, task_id: str, anchor: Anchor) -> None:
+        """Record an anchor; the one that is there already stays."""
+        from botocore.exceptions import ClientError
+
+        item = _key(task_id, f"ANCHOR#{anchor.seq:06d}") | {
+            "leaf": {"S": anchor.leaf},
+            "txid": {"S": anchor.txid},
+            "tick": {"N": str(anchor.tick)},
+            "network": {"S": anchor.network},
+        }
+        try:
+            with _asking():
+                clients.client("dynamodb").put_item(**self._put_new(self._log, item)["Put"])
+        except ClientError as error:
+            if error.response["Error"]["Code"] != "ConditionalCheckFailedException":
+                raise
+
+    # Pointers
+
+    def pointers(self, hash_: str) -> Iterator[Pointer]:
+        """Where the hash occurs, newest task first."""
+        pages = clients.client("dynamodb").get_paginator("query")
+        with _asking():
+            for page in pages.paginate(
+                TableName=self._log,
+                KeyConditionExpression="pk = :pk",
+                ExpressionAttributeValues={":pk": {"S": f"HASH#{hash_}"}},
+                ConsistentRead=True,
+                ScanIndexForward=False,
+            ):
+                for item in page["Items"]:
+                    task_id, seq, role = item["sk"]["S"].split("#")
+                    yield Pointer(task_id, int(seq), role)
+
+    # DynamoDB
+
+    def describe(self) -> None:
+        """Raises unless both tables are there."""
+        with _asking():
+            for table in (self._entries, self._log):
+                clients.client("dynamodb").describe_table(TableName=table)
+
+    def _put_new(self, table: str, item: Item) -> Item:
+        not_there_yet = "attribute_not_exists(pk)"
+        return {"Put": {"TableName": table, "Item": item, "ConditionExpression": not_there_yet}}
+
+    def _transact(self, writes: list[Item]) -> bool:
+        """Whether it was written; False when a condition failed or another transaction was in the way."""
+        from botocore.exceptions import ClientError
+
+        try:
+            with _asking():
+                clients.client("dynamodb").transact_write_items(TransactItems=writes)
+        except ClientError as error:
+            reasons = {reason.get("Code") for reason in error.response.get("CancellationReasons", [])}
+            if reasons & {"ConditionalCheckFailed", "TransactionConflict"}:
+                return False
+            if reasons & {"ThrottlingError", "ProvisionedThroughputExceeded"}:
+                raise UnavailableError("the audit table is busy") from error
+            raise
+        return True
+
+
+@contextmanager
+def _asking() -> Iterator[None]:
+    """AWS's errors that say "ask again" become UnavailableError."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except BotoCoreError as error:
+        raise UnavailableError(f"the table did not answer ({type(error).__name__})") from error
+    except ClientError as error:
+        if error.response["Error"]["Code"] in _BUSY:
+            raise UnavailableError("the table is busy") from error
+        raise
+
+
+def _range(table: str, pk: str, kind: str, first: int, last: int) -> Iterator[Item]:
+    pages = clients.client("dynamodb").get_paginator("query")
+    with _asking():
+        for page in pages.paginate(
+            TableName=table,
+            KeyConditionExpression="pk = :pk AND sk BETWEEN :first AND :last",
+            ExpressionAttributeValues={
+                ":pk": {"S": pk},
+                ":first": {"S": f"{kind}#{first:06d}"},
+                ":last": {"S": f"{kind}#{last:06d}"},
+            },
+            ConsistentRead=True,
+        ):
+            yield from page["Items"]
+
+
+def _newest(table: str, pk: str, kind: str) -> Item | None:
+    with _asking():
+        found = clients.client("dynamodb").query(
+            TableName=table,
+            KeyConditionExpression="pk = :pk AND begins_with(sk, :kind)",
+            ExpressionAttributeValues={":pk": {"S": pk}, ":kind": {"S": f"{kind}#"}},
+            ConsistentRead=True,
+            ScanIndexForward=False,
+            Limit=1,
+        )
+    return next(iter(found["Items"]), None)
+
+
+def _key(pk: str, sk: str) -> Item:
+    return {"pk": {"S": pk}, "sk": {"S": sk}}
+
+
+def _number(item: Item) -> int:
+    return int(item["sk"]["S"].partition("#")[2])
+
+
+def _value(attribute: Item) -> str | int:
+    return int(attribute["N"]) if "N" in attribute else str(attribute["S"])
+
+
+def _entry(item: Item) -> StoredEntry:
+    return StoredEntry(_number(item), item["text"]["S"], item["leaf"]["S"])
+
+
+def _anchor(item: Item) -> Anchor:
+    return Anchor(
+        _number(item), item["leaf"]["S"], item["txid"]["S"], int(item["tick"]["N"]), item["network"]["S"]
+    )
