@@ -9,14 +9,21 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 from qaes.adapters import settings
 from qaes.adapters.logs import TASK_ID, logger
 from qaes.adapters.task_store import TaskStore
+from qaes.domain import compliance
 
 
 @logger().inject_lambda_context(correlation_id_path=TASK_ID)
 def request_approval(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """`{task_id, step_index, task_token}` → stored, for an approver to see (but for the token) and decide."""
     store, step_index = TaskStore(), int(event["step_index"])
-    step = store.plan_of(store.get_task(event["task_id"])).steps[step_index]
+    task = store.get_task(event["task_id"])
+    plan = store.plan_of(task)
+    compliance.check_same_plan(task, plan)
     approval = store.request_approval(
-        event["task_id"], step_index, step, event["task_token"], settings.number("APPROVAL_TIMEOUT_SECONDS")
+        task.task_id,
+        step_index,
+        plan.steps[step_index],
+        event["task_token"],
+        settings.number("APPROVAL_TIMEOUT_SECONDS"),
     )
     return {"status": approval.status, "expires_at": approval.expires_at}

@@ -39,7 +39,7 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
         try:
             if reconcile(task, store, executions):
                 reconciled.append(task.task_id)
-        except Exception:  # one task that cannot be helped now must not keep the others waiting
+        except Exception:  # noqa: BLE001 one task that cannot be helped now must not keep the others waiting
             logger().exception("could not reconcile", extra={"task_id": task.task_id})
     return {"reconciled": reconciled}
 
@@ -85,6 +85,4 @@ def _execution_changed(store: TaskStore, detail: dict[str, Any]) -> list[str]:
 
 def _end(store: TaskStore, task: Task, execution_status: str) -> None:
     """The execution has ended and has not said how the task did: whatever it was, the task has failed."""
-    store.end_task(
-        task.task_id, "failed", actor="reconciler", reason=REASONS[execution_status], failed_step=None
-    )
+    store.end_task(task.task_id, "failed", actor="reconciler", reason=REASONS[execution_status], failed_step=None)

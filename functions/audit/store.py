@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from qaes.adapters import clients, settings
-from qaes.domain.audit import AuditEntry, BrokenChainError, entry_text
-from qaes.domain.errors import UnavailableError
+from qaes.domain.audit import AuditEntry, BrokenChainError, entry_text, parse_entry
+from qaes.domain.errors import InvalidInputError, UnavailableError
 from qaes.domain.merkle import leaf_hash
 from qaes.domain.models import Event
 
@@ -44,6 +44,13 @@ class StoredEntry:
         if leaf_hash(self.text) != self.leaf:
             raise BrokenChainError(self.seq, "leaf", "its text does not have the recorded hash")
         return self
+
+    def parsed(self) -> AuditEntry | None:
+        """The entry that the text says; None when it was altered so that it is none any more."""
+        try:
+            return parse_entry(self.text)
+        except InvalidInputError:
+            return None
 
 
 @dataclass(frozen=True)
@@ -267,6 +274,4 @@ def _entry(item: Item) -> StoredEntry:
 
 
 def _anchor(item: Item) -> Anchor:
-    return Anchor(
-        _number(item), item["leaf"]["S"], item["txid"]["S"], int(item["tick"]["N"]), item["network"]["S"]
-    )
+    return Anchor(_number(item), item["leaf"]["S"], item["txid"]["S"], int(item["tick"]["N"]), item["network"]["S"])

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from fastapi import Path, Query, Request
+from fastapi import Depends, Path, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from qaes.adapters.http import caller, create_app, make_handler
-from qaes.domain.errors import ForbiddenError, NotFoundError
+from qaes.adapters.http import create_app, make_handler, require
+from qaes.domain.errors import NotFoundError, UnavailableError
 from qaes.domain.policy import Policy, Rule
 from qaes.domain.qubic.identity import is_transaction_id_shaped
 from qubic.chain import chain
@@ -84,9 +84,18 @@ class TransactionAnswer(_Answer):
 class HealthAnswer(_Answer):
     """The service and its table answer."""
 
-    status: str
+    status: Literal["healthy"]
     service: str
     tick: int
+
+
+class UnhealthyAnswer(_Answer):
+    """The part that does not answer, named."""
+
+    status: Literal["unhealthy"]
+    service: str
+    failing: list[str]
+    detail: str
 
 
 @app.get("/policy")
@@ -113,11 +122,9 @@ def get_policy(
     )
 
 
-@app.post("/write")
-def write(body: WriteRequest, request: Request) -> WriteAnswer:
+@app.post("/write", dependencies=[Depends(require("operator"))])
+def write(body: WriteRequest) -> WriteAnswer:
     """Write a hash on the ledger, once for ever: the second time answers with the first transaction. Operators only."""
-    if "operator" not in caller(request).roles:
-        raise ForbiddenError("writing to the ledger needs the role operator")
     it = chain()
     [receipt] = it.write_hashes([HashEntry.checked(body.hash, body.metadata)])
     return WriteAnswer(
@@ -159,8 +166,14 @@ def get_transaction(txid: str) -> TransactionAnswer:
     )
 
 
-@app.get("/qubic/health")
-def health() -> HealthAnswer:
+@app.get("/qubic/health", responses={503: {"model": UnhealthyAnswer}})
+def health(response: Response) -> HealthAnswer | UnhealthyAnswer:
     """Healthy when the ledger's table answers."""
     it = chain()
-    return HealthAnswer(network=it.network, status="healthy", service="qubic", tick=it.health())
+    try:
+        return HealthAnswer(network=it.network, status="healthy", service="qubic", tick=it.health())
+    except UnavailableError as error:
+        response.status_code = 503
+        return UnhealthyAnswer(
+            network=it.network, status="unhealthy", service="qubic", failing=["ledger_table"], detail=error.message
+        )

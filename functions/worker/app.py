@@ -32,7 +32,7 @@ def execute_step(event: dict[str, Any], context: LambdaContext) -> dict[str, Any
     plan = store.plan_of(task)
     step, policy = plan.steps[step_index], ledger.policy()
     if record is None:
-        # The claim is the commit point: an attempt after it must find out what happened, whatever the policy says by then.
+        # The claim is the commit point: a later attempt finds out what happened, whatever the policy says by then.
         approval = store.latest_approval(task_id, step_index)
         current = policy.decide(plan.analysis.action_type)
         try:

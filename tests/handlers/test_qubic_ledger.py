@@ -210,6 +210,65 @@ def test_concurrent_calls_with_one_reference_move_once(chain: MockChain, monkeyp
     assert balances(chain) == {RICH: 0, POOR: 500, EMPTY: 1000}
 
 
+@pytest.fixture
+def just_before_the_write(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], object]], None]:
+    """Let a rival act once, between what was read and what is to be written."""
+
+    def arrange(rival: Callable[[], object]) -> None:
+        original = MockChain._transact
+
+        def late(self: MockChain, items: Any) -> None:
+            monkeypatch.setattr(MockChain, "_transact", original)
+            rival()
+            original(self, items)
+
+        monkeypatch.setattr(MockChain, "_transact", late)
+
+    return arrange
+
+
+def test_a_twin_that_was_quicker_is_found_though_the_balances_look_untouched(
+    chain: MockChain, just_before_the_write: Callable[[Callable[[], object]], None]
+) -> None:
+    def rival() -> None:
+        chain.transfer(reference="r", source=RICH, destination=EMPTY, amount=10)
+        chain.transfer(reference="back", source=EMPTY, destination=RICH, amount=10)
+
+    just_before_the_write(rival)
+    assert chain.transfer(reference="r", source=RICH, destination=EMPTY, amount=10).replayed
+    assert balances(chain) == DEMO_BALANCES
+
+
+def test_a_balance_that_was_spent_meanwhile_is_read_again(
+    chain: MockChain, just_before_the_write: Callable[[Callable[[], object]], None]
+) -> None:
+    just_before_the_write(lambda: chain.transfer(reference="other", source=RICH, destination=POOR, amount=900))
+    with pytest.raises(RefusedError, match="too small"):
+        chain.transfer(reference="r", source=RICH, destination=EMPTY, amount=500)
+    assert balances(chain) == {RICH: 100, POOR: 1400, EMPTY: 0}
+
+
+def test_a_hash_that_was_written_meanwhile_keeps_its_transaction(
+    chain: MockChain, just_before_the_write: Callable[[Callable[[], object]], None]
+) -> None:
+    earlier = MockChain(clock=lambda: GENESIS)
+    just_before_the_write(lambda: earlier.write_hashes([HashEntry("ab" * 32, {})]))
+    first, second = chain.write_hashes([HashEntry("ab" * 32, {}), HashEntry("cd" * 32, {})])
+    assert first.tick == FIRST_TICK
+    assert second.tick > FIRST_TICK
+    assert len(items("TX#")) == 2
+
+
+def test_a_policy_that_was_published_meanwhile_is_not_overwritten(
+    chain: MockChain, just_before_the_write: Callable[[Callable[[], object]], None]
+) -> None:
+    rule = Rule(allowed=True, requires_approval=True, risk_level="low")
+    chain.policy()
+    just_before_the_write(lambda: chain.publish_policy({"rival": rule}))
+    assert chain.publish_policy({"ours": rule}).version == 3
+    assert len(items("POLICY")) == 4
+
+
 def test_endless_contention_is_unavailable_and_moves_nothing(chain: MockChain, monkeypatch: pytest.MonkeyPatch) -> None:
     def changed(self: MockChain, items: Any) -> None:
         raise mock._ChangedError

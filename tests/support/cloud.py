@@ -82,7 +82,7 @@ def _one_at_a_time(client: Any, operation: str, arguments: Any) -> Any:
 
 @contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    # Handlers call one another (a function asks the ledger's) and share one process: the inner one's variables go on top.
+    # Handlers share one process, and one may call another (the ledger's): the inner one's variables go on top.
     with _environment_lock, patch.dict(os.environ, variables | {"POWERTOOLS_LOG_LEVEL": "ERROR"}):
         yield
 
@@ -116,7 +116,9 @@ class Cloud:
             if task.status in statuses:
                 return task.model_dump()
             if time.monotonic() > deadline:
-                raise AssertionError(f"{task_id} is {task.status} ({task.reason}), not {statuses}: {self.history(task_id)}")
+                raise AssertionError(
+                    f"{task_id} is {task.status} ({task.reason}), not {statuses}: {self.history(task_id)}"
+                )
             time.sleep(0.02)
 
     def execution(self, task_id: str, seconds: float = 20) -> dict[str, Any]:
@@ -160,7 +162,7 @@ def cloud(*, state_machine: bool = True, parameters: dict[str, str] | None = Non
         name = function_name.rsplit(":", 1)[-1]
         try:
             return json.dumps(it.invoke(name, json.loads(body or "null"))).encode()
-        except Exception as error:  # the runtime turns whatever a handler raises into this answer
+        except Exception as error:  # noqa: BLE001 the runtime turns whatever a handler raises into this answer
             response_headers["x-amz-function-error"] = "Unhandled"
             return json.dumps({"errorType": type(error).__name__, "errorMessage": str(error)}).encode()
 
@@ -196,7 +198,7 @@ def _role(service: str) -> str:
         "Statement": [{"Effect": "Allow", "Principal": {"Service": service}, "Action": "sts:AssumeRole"}],
     }
     role = boto3.client("iam").create_role(
-        RoleName=service.split(".")[0], AssumeRolePolicyDocument=json.dumps(document)
+        RoleName=service.split(".", maxsplit=1)[0], AssumeRolePolicyDocument=json.dumps(document)
     )
     return str(role["Role"]["Arn"])
 

@@ -61,7 +61,7 @@ def arn(name: str) -> str:
     return f"arn:aws:{kind.split('::')[1].lower()}:{REGION}:{ACCOUNT}:{name}"
 
 
-def resolve(value: Any, parameters: dict[str, str] | None = None) -> Any:
+def resolve(value: Any, parameters: dict[str, str] | None = None) -> Any:  # noqa: C901 one case for each function
     """`value` with Ref, GetAtt, Sub, If, Join and conditions replaced, for the given parameters over their defaults."""
     body, given = template(), parameters or {}
 

@@ -107,9 +107,7 @@ def test_every_state_is_reached_and_exists(definition: dict[str, Any], states: S
 
 
 def test_the_machine_may_call_its_functions_and_no_others(template: Any) -> None:
-    called = [
-        value for value in template.state_machine["DefinitionSubstitutions"].values() if "Fn::GetAtt" in value
-    ]
+    called = [value for value in template.state_machine["DefinitionSubstitutions"].values() if "Fn::GetAtt" in value]
     [invoke] = [each for each in template.statements("TaskExecutionStateMachine") if each["Sid"] == "InvokeTheStates"]
     assert sorted(map(str, called)) == sorted(map(str, invoke["Resource"]))
 

@@ -183,4 +183,3 @@ def test_every_parameter_is_used(template: Any) -> None:
     used = str({key: template.document[key] for key in ("Rules", "Conditions", "Globals", "Resources")})
     unused = [name for name in template.parameters if f"{{'Ref': '{name}'}}" not in used]
     assert unused == []
-

@@ -31,7 +31,7 @@ APPROVED = Approval(
     plan_hash=PLAN.hash(),
     step_hash=PLAN.steps[2].hash(),
     policy_id="policy-v1-test",
-    token="t",  # noqa: S106
+    token="t",
     requested_at=NOW,
     expires_at=NOW,
 )

@@ -123,4 +123,4 @@ class Chain(Protocol):
         """Raises NotFoundError."""
 
     def health(self) -> int:
-        """The present tick, once the chain has shown that it answers."""
+        """The present tick, once the chain has shown that it answers. Raises UnavailableError when it does not."""

@@ -19,7 +19,7 @@ from datetime import UTC, datetime
 from functools import cache
 from typing import Any
 
-from botocore.exceptions import ClientError
+from botocore.exceptions import BotoCoreError, ClientError
 
 from qaes.adapters import clients, settings
 from qaes.domain.canonical import canonical_json, hash_of, sha256_hex
@@ -136,7 +136,9 @@ class MockChain:
                 ConditionExpression="attribute_not_exists(pk)",
             )
         except ClientError as error:
-            if error.response["Error"]["Code"] != "ConditionalCheckFailedException":
+            # Seeded by somebody else, who may be moving it already.
+            seeded = {"ConditionalCheckFailedException", "TransactionConflictException"}
+            if error.response["Error"]["Code"] not in seeded:
                 raise
 
     def transfer(self, *, reference: str, source: str, destination: str, amount: int) -> Transfer:
@@ -294,7 +296,10 @@ class MockChain:
 
     def health(self) -> int:
         """The present tick, once the table has answered."""
-        self._get("POLICY", "CURRENT")
+        try:
+            self._get("POLICY", "CURRENT")
+        except (BotoCoreError, ClientError) as error:
+            raise UnavailableError("the ledger's table does not answer") from error
         return _tick(self._clock())
 
     # DynamoDB

@@ -9,7 +9,7 @@ from worker.steps.context import StepContext
 
 
 def run(parameters: dict[str, Any], context: StepContext) -> dict[str, Any]:
-    """`{task_type, description, parameters}` → `{task_type, instruction_hash, txid}`: a receipt, not an effect elsewhere."""
+    """`{task_type, description, parameters}` → `{task_type, instruction_hash, txid}`: a receipt, no effect."""
     instruction = hash_of({"reference": context.reference, "instruction": parameters})
     [transaction] = context.ledger.write_hashes([{"hash": instruction, "metadata": {"reference": context.reference}}])
     return {

@@ -49,9 +49,7 @@ class Executions:
             step_functions.exceptions.InvalidToken,
         )
         try:
-            step_functions.send_task_success(
-                taskToken=approval.token, output=json.dumps({"decision": approval.status})
-            )
+            step_functions.send_task_success(taskToken=approval.token, output=json.dumps({"decision": approval.status}))
         except gone as error:
             logger().info("nobody waits for this decision any more", extra={"reason": type(error).__name__})
             return False

@@ -154,9 +154,7 @@ class TaskStore:
 
     def begin_planning(self, task_id: str) -> Task:
         """`pending` → `planning`."""
-        return self._change(
-            task_id, lambda task: _Change({"status": "planning"}) if task.status == "pending" else None
-        )
+        return self._change(task_id, lambda task: _Change({"status": "planning"}) if task.status == "pending" else None)
 
     def record_policy(self, task_id: str, analysis: Analysis, decision: PolicyDecision) -> Task:
         """Pin the policy's decision to the task, once; what was pinned first stays."""
@@ -229,30 +227,30 @@ class TaskStore:
 
         def change(task: Task) -> _Change | None:
             _refuse_ended(task)
-            assert task.plan_hash is not None and task.policy_id is not None
+            plan = self.plan_of(task)
             latest = self.latest_approval(task_id, step_index)
             if latest is not None and latest.status == "pending":
                 approval = latest.model_copy(update={"token": token})
                 asked[:] = [approval]
                 if latest.token == token:
                     return None
-                return _Change(
-                    {"status": "waiting_approval"}, (), (self._put_approval(task_id, approval, "pending"),)
-                )
+                return _Change({"status": "waiting_approval"}, (), (self._put_approval(task_id, approval, "pending"),))
             requested = now()
             approval = Approval(
                 step_index=step_index,
                 round=latest.round + 1 if latest else 1,
                 status="pending",
-                plan_hash=task.plan_hash,
+                plan_hash=plan.hash(),
                 step_hash=step.hash(),
-                policy_id=task.policy_id,
+                policy_id=plan.policy.policy_id,
                 token=token,
                 requested_at=timestamp(requested),
                 expires_at=timestamp(requested + timedelta(seconds=expires_in)),
             )
             asked[:] = [approval]
-            event = _approval_event("approval_requested", "compliance", "pending", approval, step, approval.requested_at)
+            event = _approval_event(
+                "approval_requested", "compliance", "pending", approval, step, approval.requested_at
+            )
             return _Change(
                 {"status": "waiting_approval", "current_step": step_index},
                 (event,),

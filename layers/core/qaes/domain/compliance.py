@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from qaes.domain.models import TERMINAL, Approval, Model, Plan, Step, Task
-from qaes.domain.policy import PolicyDecision
 from qaes.domain.errors import ConflictError, RefusedError
+from qaes.domain.models import TERMINAL, Approval, Model, Plan, Step, Task
 from qaes.domain.planning import step_requires_approval
+from qaes.domain.policy import PolicyDecision
 
 
 class Verdict(Model):

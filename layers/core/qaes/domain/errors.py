@@ -1,13 +1,13 @@
 """What can go wrong, each with one meaning; turned into HTTP once, at the edge (`qaes.adapters.http`).
 
-    QaesError
-    ├── InvalidInputError   the caller sent something that is not acceptable; `field` names it   (422)
-    ├── ForbiddenError      the caller may not do this                                           (403)
-    ├── NotFoundError       there is no such thing, or the caller may not know of it             (404)
-    ├── ConflictError       it cannot be done in the present state                               (409)
-    │   └── ConcurrentUpdateError   somebody else changed the task in between: read again
-    ├── RefusedError        an outside system said no, for good: never retry                     (422)
-    └── UnavailableError    an outside system did not answer: retry                              (503)
+QaesError
+├── InvalidInputError   the caller sent something that is not acceptable; `field` names it   (422)
+├── ForbiddenError      the caller may not do this                                           (403)
+├── NotFoundError       there is no such thing, or the caller may not know of it             (404)
+├── ConflictError       it cannot be done in the present state                               (409)
+│   └── ConcurrentUpdateError   somebody else changed the task in between: read again
+├── RefusedError        an outside system said no, for good: never retry                     (422)
+└── UnavailableError    an outside system did not answer: retry                              (503)
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from qaes.domain.models import EFFECT_TYPES, Analysis, Plan, Step, StepType
 from qaes.domain.policy import Policy, PolicyDecision
 
 ACTION_TYPES = {"monitor_wallet": "monitoring"}
-"""Task types whose action type has another name; any other word is its own action type, denied unless a rule allows it."""
+"""Task types whose action type has another name; any other word is its own, denied unless a rule allows it."""
 
 ACTION_STEPS: dict[str, StepType] = {"monitoring": "monitor_action", "transfer_funds": "onchain_action"}
 MAX_STEPS = 50
@@ -95,7 +95,7 @@ def check_plan(plan: Plan, task_id: str) -> None:
     Raises
     ------
     InvalidInputError
-        It belongs to another task, has no steps or too many, a step id twice, or asks for less approval than its policy.
+        It is another task's, has no steps or too many, a step id twice, or asks for less approval than its policy.
     """
     if plan.task_id != task_id:
         raise InvalidInputError("the plan belongs to another task", field="plan.task_id")

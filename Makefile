@@ -1,0 +1,88 @@
+# Everything runs in .venv, which is made from uv.lock on first use. PYTHON=python3.13 make … chooses another interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory --no-builtin-rules
+export SAM_CLI_TELEMETRY := 0
+export AUTH_MODE QAES_PORT QAES_HTTP_PORT SAM_LOCAL_ARGS
+
+.PHONY: help demo up down status logs test e2e sam-local check format requirements bench clean
+
+help: ## This list
+	@awk -F ': ## ' '/^[a-z0-9-]+:.*## / { name = $$1; sub(/:.*/, "", name); printf "make %-14s %s\n", name, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+# --- the environment: runtime and local cloud for `demo` and `up`, every group for all else
+
+$(BIN)/uv:
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 or newer is needed; $(PYTHON) is not installed. PYTHON=/path/to/python3 make … chooses one." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' || { echo "Python 3.11 to 3.14 is needed; $(PYTHON) is $$($(PYTHON) -V 2>&1). PYTHON=/path/to/python3.13 make … chooses another." >&2; exit 1; }
+	@echo "making .venv with $$($(PYTHON) -V)"
+	@$(PYTHON) -m venv $(VENV) || { echo "$(PYTHON) -m venv does not work (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check 'uv>=0.8,<1'
+
+$(VENV)/.local-stamp: $(BIN)/uv pyproject.toml uv.lock
+	@echo "installing what the local cloud needs"
+	@UV_PROJECT_ENVIRONMENT=$(VENV) $(BIN)/uv sync --quiet --frozen --inexact --no-default-groups --group local
+	@touch $@
+
+$(VENV)/.all-stamp: $(BIN)/uv pyproject.toml uv.lock
+	@echo "installing the tools for tests and checks"
+	@UV_PROJECT_ENVIRONMENT=$(VENV) $(BIN)/uv sync --quiet --frozen --all-groups
+	@touch $@ $(VENV)/.local-stamp
+
+# --- the local cloud
+
+demo: $(VENV)/.local-stamp ## Run a monitoring task and an approved transfer on a local AWS of its own, and check them
+	@$(BIN)/python -m local demo
+
+up: $(VENV)/.local-stamp ## Start the local cloud, API at http://localhost:8000 (AUTH_MODE=stub: without tokens)
+	@$(BIN)/python -m local up
+
+down: $(VENV)/.local-stamp ## Stop the local cloud
+	@$(BIN)/python -m local down
+
+status: $(VENV)/.local-stamp ## Say whether the local cloud runs
+	@$(BIN)/python -m local status
+
+logs: $(VENV)/.local-stamp ## Print what the services of the local cloud logged (TASK=task_…: for one task)
+	@$(BIN)/python -m local logs $(if $(TASK),--task $(TASK))
+
+# --- tests and checks
+
+test: $(VENV)/.all-stamp ## Unit, handler and workflow tests, in one process, with coverage
+	@mkdir -p .local
+	@$(BIN)/python -m pytest -q -m "not e2e and not sam_local" --ignore=tests/e2e --ignore=tests/sam_local --cov --cov-report=term
+
+e2e: $(VENV)/.all-stamp ## The deployed template on a local AWS, with IAM enforced
+	@$(BIN)/python -m pytest -q tests/e2e
+
+sam-local: $(VENV)/.all-stamp ## The functions in Lambda's container, through `sam local` (needs Docker; SAM_LOCAL_ARGS)
+	@$(BIN)/python -m pytest -q tests/sam_local
+
+check: $(VENV)/.all-stamp ## Lint, types, import contracts, template, requirements: changes nothing
+	@echo "ruff" && $(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
+	@echo "mypy" && $(BIN)/mypy --no-error-summary
+	@echo "import contracts" && PYTHONPATH=functions:layers/core $(BIN)/lint-imports --no-timing > .local/import-linter.log || { cat .local/import-linter.log; exit 1; }
+	@echo "cfn-lint" && $(BIN)/cfn-lint --append-rules cfn_lint_serverless.rules
+	@echo "sam validate" && AWS_DEFAULT_REGION=us-east-1 AWS_ACCESS_KEY_ID=test AWS_SECRET_ACCESS_KEY=test $(BIN)/sam validate --lint > .local/sam-validate.log 2>&1 || { cat .local/sam-validate.log; exit 1; }
+	@echo "checkov" && $(BIN)/checkov --config-file .checkov.yaml
+	@echo "uv.lock and the layer's requirements" && $(BIN)/uv lock --check --quiet && $(EXPORT) | diff - layers/core/requirements.txt || { echo "layers/core/requirements.txt differs from uv.lock: make requirements" >&2; exit 1; }
+
+EXPORT := $(BIN)/uv export --quiet --frozen --no-dev --no-emit-project --no-header --format requirements.txt
+
+requirements: $(VENV)/.all-stamp ## Write layers/core/requirements.txt from uv.lock
+	@$(EXPORT) > layers/core/requirements.txt
+
+format: $(VENV)/.all-stamp ## Format, and fix what ruff can fix
+	@$(BIN)/ruff check --quiet --fix . && $(BIN)/ruff format --quiet .
+
+bench: $(VENV)/.all-stamp ## Measure; writes docs/performance.md
+	@$(BIN)/python -m benchmarks.run
+
+clean: ## Remove what was built, installed and logged
+	@if [ -x $(BIN)/python ] && [ -f .local/cloud/lock ]; then $(BIN)/python -m local down; fi
+	@rm -rf $(VENV) .local .aws-sam .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -1,0 +1,91 @@
+"""The agent runtime over HTTP: how far a task's execution is."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from fastapi import Depends
+from pydantic import BaseModel
+
+from qaes.adapters.http import (
+    Caller,
+    add_health,
+    create_app,
+    make_handler,
+    require,
+    state_machine_answers,
+    tasks_table_answers,
+)
+from qaes.adapters.task_store import TaskStore
+from qaes.domain.errors import NotFoundError
+from qaes.domain.ids import is_task_id
+from qaes.domain.models import TERMINAL, Status, Step, StepRecord, StepStatus, StepType, Task
+
+app = create_app("agent-runtime")
+handler = make_handler(app)
+add_health(app, "/agent-runtime/health", {"tasks_table": tasks_table_answers, "state_machine": state_machine_answers})
+
+
+class StepState(BaseModel):
+    """A step of the plan, and what became of it; `skipped` when the task ended before it."""
+
+    step_id: str
+    type: StepType
+    status: StepStatus | Literal["waiting_approval", "skipped"]
+    result: dict[str, Any] | None
+    error: str | None
+    requires_approval: bool
+    attempt: int
+    duration_ms: int | None
+
+
+class ExecutionAnswer(BaseModel):
+    """A task's execution. `current_step` counts from 0; `total_steps` is 0 until there is a plan."""
+
+    task_id: str
+    status: Status
+    current_step: int
+    total_steps: int
+    steps: list[StepState]
+    requires_approval: bool
+
+
+@app.get("/task/{task_id}/status")
+def get_status(
+    task_id: str, caller: Annotated[Caller, Depends(require("requester", "approver", "auditor"))]
+) -> ExecutionAnswer:
+    """Show each step of a task, with its result or its error."""
+    store = TaskStore()
+    task = store.get_task(task_id) if is_task_id(task_id) else None
+    if task is None or not caller.may_see(task.requester):
+        raise NotFoundError("no such task", field="task_id")
+    plan = store.plan_of(task) if task.plan_id else None
+    records = {record.step_index: record for record in store.steps(task_id)} if plan else {}
+    return ExecutionAnswer(
+        task_id=task.task_id,
+        status=task.status,
+        current_step=task.current_step or 0,
+        total_steps=task.total_steps or 0,
+        steps=[_state(task, index, step, records.get(index)) for index, step in enumerate(plan.steps if plan else ())],
+        requires_approval=task.requires_approval,
+    )
+
+
+def _state(task: Task, index: int, step: Step, record: StepRecord | None) -> StepState:
+    status: StepStatus | Literal["waiting_approval", "skipped"] = "pending"
+    if record is not None:
+        status = record.status
+    elif task.status in TERMINAL:
+        status = "skipped"
+    elif task.status == "waiting_approval" and index == task.current_step:
+        status = "waiting_approval"
+    return StepState(
+        step_id=step.step_id,
+        type=step.type,
+        status=status,
+        result=record.result if record else None,
+        error=record.error if record else None,
+        requires_approval=step.requires_approval,
+        attempt=record.attempt if record else 0,
+        duration_ms=record.duration_ms if record else None,
+    )

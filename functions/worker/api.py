@@ -1,0 +1,10 @@
+"""The worker over HTTP: its health."""
+
+from __future__ import annotations
+
+from qaes.adapters.http import add_health, create_app, make_handler, tasks_table_answers
+from qaes.adapters.ledger_client import LedgerClient
+
+app = create_app("worker")
+handler = make_handler(app)
+add_health(app, "/worker/health", {"tasks_table": tasks_table_answers, "ledger": lambda: LedgerClient().health()})

@@ -1,0 +1,412 @@
+"""HTTP as every service speaks it: strict JSON in, `application/problem+json` (RFC 9457) out, who calls, health.
+
+Errors of the domain are turned into answers here and nowhere else. An answer never repeats a value that was sent, and
+a log never holds a body or a token.
+"""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+from urllib.parse import quote
+
+from aws_lambda_powertools.logging import correlation_paths
+from aws_lambda_powertools.utilities.typing import LambdaContext
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from mangum import Mangum
+from starlette.datastructures import MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from qaes.adapters import clients, settings
+from qaes.adapters.logs import logger
+from qaes.domain.errors import (
+    ConflictError,
+    ForbiddenError,
+    InvalidInputError,
+    NotFoundError,
+    QaesError,
+    RefusedError,
+    UnavailableError,
+)
+
+PROBLEM = "application/problem+json"
+BASE_PATH = "/v1"
+MAX_BODY_BYTES = 256 * 1024
+MAX_DEPTH = 32
+MAX_INTEGER = 2**53 - 1
+"""Beyond it JSON's readers disagree about which integer was meant (RFC 8259, section 6)."""
+
+RETRY_AFTER_SECONDS = 1
+
+_STATUS: tuple[tuple[type[QaesError], int], ...] = (
+    (InvalidInputError, 422),
+    (ForbiddenError, 403),
+    (NotFoundError, 404),
+    (ConflictError, 409),
+    (RefusedError, 422),
+    (UnavailableError, 503),
+)
+_HEADERS = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
+_PROBLEM_SCHEMA = {
+    "type": "object",
+    "required": ["type", "title", "status", "detail", "instance", "correlation_id"],
+    "properties": {
+        "type": {"type": "string"},
+        "title": {"type": "string"},
+        "status": {"type": "integer"},
+        "detail": {"type": "string"},
+        "instance": {"type": "string"},
+        "correlation_id": {"type": "string"},
+        "errors": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["field", "message"],
+                "properties": {"field": {"type": "string"}, "message": {"type": "string"}},
+            },
+        },
+    },
+}
+
+
+def create_app(service: str) -> FastAPI:
+    """Make the FastAPI application of a service, with this project's errors, headers and JSON.
+
+    It serves no documentation pages; `app.openapi()` is the document.
+    """
+    app = FastAPI(
+        title=f"QAES {service}",
+        openapi_url=None,
+        redirect_slashes=False,
+        # Older clients send JSON without saying so.
+        strict_content_type=False,
+        responses={
+            "default": {"description": "A problem (RFC 9457)", "content": {PROBLEM: {"schema": _PROBLEM_SCHEMA}}}
+        },
+    )
+    app.state.service = service
+    app.router.route_class = _StrictRoute
+    app.add_middleware(_Edge)
+    app.exception_handler(QaesError)(_domain_error)
+    app.exception_handler(RequestValidationError)(_validation_error)
+    app.exception_handler(HTTPException)(_http_error)
+    return app
+
+
+def make_handler(app: FastAPI) -> Callable[[dict[str, Any], LambdaContext], dict[str, Any]]:
+    """Make the Lambda handler of an application behind the REST API; API Gateway's request id correlates its logs."""
+    mangum = Mangum(
+        app, lifespan="off", api_gateway_base_path=BASE_PATH, text_mime_types=["text/", "application/json", PROBLEM]
+    )
+
+    @logger().inject_lambda_context(correlation_id_path=correlation_paths.API_GATEWAY_REST)
+    def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
+        return mangum(event, context)  # type: ignore[arg-type]
+
+    return handler
+
+
+# Who calls
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who calls, as the authorizer verified; `four_eyes` is off in the local stage's stub mode alone."""
+
+    subject: str
+    roles: frozenset[str]
+    four_eyes: bool = True
+
+    def has(self, *roles: str) -> bool:
+        """Whether the caller has one of `roles`; an operator has all of them."""
+        return "operator" in self.roles or not self.roles.isdisjoint(roles)
+
+    def may_see(self, requester: str) -> bool:
+        """Whether a task of `requester` is there for this caller: approvers and auditors see all, others their own."""
+        return self.has("approver", "auditor") or self.subject == requester
+
+
+def caller(request: Request) -> Caller:
+    """Tell who calls; 401 when no authorizer has vouched for anybody."""
+    context = _event(request.scope).get("requestContext", {}).get("authorizer") or {}
+    subject = context.get("principalId")
+    if not isinstance(subject, str) or not subject:
+        raise HTTPException(401, "A valid bearer token is needed.", {"WWW-Authenticate": "Bearer"})
+    roles = frozenset(str(context.get("roles", "")).split())
+    return Caller(subject, roles, four_eyes=context.get("auth_mode") != "stub")
+
+
+def require(*roles: str) -> Callable[[Request], Caller]:
+    """Make a dependency: the caller, who must have one of `roles`; 403 otherwise."""
+
+    def one_of(request: Request) -> Caller:
+        found = caller(request)
+        if not found.has(*roles):
+            raise ForbiddenError(f"this needs the role {' or '.join(roles)}")
+        return found
+
+    return one_of
+
+
+# Health
+
+
+def add_health(app: FastAPI, path: str, checks: dict[str, Callable[[], object]]) -> None:
+    """`GET path`: healthy when none of `checks` raises; otherwise 503 with the names of those that did."""
+    service: str = app.state.service
+
+    def health() -> JSONResponse:
+        failing: list[str] = []
+        for name, check in checks.items():
+            try:
+                check()
+            except Exception as error:  # noqa: BLE001 - whatever it is, the part is not healthy
+                logger().warning("unhealthy", extra={"part": name, "error": type(error).__name__})
+                failing.append(name)
+        if not failing:
+            return JSONResponse({"status": "healthy", "service": service})
+        body = {
+            "status": "unhealthy",
+            "service": service,
+            "failing": failing,
+            "detail": f"does not answer: {', '.join(failing)}",
+        }
+        return JSONResponse(body, 503, {"Retry-After": str(RETRY_AFTER_SECONDS)})
+
+    health.__doc__ = "Healthy when every part that the service needs answers; 503 names those that do not."
+    app.add_api_route(path, health, methods=["GET"], operation_id=f"{service.replace('-', '_')}_health")
+
+
+def tasks_table_answers() -> None:
+    """Check for `add_health`: the tasks table is there."""
+    clients.client("dynamodb").describe_table(TableName=settings.text("TASKS_TABLE"))
+
+
+def state_machine_answers() -> None:
+    """Check for `add_health`: the state machine is there."""
+    clients.client("stepfunctions").describe_state_machine(stateMachineArn=settings.text("STATE_MACHINE_ARN"))
+
+
+# JSON as it comes in
+
+
+class _Unacceptable:
+    """Stands in a parsed body for what JSON's grammar lets through and we do not."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+
+class _StrictRoute(APIRoute):
+    """Parses a JSON body by `parse_json`, before the models see it."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def strictly(request: Request) -> Response:
+            if self.body_field is None:
+                return await handle(request)
+            content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+            if content_type != "application/json" and not content_type.endswith("+json"):
+                raise HTTPException(415, "The body must be application/json.")
+            strict = _StrictRequest(request.scope, request.receive)
+            await strict.json()
+            return await handle(strict)
+
+        return strictly
+
+
+class _StrictRequest(Request):
+    async def json(self) -> object:
+        if not hasattr(self, "_parsed"):
+            self._parsed = parse_json(await self.body())
+        return self._parsed
+
+
+def parse_json(body: bytes) -> object:
+    """Read a JSON text (RFC 8259), without what different readers read differently; None when it is empty.
+
+    Raises
+    ------
+    HTTPException
+        413 when it is longer than `MAX_BODY_BYTES`, 400 when it is not JSON in UTF-8.
+    InvalidInputError
+        An integer beyond 2^53 - 1, a number that is not finite, a name that stands twice, a lone surrogate, or a
+        nesting deeper than `MAX_DEPTH`; `field` names the place.
+    """
+    if len(body) > MAX_BODY_BYTES:
+        raise HTTPException(413, f"The body is larger than {MAX_BODY_BYTES} bytes.")
+    if not body:
+        return None
+    try:
+        value = json.loads(
+            body.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_int=_integer,
+            parse_float=_float,
+            parse_constant=lambda _: _Unacceptable("a number must be finite"),
+        )
+    except ValueError as error:
+        raise HTTPException(400, "The body is not JSON.") from error
+    except RecursionError as error:
+        raise InvalidInputError(f"nested deeper than {MAX_DEPTH} levels", field="body") from error
+    for path, reason in _unacceptable(value):
+        raise InvalidInputError(reason, field=_dotted(path))
+    return value
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        found[name] = _Unacceptable("the name stands twice") if name in found else value
+    return found
+
+
+def _integer(text: str) -> int | _Unacceptable:
+    # int() of thousands of digits is slow, and refused by Python beyond 4,300.
+    value = int(text) if len(text) <= 17 else MAX_INTEGER + 1
+    return value if abs(value) <= MAX_INTEGER else _Unacceptable("an integer must not be beyond 2^53 - 1")
+
+
+def _float(text: str) -> float | _Unacceptable:
+    value = float(text)
+    return value if abs(value) != float("inf") else _Unacceptable("a number must be finite")
+
+
+def _unacceptable(value: object) -> Iterator[tuple[tuple[object, ...], str]]:
+    """Find where `value` holds something unacceptable, and what."""
+    left: list[tuple[tuple[object, ...], object]] = [((), value)]
+    while left:
+        path, each = left.pop()
+        if isinstance(each, _Unacceptable):
+            yield path, each.reason
+        elif isinstance(each, str) and not _is_unicode(each):
+            yield path, "not Unicode text: a lone surrogate"
+        elif isinstance(each, dict | list) and len(path) >= MAX_DEPTH:
+            yield path[:2], f"nested deeper than {MAX_DEPTH} levels"
+        elif isinstance(each, dict):
+            for name, inner in each.items():
+                if not _is_unicode(name):
+                    yield path, "a name in it is not Unicode text: a lone surrogate"
+                left.append(((*path, name), inner))
+        elif isinstance(each, list):
+            left.extend(((*path, index), inner) for index, inner in enumerate(each))
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
+def _dotted(path: tuple[object, ...]) -> str:
+    return ".".join(str(part) for part in path)[:256] or "body"
+
+
+# Errors as they go out
+
+
+def _problem(
+    scope: Scope, status: int, detail: str, *, headers: dict[str, str] | None = None, **members: object
+) -> JSONResponse:
+    event = _event(scope)
+    body = members | {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        "instance": quote(scope["path"], safe="/:@!$&'()*+,;=~"),
+        "correlation_id": event.get("requestContext", {}).get("requestId", ""),
+    }
+    return JSONResponse(body, status, headers, media_type=PROBLEM)
+
+
+def _event(scope: Scope) -> dict[str, Any]:
+    """Find API Gateway's event, which Mangum keeps in the scope."""
+    event: dict[str, Any] = scope.get("aws.event", {})
+    return event
+
+
+async def _domain_error(request: Request, error: QaesError) -> Response:
+    status = next((number for type_, number in _STATUS if isinstance(error, type_)), 500)
+    if status == 500:
+        return _unexpected(request.scope, error)
+    members: dict[str, object] = dict(error.details)
+    if error.field is not None:
+        members["errors"] = [{"field": error.field, "message": error.message}]
+    if isinstance(error, RefusedError):
+        members["code"] = error.code
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else None
+    return _problem(request.scope, status, error.message, headers=headers, **members)
+
+
+async def _validation_error(request: Request, error: RequestValidationError) -> Response:
+    errors = []
+    for each in error.errors():
+        where, *path = each["loc"]
+        errors.append({"field": _dotted(tuple(path)) if path else str(where), "message": each["msg"]})
+    detail = "; ".join(f"{each['field']}: {each['message']}" for each in errors[:5])
+    return _problem(request.scope, 422, detail, errors=errors[:50])
+
+
+async def _http_error(request: Request, error: HTTPException) -> Response:
+    detail = {404: "There is no such route.", 405: "The route does not have this method."}
+    text = detail.get(error.status_code, error.detail)
+    return _problem(request.scope, error.status_code, text, headers=dict(error.headers or {}))
+
+
+def _unexpected(scope: Scope, error: Exception) -> Response:
+    """500, or 503 when AWS did not answer. The log tells where it happened; the error's text may hold what was sent."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    logger().error(
+        "unexpected error",
+        extra={"error": type(error).__name__, "where": traceback.format_tb(error.__traceback__)[-5:]},
+    )
+    code = error.response.get("Error", {}).get("Code", "") if isinstance(error, ClientError) else ""
+    if isinstance(error, BotoCoreError) or code in _BUSY:
+        retry = {"Retry-After": str(RETRY_AFTER_SECONDS)}
+        return _problem(scope, 503, "A part of the service does not answer: try again.", headers=retry)
+    return _problem(scope, 500, "The service failed; the correlation id finds the reason in its log.")
+
+
+_BUSY = frozenset(
+    {
+        "InternalFailure",
+        "InternalServerError",
+        "ProvisionedThroughputExceededException",
+        "RequestLimitExceeded",
+        "ServiceUnavailable",
+        "ThrottlingException",
+        "TooManyRequestsException",
+    }
+)
+
+
+class _Edge:
+    """The outermost layer: headers on every answer, and an answer to every error."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        correlation_id = _event(scope).get("requestContext", {}).get("requestId")
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = MutableHeaders(scope=message)
+                headers.update(_HEADERS)
+                if correlation_id:
+                    headers["x-correlation-id"] = correlation_id
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_headers)
+        except Exception as error:  # noqa: BLE001 - the edge: there is nobody else to catch it
+            await _unexpected(scope, error)(scope, receive, send_with_headers)

@@ -1,0 +1,80 @@
+"""What a caller asks for: the body of `POST /task/start` and of `POST /plan/create`, and what makes it acceptable."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from qaes.domain.canonical import canonical_json
+from qaes.domain.errors import InvalidInputError
+from qaes.domain.qubic.identity import check_address
+
+MAX_PARAMETERS_BYTES = 32 * 1024
+MAX_AMOUNT = 10**15
+"""In QU: the whole supply is of that order."""
+
+_TRANSFER_NEEDS = ("wallet_address", "to_address", "amount")
+
+Description = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=4000)]
+
+
+class TaskRequest(BaseModel):
+    """A task as it is asked for. `wallet_address` is another place for `parameters.wallet_address`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    task_type: str = Field(
+        pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="monitor_wallet, transfer_funds, or any other word"
+    )
+    description: Description
+    wallet_address: str | None = Field(
+        None, description="an identity of 60 capital letters, or 0x and hexadecimal digits"
+    )
+    parameters: dict[str, Any] | None = Field(None, description="at most 32 KiB of canonical JSON")
+
+    def resolved(self) -> dict[str, Any]:
+        """Check the parameters and bring them into the form in which they are kept, hashed, shown and executed.
+
+        Raises
+        ------
+        InvalidInputError
+            A parameter is missing, not of its form, contradicts another, or all of them are too large.
+        """
+        parameters = dict(self.parameters or {})
+        for name in ("wallet_address", "to_address", "amount", "alert_threshold"):
+            if name in parameters and parameters[name] is None:
+                del parameters[name]
+        for name in ("wallet_address", "to_address"):
+            if name in parameters:
+                parameters[name] = check_address(parameters[name], f"parameters.{name}")
+        if self.wallet_address is not None:
+            wallet = check_address(self.wallet_address, "wallet_address")
+            if parameters.setdefault("wallet_address", wallet) != wallet:
+                raise InvalidInputError("differs from parameters.wallet_address", field="wallet_address")
+        _check_whole_number(parameters, "amount", 1)
+        _check_whole_number(parameters, "alert_threshold", 0)
+        if self.task_type == "transfer_funds":
+            for name in _TRANSFER_NEEDS:
+                if name not in parameters:
+                    raise InvalidInputError(f"a transfer needs {name}", field=f"parameters.{name}")
+        try:
+            size = len(canonical_json(parameters).encode())
+        except InvalidInputError as error:
+            raise InvalidInputError(error.message, field="parameters") from error
+        if size > MAX_PARAMETERS_BYTES:
+            raise InvalidInputError(f"larger than {MAX_PARAMETERS_BYTES} bytes", field="parameters")
+        return parameters
+
+
+class PlanRequest(TaskRequest):
+    """A plan as it is asked for, for a task or for none."""
+
+    task_id: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+
+
+def _check_whole_number(parameters: dict[str, Any], name: str, least: int) -> None:
+    value = parameters.get(name, least)
+    # A bool is an int to Python, and 1.0 is an amount to nobody.
+    if type(value) is not int or not least <= value <= MAX_AMOUNT:
+        raise InvalidInputError(f"must be a whole number from {least} to {MAX_AMOUNT}", field=f"parameters.{name}")

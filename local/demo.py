@@ -1,0 +1,233 @@
+"""`make demo`: two tasks on a local cloud of their own, shown and checked.
+
+A monitoring task runs to its end by itself. A transfer waits for an approval, which its requester may not give and another
+person gives. Everything that is printed is read back over HTTP, and every statement is checked: the exit code is 0 only if
+all of them hold.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from typing import Any
+
+from local.cloud import Cloud, Progress
+from local.lifecycle import StopError, ignore_signals, stop_on_signals
+from local.tokens import PEOPLE
+
+SOURCE = "0x1234567890abcdef"
+DESTINATION = "0xfedcba0987654321"
+AMOUNT = 250
+TASK_TIMEOUT_SECONDS = 90
+TERMINAL = frozenset({"completed", "denied", "rejected", "expired", "failed", "cancelled"})
+MONITORING = {
+    "task_type": "monitor_wallet",
+    "description": "Watch the treasury wallet, and tell when it falls below 500 QU",
+    "wallet_address": SOURCE,
+    "parameters": {"alert_threshold": 500},
+}
+TRANSFER = {
+    "task_type": "transfer_funds",
+    "description": "Pay invoice 4711",
+    "wallet_address": SOURCE,
+    "parameters": {"to_address": DESTINATION, "amount": AMOUNT},
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An HTTP answer: its status and its JSON body."""
+
+    status: int
+    body: dict[str, Any]
+
+
+@dataclass
+class Demo:
+    """Talks to the API as four people, prints, and counts what does not hold."""
+
+    cloud: Cloud
+    failures: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._tokens = {role: self.cloud.token(role) for role in PEOPLE}
+
+    def call(self, role: str, method: str, path: str, body: object = None) -> Answer:
+        """Make one request as the person who has this role."""
+        request = urllib.request.Request(  # noqa: S310 - our own http address
+            f"{self.cloud.url}{path}",
+            method=method,
+            data=None if body is None else json.dumps(body).encode(),
+            headers={"Authorization": f"Bearer {self._tokens[role]}", "Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as response:  # noqa: S310 - as above
+                return Answer(response.status, json.loads(response.read()))
+        except urllib.error.HTTPError as error:
+            text = error.read().decode(errors="replace")
+            try:
+                problem = json.loads(text)
+            except ValueError:
+                problem = {"detail": text}
+            return Answer(error.code, problem)
+
+    def check(self, statement: str, holds: bool, found: object = "") -> None:
+        """Print a statement, marked with whether it holds."""
+        print(f"  {'✓' if holds else '✗'} {statement}" + ("" if holds else f"; found {found}"), flush=True)
+        if not holds:
+            self.failures.append(statement)
+
+    def start(self, task: dict[str, Any]) -> str:
+        """Start a task as the requester; return its id."""
+        print(f"\n{PEOPLE['requester']} (requester) asks: {task['task_type']} — {task['description']}")
+        answer = self.call("requester", "POST", "/task/start", task)
+        self.check("the task is taken on", answer.status in {200, 201, 202} and "task_id" in answer.body, answer)
+        return str(answer.body.get("task_id", ""))
+
+    def wait(self, task_id: str, *wanted: str) -> str:
+        """Poll until the task has one of these statuses or has ended; return its status."""
+        deadline = time.monotonic() + TASK_TIMEOUT_SECONDS
+        status = ""
+        while time.monotonic() < deadline:
+            found = str(self.call("requester", "GET", f"/task/{task_id}").body.get("status", ""))
+            if found != status:
+                print(f"    {found}", flush=True)
+                status = found
+            if status in TERMINAL or status in wanted:
+                break
+            time.sleep(0.2)
+        return status
+
+    def show_plan(self, task_id: str) -> None:
+        """Print the plan that the policy allowed."""
+        task = self.call("requester", "GET", f"/task/{task_id}").body
+        answer = self.call("operator", "GET", f"/plan/{task.get('plan_id')}")
+        plan = answer.body
+        self.check("the plan is stored", answer.status == 200 and bool(plan.get("steps")), answer)
+        print(f"  plan {plan.get('plan_id')}: {_short(plan.get('analysis'))}, policy {_short(plan.get('policy'))}")
+        for number, step in enumerate(plan.get("steps", [])):
+            approval = "needs approval" if step["requires_approval"] else "no approval"
+            print(f"    {number}  {step['type']:<18} {approval:<15} {_short(step.get('parameters'))}")
+
+    def show_steps(self, task_id: str) -> None:
+        """Print each step with its result."""
+        answer = self.call("requester", "GET", f"/task/{task_id}/status")
+        steps = answer.body.get("steps", [])
+        print("  steps")
+        for number, step in enumerate(steps):
+            print(f"    {number}  {step['status']:<12} {_short(step.get('result') or step.get('error'))}")
+        self.check("every step succeeded", bool(steps) and all(s["status"] in {"succeeded", "completed"} for s in steps), answer)
+
+    def show_audit(self, task_id: str) -> None:
+        """Print each audit entry with its ledger transaction, and verify them all."""
+        deadline = time.monotonic() + TASK_TIMEOUT_SECONDS
+        while True:  # what the state machine does last is recorded from the stream, a moment later
+            answer = self.call("auditor", "GET", f"/audit/{task_id}")
+            entries = answer.body.get("logs", [])
+            whole = bool(entries) and entries[-1].get("kind", "task_ended") == "task_ended"
+            if (whole and all(entry.get("qubic_txid") for entry in entries)) or time.monotonic() > deadline:
+                break
+            time.sleep(0.5)
+        print("  audit entries                                          on the ledger (mock)")
+        for number, entry in enumerate(entries):
+            what = f"{entry.get('kind') or ''} {entry['step_type'] or ''}".strip()
+            print(f"    {number + 1:>2}  {what:<36} {entry['status']:<17} {_cut(entry.get('qubic_txid'))}")
+        self.check("every entry has a ledger transaction", bool(entries) and all(e.get("qubic_txid") for e in entries), answer)
+        executed = [entry for entry in entries if entry.get("output_hash") and entry["step_index"] >= 0]
+        self.check("each executed step has its output's hash", bool(executed), entries)
+        if executed:
+            self.verify(executed[-1]["output_hash"])
+
+    def verify(self, digest: str) -> None:
+        """Check that a recorded hash verifies, and that a hash of nothing does not."""
+        answer = self.call("auditor", "GET", f"/audit/verify/{digest}")
+        self.check(f"/audit/verify/{digest[:16]}… verifies", answer.body.get("verified") is True, answer)
+        other = self.call("auditor", "GET", f"/audit/verify/{'0' * 64}")
+        self.check("a hash that was never recorded does not", other.body.get("verified") is not True, other)
+
+    def balance(self, address: str) -> int | None:
+        """Ask a monitoring-like task for a balance: the last result that names this address."""
+        answer = self.call("operator", "GET", f"/live/v1/balances/{address}")
+        value = (answer.body.get("balance") or {}).get("balance") if answer.status == 200 else None
+        return None if value is None else int(value)
+
+
+def monitor(demo: Demo) -> None:
+    """Run the task that needs nobody."""
+    task_id = demo.start(MONITORING)
+    status = demo.wait(task_id)
+    demo.check("it completes by itself", status == "completed", status)
+    demo.show_plan(task_id)
+    demo.show_steps(task_id)
+    demo.show_audit(task_id)
+
+
+def transfer(demo: Demo) -> None:
+    """Run the task that waits for a second person."""
+    task_id = demo.start(TRANSFER)
+    status = demo.wait(task_id, "waiting_approval")
+    demo.check("it waits for an approval", status == "waiting_approval", status)
+    demo.show_plan(task_id)
+    decision = {"approved": True, "reason": "invoice 4711 checked"}
+    own = demo.call("requester", "POST", f"/task/{task_id}/approve", decision)
+    demo.check(f"{PEOPLE['requester']} may not approve their own task (403)", own.status == 403, own)
+    other = demo.call("approver", "POST", f"/task/{task_id}/approve", decision)
+    demo.check(f"{PEOPLE['approver']} (approver) approves it", other.status in {200, 202}, other)
+    status = demo.wait(task_id)
+    demo.check("it completes", status == "completed", status)
+    demo.show_steps(task_id)
+    demo.show_audit(task_id)
+
+
+def tell(cloud: Cloud) -> list[str]:
+    """Run both tasks; return the statements that do not hold."""
+    demo = Demo(cloud)
+    before = {address: demo.balance(address) for address in (SOURCE, DESTINATION)}
+    monitor(demo)
+    transfer(demo)
+    print(f"\nBalances ({AMOUNT} QU were sent)")
+    for address, change in ((SOURCE, -AMOUNT), (DESTINATION, AMOUNT)):
+        after = demo.balance(address)
+        was = before[address]
+        demo.check(f"{address}: {was} → {after} QU", None not in (was, after) and after == (was or 0) + change, after)
+    print(
+        "\nThe ledger here is a mock that runs on this machine. A hash on it shows how the audit trail works, and proves nothing"
+        "\nto an outsider: who runs the ledger could have written anything."
+    )
+    return demo.failures
+
+
+def main() -> int:
+    """Run the demo; return an exit code."""
+    stop_on_signals()
+    progress = Progress()
+    cloud = Cloud(f"demo-{os.getpid()}", progress=progress)
+    failures = ["it was interrupted"]
+    try:
+        with cloud:
+            progress("running the demo")
+            failures = tell(cloud)
+            ignore_signals()
+    except StopError as reason:
+        print(f"\ninterrupted ({reason}); nothing is left running")
+        cloud.remove_directory()
+        return 130
+    if failures:
+        print(f"\nThe demo FAILED after {progress.seconds:.0f} s: {'; '.join(failures)}. Logs: {cloud.directory}")
+        return 1
+    cloud.remove_directory()
+    print(f"\nThe demo succeeded after {progress.seconds:.0f} s. Nothing is left running.")
+    return 0
+
+
+def _short(value: object, length: int = 110) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _cut(txid: object) -> str:
+    return f"{str(txid)[:24]}…" if txid else "–"

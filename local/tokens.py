@@ -1,0 +1,78 @@
+"""Keys and tokens of the local issuer: what an identity provider is on AWS."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jwt
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+AUDIENCE = "qaes-local"
+LIFETIME_SECONDS = 12 * 3600
+PEOPLE: Mapping[str, str] = {"requester": "alice", "approver": "bob", "auditor": "carol", "operator": "olivia"}
+"""Who has which role; four people, so that nobody is asked to approve their own task."""
+
+
+@dataclass(frozen=True)
+class Issuer:
+    """Signs tokens with a key of its own, which lives as long as the local cloud and is never written to disk.
+
+    Parameters
+    ----------
+    url : str
+        The issuer's name in the tokens (claim `iss`); the front door publishes its keys under it.
+    key : RSAPrivateKey
+        The signing key.
+    """
+
+    url: str
+    key: rsa.RSAPrivateKey
+
+    @classmethod
+    def create(cls, url: str) -> Issuer:
+        """Make an issuer with a new 2048-bit key."""
+        return cls(url, rsa.generate_private_key(public_exponent=65537, key_size=2048))
+
+    @property
+    def key_id(self) -> str:
+        """The key's name in tokens and in the key set: 16 hex digits of its modulus' SHA-256."""
+        return hashlib.sha256(str(self.key.public_key().public_numbers().n).encode()).hexdigest()[:16]
+
+    def key_set(self) -> dict[str, Any]:
+        """Return the JWKS document: `{"keys": [...]}` with the public key only."""
+        public = json.loads(jwt.algorithms.RSAAlgorithm.to_jwk(self.key.public_key()))
+        public.pop("key_ops", None)
+        return {"keys": [public | {"kid": self.key_id, "use": "sig", "alg": "RS256"}]}
+
+    def token(self, role: str, *, subject: str | None = None, now: float | None = None) -> str:
+        """Return a signed token.
+
+        Parameters
+        ----------
+        role : str
+            One role, or several with spaces between them: the claim `scope`.
+        subject : str, optional
+            Who it is for; by default the person of `PEOPLE` who has that role.
+        now : float, optional
+            Time of issue in seconds since 1970; by default the present.
+
+        Raises
+        ------
+        KeyError
+            If there is no subject and nobody of `PEOPLE` has that role.
+        """
+        issued = int(time.time() if now is None else now)
+        claims = {
+            "iss": self.url,
+            "aud": AUDIENCE,
+            "sub": PEOPLE[role] if subject is None else subject,
+            "scope": role,
+            "iat": issued,
+            "exp": issued + LIFETIME_SECONDS,
+        }
+        return jwt.encode(claims, self.key, algorithm="RS256", headers={"kid": self.key_id})
