@@ -12,8 +12,8 @@ export AUTH_MODE QAES_PORT QAES_HTTP_PORT SAM_LOCAL_ARGS
 
 .PHONY: help demo up down status logs test e2e sam-local check format requirements bench clean
 
-help: ## This list
-	@awk -F ': ## ' '/^[a-z0-9-]+:.*## / { name = $$1; sub(/:.*/, "", name); printf "make %-14s %s\n", name, $$2 }' $(firstword $(MAKEFILE_LIST))
+help:  ## This list
+	@awk -F ' ## ' '/^[a-z0-9-]+:.* ## / { name = $$1; sub(/:.*/, "", name); printf "make %-14s %s\n", name, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 # --- the environment: runtime and local cloud for `demo` and `up`, every group for all else
 

@@ -395,6 +395,18 @@ class Cloud:
             f"{path} is not healthy: {answer}\nWhat the local AWS logged: {self.directory / 'aws.log'}"
         )
 
+    def service_logs(self, task_id: str | None = None) -> list[str]:
+        """Return what the services have logged, oldest first; all of it, or the lines that name a task."""
+        client = self.client("logs")
+        wanted = {"filterPattern": f'"{task_id}"'} if task_id else {}
+        events = []
+        for groups in client.get_paginator("describe_log_groups").paginate():
+            for group in groups["logGroups"]:
+                name = group["logGroupName"]
+                for page in client.get_paginator("filter_log_events").paginate(logGroupName=name, **wanted):
+                    events += [(event["timestamp"], name.rpartition("/")[2], event["message"]) for event in page["events"]]
+        return [f"{name}: {message.rstrip()}" for _, name, message in sorted(events)]
+
     def remove_directory(self) -> None:
         """Delete what it wrote; logs included."""
         shutil.rmtree(self.directory, ignore_errors=True)
@@ -436,13 +448,15 @@ def compile_sources(directory: Path) -> None:
 
     The local AWS unpacks layer and code anew for each environment, where they would be compiled anew.
     """
-    compileall.compile_dir(
-        directory,
-        quiet=2,
-        workers=0,
-        stripdir=str(directory),
-        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
-    )
+    for folder in filter(Path.is_dir, directory.iterdir()):
+        # The same path in every function's folder leaves equal code equal, and so uploaded once.
+        compileall.compile_dir(
+            folder,
+            quiet=2,
+            workers=0,
+            stripdir=str(folder),
+            invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+        )
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:

@@ -150,10 +150,13 @@ class Demo:
         self.check("a hash that was never recorded does not", other.body.get("verified") is not True, other)
 
     def balance(self, address: str) -> int | None:
-        """Ask a monitoring-like task for a balance: the last result that names this address."""
-        answer = self.call("operator", "GET", f"/live/v1/balances/{address}")
-        value = (answer.body.get("balance") or {}).get("balance") if answer.status == 200 else None
-        return None if value is None else int(value)
+        """Ask the ledger's function for a balance in QU; no route of the API tells it."""
+        answer = self.cloud.client("lambda").invoke(
+            FunctionName=self.cloud.resources["LedgerFunction"],
+            Payload=json.dumps({"operation": "balance", "address": address}),
+        )
+        balance = json.loads(answer["Payload"].read()).get("result", {}).get("balance")
+        return balance if isinstance(balance, int) else None
 
 
 def monitor(demo: Demo) -> None:
@@ -212,6 +215,8 @@ def main() -> int:
             progress("running the demo")
             failures = tell(cloud)
             ignore_signals()
+            if failures:
+                (cloud.directory / "services.log").write_text("\n".join(cloud.service_logs()))
     except StopError as reason:
         print(f"\ninterrupted ({reason}); nothing is left running")
         cloud.remove_directory()

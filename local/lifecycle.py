@@ -237,12 +237,5 @@ def logs(task_id: str | None, path: Path = DIRECTORY) -> None:
     if "endpoint" not in state:
         raise LocalCloudError(status(Instance(path)))
     cloud = Cloud(NAME, Ports(0, int(state["endpoint"].rpartition(":")[2])))
-    client = cloud.client("logs")
-    events = []
-    groups = [group["logGroupName"] for page in client.get_paginator("describe_log_groups").paginate() for group in page["logGroups"]]
-    for group in groups:
-        wanted = {"filterPattern": f'"{task_id}"'} if task_id else {}
-        for page in client.get_paginator("filter_log_events").paginate(logGroupName=group, **wanted):
-            events += [(event["timestamp"], group, event["message"].rstrip()) for event in page["events"]]
-    for _, group, message in sorted(events):
-        print(f"{group.rpartition('/')[2]}: {message}")
+    for line in cloud.service_logs(task_id):
+        print(line)

@@ -35,7 +35,7 @@ class Trail:
     broken: BrokenChainError | None
 
     def holds_up_to(self, seq: int) -> bool:
-        """Whether the chain holds from its beginning to that entry."""
+        """Tell whether the chain holds from its beginning to that entry."""
         return seq <= len(self.entries) and (self.broken is None or self.broken.seq > seq)
 
     def entry(self, seq: int) -> StoredEntry | None:
@@ -69,7 +69,7 @@ def read_trail(store: AuditStore, task_id: str, *, log_id: str) -> Trail:
 def find_matches(
     hash_: str, *, store: AuditStore, ledger: LedgerClient, log_id: str, visible: Callable[[str], bool]
 ) -> tuple[list[Match], bool]:
-    """The newest entries, of tasks that are `visible`, in which the hash occurs, each checked.
+    """Find the newest entries, of tasks that are `visible`, in which the hash occurs, and check each.
 
     Returns the matches, and whether there are more of them. Raises UnavailableError when the ledger cannot be asked:
     that is no answer, rather than a false one.

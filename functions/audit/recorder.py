@@ -71,7 +71,7 @@ class Recorder:
         return stored.intact()
 
     def _anchor(self, task_id: str) -> None:
-        # Anchors are written in order by everyone, each after the one before it was seen: what has one is a prefix of the chain.
+        # Everyone writes anchors in order, each after the one before it was there: those that have one come first.
         outstanding = [*self._store.entries(task_id, self._store.last_anchored(task_id) + 1)]
         for start in range(0, len(outstanding), BATCH):
             batch = [entry.intact() for entry in outstanding[start : start + BATCH]]
@@ -92,7 +92,7 @@ class Recorder:
 
 
 def recorder() -> Recorder:
-    """The recorder of this function's environment."""
+    """Make the recorder of this function's environment."""
     return Recorder(
         Outbox(),
         AuditStore(),
@@ -103,15 +103,15 @@ def recorder() -> Recorder:
 
 
 @logger().inject_lambda_context(correlation_id_path=TASK_ID)
-def record_audit(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """`{task_id}` → `{recorded, seq}`. Raises when anything is unavailable: the state tries again."""
+def record_audit(event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
+    """Take `{task_id}`, give `{recorded, seq}`; raises when anything is unavailable, so that the state tries again."""
     drained = recorder().drain(str(event["task_id"]))
     return {"recorded": drained.recorded, "seq": drained.seq}
 
 
 @logger().inject_lambda_context
-def record_events(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """A batch of the tasks table's stream → `{"batchItemFailures": [{"itemIdentifier": sequence number}]}`.
+def record_events(event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
+    """Take a batch of the tasks table's stream, give `{"batchItemFailures": [{"itemIdentifier": sequence number}]}`.
 
     A task is drained once however many of its events are in the batch; when that fails, all of them are to be
     delivered again. One task that cannot be recorded does not keep the others from being recorded.
@@ -126,7 +126,7 @@ def record_events(event: dict[str, Any], context: LambdaContext) -> dict[str, An
     for task_id, sequence_numbers in deliveries.items():
         try:
             to_record.drain(task_id)
-        except Exception:
+        except Exception:  # noqa: BLE001 - whatever it is, it is logged, and delivered again
             logger().exception("could not record", extra={"task_id": task_id})
             failed += sequence_numbers
     return {"batchItemFailures": [{"itemIdentifier": number} for number in failed]}

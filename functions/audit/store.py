@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from botocore.exceptions import BotoCoreError, ClientError
+
 from qaes.adapters import clients, settings
 from qaes.domain.audit import AuditEntry, BrokenChainError, entry_text, parse_entry
 from qaes.domain.errors import InvalidInputError, UnavailableError
@@ -40,13 +42,13 @@ class StoredEntry:
     leaf: str
 
     def intact(self) -> StoredEntry:
-        """Itself. Raises BrokenChainError when text and leaf hash do not belong together."""
+        """Return itself. Raises BrokenChainError when text and leaf hash do not belong together."""
         if leaf_hash(self.text) != self.leaf:
             raise BrokenChainError(self.seq, "leaf", "its text does not have the recorded hash")
         return self
 
     def parsed(self) -> AuditEntry | None:
-        """The entry that the text says; None when it was altered so that it is none any more."""
+        """Read the entry that the text says; None when it was altered so that it is none any more."""
         try:
             return parse_entry(self.text)
         except InvalidInputError:
@@ -80,7 +82,7 @@ class Outbox:
         self._table = table or settings.text("TASKS_TABLE")
 
     def events_after(self, task_id: str, seq: int) -> Iterator[tuple[int, Event]]:
-        """(number, event) of each event after number `seq`, in order."""
+        """Read the events after number `seq` as (number, event), in order."""
         for item in _range(self._table, task_id, "EVENT", seq + 1, _LAST):
             fields = {name: _value(value) for name, value in item.items() if name not in {"pk", "sk"}}
             yield _number(item), Event.model_validate(fields)
@@ -96,10 +98,11 @@ class AuditStore:
     # Entries
 
     def entries(self, task_id: str, first: int = 1, last: int = _LAST) -> Iterator[StoredEntry]:
-        """The task's entries with numbers from `first` to `last`, in order."""
+        """Read the task's entries with numbers from `first` to `last`, in order."""
         return map(_entry, _range(self._entries, task_id, "ENTRY", first, last))
 
     def entry(self, task_id: str, seq: int) -> StoredEntry | None:
+        """Read one entry."""
         with _asking():
             found = clients.client("dynamodb").get_item(
                 TableName=self._entries, Key=_key(task_id, f"ENTRY#{seq:06d}"), ConsistentRead=True
@@ -107,6 +110,7 @@ class AuditStore:
         return _entry(found["Item"]) if "Item" in found else None
 
     def last_entry(self, task_id: str) -> StoredEntry | None:
+        """Read the task's newest entry."""
         item = _newest(self._entries, task_id, "ENTRY")
         return _entry(item) if item else None
 
@@ -135,25 +139,16 @@ class AuditStore:
     # Anchors
 
     def anchors(self, task_id: str) -> dict[int, Anchor]:
-        """The anchors of the task's entries, by number."""
+        """Read the anchors of the task's entries, by number."""
         return {_number(item): _anchor(item) for item in _range(self._log, task_id, "ANCHOR", 1, _LAST)}
 
-    def anchor(self, task_id: str, seq: int) -> Anchor | None:
-        with _asking():
-            found = clients.client("dynamodb").get_item(
-                TableName=self._log, Key=_key(task_id, f"ANCHOR#{seq:06d}"), ConsistentRead=True
-            )
-        return _anchor(found["Item"]) if "Item" in found else None
-
     def last_anchored(self, task_id: str) -> int:
-        """The number of the newest entry with an anchor; 0 when there is none."""
+        """Find the number of the newest entry with an anchor; 0 when there is none."""
         item = _newest(self._log, task_id, "ANCHOR")
         return _number(item) if item else 0
 
     def record_anchor(self, task_id: str, anchor: Anchor) -> None:
         """Record an anchor; the one that is there already stays."""
-        from botocore.exceptions import ClientError
-
         item = _key(task_id, f"ANCHOR#{anchor.seq:06d}") | {
             "leaf": {"S": anchor.leaf},
             "txid": {"S": anchor.txid},
@@ -170,7 +165,7 @@ class AuditStore:
     # Pointers
 
     def pointers(self, hash_: str) -> Iterator[Pointer]:
-        """Where the hash occurs, newest task first."""
+        """Find where the hash occurs, newest task first."""
         pages = clients.client("dynamodb").get_paginator("query")
         with _asking():
             for page in pages.paginate(
@@ -187,7 +182,7 @@ class AuditStore:
     # DynamoDB
 
     def describe(self) -> None:
-        """Raises unless both tables are there."""
+        """Raise unless both tables are there."""
         with _asking():
             for table in (self._entries, self._log):
                 clients.client("dynamodb").describe_table(TableName=table)
@@ -197,9 +192,7 @@ class AuditStore:
         return {"Put": {"TableName": table, "Item": item, "ConditionExpression": not_there_yet}}
 
     def _transact(self, writes: list[Item]) -> bool:
-        """Whether it was written; False when a condition failed or another transaction was in the way."""
-        from botocore.exceptions import ClientError
-
+        """Tell whether it was written; False when a condition failed or another transaction was in the way."""
         try:
             with _asking():
                 clients.client("dynamodb").transact_write_items(TransactItems=writes)
@@ -215,9 +208,7 @@ class AuditStore:
 
 @contextmanager
 def _asking() -> Iterator[None]:
-    """AWS's errors that say "ask again" become UnavailableError."""
-    from botocore.exceptions import BotoCoreError, ClientError
-
+    """Turn AWS's errors that say "ask again" into UnavailableError."""
     try:
         yield
     except BotoCoreError as error:

@@ -31,7 +31,7 @@ class BrokenChainError(QaesError):
 
 
 class AuditEntry(Model):
-    """What happened to a task, as it is hashed. `step_index` is -1 where no step is meant, `step_type` then the kind."""
+    """What happened to a task, as it is hashed. Without a step, `step_index` is -1 and `step_type` the kind."""
 
     v: Literal[1] = 1
     log_id: str
@@ -53,10 +53,10 @@ class AuditEntry(Model):
 
 
 def build_entry(event: Event, *, log_id: str, task_id: str, seq: int, prev: str) -> AuditEntry:
-    """The entry for `event`, whose number in its task is `seq`; `prev` is the leaf hash of the entry before.
+    """Make the entry for `event`, whose number in its task is `seq`; `prev` is the leaf hash of the entry before.
 
-    The nonce is random, so that nobody finds out what an entry says by hashing guesses. Two calls give two entries: the one that
-    is stored first is the entry.
+    The nonce is random, so that nobody finds out what an entry says by hashing guesses. Two calls give two entries:
+    the one that is stored first is the entry.
     """
     return AuditEntry(
         log_id=log_id,
@@ -79,12 +79,12 @@ def build_entry(event: Event, *, log_id: str, task_id: str, seq: int, prev: str)
 
 
 def entry_text(entry: AuditEntry) -> str:
-    """The RFC 8785 text that is stored and hashed."""
+    """Write the RFC 8785 text that is stored and hashed."""
     return canonical_json(entry.model_dump(mode="json"))
 
 
 def parse_entry(text: str) -> AuditEntry:
-    """The entry of a stored text.
+    """Read a stored text.
 
     Raises
     ------
@@ -118,8 +118,8 @@ def verify_chain(links: Iterable[tuple[str, str]], *, log_id: str, task_id: str)
     Raises
     ------
     BrokenChainError
-        The first link that does not hold. Its `check`: `text` (no canonical entry), `log` (of another log or task), `seq` (a gap),
-        `prev` (does not name the entry before) or `leaf` (the text has another hash).
+        The first link that does not hold. Its `check`: `text` (no canonical entry), `log` (of another log or task),
+        `seq` (a gap), `prev` (does not name the entry before) or `leaf` (the text has another hash).
     """
     prev = GENESIS
     for seq, (text, leaf) in enumerate(links, start=1):

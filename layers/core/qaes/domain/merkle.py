@@ -6,7 +6,7 @@ import hashlib
 
 
 def leaf_hash(text: str) -> str:
-    """SHA-256 of a zero byte and the UTF-8 of `text`, as 64 hex letters (RFC 6962, section 2.1).
+    """Hash a zero byte and the UTF-8 of `text` with SHA-256; 64 hex letters (RFC 6962, section 2.1).
 
     The zero byte keeps a leaf from ever being taken for an inner node of a tree.
     """

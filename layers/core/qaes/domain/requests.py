@@ -15,6 +15,8 @@ MAX_AMOUNT = 10**15
 """In QU: the whole supply is of that order."""
 
 _TRANSFER_NEEDS = ("wallet_address", "to_address", "amount")
+_KNOWN_PARAMETERS = (*_TRANSFER_NEEDS, "alert_threshold")
+"""In these, null is as good as absent."""
 
 Description = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=4000)]
 
@@ -41,10 +43,11 @@ class TaskRequest(BaseModel):
         InvalidInputError
             A parameter is missing, not of its form, contradicts another, or all of them are too large.
         """
-        parameters = dict(self.parameters or {})
-        for name in ("wallet_address", "to_address", "amount", "alert_threshold"):
-            if name in parameters and parameters[name] is None:
-                del parameters[name]
+        parameters = {
+            name: value
+            for name, value in (self.parameters or {}).items()
+            if value is not None or name not in _KNOWN_PARAMETERS
+        }
         for name in ("wallet_address", "to_address"):
             if name in parameters:
                 parameters[name] = check_address(parameters[name], f"parameters.{name}")
@@ -54,16 +57,10 @@ class TaskRequest(BaseModel):
                 raise InvalidInputError("differs from parameters.wallet_address", field="wallet_address")
         _check_whole_number(parameters, "amount", 1)
         _check_whole_number(parameters, "alert_threshold", 0)
-        if self.task_type == "transfer_funds":
-            for name in _TRANSFER_NEEDS:
-                if name not in parameters:
-                    raise InvalidInputError(f"a transfer needs {name}", field=f"parameters.{name}")
-        try:
-            size = len(canonical_json(parameters).encode())
-        except InvalidInputError as error:
-            raise InvalidInputError(error.message, field="parameters") from error
-        if size > MAX_PARAMETERS_BYTES:
-            raise InvalidInputError(f"larger than {MAX_PARAMETERS_BYTES} bytes", field="parameters")
+        for name in _TRANSFER_NEEDS if self.task_type == "transfer_funds" else ():
+            if name not in parameters:
+                raise InvalidInputError(f"a transfer needs {name}", field=f"parameters.{name}")
+        _check_size(parameters)
         return parameters
 
 
@@ -78,3 +75,12 @@ def _check_whole_number(parameters: dict[str, Any], name: str, least: int) -> No
     # A bool is an int to Python, and 1.0 is an amount to nobody.
     if type(value) is not int or not least <= value <= MAX_AMOUNT:
         raise InvalidInputError(f"must be a whole number from {least} to {MAX_AMOUNT}", field=f"parameters.{name}")
+
+
+def _check_size(parameters: dict[str, Any]) -> None:
+    try:
+        size = len(canonical_json(parameters).encode())
+    except InvalidInputError as error:
+        raise InvalidInputError(error.message, field="parameters") from error
+    if size > MAX_PARAMETERS_BYTES:
+        raise InvalidInputError(f"larger than {MAX_PARAMETERS_BYTES} bytes", field="parameters")
