@@ -1,8 +1,8 @@
 """Start an AWS on this machine, build and deploy the template to it, and open the front door.
 
 Nothing here can reach an AWS account: programs are started with made-up credentials, empty configuration files and an
-endpoint on the loopback interface, and none of the caller's own `AWS_…` variables. Everything that is written lies in the
-repository, under `.local` and `.aws-sam`.
+endpoint on the loopback interface, and none of the caller's own `AWS_…` variables. Everything that is written lies in
+the repository, under `.local` and `.aws-sam`.
 """
 
 from __future__ import annotations
@@ -333,14 +333,14 @@ class Cloud:
 
     def _deploy(self) -> None:
         self.progress("deploying template.yaml (sam deploy)")
-        parameters = {
+        parameters: dict[str, str] = {
             "Stage": "local",
             "AuthMode": self.auth_mode,
             "PythonRuntime": f"python3.{sys.version_info.minor}",
             "JwtIssuer": self.url,
             "JwtAudience": AUDIENCE,
             "JwksUrl": f"http://127.0.0.1:{self.ports.http}{KEYS_PATH}",
-        } | self.parameters
+        } | dict(self.parameters)
         self._sam("deploy", "--parameter-overrides", *(f"{name}={value}" for name, value in parameters.items()))
         formation = self.client("cloudformation")
         stack = formation.describe_stacks(StackName=STACK)["Stacks"][0]
@@ -382,9 +382,9 @@ class Cloud:
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
         answer = "no answer"
         while time.monotonic() < deadline:
-            request = urllib.request.Request(f"{self.url}{path}", headers={"Authorization": f"Bearer {token}"})  # noqa: S310
+            request = urllib.request.Request(f"{self.url}{path}", headers={"Authorization": f"Bearer {token}"})
             try:
-                with urllib.request.urlopen(request, timeout=30):  # noqa: S310 - our own http address
+                with urllib.request.urlopen(request, timeout=30):
                     return
             except urllib.error.HTTPError as error:
                 answer = f"{error.code} {error.read().decode(errors='replace')}"
@@ -404,7 +404,9 @@ class Cloud:
             for group in groups["logGroups"]:
                 name = group["logGroupName"]
                 for page in client.get_paginator("filter_log_events").paginate(logGroupName=name, **wanted):
-                    events += [(event["timestamp"], name.rpartition("/")[2], event["message"]) for event in page["events"]]
+                    events += [
+                        (event["timestamp"], name.rpartition("/")[2], event["message"]) for event in page["events"]
+                    ]
         return [f"{name}: {message.rstrip()}" for _, name, message in sorted(events)]
 
     def remove_directory(self) -> None:
@@ -465,7 +467,7 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
         if process.poll() is None:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(3)
+                process.wait(1)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     if process.stdin is not None:

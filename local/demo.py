@@ -1,8 +1,8 @@
 """`make demo`: two tasks on a local cloud of their own, shown and checked.
 
-A monitoring task runs to its end by itself. A transfer waits for an approval, which its requester may not give and another
-person gives. Everything that is printed is read back over HTTP, and every statement is checked: the exit code is 0 only if
-all of them hold.
+A monitoring task runs to its end by itself. A transfer waits for an approval, which its requester may not give and
+another person gives. Everything that is printed is read back over HTTP, and every statement is checked: the exit code
+is 0 only if all of them hold.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ class Demo:
 
     def call(self, role: str, method: str, path: str, body: object = None) -> Answer:
         """Make one request as the person who has this role."""
-        request = urllib.request.Request(  # noqa: S310 - our own http address
+        request = urllib.request.Request(
             f"{self.cloud.url}{path}",
             method=method,
             data=None if body is None else json.dumps(body).encode(),
             headers={"Authorization": f"Bearer {self._tokens[role]}", "Content-Type": "application/json"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=60) as response:  # noqa: S310 - as above
+            with urllib.request.urlopen(request, timeout=60) as response:
                 return Answer(response.status, json.loads(response.read()))
         except urllib.error.HTTPError as error:
             text = error.read().decode(errors="replace")
@@ -113,6 +113,16 @@ class Demo:
             approval = "needs approval" if step["requires_approval"] else "no approval"
             print(f"    {number}  {step['type']:<18} {approval:<15} {_short(step.get('parameters'))}")
 
+    def show_question(self, task_id: str) -> None:
+        """Print what the approver is asked, and the hashes that the decision is bound to."""
+        question = self.call("approver", "GET", f"/task/{task_id}").body.get("approval") or {}
+        print(f"  approval asked for {question.get('step_type')} {_short(question.get('parameters'))}")
+        print(
+            f"    plan {question.get('plan_hash')}\n    step {question.get('step_hash')}"
+            f"\n    until {question.get('expires_at')}"
+        )
+        self.check("the approver sees the amount", (question.get("parameters") or {}).get("amount") == AMOUNT, question)
+
     def show_steps(self, task_id: str) -> None:
         """Print each step with its result."""
         answer = self.call("requester", "GET", f"/task/{task_id}/status")
@@ -120,7 +130,11 @@ class Demo:
         print("  steps")
         for number, step in enumerate(steps):
             print(f"    {number}  {step['status']:<12} {_short(step.get('result') or step.get('error'))}")
-        self.check("every step succeeded", bool(steps) and all(s["status"] in {"succeeded", "completed"} for s in steps), answer)
+        self.check(
+            "every step succeeded",
+            bool(steps) and all(s["status"] in {"succeeded", "completed"} for s in steps),
+            answer,
+        )
 
     def show_audit(self, task_id: str) -> None:
         """Print each audit entry with its ledger transaction, and verify them all."""
@@ -134,9 +148,12 @@ class Demo:
             time.sleep(0.5)
         print("  audit entries                                          on the ledger (mock)")
         for number, entry in enumerate(entries):
-            what = f"{entry.get('kind') or ''} {entry['step_type'] or ''}".strip()
+            # an entry of no step says what it is about in both fields
+            what = " ".join(dict.fromkeys(filter(None, [entry.get("kind"), entry["step_type"]])))
             print(f"    {number + 1:>2}  {what:<36} {entry['status']:<17} {_cut(entry.get('qubic_txid'))}")
-        self.check("every entry has a ledger transaction", bool(entries) and all(e.get("qubic_txid") for e in entries), answer)
+        self.check(
+            "every entry has a ledger transaction", bool(entries) and all(e.get("qubic_txid") for e in entries), answer
+        )
         executed = [entry for entry in entries if entry.get("output_hash") and entry["step_index"] >= 0]
         self.check("each executed step has its output's hash", bool(executed), entries)
         if executed:
@@ -175,6 +192,7 @@ def transfer(demo: Demo) -> None:
     status = demo.wait(task_id, "waiting_approval")
     demo.check("it waits for an approval", status == "waiting_approval", status)
     demo.show_plan(task_id)
+    demo.show_question(task_id)
     decision = {"approved": True, "reason": "invoice 4711 checked"}
     own = demo.call("requester", "POST", f"/task/{task_id}/approve", decision)
     demo.check(f"{PEOPLE['requester']} may not approve their own task (403)", own.status == 403, own)
@@ -198,8 +216,8 @@ def tell(cloud: Cloud) -> list[str]:
         was = before[address]
         demo.check(f"{address}: {was} → {after} QU", None not in (was, after) and after == (was or 0) + change, after)
     print(
-        "\nThe ledger here is a mock that runs on this machine. A hash on it shows how the audit trail works, and proves nothing"
-        "\nto an outsider: who runs the ledger could have written anything."
+        "\nThe ledger here is a mock that runs on this machine. A hash on it shows how the audit trail works, and proves"
+        "\nnothing to an outsider: who runs the ledger could have written anything."
     )
     return demo.failures
 

@@ -1,8 +1,8 @@
 """The front door of the local cloud: one address for the API, and the issuer's keys.
 
-It passes each request on to the API's stage on the local AWS, whose own address has an id in it that changes with each
-deployment, and answers `/.well-known/jwks.json` itself. With `AUTH_MODE=stub` it adds the header that API Gateway asks for
-before it calls the authorizer at all.
+It passes each request on to the API's stage on the local AWS, whose own address has an id in it that changes with
+each deployment, and answers `/.well-known/jwks.json` itself. With `AUTH_MODE=stub` it adds the header that API
+Gateway asks for before it calls the authorizer at all.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 from urllib.parse import urlsplit
 
 KEYS_PATH = "/.well-known/jwks.json"
@@ -23,16 +23,16 @@ UPSTREAM_TIMEOUT_SECONDS = 60
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 # Headers that belong to one connection and not to the request (RFC 9110, 7.6.1), or that this proxy sets itself.
 _NOT_PASSED_ON = frozenset({
-    "connection", "content-length", "date", "host", "keep-alive", "proxy-authenticate", "proxy-authorization", "server", "te",
-    "trailer", "transfer-encoding", "upgrade",
+    "connection", "content-length", "date", "host", "keep-alive", "proxy-authenticate", "proxy-authorization", "server",
+    "te", "trailer", "transfer-encoding", "upgrade",
 })  # fmt: skip
 
 
 def upstream_headers(headers: Mapping[str, str], *, stub: bool) -> dict[str, str]:
     """Return the headers to pass on; in stub mode with a credential, if there is none.
 
-    A page on another site can make a browser send requests here. Such a request says where it comes from (`Origin`), and
-    gets no credential.
+    A page on another site can make a browser send requests here. Such a request says where it comes from (`Origin`),
+    and gets no credential.
     """
     passed = {name: value for name, value in headers.items() if name.lower() not in _NOT_PASSED_ON}
     names = {name.lower(): value for name, value in headers.items()}
@@ -73,7 +73,7 @@ class FrontDoor:
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
 
-    def __enter__(self) -> FrontDoor:
+    def __enter__(self) -> Self:
         self._thread.start()
         return self
 

@@ -1,8 +1,8 @@
 """Run a module until whoever started it is gone.
 
-`python -m local.guard MODULE` ends its own process group, and so every process that the module has started, as soon as its
-standard input closes. The operating system closes it when the parent ends, however it ends, so nothing is left running
-even after `kill -9`.
+`python -m local.guard MODULE` ends its own process group, and so every process that the module has started, as soon as
+its standard input closes. The operating system closes it when the parent ends, however it ends, so nothing is left
+running even after `kill -9`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Start the local cloud, leave it running in the background, and stop it again.
 
-One process, the supervisor (`python -m local run`), holds everything. It holds a lock for as long as it lives, which the
-operating system takes from it however it ends; so whether the cloud runs is never a guess from a process id in a file.
+One process, the supervisor (`python -m local run`), holds everything. It holds a lock for as long as it lives, which
+the operating system takes from it however it ends; so whether the cloud runs is never a guess from a process id in a
+file.
 """
 
 from __future__ import annotations
@@ -208,7 +209,10 @@ def down(instance: Instance | None = None, say: Callable[[str], None] = print) -
     instance = instance or Instance()
     if not instance.runs():
         left = instance.forget_interrupted_run()
-        say("The local cloud does not run." + (" An earlier run was interrupted; what it left is cleaned up." if left else ""))
+        say(
+            "The local cloud does not run."
+            + (" An earlier run was interrupted; what it left is cleaned up." if left else "")
+        )
         return
     pid = instance.read().get("pid")
     for signum in (signal.SIGTERM, signal.SIGKILL):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import Path, Request
+from fastapi import Depends, Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from audit.evidence import CHECKS, Match, Trail, find_matches, read_trail
 from audit.store import Anchor, AuditStore, Role, StoredEntry
 from qaes.adapters import settings
-from qaes.adapters.http import Caller, add_health, caller, create_app, make_handler
+from qaes.adapters.http import Caller, add_health, create_app, make_handler, require
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.audit import Check
-from qaes.domain.errors import ForbiddenError, InvalidInputError, NotFoundError
+from qaes.domain.errors import InvalidInputError, NotFoundError
 from qaes.domain.ids import is_task_id
 
 READERS = ("auditor", "approver", "operator")
@@ -24,6 +24,8 @@ UNREADABLE = "unreadable"
 STATEMENT = {
     "mock": "The mock ledger is run by the operator of this system: its transactions prove nothing to an outsider.",
 }
+
+Reader = Annotated[Caller, Depends(require("requester", *READERS))]
 
 app = create_app("audit")
 
@@ -124,12 +126,11 @@ add_health(app, "/audit/health", {"tables": _tables_answer, "ledger": _ledger_an
 
 
 @app.get("/audit/verify/{hash}")
-def verify(sent: Annotated[str, Path(alias="hash")], request: Request) -> VerifyAnswer:
+def verify(sent: Annotated[str, Path(alias="hash")], who: Reader) -> VerifyAnswer:
     """Where a hash occurs in the trails that the caller may see, and what proves it."""
     hash_ = sent.lower()
     if len(hash_) != 64 or not set(hash_) <= set("0123456789abcdef"):
         raise InvalidInputError("a hash is 64 hexadecimal digits", field="hash")
-    who = caller(request)
     network = settings.text("QUBIC_NETWORK")
     matches, more = find_matches(
         hash_,
@@ -148,9 +149,8 @@ def verify(sent: Annotated[str, Path(alias="hash")], request: Request) -> Verify
 
 
 @app.get("/audit/{task_id}")
-def get_audit(task_id: str, request: Request) -> AuditAnswer:
+def get_audit(task_id: str, who: Reader) -> AuditAnswer:
     """The trail of a task, and whether it holds."""
-    who = caller(request)
     if not is_task_id(task_id):
         raise NotFoundError("no such task", field="task_id")
     if not _may_see(who, task_id):
@@ -173,21 +173,13 @@ def get_audit(task_id: str, request: Request) -> AuditAnswer:
 handler = make_handler(app)
 
 
-def _may_read_all(who: Caller) -> bool:
-    return who.has(*READERS)
-
-
-def _is_own(who: Caller, task_id: str) -> bool:
-    if "requester" not in who.roles:
-        raise ForbiddenError("reading the audit trail needs the role requester, approver, auditor or operator")
+def _may_see(who: Caller, task_id: str) -> bool:
+    if who.has(*READERS):
+        return True
     try:
         return TaskStore().get_task(task_id).requester == who.subject
     except NotFoundError:
         return False
-
-
-def _may_see(who: Caller, task_id: str) -> bool:
-    return _may_read_all(who) or _is_own(who, task_id)
 
 
 def _chain(trail: Trail) -> ChainState:

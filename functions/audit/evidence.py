@@ -1,4 +1,4 @@
-"""What proves an entry: its text, its place in the task's chain, its transaction on the ledger; each check by its name."""
+"""What proves an entry: its text, its place in the chain, its transaction on the ledger; each check by its name."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Match:
 
 def read_trail(store: AuditStore, task_id: str, *, log_id: str) -> Trail:
     """Read a task's trail and check it. An empty one holds."""
-    # Anchors first: an entry is there before its anchor is, so an anchor without entry means that the entry was taken away.
+    # Anchors first: an entry is there before its anchor, so where only the anchor is, the entry was taken away.
     anchors = store.anchors(task_id)
     entries = tuple(store.entries(task_id))
     return Trail(entries, anchors, _broken(entries, anchors, log_id, task_id))

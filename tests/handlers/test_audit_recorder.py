@@ -1,4 +1,4 @@
-"""The recorder on moto's DynamoDB and the mock ledger: every event once, in order, whoever drains, wherever it stops."""
+"""The recorder on moto and the mock ledger: every event once, in order, whoever drains, wherever it stops."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def ledger_writes(task_id: str) -> list[int]:
 
 
 def check_complete(task_id: str, count: int) -> None:
-    """Each of `count` entries is there once, in an unbroken chain, with its pointers, its anchor and one transaction."""
+    """Each of `count` entries is there once, in an unbroken chain, with its pointers, anchor and one transaction."""
     store, found = AuditStore("AuditEntriesTable", "AuditLogTable"), entries(task_id)
     assert [entry.seq for entry in found] == list(range(1, count + 1))
     verify_chain([(entry.text, entry.leaf) for entry in found], log_id=LOG_ID, task_id=task_id)
@@ -217,7 +217,7 @@ def test_nothing_is_recorded_on_top_of_an_altered_entry(aws: Cloud) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_drains_at_the_same_time_record_each_event_once(aws: Cloud, seed: int) -> None:
     task_id, count, workers = task_with(6), 12, 4
-    call, chance, ready = BaseClient._make_api_call, random.Random(seed), threading.Barrier(workers + 1)
+    call, chance, ready = BaseClient._make_api_call, random.Random(seed), threading.Barrier(workers + 1)  # noqa: S311 (jitter)
 
     def unevenly(client: Any, operation: str, arguments: Any) -> Any:
         time.sleep(chance.random() / 300)
@@ -237,7 +237,7 @@ def test_drains_at_the_same_time_record_each_event_once(aws: Cloud, seed: int) -
     check_complete(task_id, count)
 
 
-class Crash(Exception):
+class CrashError(Exception):
     """The process is gone."""
 
 
@@ -249,10 +249,10 @@ def crashing(at: int, *, after: bool, calls: list[str]) -> Callable[..., Any]:
         calls.append(operation)
         number = len(calls)
         if number == at and not after:
-            raise Crash(operation)
+            raise CrashError(operation)
         answer = call(client, operation, arguments)
         if number == at:
-            raise Crash(operation)
+            raise CrashError(operation)
         return answer
 
     return make
@@ -266,7 +266,7 @@ def test_a_crash_at_any_call_is_made_good_by_the_next_drain(aws: Cloud, after: b
         with patch.object(BaseClient, "_make_api_call", crashing(at, after=after, calls=calls)):
             try:
                 new_recorder().drain(task_id)
-            except (Crash, UnavailableError):
+            except (CrashError, UnavailableError):
                 crashed.append(calls[at - 1])
         if len(calls) < at:
             break

@@ -1,0 +1,101 @@
+"""What the local cloud refuses, and that nothing of the caller's AWS gets into it."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from local.cloud import Cloud, LocalCloudError, Ports, fingerprint, is_taken, isolated_environment
+
+pytestmark = pytest.mark.enable_socket
+
+
+@pytest.fixture
+def listener():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+        yield server
+
+
+def test_a_taken_port_is_named_with_the_variable_that_changes_it(listener):
+    port = listener.getsockname()[1]
+    ports = Ports.from_environment({"QAES_HTTP_PORT": str(port), "QAES_PORT": str(Ports.free().aws)})
+    with pytest.raises(LocalCloudError) as raised:
+        ports.check()
+    assert f"Port {port}" in str(raised.value)
+    assert "QAES_HTTP_PORT=" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_the_port_of_the_local_aws_has_a_variable_of_its_own(listener):
+    port = listener.getsockname()[1]
+    ports = Ports.from_environment({"QAES_HTTP_PORT": str(Ports.free().http), "QAES_PORT": str(port)})
+    with pytest.raises(LocalCloudError, match=f"Port {port}.*QAES_PORT="):
+        ports.check()
+
+
+def test_a_port_is_free_again_once_nobody_listens(listener):
+    port = listener.getsockname()[1]
+    assert is_taken(port)
+    listener.close()
+    assert not is_taken(port)
+
+
+@pytest.mark.parametrize("text", ["0", "65536", "http", "-1", "8000 "])
+def test_what_is_no_port_is_refused(text):
+    with pytest.raises(LocalCloudError, match="QAES_HTTP_PORT"):
+        Ports.from_environment({"QAES_HTTP_PORT": text})
+
+
+def test_an_unknown_auth_mode_is_refused():
+    with pytest.raises(LocalCloudError, match="AUTH_MODE"):
+        Cloud("test", Ports(1, 2), "none")
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["https://sts.amazonaws.com", "http://10.0.0.1:4566", "http://127.0.0.1.example.com"]
+)
+def test_an_endpoint_that_is_not_on_loopback_is_refused(endpoint, tmp_path):
+    with pytest.raises(LocalCloudError, match="loopback"):
+        isolated_environment(endpoint, tmp_path, {})
+
+
+def test_the_callers_aws_does_not_get_in(tmp_path):
+    caller = {
+        "AWS_PROFILE": "prod",
+        "AWS_SESSION_TOKEN": "secret",
+        "AWS_ACCESS_KEY_ID": "AKIAREAL",
+        "AWS_ENDPOINT_URL_S3": "https://s3.amazonaws.com",
+        "AWS_CONFIG_FILE": "/home/me/.aws/config",
+        "PYTHONPATH": "/elsewhere",
+        "HOME": "/home/me",
+        "PATH": "/usr/bin",
+    }
+    environment = isolated_environment("http://127.0.0.1:4566", tmp_path, caller)
+    assert environment["AWS_ACCESS_KEY_ID"] == "test"
+    assert environment["HOME"] == "/home/me"
+    assert not {"AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3", "PYTHONPATH"} & environment.keys()
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        assert Path(environment[name]).is_relative_to(tmp_path)
+        assert Path(environment[name]).read_text() == ""
+
+
+def test_a_proxy_is_not_asked_for_the_loopback_interface(tmp_path):
+    environment = isolated_environment("http://localhost:4566", tmp_path, {"NO_PROXY": "corp.example"})
+    assert environment["NO_PROXY"] == environment["no_proxy"] == "corp.example,localhost,127.0.0.1"
+
+
+def test_a_build_is_made_anew_when_what_it_is_made_from_changes(tmp_path):
+    for folder in ("functions/worker", "layers/core", "statemachine"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("template.yaml", "samconfig.toml", "functions/worker/app.py", "layers/core/requirements.txt"):
+        (tmp_path / name).write_text("one")
+    before = fingerprint(tmp_path, "python3.11")
+    (tmp_path / "functions/worker/app.pyc").write_text("byte code")
+    assert fingerprint(tmp_path, "python3.11") == before
+    assert fingerprint(tmp_path, "python3.12") != before
+    (tmp_path / "functions/worker/app.py").write_text("two")
+    assert fingerprint(tmp_path, "python3.11") != before

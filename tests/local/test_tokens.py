@@ -1,0 +1,47 @@
+"""Tokens of the local issuer are what the published keys verify, and nothing else."""
+
+from __future__ import annotations
+
+import jwt
+import pytest
+
+from local.tokens import AUDIENCE, LIFETIME_SECONDS, PEOPLE, Issuer
+
+
+@pytest.fixture(scope="module")
+def issuer():
+    return Issuer.create("http://localhost:8000")
+
+
+def decode(token, issuer):
+    key = jwt.PyJWKSet.from_dict(issuer.key_set())[jwt.get_unverified_header(token)["kid"]]
+    return jwt.decode(token, key, algorithms=["RS256"], audience=AUDIENCE, issuer=issuer.url)
+
+
+@pytest.mark.parametrize("role", PEOPLE)
+def test_each_role_is_a_person_of_its_own(issuer, role):
+    claims = decode(issuer.token(role), issuer)
+    assert (claims["sub"], claims["scope"]) == (PEOPLE[role], role)
+    assert claims["exp"] - claims["iat"] == LIFETIME_SECONDS
+    assert len(set(PEOPLE.values())) == len(PEOPLE)
+
+
+def test_a_person_may_have_several_roles(issuer):
+    claims = decode(issuer.token("requester approver", subject="dave"), issuer)
+    assert (claims["sub"], claims["scope"]) == ("dave", "requester approver")
+
+
+def test_an_old_token_has_expired(issuer):
+    with pytest.raises(jwt.ExpiredSignatureError):
+        decode(issuer.token("requester", now=1_600_000_000), issuer)
+
+
+def test_another_issuers_token_is_unknown(issuer):
+    with pytest.raises(KeyError):
+        decode(Issuer.create(issuer.url).token("requester"), issuer)
+
+
+def test_the_published_key_is_public_only(issuer):
+    (key,) = issuer.key_set()["keys"]
+    assert not {"d", "p", "q", "dp", "dq", "qi"} & key.keys()
+    assert (key["alg"], key["use"]) == ("RS256", "sig")
