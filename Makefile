@@ -64,12 +64,13 @@ sam-local: $(VENV)/.all-stamp ## The functions in Lambda's container, through `s
 	@$(BIN)/python -m pytest -q tests/sam_local
 
 check: $(VENV)/.all-stamp ## Lint, types, import contracts, template, requirements: changes nothing
+	@mkdir -p .local
 	@echo "ruff" && $(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
 	@echo "mypy" && $(BIN)/mypy --no-error-summary
-	@echo "import contracts" && PYTHONPATH=functions:layers/core $(BIN)/lint-imports --no-timing > .local/import-linter.log || { cat .local/import-linter.log; exit 1; }
+	@echo "import contracts" && PYTHONPATH=functions:layers/core $(BIN)/lint-imports --no-logo > .local/import-linter.log || { cat .local/import-linter.log; exit 1; }
 	@echo "cfn-lint" && $(BIN)/cfn-lint --append-rules cfn_lint_serverless.rules
 	@echo "sam validate" && AWS_DEFAULT_REGION=us-east-1 AWS_ACCESS_KEY_ID=test AWS_SECRET_ACCESS_KEY=test $(BIN)/sam validate --lint > .local/sam-validate.log 2>&1 || { cat .local/sam-validate.log; exit 1; }
-	@echo "checkov" && $(BIN)/checkov --config-file .checkov.yaml
+	@echo "checkov" && $(BIN)/checkov --config-file .checkov.yaml > .local/checkov.log || { cat .local/checkov.log; exit 1; }
 	@echo "uv.lock and the layer's requirements" && $(BIN)/uv lock --check --quiet && $(EXPORT) | diff - layers/core/requirements.txt || { echo "layers/core/requirements.txt differs from uv.lock: make requirements" >&2; exit 1; }
 
 EXPORT := $(BIN)/uv export --quiet --frozen --no-dev --no-emit-project --no-header --format requirements.txt

@@ -216,8 +216,8 @@ def tell(cloud: Cloud) -> list[str]:
         was = before[address]
         demo.check(f"{address}: {was} → {after} QU", None not in (was, after) and after == (was or 0) + change, after)
     print(
-        "\nThe ledger here is a mock that runs on this machine. A hash on it shows how the audit trail works, and proves"
-        "\nnothing to an outsider: who runs the ledger could have written anything."
+        "\nThe ledger here is a mock that runs on this machine. A hash on it shows how the audit trail works, and"
+        "\nproves nothing to an outsider: who runs the ledger could have written anything."
     )
     return demo.failures
 

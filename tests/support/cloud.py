@@ -95,12 +95,21 @@ class Cloud:
     invocations: Counter[str] = field(default_factory=Counter)
     faults: dict[str, Callable[[Any], None]] = field(default_factory=dict)
     parameters: dict[str, str] = field(default_factory=dict)
+    closed: bool = False
 
     def invoke(self, function: str, event: Any) -> Any:
         self.invocations[function] += 1
         if fault := self.faults.get(function):
             fault(event)
-        return call(function, event, self.parameters)
+        with _environment_lock:
+            if self.closed:
+                raise RuntimeError("the test that started this has ended")
+            return call(function, event, self.parameters)
+
+    def close(self) -> None:
+        """Let no execution that still runs in moto's threads call a handler, in the midst of another test."""
+        with _environment_lock:
+            self.closed = True
 
     def drain(self, task_id: str) -> Any:
         """What the tasks table's stream would do."""
@@ -179,8 +188,11 @@ def cloud(*, state_machine: bool = True, parameters: dict[str, str] | None = Non
         _create_functions()
         if state_machine:
             it.machine_arn = _create_state_machine(it.parameters)
-        yield it
-        clients.reset()
+        try:
+            yield it
+        finally:
+            it.close()
+            clients.reset()
 
 
 def _create_functions() -> None:
