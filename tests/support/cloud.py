@@ -82,9 +82,23 @@ def _one_at_a_time(client: Any, operation: str, arguments: Any) -> Any:
 
 @contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
-    # Handlers share one process, and one may call another (the ledger's): the inner one's variables go on top.
-    with _environment_lock, patch.dict(os.environ, variables | {"POWERTOOLS_LOG_LEVEL": "ERROR"}):
-        yield
+    """Set `variables` for a handler.
+
+    Handlers share one process, and one may call another (the ledger's): the inner one's variables go on top. Variable
+    by variable: `patch.dict` empties the environment for a moment, in which the test's own thread would find nothing.
+    """
+    with _environment_lock:
+        variables = variables | {"POWERTOOLS_LOG_LEVEL": "ERROR"}
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
 
 
 @dataclass

@@ -21,37 +21,35 @@ def aws() -> Iterator[Cloud]:
         yield it
 
 
+def begin(aws: Cloud, task_type: str, **parameters: Any) -> str:
+    """Write a task as the gateway does and start its execution; returns its id."""
+    moment = timestamp(now())
+    transfer = {"to_address": DESTINATION, "amount": 250} if task_type == "transfer_funds" else {}
+    task = Task(
+        task_id=new_task_id(),
+        status="pending",
+        task_type=task_type,
+        description="a test",
+        parameters={"wallet_address": SOURCE} | transfer | parameters,
+        requester="alice",
+        created_at=moment,
+        updated_at=moment,
+    )
+    TaskStore("TasksTable").start_task(task)
+    boto3.client("stepfunctions").start_execution(
+        stateMachineArn=aws.machine_arn, name=task.task_id, input=json.dumps({"task_id": task.task_id})
+    )
+    return task.task_id
+
+
 @pytest.fixture
 def start(aws: Cloud) -> Callable[..., str]:
-    """Write a task as the gateway does and start its execution."""
-
-    def begin(task_type: str = "monitor_wallet", **parameters: Any) -> str:
-        moment = timestamp(now())
-        task = Task(
-            task_id=new_task_id(),
-            status="pending",
-            task_type=task_type,
-            description="a test",
-            parameters={"wallet_address": SOURCE} | parameters,
-            requester="alice",
-            created_at=moment,
-            updated_at=moment,
-        )
-        TaskStore("TasksTable").start_task(task)
-        boto3.client("stepfunctions").start_execution(
-            stateMachineArn=aws.machine_arn, name=task.task_id, input=json.dumps({"task_id": task.task_id})
-        )
-        return task.task_id
-
-    return begin
+    return lambda task_type="monitor_wallet", **parameters: begin(aws, task_type, **parameters)
 
 
 @pytest.fixture
 def transfer(start: Callable[..., str]) -> Callable[..., str]:
-    def begin(amount: int = 250, to_address: str = DESTINATION) -> str:
-        return start("transfer_funds", to_address=to_address, amount=amount)
-
-    return begin
+    return lambda amount=250: start("transfer_funds", amount=amount)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.policy import Policy
 from tests.support import template
-from tests.support.cloud import Cloud, call
-from tests.workflow.conftest import DESTINATION, SOURCE
+from tests.support.cloud import Cloud, call, cloud
+from tests.workflow.conftest import DESTINATION, SOURCE, begin
 
-VISITED: set[str] = set()
+VISITED: set[tuple[str, str]] = set()
+"""Each pair of states that followed one another."""
 
 
 def balance(address: str) -> int:
@@ -29,8 +31,6 @@ def kinds(aws: Cloud, task_id: str) -> list[str]:
         KeyConditionExpression="pk = :pk",
         ExpressionAttributeValues={":pk": {"S": task_id}},
     )
-    import json
-
     entries = [json.loads(item["text"]["S"]) for item in found["Items"]]
     assert [entry["seq"] for entry in entries] == list(range(1, len(entries) + 1))
     return [f"{entry['kind']}:{entry['status']}" for entry in entries]
@@ -38,7 +38,7 @@ def kinds(aws: Cloud, task_id: str) -> list[str]:
 
 def visited(aws: Cloud, task_id: str) -> list[str]:
     states = aws.history(task_id)
-    VISITED.update(states)
+    VISITED.update(zip(["", *states], states, strict=False))
     return states
 
 
@@ -48,6 +48,10 @@ def policy_of(**changes: dict[str, Any]) -> Callable[[Any], Policy]:
     rules = {name: rule.model_dump() for name, rule in base.rules.items()} | changes
     changed = Policy.model_validate({"policy_id": "policy-v2-changed", "version": 2, "rules": rules})
     return lambda client: changed
+
+
+def raise_always(event: Any) -> None:
+    raise ConnectionError("secret internals")
 
 
 def test_a_monitoring_task_completes_in_at_most_20_transitions(aws: Cloud, start: Callable[..., str]) -> None:
@@ -111,40 +115,15 @@ def test_a_rejected_transfer_moves_nothing(
     assert kinds(aws, task_id)[-2:] == ["approval_decided:rejected", "task_ended:rejected"]
 
 
-@pytest.mark.parametrize("aws_parameters", [{"ApprovalTimeoutSeconds": "2"}])
-def test_an_approval_that_nobody_decides_expires(aws_parameters: dict[str, str]) -> None:
-    from tests.support.cloud import cloud
-
-    with cloud(parameters=aws_parameters) as aws:
-        task_id = _start_transfer(aws)
+def test_an_approval_that_nobody_decides_expires() -> None:
+    with cloud(parameters={"ApprovalTimeoutSeconds": "2"}) as aws:
+        task_id = begin(aws, "transfer_funds")
         task = aws.wait(task_id, "expired")
         assert task["reason"] == "nobody decided in time"
         aws.execution(task_id)
         assert "ExpireTask" in visited(aws, task_id)
         assert balance(SOURCE) == 1000
         assert kinds(aws, task_id)[-2:] == ["approval_expired:expired", "task_ended:expired"]
-
-
-def _start_transfer(aws: Cloud) -> str:
-    from qaes.domain.ids import new_task_id, now, timestamp
-    from qaes.domain.models import Task
-
-    moment = timestamp(now())
-    task = Task(
-        task_id=new_task_id(),
-        status="pending",
-        task_type="transfer_funds",
-        description="a test",
-        parameters={"wallet_address": SOURCE, "to_address": DESTINATION, "amount": 5},
-        requester="alice",
-        created_at=moment,
-        updated_at=moment,
-    )
-    TaskStore("TasksTable").start_task(task)
-    boto3.client("stepfunctions").start_execution(
-        stateMachineArn=aws.machine_arn, name=task.task_id, input=f'{{"task_id": "{task.task_id}"}}'
-    )
-    return task.task_id
 
 
 def test_a_worker_that_fails_at_first_is_tried_again(aws: Cloud, start: Callable[..., str]) -> None:
@@ -163,15 +142,12 @@ def test_a_worker_that_fails_at_first_is_tried_again(aws: Cloud, start: Callable
 
 
 def test_a_worker_that_fails_for_good_fails_the_task(aws: Cloud, start: Callable[..., str]) -> None:
-    def broken(event: Any) -> None:
-        raise RuntimeError("secret internals")
-
-    aws.faults["ExecuteStepFunction"] = broken
+    aws.faults["ExecuteStepFunction"] = raise_always
     task_id = start()
     task = aws.wait(task_id, "failed")
-    assert "secret" not in task["reason"]
+    assert "internals" not in task["reason"]
     assert aws.execution(task_id)["status"] == "FAILED"
-    assert {"FailTask", "TaskFailed"} <= set(visited(aws, task_id))
+    assert visited(aws, task_id)[-3:] == ["ExecuteStep", "FailTask", "TaskFailed"]
 
 
 def test_a_transfer_of_more_than_there_is_fails_at_once_with_the_reason(
@@ -188,10 +164,7 @@ def test_a_transfer_of_more_than_there_is_fails_at_once_with_the_reason(
 
 
 def test_a_ledger_that_is_down_fails_the_task_after_its_retries(aws: Cloud, start: Callable[..., str]) -> None:
-    def down(event: Any) -> None:
-        raise ConnectionError("down")
-
-    aws.faults["LedgerFunction"] = down
+    aws.faults["LedgerFunction"] = raise_always
     task_id = start()
     aws.wait(task_id, "failed")
     assert aws.invocations["AnalyzeTaskFunction"] == 3
@@ -318,10 +291,72 @@ def test_no_token_is_in_the_executions_history_output(aws: Cloud, transfer: Call
     assert outputs and not any(approval.token in output for output in outputs)
 
 
-def test_every_state_was_visited() -> None:
+@pytest.mark.parametrize(
+    ("function", "state"),
+    [
+        ("AnalyzeTaskFunction", "AnalyzeTask"),
+        ("CheckPolicyFunction", "CheckPolicy"),
+        ("BuildPlanFunction", "BuildPlan"),
+        ("ValidatePlanFunction", "ValidatePlan"),
+    ],
+)
+def test_a_node_that_fails_for_good_fails_the_task(
+    aws: Cloud, start: Callable[..., str], function: str, state: str
+) -> None:
+    aws.faults[function] = raise_always
+    task_id = start()
+    task = aws.wait(task_id, "failed")
+    assert (task["reason"], task["failed_step"]) == ("a service did not answer", None)
+    assert aws.execution(task_id)["status"] == "FAILED"
+    assert visited(aws, task_id)[-3:] == [state, "FailTask", "TaskFailed"]
+    assert aws.invocations["ExecuteStepFunction"] == 0
+
+
+@pytest.mark.parametrize("outcome", ["completed", "denied", "rejected", "expired"])
+def test_an_end_that_cannot_be_recorded_fails_the_task(outcome: str) -> None:
+    def not_that_one(event: Any) -> None:
+        if event["outcome"] == outcome:
+            raise ConnectionError("down")
+
+    with cloud(parameters={"ApprovalTimeoutSeconds": "1" if outcome == "expired" else "60"}) as aws:
+        aws.faults["EndTaskFunction"] = not_that_one
+        task_id = begin(aws, {"completed": "monitor_wallet", "denied": "unknown"}.get(outcome, "transfer_funds"))
+        if outcome == "rejected":
+            aws.wait(task_id, "waiting_approval")
+            approval = TaskStore("TasksTable").decide(task_id, approved=False, subject="bob", reason="no")
+            boto3.client("stepfunctions").send_task_success(taskToken=approval.token, output="{}")
+        aws.wait(task_id, "failed")
+        assert aws.execution(task_id)["status"] == "FAILED"
+        assert visited(aws, task_id)[-2:] == ["FailTask", "TaskFailed"]
+
+
+def test_a_task_whose_end_was_never_recorded_is_ended_by_the_reconciler(aws: Cloud, start: Callable[..., str]) -> None:
+    aws.faults["EndTaskFunction"] = raise_always
+    task_id = start()
+    assert aws.execution(task_id)["status"] == "FAILED"
+    assert visited(aws, task_id)[-1] == "TaskFailed"
+    assert TaskStore("TasksTable").get_task(task_id).status == "executing"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("agent_runtime.reconciler.GRACE_SECONDS", -1)
+        assert aws.invoke("ReconcilerFunction", {}) == {"reconciled": [task_id]}
+    task = TaskStore("TasksTable").get_task(task_id)
+    assert (task.status, task.reason) == ("failed", "the execution failed")
+    assert kinds(aws, task_id)[-1] == "task_ended:failed"
+
+
+def test_every_state_and_every_catch_was_visited() -> None:
     """Runs last: the tests above have walked through the whole definition."""
     machine = template.definition()
-    states = set(machine["States"])
-    for state in machine["States"].values():
-        states |= set(state.get("ItemProcessor", {}).get("States", {}))
-    assert states - VISITED == set()
+    inner = machine["States"]["ExecuteSteps"]["ItemProcessor"]["States"]
+    entered = {state for _, state in VISITED}
+    assert {*machine["States"], *inner} - entered == set()
+    catches = {
+        (name, catch["Next"])
+        for name, state in (machine["States"] | inner).items()
+        for catch in state.get("Catch", [])
+        if name != "ExecuteSteps"
+    }
+    # A Map's Catch is entered from the state inside it that failed.
+    catches |= {("StepDenied", "DenyTask"), ("ApprovalRejected", "RejectTask"), ("ApprovalExpired", "ExpireTask")}
+    catches |= {("ExecuteStep", "FailTask")}
+    assert catches - VISITED == set()
