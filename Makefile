@@ -53,9 +53,9 @@ logs: $(VENV)/.local-stamp ## Print what the services of the local cloud logged 
 
 # --- tests and checks
 
-test: $(VENV)/.all-stamp ## Unit, handler and workflow tests, in one process, with coverage
+test: $(VENV)/.all-stamp ## Unit, handler and workflow tests, on moto, with coverage
 	@mkdir -p .local
-	@$(BIN)/python -m pytest -q -m "not e2e and not sam_local" --ignore=tests/e2e --ignore=tests/sam_local --cov --cov-report=term
+	@$(BIN)/python -m pytest -q -n auto --dist loadfile --ignore=tests/e2e --ignore=tests/sam_local --cov --cov-report=term
 
 e2e: $(VENV)/.all-stamp ## The deployed template on a local AWS, with IAM enforced
 	@$(BIN)/python -m pytest -q tests/e2e

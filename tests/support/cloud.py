@@ -10,12 +10,13 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import logging
 import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -66,6 +67,9 @@ def call(function: str, event: Any, parameters: dict[str, str] | None = None) ->
     with _environment(template.environment(function, PARAMETERS | (parameters or {}))):
         return getattr(importlib.import_module(module), attribute)(event, Context(function_name=function))
 
+
+# Without a handler of its own, what moto logs of an execution that is stopped with its test would go to the terminal.
+logging.getLogger("moto").addHandler(logging.NullHandler())
 
 _environment_lock = threading.RLock()
 _dynamodb_lock = threading.Lock()
@@ -121,9 +125,15 @@ class Cloud:
             return call(function, event, self.parameters)
 
     def close(self) -> None:
-        """Let no execution that still runs in moto's threads call a handler, in the midst of another test."""
+        """Let no execution go on in moto's threads, in the midst of another test."""
         with _environment_lock:
             self.closed = True
+        if self.machine_arn:
+            step_functions = boto3.client("stepfunctions")
+            running = step_functions.list_executions(stateMachineArn=self.machine_arn, statusFilter="RUNNING")
+            for execution in running["executions"]:
+                with suppress(Exception):  # it may end on its own meanwhile
+                    step_functions.stop_execution(executionArn=execution["executionArn"])
 
     def drain(self, task_id: str) -> Any:
         """What the tasks table's stream would do."""
