@@ -33,6 +33,7 @@ from urllib.parse import urlsplit
 import boto3
 
 from local.front_door import KEYS_PATH, FrontDoor
+from local.relay import DESKTOP_HOST, Relay, bridge
 from local.tokens import AUDIENCE, PEOPLE, Issuer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,6 +47,8 @@ PYTHONS = range(11, 15)  # minor versions that Lambda and the template's paramet
 LAMBDA_CONCURRENCY = 16
 START_TIMEOUT_SECONDS = 60
 COMMAND_TIMEOUT_SECONDS = 600
+USER_FILES = ("tokens.env", "aws.env", "sam.toml", "sam-env.json")
+"""What tells a user's tools of the local cloud, in `.local`, for as long as it runs."""
 HEALTH_PATHS = (
     "/health",
     "/planner/health",
@@ -391,8 +394,12 @@ class Cloud:
             except OSError as error:
                 answer = str(error)
             time.sleep(0.5)
+        services = self.directory / "services.log"
+        with contextlib.suppress(Exception):  # the local AWS may be what does not work
+            services.write_text("\n".join(self.service_logs()))
         raise LocalCloudError(
-            f"{path} is not healthy: {answer}\nWhat the local AWS logged: {self.directory / 'aws.log'}"
+            f"{path} is not healthy: {answer}\n"
+            f"What the local AWS logged: {self.directory / 'aws.log'}, and the services: {services}"
         )
 
     def service_logs(self, task_id: str | None = None) -> list[str]:
@@ -431,6 +438,38 @@ class Cloud:
             "unset AWS_PROFILE AWS_SESSION_TOKEN",
         ]
         _write_private(WORK / "aws.env", [*lines, *(f"export {name}='{value}'" for name, value in wanted.items())])
+
+    def write_sam_files(self, directory: Path = WORK) -> Path:
+        """Let `sam local invoke --config-file` run functions on this local AWS; return the configuration file.
+
+        It comes with `sam-env.json`: what the functions have in their environment here, and the address at which a
+        container reaches the local AWS. That way is open from now on.
+        """
+        if interface := bridge():
+            address = self._stack.enter_context(Relay(interface, self.ports.aws)).address
+        else:
+            address = f"{DESKTOP_HOST}:{self.ports.aws}"
+        names = {physical: name for name, physical in self.resources.items()}
+        environments = {
+            names[function["FunctionName"]]: function["Environment"]["Variables"]
+            | {"AWS_ENDPOINT_URL": f"http://{address}"}
+            for page in self.client("lambda").get_paginator("list_functions").paginate()
+            for function in page["Functions"]
+        }
+        variables = directory / "sam-env.json"
+        _write_private(variables, [json.dumps(environments, indent=2)])
+        configuration = directory / "sam.toml"
+        parameters = [f"PythonRuntime=python3.{sys.version_info.minor}", "Stage=local", f"AuthMode={self.auth_mode}"]
+        lines = [
+            "# For sam local invoke FUNCTION --config-file: the functions as `make up` has built and deployed them.",
+            "version = 0.1",
+            "[default.local_invoke.parameters]",
+            f"parameter_overrides = {json.dumps(parameters)}",
+            f"env_vars = {json.dumps(str(variables))}",
+            f"layer_cache_basedir = {json.dumps(str(WORK / 'sam-layers'))}",
+        ]
+        _write_private(configuration, lines)
+        return configuration
 
 
 def fingerprint(root: Path, runtime: str) -> str:

@@ -58,7 +58,7 @@ def check_compliance(event: dict[str, Any], context: LambdaContext) -> dict[str,
 
 REASONS: dict[Outcome, str] = {
     "completed": "",
-    "denied": "the policy does not allow it",
+    "denied": "policy {policy_id} does not allow {action_type}",
     "rejected": "an approver rejected it",
     "expired": "nobody decided in time",
     "failed": "a step failed",
@@ -74,7 +74,7 @@ def end_task(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Execution agent. `{task_id, outcome, error?}` → `{status, reason}`: the terminal status, once.
 
     What went wrong is read from the step records: the state's error output names functions and ARNs, which are for
-    the logs, not for users.
+    the logs, not for users. Only that of StepDenied is our own: the compliance agent's verdict.
     """
     end = EndOfTask.model_validate(event)
     store = TaskStore()
@@ -87,6 +87,10 @@ def end_task(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
         failed_step = broken.step_id if broken else None
         kind = KIND_OF_FAILURE.get(str((end.error or {}).get("Error")), "a service did not answer")
         reason = broken.error if broken and broken.error else kind
+    elif end.outcome == "denied":
+        error = end.error or {}
+        reason = reason.format(policy_id=task.policy_id, action_type=planning.action_type(task.task_type))
+        reason = error.get("Cause") or reason if error.get("Error") == "StepDenied" else reason
     elif end.outcome == "rejected":
         approvals = store.approvals(task.task_id)
         reason = approvals[-1].reason or reason if approvals else reason

@@ -191,7 +191,8 @@ def test_a_policy_that_denies_by_now_stops_the_step(
     rule = {"allowed": False, "requires_approval": True, "risk_level": "high"}
     monkeypatch.setattr("qaes.adapters.ledger_client.LedgerClient.policy", policy_of(transfer_funds=rule))
     decide(task_id, approved=True)
-    aws.wait(task_id, "denied")
+    task = aws.wait(task_id, "denied")
+    assert "does not allow transfer_funds" in task["reason"]
     aws.execution(task_id)
     visited(aws, task_id)
     assert balance(SOURCE) == 1000

@@ -17,8 +17,13 @@ MAX_STEPS = 50
 
 def analyze(task_type: str, policy: Policy) -> Analysis:
     """What kind of action is this, and how risky does the policy call it?"""
-    action_type = ACTION_TYPES.get(task_type, task_type)
-    return Analysis(action_type=action_type, risk_level=policy.decide(action_type).risk_level)
+    action = action_type(task_type)
+    return Analysis(action_type=action, risk_level=policy.decide(action).risk_level)
+
+
+def action_type(task_type: str) -> str:
+    """Return what kind of action a task of that type asks for: what the policy has rules for."""
+    return ACTION_TYPES.get(task_type, task_type)
 
 
 def build_plan(

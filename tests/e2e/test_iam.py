@@ -1,0 +1,136 @@
+"""What each role may not do: asked of the deployed roles themselves, with their own sessions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import boto3
+import pytest
+from botocore.exceptions import ClientError
+
+from local.cloud import REGION, Cloud
+
+KEY = {"pk": {"S": "task_x"}, "sk": {"S": "ENTRY#000001"}}
+DENIED = {"AccessDenied", "AccessDeniedException"}
+
+
+@pytest.fixture(scope="session")
+def session(local_cloud: Cloud) -> Callable[[str], boto3.Session]:
+    """A function's own role, assumed; for that its trust policy lets this account's root in, which changes no right."""
+    sessions: dict[str, boto3.Session] = {}
+
+    def assume(function: str) -> boto3.Session:
+        if function not in sessions:
+            found = local_cloud.client("lambda").get_function_configuration(
+                FunctionName=local_cloud.resources[function]
+            )
+            arn = found["Role"]
+            trust = {
+                "Version": "2012-10-17",
+                "Statement": [
+                    {"Effect": "Allow", "Principal": {"Service": "lambda.amazonaws.com"}, "Action": "sts:AssumeRole"},
+                    {"Effect": "Allow", "Principal": {"AWS": "*"}, "Action": "sts:AssumeRole"},
+                ],
+            }
+            local_cloud.client("iam").update_assume_role_policy(
+                RoleName=arn.rpartition("/")[2], PolicyDocument=json.dumps(trust)
+            )
+            given = local_cloud.client("sts").assume_role(RoleArn=arn, RoleSessionName="test")["Credentials"]
+            sessions[function] = boto3.Session(
+                given["AccessKeyId"], given["SecretAccessKey"], given["SessionToken"], region_name=REGION
+            )
+        return sessions[function]
+
+    return assume
+
+
+def _refused(call: Callable[..., Any], **arguments: Any) -> None:
+    with pytest.raises(ClientError) as raised:
+        call(**arguments)
+    assert raised.value.response["Error"]["Code"] in DENIED, raised.value
+
+
+WRITERS_OF_THE_TRAIL = {"RecordAuditFunction", "RecordEventsFunction"}
+FUNCTIONS = (
+    "GatewayFunction", "PlannerApiFunction", "AgentRuntimeApiFunction", "WorkerApiFunction", "AuditApiFunction",
+    "QubicApiFunction", "AuthorizerFunction", "AnalyzeTaskFunction", "CheckPolicyFunction", "BuildPlanFunction",
+    "ValidatePlanFunction", "CheckComplianceFunction", "EndTaskFunction", "RequestApprovalFunction",
+    "ReconcilerFunction", "ExecuteStepFunction", "RecordAuditFunction", "RecordEventsFunction", "LedgerFunction",
+)  # fmt: skip
+
+
+def test_this_list_has_every_function_of_the_stack(local_cloud: Cloud) -> None:
+    formation = local_cloud.client("cloudformation")
+    pages = formation.get_paginator("list_stack_resources").paginate(StackName="qaes-local")
+    found = {
+        each["LogicalResourceId"]
+        for page in pages
+        for each in page["StackResourceSummaries"]
+        if each["ResourceType"] == "AWS::Lambda::Function"
+    }
+    assert found == set(FUNCTIONS)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_nobody_can_change_or_delete_an_audit_entry(
+    local_cloud: Cloud, session: Callable[[str], boto3.Session], function: str
+) -> None:
+    dynamodb = session(function).client("dynamodb", endpoint_url=local_cloud.endpoint)
+    table = local_cloud.resources["AuditEntriesTable"]
+    _refused(dynamodb.delete_item, TableName=table, Key=KEY)
+    _refused(
+        dynamodb.update_item,
+        TableName=table,
+        Key=KEY,
+        UpdateExpression="SET #text = :forged",
+        ExpressionAttributeNames={"#text": "text"},
+        ExpressionAttributeValues={":forged": {"S": "forged"}},
+    )
+    _refused(dynamodb.batch_write_item, RequestItems={table: [{"DeleteRequest": {"Key": KEY}}]})
+    _refused(dynamodb.delete_table, TableName=table)
+    if function not in WRITERS_OF_THE_TRAIL:
+        _refused(dynamodb.put_item, TableName=table, Item=KEY)
+
+
+@pytest.mark.parametrize("function", sorted(set(FUNCTIONS) - {"LedgerFunction", "QubicApiFunction"}))
+def test_only_the_qubic_service_touches_the_ledgers_table(
+    local_cloud: Cloud, session: Callable[[str], boto3.Session], function: str
+) -> None:
+    dynamodb = session(function).client("dynamodb", endpoint_url=local_cloud.endpoint)
+    table = local_cloud.resources["LedgerTable"]
+    _refused(dynamodb.get_item, TableName=table, Key=KEY)
+    _refused(dynamodb.put_item, TableName=table, Item=KEY)
+    _refused(dynamodb.scan, TableName=table)
+
+
+@pytest.mark.parametrize("function", sorted(set(FUNCTIONS) - {"GatewayFunction", "ReconcilerFunction"}))
+def test_only_gateway_and_reconciler_resume_an_execution(
+    local_cloud: Cloud, session: Callable[[str], boto3.Session], function: str
+) -> None:
+    step_functions = session(function).client("stepfunctions", endpoint_url=local_cloud.endpoint)
+    _refused(step_functions.send_task_success, taskToken="x", output="{}")
+    _refused(
+        step_functions.start_execution, stateMachineArn=local_cloud.outputs["StateMachineArn"], name="x", input="{}"
+    )
+
+
+@pytest.mark.parametrize("function", ["GatewayFunction", "PlannerApiFunction", "ExecuteStepFunction"])
+def test_who_does_not_audit_does_not_read_the_trail(
+    local_cloud: Cloud, session: Callable[[str], boto3.Session], function: str
+) -> None:
+    dynamodb = session(function).client("dynamodb", endpoint_url=local_cloud.endpoint)
+    for table in ("AuditEntriesTable", "AuditLogTable"):
+        _refused(dynamodb.get_item, TableName=local_cloud.resources[table], Key=KEY)
+
+
+def test_a_role_may_still_do_its_work(local_cloud: Cloud, session: Callable[[str], boto3.Session]) -> None:
+    """Or the refusals above would say nothing."""
+    dynamodb = session("AuditApiFunction").client("dynamodb", endpoint_url=local_cloud.endpoint)
+    found = dynamodb.query(
+        TableName=local_cloud.resources["AuditEntriesTable"],
+        KeyConditionExpression="pk = :pk",
+        ExpressionAttributeValues={":pk": {"S": "task_x"}},
+    )
+    assert found["Items"] == []
