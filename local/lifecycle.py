@@ -20,7 +20,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from local.cloud import ROOT, WORK, AuthMode, Cloud, LocalCloudError, Ports, Progress, read_json
+from local.cloud import ROOT, USER_FILES, WORK, AuthMode, Cloud, LocalCloudError, Ports, Progress, read_json
 from local.tokens import LIFETIME_SECONDS
 
 NAME = "cloud"
@@ -99,7 +99,7 @@ class Instance:
         if not self._state.is_file():
             return False
         self._state.unlink()
-        for name in ("tokens.env", "aws.env"):
+        for name in USER_FILES:
             (self.directory.parent / name).unlink(missing_ok=True)
         return True
 
@@ -132,6 +132,7 @@ def run(mode: AuthMode, ports: Ports) -> None:
             try:
                 with cloud:
                     cloud.write_shell_files()
+                    cloud.write_sam_files()
                     print(introduction(cloud, progress.seconds), flush=True)
                     instance.write(
                         {"pid": os.getpid(), "url": cloud.url, "endpoint": cloud.endpoint, "auth_mode": cloud.auth_mode}
@@ -140,7 +141,7 @@ def run(mode: AuthMode, ports: Ports) -> None:
                         signal.pause()
             finally:
                 ignore_signals()
-                for name in ("tokens.env", "aws.env"):
+                for name in USER_FILES:
                     (WORK / name).unlink(missing_ok=True)
     except StopError as reason:
         print(f"stopped ({reason})", flush=True)

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import socket
+import sys
+import tomllib
+from ipaddress import IPv4Interface
 from pathlib import Path
 
 import pytest
 
-from local.cloud import Cloud, LocalCloudError, Ports, fingerprint, is_taken, isolated_environment
+from local.cloud import (
+    USER_FILES,
+    WORK,
+    Cloud,
+    LocalCloudError,
+    Ports,
+    fingerprint,
+    is_taken,
+    isolated_environment,
+)
 
 pytestmark = pytest.mark.enable_socket
 
@@ -99,3 +113,30 @@ def test_a_build_is_made_anew_when_what_it_is_made_from_changes(tmp_path):
     assert fingerprint(tmp_path, "python3.12") != before
     (tmp_path / "functions/worker/app.py").write_text("two")
     assert fingerprint(tmp_path, "python3.11") != before
+
+
+@pytest.mark.parametrize(("found", "reached_at"), [(None, "host.docker.internal:2"), ("127.0.0.1/8", "127.0.0.1:")])
+def test_sam_local_gets_each_functions_environment_and_a_way_here(tmp_path, monkeypatch, found, reached_at):
+    class Lambda:
+        def get_paginator(self, operation):
+            assert operation == "list_functions"
+            return self
+
+        def paginate(self):
+            variables = {"TASKS_TABLE": "qaes-local-TasksTable-1"}
+            yield {"Functions": [{"FunctionName": "qaes-local-Gateway-1", "Environment": {"Variables": variables}}]}
+
+    cloud = Cloud("test", Ports(1, 2), "stub")
+    cloud.resources = {"GatewayFunction": "qaes-local-Gateway-1", "TasksTable": "qaes-local-TasksTable-1"}
+    monkeypatch.setattr(Cloud, "client", lambda self, service: Lambda())
+    monkeypatch.setattr("local.cloud.bridge", lambda: IPv4Interface(found) if found else None)
+    with contextlib.closing(cloud._stack):
+        configuration = cloud.write_sam_files(tmp_path)
+    given = tomllib.loads(configuration.read_text())["default"]["local_invoke"]["parameters"]
+    assert f"PythonRuntime=python3.{sys.version_info.minor}" in given["parameter_overrides"]
+    assert {"Stage=local", "AuthMode=stub"} <= set(given["parameter_overrides"])
+    assert Path(given["layer_cache_basedir"]).is_relative_to(WORK)
+    variables = json.loads(Path(given["env_vars"]).read_text())["GatewayFunction"]
+    assert variables.pop("AWS_ENDPOINT_URL").startswith(f"http://{reached_at}")
+    assert variables == {"TASKS_TABLE": "qaes-local-TasksTable-1"}
+    assert {path.name for path in tmp_path.iterdir()} <= set(USER_FILES)

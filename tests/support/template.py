@@ -123,7 +123,8 @@ def environment(function: str, parameters: dict[str, str] | None = None) -> dict
     """The environment variables of a function, the template's global ones included."""
     globals_ = template().get("Globals", {}).get("Function", {}).get("Environment", {}).get("Variables", {})
     own = template()["Resources"][function]["Properties"].get("Environment", {}).get("Variables", {})
-    return {name: str(resolve(each, parameters)) for name, each in (globals_ | own).items()}
+    variables = {name: str(resolve(each, parameters)) for name, each in (globals_ | own).items()}
+    return {name: value for name, value in variables.items() if value != "AWS::NoValue"}
 
 
 def definition(**parameters: str) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Imported by the authorizer, which every request waits for: nothing here needs bo
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ ALGORITHMS = ("RS256", "ES256")
 
 ROLES = ("requester", "approver", "auditor", "operator")
 LEEWAY_SECONDS = 60
+COOLDOWN_SECONDS = 30
 MAX_TOKEN_LENGTH = 8192
 _MAX_SUBJECT_LENGTH = 256
 
@@ -35,6 +37,24 @@ class Identity:
     roles: tuple[str, ...]
 
 
+class _Keys(jwt.PyJWKClient):
+    """The issuer's keys. What keeps them from being had is never the token's fault."""
+
+    _refresh_failed_at = float("-inf")
+
+    def get_signing_keys(self, refresh: bool = False) -> list[jwt.PyJWK]:
+        """Return the keys; `refresh` when a key id is not among those that are kept."""
+        # PyJWT waits after a fetch that succeeded: after one that failed, made-up key ids would each cause another.
+        if refresh and time.monotonic() - self._refresh_failed_at < COOLDOWN_SECONDS:
+            raise KeysUnavailableError("asked for in vain a moment ago")
+        try:
+            return super().get_signing_keys(refresh)
+        except (jwt.PyJWTError, ValueError, OSError) as error:
+            if refresh:
+                self._refresh_failed_at = time.monotonic()
+            raise KeysUnavailableError(type(error).__name__) from error
+
+
 class TokenVerifier:
     """Verifies tokens of one issuer for one audience.
 
@@ -45,7 +65,7 @@ class TokenVerifier:
     def __init__(self, *, issuer: str, audience: str, jwks_url: str) -> None:
         self._issuer = issuer
         self._audience = audience
-        self._keys = jwt.PyJWKClient(jwks_url, timeout=3, lifespan=300, cooldown_duration=30)
+        self._keys = _Keys(jwks_url, timeout=3, lifespan=300, cooldown_duration=COOLDOWN_SECONDS)
 
     def verify(self, token: str) -> Identity:
         """Tell whom a token names.
@@ -55,7 +75,7 @@ class TokenVerifier:
         InvalidTokenError
             Form, algorithm, key, signature, issuer, audience, time or subject is not right.
         KeysUnavailableError
-            The issuer did not answer.
+            The issuer did not answer, or with something that holds no keys.
         """
         if len(token) > MAX_TOKEN_LENGTH:
             raise InvalidTokenError("too long")
@@ -71,8 +91,6 @@ class TokenVerifier:
                 leeway=LEEWAY_SECONDS,
                 options={"require": ["exp", "iss", "sub"], "verify_aud": False},
             )
-        except jwt.PyJWKClientConnectionError as error:
-            raise KeysUnavailableError from error
         except (jwt.PyJWTError, ValueError, TypeError) as error:
             raise InvalidTokenError(type(error).__name__) from error
         if not self._is_for_us(claims):

@@ -1,0 +1,164 @@
+"""The planner's routes on moto: a plan that nobody executes, and whose stored plan it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import boto3
+import pytest
+
+from qaes.adapters.task_store import TaskStore
+from qaes.domain.ids import is_plan_id, parse_timestamp
+from tests.handlers.test_gateway import BAD, DESTINATION, MONITOR, SOURCE, TRANSFER, UNKNOWN
+from tests.handlers.test_task_store import planned
+from tests.support.api import ALICE, BOB, CAROL, MALLORY, NOBODY, OLIVIA, Api, items, named
+from tests.support.cloud import Cloud, cloud
+
+UNKNOWN_PLAN = UNKNOWN.replace("task", "plan")
+
+
+@pytest.fixture
+def aws() -> Iterator[Cloud]:
+    with cloud(state_machine=False) as it:
+        yield it
+
+
+@pytest.fixture
+def api(aws: Cloud) -> Api:
+    return Api(aws, "PlannerApiFunction")
+
+
+@pytest.fixture
+def store(aws: Cloud) -> TaskStore:
+    return TaskStore("TasksTable")
+
+
+def create(api: Api, body: Any = None, **caller: Any) -> dict[str, Any]:
+    answer = api("POST", "/plan/create", body or TRANSFER, **caller)
+    assert answer.status == 200, answer
+    return answer.body
+
+
+def down(_: Any) -> None:
+    raise RuntimeError("down")
+
+
+def test_a_plan_has_the_inherited_fields_and_is_not_executed(api: Api) -> None:
+    plan = create(api)
+    inherited = {"plan_id": str, "steps": list, "created_at": str, "analysis": dict, "policy": dict}
+    assert {name: type(plan[name]) for name in inherited} == inherited
+    assert is_plan_id(plan["plan_id"])
+    assert plan["task_id"] is None
+    assert parse_timestamp(plan["created_at"]).utcoffset() is not None
+    assert plan["analysis"] == {"action_type": "transfer_funds", "risk_level": "high"}
+    assert (plan["policy"]["allowed"], plan["policy"]["requires_approval"]) == (True, True)
+    assert [(step["step_id"], step["type"], step["requires_approval"]) for step in plan["steps"]] == [
+        ("step_1", "check_balance", False),
+        ("step_2", "policy_check", False),
+        ("step_3", "onchain_action", True),
+    ]
+    assert plan["steps"][2]["parameters"] == {"from_address": SOURCE, "to_address": DESTINATION, "amount": 250}
+    assert {item["sk"]["S"] for item in items("TasksTable")} == {"PLAN"}
+
+
+def test_a_plan_to_watch_needs_nobodys_approval(api: Api) -> None:
+    plan = create(api, MONITOR)
+    assert plan["analysis"] == {"action_type": "monitoring", "risk_level": "low"}
+    assert [step["type"] for step in plan["steps"]] == ["check_balance", "policy_check", "monitor_action"]
+    assert not any(step["requires_approval"] for step in plan["steps"])
+
+
+def test_what_the_policy_does_not_know_is_planned_as_denied(api: Api) -> None:
+    plan = create(api, {"task_type": "launch_rocket", "description": "x"})
+    assert plan["analysis"] == {"action_type": "launch_rocket", "risk_level": "high"}
+    assert plan["policy"]["allowed"] is False
+
+
+def test_a_preview_is_read_back_as_it_was_given_and_goes_after_thirty_days(api: Api, store: TaskStore) -> None:
+    plan = create(api)
+    for caller in (ALICE, BOB, CAROL, OLIVIA):
+        answer = api("GET", f"/plan/{plan['plan_id']}", **caller)
+        assert (answer.status, answer.body) == (200, plan)
+    assert plan["plan_hash"] == store.get_plan(plan["plan_id"]).hash()
+    [item] = items("TasksTable")
+    days = (int(item["expires_at_epoch"]["N"]) - parse_timestamp(plan["created_at"]).timestamp()) / 86400
+    assert days == pytest.approx(30, abs=0.01)
+
+
+def test_the_plan_of_a_task_is_for_those_who_see_the_task(api: Api, store: TaskStore) -> None:
+    task_id, plan = planned(store)
+    for caller in (ALICE, BOB, CAROL, OLIVIA):
+        answer = api("GET", f"/plan/{plan.plan_id}", **caller)
+        assert (answer.status, answer.body["task_id"], answer.body["plan_hash"]) == (200, task_id, plan.hash())
+    hidden, missing = api("GET", f"/plan/{plan.plan_id}", **MALLORY), api("GET", f"/plan/{UNKNOWN_PLAN}", **MALLORY)
+    assert (hidden.status, hidden.body["detail"]) == (missing.status, missing.body["detail"]) == (404, "no such plan")
+
+
+def test_a_plan_for_a_task_leaves_the_tasks_own_plan_as_it_is(api: Api, store: TaskStore) -> None:
+    task_id, plan = planned(store)
+    preview = create(api, MONITOR | {"task_id": task_id})
+    assert (preview["task_id"], preview["plan_id"] == plan.plan_id) == (task_id, False)
+    assert store.get_task(task_id).plan_id == plan.plan_id
+    assert api("GET", f"/plan/{preview['plan_id']}", **MALLORY).status == 404
+
+
+def test_a_plan_is_not_made_for_a_task_that_is_not_there_for_the_caller(api: Api, store: TaskStore) -> None:
+    task_id, _ = planned(store)
+    before = items("TasksTable")
+    for named_task, caller in ((task_id, MALLORY), (UNKNOWN, ALICE), (UNKNOWN, OLIVIA)):
+        answer = api("POST", "/plan/create", MONITOR | {"task_id": named_task}, **caller)
+        assert (answer.status, named(answer)) == (404, {"task_id"})
+    assert items("TasksTable") == before
+
+
+def test_older_clients_name_a_task_by_any_word(api: Api) -> None:
+    plan = create(api, MONITOR | {"task_id": "task_123"})
+    assert plan["task_id"] == "task_123"
+    assert api("GET", f"/plan/{plan['plan_id']}").body == plan
+
+
+def test_bad_input_is_refused_as_it_is_for_a_task_and_no_plan_is_kept(api: Api) -> None:
+    bad = BAD | {
+        "a task id that is no word": ({**MONITOR, "task_id": "a b"}, 422, {"task_id"}),
+        "an empty task id": ({**MONITOR, "task_id": ""}, 422, {"task_id"}),
+        "a task id of another type": ({**MONITOR, "task_id": 7}, 422, {"task_id"}),
+    }
+    for what, (body, status, fields) in bad.items():
+        answer = api("POST", "/plan/create", body)
+        assert (answer.status, named(answer)) == (status, fields), (what, answer)
+    assert items("TasksTable") == []
+
+
+def test_who_may_plan_and_read_plans(api: Api) -> None:
+    plan_id = create(api, **OLIVIA)["plan_id"]
+    for caller in (BOB, CAROL, ALICE | {"roles": ""}):
+        assert api("POST", "/plan/create", TRANSFER, **caller).status == 403
+    assert api("GET", f"/plan/{plan_id}", **(ALICE | {"roles": "staff"})).status == 403
+    for method, path, body in (("POST", "/plan/create", TRANSFER), ("GET", f"/plan/{plan_id}", None)):
+        assert api(method, path, body, **NOBODY).status == 401
+
+
+def test_what_is_no_plan_is_not_found(api: Api, store: TaskStore) -> None:
+    task_id, _ = planned(store)
+    for plan_id in ("nonsense", "plan_", UNKNOWN_PLAN, UNKNOWN_PLAN.upper(), task_id, "create"):
+        assert api("GET", f"/plan/{plan_id}", **OLIVIA).status == 404, plan_id
+    assert api("GET", "/plan", **OLIVIA).status == 404
+    assert api("DELETE", f"/plan/{UNKNOWN_PLAN}", **OLIVIA).status == 405
+
+
+def test_without_the_ledgers_policy_there_is_no_plan(api: Api) -> None:
+    api.aws.faults["LedgerFunction"] = down
+    answer = api("POST", "/plan/create", TRANSFER)
+    assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+    assert items("TasksTable") == []
+
+
+def test_health_names_what_does_not_answer(api: Api) -> None:
+    answer = api("GET", "/planner/health", **NOBODY)
+    assert (answer.status, answer.body) == (200, {"status": "healthy", "service": "planner"})
+    api.aws.faults["LedgerFunction"] = down
+    answer = api("GET", "/planner/health", **NOBODY)
+    assert (answer.status, answer.body["status"], answer.body["failing"]) == (503, "unhealthy", ["ledger"])
+    boto3.client("dynamodb").delete_table(TableName="TasksTable")
+    assert api("GET", "/planner/health", **NOBODY).body["failing"] == ["tasks_table", "ledger"]

@@ -1,0 +1,81 @@
+"""The way from a container to the loopback interface: what it passes on, and to whom it is closed."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from ipaddress import IPv4Interface
+
+import pytest
+
+from local.relay import Relay, bridge
+
+pytestmark = pytest.mark.enable_socket
+
+
+def everything(connection):
+    return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+@pytest.fixture
+def echo():
+    """A server that answers with all it got, once its client has said everything."""
+
+    def answer():
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:
+                return
+            with connection:
+                connection.sendall(everything(connection)[::-1])
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        yield server.getsockname()[1]
+        server.shutdown(socket.SHUT_RDWR)
+    thread.join(5)
+
+
+def ask(address, text, source="127.0.0.1"):
+    host, _, port = address.partition(":")
+    with socket.create_connection((host, int(port)), timeout=5, source_address=(source, 0)) as connection:
+        connection.sendall(text)
+        connection.shutdown(socket.SHUT_WR)
+        return everything(connection)
+
+
+def test_it_passes_on_both_ways_and_the_ends(echo):
+    with Relay(IPv4Interface("127.0.0.1/8"), echo) as relay:
+        assert ask(relay.address, b"abc" * 100_000) == b"cba" * 100_000
+        assert ask(relay.address, b"again") == b"niaga"
+
+
+def test_who_is_not_on_its_network_gets_nothing(echo):
+    with Relay(IPv4Interface("127.0.0.1/32"), echo) as relay:
+        try:
+            answer = ask(relay.address, b"abc", source="127.0.0.2")
+        except OSError:  # where only 127.0.0.1 is an address, or the connection is reset
+            answer = b""
+    assert answer == b""
+
+
+def test_it_is_closed_afterwards(echo):
+    with Relay(IPv4Interface("127.0.0.1/8"), echo) as relay:
+        address = relay.address
+    with pytest.raises(ConnectionRefusedError):
+        ask(address, b"abc")
+
+
+def test_a_server_that_is_gone_ends_the_connection():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        relay = Relay(IPv4Interface("127.0.0.1/8"), closed.getsockname()[1])
+        with relay, contextlib.suppress(ConnectionResetError):
+            assert ask(relay.address, b"abc") == b""
+
+
+def test_without_docker_there_is_no_bridge():
+    assert bridge("no-such-bridge") is None

@@ -1,0 +1,168 @@
+"""A service's function called as API Gateway calls it, and what must hold of each of its answers."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import importlib
+import json
+import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import boto3
+import pytest
+from botocore.exceptions import ClientError
+
+from tests.support import events, template
+from tests.support.cloud import PARAMETERS, Cloud, Context
+
+ALICE = {"subject": "alice", "roles": "requester"}
+BOB = {"subject": "bob", "roles": "approver"}
+CAROL = {"subject": "carol", "roles": "auditor"}
+OLIVIA = {"subject": "olivia", "roles": "operator"}
+MALLORY = {"subject": "mallory", "roles": "requester"}
+NOBODY = {"subject": None}
+
+PROBLEM = "application/problem+json"
+_INSIDE = re.compile(r'arn:aws|Traceback|File "|site-packages|\.py\b|botocore|Exception|task_?token', re.IGNORECASE)
+"""What is no client's business: names of resources, stack traces, task tokens."""
+
+
+class Answer(NamedTuple):
+    """`body` is the parsed JSON; header names are in small letters."""
+
+    status: int
+    body: dict[str, Any]
+    headers: dict[str, str]
+
+
+def set_environment(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set a function's environment for the whole test, which `Api.at_once` needs; before the cloud is made."""
+    for name, value in template.environment(function, PARAMETERS).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("POWERTOOLS_LOG_LEVEL", "ERROR")
+
+
+@dataclass(frozen=True)
+class Api:
+    """The routes of one function of the template."""
+
+    aws: Cloud
+    function: str
+
+    def __call__(self, method: str, path: str, body: Any = None, **caller: Any) -> Answer:
+        """Call a route; text and bytes are sent as they are, any other body as JSON. Whoever calls is alice."""
+        return self._checked(self.aws.invoke(self.function, self.event(method, path, body, **caller)))
+
+    def at_once(self, requests: list[dict[str, Any]]) -> list[Answer]:
+        """Send `requests` (the arguments of `event`) all at the same moment.
+
+        Not through the cloud, which lets one function run at a time: the handler is called in as many threads.
+        """
+        module, _, attribute = template.functions()[self.function].rpartition(".")
+        handler = getattr(importlib.import_module(module), attribute)
+        start = threading.Barrier(len(requests))
+
+        def send(request: dict[str, Any]) -> dict[str, Any]:
+            # Lambda's only thread has an event loop; a thread of a test's has none by itself.
+            loop = asyncio.new_event_loop()
+            asyncio.set_event_loop(loop)
+            try:
+                start.wait()
+                answer: dict[str, Any] = handler(self.event(**request), Context(function_name=self.function))
+            finally:
+                asyncio.set_event_loop(None)
+                loop.close()
+            return answer
+
+        with ThreadPoolExecutor(len(requests)) as pool:
+            return [self._checked(answer) for answer in pool.map(send, requests)]
+
+    def event(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        *,
+        subject: str | None = "alice",
+        roles: str = "requester",
+        auth_mode: str = "jwt",
+        headers: dict[str, str] | None = None,
+    ) -> dict[str, Any]:
+        """API Gateway's event; without a `subject` no authorizer has vouched for anybody."""
+        resource, parameters = _match(self.function, method, path)
+        event: dict[str, Any] = events.load("gateway/api_health")
+        event |= {"httpMethod": method, "path": path, "resource": resource, "pathParameters": parameters}
+        event["requestContext"] |= {"httpMethod": method, "path": f"/v1{path}", "resourcePath": resource}
+        event["requestContext"]["authorizer"] = (
+            {"principalId": subject, "roles": roles, "auth_mode": auth_mode} if subject is not None else None
+        )
+        event["headers"] = event["headers"] | {"Content-Type": "application/json"} | (headers or {})
+        event["multiValueHeaders"] = {name: [value] for name, value in event["headers"].items()}
+        if isinstance(body, bytes):
+            return event | {"body": base64.b64encode(body).decode(), "isBase64Encoded": True}
+        return event | {"body": body if body is None or isinstance(body, str) else json.dumps(body)}
+
+    def _checked(self, answer: dict[str, Any]) -> Answer:
+        """What holds of every answer, whatever was asked."""
+        text = json.dumps(answer)
+        assert not _INSIDE.search(text), text
+        assert not [token for token in _task_tokens() if token in text], text
+        found = {name.lower(): value for name, value in (answer.get("headers") or {}).items()}
+        for name, values in (answer.get("multiValueHeaders") or {}).items():
+            found[name.lower()] = ", ".join(values)
+        assert (found["x-content-type-options"], found["cache-control"]) == ("nosniff", "no-store")
+        assert found["x-correlation-id"]
+        body = json.loads(answer["body"])
+        assert isinstance(body, dict)
+        if answer["statusCode"] >= 400 and body.get("status") != "unhealthy":
+            assert found["content-type"] == PROBLEM
+            assert {"type", "title", "status", "detail", "instance", "correlation_id"} <= body.keys()
+            assert (body["status"], bool(body["detail"])) == (answer["statusCode"], True)
+        return Answer(answer["statusCode"], body, found)
+
+
+Ask = Callable[..., Answer]
+
+
+def named(answer: Answer) -> set[str]:
+    """The fields that a problem names."""
+    return {error["field"] for error in answer.body.get("errors", [])}
+
+
+def items(*tables: str) -> list[dict[str, Any]]:
+    """Every item of `tables`; without an argument, of all tables of the template."""
+    dynamodb = boto3.client("dynamodb")
+    names = tables or tuple(template.resources("AWS::DynamoDB::Table"))
+    return [item for name in names for item in dynamodb.scan(TableName=name)["Items"]]
+
+
+def _task_tokens() -> list[str]:
+    try:
+        found = items("TasksTable")
+    except ClientError:  # a test took the table away
+        return []
+    approvals = [json.loads(item["data"]["S"]) for item in found if item["sk"]["S"].startswith("APPROVAL#")]
+    return [approval["token"] for approval in approvals]
+
+
+@cache
+def _routes(function: str) -> list[tuple[str, str]]:
+    """Method and path of each route; those without a parameter come first, as in API Gateway."""
+    found = template.template()["Resources"][function]["Properties"]["Events"].values()
+    routes = [(each["Properties"]["Method"], each["Properties"]["Path"]) for each in found if each["Type"] == "Api"]
+    return sorted(routes, key=lambda route: route[1].count("{"))
+
+
+def _match(function: str, method: str, path: str) -> tuple[str, dict[str, str] | None]:
+    """The template's route for a path, and the path's parameters; a path of no route is taken as it is."""
+    for known, route in _routes(function):
+        found = re.fullmatch(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", route), path)
+        if found and known == method:
+            return route, found.groupdict() or None
+    return path, None
