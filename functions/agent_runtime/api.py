@@ -40,7 +40,10 @@ class StepState(BaseModel):
 
 
 class ExecutionAnswer(BaseModel):
-    """A task's execution. `current_step` counts from 0; `total_steps` is 0 until there is a plan."""
+    """A task's execution. `current_step` counts from 0; `total_steps` is 0 until there is a plan.
+
+    `reason` says why the task has ended, when it did not complete.
+    """
 
     task_id: str
     status: Status
@@ -48,6 +51,7 @@ class ExecutionAnswer(BaseModel):
     total_steps: int
     steps: list[StepState]
     requires_approval: bool
+    reason: str | None
 
 
 @app.get("/task/{task_id}/status")
@@ -68,13 +72,16 @@ def get_status(
         total_steps=task.total_steps or 0,
         steps=[_state(task, index, step, records.get(index)) for index, step in enumerate(plan.steps if plan else ())],
         requires_approval=task.requires_approval,
+        reason=task.reason,
     )
 
 
 def _state(task: Task, index: int, step: Step, record: StepRecord | None) -> StepState:
     status: StepStatus | Literal["waiting_approval", "skipped"] = "pending"
+    # A worker that died leaves its step as it was; the task has ended all the same.
+    interrupted = record is not None and record.status == "running" and task.status in TERMINAL
     if record is not None:
-        status = record.status
+        status = "failed" if interrupted else record.status
     elif task.status in TERMINAL:
         status = "skipped"
     elif task.status == "waiting_approval" and index == task.current_step:
@@ -84,7 +91,7 @@ def _state(task: Task, index: int, step: Step, record: StepRecord | None) -> Ste
         type=step.type,
         status=status,
         result=record.result if record else None,
-        error=record.error if record else None,
+        error=task.reason if interrupted else record.error if record else None,
         requires_approval=step.requires_approval,
         attempt=record.attempt if record else 0,
         duration_ms=record.duration_ms if record else None,

@@ -73,7 +73,7 @@ def test_a_task_under_way_has_the_inherited_fields(api: Api, store: TaskStore) -
 
 def test_a_task_without_a_plan_has_no_steps_yet(api: Api, store: TaskStore) -> None:
     task, _ = store.start_task(new_task())
-    nothing_yet = {"current_step": 0, "total_steps": 0, "steps": [], "requires_approval": False}
+    nothing_yet = {"current_step": 0, "total_steps": 0, "steps": [], "requires_approval": False, "reason": None}
     assert status_of(api, task.task_id) == {"task_id": task.task_id, "status": "pending"} | nothing_yet
     store.begin_planning(task.task_id)
     assert status_of(api, task.task_id) == {"task_id": task.task_id, "status": "planning"} | nothing_yet
@@ -111,6 +111,16 @@ def test_a_failed_task_shows_the_step_that_failed_and_why(api: Api, store: TaskS
     assert body["current_step"] == 1
     failed = body["steps"][1]
     assert (failed["result"], failed["error"]) == (None, "insufficient_balance: 4 QU are missing")
+
+
+def test_a_step_whose_worker_died_has_failed_with_the_task(api: Api, store: TaskStore) -> None:
+    task_id, plan = planned(store)
+    store.claim_step(task_id, 0, plan.steps[0], None)
+    reason = "a service did not answer"
+    store.end_task(task_id, "failed", actor="execution", reason=reason, failed_step="step_1")
+    body = status_of(api, task_id)
+    assert steps(body) == ["failed", "skipped", "skipped"]
+    assert (body["steps"][0]["error"], body["reason"]) == (reason, reason)
 
 
 def test_steps_that_a_task_did_not_come_to_are_skipped(api: Api, store: TaskStore) -> None:
