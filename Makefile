@@ -82,7 +82,7 @@ format: $(VENV)/.all-stamp ## Format, and fix what ruff can fix
 	@$(BIN)/ruff check --quiet --fix . && $(BIN)/ruff format --quiet .
 
 bench: $(VENV)/.all-stamp ## Measure; writes docs/performance.md
-	@$(BIN)/python -m benchmarks.run
+	@PYTHONPATH=functions:layers/core $(BIN)/python -m benchmarks.run
 
 clean: ## Remove what was built, installed and logged
 	@if [ -x $(BIN)/python ] && [ -f .local/cloud/lock ]; then $(BIN)/python -m local down; fi

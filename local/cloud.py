@@ -44,7 +44,7 @@ STACK = "qaes-local"
 AUTH_MODES = ("jwt", "stub")
 PYTHONS = range(11, 15)  # minor versions that Lambda and the template's parameter PythonRuntime have
 # A Lambda environment is a process of some 50 MB here: this bounds what a burst of tasks can take.
-LAMBDA_CONCURRENCY = 16
+LAMBDA_CONCURRENCY = 32
 START_TIMEOUT_SECONDS = 60
 COMMAND_TIMEOUT_SECONDS = 600
 USER_FILES = ("tokens.env", "aws.env", "sam.toml", "sam-env.json")

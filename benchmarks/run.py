@@ -1,0 +1,184 @@
+"""`make bench`: measures, and writes docs/performance.md. A target that is missed is marked; it fails nothing."""
+
+# ruff: noqa: E501, RUF001 - the text of a report
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks import cost, imports, latency, memory
+from benchmarks import primitives as qubic
+from local.cloud import BUILD, ROOT, Cloud, Progress
+from qaes.domain.ids import now
+from tests.support import template
+
+REPORT = ROOT / "docs" / "performance.md"
+TRANSITIONS = {"monitoring": 20, "approved transfer": 22}
+LAYER_MEGABYTES = 60
+API_REQUESTS = {"monitoring": 2, "approved transfer": 4}
+TASKS = {
+    "monitoring": ("monitor_wallet", {"wallet_address": "0x1234567890abcdef", "alert_threshold": 500}),
+    "approved transfer": (
+        "transfer_funds",
+        {"wallet_address": "0x1234567890abcdef", "to_address": "0xfedcba0987654321", "amount": 250},
+    ),
+}
+
+
+def mark(holds: bool) -> str:
+    """Whether a target is met."""
+    return "✓" if holds else "✗"
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """Render a Markdown table."""
+    names = list(head)
+    lines = [names, ["---"] * len(names), *([str(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def import_times() -> str:
+    """Import time of each handler module."""
+    rows = [
+        (f"`{module}`", f"{milliseconds:.0f} ms", f"{ratio:.2f}×", f"≤ {limit}×", mark(ratio <= limit))
+        for module, milliseconds, ratio, limit in imports.measure()
+    ]
+    return f"""## Import time
+
+Of each handler's module in a fresh process, as a multiple of `{imports.BASELINE}` in the same run (median of {imports.ROUNDS}).
+
+{table(("module", "time", "ratio", "target", ""), rows)}"""
+
+
+def costs() -> str:
+    """What two tasks cost."""
+    counts = {name: cost.run(*task) for name, task in TASKS.items()}
+    rows = []
+    for name, count in counts.items():
+        limit = TRANSITIONS[name]
+        rows.append(
+            (
+                name, f"{count.transitions} (≤ {limit} {mark(count.transitions <= limit)})", count.invocations,
+                f"{count.write_units:.0f}", f"{count.read_units:.0f}", count.ledger_transactions,
+                f"${count.dollars_for_a_million(API_REQUESTS[name]):,.0f}",
+            )
+        )  # fmt: skip
+    head = ("task", "state transitions", "invocations", "write units", "read units", "ledger transactions", "a million")
+    return f"""## What a task costs
+
+Counted from a run of the deployed state machine's definition, without what the caller's polling reads. Prices: {cost.PRICES_OF}; a
+call is taken to last {cost.SECONDS_A_CALL * 1000:.0f} ms with {cost.GIGABYTES * 1024:.0f} MB, and a task to take {API_REQUESTS["monitoring"]} requests (transfer: {API_REQUESTS["approved transfer"]}). Logs, storage and
+metrics are not in it.
+
+{table(head, rows)}"""
+
+
+def latencies(cloud: Cloud) -> str:
+    """What requests and tasks take."""
+    found = latency.measure(cloud)
+    bare = found.p50("a bare function")
+    rows = [
+        (name, f"{found.p50(name):.0f} ms", f"{found.p95(name):.0f} ms", f"{found.p50(name) / bare:.1f}×")
+        for name in found.requests
+    ]
+    return f"""## Requests and tasks on the local AWS
+
+Warm, through API Gateway and the authorizer, one after the other and interleaved ({latency.ROUNDS} of each). The local AWS runs every function as a
+process on this machine: the ratio to a function that does nothing (without an authorizer) says more than the milliseconds.
+
+{table(("request", "p50", "p95", "p50 / bare p50"), rows)}
+
+From `POST /task/start` to `completed`, a monitoring task: median {statistics.median(found.tasks):.1f} s of {latency.TASKS}, which is {statistics.median(found.tasks) * 1000 / bare:.0f} bare requests."""
+
+
+def sizes(cloud: Cloud) -> str:
+    """The layer's size and each function's peak memory."""
+    layer = BUILD / "CoreLayer" / "python"
+    packages = sorted(((_bytes(path) / 1e6, path.name) for path in layer.iterdir() if path.is_dir()), reverse=True)
+    total = sum(_bytes(path) for path in layer.iterdir()) / 1e6
+    compiled = sum(path.stat().st_size for path in layer.rglob("*.pyc")) / 1e6
+    largest = ", ".join(f"{name} {size:.1f}" for size, name in packages[:6])
+    common = template.template()["Globals"]["Function"]["MemorySize"]
+    limits = {
+        name: body["Properties"].get("MemorySize", common)
+        for name, body in template.resources("AWS::Serverless::Function").items()
+    }
+    rows = []
+    for name, limit in limits.items():
+        used = memory.megabytes(cloud, name)
+        rows.append((name, f"{used:.0f} MB", f"{limit} MB", mark(used <= limit)))
+    return f"""## Size and memory
+
+The layer, unzipped: {total:.0f} MB (≤ {LAYER_MEGABYTES} MB {mark(total <= LAYER_MEGABYTES)}), {compiled:.0f} MB of it byte code that only the local cloud adds. Its largest packages, in MB: {largest}.
+
+Peak resident memory of a fresh process that has called the function's handler {memory.CALLS} times with its events, built code and layer, against
+the local AWS. The authorizer's events hold no token to verify.
+
+{table(("function", "peak", "MemorySize", ""), rows)}"""
+
+
+def primitives() -> str:
+    """The Qubic primitives."""
+    rows = []
+    for name, (milliseconds, ratio) in qubic.measure().items():
+        limit = qubic.LIMITS.get(name)
+        target = (f"≤ {limit:.0f}×", mark(ratio <= limit)) if limit else ("", "")
+        rows.append((name, f"{milliseconds:.2f} ms", f"{ratio:.1f}×", *target))
+    return f"""## Qubic primitives
+
+In pure Python, as multiples of a SHA-256 over 1 MiB in the same run (median of {qubic.ROUNDS}).
+
+{table(("", "time", "ratio", "target", ""), rows)}"""
+
+
+def _bytes(path: Path) -> int:
+    if path.is_file():
+        return path.stat().st_size
+    return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+
+
+def main() -> None:
+    """Measure everything, then write the report in one go."""
+    progress = Progress()
+    progress("Qubic primitives")
+    parts = [primitives()]
+    progress("import times")
+    parts.insert(0, import_times())
+    progress("costs")
+    parts.insert(1, costs())
+    with Cloud(f"bench-{os.getpid()}", progress=progress) as cloud:
+        progress("requests and tasks")
+        parts.insert(2, latencies(cloud))
+        progress("size and memory")
+        _seed(cloud)
+        parts.insert(3, sizes(cloud))
+    cloud.remove_directory()
+    head = f"""# Performance
+
+Written by `make bench` on {now():%Y-%m-%d}, with {os.cpu_count()} cores and Python {platform.python_version()}. Absolute times are this machine's; ratios within the run
+are what to compare.
+"""
+    REPORT.write_text("\n\n".join([head.rstrip(), *parts]) + "\n")
+    progress(f"written: {REPORT.relative_to(ROOT)}")
+
+
+def _seed(cloud: Cloud) -> None:
+    """Write the tasks that the events name."""
+    import subprocess
+    import sys
+
+    environment = cloud.environment | {
+        "PYTHONPATH": os.pathsep.join(str(ROOT / each) for each in ("functions", "layers/core")),
+        "TASKS_TABLE": cloud.resources["TasksTable"],
+        "LEDGER_FUNCTION": cloud.resources["LedgerFunction"],
+    }
+    subprocess.run(
+        [sys.executable, "-m", "local.seed"], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL
+    )
+
+
+if __name__ == "__main__":
+    main()
