@@ -171,6 +171,16 @@ class Cloud:
         return [event["stateEnteredEventDetails"]["name"] for event in events if "stateEnteredEventDetails" in event]
 
 
+def _every_variable() -> dict[str, str]:
+    """All names that handlers' environments have, without a value if they have none yet.
+
+    They are there from the beginning: a name that comes or goes breaks whoever walks through the environment at that
+    moment in another thread, as botocore does for each client.
+    """
+    names = {name for function in template.functions() for name in template.environment(function, PARAMETERS)}
+    return {name: os.environ.get(name, "") for name in names} | {"POWERTOOLS_LOG_LEVEL": "ERROR"}
+
+
 def _create_tables() -> None:
     dynamodb = boto3.client("dynamodb")
     for name, body in template.resources("AWS::DynamoDB::Table").items():
@@ -201,7 +211,7 @@ def cloud(*, state_machine: bool = True, parameters: dict[str, str] | None = Non
 
     config: Any = {"stepfunctions": {"execute_state_machine": True}, "lambda": {"use_docker": False}}
     with (
-        patch.dict(os.environ, CREDENTIALS),
+        patch.dict(os.environ, _every_variable() | CREDENTIALS),
         mock_aws(config=config),
         patch.object(LambdaSimpleBackend, "invoke", invoke),
         patch.object(moto_jsonata, "_eval_jsonata", evaluate),
