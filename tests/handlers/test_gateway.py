@@ -219,6 +219,9 @@ BAD: dict[str, tuple[Any, int, set[str]]] = {
     "an amount that is true": (transfer("true"), 422, {"parameters.amount"}),
     "a negative threshold": ({**MONITOR, "parameters": {"alert_threshold": -1}}, 422, {"parameters.alert_threshold"}),
     "a name that stands twice": (transfer('250, "amount": 1'), 422, {"parameters.amount"}),
+    "an integer that is written as a float": (
+        json.dumps({**MONITOR, "parameters": {"x": 250}}).replace("250", "1e20"), 422, {"parameters.x"},
+    ),
     "a lone surrogate": ({**MONITOR, "parameters": {"x": "\ud800"}}, 422, {"parameters.x"}),
     "a lone surrogate in a name": ({**MONITOR, "parameters": {"\ud800": 1}}, 422, {"parameters"}),
     "a nesting too deep": (json.dumps(MONITOR)[:-1] + ', "parameters": {"x": ' + "[" * 40 + "]" * 40 + "}}",

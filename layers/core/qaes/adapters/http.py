@@ -295,7 +295,12 @@ def _integer(text: str) -> int | _Unacceptable:
 
 def _float(text: str) -> float | _Unacceptable:
     value = float(text)
-    return value if abs(value) != float("inf") else _Unacceptable("a number must be finite")
+    if abs(value) == float("inf"):
+        return _Unacceptable("a number must be finite")
+    # 1e20 is the integer 100000000000000000000 in canonical JSON, and read back as one.
+    if value.is_integer() and abs(value) > MAX_INTEGER:
+        return _Unacceptable("a number without a fraction must not be beyond 2^53 - 1")
+    return value
 
 
 def _unacceptable(value: object) -> Iterator[tuple[tuple[object, ...], str]]:
