@@ -10,7 +10,7 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 export SAM_CLI_TELEMETRY := 0
 export AUTH_MODE QAES_PORT QAES_HTTP_PORT SAM_LOCAL_ARGS
 
-.PHONY: help demo up down status logs test e2e sam-local check format requirements bench clean
+.PHONY: help demo up down status logs test e2e sam-local check openapi fuzz format requirements bench clean
 
 help:  ## This list
 	@awk -F ' ## ' '/^[a-z0-9-]+:.* ## / { name = $$1; sub(/:.*/, "", name); printf "make %-14s %s\n", name, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -71,12 +71,19 @@ check: $(VENV)/.all-stamp ## Lint, types, import contracts, template, requiremen
 	@echo "cfn-lint" && $(BIN)/cfn-lint --append-rules cfn_lint_serverless.rules
 	@echo "sam validate" && AWS_DEFAULT_REGION=us-east-1 AWS_ACCESS_KEY_ID=test AWS_SECRET_ACCESS_KEY=test $(BIN)/sam validate --lint > .local/sam-validate.log 2>&1 || { cat .local/sam-validate.log; exit 1; }
 	@echo "checkov" && $(BIN)/checkov --config-file .checkov.yaml > .local/checkov.log || { cat .local/checkov.log; exit 1; }
+	@echo "openapi" && PYTHONPATH=functions:layers/core $(BIN)/python -m local.openapi --check
 	@echo "uv.lock and the layer's requirements" && $(BIN)/uv lock --check --quiet && $(EXPORT) | diff - layers/core/requirements.txt || { echo "layers/core/requirements.txt differs from uv.lock: make requirements" >&2; exit 1; }
 
 EXPORT := $(BIN)/uv export --quiet --frozen --no-dev --no-emit-project --no-header --format requirements.txt
 
 requirements: $(VENV)/.all-stamp ## Write layers/core/requirements.txt from uv.lock
 	@$(EXPORT) > layers/core/requirements.txt
+
+fuzz: $(VENV)/.all-stamp ## Some 10,000 requests made from the API's document, against the local AWS (half an hour)
+	@QAES_FUZZ=500 $(BIN)/python -m pytest -q tests/e2e/test_schemathesis.py
+
+openapi: $(VENV)/.all-stamp ## Write docs/openapi.json, docs/api.md and what the gateway serves of them, from the code
+	@PYTHONPATH=functions:layers/core $(BIN)/python -m local.openapi
 
 format: $(VENV)/.all-stamp ## Format, and fix what ruff can fix
 	@$(BIN)/ruff check --quiet --fix . && $(BIN)/ruff format --quiet .

@@ -344,7 +344,9 @@ class Cloud:
             "JwtAudience": AUDIENCE,
             "JwksUrl": f"http://127.0.0.1:{self.ports.http}{KEYS_PATH}",
         } | dict(self.parameters)
-        self._sam("deploy", "--parameter-overrides", *(f"{name}={value}" for name, value in parameters.items()))
+        # sam takes an empty value only in quotes
+        given = [f"{name}={value}" if value else f'{name}=""' for name, value in parameters.items()]
+        self._sam("deploy", "--parameter-overrides", *given)
         formation = self.client("cloudformation")
         stack = formation.describe_stacks(StackName=STACK)["Stacks"][0]
         self.outputs = {output["OutputKey"]: output["OutputValue"] for output in stack["Outputs"]}

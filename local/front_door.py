@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import threading
+import uuid
 from collections.abc import Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
@@ -20,6 +22,7 @@ KEYS_PATH = "/.well-known/jwks.json"
 STUB_CREDENTIAL = "Bearer stub"
 MAX_BODY_BYTES = 10 * 1024 * 1024  # API Gateway's own limit
 UPSTREAM_TIMEOUT_SECONDS = 60
+_LINE_BREAK = re.compile(r"%0[ad]", re.IGNORECASE)
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 # Headers that belong to one connection and not to the request (RFC 9110, 7.6.1), or that this proxy sets itself.
 _NOT_PASSED_ON = frozenset({
@@ -93,6 +96,9 @@ class FrontDoor:
             return _problem(421, "This server answers to localhost only.")
         if urlsplit(path).path == KEYS_PATH:
             return 200, [("Content-Type", "application/json")], self._keys
+        if _LINE_BREAK.search(path):
+            # The local AWS takes the path for another resource than the policy names, and answers 403 in its own words.
+            return _problem(400, "The path has a line break in it.")
         if self.api_id is None:
             return _problem(503, "The template is not deployed yet.")
         connection = http.client.HTTPConnection("127.0.0.1", self._aws_port, timeout=UPSTREAM_TIMEOUT_SECONDS)
@@ -114,6 +120,7 @@ class FrontDoor:
 
 def _problem(status: int, detail: str) -> tuple[int, list[tuple[str, str]], bytes]:
     problem = {"type": "about:blank", "title": http.client.responses[status], "status": status, "detail": detail}
+    problem |= {"instance": "", "correlation_id": str(uuid.uuid4())}
     return status, [("Content-Type", "application/problem+json")], json.dumps(problem).encode()
 
 

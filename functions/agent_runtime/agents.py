@@ -16,7 +16,7 @@ from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import TASK_ID, logger
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import compliance, planning
-from qaes.domain.models import Model, Outcome
+from qaes.domain.models import Model, Outcome, Task
 
 
 class EndOfTask(Model):
@@ -24,24 +24,34 @@ class EndOfTask(Model):
 
     task_id: str
     outcome: Outcome
+    execution: str | None = None
     error: dict[str, Any] | None = None
 
 
 @logger().inject_lambda_context(correlation_id_path=TASK_ID)
 def validate_plan(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """Planner agent. `{task_id, plan_id}` → `{steps: [{step_index, step_id, step_type}]}`; execution begins."""
+    """Planner agent. `{task_id, plan_id}` → `{steps: [{step_index, step_id, step_type}]}`, those that are to run."""
     store = TaskStore()
     task = store.get_task(event["task_id"])
     plan = store.get_plan(event["plan_id"])
     planning.check_plan(plan, task.task_id)
     compliance.check_same_plan(task, plan)
-    store.begin_execution(task.task_id)
+    task = store.begin_execution(task.task_id)
+    done = _done_before(store, task)
     return {
         "steps": [
             {"step_index": index, "step_id": step.step_id, "step_type": step.type}
             for index, step in enumerate(plan.steps)
+            if index not in done
         ]
     }
+
+
+def _done_before(store: TaskStore, task: Task) -> set[int]:
+    """The steps that an execution before this one finished: they are not run again."""
+    if task.run == 1:
+        return set()
+    return {record.step_index for record in store.steps(task.task_id) if record.status == "succeeded"}
 
 
 @logger().inject_lambda_context(correlation_id_path=TASK_ID)
@@ -62,6 +72,7 @@ REASONS: dict[Outcome, str] = {
     "rejected": "an approver rejected it",
     "expired": "nobody decided in time",
     "failed": "a step failed",
+    "cancelled": "it was cancelled",
 }
 KIND_OF_FAILURE: dict[str, Literal["the time limit was reached", "a service did not answer"]] = {
     "States.Timeout": "the time limit was reached",
@@ -71,7 +82,7 @@ KIND_OF_FAILURE: dict[str, Literal["the time limit was reached", "a service did 
 
 @logger().inject_lambda_context(correlation_id_path=TASK_ID)
 def end_task(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """Execution agent. `{task_id, outcome, error?}` → `{status, reason}`: the terminal status, once.
+    """Execution agent. `{task_id, outcome, execution?, error?}` → `{status, reason}`: the terminal status, once.
 
     What went wrong is read from the step records: the state's error output names functions and ARNs, which are for
     the logs, not for users. Only that of StepDenied is our own: the compliance agent's verdict.
@@ -94,5 +105,12 @@ def end_task(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     elif end.outcome == "rejected":
         approvals = store.approvals(task.task_id)
         reason = approvals[-1].reason or reason if approvals else reason
-    ended = store.end_task(task.task_id, end.outcome, actor="execution", reason=reason, failed_step=failed_step)
+    ended = store.end_task(
+        task.task_id,
+        end.outcome,
+        actor="execution",
+        reason=reason,
+        failed_step=failed_step,
+        execution=end.execution,
+    )
     return {"status": ended.status, "reason": ended.reason}

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 
 from qaes.adapters.http import (
     Caller,
+    TaskId,
     add_health,
     create_app,
     make_handler,
@@ -56,7 +57,7 @@ class ExecutionAnswer(BaseModel):
 
 @app.get("/task/{task_id}/status")
 def get_status(
-    task_id: str, caller: Annotated[Caller, Depends(require("requester", "approver", "auditor"))]
+    task_id: TaskId, caller: Annotated[Caller, Depends(require("requester", "approver", "auditor"))]
 ) -> ExecutionAnswer:
     """Show each step of a task, with its result or its error."""
     store = TaskStore()

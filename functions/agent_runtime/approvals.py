@@ -14,16 +14,18 @@ from qaes.domain import compliance
 
 @logger().inject_lambda_context(correlation_id_path=TASK_ID)
 def request_approval(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """`{task_id, step_index, task_token}` → stored, for an approver to see (but for the token) and decide."""
+    """`{task_id, step_index, task_token, approvals?, expires_after?}` → stored, for people to see (without token)."""
     store, step_index = TaskStore(), int(event["step_index"])
     task = store.get_task(event["task_id"])
     plan = store.plan_of(task)
     compliance.check_same_plan(task, plan)
+    longest = settings.number("APPROVAL_TIMEOUT_SECONDS")
     approval = store.request_approval(
         task.task_id,
         step_index,
         plan.steps[step_index],
         event["task_token"],
-        settings.number("APPROVAL_TIMEOUT_SECONDS"),
+        min(int(event.get("expires_after") or longest), longest),
+        required=int(event.get("approvals") or 1),
     )
     return {"status": approval.status, "expires_at": approval.expires_at}

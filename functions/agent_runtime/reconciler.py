@@ -1,7 +1,8 @@
 """The reconciler: no task is left behind, whatever crashed.
 
 Runs every minute and when an execution's status changes. It starts what was written and not started, delivers a
-decision that was committed and not delivered, and ends a task whose execution has ended without saying so.
+decision that was committed and not delivered, reminds of an approval and closes it when its time is over, and ends a
+task whose execution has ended without saying so.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from qaes.adapters.executions import Executions
 from qaes.adapters.logs import logger
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.errors import NotFoundError
+from qaes.domain.ids import now, parse_timestamp
 from qaes.domain.models import OPEN, TERMINAL, Task
 
 GRACE_SECONDS = 30
 """A task that changed less than this ago is left to those who are at work on it."""
+
+REMINDER = 0.25
+"""The part of an approval's time that is left when people are reminded of it."""
 
 REASONS = {
     "TIMED_OUT": "the execution reached its time limit",
@@ -46,25 +51,42 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
 
 def reconcile(task: Task, store: TaskStore, executions: Executions) -> bool:
     """Bring one open task forward, if it is stuck; returns whether it did."""
-    status = executions.status(task.task_id)
+    status = executions.status(task)
     if status is None:
-        if task.status != "pending":
+        if task.status != "pending" and task.run == 1:
             return False
-        executions.start(task.task_id)
+        executions.start(task)
         return True
     if status == "RUNNING":
+        if task.status == "waiting_approval":
+            return _waiting(task, store, executions)
         return _deliver(task, store, executions)
     _end(store, task, status)
     return True
 
 
+def _waiting(task: Task, store: TaskStore, executions: Executions) -> bool:
+    """Close an approval whose time is over, and before that remind of it, once."""
+    approval = store.open_approval(task.task_id)
+    if approval is None:
+        return False
+    asked, expires = parse_timestamp(approval.requested_at), parse_timestamp(approval.expires_at)
+    if now() >= expires:
+        expired = store.expire(task.task_id)
+        return expired is not None and executions.deliver(expired)
+    if now() >= expires - (expires - asked) * REMINDER:
+        return store.remind(task.task_id)
+    return False
+
+
 def _deliver(task: Task, store: TaskStore, executions: Executions) -> bool:
     """A decision that the execution still waits for; a token that was used already is not an error."""
     approvals = store.approvals(task.task_id)
-    if task.status != "executing" or not approvals or approvals[-1].status not in {"approved", "rejected"}:
+    if task.status != "executing" or not approvals or approvals[-1].status not in {"approved", "rejected", "expired"}:
         return False
     last = approvals[-1]
-    if store.step(task.task_id, last.step_index) is not None:
+    record = store.step(task.task_id, last.step_index)
+    if last.run != task.run or (record is not None and record.run == task.run):
         return False
     return executions.deliver(last)
 
@@ -77,7 +99,7 @@ def _execution_changed(store: TaskStore, detail: dict[str, Any]) -> list[str]:
     except (KeyError, TypeError, ValueError, NotFoundError):
         logger().warning("an execution of no known task", extra={"execution": detail.get("name")})
         return []
-    if task.status in TERMINAL:
+    if task.status in TERMINAL or detail.get("name") != task.execution_name:
         return []
     _end(store, task, detail["status"])
     return [task.task_id]
@@ -85,4 +107,10 @@ def _execution_changed(store: TaskStore, detail: dict[str, Any]) -> list[str]:
 
 def _end(store: TaskStore, task: Task, execution_status: str) -> None:
     """The execution has ended and has not said how the task did: whatever it was, the task has failed."""
-    store.end_task(task.task_id, "failed", actor="reconciler", reason=REASONS[execution_status], failed_step=None)
+    store.end_task(
+        task.task_id,
+        "failed",
+        actor="reconciler",
+        reason=REASONS[execution_status],
+        execution=task.execution_name,
+    )

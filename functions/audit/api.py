@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import Depends, Path
+from fastapi import Depends
 from pydantic import BaseModel, ConfigDict, Field
 
 from audit.evidence import CHECKS, Match, Trail, find_matches, read_trail
 from audit.store import Anchor, AuditStore, Role, StoredEntry
 from qaes.adapters import settings
-from qaes.adapters.http import Caller, add_health, create_app, make_handler, require
+from qaes.adapters.http import Caller, Sha256, TaskId, add_health, create_app, make_handler, require
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.audit import Check
@@ -126,7 +126,7 @@ add_health(app, "/audit/health", {"tables": _tables_answer, "ledger": _ledger_an
 
 
 @app.get("/audit/verify/{hash}")
-def verify(sent: Annotated[str, Path(alias="hash")], who: Reader) -> VerifyAnswer:
+def verify(sent: Sha256, who: Reader) -> VerifyAnswer:
     """Where a hash occurs in the trails that the caller may see, and what proves it."""
     hash_ = sent.lower()
     if len(hash_) != 64 or not set(hash_) <= set("0123456789abcdef"):
@@ -149,7 +149,7 @@ def verify(sent: Annotated[str, Path(alias="hash")], who: Reader) -> VerifyAnswe
 
 
 @app.get("/audit/{task_id}")
-def get_audit(task_id: str, who: Reader) -> AuditAnswer:
+def get_audit(task_id: TaskId, who: Reader) -> AuditAnswer:
     """The trail of a task, and whether it holds."""
     if not is_task_id(task_id):
         raise NotFoundError("no such task", field="task_id")
@@ -193,7 +193,7 @@ def _chain(trail: Trail) -> ChainState:
     )
 
 
-def _log(task_id: str, stored: StoredEntry, anchor: Anchor | None) -> LogEntry:
+def _log(task_id: TaskId, stored: StoredEntry, anchor: Anchor | None) -> LogEntry:
     said = stored.parsed()
     return LogEntry(
         id=f"{task_id}:{stored.seq}",

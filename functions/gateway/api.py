@@ -6,15 +6,19 @@ without the caller's noticing: the reconciler does what was left undone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 from botocore.exceptions import BotoCoreError, ClientError
-from fastapi import Depends, Header, Response
-from pydantic import BaseModel, ConfigDict, StringConstraints
+from fastapi import Depends, Header, Query, Response
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from qaes.adapters import settings
 from qaes.adapters.executions import Executions
 from qaes.adapters.http import (
     Caller,
+    TaskId,
     add_health,
     create_app,
     make_handler,
@@ -23,12 +27,14 @@ from qaes.adapters.http import (
     tasks_table_answers,
 )
 from qaes.adapters.logs import logger
-from qaes.adapters.task_store import Idempotency, TaskStore
+from qaes.adapters.task_items import Idempotency
+from qaes.adapters.task_list import list_tasks
+from qaes.adapters.task_store import ReplayedError, TaskStore, decided_answer, lifecycle_answer
 from qaes.domain.canonical import hash_of
-from qaes.domain.errors import ForbiddenError, NotFoundError
-from qaes.domain.ids import is_task_id, new_task_id, now, timestamp
-from qaes.domain.models import TERMINAL, Approval, Plan, Status, Task
-from qaes.domain.policy import RiskLevel
+from qaes.domain.errors import ForbiddenError, InvalidInputError, NotFoundError
+from qaes.domain.ids import TASK_ID_PATTERN, is_task_id, new_task_id, now, timestamp
+from qaes.domain.models import TERMINAL, Approval, Decision, Plan, Status, Task
+from qaes.domain.policy import RiskLevel, Rule
 from qaes.domain.requests import TaskRequest
 
 app = create_app("gateway")
@@ -37,8 +43,13 @@ add_health(app, "/health", {"tasks_table": tasks_table_answers, "state_machine":
 
 IdempotencyKey = Annotated[
     str | None,
-    Header(alias="Idempotency-Key", pattern=r"^[!-~]{1,255}$", description="the same key and body start one task"),
+    Header(
+        alias="Idempotency-Key",
+        pattern=r"^[!-~]{1,255}$",
+        description="for 24 hours, the same key and body take effect once and get the same answer",
+    ),
 ]
+REPLAY = "Idempotent-Replay"
 
 
 class StartAnswer(BaseModel):
@@ -57,7 +68,7 @@ class TaskError(BaseModel):
 
 
 class ApprovalQuestion(BaseModel):
-    """What a person is asked to approve: exactly what the hashes stand for, and nothing else, will run."""
+    """What people are asked to approve: exactly what the hashes stand for, and nothing else, will run."""
 
     step_index: int
     step_id: str
@@ -69,6 +80,9 @@ class ApprovalQuestion(BaseModel):
     plan_hash: str
     step_hash: str
     policy_id: str
+    rule: Rule
+    approvals_required: int
+    decisions: list[Decision]
     requested_at: str
     expires_at: str
 
@@ -90,20 +104,65 @@ class TaskAnswer(BaseModel):
     approval: ApprovalQuestion | None
 
 
+class TaskSummary(BaseModel):
+    """A task in a list; `waiting_until` is when the approval that it waits for expires."""
+
+    task_id: str
+    status: Status
+    task_type: str
+    description: str
+    requester: str
+    created_at: str
+    updated_at: str
+    requires_approval: bool
+    waiting_until: str | None
+
+
+class TaskPage(BaseModel):
+    """Tasks, newest first; with `next_cursor`, unless this is the last page."""
+
+    tasks: list[TaskSummary]
+    next_cursor: str | None
+
+
+Reason = Annotated[str, StringConstraints(strip_whitespace=True, max_length=2000)]
+
+
 class DecisionRequest(BaseModel):
     """A decision. Who decides is told by the token alone."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     approved: bool
-    reason: Annotated[str, StringConstraints(strip_whitespace=True, max_length=2000)]
+    reason: Reason
+    plan_hash: str | None = Field(
+        None, pattern="^[0-9a-f]{64}$", description="the plan that was looked at; 409 if it is another by now"
+    )
 
 
 class DecisionAnswer(BaseModel):
-    """The decision is recorded."""
+    """The decision is recorded; the task goes on when enough people have approved."""
 
     task_id: str
     approved: bool
+    message: str
+    approvals_required: int
+    approvals_given: int
+
+
+class CancelRequest(BaseModel):
+    """Why a task is cancelled."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    reason: Reason = ""
+
+
+class LifecycleAnswer(BaseModel):
+    """The task's status from now on."""
+
+    task_id: str
+    status: Status
     message: str
 
 
@@ -126,20 +185,40 @@ def start_task(
         created_at=moment,
         updated_at=moment,
     )
-    task, replayed = TaskStore().start_task(task, _idempotency(task, idempotency_key))
+    asked_for = task.model_dump(mode="json", include={"task_type", "description", "parameters"})
+    task, replayed = TaskStore().start_task(
+        task, _idempotency(caller, idempotency_key, "start", asked_for), max_open=settings.number("MAX_OPEN_TASKS")
+    )
     if replayed:
-        response.headers["Idempotent-Replay"] = "true"
+        response.headers[REPLAY] = "true"
         return StartAnswer(task_id=task.task_id, status=task.status, message="The task had been started already.")
-    try:
-        Executions().start(task.task_id)
-    except (BotoCoreError, ClientError) as error:
-        logger().warning("not started yet", extra={"task_id": task.task_id, "error": type(error).__name__})
+    _start(task)
     return StartAnswer(task_id=task.task_id, status=task.status, message="The task has been accepted.")
+
+
+HERE = Path(__file__).parent
+# The page has no script, and nothing from elsewhere; its style is its own.
+PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
+
+
+@app.get("/openapi.json", include_in_schema=False)
+def get_openapi() -> Response:
+    """Serve the API's document."""
+    return Response((HERE / "openapi.json").read_text(), media_type="application/json")
+
+
+@app.get("/docs", include_in_schema=False)
+def get_docs() -> Response:
+    """Serve the API's document as a page."""
+    page = (HERE / "docs.html").read_text()
+    return Response(page, media_type="text/html", headers={"Content-Security-Policy": PAGE_POLICY})
 
 
 @app.get("/task/{task_id}")
 def get_task(
-    task_id: str, caller: Annotated[Caller, Depends(require("requester", "approver", "auditor"))]
+    task_id: TaskId, caller: Annotated[Caller, Depends(require("requester", "approver", "auditor"))]
 ) -> TaskAnswer:
     """Show a task; while it waits for a person, with what is asked."""
     store = TaskStore()
@@ -161,28 +240,138 @@ def get_task(
     )
 
 
+@app.get("/tasks")
+def get_tasks(
+    caller: Annotated[Caller, Depends(require("requester", "approver", "auditor"))],
+    status: Annotated[Status | None, Query(description="only those; `waiting_approval` is an approver's inbox")] = None,
+    mine: Annotated[bool, Query(description="only those that the caller asked for")] = False,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    cursor: Annotated[
+        str | None,
+        Query(
+            max_length=128,
+            description="`next_cursor` of the page before",
+            json_schema_extra={"pattern": TASK_ID_PATTERN},
+        ),
+    ] = None,
+) -> TaskPage:
+    """List tasks, newest first. Who only requests tasks sees their own."""
+    if cursor is not None and not is_task_id(cursor):
+        raise InvalidInputError("not a cursor of this list", field="cursor")
+    everyones = caller.has("approver", "auditor") and not mine
+    page = list_tasks(status=status, requester=None if everyones else caller.subject, limit=limit, before=cursor)
+    shown = set(TaskSummary.model_fields)
+    tasks = [TaskSummary.model_validate(task.model_dump(include=shown)) for task in page.tasks]
+    return TaskPage(tasks=tasks, next_cursor=page.cursor)
+
+
 @app.post("/task/{task_id}/approve")
 def decide(
-    task_id: str, body: DecisionRequest, caller: Annotated[Caller, Depends(require("approver"))]
+    task_id: TaskId,
+    body: DecisionRequest,
+    caller: Annotated[Caller, Depends(require("approver"))],
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
 ) -> DecisionAnswer:
     """Approve or reject what the task waits for, once; 409 when it waits for nothing. Never one's own task."""
     store = TaskStore()
     task = _visible(store, task_id, caller)
     if caller.four_eyes and caller.subject == task.requester:
         raise ForbiddenError("nobody decides on their own task")
-    approval = store.decide(task_id, approved=body.approved, subject=caller.subject, reason=body.reason)
     try:
-        Executions().deliver(approval)
+        approval = store.decide(
+            task_id,
+            approved=body.approved,
+            subject=caller.subject,
+            reason=body.reason,
+            plan_hash=body.plan_hash,
+            idempotency=_idempotency(caller, idempotency_key, f"approve {task_id}", body.model_dump()),
+        )
+    except ReplayedError as replayed:
+        response.headers[REPLAY] = "true"
+        return DecisionAnswer.model_validate(replayed.answer)
+    if approval.status != "pending":
+        _afterwards("not delivered yet", task_id, lambda: Executions().deliver(approval))
+    return DecisionAnswer.model_validate(decided_answer(task_id, approval))
+
+
+@app.post("/task/{task_id}/cancel")
+def cancel(
+    task_id: TaskId,
+    caller: Annotated[Caller, Depends(require("requester"))],
+    response: Response,
+    body: CancelRequest | None = None,
+    idempotency_key: IdempotencyKey = None,
+) -> LifecycleAnswer:
+    """Cancel a task that has not ended; 409 when it has. What a step has done by then stays done, and on record."""
+    store = TaskStore()
+    _changeable(store, task_id, caller)
+    reason = body.reason if body else ""
+    try:
+        task = store.cancel(
+            task_id,
+            subject=caller.subject,
+            reason=reason or "cancelled by its requester",
+            idempotency=_idempotency(caller, idempotency_key, f"cancel {task_id}", {"reason": reason}),
+        )
+    except ReplayedError as replayed:
+        response.headers[REPLAY] = "true"
+        return LifecycleAnswer.model_validate(replayed.answer)
+    # If it cannot be stopped now: it finds the task ended before its next step.
+    _afterwards("not stopped", task_id, lambda: Executions().stop(task, "the task was cancelled"))
+    return LifecycleAnswer.model_validate(lifecycle_answer(task_id, task.status))
+
+
+@app.post("/task/{task_id}/retry", status_code=202)
+def retry(
+    task_id: TaskId,
+    caller: Annotated[Caller, Depends(require("requester"))],
+    response: Response,
+    idempotency_key: IdempotencyKey = None,
+) -> LifecycleAnswer:
+    """Run a task on that failed or expired, from the step that did not succeed; any other is 409.
+
+    What needs an approval is asked for again.
+    """
+    store = TaskStore()
+    _changeable(store, task_id, caller)
+    try:
+        task = store.retry(
+            task_id,
+            subject=caller.subject,
+            max_open=settings.number("MAX_OPEN_TASKS"),
+            idempotency=_idempotency(caller, idempotency_key, f"retry {task_id}", {}),
+        )
+    except ReplayedError as replayed:
+        response.headers[REPLAY] = "true"
+        return LifecycleAnswer.model_validate(replayed.answer)
+    _start(task)
+    return LifecycleAnswer.model_validate(lifecycle_answer(task_id, task.status))
+
+
+def _start(task: Task) -> None:
+    _afterwards("not started yet", task.task_id, lambda: Executions().start(task))
+
+
+def _afterwards(failure: str, task_id: str, act: Callable[[], object]) -> None:
+    """Do what follows a commit; when it fails, the reconciler does it."""
+    try:
+        act()
     except (BotoCoreError, ClientError) as error:
-        logger().warning("not delivered yet", extra={"task_id": task_id, "error": type(error).__name__})
-    return DecisionAnswer(task_id=task_id, approved=body.approved, message=f"The step has been {approval.status}.")
+        logger().warning(failure, extra={"task_id": task_id, "error": type(error).__name__})
 
 
-def _idempotency(task: Task, key: str | None) -> Idempotency | None:
+def _idempotency(caller: Caller, key: str | None, operation: str, content: dict[str, Any]) -> Idempotency | None:
     if key is None:
         return None
-    asked_for = task.model_dump(mode="json", include={"task_type", "description", "parameters"})
-    return Idempotency(subject=task.requester, key=key, body_hash=hash_of(asked_for))
+    return Idempotency(subject=caller.subject, key=key, body_hash=hash_of([operation, content]))
+
+
+def _changeable(store: TaskStore, task_id: str, caller: Caller) -> None:
+    """Refuse who may not cancel or retry the task: 403 if they may see it, 404 if not."""
+    task = _visible(store, task_id, caller)
+    if not caller.may_change(task.requester):
+        raise ForbiddenError("only its requester or an operator may do this")
 
 
 def _visible(store: TaskStore, task_id: str, caller: Caller) -> Task:
@@ -212,6 +401,9 @@ def _question(task: Task, plan: Plan, approval: Approval) -> ApprovalQuestion:
         plan_hash=approval.plan_hash,
         step_hash=approval.step_hash,
         policy_id=approval.policy_id,
+        rule=plan.policy.rule,
+        approvals_required=approval.required,
+        decisions=list(approval.decisions),
         requested_at=approval.requested_at,
         expires_at=approval.expires_at,
     )

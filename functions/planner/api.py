@@ -6,7 +6,7 @@ from typing import Annotated
 
 from fastapi import Depends
 
-from qaes.adapters.http import Caller, add_health, create_app, make_handler, require, tasks_table_answers
+from qaes.adapters.http import Caller, PlanId, add_health, create_app, make_handler, require, tasks_table_answers
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import planning
@@ -51,7 +51,7 @@ def create_plan(body: PlanRequest, caller: Annotated[Caller, Depends(require("re
 
 @app.get("/plan/{plan_id}")
 def get_plan(
-    plan_id: str, caller: Annotated[Caller, Depends(require("requester", "approver", "auditor"))]
+    plan_id: PlanId, caller: Annotated[Caller, Depends(require("requester", "approver", "auditor"))]
 ) -> PlanAnswer:
     """Show a plan; the plan of a task that the caller may not see is not there."""
     store = TaskStore()

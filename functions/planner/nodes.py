@@ -39,6 +39,8 @@ def build_plan(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     store = TaskStore()
     task = store.get_task(event["task_id"])
     policy = PolicyDecision.model_validate(event["policy"])
+    if task.plan_id is not None and task.plan_hash is not None:
+        return {"plan_id": task.plan_id, "plan_hash": task.plan_hash}
     if task.policy_id != policy.policy_id:
         # A retry of CheckPolicy met a newer policy than the one that is pinned and recorded.
         raise InvalidInputError("the plan's policy is not the one that was recorded", field="policy.policy_id")

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Depends, Path, Query, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from qaes.adapters.http import create_app, make_handler, require
+from qaes.adapters.http import OPEN, Sha256, create_app, make_handler, require
 from qaes.domain.errors import NotFoundError, UnavailableError
 from qaes.domain.policy import Policy, Rule
 from qaes.domain.qubic.identity import is_transaction_id_shaped
@@ -16,6 +16,7 @@ from qubic.chain.base import HashEntry, check_hash
 
 app = create_app("qubic")
 handler = make_handler(app)
+EVERY_ROLE = require("requester", "approver", "auditor")
 
 
 class _Answer(BaseModel):
@@ -60,7 +61,7 @@ class WriteAnswer(_Answer):
     tick: int
 
 
-class VerifyAnswer(_Answer):
+class LedgerVerifyAnswer(_Answer):
     """Whether a transaction wrote the hash, and which."""
 
     hash: str
@@ -81,7 +82,7 @@ class TransactionAnswer(_Answer):
     encoded: str
 
 
-class HealthAnswer(_Answer):
+class LedgerHealthy(_Answer):
     """The service and its table answer."""
 
     status: Literal["healthy"]
@@ -89,7 +90,7 @@ class HealthAnswer(_Answer):
     tick: int
 
 
-class UnhealthyAnswer(_Answer):
+class LedgerUnhealthy(_Answer):
     """The part that does not answer, named."""
 
     status: Literal["unhealthy"]
@@ -98,7 +99,7 @@ class UnhealthyAnswer(_Answer):
     detail: str
 
 
-@app.get("/policy")
+@app.get("/policy", dependencies=[Depends(EVERY_ROLE)])
 def get_policy(
     action_type: Annotated[str | None, Query(min_length=1, max_length=128)] = None,
 ) -> RuleAnswer | PolicyAnswer:
@@ -114,11 +115,7 @@ def get_policy(
         action_type=action_type,
         allowed=decision.allowed,
         requires_approval=decision.requires_approval,
-        rules=Rule(
-            allowed=decision.allowed,
-            requires_approval=decision.requires_approval,
-            risk_level=decision.risk_level,
-        ),
+        rules=decision.rule,
     )
 
 
@@ -132,13 +129,15 @@ def write(body: WriteRequest) -> WriteAnswer:
     )
 
 
-@app.get("/verify/{hash}")
-def verify(sent: Annotated[str, Path(alias="hash")]) -> VerifyAnswer:
+@app.get("/verify/{hash}", operation_id="verify_on_ledger", dependencies=[Depends(EVERY_ROLE)])
+def verify(
+    sent: Sha256,
+) -> LedgerVerifyAnswer:
     """Whether a transaction of the ledger wrote the hash."""
     it = chain()
     hash_ = check_hash(sent)
     receipt = it.verify(hash_)
-    return VerifyAnswer(
+    return LedgerVerifyAnswer(
         network=it.network,
         hash=hash_,
         verified=receipt is not None,
@@ -148,8 +147,8 @@ def verify(sent: Annotated[str, Path(alias="hash")]) -> VerifyAnswer:
     )
 
 
-@app.get("/tx/{txid}")
-def get_transaction(txid: str) -> TransactionAnswer:
+@app.get("/tx/{txid}", dependencies=[Depends(EVERY_ROLE)])
+def get_transaction(txid: Annotated[str, Path(json_schema_extra={"pattern": "^[a-z]{60}$"})]) -> TransactionAnswer:
     """A transaction by its id."""
     if not is_transaction_id_shaped(txid):
         raise NotFoundError("no such transaction", field="txid")
@@ -166,14 +165,14 @@ def get_transaction(txid: str) -> TransactionAnswer:
     )
 
 
-@app.get("/qubic/health", responses={503: {"model": UnhealthyAnswer}})
-def health(response: Response) -> HealthAnswer | UnhealthyAnswer:
+@app.get("/qubic/health", responses={503: {"model": LedgerUnhealthy}}, operation_id="qubic_health", openapi_extra=OPEN)
+def health(response: Response) -> LedgerHealthy | LedgerUnhealthy:
     """Healthy when the ledger's table answers."""
     it = chain()
     try:
-        return HealthAnswer(network=it.network, status="healthy", service="qubic", tick=it.health())
+        return LedgerHealthy(network=it.network, status="healthy", service="qubic", tick=it.health())
     except UnavailableError as error:
         response.status_code = 503
-        return UnhealthyAnswer(
+        return LedgerUnhealthy(
             network=it.network, status="unhealthy", service="qubic", failing=["ledger_table"], detail=error.message
         )

@@ -25,13 +25,12 @@ def execute_step(event: dict[str, Any], context: LambdaContext) -> dict[str, Any
     """
     store, ledger = TaskStore(), LedgerClient()
     task_id, step_index = str(event["task_id"]), int(event["step_index"])
-    record = store.step(task_id, step_index)
-    if record is not None and record.status != "running":
+    record, task = store.step(task_id, step_index), store.get_task(task_id)
+    if record is not None and not record.may_run(task):
         return _answer(record)
-    task = store.get_task(task_id)
     plan = store.plan_of(task)
     step, policy = plan.steps[step_index], ledger.policy()
-    if record is None:
+    if record is None or record.status == "failed":
         # The claim is the commit point: a later attempt finds out what happened, whatever the policy says by then.
         approval = store.latest_approval(task_id, step_index)
         current = policy.decide(plan.analysis.action_type)
@@ -39,7 +38,7 @@ def execute_step(event: dict[str, Any], context: LambdaContext) -> dict[str, Any
             compliance.check_may_act(task, plan, step_index, current, approval)
         except RefusedError as refusal:
             refused = store.claim_step(task_id, step_index, step, None)
-            if refused.attempt > 1:
+            if refused.attempt > (record.attempt if record else 0) + 1:
                 raise UnavailableError("another attempt is at work on this step") from refusal
             return _answer(store.finish_step(task_id, refused, result=None, error=refusal.message))
         consumed = approval if compliance.needs_approval(step, current) else None

@@ -24,7 +24,7 @@ from authorizer import app
 from local.tokens import AUDIENCE, Issuer
 from qaes.adapters.auth import KeysUnavailableError
 from qaes.adapters.settings import SettingsError
-from tests.support import events
+from tests.support import events, template
 from tests.support.cloud import call
 
 API = "arn:aws:execute-api:us-east-1:123456789012:example/v1"
@@ -217,6 +217,8 @@ def test_a_token_within_a_minute_of_its_time_and_for_us_is_taken(
         {"aud": None},
         {"aud": None, "token_use": "id", "client_id": AUDIENCE},
         {"aud": None, "token_use": "access", "client_id": "another"},
+        {"aud": None, "client_id": AUDIENCE},
+        {"token_use": "id"},
         {"aud": "somebody-else", "token_use": "access", "client_id": AUDIENCE},
         {"exp": -120},
         {"exp": "tomorrow"},
@@ -521,6 +523,27 @@ def test_an_issuer_of_which_there_is_no_trace_is_down(issuer: Issuer, keys: KeyS
     assert keys.fetches == 0
 
 
+# The pool that the stack makes when no issuer is given
+
+
+def test_an_access_token_of_the_own_pool_names_its_user_with_the_groups_as_roles(
+    keys: KeyServer, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = template.environment("AuthorizerFunction")
+    monkeypatch.setattr(template, "environment", lambda *_: own | {"JWKS_URL": keys.url})
+    token = signed(
+        issuer,
+        iss=own["JWT_ISSUER"],
+        aud=None,
+        client_id=own["JWT_AUDIENCE"],
+        token_use="access",
+        scope="aws.cognito.signin.user.admin",
+        **{"cognito:groups": ["approver", "requester"]},
+    )
+    answer = call("AuthorizerFunction", events.load("authorizer/no_token") | {"authorizationToken": f"Bearer {token}"})
+    assert (answer["principalId"], roles(answer)) == ("alice", "requester approver")
+
+
 # Without tokens, and without settings
 
 
@@ -540,7 +563,6 @@ def test_in_stub_mode_everyone_is_demo_user_with_every_role(case: str) -> None:
         {"AuthMode": "stub", "Stage": "prod"},
         {"AuthMode": "none"},
         {"AuthMode": ""},
-        {"AuthMode": "jwt", "JwtIssuer": "", "JwtAudience": "a", "JwksUrl": "https://issuer.example"},
         {"AuthMode": "jwt", "JwtIssuer": "i", "JwtAudience": "", "JwksUrl": "https://issuer.example"},
         {"AuthMode": "jwt", "JwtIssuer": "i", "JwtAudience": "a", "JwksUrl": ""},
     ],

@@ -504,7 +504,13 @@ def test_an_approval_lets_the_transfer_run(live: Api) -> None:
     answer = live("POST", f"/task/{task_id}/approve", YES, **BOB)
     assert (answer.status, answer.body) == (
         200,
-        {"task_id": task_id, "approved": True, "message": "The step has been approved."},
+        {
+            "task_id": task_id,
+            "approved": True,
+            "message": "The step has been approved.",
+            "approvals_required": 1,
+            "approvals_given": 1,
+        },
     )
     live.aws.wait(task_id, "completed")
     [event] = decided(task_id)

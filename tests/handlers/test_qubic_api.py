@@ -80,12 +80,13 @@ def test_the_rule_of_an_action_type(request_: Request) -> None:
     status, body = request_("GET", "/policy", query={"action_type": "transfer_funds"})
     assert status == 200
     assert body.pop("policy_id").startswith("policy-v1-")
+    once = {"approvals": 1, "expires_after": None}
     assert body == {
         "network": "mock",
         "action_type": "transfer_funds",
         "allowed": True,
         "requires_approval": True,
-        "rules": {"allowed": True, "requires_approval": True, "risk_level": "high"},
+        "rules": {"allowed": True, "requires_approval": True, "risk_level": "high"} | once,
     }
 
 

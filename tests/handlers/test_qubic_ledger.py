@@ -373,10 +373,11 @@ def test_the_default_policy(chain: MockChain, call: Call) -> None:
     policy = call("policy")["result"]
     assert policy["policy_id"].startswith("policy-v1-")
     assert policy["version"] == 1
+    once = {"approvals": 1, "expires_after": None}
     assert policy["rules"] == {
-        "monitoring": {"allowed": True, "requires_approval": False, "risk_level": "low"},
-        "transaction": {"allowed": True, "requires_approval": True, "risk_level": "medium"},
-        "transfer_funds": {"allowed": True, "requires_approval": True, "risk_level": "high"},
+        "monitoring": {"allowed": True, "requires_approval": False, "risk_level": "low"} | once,
+        "transaction": {"allowed": True, "requires_approval": True, "risk_level": "medium"} | once,
+        "transfer_funds": {"allowed": True, "requires_approval": True, "risk_level": "high"} | once,
     }
     assert call("policy")["result"] == policy
 

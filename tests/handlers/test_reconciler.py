@@ -11,6 +11,7 @@ import pytest
 from qaes.adapters.executions import Executions
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.ids import new_task_id
+from qaes.domain.models import Task
 from tests.handlers.test_task_store import new_task, planned
 from tests.support.cloud import Cloud, cloud
 
@@ -61,10 +62,10 @@ def test_one_task_that_cannot_be_helped_does_not_keep_the_others_waiting(
     first, second = (store.start_task(new_task())[0] for _ in range(2))
     start = Executions.start
 
-    def not_the_first(self: Executions, task_id: str) -> None:
-        if task_id == first.task_id:
+    def not_the_first(self: Executions, task: Task) -> None:
+        if task.task_id == first.task_id:
             raise ConnectionError("down")
-        start(self, task_id)
+        start(self, task)
 
     with monkeypatch.context() as patch:
         patch.setattr(Executions, "start", not_the_first)

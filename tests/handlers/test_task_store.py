@@ -10,7 +10,8 @@ import boto3
 import pytest
 
 from qaes.adapters import clients
-from qaes.adapters.task_store import Idempotency, TaskStore
+from qaes.adapters.task_items import Idempotency
+from qaes.adapters.task_store import TaskStore
 from qaes.domain import planning
 from qaes.domain.errors import ConcurrentUpdateError, ConflictError, NotFoundError
 from qaes.domain.ids import new_plan_id, new_task_id, now, timestamp

@@ -57,7 +57,7 @@ class Api:
 
     def __call__(self, method: str, path: str, body: Any = None, **caller: Any) -> Answer:
         """Call a route; text and bytes are sent as they are, any other body as JSON. Whoever calls is alice."""
-        return self._checked(self.aws.invoke(self.function, self.event(method, path, body, **caller)))
+        return self.checked(self.aws.invoke(self.function, self.event(method, path, body, **caller)))
 
     def at_once(self, requests: list[dict[str, Any]]) -> list[Answer]:
         """Send `requests` (the arguments of `event`) all at the same moment.
@@ -81,7 +81,7 @@ class Api:
             return answer
 
         with ThreadPoolExecutor(len(requests)) as pool:
-            return [self._checked(answer) for answer in pool.map(send, requests)]
+            return [self.checked(answer) for answer in pool.map(send, requests)]
 
     def event(
         self,
@@ -108,7 +108,7 @@ class Api:
             return event | {"body": base64.b64encode(body).decode(), "isBase64Encoded": True}
         return event | {"body": body if body is None or isinstance(body, str) else json.dumps(body)}
 
-    def _checked(self, answer: dict[str, Any]) -> Answer:
+    def checked(self, answer: dict[str, Any]) -> Answer:
         """What holds of every answer, whatever was asked."""
         text = json.dumps(answer)
         assert not _INSIDE.search(text), text

@@ -19,8 +19,19 @@ HEALTH_ROUTES = {
     "/audit/health",
     "/qubic/health",
 }
+OPEN_ROUTES = HEALTH_ROUTES | {"/openapi.json", "/docs"}
 ROUTES = {
-    "GatewayFunction": {"POST /task/start", "GET /task/{task_id}", "POST /task/{task_id}/approve", "GET /health"},
+    "GatewayFunction": {
+        "POST /task/start",
+        "GET /task/{task_id}",
+        "GET /tasks",
+        "POST /task/{task_id}/approve",
+        "POST /task/{task_id}/cancel",
+        "POST /task/{task_id}/retry",
+        "GET /openapi.json",
+        "GET /docs",
+        "GET /health",
+    },
     "PlannerApiFunction": {"POST /plan/create", "GET /plan/{plan_id}", "GET /planner/health"},
     "AgentRuntimeApiFunction": {"GET /task/{task_id}/status", "GET /agent-runtime/health"},
     "WorkerApiFunction": {"GET /worker/health"},
@@ -94,13 +105,13 @@ def test_the_routes_are_those_of_the_contract(template: Any) -> None:
         assert {f"{event['Method']} {event['Path']}" for event in events} == ROUTES.get(name, set()), name
 
 
-def test_only_health_routes_are_open(template: Any) -> None:
+def test_only_health_and_the_documentation_are_open(template: Any) -> None:
     assert template.resources["Api"]["Properties"]["Auth"]["DefaultAuthorizer"] == "TokenAuthorizer"
     for function in template.functions.values():
         for event in function.get("Events", {}).values():
             if event["Type"] == "Api":
                 is_open = event["Properties"].get("Auth", {}).get("Authorizer") == "NONE"
-                assert is_open == (event["Properties"]["Path"] in HEALTH_ROUTES), event["Properties"]["Path"]
+                assert is_open == (event["Properties"]["Path"] in OPEN_ROUTES), event["Properties"]["Path"]
 
 
 def test_the_api_is_throttled_and_logged(template: Any) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from qaes.domain import compliance
 from qaes.domain.errors import ConflictError, RefusedError
-from qaes.domain.models import Approval, Task
+from qaes.domain.models import Approval, Decision, Task
 from qaes.domain.policy import PolicyDecision
 from tests.unit.test_planning import POLICY, TRANSFER, plan
 
@@ -34,6 +34,7 @@ APPROVED = Approval(
     token="t",
     requested_at=NOW,
     expires_at=NOW,
+    decisions=(Decision(subject="bob", approved=True, reason="checked", decided_at=NOW),),
 )
 CURRENT = POLICY.decide("transfer_funds")
 
@@ -50,6 +51,11 @@ def changed(model: Any, **changes: Any) -> Any:
         (2, CURRENT, changed(APPROVED, status="pending"), "await_approval"),
         (2, CURRENT, APPROVED, "execute"),
         (2, CURRENT, changed(APPROVED, status="rejected"), "rejected"),
+        (2, CURRENT, changed(APPROVED, status="cancelled"), "denied"),
+        # Another execution of the task, after a retry, asks anew.
+        (2, CURRENT, changed(APPROVED, run=2), "await_approval"),
+        # A policy that asks for more people by now gets them.
+        (2, changed(CURRENT, approvals=2), APPROVED, "await_approval"),
         (2, CURRENT, changed(APPROVED, status="expired"), "expired"),
         (2, CURRENT, changed(APPROVED, step_hash="0" * 64), "denied"),
         (2, CURRENT, changed(APPROVED, plan_hash="0" * 64), "denied"),

@@ -93,6 +93,9 @@ class TokenVerifier:
             )
         except (jwt.PyJWTError, ValueError, TypeError) as error:
             raise InvalidTokenError(type(error).__name__) from error
+        if claims.get("token_use", "access") != "access":
+            # Cognito's ID tokens have the client as their audience, and tell it who signed in: no key to the API.
+            raise InvalidTokenError("token use")
         if not self._is_for_us(claims):
             raise InvalidTokenError("audience")
         return Identity(_subject(claims), _roles(claims))

@@ -1,4 +1,4 @@
-"""The executions of the state machine: one for each task, under the task's id."""
+"""The executions of the state machine: one for each task, under the task's id, and one for each retry of it."""
 
 from __future__ import annotations
 
@@ -6,36 +6,45 @@ import json
 
 from qaes.adapters import clients, settings
 from qaes.adapters.logs import logger
-from qaes.domain.models import Approval
+from qaes.domain.models import Approval, Task
 
 
 class Executions:
-    """Starts an execution, asks for its status, and resumes it with a decision."""
+    """Starts an execution, asks for its status, resumes it with a decision, and stops it."""
 
     def __init__(self, state_machine_arn: str | None = None) -> None:
         self._arn = state_machine_arn or settings.text("STATE_MACHINE_ARN")
 
-    def start(self, task_id: str) -> None:
+    def start(self, task: Task) -> None:
         """Start the task's execution; the name makes it once."""
         step_functions = clients.client("stepfunctions")
         try:
             step_functions.start_execution(
-                stateMachineArn=self._arn, name=task_id, input=json.dumps({"task_id": task_id})
+                stateMachineArn=self._arn, name=task.execution_name, input=json.dumps({"task_id": task.task_id})
             )
         except step_functions.exceptions.ExecutionAlreadyExists:
-            logger().info("the execution had been started already", extra={"task_id": task_id})
+            logger().info("the execution had been started already", extra={"task_id": task.task_id})
 
-    def status(self, task_id: str) -> str | None:
+    def status(self, task: Task) -> str | None:
         """RUNNING, SUCCEEDED, FAILED, TIMED_OUT or ABORTED; None when there is no execution."""
         step_functions = clients.client("stepfunctions")
         try:
-            found = step_functions.describe_execution(
-                executionArn=f"{self._arn.replace(':stateMachine:', ':execution:')}:{task_id}"
-            )
+            found = step_functions.describe_execution(executionArn=self._execution(task))
         except step_functions.exceptions.ExecutionDoesNotExist:
             return None
         status: str = found["status"]
         return status
+
+    def stop(self, task: Task, reason: str) -> None:
+        """Stop the task's execution; one that was never started, or has ended, needs no stopping."""
+        step_functions = clients.client("stepfunctions")
+        try:
+            step_functions.stop_execution(executionArn=self._execution(task), error="Cancelled", cause=reason)
+        except step_functions.exceptions.ExecutionDoesNotExist:
+            logger().info("no execution to stop", extra={"task_id": task.task_id})
+
+    def _execution(self, task: Task) -> str:
+        return f"{self._arn.replace(':stateMachine:', ':execution:')}:{task.execution_name}"
 
     def deliver(self, approval: Approval) -> bool:
         """Resume the execution that waits for this decision; False when it no longer waits (delivered, or too late).

@@ -13,16 +13,17 @@ from dataclasses import dataclass
 from functools import wraps
 from http import HTTPStatus
 from inspect import iscoroutinefunction
-from typing import Any
+from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
 from aws_lambda_powertools.logging import correlation_paths
 from aws_lambda_powertools.utilities.typing import LambdaContext
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from mangum import Mangum
+from pydantic import BaseModel
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -33,11 +34,13 @@ from qaes.domain.errors import (
     ConflictError,
     ForbiddenError,
     InvalidInputError,
+    LimitError,
     NotFoundError,
     QaesError,
     RefusedError,
     UnavailableError,
 )
+from qaes.domain.ids import PLAN_ID_PATTERN, TASK_ID_PATTERN
 
 PROBLEM = "application/problem+json"
 BASE_PATH = "/v1"
@@ -47,17 +50,24 @@ MAX_INTEGER = 2**53 - 1
 """Beyond it JSON's readers disagree about which integer was meant (RFC 8259, section 6)."""
 
 RETRY_AFTER_SECONDS = 1
+_RETRY_AFTER = {429: 30, 503: RETRY_AFTER_SECONDS}
 
 _STATUS: tuple[tuple[type[QaesError], int], ...] = (
     (InvalidInputError, 422),
     (ForbiddenError, 403),
     (NotFoundError, 404),
     (ConflictError, 409),
+    (LimitError, 429),
     (RefusedError, 422),
     (UnavailableError, 503),
 )
-_HEADERS = {"x-content-type-options": "nosniff", "cache-control": "no-store"}
-_PROBLEM_SCHEMA = {
+_HEADERS = {
+    "x-content-type-options": "nosniff",
+    "cache-control": "no-store",
+    "strict-transport-security": "max-age=31536000; includeSubDomains",
+}
+_EXPOSED_HEADERS = "Idempotent-Replay,Retry-After,X-Correlation-Id"
+PROBLEM_SCHEMA = {
     "type": "object",
     "required": ["type", "title", "status", "detail", "instance", "correlation_id"],
     "properties": {
@@ -91,7 +101,7 @@ def create_app(service: str) -> FastAPI:
         # Older clients send JSON without saying so.
         strict_content_type=False,
         responses={
-            "default": {"description": "A problem (RFC 9457)", "content": {PROBLEM: {"schema": _PROBLEM_SCHEMA}}}
+            "default": {"description": "A problem (RFC 9457)", "content": {PROBLEM: {"schema": PROBLEM_SCHEMA}}}
         },
     )
     app.state.service = service
@@ -131,6 +141,10 @@ class Caller:
         """Whether the caller has one of `roles`; an operator has all of them."""
         return "operator" in self.roles or not self.roles.isdisjoint(roles)
 
+    def may_change(self, requester: str) -> bool:
+        """Whether this caller may cancel or retry a task of `requester`: its requester may, and an operator."""
+        return "operator" in self.roles or self.subject == requester
+
     def may_see(self, requester: str) -> bool:
         """Whether a task of `requester` is there for this caller: approvers and auditors see all, others their own."""
         return self.has("approver", "auditor") or self.subject == requester
@@ -155,10 +169,55 @@ def require(*roles: str) -> Callable[[Request], Coroutine[Any, Any, Caller]]:
             raise ForbiddenError(f"this needs the role {' or '.join(roles)}")
         return found
 
+    one_of.roles = roles  # type: ignore[attr-defined] # for the API's document, which so cannot say anything else
     return one_of
 
 
+OPEN: dict[str, Any] = {"security": []}
+"""`openapi_extra` of a route that everybody may call."""
+
+# For the document alone: what is no id is not found, as an id of nothing is.
+TaskId = Annotated[str, Path(json_schema_extra={"pattern": TASK_ID_PATTERN})]
+PlanId = Annotated[str, Path(json_schema_extra={"pattern": PLAN_ID_PATTERN})]
+Sha256 = Annotated[str, Path(alias="hash", json_schema_extra={"pattern": "^[0-9a-fA-F]{64}$"})]
+
+ROLES = ("requester", "approver", "auditor", "operator")
+
+
+def roles_of(route: APIRoute) -> tuple[str, ...] | None:
+    """Return the roles of which a caller of `route` needs one, with the operator's; None when it is open to everybody.
+
+    Raises
+    ------
+    LookupError
+        The route has no rule, and is not marked `open`.
+    """
+    if route.openapi_extra == OPEN:
+        return None
+    for dependency in route.dependant.dependencies:
+        roles: tuple[str, ...] | None = getattr(dependency.call, "roles", None)
+        if roles is not None:
+            return tuple(role for role in ROLES if role in roles or role == "operator")
+    raise LookupError(f"{route.path} does not say who may call it")
+
+
 # Health
+
+
+class Healthy(BaseModel):
+    """Every part that the service needs answers."""
+
+    status: Literal["healthy"]
+    service: str
+
+
+class Unhealthy(BaseModel):
+    """The parts that do not answer."""
+
+    status: Literal["unhealthy"]
+    service: str
+    failing: list[str]
+    detail: str
 
 
 def add_health(app: FastAPI, path: str, checks: dict[str, Callable[[], object]]) -> None:
@@ -184,7 +243,14 @@ def add_health(app: FastAPI, path: str, checks: dict[str, Callable[[], object]])
         return JSONResponse(body, 503, {"Retry-After": str(RETRY_AFTER_SECONDS)})
 
     health.__doc__ = "Healthy when every part that the service needs answers; 503 names those that do not."
-    app.add_api_route(path, health, methods=["GET"], operation_id=f"{service.replace('-', '_')}_health")
+    app.add_api_route(
+        path,
+        health,
+        methods=["GET"],
+        operation_id=f"{service.replace('-', '_')}_health",
+        openapi_extra=OPEN,
+        responses={200: {"model": Healthy}, 503: {"model": Unhealthy}},
+    )
 
 
 def tasks_table_answers() -> None:
@@ -364,7 +430,7 @@ async def _domain_error(request: Request, error: QaesError) -> Response:
         members["errors"] = [{"field": error.field, "message": error.message}]
     if isinstance(error, RefusedError):
         members["code"] = error.code
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if status == 503 else None
+    headers = {"Retry-After": str(_RETRY_AFTER[status])} if status in _RETRY_AFTER else None
     return _problem(request.scope, status, error.message, headers=headers, **members)
 
 
@@ -419,6 +485,7 @@ class _Edge:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         correlation_id = _event(scope).get("requestContext", {}).get("requestId")
+        origin = settings.optional("CORS_ALLOW_ORIGIN")
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -426,6 +493,10 @@ class _Edge:
                 headers.update(_HEADERS)
                 if correlation_id:
                     headers["x-correlation-id"] = correlation_id
+                if origin:  # API Gateway answers the preflight; what it passes on comes from here
+                    headers["access-control-allow-origin"] = origin
+                    headers["access-control-expose-headers"] = _EXPOSED_HEADERS
+                    headers.add_vary_header("Origin")
             await send(message)
 
         try:

@@ -16,6 +16,11 @@ def text(name: str) -> str:
     return value
 
 
+def optional(name: str) -> str:
+    """Return a setting that may be left out: an empty text then."""
+    return os.environ.get(name, "")
+
+
 def number(name: str) -> int:
     value = text(name)
     if not value.isdecimal():

@@ -9,21 +9,27 @@ that its change is there and changes nothing.
 from __future__ import annotations
 
 import json
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from qaes.adapters import clients, settings
-from qaes.domain.canonical import canonical_json, hash_of
-from qaes.domain.errors import ConcurrentUpdateError, ConflictError, NotFoundError, UnavailableError
+from qaes.adapters import clients, metrics, settings
+from qaes.adapters.task_items import Idempotency, Item, TaskItems, is_counter, plan_item, task_item
+from qaes.domain.canonical import hash_of
+from qaes.domain.errors import ConcurrentUpdateError, ConflictError, LimitError, NotFoundError, UnavailableError
 from qaes.domain.ids import now, parse_timestamp, timestamp
 from qaes.domain.models import (
+    RETRYABLE,
     TERMINAL,
     Analysis,
     Approval,
+    ApprovalStatus,
+    Decision,
     Event,
+    EventKind,
     Outcome,
     Plan,
     Status,
@@ -34,23 +40,7 @@ from qaes.domain.models import (
 from qaes.domain.policy import PolicyDecision
 
 _ATTEMPTS = 8
-_IDEMPOTENCY_SECONDS = 24 * 3600
 _PREVIEW_SECONDS = 30 * 24 * 3600
-
-Item = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Idempotency:
-    """The caller's key, and the hash of what came with it."""
-
-    subject: str
-    key: str
-    body_hash: str
-
-    @property
-    def pk(self) -> str:
-        return "IDEMPOTENCY#" + hash_of([self.subject, self.key])
 
 
 @dataclass(frozen=True)
@@ -62,11 +52,20 @@ class _Change:
     writes: tuple[Item, ...] = ()
 
 
+class ReplayedError(Exception):
+    """Not an error but an answer: the request was taken earlier, under the same Idempotency-Key."""
+
+    def __init__(self, answer: dict[str, Any]) -> None:
+        super().__init__("answered before")
+        self.answer = answer
+
+
 class TaskStore:
     """The repository of tasks. All reads are consistent, but for those of an index."""
 
     def __init__(self, table: str | None = None) -> None:
         self._table = table or settings.text("TASKS_TABLE")
+        self._items = TaskItems(self._table)
 
     # Reading
 
@@ -125,11 +124,19 @@ class TaskStore:
 
     # Starting and planning
 
-    def start_task(self, task: Task, idempotency: Idempotency | None = None) -> tuple[Task, bool]:
+    def start_task(
+        self, task: Task, idempotency: Idempotency | None = None, *, max_open: int | None = None
+    ) -> tuple[Task, bool]:
         """Write a new task and its first event.
 
         Returns the task, and whether it was there already under the same idempotency key.
-        Raises ConflictError when the key was used with another body.
+
+        Raises
+        ------
+        ConflictError
+            The key was used with another body.
+        LimitError
+            The requester has `max_open` tasks that have not ended.
         """
         request = hash_of(task.request())
         event = Event(
@@ -141,16 +148,38 @@ class TaskStore:
             timestamp=task.created_at,
         )
         task = task.model_copy(update={"events": 1})
-        writes = [self._put(_task_item(task), unless_exists=True), self._event(task.task_id, 1, event)]
+        counter = self._items.count_open(task.requester, 1, max_open)
+        writes = [
+            self._items.put(task_item(task), unless_exists=True),
+            self._items.event(task.task_id, 1, event),
+            counter,
+        ]
         if idempotency is not None:
-            writes.append(self._put_idempotency(idempotency, task.task_id))
-        try:
-            self._transact(writes)
-        except ConcurrentUpdateError:
-            if idempotency is None:
-                raise
-            return self._replayed(idempotency), True
-        return task, False
+            writes.append(self._items.put_idempotency(idempotency, {"task_id": task.task_id}))
+        for attempt in range(_ATTEMPTS):
+            try:
+                self._transact(writes)
+            except ConcurrentUpdateError as error:
+                if idempotency is not None and (answer := self.answered(idempotency)) is not None:
+                    return self.get_task(answer["task_id"]), True
+                self._refuse_beyond(max_open, counter, writes, error)
+                if error.refused or attempt == _ATTEMPTS - 1:
+                    raise
+                _pause(attempt)
+                continue
+            metrics.count(event)
+            return task, False
+        raise AssertionError("unreachable")
+
+    def answered(self, idempotency: Idempotency) -> dict[str, Any] | None:
+        """Return what was answered under this key in the last 24 hours. Raises ConflictError for another request."""
+        item = self._get(idempotency.pk, "IDEMPOTENCY")
+        if item is None or int(item["expires_at_epoch"]["N"]) < time.time():
+            return None
+        if item["body_hash"]["S"] != idempotency.body_hash:
+            raise ConflictError("this Idempotency-Key was used with another request", field="Idempotency-Key")
+        answer: dict[str, Any] = json.loads(item["answer"]["S"])
+        return answer
 
     def begin_planning(self, task_id: str) -> Task:
         """`pending` → `planning`."""
@@ -198,14 +227,14 @@ class TaskStore:
                 "total_steps": len(plan.steps),
                 "requires_approval": any(step.requires_approval for step in plan.steps),
             }
-            return _Change(fields, (event,), (self._put(_plan_item(plan), unless_exists=True),))
+            return _Change(fields, (event,), (self._items.put(plan_item(plan), unless_exists=True),))
 
         return self.plan_of(self._change(task_id, change))
 
     def save_preview_plan(self, plan: Plan) -> None:
         """Store a plan that is not executed; it goes after 30 days."""
-        item = _plan_item(plan) | {"expires_at_epoch": {"N": str(int(time.time()) + _PREVIEW_SECONDS)}}
-        self._transact([self._put(item, unless_exists=True)])
+        item = plan_item(plan) | {"expires_at_epoch": {"N": str(int(time.time()) + _PREVIEW_SECONDS)}}
+        self._transact([self._items.put(item, unless_exists=True)])
 
     def begin_execution(self, task_id: str) -> Task:
         """`planning` → `executing`."""
@@ -218,7 +247,9 @@ class TaskStore:
 
     # Approvals
 
-    def request_approval(self, task_id: str, step_index: int, step: Step, token: str, expires_in: int) -> Approval:
+    def request_approval(
+        self, task_id: str, step_index: int, step: Step, token: str, expires_in: int, *, required: int = 1
+    ) -> Approval:
         """Ask for an approval: the item that says "waiting" and the one that holds the token are one write.
 
         Asked again while it is open (the state was retried), the newest token is the one that counts.
@@ -229,17 +260,21 @@ class TaskStore:
             _refuse_ended(task)
             plan = self.plan_of(task)
             latest = self.latest_approval(task_id, step_index)
-            if latest is not None and latest.status == "pending":
+            if latest is not None and latest.status == "pending" and latest.run == task.run:
                 approval = latest.model_copy(update={"token": token})
                 asked[:] = [approval]
                 if latest.token == token:
                     return None
-                return _Change({"status": "waiting_approval"}, (), (self._put_approval(task_id, approval, "pending"),))
+                return _Change(
+                    {"status": "waiting_approval"}, (), (self._items.put_approval(task_id, approval, "pending"),)
+                )
             requested = now()
             approval = Approval(
                 step_index=step_index,
                 round=latest.round + 1 if latest else 1,
+                run=task.run,
                 status="pending",
+                required=required,
                 plan_hash=plan.hash(),
                 step_hash=step.hash(),
                 policy_id=plan.policy.policy_id,
@@ -252,47 +287,130 @@ class TaskStore:
                 "approval_requested", "compliance", "pending", approval, step, approval.requested_at
             )
             return _Change(
-                {"status": "waiting_approval", "current_step": step_index},
+                {"status": "waiting_approval", "current_step": step_index, "waiting_until": approval.expires_at},
                 (event,),
-                (self._put_approval(task_id, approval, None),),
+                (self._items.put_approval(task_id, approval, None),),
             )
 
         self._change(task_id, change)
         return asked[0]
 
-    def decide(self, task_id: str, *, approved: bool, subject: str, reason: str) -> Approval:
-        """Commit a person's decision: `pending` → `approved` or `rejected`, once. Delivering it comes after.
+    def decide(
+        self,
+        task_id: str,
+        *,
+        approved: bool,
+        subject: str,
+        reason: str,
+        plan_hash: str | None = None,
+        idempotency: Idempotency | None = None,
+    ) -> Approval:
+        """Commit a person's decision, once. Delivering it, when it was the last that was needed, comes after.
 
-        Raises ConflictError when the task waits for no approval (any more), with the status it has.
+        A rejection ends the approval, and so does the last of the approvals that are required; each is another
+        person's. Until then the task goes on waiting.
+
+        Raises
+        ------
+        ConflictError
+            The task waits for no approval (any more), with its status and who decided; this person has approved
+            already; or `plan_hash` is not what would be approved.
+        ReplayedError
+            The decision was taken earlier, under the same idempotency key.
         """
         decided: list[Approval] = []
 
         def change(task: Task) -> _Change | None:
             approval = self.open_approval(task_id)
             if task.status != "waiting_approval" or approval is None:
-                raise ConflictError("the task does not wait for an approval", task_status=task.status)
+                raise self._not_waiting(task)
             moment = now()
             if moment >= parse_timestamp(approval.expires_at):
                 raise ConflictError("the approval has expired", task_status="expired")
-            decision = approval.model_copy(
-                update={
-                    "status": "approved" if approved else "rejected",
-                    "decided_by": subject,
-                    "decided_at": timestamp(moment),
-                    "reason": reason,
-                }
+            if plan_hash is not None and plan_hash != approval.plan_hash:
+                raise ConflictError(
+                    "the plan is not the one that was decided on", field="plan_hash", plan_hash=approval.plan_hash
+                )
+            if any(each.subject == subject for each in approval.decisions):
+                raise ConflictError("this person has approved already", task_status=task.status, decided_by=subject)
+            decisions = (
+                *approval.decisions,
+                Decision(subject=subject, approved=approved, reason=reason, decided_at=timestamp(moment)),
             )
+            ends = not approved or len(decisions) >= approval.required
+            status = ("approved" if approved else "rejected") if ends else "pending"
+            decision = approval.model_copy(update={"status": status, "decisions": decisions})
             decided[:] = [decision]
             step = self.plan_of(task).steps[approval.step_index]
-            event = _approval_event("approval_decided", subject, decision.status, decision, step, timestamp(moment))
+            event = _approval_event(
+                "approval_decided",
+                subject,
+                "approved" if approved else "rejected",
+                decision,
+                step,
+                timestamp(moment),
+            )
             return _Change(
-                {"status": "executing"},
+                {"status": "executing", "waiting_until": None} if ends else {},
                 (event.model_copy(update={"detail": reason}),),
-                (self._put_approval(task_id, decision, "pending"),),
+                (
+                    self._items.put_approval(task_id, decision, "pending"),
+                    *self._keep(idempotency, decided_answer(task_id, decision)),
+                ),
             )
 
-        self._change(task_id, change)
+        self._change(task_id, change, idempotency)
         return decided[0]
+
+    def _not_waiting(self, task: Task) -> ConflictError:
+        last = self.approvals(task.task_id)[-1:]
+        by = {"decided_by": last[0].decided_by, "decision": last[0].status} if last and last[0].decided_by else {}
+        return ConflictError("the task does not wait for an approval", task_status=task.status, **by)
+
+    def remind(self, task_id: str) -> bool:
+        """Tell, once for each approval, that it will expire soon; returns whether it was told now."""
+        told = False
+
+        def change(task: Task) -> _Change | None:
+            nonlocal told
+            approval = self.open_approval(task_id)
+            told = task.status == "waiting_approval" and approval is not None and approval.reminded_at is None
+            if not told or approval is None:
+                return None
+            moment = timestamp(now())
+            step = self.plan_of(task).steps[approval.step_index]
+            event = _approval_event("approval_reminder", "reconciler", "pending", approval, step, moment)
+            reminded = approval.model_copy(update={"reminded_at": moment})
+            return _Change({}, (event,), (self._items.put_approval(task_id, reminded, "pending"),))
+
+        self._change(task_id, change)
+        return told
+
+    def expire(self, task_id: str) -> Approval | None:
+        """Close the approval whose time is over; returns it, so that the execution that waits for it can be woken."""
+        expired: list[Approval] = []
+
+        def change(task: Task) -> _Change | None:
+            expired.clear()
+            approval = self.open_approval(task_id)
+            if task.status != "waiting_approval" or approval is None or now() < parse_timestamp(approval.expires_at):
+                return None
+            writes, events = self._close(task, approval, "expired", timestamp(now()))
+            expired[:] = [approval.model_copy(update={"status": "expired"})]
+            return _Change({"status": "executing", "waiting_until": None}, tuple(events), tuple(writes))
+
+        self._change(task_id, change)
+        return expired[0] if expired else None
+
+    def _close(
+        self, task: Task, approval: Approval, status: ApprovalStatus, moment: str
+    ) -> tuple[list[Item], list[Event]]:
+        """Close an open approval that nobody will decide on any more."""
+        closed = approval.model_copy(update={"status": status})
+        step = self.plan_of(task).steps[approval.step_index]
+        kind: EventKind = "approval_expired" if status == "expired" else "approval_cancelled"
+        event = _approval_event(kind, "compliance", status, closed, step, moment)
+        return [self._items.put_approval(task.task_id, closed, "pending")], [event]
 
     # Steps
 
@@ -305,28 +423,29 @@ class TaskStore:
 
         def change(task: Task) -> _Change | None:
             record = self.step(task_id, step_index)
-            if record is not None and record.status != "running":
+            if record is not None and not record.may_run(task):
                 claimed[:] = [record]
                 return None
             _refuse_ended(task)
             sk = f"STEP#{step_index:03d}"
-            if record is not None:
-                again = record.model_copy(update={"attempt": record.attempt + 1})
+            if record is not None and record.status == "running":
+                again = record.model_copy(update={"attempt": record.attempt + 1, "run": task.run})
                 claimed[:] = [again]
-                return _Change(writes=(self._put_step(task_id, sk, again, running=record.attempt),))
+                return _Change(writes=(self._items.put_step(task_id, sk, again, before=record),))
             first = StepRecord(
                 step_index=step_index,
                 step_id=step.step_id,
                 type=step.type,
                 status="running",
-                attempt=1,
+                attempt=record.attempt + 1 if record else 1,
+                run=task.run,
                 input_hash=hash_of(step.parameters),
                 started_at=timestamp(now()),
             )
             claimed[:] = [first]
-            writes = [self._put_step(task_id, sk, first, running=None)]
+            writes = [self._items.put_step(task_id, sk, first, before=record)]
             if approval is not None:
-                writes.append(self._consume_approval(task_id, approval))
+                writes.append(self._items.consume_approval(task_id, approval))
             return _Change({"current_step": step_index}, (), tuple(writes))
 
         self._change(task_id, change)
@@ -372,39 +491,105 @@ class TaskStore:
             # A task that has ended in the meantime (cancelled, say) still gets the record of what was done.
             return _Change(
                 events=(event,),
-                writes=(self._put_step(task_id, f"STEP#{final.step_index:03d}", final, running=final.attempt),),
+                writes=(
+                    self._items.put_step(task_id, f"STEP#{final.step_index:03d}", final, before=record or running),
+                ),
             )
 
         self._change(task_id, change)
         return ended[0]
 
-    # Ending
+    # Ending, and taking an end back
 
-    def end_task(self, task_id: str, outcome: Outcome, *, actor: str, reason: str, failed_step: str | None) -> Task:
-        """Put a task into its terminal status, once. What is terminal stays."""
+    def end_task(
+        self,
+        task_id: str,
+        outcome: Outcome,
+        *,
+        actor: str,
+        reason: str,
+        failed_step: str | None = None,
+        execution: str | None = None,
+    ) -> Task:
+        """Put a task into its terminal status, once. What is terminal stays.
+
+        With `execution`, only if that is (still) the task's execution: one that ended before a retry has no say.
+        """
 
         def change(task: Task) -> _Change | None:
-            if task.status in TERMINAL:
+            if task.status in TERMINAL or execution not in {None, task.execution_name}:
                 return None
             return self._ending(task, outcome, actor, reason, failed_step)
 
         return self._change(task_id, change)
 
+    def cancel(self, task_id: str, *, subject: str, reason: str, idempotency: Idempotency | None = None) -> Task:
+        """End a task because a person wants it. Stopping its execution comes after.
+
+        Raises ConflictError when it has ended already, ReplayedError as `decide` does.
+        """
+
+        def change(task: Task) -> _Change | None:
+            _refuse_ended(task)
+            ending = self._ending(task, "cancelled", subject, reason, None)
+            kept = self._keep(idempotency, lifecycle_answer(task_id, "cancelled"))
+            return _Change(ending.task, ending.events, (*ending.writes, *kept))
+
+        return self._change(task_id, change, idempotency)
+
+    def retry(
+        self, task_id: str, *, subject: str, max_open: int | None = None, idempotency: Idempotency | None = None
+    ) -> Task:
+        """Take back the end of a task that failed or expired: it goes on at the step that did not succeed.
+
+        A task without a plan is `pending` again, one with a plan `executing`. Starting the execution comes after.
+
+        Raises
+        ------
+        ConflictError
+            The task has not ended, or in a way that no retry takes back.
+        LimitError, ReplayedError
+            As in `start_task` and `decide`.
+        """
+
+        def change(task: Task) -> _Change | None:
+            if task.status not in RETRYABLE:
+                raise ConflictError("only a task that failed or expired can be retried", task_status=task.status)
+            status: Status = "executing" if task.plan_id else "pending"
+            fields = {
+                "status": status, "run": task.run + 1, "reason": None, "failed_step": None, "waiting_until": None,
+            }  # fmt: skip
+            event = Event(
+                kind="task_retried",
+                actor=subject,
+                status=status,
+                input_hash=hash_of(task.request()),
+                output_hash=hash_of({"run": task.run + 1}),
+                plan_hash=task.plan_hash or "",
+                policy_id=task.policy_id or "",
+                timestamp=timestamp(now()),
+            )
+            kept = self._keep(idempotency, lifecycle_answer(task_id, status))
+            return _Change(fields, (event,), (self._items.count_open(task.requester, 1, max_open), *kept))
+
+        return self._change(task_id, change, idempotency, max_open)
+
     def _ending(self, task: Task, outcome: Outcome, actor: str, reason: str, failed_step: str | None) -> _Change:
         moment = timestamp(now())
         events: list[Event] = []
-        writes: list[Item] = []
-        approval = self.approvals(task.task_id)[-1:] if outcome == "expired" else []
-        if approval and approval[0].status == "pending":
-            expired = approval[0].model_copy(update={"status": "expired"})
-            step = self.plan_of(task).steps[expired.step_index]
-            events.append(_approval_event("approval_expired", "compliance", "expired", expired, step, moment))
-            writes.append(self._put_approval(task.task_id, expired, "pending"))
-        elif approval and approval[0].status == "approved":
+        writes: list[Item] = [self._items.count_open(task.requester, -1, None)]
+        last = self._last_approval(task, outcome)
+        if last is not None and last.status == "pending":
+            closed, told = self._close(task, last, "expired" if outcome == "expired" else "cancelled", moment)
+            writes += closed
+            events += told
+        elif last is not None and outcome == "expired" and last.status == "approved":
             # Decided in time, but the decision did not reach the execution: that is neither expiry nor rejection.
             outcome, reason = "failed", "the approval could not be delivered in time"
-        elif approval and approval[0].status == "rejected":
-            outcome, reason = "rejected", approval[0].reason or "rejected"
+            step = self.plan_of(task).steps[last.step_index]
+            events.append(_approval_event("approval_undeliverable", actor, "undeliverable", last, step, moment))
+        elif last is not None and outcome == "expired" and last.status == "rejected":
+            outcome, reason = "rejected", last.reason or "rejected"
         final = {"status": outcome, "reason": reason or None, "failed_step": failed_step}
         events.append(
             Event(
@@ -419,27 +604,51 @@ class TaskStore:
                 detail=reason,
             )
         )
-        return _Change(final, tuple(events), tuple(writes))
+        return _Change(final | {"waiting_until": None}, tuple(events), tuple(writes))
+
+    def _last_approval(self, task: Task, outcome: Outcome) -> Approval | None:
+        """The approval that this end of the task has something to do with."""
+        if task.status != "waiting_approval" and outcome != "expired":
+            return None
+        return next((each for each in reversed(self.approvals(task.task_id)) if each.run == task.run), None)
 
     # DynamoDB
 
-    def _change(self, task_id: str, decide: Callable[[Task], _Change | None]) -> Task:
+    def _change(
+        self,
+        task_id: str,
+        decide: Callable[[Task], _Change | None],
+        idempotency: Idempotency | None = None,
+        max_open: int | None = None,
+    ) -> Task:
         for attempt in range(_ATTEMPTS):
+            self._replay(idempotency)
             task = self.get_task(task_id)
-            change = decide(task)
+            try:
+                change = decide(task)
+            except ConflictError:
+                self._replay(idempotency)  # it may be the same request's twin that has changed the task just now
+                raise
             if change is None:
                 return task
             counters = {"version": task.version + 1, "events": task.events + len(change.events)}
             updated = task.model_copy(update=change.task | counters | {"updated_at": timestamp(now())})
-            writes = [self._put_task(updated, before=task)]
-            writes += [self._event(task_id, task.events + n, event) for n, event in enumerate(change.events, start=1)]
+            writes = [self._items.put_task(updated, before=task)]
+            writes += [
+                self._items.event(task_id, task.events + n, event) for n, event in enumerate(change.events, start=1)
+            ]
+            writes += change.writes
             try:
-                self._transact([*writes, *change.writes])
-            except ConcurrentUpdateError:
+                self._transact(writes)
+            except ConcurrentUpdateError as error:
+                counter = next((write for write in change.writes if is_counter(write)), None)
+                self._refuse_beyond(max_open, counter, writes, error)
                 if attempt == _ATTEMPTS - 1:
                     raise
-                time.sleep(0.02 * 2**attempt)
+                _pause(attempt)
                 continue
+            for event in change.events:
+                metrics.count(event)
             return updated
         raise AssertionError("unreachable")
 
@@ -467,135 +676,59 @@ class TaskStore:
             clients.client("dynamodb").transact_write_items(TransactItems=writes)
         except ClientError as error:
             code = error.response["Error"]["Code"]
-            reasons = {reason.get("Code") for reason in error.response.get("CancellationReasons", [])}
-            lost = {"ConditionalCheckFailed", "TransactionConflict"} & reasons
-            if code == "TransactionCanceledException" and lost:
-                raise ConcurrentUpdateError("somebody else changed this in between") from error
+            reasons = [reason.get("Code") for reason in error.response.get("CancellationReasons", [])]
+            refused = [index for index, reason in enumerate(reasons) if reason == "ConditionalCheckFailed"]
+            if code == "TransactionCanceledException" and (refused or "TransactionConflict" in reasons):
+                raise ConcurrentUpdateError("somebody else changed this in between", refused=tuple(refused)) from error
             if code in {"ThrottlingException", "ProvisionedThroughputExceededException", "InternalServerError"}:
                 raise UnavailableError("the table of tasks is busy") from error
             raise
 
-    def _put(self, item: Item, *, unless_exists: bool) -> Item:
-        put: Item = {"TableName": self._table, "Item": item}
-        if unless_exists:
-            put["ConditionExpression"] = "attribute_not_exists(pk)"
-        return {"Put": put}
+    def _refuse_beyond(
+        self, limit: int | None, counter: Item | None, writes: list[Item], error: ConcurrentUpdateError
+    ) -> None:
+        """Raise LimitError if it was the counter's condition that did not hold."""
+        if limit is not None and counter is not None and writes.index(counter) in error.refused:
+            raise LimitError(f"no more than {limit} open tasks at a time", max_open_tasks=limit) from error
 
-    def _put_task(self, task: Task, *, before: Task) -> Item:
-        nobody_wrote_since = "version = :version"
-        return {
-            "Put": {
-                "TableName": self._table,
-                "Item": _task_item(task),
-                "ConditionExpression": nobody_wrote_since,
-                "ExpressionAttributeValues": {":version": {"N": str(before.version)}},
-            }
-        }
+    def _replay(self, idempotency: Idempotency | None) -> None:
+        if idempotency is not None and (answer := self.answered(idempotency)) is not None:
+            raise ReplayedError(answer)
 
-    def _event(self, task_id: str, number: int, event: Event) -> Item:
-        attributes: Item = {
-            name: {"N": str(value)} if isinstance(value, int) else {"S": value}
-            for name, value in event.model_dump(mode="json").items()
-        }
-        key = {"pk": {"S": task_id}, "sk": {"S": f"EVENT#{number:06d}"}}
-        return self._put(key | attributes, unless_exists=True)
+    def _keep(self, idempotency: Idempotency | None, answer: dict[str, Any]) -> tuple[Item, ...]:
+        return () if idempotency is None else (self._items.put_idempotency(idempotency, answer),)
 
-    def _put_approval(self, task_id: str, approval: Approval, status_before: str | None) -> Item:
-        item = {
-            "pk": {"S": task_id},
-            "sk": {"S": _approval_sk(approval)},
-            "status": {"S": approval.status},
-            "data": {"S": approval.model_dump_json()},
-        }
-        put = self._put(item, unless_exists=status_before is None)
-        if status_before is not None:
-            not_decided_yet = "#status = :before"
-            put["Put"]["ConditionExpression"] = not_decided_yet
-            put["Put"]["ExpressionAttributeNames"] = {"#status": "status"}
-            put["Put"]["ExpressionAttributeValues"] = {":before": {"S": status_before}}
-        return put
 
-    def _consume_approval(self, task_id: str, approval: Approval) -> Item:
-        approved_and_never_used = "#status = :approved AND attribute_not_exists(consumed_at)"
-        return {
-            "Update": {
-                "TableName": self._table,
-                "Key": {"pk": {"S": task_id}, "sk": {"S": _approval_sk(approval)}},
-                "UpdateExpression": "SET consumed_at = :now",
-                "ConditionExpression": approved_and_never_used,
-                "ExpressionAttributeNames": {"#status": "status"},
-                "ExpressionAttributeValues": {":approved": {"S": "approved"}, ":now": {"S": timestamp(now())}},
-            }
-        }
+def decided_answer(task_id: str, approval: Approval) -> dict[str, Any]:
+    """Return the answer to a decision, now and when it is replayed."""
+    last = approval.decisions[-1]
+    given = sum(each.approved for each in approval.decisions)
+    message = f"The step has been {approval.status}."
+    if approval.status == "pending":
+        message = f"Approved by {given} of {approval.required}; the task goes on waiting."
+    return {
+        "task_id": task_id,
+        "approved": last.approved,
+        "message": message,
+        "approvals_required": approval.required,
+        "approvals_given": given,
+    }
 
-    def _put_step(self, task_id: str, sk: str, record: StepRecord, *, running: int | None) -> Item:
-        """`running` is the attempt that the stored record must be in; None: there must be no record."""
-        item = {
-            "pk": {"S": task_id},
-            "sk": {"S": sk},
-            "status": {"S": record.status},
-            "attempt": {"N": str(record.attempt)},
-            "data": {"S": record.model_dump_json()},
-        }
-        put = self._put(item, unless_exists=running is None)
-        if running is not None:
-            still_ours = "#status = :running AND attempt = :attempt"
-            put["Put"]["ConditionExpression"] = still_ours
-            put["Put"]["ExpressionAttributeNames"] = {"#status": "status"}
-            put["Put"]["ExpressionAttributeValues"] = {
-                ":running": {"S": "running"},
-                ":attempt": {"N": str(running)},
-            }
-        return put
 
-    def _put_idempotency(self, idempotency: Idempotency, task_id: str) -> Item:
-        seconds = int(time.time())
-        item = {
-            "pk": {"S": idempotency.pk},
-            "sk": {"S": "IDEMPOTENCY"},
-            "body_hash": {"S": idempotency.body_hash},
-            "task_id": {"S": task_id},
-            "expires_at_epoch": {"N": str(seconds + _IDEMPOTENCY_SECONDS)},
-        }
-        put = self._put(item, unless_exists=True)
-        # DynamoDB deletes expired items late; until it does, the condition treats them as gone.
-        put["Put"]["ConditionExpression"] += " OR expires_at_epoch < :now"
-        put["Put"]["ExpressionAttributeValues"] = {":now": {"N": str(seconds)}}
-        return put
+def lifecycle_answer(task_id: str, status: Status) -> dict[str, Any]:
+    """Return the answer to a cancellation or a retry, now and when it is replayed."""
+    message = "The task has been cancelled." if status == "cancelled" else "The task runs again, from where it stopped."
+    return {"task_id": task_id, "status": status, "message": message}
 
-    def _replayed(self, idempotency: Idempotency) -> Task:
-        item = self._get(idempotency.pk, "IDEMPOTENCY")
-        if item is None:
-            raise ConcurrentUpdateError("the same request is being handled: try again")
-        if item["body_hash"]["S"] != idempotency.body_hash:
-            raise ConflictError("this Idempotency-Key was used with another request", field="Idempotency-Key")
-        return self.get_task(item["task_id"]["S"])
+
+def _pause(attempt: int) -> None:
+    # Jitter: those who met once do not meet again.
+    time.sleep(random.uniform(0.5, 1.5) * 0.02 * 2**attempt)  # noqa: S311 - not for secrets
 
 
 def _refuse_ended(task: Task) -> None:
     if task.status in TERMINAL:
         raise ConflictError(f"the task has ended: {task.status}", task_status=task.status)
-
-
-def _task_item(task: Task) -> Item:
-    return {
-        "pk": {"S": task.task_id},
-        "sk": {"S": "TASK"},
-        "task_id": {"S": task.task_id},
-        "status_key": {"S": task.status},
-        "requester_key": {"S": task.requester},
-        "version": {"N": str(task.version)},
-        "data": {"S": json.dumps(task.model_dump(mode="json"), ensure_ascii=False, separators=(",", ":"))},
-    }
-
-
-def _plan_item(plan: Plan) -> Item:
-    text = canonical_json(plan.model_dump(mode="json"))
-    return {"pk": {"S": plan.plan_id}, "sk": {"S": "PLAN"}, "data": {"S": text}}
-
-
-def _approval_sk(approval: Approval) -> str:
-    return f"APPROVAL#{approval.step_index:03d}#{approval.round:02d}"
 
 
 def _approval_event(kind: Any, actor: str, status: str, approval: Approval, step: Step, moment: str) -> Event:

@@ -6,6 +6,7 @@ QaesError
 ├── NotFoundError       there is no such thing, or the caller may not know of it             (404)
 ├── ConflictError       it cannot be done in the present state                               (409)
 │   └── ConcurrentUpdateError   somebody else changed the task in between: read again
+├── LimitError          the caller has too much under way: later                             (429)
 ├── RefusedError        an outside system said no, for good: never retry                     (422)
 └── UnavailableError    an outside system did not answer: retry                              (503)
 """
@@ -42,7 +43,18 @@ class ConflictError(QaesError):
 
 
 class ConcurrentUpdateError(ConflictError):
-    """The task was changed by somebody else between reading and writing."""
+    """The task was changed by somebody else between reading and writing.
+
+    `refused` tells which writes of the transaction (from 0) had a condition that did not hold.
+    """
+
+    def __init__(self, message: str, *, refused: tuple[int, ...] = ()) -> None:
+        super().__init__(message)
+        self.refused = refused
+
+
+class LimitError(QaesError):
+    """The caller has as much under way as is allowed: to be tried again when some of it has ended."""
 
 
 class RefusedError(QaesError):

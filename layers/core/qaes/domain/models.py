@@ -29,16 +29,22 @@ EFFECT_TYPES: frozenset[str] = frozenset({"onchain_action", "generic_action"})
 """Step types that change something outside; only these can need an approval."""
 
 StepStatus = Literal["pending", "running", "succeeded", "failed"]
-ApprovalStatus = Literal["pending", "approved", "rejected", "expired"]
-Outcome = Literal["completed", "denied", "rejected", "expired", "failed"]
+ApprovalStatus = Literal["pending", "approved", "rejected", "expired", "cancelled"]
+Outcome = Literal["completed", "denied", "rejected", "expired", "failed", "cancelled"]
+RETRYABLE: frozenset[str] = frozenset({"failed", "expired"})
+"""The ends that a retry takes back."""
 EventKind = Literal[
     "task_started",
     "policy_checked",
     "plan_built",
     "approval_requested",
     "approval_decided",
+    "approval_reminder",
     "approval_expired",
+    "approval_cancelled",
+    "approval_undeliverable",
     "step_executed",
+    "task_retried",
     "task_ended",
 ]
 
@@ -83,7 +89,7 @@ class Plan(Model):
 
 
 class Task(Model):
-    """A task as its item has it; `version` guards each write, `events` counts the events so far."""
+    """A task as its item has it; `version` guards each write, `events` counts the events, `run` the executions."""
 
     task_id: str
     status: Status
@@ -101,8 +107,15 @@ class Task(Model):
     requires_approval: bool = False
     failed_step: str | None = None
     reason: str | None = None
+    waiting_until: str | None = None
+    run: int = 1
     version: int = 0
     events: int = 0
+
+    @property
+    def execution_name(self) -> str:
+        """The name of the task's execution: its id, and from the first retry on with the run's number."""
+        return self.task_id if self.run == 1 else f"{self.task_id}-{self.run}"
 
     def request(self) -> dict[str, Any]:
         """What was asked for: the part of the task that the requester wrote, and who they are."""
@@ -123,6 +136,7 @@ class StepRecord(Model):
     type: StepType
     status: StepStatus
     attempt: int
+    run: int = 1
     input_hash: str
     output_hash: str | None = None
     result: dict[str, Any] | None = None
@@ -130,22 +144,49 @@ class StepRecord(Model):
     started_at: str
     duration_ms: int | None = None
 
+    def may_run(self, task: Task) -> bool:
+        """Whether it may be attempted: it was not finished, or it failed in an execution before a retry."""
+        return self.status == "running" or (self.status == "failed" and self.run < task.run)
+
+
+class Decision(Model):
+    """What one person decided, and when."""
+
+    subject: str
+    approved: bool
+    reason: str
+    decided_at: str
+
 
 class Approval(Model):
-    """A person was asked. Bound to the hashes of the plan and of the step; the token never leaves the service."""
+    """People were asked. Bound to the hashes of the plan and of the step; the token never leaves the service.
+
+    `required` people have to approve; one rejection ends it. `run` is the task's execution that asks.
+    """
 
     step_index: int
     round: int
+    run: int = 1
     status: ApprovalStatus
+    required: int = 1
+    decisions: tuple[Decision, ...] = ()
     plan_hash: str
     step_hash: str
     policy_id: str
     token: str
     requested_at: str
     expires_at: str
-    decided_by: str | None = None
-    decided_at: str | None = None
-    reason: str | None = None
+    reminded_at: str | None = None
+
+    @property
+    def decided_by(self) -> str | None:
+        """Who made the last decision."""
+        return self.decisions[-1].subject if self.decisions else None
+
+    @property
+    def reason(self) -> str | None:
+        """What the last decision gave as its reason."""
+        return self.decisions[-1].reason if self.decisions else None
 
 
 class Event(Model):

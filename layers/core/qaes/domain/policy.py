@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 RiskLevel = Literal["low", "medium", "high"]
 
@@ -17,6 +17,10 @@ class Rule(BaseModel):
     allowed: bool
     requires_approval: bool
     risk_level: RiskLevel
+    approvals: int = Field(1, ge=1, le=10, description="how many people have to approve, each another one")
+    expires_after: int | None = Field(
+        None, ge=1, le=2_592_000, description="seconds that an approval stays open, if less than the system's limit"
+    )
 
 
 DENIED = Rule(allowed=False, requires_approval=True, risk_level="high")
@@ -33,6 +37,13 @@ class PolicyDecision(BaseModel):
     allowed: bool
     requires_approval: bool
     risk_level: RiskLevel
+    approvals: int = 1
+    expires_after: int | None = None
+
+    @property
+    def rule(self) -> Rule:
+        """The rule that was applied."""
+        return Rule.model_validate(self.model_dump(include=set(Rule.model_fields)))
 
 
 class Policy(BaseModel):
@@ -53,9 +64,6 @@ class Policy(BaseModel):
             allowed=rule.allowed,
             requires_approval=rule.requires_approval,
             risk_level=rule.risk_level,
+            approvals=rule.approvals,
+            expires_after=rule.expires_after,
         )
-
-
-def stricter(pinned: PolicyDecision, current: PolicyDecision) -> bool:
-    """Whether `current` asks for an approval that `pinned` did not ask for."""
-    return current.requires_approval and not pinned.requires_approval

@@ -31,7 +31,9 @@ class TaskRequest(BaseModel):
     )
     description: Description
     wallet_address: str | None = Field(
-        None, description="an identity of 60 capital letters, or 0x and hexadecimal digits"
+        None,
+        description="an identity of 60 capital letters, its checksum among them, or 0x and 16 to 40 hexadecimal digits",
+        json_schema_extra={"pattern": "^(0[xX][0-9a-fA-F]{16,40}|[A-Z]{60})$"},
     )
     parameters: dict[str, Any] | None = Field(None, description="at most 32 KiB of canonical JSON")
 

@@ -1,0 +1,166 @@
+"""The items of the tasks' table, and the conditions under which each is written.
+
+Under pk=task_id: TASK, EVENT#n, STEP#index, APPROVAL#index#round (sk). Under pk=plan_id: PLAN. Under
+pk=IDEMPOTENCY#hash: IDEMPOTENCY. Under pk=REQUESTER#hash: OPEN, the count of a requester's open tasks.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from qaes.domain.canonical import canonical_json, hash_of
+from qaes.domain.ids import now, timestamp
+from qaes.domain.models import Approval, Event, Plan, StepRecord, Task
+
+IDEMPOTENCY_SECONDS = 24 * 3600
+
+Item = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Idempotency:
+    """The caller's key, and the hash of what it came with: method, route and body."""
+
+    subject: str
+    key: str
+    body_hash: str
+
+    @property
+    def pk(self) -> str:
+        return "IDEMPOTENCY#" + hash_of([self.subject, self.key])
+
+
+class TaskItems:
+    """Writes of a transaction on one table."""
+
+    def __init__(self, table: str) -> None:
+        self._table = table
+
+    def put(self, item: Item, *, unless_exists: bool) -> Item:
+        put: Item = {"TableName": self._table, "Item": item}
+        if unless_exists:
+            put["ConditionExpression"] = "attribute_not_exists(pk)"
+        return {"Put": put}
+
+    def put_task(self, task: Task, *, before: Task) -> Item:
+        nobody_wrote_since = "version = :version"
+        return {
+            "Put": {
+                "TableName": self._table,
+                "Item": task_item(task),
+                "ConditionExpression": nobody_wrote_since,
+                "ExpressionAttributeValues": {":version": {"N": str(before.version)}},
+            }
+        }
+
+    def event(self, task_id: str, number: int, event: Event) -> Item:
+        attributes: Item = {
+            name: {"N": str(value)} if isinstance(value, int) else {"S": value}
+            for name, value in event.model_dump(mode="json").items()
+        }
+        key = {"pk": {"S": task_id}, "sk": {"S": f"EVENT#{number:06d}"}}
+        return self.put(key | attributes, unless_exists=True)
+
+    def put_approval(self, task_id: str, approval: Approval, status_before: str | None) -> Item:
+        item = {
+            "pk": {"S": task_id},
+            "sk": {"S": _approval_sk(approval)},
+            "status": {"S": approval.status},
+            "data": {"S": approval.model_dump_json()},
+        }
+        put = self.put(item, unless_exists=status_before is None)
+        if status_before is not None:
+            not_decided_yet = "#status = :before"
+            put["Put"]["ConditionExpression"] = not_decided_yet
+            put["Put"]["ExpressionAttributeNames"] = {"#status": "status"}
+            put["Put"]["ExpressionAttributeValues"] = {":before": {"S": status_before}}
+        return put
+
+    def consume_approval(self, task_id: str, approval: Approval) -> Item:
+        approved_and_never_used = "#status = :approved AND attribute_not_exists(consumed_at)"
+        return {
+            "Update": {
+                "TableName": self._table,
+                "Key": {"pk": {"S": task_id}, "sk": {"S": _approval_sk(approval)}},
+                "UpdateExpression": "SET consumed_at = :now",
+                "ConditionExpression": approved_and_never_used,
+                "ExpressionAttributeNames": {"#status": "status"},
+                "ExpressionAttributeValues": {":approved": {"S": "approved"}, ":now": {"S": timestamp(now())}},
+            }
+        }
+
+    def put_step(self, task_id: str, sk: str, record: StepRecord, *, before: StepRecord | None) -> Item:
+        """`before` is what must be stored, by status and attempt; None: there must be no record."""
+        item = {
+            "pk": {"S": task_id},
+            "sk": {"S": sk},
+            "status": {"S": record.status},
+            "attempt": {"N": str(record.attempt)},
+            "data": {"S": record.model_dump_json()},
+        }
+        put = self.put(item, unless_exists=before is None)
+        if before is not None:
+            still_ours = "#status = :status AND attempt = :attempt"
+            put["Put"]["ConditionExpression"] = still_ours
+            put["Put"]["ExpressionAttributeNames"] = {"#status": "status"}
+            put["Put"]["ExpressionAttributeValues"] = {
+                ":status": {"S": before.status},
+                ":attempt": {"N": str(before.attempt)},
+            }
+        return put
+
+    def count_open(self, requester: str, change: int, limit: int | None) -> Item:
+        """Keep count of the requester's tasks that have not ended; with a `limit`, only below it."""
+        update: Item = {
+            "TableName": self._table,
+            "Key": {"pk": {"S": "REQUESTER#" + hash_of([requester])}, "sk": {"S": "OPEN"}},
+            "UpdateExpression": "ADD open_tasks :change",
+            "ExpressionAttributeValues": {":change": {"N": str(change)}},
+        }
+        if limit is not None:
+            update["ConditionExpression"] = "attribute_not_exists(open_tasks) OR open_tasks < :limit"
+            update["ExpressionAttributeValues"][":limit"] = {"N": str(limit)}
+        return {"Update": update}
+
+    def put_idempotency(self, idempotency: Idempotency, answer: dict[str, Any]) -> Item:
+        seconds = int(time.time())
+        item = {
+            "pk": {"S": idempotency.pk},
+            "sk": {"S": "IDEMPOTENCY"},
+            "body_hash": {"S": idempotency.body_hash},
+            "answer": {"S": json.dumps(answer)},
+            "expires_at_epoch": {"N": str(seconds + IDEMPOTENCY_SECONDS)},
+        }
+        put = self.put(item, unless_exists=True)
+        # DynamoDB deletes expired items late; until it does, the condition treats them as gone.
+        put["Put"]["ConditionExpression"] += " OR expires_at_epoch < :now"
+        put["Put"]["ExpressionAttributeValues"] = {":now": {"N": str(seconds)}}
+        return put
+
+
+def task_item(task: Task) -> Item:
+    return {
+        "pk": {"S": task.task_id},
+        "sk": {"S": "TASK"},
+        "task_id": {"S": task.task_id},
+        "status_key": {"S": task.status},
+        "requester_key": {"S": task.requester},
+        "version": {"N": str(task.version)},
+        "data": {"S": json.dumps(task.model_dump(mode="json"), ensure_ascii=False, separators=(",", ":"))},
+    }
+
+
+def plan_item(plan: Plan) -> Item:
+    text = canonical_json(plan.model_dump(mode="json"))
+    return {"pk": {"S": plan.plan_id}, "sk": {"S": "PLAN"}, "data": {"S": text}}
+
+
+def _approval_sk(approval: Approval) -> str:
+    return f"APPROVAL#{approval.step_index:03d}#{approval.round:02d}"
+
+
+def is_counter(write: Item) -> bool:
+    return str(write.get("Update", {}).get("Key", {}).get("sk", {}).get("S", "")) == "OPEN"

@@ -1,0 +1,365 @@
+# ruff: noqa: E501 - HTML
+"""The API's one document (OpenAPI 3.1), generated from the services' code, and the page that shows it.
+
+`python -m local.openapi` writes docs/openapi.json, the copy that the gateway serves, and its page; with `--check` it
+only says whether they are what the code says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from local.cloud import ROOT
+from local.openapi_examples import EXAMPLES
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+SERVICES = {
+    "gateway": "Tasks: start, list, see, decide, cancel, retry.",
+    "planner": "Plans, without executing them.",
+    "agent_runtime": "How far a task's execution is.",
+    "audit": "The trail, and its verification.",
+    "qubic": "The policy and the ledger.",
+    "worker": "Runs the steps.",
+}
+OUTPUTS = ("docs/openapi.json", "functions/gateway/openapi.json")
+PAGE = "functions/gateway/docs.html"
+GUIDE = "docs/api.md"
+PROBLEM = "application/problem+json"
+DESCRIPTION = (
+    "Let AI agents and automations act with money and data: tasks are planned under a policy, approved by people, "
+    "executed step by step and audited. Errors are problems (RFC 9457). Amounts are whole QU."
+)
+ERRORS = {
+    "400": "The body is not JSON, or the request cannot be read.",
+    "401": "No valid bearer token.",
+    "403": "The caller's roles do not allow it, or it is the caller's own task.",
+    "404": "There is no such thing, or the caller may not see it.",
+    "409": "The present state does not allow it; `task_status` says what it is.",
+    "413": "The body is too large.",
+    "415": "The body is not application/json.",
+    "422": "A field is not acceptable; `errors` names it.",
+    "429": "Too many requests, or too many open tasks; `Retry-After` says when to come back.",
+    "500": "The service failed; the correlation id finds the reason in its log.",
+    "503": "A part of the service does not answer; `Retry-After` says when to come back.",
+}
+
+Document = dict[str, Any]
+
+
+def document() -> Document:
+    """Merge the services' documents.
+
+    Raises
+    ------
+    LookupError
+        A route does not say who may call it, or has no example.
+    ValueError
+        Two services mean different things by one name.
+    """
+    paths: Document = {}
+    schemas: Document = {"Problem": problem_schema()}
+    for service in SERVICES:
+        app: FastAPI = importlib.import_module(f"{service}.api").app
+        found = app.openapi()
+        for name, schema in found.get("components", {}).get("schemas", {}).items():
+            if schemas.setdefault(name, schema) != schema:
+                raise ValueError(f"{name} of {service} is not what another service calls {name}")
+        for path, operations in found["paths"].items():
+            paths[path] = {}
+            for method, operation in operations.items():
+                paths[path][method] = _operation(app, service, path, method, operation)
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "Qubic Autonomous Execution System",
+            "version": "1.0.0",
+            "description": DESCRIPTION,
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
+        "servers": [{"url": "/", "description": "the local cloud"}, {"url": "/v1", "description": "the stage on AWS"}],
+        "security": [{"token": []}],
+        "tags": [{"name": service, "description": text} for service, text in SERVICES.items()],
+        "paths": dict(sorted(paths.items())),
+        "components": {
+            "schemas": dict(sorted(schemas.items())),
+            "responses": {
+                status: {
+                    "description": text,
+                    "content": {PROBLEM: {"schema": {"$ref": "#/components/schemas/Problem"}}},
+                }
+                for status, text in ERRORS.items()
+            },
+            "securitySchemes": {
+                "token": {"type": "http", "scheme": "bearer", "bearerFormat": "JWT", "description": "RS256 or ES256"}
+            },
+        },
+    }
+
+
+def problem_schema() -> Document:
+    """Return the schema of every error."""
+    from qaes.adapters.http import PROBLEM_SCHEMA
+
+    return PROBLEM_SCHEMA | {"title": "Problem", "description": "An error (RFC 9457)."}
+
+
+def _operation(app: FastAPI, service: str, path: str, method: str, operation: Document) -> Document:
+    from fastapi.routing import APIRoute
+
+    from qaes.adapters.http import roles_of
+
+    [route] = [
+        route
+        for route in app.routes
+        if isinstance(route, APIRoute) and route.path == path and method.upper() in (route.methods or ())
+    ]
+    roles = roles_of(route)
+    name = route.operation_id or route.name
+    done: Document = {"operationId": name, "tags": [service], "summary": route.name.replace("_", " ")}
+    done["description"] = operation.get("description", "")
+    if roles is None:
+        done["security"] = []
+    else:
+        done["x-roles"] = list(roles)
+        done["description"] += f"\n\nWho may: {', '.join(roles)}."
+    for key in ("parameters", "requestBody"):
+        if key in operation:
+            done[key] = _plain(operation[key])
+    responses = {status: answer for status, answer in operation["responses"].items() if status != "default"}
+    for status in _errors(path, method, operation, secured=roles is not None):
+        responses.setdefault(status, {"$ref": f"#/components/responses/{status}"})
+    done["responses"] = dict(sorted(_plain(responses).items()))
+    _add_examples(done, name)
+    return done
+
+
+def _errors(path: str, method: str, operation: Document, *, secured: bool) -> list[str]:
+    """The errors that such an operation can answer with."""
+    found = ["429", "500"]
+    found += ["401", "403", "503"] if secured else []
+    found += ["400", "413", "415", "422"] if "requestBody" in operation else []
+    found += ["422"] if operation.get("parameters") else []
+    found += ["404"] if "{" in path or path == "/plan/create" else []
+    names = {parameter["name"] for parameter in operation.get("parameters", [])}
+    found += ["409"] if "Idempotency-Key" in names else []
+    return [*found, "400"] if secured else found
+
+
+def _plain(value: Any) -> Any:
+    """Leave out what says nothing: titles made of names, and null as a value of parameters that may be absent."""
+    if isinstance(value, list):
+        return [_plain(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    plain = {name: _plain(each) for name, each in value.items() if name != "title"}
+    if plain.get("in") in {"query", "header"} and "anyOf" in plain["schema"]:
+        [kind] = [each for each in plain["schema"]["anyOf"] if each != {"type": "null"}]
+        plain["schema"] = kind | {name: each for name, each in plain["schema"].items() if name != "anyOf"}
+    return plain
+
+
+def _add_examples(operation: Document, name: str) -> None:
+    if name not in EXAMPLES:
+        raise LookupError(f"{name} has no example in local/openapi_examples.py")
+    example = EXAMPLES[name]
+    for parameter in operation.get("parameters", []):
+        if parameter["name"] in example.get("parameters", {}):
+            parameter["example"] = example["parameters"][parameter["name"]]
+        elif parameter["required"]:
+            raise LookupError(f"{name} has no example of {parameter['name']}")
+    if "body" in example:
+        operation["requestBody"]["content"]["application/json"]["example"] = example["body"]
+    [status] = [status for status in operation["responses"] if status.startswith("2")]
+    operation["responses"][status]["content"]["application/json"]["example"] = example["answer"]
+
+
+def text_of(found: Document) -> str:
+    """Return the document as it is committed."""
+    return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+
+
+# The page
+
+
+STYLE = """
+body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1f24;background:#fff}
+h1{line-height:1.2}h2{margin-top:3rem;border-bottom:1px solid #d0d7de}article{margin:1.5rem 0;padding:0 0 .5rem}
+h3{font-size:1.05rem;margin-bottom:.2rem}h3 b{display:inline-block;min-width:3.2rem}code,pre{font:13px/1.45 ui-monospace,monospace}
+pre{background:#f6f8fa;padding:.8rem;overflow:auto;border-radius:6px}table{border-collapse:collapse;width:100%}
+td,th{text-align:left;vertical-align:top;padding:.25rem .8rem .25rem 0;border-bottom:1px solid #eaeef2}
+summary{cursor:pointer}.role{color:#57606a}nav a{margin-right:1rem}
+@media(prefers-color-scheme:dark){body{background:#0d1117;color:#e6edf3}pre{background:#161b22}a{color:#58a6ff}
+h2,td,th{border-color:#30363d}.role{color:#8b949e}}
+"""
+
+
+def page(found: Document) -> str:
+    """Render the document as HTML that needs no script and nothing from elsewhere."""
+    parts = [
+        "<!doctype html>",
+        '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
+        f"<title>{escape(found['info']['title'])}</title><style>{STYLE}</style></head><body>",
+        f"<h1>{escape(found['info']['title'])}</h1><p>{escape(found['info']['description'])}</p>",
+        '<p><a href="openapi.json">openapi.json</a>, the same for programs.</p><nav>',
+        *(f'<a href="#{tag["name"]}">{escape(tag["name"])}</a>' for tag in found["tags"]),
+        "</nav>",
+    ]
+    for tag in found["tags"]:
+        parts.append(f'<section id="{tag["name"]}"><h2>{escape(tag["name"])}</h2><p>{escape(tag["description"])}</p>')
+        for path, operations in found["paths"].items():
+            for method, operation in operations.items():
+                if tag["name"] in operation["tags"]:
+                    parts.append(_article(path, method, operation))
+        parts.append("</section>")
+    parts.append('<section id="schemas"><h2>schemas</h2>')
+    for name, schema in found["components"]["schemas"].items():
+        parts.append(
+            f'<details id="{escape(name)}"><summary><code>{escape(name)}</code></summary>{_json(schema)}</details>'
+        )
+    parts.append("</section></body></html>\n")
+    return "\n".join(parts)
+
+
+def _article(path: str, method: str, operation: Document) -> str:
+    summary, _, roles = operation["description"].partition("\n\nWho may: ")
+    parts = [
+        f'<article id="{escape(operation["operationId"])}"><h3><b>{method.upper()}</b> <code>{escape(path)}</code></h3>'
+    ]
+    parts.append(
+        f"<p>{escape(summary)}</p><p class=role>{escape((roles and f'Who may: {roles}') or 'Open to everybody.')}</p>"
+    )
+    if parameters := operation.get("parameters"):
+        rows = "".join(
+            f"<tr><td><code>{escape(each['name'])}</code></td><td>{escape(each['in'])}"
+            f"{', required' if each['required'] else ''}</td><td>{escape(each.get('description', ''))}</td></tr>"
+            for each in parameters
+        )
+        parts.append(f"<table>{rows}</table>")
+    if body := operation.get("requestBody"):
+        content = body["content"]["application/json"]
+        parts.append(f"<p>Request</p>{_json(content['example'])}" if "example" in content else "")
+    for status, answer in operation["responses"].items():
+        if status.startswith("2"):
+            parts.append(f"<p>{status}</p>{_json(answer['content']['application/json']['example'])}")
+    rows = "".join(
+        f"<tr><td>{status}</td><td>{escape(ERRORS.get(status, answer.get('description', '')))}</td></tr>"
+        for status, answer in operation["responses"].items()
+        if not status.startswith("2")
+    )
+    parts.append(f"<details><summary>Errors</summary><table>{rows}</table></details></article>")
+    return "\n".join(parts)
+
+
+# The guide
+
+
+INTRODUCTION = """# The API
+
+Written by `make openapi` from the services' code; [openapi.json](openapi.json) is the same for programs, and the API serves both, at
+`/openapi.json` and `/docs`. Each example below is tested: the request is sent, and what comes back has the answer's form and fields.
+
+The base address is `http://localhost:8000` with `make up`, and the stack's output `ApiUrl` on AWS.
+
+## A token
+
+Each request carries `Authorization: Bearer …`, a JWT (RS256 or ES256) whose roles are in the claim `scope` or `cognito:groups`.
+
+- `make up` writes one for each role: `source .local/tokens.env` gives `$REQUESTER`, `$APPROVER`, `$AUDITOR` and `$OPERATOR`.
+- On AWS, your issuer gives them (`JwtIssuer`, `JwtAudience`, `JwksUrl`), or the stack's own Cognito user pool, if you name no issuer: the README
+  has the commands.
+
+No token, or one that is not the issuer's, has expired or is for somebody else: 401. Clocks may differ by 60 seconds.
+
+## Roles
+
+| role | may |
+|---|---|
+| requester | start tasks and make plans; see, cancel and retry their own tasks |
+| approver | see every task; approve or reject those that they did not request themselves |
+| auditor | read every task, audit entry and proof |
+| operator | all of those, and write to the ledger |
+
+A task that the caller may not see is 404, as one that is not there. Nobody decides on their own task, whatever their roles.
+
+## Once, and once only
+
+`Idempotency-Key` on `start`, `approve`, `cancel` and `retry`: for 24 hours the same key and body take effect once, and get the same answer, with
+`Idempotent-Replay: true` from the second time on. The same key with another body is 409.
+"""
+
+
+def guide(found: Document) -> str:
+    """Render the document as Markdown, each operation with an example."""
+    parts = [INTRODUCTION]
+    for tag in found["tags"]:
+        parts.append(f"## {tag['name'].replace('_', ' ').capitalize()}\n\n{tag['description']}\n")
+        for path, operations in found["paths"].items():
+            for method, operation in operations.items():
+                if tag["name"] in operation["tags"]:
+                    parts.append(_chapter(path, method, operation))
+    rows = "\n".join(f"| {status} | {text} |" for status, text in ERRORS.items())
+    parts.append(
+        "## Errors\n\nEvery error is `application/problem+json` (RFC 9457): `type`, `title`, `status`, `detail`, `instance`, and a\n"
+        "`correlation_id` that is in the logs. `errors` names each field that is wrong; `task_status`, `decided_by` and `code` say more where\n"
+        f"they are known.\n\n| status | when |\n|---|---|\n{rows}\n"
+    )
+    return "\n".join(parts)
+
+
+def _chapter(path: str, method: str, operation: Document) -> str:
+    summary, _, roles = operation["description"].partition("\n\nWho may: ")
+    url, query, headers = path, [], []
+    for each in operation.get("parameters", []):
+        if "example" in each:
+            if each["in"] == "path":
+                url = url.replace(f"{{{each['name']}}}", each["example"])
+            elif each["in"] == "query":
+                query.append(f"{each['name']}={each['example']}")
+            else:
+                headers.append(f"  -H '{each['name']}: {each['example']}'")
+    url = f"'http://localhost:8000{url}{'?' + '&'.join(query) if query else ''}'"
+    if roles:
+        headers.insert(0, f'  -H "Authorization: Bearer ${roles.split(",")[0].rstrip(".").upper()}"')
+    lines = [f"curl -s {'-X POST ' if method == 'post' else ''}{url}", *headers]
+    example = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("example")
+    if example is not None:
+        lines += ["  -H 'Content-Type: application/json'", f"  -d '{json.dumps(example)}'"]
+    [status] = [status for status in operation["responses"] if status.startswith("2")]
+    answer = operation["responses"][status]["content"]["application/json"]["example"]
+    command = " \\\n".join(lines)
+    who = f"Who may: {roles}" if roles else "Open to everybody."
+    return (
+        f"### `{method.upper()} {path}`\n\n{summary} {who}\n\n```bash\n{command}\n```\n\n"
+        f"{status}:\n\n```json\n{json.dumps(answer, indent=2, ensure_ascii=False)}\n```\n"
+    )
+
+
+def _json(value: Any) -> str:
+    return f"<pre>{escape(json.dumps(value, indent=2, ensure_ascii=False))}</pre>"
+
+
+def main() -> int:
+    """Write the files, or compare them; return an exit code."""
+    parser = argparse.ArgumentParser(prog="python -m local.openapi", description="The API's OpenAPI document.")
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    check = parser.parse_args().check
+    found = document()
+    wanted = {name: text_of(found) for name in OUTPUTS} | {PAGE: page(found), GUIDE: guide(found)}
+    stale = [name for name, text in wanted.items() if not (ROOT / name).is_file() or (ROOT / name).read_text() != text]
+    if check and stale:
+        print(f"not what the code says: {', '.join(stale)}; make openapi writes them", file=sys.stderr)
+        return 1
+    for name in stale:
+        (ROOT / name).write_text(wanted[name])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""An example of each operation, by operation id; tests/openapi sends them and compares what comes back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from local.seed import PLAN, PLANNED_TASK
+
+HASH = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+TXID = "qepeyezutyuvpavhngoaggqfoxikrrkzmhqfzygkjyzqpwgkcrrsvhzbklbe"
+MOMENT = "2026-11-23T12:00:00.000Z"
+POLICY_ID = "policy-v1-c951c511b6e1"
+WALLET, OTHER = "0x1234567890abcdef", "0xfedcba0987654321"
+STATEMENT = "The mock ledger is run by the operator of this system: its transactions prove nothing to an outsider."
+RULE = {"allowed": True, "requires_approval": True, "risk_level": "high", "approvals": 1, "expires_after": None}
+TRANSFER = {"wallet_address": WALLET, "to_address": OTHER, "amount": 1}
+REQUEST = {
+    "task_type": "transfer_funds",
+    "description": "pay invoice 4711",
+    "wallet_address": WALLET,
+    "parameters": {"to_address": OTHER, "amount": 1},
+}
+SUMMARY = {
+    "task_id": PLANNED_TASK,
+    "status": "waiting_approval",
+    "task_type": "transfer_funds",
+    "description": "pay invoice 4711",
+    "requester": "alice",
+    "created_at": MOMENT,
+    "updated_at": MOMENT,
+    "requires_approval": True,
+}
+STEPS = [
+    {
+        "step_id": "step_1",
+        "type": "check_balance",
+        "requires_approval": False,
+        "parameters": {"wallet_address": WALLET},
+    },
+    {
+        "step_id": "step_2",
+        "type": "policy_check",
+        "requires_approval": False,
+        "parameters": {"action_type": "transfer_funds", "policy_id": POLICY_ID},
+    },
+    {
+        "step_id": "step_3",
+        "type": "onchain_action",
+        "requires_approval": True,
+        "parameters": {"from_address": WALLET, "to_address": OTHER, "amount": 1},
+    },
+]
+PLAN_ANSWER = {
+    "plan_id": PLAN,
+    "task_id": PLANNED_TASK,
+    "created_at": MOMENT,
+    "analysis": {"action_type": "transfer_funds", "risk_level": "high"},
+    "policy": {"policy_id": POLICY_ID, "action_type": "transfer_funds"} | RULE,
+    "steps": STEPS,
+    "plan_hash": HASH,
+}
+TASK = {"task_id": PLANNED_TASK}
+KEY = {"Idempotency-Key": "invoice-4711"}
+
+
+def _health(service: str) -> dict[str, Any]:
+    return {"answer": {"status": "healthy", "service": service}}
+
+
+EXAMPLES: dict[str, dict[str, Any]] = {
+    "start_task": {
+        "parameters": KEY,
+        "body": REQUEST,
+        "answer": {"task_id": PLANNED_TASK, "status": "pending", "message": "The task has been accepted."},
+    },
+    "get_tasks": {
+        "parameters": {"status": "waiting_approval", "limit": 20},
+        "answer": {"tasks": [SUMMARY | {"waiting_until": MOMENT}], "next_cursor": None},
+    },
+    "get_task": {
+        "parameters": TASK,
+        "answer": SUMMARY
+        | {
+            "plan_id": PLAN,
+            "current_step": 2,
+            "error": None,
+            "approval": {
+                "step_index": 2,
+                "step_id": "step_3",
+                "step_type": "onchain_action",
+                "parameters": STEPS[2]["parameters"],
+                "action_type": "transfer_funds",
+                "risk_level": "high",
+                "requester": "alice",
+                "plan_hash": HASH,
+                "step_hash": HASH,
+                "policy_id": POLICY_ID,
+                "rule": RULE,
+                "approvals_required": 1,
+                "decisions": [],
+                "requested_at": MOMENT,
+                "expires_at": MOMENT,
+            },
+        },
+    },
+    "decide": {
+        "parameters": TASK | KEY,
+        "body": {"approved": True, "reason": "invoice 4711 checked"},
+        "answer": {
+            "task_id": PLANNED_TASK,
+            "approved": True,
+            "message": "The step has been approved.",
+            "approvals_required": 1,
+            "approvals_given": 1,
+        },
+    },
+    "cancel": {
+        "parameters": TASK | KEY,
+        "body": {"reason": "the invoice was wrong"},
+        "answer": {"task_id": PLANNED_TASK, "status": "cancelled", "message": "The task has been cancelled."},
+    },
+    "retry": {
+        "parameters": TASK | KEY,
+        "answer": {
+            "task_id": PLANNED_TASK,
+            "status": "executing",
+            "message": "The task runs again, from where it stopped.",
+        },
+    },
+    "create_plan": {"body": REQUEST, "answer": PLAN_ANSWER | {"task_id": None}},
+    "get_plan": {"parameters": {"plan_id": PLAN}, "answer": PLAN_ANSWER},
+    "get_status": {
+        "parameters": TASK,
+        "answer": {
+            "task_id": PLANNED_TASK,
+            "status": "executing",
+            "current_step": 0,
+            "total_steps": 1,
+            "steps": [
+                {
+                    "step_id": "step_1",
+                    "type": "check_balance",
+                    "status": "succeeded",
+                    "result": {"balance": 1000, "wallet_address": WALLET},
+                    "error": None,
+                    "requires_approval": False,
+                    "attempt": 1,
+                    "duration_ms": 12,
+                }
+            ],
+            "requires_approval": False,
+            "reason": None,
+        },
+    },
+    "get_audit": {
+        "parameters": TASK,
+        "answer": {
+            "task_id": PLANNED_TASK,
+            "logs": [],
+            "qubic_txid": None,
+            "chain": {"verified": True, "entries": 0, "anchored": 0, "head": None, "broken": None},
+            "network": "mock",
+            "statement": STATEMENT,
+        },
+    },
+    "verify": {
+        "parameters": {"hash": HASH},
+        "answer": {
+            "hash": HASH,
+            "verified": False,
+            "evidence": {"matches": [], "more": False},
+            "network": "mock",
+            "statement": STATEMENT,
+        },
+    },
+    "get_policy": {
+        "parameters": {"action_type": "transfer_funds"},
+        "answer": {
+            "network": "mock",
+            "policy_id": POLICY_ID,
+            "action_type": "transfer_funds",
+            "allowed": True,
+            "requires_approval": True,
+            "rules": RULE,
+        },
+    },
+    "write": {
+        "body": {"hash": HASH, "metadata": {"invoice": "4711"}},
+        "answer": {"network": "mock", "txid": TXID, "hash": HASH, "timestamp": MOMENT, "tick": 48239423},
+    },
+    "verify_on_ledger": {
+        "parameters": {"hash": HASH},
+        "answer": {
+            "network": "mock",
+            "hash": HASH,
+            "verified": True,
+            "txid": TXID,
+            "timestamp": MOMENT,
+            "tick": 48239423,
+        },
+    },
+    "get_transaction": {
+        "parameters": {"txid": TXID},
+        "answer": {
+            "network": "mock",
+            "txid": TXID,
+            "hash": HASH,
+            "timestamp": MOMENT,
+            "metadata": {"invoice": "4711"},
+            "block_height": 48239423,
+            "encoded": "AAAA",
+        },
+    },
+    "gateway_health": _health("gateway"),
+    "planner_health": _health("planner"),
+    "agent_runtime_health": _health("agent-runtime"),
+    "worker_health": _health("worker"),
+    "audit_health": _health("audit"),
+    "qubic_health": {"answer": {"network": "mock", "status": "healthy", "service": "qubic", "tick": 48239423}},
+}

@@ -1,0 +1,83 @@
+"""Lists, cancellation and retry on the deployed template."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from tests.e2e.conftest import EMPTY, MONITORING, Api
+
+
+def test_a_cancelled_task_stops_its_execution(api: Api, waiting: Callable[..., str]) -> None:
+    task_id = waiting(4)
+    answer = api("requester", "POST", f"/task/{task_id}/cancel", {"reason": "no longer needed"})
+    assert (answer.status_code, answer.json()["status"]) == (200, "cancelled")
+    execution = api.cloud.client("stepfunctions").describe_execution(executionArn=api.execution_arn(task_id))
+    assert execution["status"] == "ABORTED"
+    trail = api.trail(task_id)
+    assert [entry["kind"] for entry in trail][-2:] == ["approval_cancelled", "task_ended"]
+    assert (trail[-1]["actor"], trail[-1]["status"]) == ("alice", "cancelled")
+    assert api("requester", "POST", f"/task/{task_id}/cancel").status_code == 409
+    assert api("requester", "POST", f"/task/{task_id}/retry").status_code == 409
+    assert api.decide(task_id, approved=True).status_code == 409
+
+
+def test_a_failed_task_is_retried_from_the_step_that_failed(api: Api, waiting: Callable[..., str]) -> None:
+    amount = api.balance(EMPTY) + 5
+    task_id = waiting(amount, EMPTY)
+    api.decide(task_id, approved=True)
+    assert api.wait(task_id)["status"] == "failed"
+    gift = {
+        "operation": "transfer",
+        "reference": f"a gift for {task_id}",
+        "source": "0x1234567890abcdef",
+        "destination": EMPTY,
+        "amount": 5,
+    }
+    assert api.invoke("LedgerFunction", gift)["ok"]
+    answer = api("requester", "POST", f"/task/{task_id}/retry")
+    assert (answer.status_code, answer.json()["status"]) == (202, "executing")
+    api.wait(task_id, "waiting_approval")
+    api.decide(task_id, approved=True)
+    assert api.wait(task_id)["status"] == "completed"
+    assert api.balance(EMPTY) == 0
+    kinds = [entry["kind"] for entry in api.trail(task_id)]
+    assert (kinds.count("task_retried"), kinds.count("approval_requested"), kinds.count("task_ended")) == (1, 2, 2)
+    assert kinds.count("step_executed") == 4, "two that succeeded once, and the transfer twice"
+    assert [step["attempt"] for step in api.steps(task_id)] == [1, 1, 2]
+
+
+def test_fifty_requests_at_once_under_one_key_start_one_task(api: Api) -> None:
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(
+            pool.map(
+                lambda _: api("requester", "POST", "/task/start", dict(MONITORING), Idempotency_Key="fifty"), range(50)
+            )
+        )
+    assert {answer.status_code for answer in answers} == {202}
+    assert len({answer.json()["task_id"] for answer in answers}) == 1
+    assert sum("Idempotent-Replay" not in answer.headers for answer in answers) == 1
+
+
+def test_the_list_is_an_inbox_and_has_pages(api: Api, waiting: Callable[..., str]) -> None:
+    task_id = waiting(1)
+    inbox = api("approver", "GET", "/tasks?status=waiting_approval").json()["tasks"]
+    assert task_id in [task["task_id"] for task in inbox]
+    assert all(task["waiting_until"] for task in inbox)
+    first = api("auditor", "GET", "/tasks?limit=2").json()
+    second = api("auditor", "GET", f"/tasks?limit=2&cursor={first['next_cursor']}").json()
+    ids = [task["task_id"] for task in first["tasks"] + second["tasks"]]
+    assert ids == sorted(set(ids), reverse=True)
+    assert len(ids) == 4
+    mallory = api.cloud.token("requester", subject="mallory")
+    assert api(None, "GET", "/tasks", token=mallory).json() == {"tasks": [], "next_cursor": None}
+    assert api("requester", "POST", f"/task/{task_id}/cancel").status_code == 200
+
+
+def test_a_decision_on_another_plan_is_refused(api: Api, waiting: Callable[..., str]) -> None:
+    task_id = waiting(1)
+    body = {"approved": True, "reason": "checked", "plan_hash": "0" * 64}
+    assert api("approver", "POST", f"/task/{task_id}/approve", body).status_code == 409
+    body["plan_hash"] = api.task(task_id)["approval"]["plan_hash"]
+    assert api("approver", "POST", f"/task/{task_id}/approve", body).status_code == 200
+    assert api.wait(task_id)["status"] == "completed"

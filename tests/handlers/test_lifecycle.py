@@ -1,0 +1,511 @@
+"""Lists, cancellation, retry, several approvers, keys and limits: the gateway's routes on moto."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import boto3
+import pytest
+
+from qaes.adapters import task_store
+from qaes.adapters.executions import Executions
+from qaes.adapters.ledger_client import LedgerClient
+from qaes.adapters.task_store import TaskStore
+from qaes.domain.ids import now, parse_timestamp
+from qaes.domain.policy import Policy
+from tests.handlers.test_gateway import DOWN, MONITOR, NO, SOURCE, TRANSFER, YES, executions, start, start_waiting
+from tests.handlers.test_task_store import new_task, planned, waiting
+from tests.support.api import ALICE, BOB, CAROL, MALLORY, OLIVIA, Api, items, named, set_environment
+from tests.support.cloud import Cloud, cloud
+
+BARBARA = {"subject": "barbara", "roles": "approver"}
+BOTH = {"subject": "alice", "roles": "requester approver"}
+
+
+@pytest.fixture
+def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
+    set_environment("GatewayFunction", monkeypatch)
+    with cloud(state_machine=False) as it:
+        yield it
+
+
+@pytest.fixture
+def api(aws: Cloud) -> Api:
+    return Api(aws, "GatewayFunction")
+
+
+@pytest.fixture
+def store(aws: Cloud) -> TaskStore:
+    return TaskStore("TasksTable")
+
+
+@pytest.fixture
+def live(monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
+    """All of the template, tasks being executed."""
+    set_environment("GatewayFunction", monkeypatch)
+    monkeypatch.setattr("agent_runtime.reconciler.GRACE_SECONDS", -1)
+    with cloud() as it:
+        yield Api(it, "GatewayFunction")
+
+
+@pytest.fixture
+def rule(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let the policy have another rule for transfers."""
+
+    def change(**changes: Any) -> None:
+        policy = LedgerClient.policy
+
+        def changed(self: LedgerClient) -> Policy:
+            found = policy(self)
+            rules = found.rules | {"transfer_funds": found.rules["transfer_funds"].model_copy(update=changes)}
+            return found.model_copy(update={"rules": rules})
+
+        monkeypatch.setattr(LedgerClient, "policy", changed)
+
+    return change
+
+
+def kinds(task_id: str) -> list[str]:
+    found = [
+        item for item in items("TasksTable") if item["pk"]["S"] == task_id and item["sk"]["S"].startswith("EVENT#")
+    ]
+    return [item["kind"]["S"] for item in sorted(found, key=lambda item: str(item["sk"]["S"]))]
+
+
+def open_tasks() -> list[int]:
+    return [int(item["open_tasks"]["N"]) for item in items("TasksTable") if item["sk"]["S"] == "OPEN"]
+
+
+def balance() -> int:
+    return LedgerClient("LedgerFunction").balance(SOURCE)
+
+
+# Lists
+
+
+def listed(api: Api, query: str = "", **caller: Any) -> tuple[list[str], str | None]:
+    event = api.event("GET", "/tasks", **caller)
+    parameters = dict(part.split("=", 1) for part in query.split("&") if part)
+    event |= {
+        "queryStringParameters": parameters,
+        "multiValueQueryStringParameters": {name: [value] for name, value in parameters.items()},
+    }
+    answer = api.checked(api.aws.invoke(api.function, event))
+    assert answer.status == 200, answer
+    return [task["task_id"] for task in answer.body["tasks"]], answer.body["next_cursor"]
+
+
+def test_tasks_are_listed_newest_first_and_a_requester_sees_their_own(api: Api) -> None:
+    mine = [start(api) for _ in range(3)]
+    others = start(api, **MALLORY)
+    assert listed(api) == (mine[::-1], None)
+    assert listed(api, **MALLORY) == ([others], None)
+    for everyone in (BOB, CAROL, OLIVIA):
+        assert listed(api, **everyone) == ([others, *mine[::-1]], None)
+    assert listed(api, "mine=true", **BOTH) == (mine[::-1], None)
+    assert listed(api, "mine=true", **BOB) == ([], None)
+
+
+def test_pages_show_every_task_once_though_tasks_come_and_change_meanwhile(api: Api, store: TaskStore) -> None:
+    expected = [start(api) for _ in range(7)][::-1]
+    for who in (ALICE, BOB):
+        seen: list[str] = []
+        page, cursor = listed(api, "limit=3", **who)
+        while True:
+            seen += page
+            if cursor is None:
+                break
+            newer = start(api)  # comes before the first page, and so on none of the next
+            store.end_task(expected[-1], "failed", actor="test", reason="")
+            page, cursor = listed(api, f"limit=3&cursor={cursor}", **who)
+            assert newer not in page
+        assert seen[-7:] == expected
+        assert not [task for task, times in Counter(seen).items() if times > 1]
+
+
+@pytest.mark.parametrize("who", [ALICE, BOB])
+def test_a_list_of_one_status_is_an_inbox(api: Api, store: TaskStore, who: dict[str, str]) -> None:
+    start(api)
+    wait, _ = waiting(store)
+    assert listed(api, "status=waiting_approval", **who) == ([wait], None)
+    assert listed(api, "status=completed", **who) == ([], None)
+
+
+def test_a_task_in_a_list_says_what_an_approver_looks_for(api: Api, store: TaskStore) -> None:
+    task_id, _ = waiting(store)
+    [task] = api("GET", "/tasks", **BOB).body["tasks"]
+    approval = store.open_approval(task_id)
+    assert approval is not None
+    assert (task["requester"], task["status"]) == ("alice", "waiting_approval")
+    assert task["waiting_until"] == approval.expires_at
+    assert "parameters" not in task
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("status", "sleeping"), ("limit", "0"), ("limit", "101"), ("limit", "x"), ("cursor", "x"), ("mine", "perhaps")],
+)
+def test_a_bad_filter_is_refused_with_its_name(api: Api, name: str, value: str) -> None:
+    event = api.event("GET", "/tasks")
+    event |= {"queryStringParameters": {name: value}, "multiValueQueryStringParameters": {name: [value]}}
+    answer = api.checked(api.aws.invoke(api.function, event))
+    assert (answer.status, named(answer)) == (422, {name})
+
+
+# Cancelling
+
+
+def test_a_waiting_task_is_cancelled_with_its_approval_and_its_execution(live: Api) -> None:
+    task_id = start_waiting(live)
+    answer = live("POST", f"/task/{task_id}/cancel", {"reason": "the invoice was wrong"})
+    assert (answer.status, answer.body["status"]) == (200, "cancelled")
+    shown = live("GET", f"/task/{task_id}").body
+    assert (shown["status"], shown["approval"], shown["error"]["reason"]) == (
+        "cancelled",
+        None,
+        "the invoice was wrong",
+    )
+    assert kinds(task_id)[-2:] == ["approval_cancelled", "task_ended"]
+    late = live("POST", f"/task/{task_id}/approve", YES, **BOB)
+    assert (late.status, late.body["task_status"]) == (409, "cancelled")
+    again = live("POST", f"/task/{task_id}/cancel")
+    assert (again.status, again.body["task_status"]) == (409, "cancelled")
+    ended = {"detail-type": "Step Functions Execution Status Change",
+             "detail": {"status": "ABORTED", "name": task_id, "input": json.dumps({"task_id": task_id})}}  # fmt: skip
+    assert live.aws.invoke("ReconcilerFunction", ended) == {"reconciled": []}
+    assert live("GET", f"/task/{task_id}").body["status"] == "cancelled"
+    assert balance() == 1000
+    assert open_tasks() == [0]
+
+
+def test_a_task_that_was_not_started_yet_is_cancelled_and_never_started(live: Api) -> None:
+    task, _ = TaskStore("TasksTable").start_task(new_task())
+    assert live("POST", f"/task/{task.task_id}/cancel").status == 200
+    assert live.aws.invoke("ReconcilerFunction", {}) == {"reconciled": []}
+    assert executions(live.aws) == []
+
+
+def test_an_execution_that_could_not_be_stopped_executes_nothing_more(
+    live: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise DOWN
+
+    task_id = start_waiting(live)
+    approval = TaskStore("TasksTable").open_approval(task_id)
+    assert approval is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(Executions, "stop", fail)
+        assert live("POST", f"/task/{task_id}/cancel").status == 200
+    # Whatever wakes it up by then:
+    boto3.client("stepfunctions").send_task_success(taskToken=approval.token, output="{}")
+    live.aws.execution(task_id)
+    assert live("GET", f"/task/{task_id}").body["status"] == "cancelled"
+    assert balance() == 1000
+
+
+def test_who_may_cancel_and_retry(api: Api, store: TaskStore) -> None:
+    task_id, _ = waiting(store)
+    for verb in ("cancel", "retry"):
+        path = f"/task/{task_id}/{verb}"
+        assert api("POST", path, **MALLORY).status == 404
+        assert api("POST", path, **BOB).status == 403
+        assert api("POST", path, **CAROL).status == 403
+        assert api("POST", path, subject="bob", roles="requester approver").status == 403
+    assert store.get_task(task_id).status == "waiting_approval"
+    assert api("POST", f"/task/{task_id}/cancel", **OLIVIA).status == 200
+    assert kinds(task_id)[-1] == "task_ended"
+
+
+@pytest.mark.parametrize("outcome", ["completed", "denied", "rejected", "cancelled", "failed", "expired"])
+def test_what_has_ended_is_not_cancelled_and_only_some_of_it_is_retried(
+    api: Api, store: TaskStore, outcome: Any
+) -> None:
+    task_id, _ = planned(store)
+    store.end_task(task_id, outcome, actor="test", reason="so")
+    answer = api("POST", f"/task/{task_id}/cancel")
+    assert (answer.status, answer.body["task_status"]) == (409, outcome)
+    answer = api("POST", f"/task/{task_id}/retry")
+    assert answer.status == (202 if outcome in {"failed", "expired"} else 409)
+
+
+def test_a_task_that_runs_is_not_retried(api: Api, store: TaskStore) -> None:
+    task_id, _ = planned(store)
+    answer = api("POST", f"/task/{task_id}/retry")
+    assert (answer.status, answer.body["task_status"]) == (409, "executing")
+
+
+# Retrying
+
+
+def test_a_retry_resumes_at_the_step_that_failed_and_both_attempts_are_on_record(live: Api) -> None:
+    task_id = start(live, TRANSFER | {"parameters": {**TRANSFER["parameters"], "amount": 1001}})  # type: ignore[dict-item]
+    live.aws.wait(task_id, "waiting_approval")
+    live("POST", f"/task/{task_id}/approve", YES, **BOB)
+    live.aws.wait(task_id, "failed")
+    live.aws.execution(task_id)
+    ledger = LedgerClient("LedgerFunction")
+    ledger.transfer(reference="a gift", source="0xabcdef1234567890", destination=SOURCE, amount=500)
+    executed = live.aws.invocations["ExecuteStepFunction"]
+
+    answer = live("POST", f"/task/{task_id}/retry")
+    assert (answer.status, answer.body["status"]) == (202, "executing")
+    live.aws.wait(task_id, "waiting_approval")  # what was approved was used up: it is asked for anew
+    assert live("POST", f"/task/{task_id}/approve", YES, **BOB).status == 200
+    live.aws.wait(task_id, "completed")
+    assert live.aws.invocations["ExecuteStepFunction"] == executed + 1
+    assert balance() == 1500 - 1001
+    steps = [event for event in kinds(task_id) if event == "step_executed"]
+    assert len(steps) == 4, "check_balance, policy_check, and the transfer twice"
+    assert kinds(task_id).count("task_retried") == 1
+    assert kinds(task_id).count("approval_requested") == 2
+    assert sorted(executions(live.aws)) == [task_id, f"{task_id}-2"]
+    record = TaskStore("TasksTable").step(task_id, 2)
+    assert record is not None
+    assert (record.status, record.attempt, record.run, record.error) == ("succeeded", 2, 2, None)
+    live.aws.drain(task_id)
+    shown = live("GET", f"/task/{task_id}").body
+    assert (shown["status"], shown["error"]) == ("completed", None)
+    assert open_tasks() == [0]
+
+
+def test_an_approval_can_be_asked_for_again_after_its_expiry(live: Api) -> None:
+    task_id = start_waiting(live)
+    expire(task_id)
+    assert live.aws.invoke("ReconcilerFunction", {})["reconciled"] == [task_id]
+    live.aws.wait(task_id, "expired")
+    live.aws.execution(task_id)
+    assert live("POST", f"/task/{task_id}/retry").status == 202
+    live.aws.wait(task_id, "waiting_approval")
+    live("POST", f"/task/{task_id}/approve", YES, **BOB)
+    live.aws.wait(task_id, "completed")
+    assert balance() == 750
+
+
+def test_a_task_that_failed_before_it_had_a_plan_starts_from_the_beginning(live: Api) -> None:
+    def fail(_: Any) -> None:
+        raise ConnectionError("down")
+
+    live.aws.faults["CheckPolicyFunction"] = fail
+    task_id = start(live, MONITOR)
+    live.aws.wait(task_id, "failed")
+    live.aws.execution(task_id)
+    live.aws.faults.clear()
+    assert live("POST", f"/task/{task_id}/retry").body["status"] == "pending"
+    live.aws.wait(task_id, "completed")
+    assert kinds(task_id).count("plan_built") == 1
+
+
+def test_the_end_of_an_execution_before_a_retry_has_no_say(live: Api) -> None:
+    store = TaskStore("TasksTable")
+    task_id, _ = planned(store)
+    store.end_task(task_id, "failed", actor="test", reason="so", execution=task_id)
+    assert live("POST", f"/task/{task_id}/retry").status == 202
+    live.aws.wait(task_id, "waiting_approval")
+    late = {"task_id": task_id, "outcome": "failed", "execution": task_id, "error": {"Error": "States.TaskFailed"}}
+    assert live.aws.invoke("EndTaskFunction", late)["status"] == "waiting_approval"
+    ended = {"detail-type": "Step Functions Execution Status Change",
+             "detail": {"status": "FAILED", "name": task_id, "input": json.dumps({"task_id": task_id})}}  # fmt: skip
+    assert live.aws.invoke("ReconcilerFunction", ended) == {"reconciled": []}
+    assert store.get_task(task_id).status == "waiting_approval"
+
+
+def test_a_retry_whose_execution_could_not_be_started_is_started_by_the_reconciler(
+    live: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise DOWN
+
+    store = TaskStore("TasksTable")
+    task_id, _ = planned(store)
+    store.end_task(task_id, "failed", actor="test", reason="so")
+    with monkeypatch.context() as patch:
+        patch.setattr(Executions, "start", fail)
+        assert live("POST", f"/task/{task_id}/retry").status == 202
+    assert executions(live.aws) == []
+    assert live.aws.invoke("ReconcilerFunction", {})["reconciled"] == [task_id]
+    live.aws.wait(task_id, "waiting_approval")
+
+
+# Approvals
+
+
+def expire(task_id: str) -> None:
+    """Let the time of the open approval be over."""
+    store = TaskStore("TasksTable")
+    approval = store.open_approval(task_id)
+    assert approval is not None
+    moments = {name: now() - timedelta(hours=hours) for name, hours in {"requested_at": 25, "expires_at": 1}.items()}
+    past = approval.model_copy(update={name: task_store.timestamp(moment) for name, moment in moments.items()})
+    store._transact([store._items.put_approval(task_id, past, "pending")])
+
+
+def test_a_decision_is_bound_to_the_plan_that_was_looked_at(api: Api, store: TaskStore) -> None:
+    task_id, plan = waiting(store)
+    answer = api("POST", f"/task/{task_id}/approve", YES | {"plan_hash": "0" * 64}, **BOB)
+    assert (answer.status, named(answer)) == (409, {"plan_hash"})
+    assert store.open_approval(task_id) is not None
+    assert api("POST", f"/task/{task_id}/approve", YES | {"plan_hash": plan.hash()}, **BOB).status == 200
+
+
+def test_two_people_approve_when_the_policy_says_so(live: Api, rule: Callable[..., None]) -> None:
+    rule(approvals=2)
+    task_id = start_waiting(live)
+    question = live("GET", f"/task/{task_id}", **BOB).body["approval"]
+    assert (question["approvals_required"], question["decisions"], question["rule"]["approvals"]) == (2, [], 2)
+    first = live("POST", f"/task/{task_id}/approve", YES, **BOB)
+    assert (first.status, first.body["approvals_given"], first.body["approvals_required"]) == (200, 1, 2)
+    assert live("GET", f"/task/{task_id}").body["status"] == "waiting_approval"
+    assert live("POST", f"/task/{task_id}/approve", YES, **BOB).status == 409
+    assert live("POST", f"/task/{task_id}/approve", YES, **BOTH).status == 403
+    question = live("GET", f"/task/{task_id}", **BARBARA).body["approval"]
+    assert [each["subject"] for each in question["decisions"]] == ["bob"]
+    second = live("POST", f"/task/{task_id}/approve", YES, **BARBARA)
+    assert (second.status, second.body["approvals_given"]) == (200, 2)
+    live.aws.wait(task_id, "completed")
+    assert balance() == 750
+    assert kinds(task_id).count("approval_decided") == 2
+
+
+def test_one_rejection_ends_what_two_have_to_approve(live: Api, rule: Callable[..., None]) -> None:
+    rule(approvals=2)
+    task_id = start_waiting(live)
+    assert live("POST", f"/task/{task_id}/approve", YES, **BOB).status == 200
+    assert live("POST", f"/task/{task_id}/approve", NO, **BARBARA).status == 200
+    live.aws.wait(task_id, "rejected")
+    assert balance() == 1000
+
+
+def test_who_comes_second_is_told_who_decided(api: Api, store: TaskStore) -> None:
+    task_id, _ = waiting(store)
+    api("POST", f"/task/{task_id}/approve", NO, **BOB)
+    answer = api("POST", f"/task/{task_id}/approve", YES, **BARBARA)
+    assert (answer.status, answer.body["decided_by"], answer.body["decision"]) == (409, "bob", "rejected")
+
+
+def test_of_two_opposite_decisions_at_once_one_wins_and_the_other_hears_whose(api: Api, store: TaskStore) -> None:
+    task_id, _ = waiting(store)
+    people = [f"approver-{number}" for number in range(6)]
+    answers = api.at_once(
+        [
+            {
+                "method": "POST",
+                "path": f"/task/{task_id}/approve",
+                "body": NO if number % 2 else YES,
+                "subject": person,
+                "roles": "approver",
+            }
+            for number, person in enumerate(people)
+        ]
+    )
+    assert Counter(answer.status for answer in answers) == {200: 1, 409: 5}
+    [winner] = [person for person, answer in zip(people, answers, strict=True) if answer.status == 200]
+    assert {answer.body["decided_by"] for answer in answers if answer.status == 409} == {winner}
+
+
+def test_the_policy_may_give_less_time_than_the_system(live: Api, rule: Callable[..., None]) -> None:
+    rule(expires_after=5)
+    question = live("GET", f"/task/{start_waiting(live)}").body["approval"]
+    asked, expires = parse_timestamp(question["requested_at"]), parse_timestamp(question["expires_at"])
+    assert (expires - asked).total_seconds() == 5
+
+
+def test_people_are_reminded_once_before_an_approval_expires(live: Api) -> None:
+    task_id = start_waiting(live)
+    assert live.aws.invoke("ReconcilerFunction", {})["reconciled"] == []
+    store = TaskStore("TasksTable")
+    approval = store.open_approval(task_id)
+    assert approval is not None
+    soon = {"requested_at": now() - timedelta(hours=20), "expires_at": now() + timedelta(hours=4)}
+    late = approval.model_copy(update={name: task_store.timestamp(moment) for name, moment in soon.items()})
+    store._transact([store._items.put_approval(task_id, late, "pending")])
+    assert live.aws.invoke("ReconcilerFunction", {})["reconciled"] == [task_id]
+    assert live.aws.invoke("ReconcilerFunction", {})["reconciled"] == []
+    assert kinds(task_id)[-1] == "approval_reminder"
+    assert live("POST", f"/task/{task_id}/approve", YES, **BOB).status == 200
+    live.aws.wait(task_id, "completed")
+
+
+def test_an_approval_after_its_time_is_refused_and_the_task_expires_in_its_own_kind(live: Api) -> None:
+    task_id = start_waiting(live)
+    expire(task_id)
+    answer = live("POST", f"/task/{task_id}/approve", YES, **BOB)
+    assert (answer.status, answer.body["task_status"]) == (409, "expired")
+    live.aws.invoke("ReconcilerFunction", {})
+    live.aws.wait(task_id, "expired")
+    assert kinds(task_id)[-2:] == ["approval_expired", "task_ended"]
+    assert balance() == 1000
+
+
+# Keys
+
+
+@pytest.mark.parametrize("verb", ["approve", "cancel", "retry"])
+def test_a_key_gives_the_same_answer_again_and_conflicts_with_another_request(
+    api: Api, store: TaskStore, verb: str
+) -> None:
+    if verb == "retry":
+        task_id, _ = planned(store)
+        store.end_task(task_id, "failed", actor="test", reason="so")
+    else:
+        task_id, _ = waiting(store)
+    body = YES if verb == "approve" else None
+    who = BOB if verb == "approve" else ALICE
+    key = {"headers": {"Idempotency-Key": "k1"}}
+    first = api("POST", f"/task/{task_id}/{verb}", body, **who, **key)
+    again = api("POST", f"/task/{task_id}/{verb}", body, **who, **key)
+    assert first.status in {200, 202}
+    assert (again.status, again.body) == (first.status, first.body)
+    assert "idempotent-replay" not in first.headers
+    assert again.headers["idempotent-replay"] == "true"
+    other, _ = waiting(store)
+    conflict = api("POST", f"/task/{other}/{verb}", body, **who, **key)
+    assert (conflict.status, named(conflict)) == (409, {"Idempotency-Key"})
+
+
+def test_twenty_cancellations_at_once_under_one_key_get_one_answer(api: Api, store: TaskStore) -> None:
+    task_id, _ = waiting(store)
+    request = {"method": "POST", "path": f"/task/{task_id}/cancel", "headers": {"Idempotency-Key": "k"}}
+    answers = api.at_once([request] * 20)
+    assert {answer.status for answer in answers} == {200}
+    assert len({json.dumps(answer.body) for answer in answers}) == 1
+    assert sum("idempotent-replay" not in answer.headers for answer in answers) == 1
+    assert kinds(task_id).count("task_ended") == 1
+
+
+def test_a_key_is_forgotten_after_a_day(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = {"headers": {"Idempotency-Key": "k"}}
+    first = start(api, **key)
+    real = task_store.time.time
+    monkeypatch.setattr(task_store.time, "time", lambda: real() + 24 * 3600 + 1)
+    assert start(api, **key) != first
+
+
+# Limits
+
+
+def test_who_has_too_many_open_tasks_is_asked_to_come_back(api: Api, store: TaskStore, aws: Cloud) -> None:
+    aws.parameters["MaxOpenTasks"] = "2"
+    first, second = start(api), start(api)
+    answer = api("POST", "/task/start", TRANSFER)
+    assert (answer.status, answer.headers["retry-after"], answer.body["max_open_tasks"]) == (429, "30", 2)
+    assert start(api, **MALLORY)
+    store.end_task(first, "failed", actor="test", reason="so")
+    store.end_task(first, "failed", actor="test", reason="so")  # twice: counted once
+    assert start(api)
+    answer = api("POST", f"/task/{first}/retry")
+    assert answer.status == 429
+    assert store.get_task(first).status == "failed"
+    assert api("POST", f"/task/{second}/cancel").status == 200
+    assert api("POST", f"/task/{first}/retry").status == 202
+
+
+def test_the_limit_holds_when_many_start_at_once(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAX_OPEN_TASKS", "5")
+    answers = api.at_once([{"method": "POST", "path": "/task/start", "body": TRANSFER}] * 12)
+    assert Counter(answer.status for answer in answers) == {202: 5, 429: 7}
+    assert open_tasks() == [5]

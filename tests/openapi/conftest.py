@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from qaes.adapters.ledger_client import LedgerClient
+from qaes.adapters.task_store import TaskStore
+from tests.handlers.test_task_store import new_task, planned, waiting
+from tests.support import template
+from tests.support.api import Answer, Api
+from tests.support.cloud import Cloud, cloud
+
+DOCUMENT: dict[str, Any] = json.loads((template.ROOT / "docs" / "openapi.json").read_text())
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of the document."""
+
+    id: str
+    method: str
+    path: str
+    content: dict[str, Any]
+
+    @property
+    def roles(self) -> list[str] | None:
+        return self.content.get("x-roles")
+
+    @property
+    def example(self) -> Any:
+        return self.content.get("requestBody", {}).get("content", {}).get("application/json", {}).get("example")
+
+    @property
+    def answer(self) -> tuple[int, dict[str, Any]]:
+        """Status and content of its success."""
+        [status] = [status for status in self.content["responses"] if status.startswith("2")]
+        return int(status), self.content["responses"][status]["content"]["application/json"]
+
+
+OPERATIONS = [
+    Operation(operation["operationId"], method.upper(), path, operation)
+    for path, operations in DOCUMENT["paths"].items()
+    for method, operation in operations.items()
+]
+
+
+def routes() -> dict[str, str]:
+    """`METHOD path` → function, of the template."""
+    return {
+        f"{event['Properties']['Method']} {event['Properties']['Path']}": name
+        for name, body in template.resources("AWS::Serverless::Function").items()
+        for event in body["Properties"].get("Events", {}).values()
+        if event["Type"] == "Api"
+    }
+
+
+@pytest.fixture
+def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
+    monkeypatch.setenv("LEDGER_FUNCTION", "LedgerFunction")
+    with cloud() as it:
+        yield it
+
+
+@pytest.fixture
+def ask(aws: Cloud) -> Callable[..., Answer]:
+    """Send an operation's example about a task of alice's that is as the operation needs it."""
+
+    def send(operation: Operation, **caller: Any) -> Answer:
+        path = operation.path
+        for name, value in prepared(aws, operation).items():
+            path = path.replace(f"{{{name}}}", value)
+        api = Api(aws, routes()[f"{operation.method} {operation.path}"])
+        event = api.event(operation.method, path, operation.example, **caller)
+        query = {
+            each["name"]: str(each["example"])
+            for each in operation.content.get("parameters", [])
+            if each["in"] == "query" and "example" in each
+        }
+        event["queryStringParameters"] = query or None
+        event["multiValueQueryStringParameters"] = {name: [value] for name, value in query.items()} or None
+        return api.checked(aws.invoke(api.function, event))
+
+    return send
+
+
+def prepared(aws: Cloud, operation: Operation) -> dict[str, str]:
+    """What the path's parameters are to be."""
+    store = TaskStore("TasksTable")
+    if operation.id == "get_transaction":
+        [receipt] = LedgerClient("LedgerFunction").write_hashes([{"hash": "a" * 64, "metadata": {}}])
+        return {"txid": receipt["txid"]}
+    if operation.id == "get_plan":
+        return {"plan_id": planned(store)[1].plan_id}
+    if "{hash}" in operation.path:
+        return {"hash": "a" * 64}
+    if "{task_id}" not in operation.path:
+        return {}
+    if operation.id == "retry":
+        task_id, _ = planned(store)
+        store.end_task(task_id, "failed", actor="test", reason="so")
+    elif operation.id == "decide":
+        task_id, _ = waiting(store)
+    else:
+        task_id = store.start_task(new_task())[0].task_id
+    return {"task_id": task_id}

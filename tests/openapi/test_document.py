@@ -1,0 +1,94 @@
+"""The API's document is what the code does, and its examples work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from local.openapi import GUIDE, OUTPUTS, PAGE, document, guide, page, text_of
+from tests.openapi.conftest import DOCUMENT, OPERATIONS, Operation, routes
+from tests.support import template
+from tests.support.api import Answer, Api
+from tests.support.cloud import Cloud
+
+
+def conforms(value: Any, schema: dict[str, Any]) -> None:
+    Draft202012Validator(schema | {"components": DOCUMENT["components"]}).validate(value)
+
+
+def test_what_is_committed_is_what_the_code_says() -> None:
+    found = document()
+    for name in OUTPUTS:
+        assert (template.ROOT / name).read_text() == text_of(found), "make openapi"
+    assert (template.ROOT / PAGE).read_text() == page(found), "make openapi"
+    assert (template.ROOT / GUIDE).read_text() == guide(found), "make openapi"
+
+
+def test_every_route_of_the_template_is_in_the_document() -> None:
+    about_itself = {"GET /openapi.json", "GET /docs"}
+    assert {f"{operation.method} {operation.path}" for operation in OPERATIONS} == set(routes()) - about_itself
+
+
+def test_operation_ids_are_unique() -> None:
+    assert len({operation.id for operation in OPERATIONS}) == len(OPERATIONS)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.id)
+def test_an_example_is_of_its_schema_and_works(operation: Operation, ask: Callable[..., Answer]) -> None:
+    status, content = operation.answer
+    conforms(content["example"], content["schema"])
+    answer = ask(operation, subject="olivia", roles="operator")
+    assert answer.status == status, answer
+    conforms(answer.body, content["schema"])
+    if isinstance(content["example"], dict):
+        assert set(content["example"]) == set(answer.body), "an example shows every field"
+
+
+@pytest.mark.parametrize(
+    "operation", [each for each in OPERATIONS if each.roles is not None], ids=lambda operation: operation.id
+)
+def test_errors_are_in_the_document(operation: Operation, ask: Callable[..., Answer]) -> None:
+    for caller, status in (({"subject": None}, 401), ({"subject": "eve", "roles": ""}, 403)):
+        answer = ask(operation, **caller)
+        assert answer.status == status
+        assert str(status) in operation.content["responses"]
+        conforms(answer.body, DOCUMENT["components"]["schemas"]["Problem"])
+
+
+def test_the_document_and_its_page_are_served_to_everybody(aws: Cloud) -> None:
+    api = Api(aws, "GatewayFunction")
+    event = api.event("GET", "/openapi.json", subject=None)
+    answer = aws.invoke("GatewayFunction", event)
+    assert (answer["statusCode"], answer["body"]) == (200, text_of(DOCUMENT))
+    answer = aws.invoke("GatewayFunction", api.event("GET", "/docs", subject=None))
+    headers = {name.lower(): value for name, value in answer["headers"].items()}
+    assert answer["statusCode"] == 200
+    assert headers["content-type"].startswith("text/html")
+    assert headers["content-security-policy"].startswith("default-src 'none'")
+    assert "<script" not in answer["body"]
+    for operation in OPERATIONS:
+        assert f'id="{operation.id}"' in answer["body"]
+
+
+def test_a_route_without_a_rule_cannot_be_documented() -> None:
+    program = (
+        "import gateway.api\n"
+        "gateway.api.app.get('/secret')(lambda: {})\n"
+        "from local.openapi import document\n"
+        "document()\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=template.ROOT,
+        env={"PYTHONPATH": "functions:layers/core:.", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode != 0
+    assert "/secret does not say who may call it" in found.stderr

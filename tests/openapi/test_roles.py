@@ -1,0 +1,56 @@
+"""Every route, by every role, on one's own and on another's task, from the API's document."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from qaes.adapters.http import ROLES
+from tests.openapi.conftest import OPERATIONS, Operation
+from tests.support.api import Answer
+
+SECURED = [operation for operation in OPERATIONS if operation.roles is not None]
+ABOUT_A_TASK = {operation.id for operation in SECURED if "{task_id}" in operation.path or "{plan_id}" in operation.path}
+SEES_ALL = {"approver", "auditor", "operator"}
+
+
+def expected(operation: Operation, role: str, *, own: bool) -> int:
+    """What the contract says; the tasks are alice's."""
+    if role not in (operation.roles or ()):
+        return 403
+    if operation.id == "decide" and own:
+        return 403  # four eyes
+    if operation.id in ABOUT_A_TASK and not own and role not in SEES_ALL:
+        return 404
+    return operation.answer[0]
+
+
+def test_the_table_of_the_contract() -> None:
+    """By hand, so that a change of a route's rule is noticed."""
+    everybody = {"requester", "approver", "auditor", "operator"}
+    requesters, approvers, operators = {"requester", "operator"}, {"approver", "operator"}, {"operator"}
+    table = {
+        "start_task": requesters, "get_task": everybody, "get_tasks": everybody, "decide": approvers,
+        "cancel": requesters, "retry": requesters, "create_plan": requesters, "get_plan": everybody,
+        "get_status": everybody, "get_audit": everybody, "verify": everybody, "get_policy": everybody,
+        "write": operators, "verify_on_ledger": everybody, "get_transaction": everybody,
+    }  # fmt: skip
+    assert {operation.id: set(operation.roles or ()) for operation in SECURED} == table
+    assert {operation.id for operation in OPERATIONS} - set(table) == {
+        f"{service}_health" for service in ("gateway", "planner", "agent_runtime", "worker", "audit", "qubic")
+    }
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own", "other's"])
+@pytest.mark.parametrize("operation", SECURED, ids=lambda operation: operation.id)
+def test_who_may_do_what(operation: Operation, own: bool, ask: Callable[..., Answer]) -> None:
+    for role in ROLES:
+        answer = ask(operation, subject="alice" if own else "mallory", roles=role)
+        assert answer.status == expected(operation, role, own=own), (role, answer)
+
+
+def test_all_the_roles_together_do_not_let_anybody_decide_on_their_own_task(ask: Callable[..., Answer]) -> None:
+    [decide] = [operation for operation in OPERATIONS if operation.id == "decide"]
+    answer = ask(decide, subject="alice", roles=" ".join(ROLES))
+    assert answer.status == 403

@@ -1,0 +1,314 @@
+"""What an API's security team asks of the template: who issues tokens, what browsers may read, limits, and errors."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+import pytest
+from samtranslator.parser.parser import Parser
+from samtranslator.translator.translator import Translator
+
+from qaes.adapters.auth import ROLES
+from qaes.adapters.http import PROBLEM, PROBLEM_SCHEMA
+from tests.support.template import environment, resolve
+from tests.template.conftest import load_template
+
+ISSUER = {"JwtIssuer": "https://issuer.example", "JwtAudience": "qaes", "JwksUrl": "https://issuer.example/keys"}
+ORIGIN = "https://console.example"
+EXPOSED = {"Idempotent-Replay", "Retry-After", "X-Correlation-Id"}
+# Every kind that API Gateway knows, with the status that it has by default, or that we give it.
+GATEWAY_RESPONSES = {
+    "ACCESS_DENIED": 403,
+    "API_CONFIGURATION_ERROR": 500,
+    "AUTHORIZER_CONFIGURATION_ERROR": 500,
+    "AUTHORIZER_FAILURE": 500,
+    "BAD_REQUEST_BODY": 400,
+    "BAD_REQUEST_PARAMETERS": 400,
+    "DEFAULT_4XX": 400,
+    "DEFAULT_5XX": 500,
+    "EXPIRED_TOKEN": 403,
+    "INTEGRATION_FAILURE": 504,
+    "INTEGRATION_TIMEOUT": 504,
+    "INVALID_API_KEY": 403,
+    "INVALID_SIGNATURE": 403,
+    "MISSING_AUTHENTICATION_TOKEN": 404,
+    "QUOTA_EXCEEDED": 429,
+    "REQUEST_TOO_LARGE": 413,
+    "RESOURCE_NOT_FOUND": 404,
+    "THROTTLED": 429,
+    "UNAUTHORIZED": 401,
+    "UNSUPPORTED_MEDIA_TYPE": 415,
+    "WAF_FILTERED": 403,
+}
+CONTEXT = {
+    "$context.path": "/v1/task/task_019",
+    "$context.requestId": "c6af9ac6-7b61-11e6-9a41-93e8deadbeef",
+}
+
+
+def holds(condition: Any, **parameters: str) -> bool:
+    """Whether a condition of the template, or the name of one, is true for these parameters over the defaults."""
+    return bool(resolve({"Fn::If": [condition, True, False]}, parameters))
+
+
+def refusals(template: Any, **parameters: str) -> set[str]:
+    """The rules that refuse these parameters over the defaults."""
+    return {
+        name
+        for name, rule in template.document["Rules"].items()
+        if holds(rule["RuleCondition"], **parameters)
+        and not all(holds(each["Assert"], **parameters) for each in rule["Assertions"])
+    }
+
+
+def of_condition(template: Any, condition: str) -> dict[str, Any]:
+    """Resources that are there under that condition."""
+    return {name: body for name, body in template.resources.items() if body.get("Condition") == condition}
+
+
+# Who issues the tokens
+
+
+@pytest.mark.parametrize(
+    ("parameters", "own"),
+    [({}, True), ({"Stage": "prod"}, True), (ISSUER, False), ({"AuthMode": "stub", "Stage": "local"}, False)],
+    ids=["dev", "prod", "issuer given", "stub"],
+)
+def test_without_an_issuer_the_stack_has_a_user_pool(template: Any, parameters: dict[str, str], own: bool) -> None:
+    assert refusals(template, **parameters) == set()
+    assert holds("HasOwnUserPool", **parameters) == own
+    kinds = sorted(body["Type"] for body in of_condition(template, "HasOwnUserPool").values())
+    assert kinds == ["AWS::Cognito::UserPool", "AWS::Cognito::UserPoolClient", *["AWS::Cognito::UserPoolGroup"] * 4]
+    assert all(kind in kinds for kind in (body["Type"] for body in template.resources.values()) if "Cognito" in kind)
+
+
+def test_an_issuer_is_given_as_a_whole_or_not_at_all(template: Any) -> None:
+    for name, value in ISSUER.items():
+        rest = {other: each for other, each in ISSUER.items() if other != name}
+        assert refusals(template, **rest) & {"JwtNamesItsIssuer", "OwnPoolNeedsNoKeys"}, name
+        assert refusals(template, **{name: value}) & {"JwtNamesItsIssuer", "OwnPoolNeedsNoKeys"}, name
+
+
+def test_the_authorizer_trusts_the_issuer_that_is_given_or_else_the_pool_alone() -> None:
+    given = environment("AuthorizerFunction", ISSUER)
+    assert {name: given[name] for name in ("JWT_ISSUER", "JWT_AUDIENCE", "JWKS_URL")} == {
+        "JWT_ISSUER": ISSUER["JwtIssuer"],
+        "JWT_AUDIENCE": ISSUER["JwtAudience"],
+        "JWKS_URL": ISSUER["JwksUrl"],
+    }
+    own = environment("AuthorizerFunction")
+    # An attribute of a resource is its name here; ProviderName is cognito-idp.<region>.amazonaws.com/<pool id>.
+    assert own["JWT_ISSUER"] == "https://UserPool.ProviderName"
+    assert own["JWT_AUDIENCE"] == "UserPoolClient"
+    assert own["JWKS_URL"] == f"{own['JWT_ISSUER']}/.well-known/jwks.json"
+
+
+def test_the_pool_has_a_group_for_each_role_and_no_other(template: Any) -> None:
+    groups = template.of_type("AWS::Cognito::UserPoolGroup").values()
+    assert sorted(group["GroupName"] for group in groups) == sorted(ROLES)
+    assert all(group["UserPoolId"] == {"Ref": "UserPool"} for group in groups)
+    assert not [group for group in groups if "RoleArn" in group]
+
+
+def test_only_an_administrator_makes_users_and_passwords_are_strong(template: Any) -> None:
+    pool = template.resources["UserPool"]["Properties"]
+    assert pool["AdminCreateUserConfig"]["AllowAdminCreateUserOnly"] is True
+    assert [each["Name"] for each in pool["AccountRecoverySetting"]["RecoveryMechanisms"]] == ["admin_only"]
+    password = pool["Policies"]["PasswordPolicy"]
+    assert password["MinimumLength"] >= 12
+    assert all(password[f"Require{kind}"] for kind in ("Lowercase", "Uppercase", "Numbers", "Symbols"))
+
+
+def test_the_pool_outlives_the_stack_and_cannot_be_deleted_in_prod(template: Any) -> None:
+    """The audit log knows people by its ids."""
+    pool = template.resources["UserPool"]
+    assert (pool["DeletionPolicy"], pool["UpdateReplacePolicy"]) == ("RetainExceptOnCreate", "Retain")
+    protection = pool["Properties"]["DeletionProtection"]
+    assert resolve(protection, {"Stage": "prod"}) == "ACTIVE"
+    assert resolve(protection, {"Stage": "dev"}) == "INACTIVE"
+
+
+def test_the_client_has_no_secret_and_does_not_say_who_exists(template: Any) -> None:
+    client = template.resources["UserPoolClient"]["Properties"]
+    assert client["GenerateSecret"] is False
+    assert client["PreventUserExistenceErrors"] == "ENABLED"
+    assert set(client["ExplicitAuthFlows"]) == {
+        "ALLOW_USER_SRP_AUTH",
+        "ALLOW_USER_PASSWORD_AUTH",
+        "ALLOW_REFRESH_TOKEN_AUTH",
+    }
+    assert (client["AccessTokenValidity"], client["TokenValidityUnits"]["AccessToken"]) == (60, "minutes")
+
+
+def test_the_pool_and_its_client_are_outputs(template: Any) -> None:
+    outputs = template.document["Outputs"]
+    assert outputs["UserPoolId"]["Value"] == {"Ref": "UserPool"}
+    assert outputs["UserPoolClientId"]["Value"] == {"Ref": "UserPoolClient"}
+    for name in ("UserPoolId", "UserPoolClientId"):
+        assert outputs[name]["Condition"] == "HasOwnUserPool"
+
+
+# Limits
+
+
+def test_the_firewall_has_awss_rules_and_a_limit_for_each_address(template: Any) -> None:
+    rules = {rule["Name"]: rule for rule in template.resources["WebAcl"]["Properties"]["Rules"]}
+    managed = {
+        rule["Statement"]["ManagedRuleGroupStatement"]["Name"]: rule
+        for rule in rules.values()
+        if "ManagedRuleGroupStatement" in rule["Statement"]
+    }
+    assert set(managed) == {
+        "AWSManagedRulesAmazonIpReputationList",
+        "AWSManagedRulesKnownBadInputsRuleSet",
+        "AWSManagedRulesCommonRuleSet",
+    }
+    assert all(rule["OverrideAction"] == {"None": {}} for rule in managed.values())
+    assert rules["OneAddress"]["Action"] == {"Block": {}}
+    assert rules["OneAddress"]["Statement"]["RateBasedStatement"]["Limit"] == {"Ref": "WafRateLimit"}
+    assert len({rule["Priority"] for rule in rules.values()}) == len(rules)
+
+
+def test_the_firewall_stands_before_the_apis_stage_where_it_is_asked_for(template: Any) -> None:
+    assert set(of_condition(template, "HasWaf")) == {"WebAcl", "WebAclAssociation", "WafLogging", "WafLogs"}
+    association = template.resources["WebAclAssociation"]["Properties"]
+    assert association["WebACLArn"] == {"Fn::GetAtt": ["WebAcl", "Arn"]}
+    assert association["ResourceArn"]["Fn::Sub"].endswith("/restapis/${Api}/stages/${Api.Stage}")
+    assert not holds("HasWaf")
+    assert holds("HasWaf", EnableWaf="true")
+    config = tomllib.loads((Path(__file__).parents[2] / "samconfig.toml").read_text())
+    assert "EnableWaf=true" in config["prod"]["deploy"]["parameters"]["parameter_overrides"]
+
+
+def test_the_firewalls_log_has_no_tokens(template: Any) -> None:
+    logging = template.resources["WafLogging"]["Properties"]
+    assert logging["RedactedFields"] == [{"SingleHeader": {"Name": "authorization"}}]
+    # WAF demands the prefix.
+    assert template.resources["WafLogs"]["Properties"]["LogGroupName"]["Fn::Sub"].startswith("aws-waf-logs-")
+
+
+# What browsers may read
+
+
+def test_no_page_reads_the_api_unless_an_origin_is_named(template: Any) -> None:
+    cors = template.resources["Api"]["Properties"]["Cors"]
+    assert resolve(cors["AllowOrigin"]) == "AWS::NoValue"
+    assert resolve(cors["AllowOrigin"], {"CorsAllowOrigin": ORIGIN}) == f"'{ORIGIN}'"
+    assert set(cors["AllowHeaders"].strip("'").split(",")) == {"Authorization", "Content-Type", "Idempotency-Key"}
+    assert "AllowCredentials" not in cors
+    assert template.resources["Api"]["Properties"]["Auth"]["AddDefaultAuthorizerToCorsPreflight"] is False
+    for name in template.functions:
+        assert environment(name, {"CorsAllowOrigin": ORIGIN})["CORS_ALLOW_ORIGIN"] == ORIGIN
+        assert environment(name)["CORS_ALLOW_ORIGIN"] == ""
+
+
+def deployed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What SAM makes of the template: the resources of CloudFormation."""
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    document = load_template().document
+    document["Globals"]["Function"]["CodeUri"] = "s3://bucket/key"
+    document["Resources"]["CoreLayer"]["Properties"]["ContentUri"] = "s3://bucket/key"
+    document["Resources"]["TaskExecutionStateMachine"]["Properties"]["DefinitionUri"] = "s3://bucket/key"
+    found: dict[str, Any] = Translator({}, Parser()).translate(document, {})["Resources"]
+    return found
+
+
+def test_a_preflight_needs_no_token_and_names_the_methods_of_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    resources = deployed(monkeypatch)
+    paths = resources["Api"]["Properties"]["Body"]["paths"]
+    for path, methods in paths.items():
+        preflight = methods["options"]
+        assert not preflight.get("security"), path
+        answer = preflight["x-amazon-apigateway-integration"]["responses"]["default"]["responseParameters"]
+        named = answer["method.response.header.Access-Control-Allow-Methods"].strip("'").split(",")
+        assert sorted(named) == sorted(method.upper() for method in methods), path
+        assert resolve(answer["method.response.header.Access-Control-Allow-Origin"]) == "AWS::NoValue"
+    assert len(paths) > 15
+
+
+def test_another_origin_is_another_deployment(template: Any) -> None:
+    """Or a new value of the parameter would never reach the stage: SAM compares the template, not its parameters."""
+    assert template.resources["Api"]["Properties"]["AlwaysDeploy"] is True
+
+
+def test_every_origin_is_never_allowed_in_prod(template: Any) -> None:
+    assert refusals(template, Stage="prod", CorsAllowOrigin="*", **ISSUER) == {"NotEveryOriginInProd"}
+    assert refusals(template, Stage="prod", CorsAllowOrigin=ORIGIN, **ISSUER) == set()
+    assert refusals(template, Stage="dev", CorsAllowOrigin="*", **ISSUER) == set()
+
+
+@pytest.mark.parametrize(
+    ("origin", "taken"),
+    [
+        ("", True),
+        ("*", True),
+        (ORIGIN, True),
+        ("https://console.example:8443", True),
+        ("http://localhost:3000", True),
+        ("http://console.example", False),
+        ("https://console.example/", False),
+        ("https://*.example", False),
+        ("https://a.example,https://b.example", False),
+        ("https://a.example' x '", False),
+        ("null", False),
+    ],
+)
+def test_an_origin_has_the_form_of_one(template: Any, origin: str, taken: bool) -> None:
+    pattern = template.parameters["CorsAllowOrigin"]["AllowedPattern"]
+    assert bool(re.search(pattern, origin)) == taken
+
+
+# What the gateway answers by itself
+
+
+def headers_of(response: dict[str, Any], **parameters: str) -> dict[str, str]:
+    """The headers of a gateway response, without the quotes of their literals."""
+    given = resolve(response["ResponseParameters"]["Headers"], parameters)
+    found = {name: value for name, value in given.items() if value != "AWS::NoValue"}
+    assert all(re.fullmatch("'[^']*'", value) for value in found.values()), found
+    return {name: value[1:-1] for name, value in found.items()}
+
+
+@pytest.fixture(scope="module")
+def responses(template: Any) -> dict[str, Any]:
+    found: dict[str, Any] = template.resources["Api"]["Properties"]["GatewayResponses"]
+    return found
+
+
+def test_every_kind_of_gateway_response_is_defined(responses: dict[str, Any]) -> None:
+    assert {name: int(response["StatusCode"]) for name, response in responses.items()} == GATEWAY_RESPONSES
+
+
+@pytest.mark.parametrize("kind", GATEWAY_RESPONSES)
+def test_a_gateway_response_is_a_problem_with_every_member(responses: dict[str, Any], kind: str) -> None:
+    [(content_type, body)] = responses[kind]["ResponseTemplates"].items()
+    assert content_type == "application/json"  # the one template that API Gateway uses whatever is asked for
+    assert set(re.findall(r"\$[\w.]+", body)) == set(CONTEXT)
+    problem = json.loads(re.sub(r"\$[\w.]+", lambda variable: CONTEXT[variable[0]], body))
+    assert set(problem) == set(PROBLEM_SCHEMA["required"])
+    status = GATEWAY_RESPONSES[kind]
+    # 3.11 and 3.12 have 413's older name.
+    title = "Content Too Large" if status == 413 else HTTPStatus(status).phrase
+    assert (problem["type"], problem["title"], problem["status"]) == ("about:blank", title, status)
+    assert problem["instance"] == CONTEXT["$context.path"]
+    assert problem["correlation_id"] == CONTEXT["$context.requestId"]
+    assert problem["detail"].endswith((".", "try again."))
+
+
+@pytest.mark.parametrize("kind", GATEWAY_RESPONSES)
+def test_a_gateway_response_has_the_headers_of_the_services(responses: dict[str, Any], kind: str) -> None:
+    plain = headers_of(responses[kind])
+    assert plain["Content-Type"] == PROBLEM
+    assert (plain["X-Content-Type-Options"], plain["Cache-Control"]) == ("nosniff", "no-store")
+    assert plain["Strict-Transport-Security"].startswith("max-age=31536000")
+    assert not [name for name in plain if name.startswith("Access-Control-") or name == "Vary"]
+    assert ("WWW-Authenticate" in plain) == (kind == "UNAUTHORIZED")
+    assert ("Retry-After" in plain) == (kind in {"THROTTLED", "INTEGRATION_FAILURE", "INTEGRATION_TIMEOUT"})
+    cors = headers_of(responses[kind], CorsAllowOrigin=ORIGIN)
+    assert (cors["Access-Control-Allow-Origin"], cors["Vary"]) == (ORIGIN, "Origin")
+    assert set(cors["Access-Control-Expose-Headers"].split(",")) == EXPOSED
