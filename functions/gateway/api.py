@@ -311,7 +311,7 @@ def cancel(
         task = store.cancel(
             task_id,
             subject=caller.subject,
-            reason=reason or "cancelled by its requester",
+            reason=reason or f"cancelled by {caller.subject}",
             idempotency=_idempotency(caller, idempotency_key, f"cancel {task_id}", {"reason": reason}),
         )
     except ReplayedError as replayed:
