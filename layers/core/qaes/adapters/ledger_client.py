@@ -27,15 +27,64 @@ class LedgerClient:
         """The balance of `address` in QU."""
         return int(self._call("balance", address=address)["balance"])
 
-    def transfer(self, *, reference: str, source: str, destination: str, amount: int) -> dict[str, Any]:
-        """Move `amount` QU, once for each `reference`."""
-        return self._call("transfer", reference=reference, source=source, destination=destination, amount=amount)
+    def transfer(
+        self, *, reference: str, source: str, destination: str, amount: int, action_type: str, run: int = 1
+    ) -> dict[str, Any]:
+        """Sign and hand in a transfer of `amount` QU, once for each `reference`; its state, as `transfer_state`.
 
-    def write_hashes(self, entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Write `{"hash", "metadata"}` each, once for each hash; transactions in the same order."""
-        return list(self._call("write_hashes", entries=entries)["transactions"])
+        It is under way when this answers, not made. Asked again, the same transfer answers; only when it has expired, and
+        `run` is a later one than before, is it signed anew.
+        """
+        return self._call(
+            "transfer",
+            reference=reference,
+            source=source,
+            destination=destination,
+            amount=amount,
+            action_type=action_type,
+            run=run,
+        )
+
+    def transfer_state(self, reference: str) -> dict[str, Any]:
+        """`{state, txid, tick, error}` of a transfer; `state` is signed, broadcast, confirmed, expired or failed."""
+        return self._call("transfer_state", reference=reference)
+
+    def reserve(self, *, reference: str, source: str, destination: str, amount: int, action_type: str) -> None:
+        """Reserve `amount` of what the policy lets a wallet spend today, once for each `reference`.
+
+        Raises RefusedError (`over_max_amount`, `over_daily_limit`, `address_not_allowed`) when the policy in force does not
+        allow it.
+        """
+        self._call(
+            "reserve",
+            reference=reference,
+            source=source,
+            destination=destination,
+            amount=amount,
+            action_type=action_type,
+        )
+
+    def policy_document(self, policy_id: str) -> dict[str, Any]:
+        """`{policy_id, version, text, hash, txid, tick, encoded}`: a version's canonical text, and what anchors it."""
+        return self._call("policy_document", policy_id=policy_id)
+
+    def write(self, hash_: str, metadata: dict[str, Any]) -> dict[str, Any]:
+        """Write a hash, once for ever: `{txid, hash, tick, state}`; it is on the ledger when it is `confirmed`."""
+        return self._call("write", hash=hash_, metadata=metadata)
+
+    def submit_anchor(self, *, log_id: str, sequence: int, payload: str) -> dict[str, Any]:
+        """Write an anchor's payload (hex), once for each log and sequence number; its state, as `anchor_state`."""
+        return self._call("submit_anchor", log_id=log_id, sequence=sequence, payload=payload)
+
+    def anchor_state(self, *, log_id: str, sequence: int) -> dict[str, Any]:
+        """`{state, txid, tick, source, encoded, network}` of an anchor; `encoded` is the signed transaction in base64.
+
+        Raises RefusedError (`not_found`) when it was never submitted.
+        """
+        return self._call("anchor_state", log_id=log_id, sequence=sequence)
 
     def verify(self, hash_: str) -> dict[str, Any]:
+        """`{hash, verified, state, txid, tick, timestamp}`; `verified` only when its transaction is confirmed."""
         return self._call("verify", hash=hash_)
 
     def transaction(self, txid: str) -> dict[str, Any]:
