@@ -4,8 +4,8 @@
              → rejected
 
 An operator proposes, another one approves; approving hands the hash of the document to the ledger, as the submission
-`policy:<version>`. `settle` puts the version in force once that is confirmed. One version at a time is on its way, so that
-none overtakes another. Version 1 has the default rules; whoever asks first submits it.
+`policy:<version>`. `settle` puts the version in force once that is confirmed. One version at a time is on its way, so
+that none overtakes another. Version 1 has the default rules; whoever asks first submits it.
 
 Items (pk / sk), pk being POLICY#<network>:
 HEAD                which version is newest, on its way, in force; its revision guards every change of all the others
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 INPUT_TYPE = 0x5150
 REFUSED_METRIC = "PolicyRefused"
+_MAX_VERSION = 10**9 - 1
 _ATTEMPTS = 12
 _RETRY_REASONS = {"ConditionalCheckFailed", "TransactionConflict", "ThrottlingError", "ProvisionedThroughputExceeded"}
 
@@ -100,7 +101,7 @@ class Policies:
 
     def __init__(self, submissions: Submissions, table: str | None = None) -> None:
         self._submissions = submissions
-        self.network = settings.text("QUBIC_NETWORK")
+        self.network = submissions.chain.network
         self._table = table or settings.text("LEDGER_TABLE")
 
     # What is in force
@@ -130,22 +131,25 @@ class Policies:
     def settle(self) -> None:
         """Bring the version that is on its way forward, and put it in force when the ledger has it.
 
-        To be called by anybody, as often as one likes: when a submission of kind `policy` is confirmed, and from time to
-        time. Raises UnavailableError when the ledger cannot take it now.
+        To be called by anybody, as often as one likes: when a submission of kind `policy` is confirmed, and from time
+        to time. Raises UnavailableError when the ledger cannot take it now.
         """
         for _ in _attempts():
             head = self._head()
             try:
                 if not head.newest:
                     self._create_first(head)
-                elif not head.approved or not self._settle(head):
+                elif not head.approved:
+                    return
+                else:
+                    self._settle(head)
                     return
             except _ChangedError:
                 continue
         raise UnavailableError("others are changing the policy at the moment")
 
-    def _settle(self, head: _Head) -> bool:
-        """Take one step with the version that is on its way; False when there is none to take."""
+    def _settle(self, head: _Head) -> None:
+        """Take the step that is due with the version that is on its way. Raises _ChangedError when others took it."""
         number = head.approved
         item = self._item(number)
         if item is None:
@@ -153,21 +157,21 @@ class Policies:
         submission = self._submissions.get(_submission_key(number))
         if submission is None:
             self._submit(_record(item), _text(item))
-            return False
+            return
         if submission.state != "confirmed":
-            return False
+            return
         record = _record(item)
         try:
             self._good(number, item, submission)
         except _AlteredError as error:
             self._report(number, error)
             if number == 1:
-                return False  # nothing could take its place
+                return  # nothing could take its place
             given_up = record.model_copy(
                 update={"status": "rejected", "rejected_at": timestamp(now()), "reason": str(error)}
             )
             self._write(head, replace(head, approved=0), self._changed(given_up))
-            return False
+            return
         arrived = record.model_copy(
             update={
                 "status": "in_force",
@@ -182,7 +186,6 @@ class Policies:
             writes.append(self._changed(_record(before).model_copy(update={"status": "superseded"})))
         self._write(head, replace(head, approved=0, in_force=number), *writes)
         logger().info("policy in force", extra={"policy_id": arrived.policy_id, "txid": arrived.txid})
-        return False
 
     def _begin(self) -> _Head:
         """Nothing is in force: bring version 1 forward. Raises UnavailableError while it is on its way."""
@@ -197,7 +200,7 @@ class Policies:
             head = self._head()
         if not head.in_force:
             raise UnavailableError(
-                "the first version of the policy is not on the ledger yet: once its transaction is confirmed, it is in force"
+                "the first version of the policy is not on the ledger yet: it is in force once it is confirmed there"
             )
         return head
 
@@ -360,7 +363,9 @@ class Policies:
                 f"version {head.approved} was approved, and is on its way to the ledger", field="based_on"
             )
         if based_on != current.policy_id:
-            raise ConflictError(f"{current.policy_id} is in force by now", field="based_on", policy_id=current.policy_id)
+            raise ConflictError(
+                f"{current.policy_id} is in force by now", field="based_on", policy_id=current.policy_id
+            )
 
     def _settle_soon(self) -> None:
         """Submit what was approved; what fails here is the writer's to do."""
@@ -375,15 +380,30 @@ class Policies:
         """Return what became of a version. Raises NotFoundError."""
         return self._shown(_record(self._existing(version)))
 
-    def text(self, version: int) -> str:
-        """Return a version's document. Raises NotFoundError."""
-        return _text(self._existing(version))
+    def read(self, version: int) -> tuple[PolicyVersion, str]:
+        """Return the same, and the document. Raises NotFoundError."""
+        item = self._existing(version)
+        return self._shown(_record(item)), _text(item)
 
     def list(self, limit: int = 20, before: int | None = None) -> list[PolicyVersion]:
         """List versions, newest first; `before` leaves out that one and those that are newer."""
-        newest = self._head().newest if before is None else before - 1
-        found = [self._item(version, "record") for version in range(newest, max(newest - limit, 0), -1)]
-        return [self._shown(_record(item)) for item in found if item is not None]
+        newest = _version_sk(before - 1 if before is not None else _MAX_VERSION)
+        pages = clients.client("dynamodb").get_paginator("query")
+        found = pages.paginate(
+            TableName=self._table,
+            KeyConditionExpression="pk = :pk AND sk BETWEEN :oldest AND :newest",
+            ExpressionAttributeValues={
+                ":pk": self._key("")["pk"],
+                ":oldest": {"S": _version_sk(0)},
+                ":newest": {"S": newest},
+            },
+            ExpressionAttributeNames={"#record": "record"},
+            ProjectionExpression="#record",
+            ScanIndexForward=False,
+            ConsistentRead=True,
+            PaginationConfig={"MaxItems": limit, "PageSize": limit},
+        )
+        return [self._shown(_record(item)) for page in found for item in page["Items"]]
 
     def document(self, policy_id: str) -> dict[str, Any]:
         """Return the text of a version that is or was in force, and what anchors it.
@@ -427,23 +447,15 @@ class Policies:
         submission = self._submissions.get(_submission_key(record.version))
         if submission is None:
             return record
-        return record.model_copy(
-            update={"status": "anchoring", "txid": submission.txid, "tick": submission.tick}
-        )
+        return record.model_copy(update={"status": "anchoring", "txid": submission.txid, "tick": submission.tick})
 
     # DynamoDB
 
     def _key(self, sk: str) -> Item:
         return {"pk": {"S": f"POLICY#{self.network}"}, "sk": {"S": sk}}
 
-    def _get(self, sk: str, *attributes: str) -> Item | None:
-        only: Item = {}
-        if attributes:
-            names = {f"#{number}": name for number, name in enumerate(attributes)}
-            only = {"ProjectionExpression": ", ".join(names), "ExpressionAttributeNames": names}
-        found = clients.client("dynamodb").get_item(
-            TableName=self._table, Key=self._key(sk), ConsistentRead=True, **only
-        )
+    def _get(self, sk: str) -> Item | None:
+        found = clients.client("dynamodb").get_item(TableName=self._table, Key=self._key(sk), ConsistentRead=True)
         item: Item | None = found.get("Item")
         return item
 
@@ -451,8 +463,8 @@ class Policies:
         item = self._get("HEAD")
         return _Head(**{name: int(item[name]["N"]) for name in asdict(_Head())}) if item else _Head()
 
-    def _item(self, version: int, *attributes: str) -> Item | None:
-        return self._get(_version_sk(version), *attributes)
+    def _item(self, version: int) -> Item | None:
+        return self._get(_version_sk(version))
 
     def _existing(self, version: int) -> Item:
         item = self._item(version)

@@ -50,7 +50,7 @@ Address = Annotated[str, AfterValidator(_address)]
 class Rule(BaseModel):
     """What the policy says of one action type; a limit that is None is none.
 
-    The limits are about money, and are looked at where a step moves some: in a rule for anything else they have no effect.
+    The limits are about money, and are looked at where a step moves some: in another rule they have no effect.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
