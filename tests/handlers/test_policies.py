@@ -321,7 +321,7 @@ def test_many_settle_at_once(aws: Cloud, store: Policies) -> None:
 
 def confirm_silently(aws: Cloud) -> None:
     """Let the ledger confirm, and the one who is to tell of it crash."""
-    aws.clock.pass_seconds(60)
+    aws.clock.pass_seconds(20)
     Submissions(chain()).follow(service_key().identity)
 
 
