@@ -1,14 +1,20 @@
-"""A process that dies at its n-th call to AWS: before the call has had an effect, or right after."""
+"""A process that dies, or fails, at its n-th call to AWS: before the call has had an effect, or right after.
+
+To die before a call is to die right after the one before it: `after` alone enumerates every place to die at.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from unittest.mock import patch
 
 from botocore.client import BaseClient
+from botocore.exceptions import BotoCoreError
+
+from qaes.domain.errors import QaesError
 
 When = Literal["before", "after"]
 
@@ -26,23 +32,24 @@ class Crash:
 
 
 @contextmanager
-def crash_at(number: int, when: When) -> Iterator[Crash]:
-    """Let the process die at its call `number` (from 1), and swallow that: what comes after is another process."""
+def crash_at(number: int, when: When, error: type[BaseException] | BaseException = CrashError) -> Iterator[Crash]:
+    """Let the process die at its call `number` (from 1), and swallow that: what comes after is another process.
+
+    With an `error` of AWS's, the call fails with it instead: the code sees it, and what it raises is swallowed, too.
+    """
     crash = Crash()
     call = BaseClient._make_api_call
 
     def dying(client: Any, operation: str, arguments: Any) -> Any:
         crash.calls.append(f"{client.meta.service_model.service_name}.{operation}")
         dies = len(crash.calls) == number
+        crash.happened |= dies
         if dies and when == "before":
-            raise CrashError
+            raise error
         answer = call(client, operation, arguments)
         if dies:
-            raise CrashError
+            raise error
         return answer
 
-    try:
-        with patch.object(BaseClient, "_make_api_call", dying):
-            yield crash
-    except CrashError:
-        crash.happened = True
+    with patch.object(BaseClient, "_make_api_call", dying), suppress(CrashError, QaesError, BotoCoreError):
+        yield crash
