@@ -36,7 +36,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def chain(clock: Clock) -> Iterator[MockChain]:
-    with cloud(state_machine=False):
+    with cloud(state_machine=False, policy=False):
         yield another(clock)
 
 
@@ -496,7 +496,7 @@ class Network(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cloud = cloud(state_machine=False)
+        self.cloud = cloud(state_machine=False, policy=False)
         self.cloud.__enter__()
         self.clock = Clock()
         self.views = [another(self.clock), another(self.clock)]
