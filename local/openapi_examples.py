@@ -9,7 +9,7 @@ from local.seed import PLAN, PLANNED_TASK
 HASH = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 TXID = "qepeyezutyuvpavhngoaggqfoxikrrkzmhqfzygkjyzqpwgkcrrsvhzbklbe"
 MOMENT = "2026-11-23T12:00:00.000Z"
-POLICY_ID = "policy-v1-c951c511b6e1"
+POLICY_ID = "policy-v1-949c5e3405e9"
 WALLET, OTHER = "0x1234567890abcdef", "0xfedcba0987654321"
 STATEMENT = "The mock ledger is run by the operator of this system: its transactions prove nothing to an outsider."
 RULE = {
@@ -41,6 +41,7 @@ PROPOSED = {
     "tick": None,
 }
 VERSION = {"version": 2}
+DOCUMENT = f'{{"based_on":"{POLICY_ID}","format":1,"proposed_by":"olivia","rules":{{}},"version":2}}'
 TRANSFER = {"wallet_address": WALLET, "to_address": OTHER, "amount": 1}
 REQUEST = {
     "task_type": "transfer_funds",
@@ -222,7 +223,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     },
     "get_policy_version": {
         "parameters": VERSION,
-        "answer": PROPOSED | {"network": "mock", "text": '{"based_on":null,"format":1,"proposed_by":null,…}'},
+        "answer": PROPOSED | {"network": "mock", "text": DOCUMENT},
     },
     "approve_policy": {
         "parameters": VERSION,

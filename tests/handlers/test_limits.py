@@ -12,13 +12,15 @@ import boto3
 import pytest
 
 from qaes.adapters.ledger_client import LedgerClient
-from qaes.domain.errors import InvalidInputError, RefusedError
+from qaes.adapters.task_store import TaskStore
+from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
 from qaes.domain.policy import DEFAULT_RULES, Policy, Rule
 from qubic import limits as module
 from qubic import service
-from qubic.limits import Limits, reserve_for
+from qubic.limits import Limits, day_of, reserve_for
 from qubic.submissions import Submissions
 from qubic.wallets import DEMO_BALANCES, Wallets, demo_key
+from tests.handlers.test_task_store import TRANSFER, waiting
 from tests.support.api import set_environment
 from tests.support.cloud import Cloud, cloud
 
@@ -284,11 +286,15 @@ def test_a_later_run_of_an_expired_transfer_reserves_for_its_next_attempt(
 # As the other services ask
 
 
-def test_the_ledgers_operation(aws: Cloud) -> None:
+def publish(aws: Cloud, **limits: Any) -> None:
     store = service.policies()
-    store.propose(policy(max_amount=50, daily_limit=80).rules, subject="olivia")
+    store.propose(policy(**limits).rules, subject="olivia")
     store.approve(2, subject="oscar", four_eyes=True)
     aws.settle()
+
+
+def test_the_ledgers_operation(aws: Cloud) -> None:
+    publish(aws, max_amount=50, daily_limit=80)
     client = LedgerClient("LedgerFunction")
     client.reserve(**terms())
     client.reserve(**terms())
@@ -306,3 +312,53 @@ def test_the_ledgers_operation(aws: Cloud) -> None:
         if item["pk"]["S"].startswith("SPENT#mock#")
     ]  # fmt: skip
     assert spent["spent"]["N"] == "50"
+
+
+def approved_task(store: TaskStore) -> str:
+    task_id, _ = waiting(store)
+    store.decide(task_id, approved=True, subject="bob", reason="checked")
+    return task_id
+
+
+def test_the_compliance_agent_reserves_when_the_step_may_run(aws: Cloud) -> None:
+    publish(aws, daily_limit=8)
+    store = TaskStore("TasksTable")
+    [unapproved, _], first, second = waiting(store), approved_task(store), approved_task(store)
+
+    def verdict(task_id: str, step_index: int = 2) -> dict[str, Any]:
+        event = {"task_id": task_id, "step_index": step_index}
+        return dict(aws.invoke("CheckComplianceFunction", event))
+
+    today = day_of(datetime.now(UTC))
+    assert verdict(unapproved)["verdict"] == "await_approval"
+    assert verdict(first, step_index=0)["verdict"] == "execute"
+    assert Limits().spent(RICH, today) == 0
+    for _ in range(2):  # asked twice, it is reserved once
+        assert verdict(first)["verdict"] == "execute"
+    assert Limits().spent(RICH, today) == TRANSFER["amount"] == 5
+    held = Limits().get(f"{first}#step_3")
+    assert held is not None
+    assert held.state == "held"
+    denied = verdict(second)
+    assert denied["verdict"] == "denied"
+    assert "daily_limit" in denied["reason"]
+    assert service.policies().in_force().policy_id in denied["reason"]
+
+
+def test_without_limits_the_compliance_agent_reserves_nothing(aws: Cloud) -> None:
+    task_id = approved_task(TaskStore("TasksTable"))
+    assert aws.invoke("CheckComplianceFunction", {"task_id": task_id, "step_index": 2})["verdict"] == "execute"
+    assert Limits().get(f"{task_id}#step_3") is None
+
+
+def test_a_ledger_that_does_not_answer_lets_nothing_run(aws: Cloud) -> None:
+    publish(aws, daily_limit=8)
+    task_id = approved_task(TaskStore("TasksTable"))
+
+    def down(event: dict[str, Any]) -> None:
+        if event["operation"] == "reserve":
+            raise RuntimeError("down")
+
+    aws.faults["LedgerFunction"] = down
+    with pytest.raises(UnavailableError):
+        aws.invoke("CheckComplianceFunction", {"task_id": task_id, "step_index": 2})
