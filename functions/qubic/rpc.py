@@ -257,9 +257,8 @@ switches = APIRouter(route_class=StrictRoute)
 
 
 def add_rpc_routes(app: FastAPI) -> None:
-    """Add the routes of this module."""
-    app.include_router(router)
-    app.include_router(switches)
+    """Add the routes of this module, as routes of the application's own: each is to be found among `app.routes`."""
+    app.router.routes.extend([*router.routes, *switches.routes])
 
 
 @router.get("/live/v1/tick-info", operation_id="rpc_tick_info", dependencies=[Depends(EVERY_ROLE)])
