@@ -177,7 +177,6 @@ def test_the_shapes(call: Call, clock: Clock) -> None:
         ("POST", "/live/v1/broadcast-transaction", {}, 400, 3, "encodedTransaction"),
         ("POST", "/live/v1/broadcast-transaction", None, 400, 3, "body"),
         ("POST", "/live/v1/broadcast-transaction", "{", 400, 3, "JSON"),
-        ("POST", "/live/v1/broadcast-transaction", "{" + " " * 300_000 + "}", 413, 3, "larger"),
         ("GET", "/live/v1/balances/ALICE", None, 400, 3, "identity"),
         ("POST", "/query/v1/getTransactionByHash", {"hash": "a" * 60}, 404, 5, "not found"),
         ("POST", "/query/v1/getTransactionByHash", {"hash": "a", "more": 1}, 400, 3, "more"),
@@ -207,6 +206,26 @@ def test_errors(call: Call, method: str, path: str, body: Any, status: int, code
     assert set(found[1]) == {"code", "message"}
     assert found[1]["code"] == code
     assert says in found[1]["message"]
+
+
+def test_what_is_no_question_at_all_is_a_problem(call: Call) -> None:
+    large = "{" + " " * 300_000 + "}"
+    assert call("POST", "/query/v1/getTransactionByHash", large)[::2] == (413, PROBLEM)
+    assert call("POST", "/query/v1/getTransactionByHash", "{}", headers={"Content-Type": "text/plain"})[::2] == (
+        415,
+        PROBLEM,
+    )
+
+
+def test_the_document_knows_the_errors() -> None:
+    app = create_app("qubic")
+    rpc.add_rpc_routes(app)
+    document = app.openapi()
+    assert not {name for name in document["components"]["schemas"] if "ValidationError" in name}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            errors = {"404"} if path == "/mock/faults" else {"400", "404", "503"}
+            assert operation["responses"].keys() == {"200", "default"} | errors
 
 
 def test_a_network_that_does_not_answer(call: Call, network: MockChain) -> None:
