@@ -122,6 +122,18 @@ def test_genesis_is_written_once_with_its_sum(chain: MockChain, clock: Clock) ->
     assert int(state["supply"]["N"]) == SUPPLY == supply()
 
 
+def test_a_genesis_that_comes_too_late_changes_nothing(chain: MockChain, clock: Clock) -> None:
+    def others() -> None:
+        first = another(clock)
+        first.broadcast(ALICE.signed(DAVE, 10, first.tick_info().tick + 1).encode())
+        clock.ticks(2)
+        assert balances(first) == [990, 500, 1, 10]
+
+    with meanwhile("TransactWriteItems", others):
+        assert chain.tick_info().tick == FIRST_TICK + 2
+    assert balances(chain) == [990, 500, 1, 10]
+
+
 @pytest.mark.parametrize(
     "genesis",
     [{"ALICE": 1}, {ALICE.identity: -1}, {key(str(number)).identity: 1 for number in range(mock.MAX_GENESIS + 1)}],

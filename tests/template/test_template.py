@@ -61,7 +61,7 @@ CHANGES = {
 }
 OWNERS = {
     "LedgerTable": {"LedgerFunction", "QubicApiFunction"},
-    "ChainTable": {"LedgerFunction", "QubicApiFunction"},
+    "ChainTable": {"LedgerFunction", "LedgerWriterFunction", "QubicApiFunction"},
     "AuditEntriesTable": {"RecordAuditFunction", "RecordEventsFunction", "AuditApiFunction"},
     "AuditLogTable": {"RecordAuditFunction", "RecordEventsFunction", "AuditApiFunction"},
 }
