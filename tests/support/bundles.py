@@ -190,13 +190,13 @@ class Trail:
         said = {"status": "pending", "actor": "compliance"}
         return self.record("approval_requested", "compliance", "pending", self.asked, said, **fields)
 
-    def decide(self, index: int, who: str, approved: bool, approvals: int, **changes: Any) -> Trail:
+    def decide(self, index: int, who: str, yes: bool, approvals: int, **changes: Any) -> Trail:
         _, fields = self.of_step(index)
-        status = "approved" if approved else "rejected"
+        status = "approved" if yes else "rejected"
         said = {
             "status": status,
             "actor": who,
-            "approved": approved,
+            "approved": yes,
             "reason": "looked at it",
             "decided_at": timestamp(self.moment + timedelta(seconds=1)),
             "approvals": approvals,
