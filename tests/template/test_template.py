@@ -36,7 +36,21 @@ ROUTES = {
     "AgentRuntimeApiFunction": {"GET /task/{task_id}/status", "GET /agent-runtime/health"},
     "WorkerApiFunction": {"GET /worker/health"},
     "AuditApiFunction": {"GET /audit/{task_id}", "GET /audit/verify/{hash}", "GET /audit/health"},
-    "QubicApiFunction": {"GET /policy", "POST /write", "GET /verify/{hash}", "GET /tx/{txid}", "GET /qubic/health"},
+    "QubicApiFunction": {
+        "GET /policy",
+        "POST /write",
+        "GET /verify/{hash}",
+        "GET /tx/{txid}",
+        "GET /qubic/health",
+        "GET /live/v1/tick-info",
+        "POST /live/v1/broadcast-transaction",
+        "GET /live/v1/balances/{id}",
+        "GET /query/v1/getLastProcessedTick",
+        "POST /query/v1/getTransactionByHash",
+        "POST /query/v1/getTransactionsForIdentity",
+        "GET /mock/faults",
+        "PUT /mock/faults",
+    },
 }
 CHANGES = {
     "dynamodb:UpdateItem",
@@ -47,6 +61,7 @@ CHANGES = {
 }
 OWNERS = {
     "LedgerTable": {"LedgerFunction", "QubicApiFunction"},
+    "ChainTable": {"LedgerFunction", "QubicApiFunction"},
     "AuditEntriesTable": {"RecordAuditFunction", "RecordEventsFunction", "AuditApiFunction"},
     "AuditLogTable": {"RecordAuditFunction", "RecordEventsFunction", "AuditApiFunction"},
 }
