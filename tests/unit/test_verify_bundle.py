@@ -24,6 +24,7 @@ from qaes.domain.bundle import Bundle, TrailEntry, build_bundle, policy_ids
 from qaes.domain.canonical import canonical_json, sha256_hex
 from qaes.domain.errors import InvalidInputError
 from qaes.domain.merkle import ProofError
+from qaes.domain.policy import policy_of
 from qaes.domain.qubic import fourq, schnorrq, transaction
 from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.qubic.k12 import k12
@@ -42,7 +43,6 @@ from tests.support.bundles import (
     expired_and_retried,
     load_verifier,
     monitored,
-    policy_of,
     policy_text,
     transfer,
     transferred,
@@ -52,6 +52,8 @@ from tests.unit.test_canonical import JSON
 VERIFIER = Path(__file__).parents[2] / "docs" / "verify_bundle.py"
 verifier = load_verifier()
 ANCHORER = Anchorer()
+HEADERS: dict[str, str] = {}
+"""Of the last request to `serving`."""
 
 
 def verify(bundle: dict[str, Any], **options: Any) -> list[str]:
@@ -113,7 +115,7 @@ def test_a_bundle_before_the_first_anchor_proves_nothing() -> None:
 def test_a_later_policy_that_a_step_saw_is_in_the_bundle_too() -> None:
     trail = Trail("monitor_wallet").start().check_policy().build().execute(0)
     text = policy_text(version=4)
-    seen = policy_of(text, version=4).decide("monitoring").model_dump(mode="json") | {"pinned": False}
+    seen = policy_of(text).decide("monitoring").model_dump(mode="json") | {"pinned": False}
     trail.execute(1, seen)
     entries = [TrailEntry(*each, None) for each in trail.entries]
     assert policy_ids(entries) == {trail.policy_id, seen["policy_id"]}
@@ -321,6 +323,8 @@ def test_each_check_is_in_the_documentation() -> None:
 def serving(answers: dict[str, tuple[int, bytes]]) -> Iterator[str]:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            HEADERS.clear()
+            HEADERS.update(self.headers.items())
             status, body = answers.get(self.path, (404, b""))
             self.send_response(status)
             self.end_headers()
@@ -400,7 +404,7 @@ def entry_tiles(log: Log) -> dict[str, bytes]:
     return tiles
 
 
-def test_the_whole_log_is_read_from_a_folder_or_over_http(tmp_path: Path) -> None:
+def test_the_whole_log_is_read_from_a_folder_or_over_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = Log()
     log.append(*(f"entry {number} of somebody" for number in range(700)))
     bundle = monitored().bundle(log=log)
@@ -411,6 +415,11 @@ def test_the_whole_log_is_read_from_a_folder_or_over_http(tmp_path: Path) -> Non
     assert "--log" not in "\n".join(verify(bundle, log=str(tmp_path)))
     with serving({f"/log/{name}": (200, content) for name, content in tiles.items()}) as url:
         assert verify(bundle, log=f"{url}/log/")
+    assert "Authorization" not in HEADERS
+    monkeypatch.setenv("LOG_TOKEN", "abc")
+    with serving({f"/log/{name}": (200, content) for name, content in tiles.items()}) as url:
+        assert verify(bundle, log=f"{url}/log")
+    assert HEADERS["Authorization"] == "Bearer abc"
     (tmp_path / "tile/entries/001").write_bytes(tiles["tile/entries/001"][:-1] + b"?")
     assert fails(bundle, log=str(tmp_path))[0] == "whole log"
     (tmp_path / "tile/entries/001").unlink()
