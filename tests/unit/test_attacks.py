@@ -150,6 +150,17 @@ def test_another_salt() -> None:
     assert caught(GOOD | {"salt": "0" * 32}) == ("input", "entry 1")
 
 
+@pytest.mark.parametrize("salt", ["", SALT[:-1], SALT.upper(), SALT + "\n", 'x","value":1,"y":"', "\u0660" * 32])
+def test_a_salt_that_is_none(salt: str) -> None:
+    """A salt is put into a text as it is: one with quotes would let two values have one hash."""
+    assert caught(GOOD | {"salt": salt}) == ("format", "bundle")
+
+
+def test_a_bundle_of_another_format() -> None:
+    assert caught(GOOD | {"format": "qaes-bundle-2"}) == ("format", "bundle")
+    assert caught(GOOD | {"entries": []}) == ("format", "bundle")
+
+
 # Entries deleted, reordered, duplicated, inserted
 
 
