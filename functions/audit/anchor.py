@@ -14,7 +14,6 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from functools import cache
 from typing import Any
 
 from aws_lambda_powertools.metrics import MetricUnit, single_metric
@@ -27,7 +26,7 @@ from qaes.adapters.logs import logger
 from qaes.adapters.metrics import NAMESPACE
 from qaes.domain.anchor import ANCHOR_INPUT_TYPE, AnchorPayload, decode, log_id_bytes
 from qaes.domain.ids import now, timestamp
-from qaes.domain.note import checkpoint_text, sign_note
+from qaes.domain.note import checkpoint_text, public_key_of, sign_note, verifier_key
 from qaes.domain.qubic import transaction as qubic
 from qaes.domain.qubic.identity import encode_identity
 
@@ -38,11 +37,10 @@ _ROUNDS = 3
 class Anchorer:
     """Brings the newest anchor forward, and seals the next."""
 
-    def __init__(self, log: Log, ledger: LedgerClient, *, log_id: str, sign: Signer) -> None:
+    def __init__(self, log: Log, ledger: LedgerClient, *, log_id: str) -> None:
         self._log = log
         self._ledger = ledger
         self._log_id = log_id
-        self._sign = sign
 
     def advance(self) -> Anchoring | None:
         """Do what can be done now; return the newest anchor as it is then, None before the first.
@@ -105,6 +103,7 @@ class Anchorer:
         payload = decode(sealed.payload)
         encoded = checked_transaction(sealed.payload, answer)
         text = checkpoint_text(self._log_id, payload.size, payload.root)
+        note, verifier = sign_checkpoint(text, self._log_id)
         return Anchor(
             sequence=payload.sequence,
             size=payload.size,
@@ -116,20 +115,10 @@ class Anchorer:
             source=str(answer["source"]),
             encoded=encoded,
             network=str(answer["network"]),
-            note=self._sign(text),
+            note=note,
+            verifier_key=verifier,
             confirmed_at=timestamp(now()),
         )
-
-
-class Signer:
-    """Signs the log's checkpoints as a note, under the log's name."""
-
-    def __init__(self, name: str, secret: str) -> None:
-        self._name = name
-        self._seed = hashlib.sha256(secret.encode("utf-8")).digest()
-
-    def __call__(self, text: str) -> str:
-        return sign_note(text, self._name, self._seed)
 
 
 def checked_transaction(payload: bytes, answer: dict[str, Any]) -> bytes:
@@ -172,26 +161,19 @@ def _count(anchor: Anchor) -> None:
         metric.add_metric(name="AnchoredSize", unit=MetricUnit.Count, value=anchor.size)
 
 
-@cache
-def _secret(arn: str) -> str:
-    answer = clients.client("secretsmanager").get_secret_value(SecretId=arn)
-    return str(answer["SecretString"])
+def sign_checkpoint(text: str, name: str) -> tuple[str, str]:
+    """Sign a checkpoint as a note under the log's name; return the note, and the key to verify it with.
 
-
-class _LazySigner(Signer):
-    """Reads the secret when there is something to sign."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-
-    def __call__(self, text: str) -> str:
-        return Signer(self._name, _secret(settings.text("LOG_SIGNING_KEY")))(text)
+    The private key is made of a secret that this function's role alone may read, and which is not kept.
+    """
+    answer = clients.client("secretsmanager").get_secret_value(SecretId=settings.text("LOG_SIGNING_KEY"))
+    seed = hashlib.sha256(str(answer["SecretString"]).encode("utf-8")).digest()
+    return sign_note(text, name, seed), verifier_key(name, public_key_of(seed))
 
 
 def anchorer() -> Anchorer:
     """Make the anchorer of this function's environment."""
-    log_id = settings.text("LOG_ID")
-    return Anchorer(Log(), LedgerClient(), log_id=log_id, sign=_LazySigner(log_id))
+    return Anchorer(Log(), LedgerClient(), log_id=settings.text("LOG_ID"))
 
 
 @logger().inject_lambda_context

@@ -25,7 +25,6 @@ from audit.store import Item, asking, key, transact
 from qaes.adapters import clients, settings
 from qaes.domain.errors import QaesError, UnavailableError
 from qaes.domain.merkle import EMPTY_ROOT, HASH_BYTES
-from qaes.domain.tiles import TILE_WIDTH
 
 BATCH_GET = 100
 """Most items of a BatchGetItem, and most writes of a transaction."""
@@ -114,6 +113,7 @@ class Anchor:
     encoded: bytes
     network: str
     note: str
+    verifier_key: str
     confirmed_at: str
 
 
@@ -335,6 +335,7 @@ class Log:
             "encoded": {"B": anchor.encoded},
             "network": {"S": anchor.network},
             "note": {"S": anchor.note},
+            "verifier_key": {"S": anchor.verifier_key},
             "confirmed_at": {"S": anchor.confirmed_at},
         }
         return transact([{"Put": update}, self._put_new(item)])
@@ -390,11 +391,6 @@ class Log:
                 yield from page["Items"]
 
 
-def tiles_wide(size: int, level: int, index: int) -> int:
-    """How many hashes of the tile a log of `size` leaves fills."""
-    return max(0, min(TILE_WIDTH, (size >> 8 * level) - index * TILE_WIDTH))
-
-
 def _refused(error: ClientError) -> bool:
     return str(error.response["Error"]["Code"]) == "ConditionalCheckFailedException"
 
@@ -441,5 +437,6 @@ def _anchor(item: Item) -> Anchor:
         item["encoded"]["B"],
         item["network"]["S"],
         item["note"]["S"],
+        item["verifier_key"]["S"],
         item["confirmed_at"]["S"],
     )
