@@ -8,7 +8,7 @@ audit agent        RecordAudit         the audit service's recorder, called by t
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
@@ -74,9 +74,10 @@ REASONS: dict[Outcome, str] = {
     "failed": "a step failed",
     "cancelled": "it was cancelled",
 }
-KIND_OF_FAILURE: dict[str, Literal["the time limit was reached", "a service did not answer"]] = {
+KIND_OF_FAILURE = {
     "States.Timeout": "the time limit was reached",
     "States.TaskFailed": "a service did not answer",
+    "ConfirmationTimedOut": "the ledger has not confirmed the transfer in time; a retry asks again, and pays once",
 }
 
 

@@ -89,11 +89,10 @@ def _transfer(it: Submissions, arguments: Arguments) -> Result:
     _check_terms(arguments)
     if it.chain.network != "mock" and settings.optional("ALLOW_TRANSFERS") != "true":
         return it.simulate_transfer(**terms).answer()
-    before = it.get(f"transfer:{terms['reference']}")
-    if before is None or not before.is_open:
-        # What is under way, or asked about again, was allowed when it was signed.
-        limits.reserve_for(policies().in_force(), Wallets(it.chain.network), arguments)
-    return it.submit_transfer(**terms, run=arguments["run"]).answer()
+    wallets = Wallets(it.chain.network)
+    return it.submit_transfer(
+        **terms, run=arguments["run"], allow=lambda: limits.reserve_for(policies().in_force(), wallets, arguments)
+    ).answer()
 
 
 def _check_terms(arguments: Arguments) -> None:

@@ -203,9 +203,19 @@ class Submissions:
         return self._submit(wanted, key_)
 
     def submit_transfer(
-        self, reference: str, *, source: str, destination: str, amount: int, run: int = 1
+        self,
+        reference: str,
+        *,
+        source: str,
+        destination: str,
+        amount: int,
+        run: int = 1,
+        allow: Callable[[], None] = lambda: None,
     ) -> Submission:
         """Move `amount` QU, once for each `reference`; one that expired is signed anew only for a later `run`.
+
+        `allow` is called before anything is signed, and raises RefusedError to have it left; what was signed once is
+        not asked about again.
 
         Raises
         ------
@@ -243,7 +253,7 @@ class Submissions:
             created_at=timestamp(now()),
             updated_at="",
         )
-        return self._submit(wanted, key_)
+        return self._submit(wanted, key_, allow)
 
     def simulate_transfer(self, reference: str, *, source: str, destination: str, amount: int) -> Submission:
         """Sign a transfer and send nothing: what a network shows whose transfers are not allowed here.
@@ -275,13 +285,14 @@ class Submissions:
             updated_at=moment,
         )
 
-    def _submit(self, wanted: Submission, key: Key) -> Submission:
+    def _submit(self, wanted: Submission, key: Key, allow: Callable[[], None] = lambda: None) -> Submission:
         for _ in _attempts():
             before = self.get(wanted.key)
             if before is not None:
                 _check_same(before, wanted)
                 if not _may_be_repeated(before, wanted):
                     return before
+            allow()
             source = self._source(wanted.source)
             if len(source.open) >= MAX_OPEN:
                 raise UnavailableError("the ledger has too much to write at the moment")
