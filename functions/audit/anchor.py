@@ -25,7 +25,7 @@ from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import logger
 from qaes.adapters.metrics import NAMESPACE
 from qaes.domain.anchor import ANCHOR_INPUT_TYPE, AnchorPayload, decode, log_id_bytes
-from qaes.domain.ids import now, timestamp
+from qaes.domain.ids import now, parse_timestamp, timestamp
 from qaes.domain.note import checkpoint_text, public_key_of, sign_note, verifier_key
 from qaes.domain.qubic import transaction as qubic
 from qaes.domain.qubic.identity import encode_identity
@@ -80,7 +80,7 @@ class Anchorer:
             if before is None
             else decode(before.payload).next(size=size, root=root)
         )
-        sealed = Anchoring(payload.sequence, size, payload.encode(), "sealed")
+        sealed = Anchoring(payload.sequence, size, payload.encode(), timestamp(now()), "sealed")
         if self._log.seal(sealed, after=before):
             logger().info("sealed", extra={"sequence": sealed.sequence, "size": size})
             return sealed
@@ -161,6 +161,16 @@ def _count(anchor: Anchor) -> None:
         metric.add_metric(name="AnchoredSize", unit=MetricUnit.Count, value=anchor.size)
 
 
+def _tell_age(newest: Anchoring | None) -> None:
+    """Say how long the anchor has been in flight, 0 when none is; saying nothing is alarming too."""
+    in_flight = newest is not None and newest.state == "sealed"
+    age = (now() - parse_timestamp(newest.sealed_at)).total_seconds() if newest and in_flight else 0
+    with single_metric(
+        name="AnchorInFlightSeconds", unit=MetricUnit.Seconds, value=age, namespace=NAMESPACE
+    ) as metric:
+        metric.add_dimension("service", "audit")
+
+
 def sign_checkpoint(text: str, name: str) -> tuple[str, str]:
     """Sign a checkpoint as a note under the log's name; return the note, and the key to verify it with.
 
@@ -180,6 +190,7 @@ def anchorer() -> Anchorer:
 def anchor_log(_event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
     """Take anything: what is to be done is in the tables. Give `{sequence, size, state}` of the newest anchor."""
     newest = anchorer().advance()
+    _tell_age(newest)
     if newest is None:
         return {"sequence": None, "size": 0, "state": "none"}
     return {"sequence": newest.sequence, "size": newest.size, "state": newest.state}

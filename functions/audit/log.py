@@ -95,6 +95,7 @@ class Anchoring:
     sequence: int
     size: int
     payload: bytes
+    sealed_at: str
     state: Literal["sealed", "confirmed"]
 
 
@@ -292,7 +293,9 @@ class Log:
         if item is None:
             return None
         state: Any = item["state"]["S"]
-        return Anchoring(int(item["sequence"]["N"]), int(item["size"]["N"]), item["payload"]["B"], state)
+        return Anchoring(
+            int(item["sequence"]["N"]), int(item["size"]["N"]), item["payload"]["B"], item["sealed_at"]["S"], state
+        )
 
     def seal(self, sealed: Anchoring, *, after: Anchoring | None) -> bool:
         """Make an anchor the one in flight; False when `after` is not the newest, confirmed one any more."""
@@ -420,6 +423,7 @@ def _anchoring_item(anchoring: Anchoring, state: str) -> Item:
         "sequence": {"N": str(anchoring.sequence)},
         "size": {"N": str(anchoring.size)},
         "payload": {"B": anchoring.payload},
+        "sealed_at": {"S": anchoring.sealed_at},
         "state": {"S": state},
     }
 

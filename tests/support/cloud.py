@@ -7,6 +7,7 @@ evaluator and runs no function without Docker; these two seams are filled here, 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import io
 import json
@@ -194,6 +195,13 @@ def _create_tables() -> None:
         )
 
 
+def _create_secrets() -> None:
+    for name, body in template.resources("AWS::SecretsManager::Secret").items():
+        how = body["Properties"]["GenerateSecretString"]
+        letters = "".join(chr(ord("a") + byte % 26) for byte in hashlib.shake_256(name.encode()).digest(how["PasswordLength"]))
+        boto3.client("secretsmanager").create_secret(Name=name, SecretString=letters)
+
+
 @contextmanager
 def cloud(*, state_machine: bool = True, parameters: dict[str, str] | None = None) -> Iterator[Cloud]:
     """A fresh AWS of moto's with the template's resources in it."""
@@ -219,6 +227,7 @@ def cloud(*, state_machine: bool = True, parameters: dict[str, str] | None = Non
     ):
         clients.reset()
         _create_tables()
+        _create_secrets()
         _create_functions()
         if state_machine:
             it.machine_arn = _create_state_machine(it.parameters)

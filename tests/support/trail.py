@@ -1,0 +1,68 @@
+"""A log in moto's tables: tasks with events, recorded, delivered to the sequencer as the stream would, anchored."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import boto3
+
+from audit.log import Log
+from audit.recorder import Recorder
+from audit.sequencer import Sequencer
+from audit.store import AuditStore, Outbox
+from tests.support.cloud import Cloud
+
+LOG_ID = "qaes"
+
+
+def new_recorder() -> Recorder:
+    return Recorder(Outbox("TasksTable"), store(), log_id=LOG_ID)
+
+
+def new_sequencer() -> Sequencer:
+    return Sequencer(log(), store(), log_id=LOG_ID)
+
+
+def store() -> AuditStore:
+    return AuditStore("AuditEntriesTable", "AuditLogTable")
+
+
+def log() -> Log:
+    return Log("AuditLogTable")
+
+
+def entry_items(*tasks: str) -> list[dict[str, Any]]:
+    """The items of the tasks' entries, or of all, as they lie in the table."""
+    pages = boto3.client("dynamodb").get_paginator("scan").paginate(TableName="AuditEntriesTable")
+    found = [item for page in pages for item in page["Items"]]
+    return [item for item in found if not tasks or item["pk"]["S"] in tasks]
+
+
+def stream_of(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """The batch in which the stream delivers those items."""
+    return {
+        "Records": [
+            {
+                "eventName": "INSERT",
+                "eventSource": "aws:dynamodb",
+                "dynamodb": {
+                    "Keys": {"pk": item["pk"], "sk": item["sk"]},
+                    "NewImage": item,
+                    "SequenceNumber": str(1000 + number),
+                },
+            }
+            for number, item in enumerate(items)
+        ]
+    }
+
+
+def deliver(aws: Cloud, items: list[dict[str, Any]]) -> list[str]:
+    """Have the sequencer take those items; return the sequence numbers that it wants again."""
+    answer = aws.invoke("SequencerFunction", json.loads(json.dumps(stream_of(items))))
+    return [each["itemIdentifier"] for each in answer["batchItemFailures"]]
+
+
+def anchor(aws: Cloud) -> dict[str, Any]:
+    answer: dict[str, Any] = aws.invoke("AnchorFunction", {"time": "2026-11-23T12:00:00Z"})
+    return answer
