@@ -11,7 +11,7 @@ from typing import Any
 
 from qaes.domain.anchor import ANCHOR_INPUT_TYPE
 from qaes.domain.qubic.identity import encode_identity
-from qaes.domain.qubic.schnorrq import public_key_of_subseed
+from qaes.domain.qubic.schnorrq import public_key_of
 from qaes.domain.qubic.transaction import Transaction
 from tests.support.cloud import Cloud
 
@@ -56,7 +56,7 @@ class Ledger:
             payload = bytes.fromhex(event["payload"])
             if key not in self.submitted:
                 self.tick += 15
-                source = public_key_of_subseed(SUBSEED)
+                source = public_key_of(SUBSEED)
                 unsigned = Transaction(source, source, 0, self.tick, ANCHOR_INPUT_TYPE, payload)
                 self.submitted[key] = unsigned.sign(SUBSEED)
                 if self.confirms_at_once:
