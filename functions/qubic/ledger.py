@@ -79,9 +79,7 @@ def _balance(it: Submissions, arguments: Arguments) -> Result:
 
 
 def _reserve(it: Submissions, arguments: Arguments) -> Result:
-    wallets = Wallets(it.chain.network)
-    limits.reserve_for(policies().in_force(), wallets, arguments)
-    return {"reference": arguments["reference"]}
+    return limits.reserve_for(policies().in_force(), arguments, submissions=it)
 
 
 def _transfer(it: Submissions, arguments: Arguments) -> Result:
@@ -89,10 +87,11 @@ def _transfer(it: Submissions, arguments: Arguments) -> Result:
     _check_terms(arguments)
     if it.chain.network != "mock" and settings.optional("ALLOW_TRANSFERS") != "true":
         return it.simulate_transfer(**terms).answer()
-    wallets = Wallets(it.chain.network)
-    return it.submit_transfer(
-        **terms, run=arguments["run"], allow=lambda: limits.reserve_for(policies().in_force(), wallets, arguments)
-    ).answer()
+
+    def allow() -> None:
+        limits.reserve_for(policies().in_force(), arguments, submissions=it)
+
+    return it.submit_transfer(**terms, run=arguments["run"], allow=allow).answer()
 
 
 def _check_terms(arguments: Arguments) -> None:

@@ -28,4 +28,4 @@ def _closed(submission: Submission) -> None:
     if submission.kind == "policy" and submission.state == "confirmed":
         policies().settle()
     if submission.kind == "transfer" and submission.state != "confirmed" and "moved_unknown" not in submission.error:
-        limits.release(submission.metadata["reference"])
+        limits.release(submission.metadata["reference"], attempt=submission.attempt)

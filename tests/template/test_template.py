@@ -47,6 +47,7 @@ CHANGES = {
 }
 OWNERS = {
     "LedgerTable": {"LedgerFunction", "QubicApiFunction"},
+    "ChainTable": {"LedgerFunction", "QubicApiFunction"},
     "AuditEntriesTable": {"RecordAuditFunction", "RecordEventsFunction", "AuditApiFunction"},
     "AuditLogTable": {"RecordAuditFunction", "RecordEventsFunction", "AuditApiFunction"},
 }
