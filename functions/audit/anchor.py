@@ -88,9 +88,7 @@ class Anchorer:
 
     def _confirm(self, sealed: Anchoring) -> Anchoring | None:
         """Submit it, as often as one likes; None while its transaction is under way."""
-        answer = self._ledger.submit_anchor(
-            log_id=self._log_id, sequence=sealed.sequence, payload=sealed.payload.hex()
-        )
+        answer = self._ledger.submit_anchor(log_id=self._log_id, sequence=sealed.sequence, payload=sealed.payload.hex())
         if answer["state"] != "confirmed":
             return None
         anchor = self._anchor(sealed, answer)
@@ -134,7 +132,9 @@ def checked_transaction(payload: bytes, answer: dict[str, Any]) -> bytes:
         found = qubic.decode(encoded)
     except (ValueError, binascii.Error) as error:
         raise CorruptLogError("the anchor's transaction cannot be read") from error
-    failed = failed_checks(found, payload, txid=str(answer["txid"]), tick=int(answer["tick"]), source=str(answer["source"]))
+    failed = failed_checks(
+        found, payload, txid=str(answer["txid"]), tick=int(answer["tick"]), source=str(answer["source"])
+    )
     if failed:
         raise CorruptLogError(f"the anchor's transaction is not what was sealed: {', '.join(failed)}")
     return encoded
@@ -165,9 +165,7 @@ def _tell_age(newest: Anchoring | None) -> None:
     """Say how long the anchor has been in flight, 0 when none is; saying nothing is alarming too."""
     in_flight = newest is not None and newest.state == "sealed"
     age = (now() - parse_timestamp(newest.sealed_at)).total_seconds() if newest and in_flight else 0
-    with single_metric(
-        name="AnchorInFlightSeconds", unit=MetricUnit.Seconds, value=age, namespace=NAMESPACE
-    ) as metric:
+    with single_metric(name="AnchorInFlightSeconds", unit=MetricUnit.Seconds, value=age, namespace=NAMESPACE) as metric:
         metric.add_dimension("service", "audit")
 
 

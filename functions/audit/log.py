@@ -21,17 +21,14 @@ from typing import Any, Literal
 
 from botocore.exceptions import ClientError
 
-from audit.store import Item, asking, key, transact
+from audit.store import EntryKey, Item, asking, get_many, key, transact
 from qaes.adapters import clients, settings
 from qaes.domain.errors import QaesError, UnavailableError
 from qaes.domain.merkle import EMPTY_ROOT, HASH_BYTES
 
-BATCH_GET = 100
-"""Most items of a BatchGetItem, and most writes of a transaction."""
+WRITES = 100
+"""Most writes of a transaction."""
 _ATTEMPTS = 6
-
-EntryKey = tuple[str, int]
-"""The task, and the number of the entry in it."""
 
 
 class CorruptLogError(QaesError):
@@ -173,6 +170,21 @@ class Log:
         """Read all batches, in order."""
         return map(_batch, self._all("LOG", "BATCH#"))
 
+    def leaves(self, first: int, count: int) -> list[Leaf]:
+        """Read the leaves with the indexes from `first` on, at most `count`; fewer where the log ends."""
+        before = self._first("LOG", "BATCH#", f"BATCH#{first:012d}", newest=True)
+        if before is None:
+            return []
+        found: list[Leaf] = []
+        batch = _batch(before)
+        while batch.start < first + count:
+            found += batch.leaves[max(0, first - batch.start) : first + count - batch.start]
+            after = self._get("LOG", f"BATCH#{batch.size:012d}")
+            if after is None:
+                break
+            batch = _batch(after)
+        return found
+
     def record_integrated(self, batch: Batch) -> None:
         """Say that the tiles and indexes of the batch are there; somebody else may have said so, of a later one too."""
         not_further_yet = "integrated < :size"
@@ -225,21 +237,9 @@ class Log:
     def indexes(self, keys: Sequence[EntryKey]) -> dict[EntryKey, Indexed]:
         """Read the indexes of those of the entries that have one."""
         found: dict[EntryKey, Indexed] = {}
-        for start in range(0, len(keys), BATCH_GET):
-            left: Any = [_index_key(*each) for each in keys[start : start + BATCH_GET]]
-            for attempt in range(_ATTEMPTS):
-                with asking():
-                    answer = clients.client("dynamodb").batch_get_item(
-                        RequestItems={self._table: {"Keys": left, "ConsistentRead": True}}
-                    )
-                for item in answer["Responses"].get(self._table, []):
-                    found[item["pk"]["S"], int(item["sk"]["S"].partition("#")[2])] = _indexed(item)
-                left = answer.get("UnprocessedKeys", {}).get(self._table, {}).get("Keys")
-                if not left:
-                    break
-                time.sleep(0.02 * 2**attempt)
-            else:
-                raise UnavailableError("the table is busy")
+        for item in get_many(self._table, [_index_key(*each) for each in keys]):
+            indexed = _indexed(item)
+            found[item["pk"]["S"], indexed.seq] = indexed
         return found
 
     def task_indexes(self, task_id: str) -> dict[int, Indexed]:
@@ -269,8 +269,8 @@ class Log:
                 "ExpressionAttributeValues": values,
             }
             writes.append({"Put": put})
-        for start in range(0, len(writes), BATCH_GET):
-            self._write_indexes(batch, writes[start : start + BATCH_GET])
+        for start in range(0, len(writes), WRITES):
+            self._write_indexes(batch, writes[start : start + WRITES])
 
     def _write_indexes(self, batch: Batch, writes: list[Item]) -> None:
         for attempt in range(_ATTEMPTS):

@@ -21,8 +21,8 @@ from typing import Any
 from aws_lambda_powertools.metrics import MetricUnit, single_metric
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from audit.log import Batch, CorruptLogError, EntryKey, Head, Leaf, Log
-from audit.store import AuditStore, StoredEntry, entry_of
+from audit.log import Batch, CorruptLogError, Head, Leaf, Log
+from audit.store import AuditStore, EntryKey, StoredEntry, entry_of
 from qaes.adapters import settings
 from qaes.adapters.logs import logger
 from qaes.adapters.metrics import NAMESPACE

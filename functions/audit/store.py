@@ -6,7 +6,7 @@ All reads are consistent. A call that AWS did not answer, or that it was too bus
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +22,11 @@ from qaes.domain.models import Event
 Item = dict[str, Any]
 Role = Literal["leaf", "input", "output"]
 
+EntryKey = tuple[str, int]
+"""The task, and the number of the entry in it."""
+
+BATCH_GET = 100
+"""Most items of a BatchGetItem."""
 _LAST = 999_999
 _ATTEMPTS = 6
 _BUSY = {
@@ -98,6 +103,11 @@ class AuditStore:
             )
         return entry_of(found["Item"]) if "Item" in found else None
 
+    def texts(self, keys: Sequence[EntryKey]) -> dict[EntryKey, str]:
+        """Read the texts of many entries; those that are not there are left out."""
+        found = get_many(self._entries, [key(task_id, f"ENTRY#{seq:06d}") for task_id, seq in keys])
+        return {(item["pk"]["S"], _number(item)): item["text"]["S"] for item in found}
+
     def last_entry(self, task_id: str) -> StoredEntry | None:
         """Read the task's newest entry."""
         item = _newest(self._entries, task_id, "ENTRY")
@@ -168,6 +178,24 @@ def transact(writes: list[Item]) -> bool:
             raise UnavailableError("the audit table is busy") from error
         raise
     return True
+
+
+def get_many(table: str, keys: list[Item]) -> Iterator[Item]:
+    """Read those of the items that are there, in any order."""
+    for start in range(0, len(keys), BATCH_GET):
+        left = keys[start : start + BATCH_GET]
+        for attempt in range(_ATTEMPTS):
+            with asking():
+                answer = clients.client("dynamodb").batch_get_item(
+                    RequestItems={table: {"Keys": left, "ConsistentRead": True}}
+                )
+            yield from answer["Responses"].get(table, [])
+            left = answer.get("UnprocessedKeys", {}).get(table, {}).get("Keys", [])
+            if not left:
+                break
+            time.sleep(0.02 * 2**attempt)
+        else:
+            raise UnavailableError("the table is busy")
 
 
 @contextmanager

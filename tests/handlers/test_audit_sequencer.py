@@ -142,7 +142,9 @@ def test_an_entry_of_another_place_is_refused(aws: Cloud, name: str, value: Any)
 def test_an_entry_that_is_gone_keeps_those_after_it_out(aws: Cloud) -> None:
     task_id = recorded(4)
     items = entry_items(task_id)
-    boto3.client("dynamodb").delete_item(TableName="AuditEntriesTable", Key={"pk": items[1]["pk"], "sk": items[1]["sk"]})
+    boto3.client("dynamodb").delete_item(
+        TableName="AuditEntriesTable", Key={"pk": items[1]["pk"], "sk": items[1]["sk"]}
+    )
     assert deliver(aws, [items[0], items[3]]) == ["1001"]
     check_log(1)
 
@@ -267,9 +269,7 @@ def test_a_proof_needs_few_reads(aws: Cloud) -> None:
             reads[0] = 0
             proof = consistency_proof(first, size, log().tile)
             assert 0 < reads[0] <= 2 * levels, first
-            verify_consistency(
-                first=first, second=size, proof=proof, first_root=root_of(raw[:first]), second_root=root
-            )
+            verify_consistency(first=first, second=size, proof=proof, first_root=root_of(raw[:first]), second_root=root)
 
 
 def test_the_store_is_only_read(aws: Cloud) -> None:
