@@ -50,8 +50,8 @@ class _Answer(BaseModel):
 class LogEntry(_Answer):
     """An audit entry. `leaf` is the hash of `entry_text`, `prev` that of the entry before; `step_index` -1: no step.
 
-    `log_status` says how far it has come: recorded (in the table), sequenced (it has a place in the log), anchoring (its
-    anchor is in flight), anchored (the ledger has confirmed it).
+    `log_status` says how far it has come: recorded (in the table), sequenced (it has a place in the log), anchoring
+    (an anchor over it is in flight), anchored (the ledger has confirmed one).
     """
 
     id: str
@@ -161,7 +161,7 @@ class VerifyAnswer(_Answer):
 
 
 class Checkpoint(_Answer):
-    """The newest size of the log that the ledger has confirmed; `note` is the same, signed, for clients of such logs."""
+    """The newest size of the log that the ledger has confirmed; `note` is the same, signed, for clients of logs."""
 
     log_id: str
     anchor: AnchorAnswer
@@ -293,8 +293,8 @@ def get_audit(task_id: TaskId, who: Reader) -> AuditAnswer:
     )
 
 
-# The log for clients of such logs (C2SP tlog-tiles). API Gateway has no parameter for several segments of a path here: the
-# routes are listed, as deep as 256 * 10^9 entries need.
+# The log for clients of transparency logs (C2SP tlog-tiles). The local AWS knows no parameter for several segments of a
+# path: the routes are listed, as deep as 256 * 10^6 entries need, and 10^9 but for the last tile.
 
 
 class TileResponse(Response):
@@ -318,7 +318,10 @@ def get_signed_checkpoint(_who: Reader) -> str:
 
 @app.get("/log/tile/entries/{a}", response_class=TileResponse, responses=_OCTETS)
 def get_entries(_who: Auditor, a: Group) -> Response:
-    """The texts of 256 entries, each after its length in two bytes (C2SP tlog-tiles); `Accept: application/octet-stream`."""
+    """The texts of 256 entries, each after its length in two bytes (C2SP tlog-tiles).
+
+    Ask for it with `Accept: application/octet-stream`; otherwise API Gateway sends base64.
+    """
     return TileResponse(tlog.entries_tile(Log(), AuditStore(), (a,)))
 
 
@@ -342,7 +345,10 @@ def get_entries_4(_who: Auditor, a: Group, b: Group, c: Group, d: Group) -> Resp
 
 @app.get("/log/tile/{level}/{a}", response_class=TileResponse, responses=_OCTETS)
 def get_tile(_who: Reader, level: Level, a: Group) -> Response:
-    """256 hashes of 32 bytes (C2SP tlog-tiles); `Accept: application/octet-stream`."""
+    """256 hashes of 32 bytes (C2SP tlog-tiles).
+
+    Ask for it with `Accept: application/octet-stream`; otherwise API Gateway sends base64.
+    """
     return TileResponse(tlog.hash_tile(Log(), level, (a,)))
 
 

@@ -1,13 +1,12 @@
 """The global log in AuditLogTable: an RFC 6962 tree over the entries of all tasks, and the anchors made of it.
 
-| pk | sk | what | written |
-|---|---|---|---|
-| LOG | HEAD | version, size, root; up to which size tiles and indexes are there | by the sequencer, if its version is still the one that was read |
-| LOG | BATCH#start | the entries that got the indexes from `start` on, the size and root after them | once, together with HEAD |
-| TILE#level#index | TILE | up to 256 hashes | only wider than it is |
-| task id | INDEX#seq | the index of the task's entry, and its leaf hash | once |
-| LOG | ANCHORING | the newest anchor: sealed (in flight) or confirmed | by the anchor function, if it is still the one that was read |
-| ANCHOR | SIZE#size | a confirmed anchor | once |
+pk / sk                      what, and when it is written
+LOG / HEAD                   version, size, root; how far tiles and indexes are there: under the version that was read
+LOG / BATCH#start            the entries with the indexes from `start` on; size and root after them: once, with HEAD
+TILE#level#index / TILE      up to 256 hashes: only wider than it is
+task id / INDEX#seq          the index of the task's entry, and its leaf hash: once
+LOG / ANCHORING              the newest anchor, sealed (in flight) or confirmed: after the one that was read
+ANCHOR / SIZE#size           a confirmed anchor: once
 
 All reads are consistent.
 """

@@ -2,8 +2,8 @@
 
 Called by the state RecordAudit, so that a step counts only once it is on record, and by the stream of the tasks table
 for what happens outside of steps. Both do the same `drain`, at the same time too, and it may stop anywhere: what is
-there stays, what is not there yet is done by the next one. The ledger is not asked: the entries' stream brings them into
-the log (`audit.sequencer`), and the log is anchored as a whole (`audit.anchor`).
+there stays, what is not there yet is done by the next one. The ledger is not asked: the entries' stream brings them
+into the log (`audit.sequencer`), and the log is anchored as a whole (`audit.anchor`).
 """
 
 from __future__ import annotations

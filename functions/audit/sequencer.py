@@ -2,9 +2,9 @@
 
 Called by the stream of the entries' table. What it promises:
 
-- An entry gets one index, however often it is delivered, and whoever else is at work: a batch is committed together with
-  the log's head, under the head's version, and only when all that was committed before is integrated (tiles, indexes),
-  so that a look at the indexes tells what is in the log.
+- An entry gets one index, however often it is delivered, and whoever else is at work: a batch is committed together
+  with the log's head, under the head's version, and only when all that was committed before is integrated (tiles,
+  indexes), so that a look at the indexes tells what is in the log.
 - The entries of a task follow each other in the log without gaps: what the stream did not bring is read from the table.
 - Nothing is put into the log that does not hold: each text has its hash, and names the entry before.
 

@@ -108,6 +108,14 @@ class AuditStore:
         found = get_many(self._entries, [key(task_id, f"ENTRY#{seq:06d}") for task_id, seq in keys])
         return {(item["pk"]["S"], _number(item)): item["text"]["S"] for item in found}
 
+    def everything(self) -> Iterator[tuple[str, StoredEntry]]:
+        """Read all entries of all tasks, with the task of each; for fsck, which no role of the stack runs."""
+        pages = clients.client("dynamodb").get_paginator("scan")
+        with asking():
+            for page in pages.paginate(TableName=self._entries, ConsistentRead=True):
+                for item in page["Items"]:
+                    yield item["pk"]["S"], entry_of(item)
+
     def last_entry(self, task_id: str) -> StoredEntry | None:
         """Read the task's newest entry."""
         item = _newest(self._entries, task_id, "ENTRY")
@@ -151,6 +159,14 @@ class AuditStore:
                 for item in page["Items"]:
                     task_id, seq, role = item["sk"]["S"].split("#")
                     yield Pointer(task_id, int(seq), role)
+
+    def has_pointer(self, hash_: str, task_id: str, seq: int, role: str) -> bool:
+        """Tell whether the hash leads to that entry."""
+        with asking():
+            found = clients.client("dynamodb").get_item(
+                TableName=self._log, Key=key(f"HASH#{hash_}", f"{task_id}#{seq:06d}#{role}"), ConsistentRead=True
+            )
+        return "Item" in found
 
     # DynamoDB
 

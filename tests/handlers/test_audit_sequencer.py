@@ -21,7 +21,7 @@ from qaes.domain.merkle import EMPTY_ROOT, leaf_hash, root_of, verify_consistenc
 from qaes.domain.tiles import appended, consistency_proof, inclusion_proof, tree_root
 from tests.handlers.test_audit_recorder import entries, start_task, task_with
 from tests.support.cloud import Cloud, cloud
-from tests.support.trail import deliver, entry_items, log, new_recorder, new_sequencer, store
+from tests.support.trail import deliver, entry_items, log, new_recorder, new_sequencer, put_entries, store
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_an_order_that_the_stream_did_not_keep_is_put_right(aws: Cloud) -> None:
 
 
 def test_more_entries_than_a_batch_has_go_into_several(aws: Cloud) -> None:
-    task_id = recorded(BATCH + 5)
+    task_id = put_entries(BATCH + 5)
     assert deliver(aws, entry_items(task_id)) == []
     assert [len(batch.leaves) for batch in log().batches()] == [BATCH, 5]
     check_log(BATCH + 5)
@@ -232,7 +232,7 @@ def as_entry(item: dict[str, Any]) -> Any:
 
 
 def test_an_index_is_told_for_many_entries_at_once(aws: Cloud) -> None:
-    task_id = recorded(120)
+    task_id = put_entries(120)
     deliver(aws, entry_items(task_id))
     found = log().indexes([(task_id, seq) for seq in range(1, 130)])
     assert len(found) == 120

@@ -1,4 +1,4 @@
-"""What stands for the ledger's function where a test is about its caller: anchors that are truly signed, confirmed when told.
+"""What stands for the ledger's function where a test is about what it may answer: anchors, truly signed.
 
 The tests of the whole run on the real one.
 """
@@ -20,7 +20,7 @@ SUBSEED = bytes(range(32))
 
 @dataclass
 class Ledger:
-    """Answers `submit_anchor` and `anchor_state` as the ledger's function does; `tick` moves only when a test moves it."""
+    """Answers `submit_anchor` and `anchor_state` as the ledger's function does; confirms when a test says so."""
 
     confirms_at_once: bool = True
     submitted: dict[tuple[str, int], Transaction] = field(default_factory=dict)
