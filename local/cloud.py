@@ -45,6 +45,7 @@ AUTH_MODES = ("jwt", "stub")
 PYTHONS = range(11, 15)  # minor versions that Lambda and the template's parameter PythonRuntime have
 # A Lambda environment is a process of some 50 MB here: this bounds what a burst of tasks can take.
 LAMBDA_CONCURRENCY = 32
+TICK_MILLISECONDS = 100  # of the mock network: nobody wants to wait for real ones
 START_TIMEOUT_SECONDS = 60
 COMMAND_TIMEOUT_SECONDS = 600
 USER_FILES = ("tokens.env", "aws.env", "sam.toml", "sam-env.json")
@@ -343,6 +344,7 @@ class Cloud:
             "JwtIssuer": self.url,
             "JwtAudience": AUDIENCE,
             "JwksUrl": f"http://127.0.0.1:{self.ports.http}{KEYS_PATH}",
+            "QubicTickMilliseconds": str(TICK_MILLISECONDS),
         } | dict(self.parameters)
         # sam takes an empty value only in quotes
         given = [f"{name}={value}" if value else f'{name}=""' for name, value in parameters.items()]

@@ -91,6 +91,37 @@ PLAN_ANSWER = {
 TASK = {"task_id": PLANNED_TASK}
 KEY = {"Idempotency-Key": "invoice-4711"}
 
+PAYER = "UVWBFEZYKGFRJGPFHUTYFTZSLIWAAWGYUMHPMISXUETCLFEQAVNAQLNCCXEL"
+"""The demo wallet's identity on the mock."""
+SIGNED = (
+    "Bt+xy+SLZNsdYzbHNuaQHdR3mxXDCm2lW+zUWBqJrFZa3Ot0hJo1HRK+QPrE5HVZeC8s0u0C355lpNmWVGTZMQUAAAAAAAAAZC0xAQAAAABNbCpO"
+    "yxabE3qTVL6KVuQ6jFqDd4ct4o47XfiXTeBXr1AAADbcL/LpQu/acI1dLtW2eD0RlcaXDf5sb3zoUgMA"
+)
+SIGNED_ID = "ooreobznfxvkahywstjfmexihqhgcssvybgmjbxqfhnzomimdpluoyffathf"
+SIGNED_CONTENT = {
+    "hash": SIGNED_ID,
+    "amount": "5",
+    "source": PAYER,
+    "destination": "GYRSDMQPBSLBWAYHZQACMVGKIOPCCRJXYLMLLMAZPEXNDKMIDKXCRQLBFNIK",
+    "tickNumber": 20000100,
+    "timestamp": "1763899300000",
+    "inputType": 0,
+    "inputSize": 0,
+    "inputData": "",
+    "signature": "TWwqTssWmxN6k1S+ilbkOoxag3eHLeKOO134l03gV69QAAA23C/y6ULv2nCNXS7Vtng9EZXGlw3+bG986FIDAA==",
+    "moneyFlew": True,
+}
+FAULTS = {
+    "drop": 0,
+    "delay": 0,
+    "empty_ticks": 0,
+    "paused": False,
+    "jump": 0,
+    "fail_after_accepting": 0,
+    "fail_requests": 0,
+    "lag": 0,
+}
+
 
 def _health(service: str) -> dict[str, Any]:
     return {"answer": {"status": "healthy", "service": service}}
@@ -265,6 +296,53 @@ EXAMPLES: dict[str, dict[str, Any]] = {
             "encoded": "AAAA",
         },
     },
+    "rpc_tick_info": {
+        "answer": {"tickInfo": {"tick": 20000100, "duration": 1, "epoch": 1, "initialTick": 20000000}},
+    },
+    "rpc_broadcast_transaction": {
+        "body": {"encodedTransaction": SIGNED},
+        "answer": {"peersBroadcasted": 1, "encodedTransaction": SIGNED, "transactionId": SIGNED_ID},
+    },
+    "rpc_balance": {
+        "parameters": {"id": PAYER},
+        "answer": {
+            "balance": {
+                "id": PAYER,
+                "balance": "995",
+                "validForTick": 20000101,
+                "latestIncomingTransferTick": 20000000,
+                "latestOutgoingTransferTick": 20000100,
+                "incomingAmount": "1000",
+                "outgoingAmount": "5",
+                "numberOfIncomingTransfers": 1,
+                "numberOfOutgoingTransfers": 1,
+            }
+        },
+    },
+    "rpc_last_processed_tick": {
+        "answer": {
+            "tickNumber": 20000101,
+            "epoch": 1,
+            "intervalInitialTick": 20000000,
+            "lastProcessedLogTick": 20000101,
+        },
+    },
+    "rpc_transaction": {"body": {"hash": SIGNED_ID}, "answer": {"transaction": SIGNED_CONTENT}},
+    "rpc_transactions": {
+        "body": {
+            "identity": PAYER,
+            "filters": {},
+            "ranges": {"tickNumber": {"gte": "20000000", "lte": "20000200"}},
+            "pagination": {"offset": 0, "size": 10},
+        },
+        "answer": {
+            "validForTick": 20000101,
+            "hits": {"total": 1, "from": 0, "size": 10},
+            "transactions": [SIGNED_CONTENT],
+        },
+    },
+    "get_mock_faults": {"answer": FAULTS},
+    "put_mock_faults": {"body": {"empty_ticks": 20}, "answer": FAULTS | {"empty_ticks": 20}},
     "gateway_health": _health("gateway"),
     "planner_health": _health("planner"),
     "agent_runtime_health": _health("agent-runtime"),

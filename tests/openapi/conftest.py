@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from local.openapi_examples import PAYER, SIGNED
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
 from tests.handlers.test_task_store import new_task, planned, waiting
@@ -91,6 +92,14 @@ def ask(aws: Cloud) -> Callable[..., Answer]:
 def prepared(aws: Cloud, operation: Operation) -> dict[str, str]:
     """What the path's parameters are to be."""
     store = TaskStore("TasksTable")
+    if operation.id == "rpc_balance":
+        return {"id": PAYER}
+    if operation.id == "rpc_transaction":  # it is there once the tick that the example names has passed
+        api = Api(aws, "QubicApiFunction")
+        sent = {"encodedTransaction": SIGNED}
+        assert api("POST", "/live/v1/broadcast-transaction", sent, subject="olivia", roles="operator").status == 200
+        aws.clock.pass_seconds(300)
+        return {}
     if operation.id == "get_transaction":
         [receipt] = LedgerClient("LedgerFunction").write_hashes([{"hash": "a" * 64, "metadata": {}}])
         return {"txid": receipt["txid"]}

@@ -59,9 +59,10 @@ CHANGES = {
     "dynamodb:PartiQLUpdate",
     "dynamodb:PartiQLDelete",
 }
+QUBIC = {"LedgerFunction", "LedgerWriterFunction", "QubicApiFunction"}
 OWNERS = {
-    "LedgerTable": {"LedgerFunction", "QubicApiFunction"},
-    "ChainTable": {"LedgerFunction", "QubicApiFunction"},
+    "LedgerTable": QUBIC,
+    "ChainTable": QUBIC,
     "AuditEntriesTable": {"RecordAuditFunction", "RecordEventsFunction", "AuditApiFunction"},
     "AuditLogTable": {"RecordAuditFunction", "RecordEventsFunction", "AuditApiFunction"},
 }
@@ -148,7 +149,7 @@ def test_no_policy_names_every_resource(template: Any) -> None:
 def test_every_action_says_which_call_needs_it() -> None:
     lines = (Path(__file__).parents[2] / "template.yaml").read_text().splitlines()
     begin = lines.index("  TaskExecutionStateMachine:")  # after the tables, whose own policy only denies
-    services = ("dynamodb:", "lambda:", "states:", "logs:", "sqs:")
+    services = ("dynamodb:", "lambda:", "states:", "logs:", "sqs:", "secretsmanager:")
     actions = [line for line in lines[begin:] if line.strip().startswith(tuple(f"- {each}" for each in services))]
     assert actions
     uncommented = [line for line in actions if " # " not in line]
@@ -174,6 +175,12 @@ def test_a_table_has_one_owner(template: Any) -> None:
     for table, owners in OWNERS.items():
         users = {name for name in template.functions if f"'{table}'" in str(list(allowed(template, name)))}
         assert users == owners, table
+
+
+def test_the_qubic_service_alone_reads_its_seed_and_nobody_changes_it(template: Any) -> None:
+    for name in template.functions:
+        secrets = [pair for pair in allowed(template, name) if "QubicSeed" in str(pair)]
+        assert secrets == ([("secretsmanager:GetSecretValue", {"Ref": "QubicSeed"})] if name in QUBIC else []), name
 
 
 def test_what_must_outlive_the_stack_is_retained(template: Any) -> None:
