@@ -75,6 +75,7 @@ def document() -> Document:
             paths[path] = {}
             for method, operation in operations.items():
                 paths[path][method] = _operation(app, service, path, method, operation)
+    _add_links(paths, schemas)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -178,6 +179,30 @@ def _add_examples(operation: Document, name: str) -> None:
         operation["requestBody"]["content"]["application/json"]["example"] = example["body"]
     [status] = [status for status in operation["responses"] if status.startswith("2")]
     operation["responses"][status]["content"]["application/json"]["example"] = example["answer"]
+
+
+def _add_links(paths: Document, schemas: Document) -> None:
+    """Say where an answer leads: what a POST answers in a field, others take in their path under the same name."""
+    operations = [operation for path in dict(sorted(paths.items())).values() for operation in path.values()]
+    followers: dict[str, list[str]] = {}
+    for operation in operations:
+        for parameter in operation.get("parameters", []):
+            if parameter["in"] == "path":
+                followers.setdefault(parameter["name"], []).append(operation["operationId"])
+    posts = [operation for path in paths.values() for method, operation in path.items() if method == "post"]
+    for operation in posts:
+        [status] = [status for status in operation["responses"] if status.startswith("2")]
+        answer = operation["responses"][status]
+        schema = answer["content"]["application/json"]["schema"]
+        schema = schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+        links = {
+            follower: {"operationId": follower, "parameters": {name: f"$response.body#/{name}"}}
+            for name in schema.get("required", [])
+            if schema["properties"][name].get("type") == "string"  # what may be null leads nowhere
+            for follower in followers.get(name, [])
+        }
+        if links:
+            answer["links"] = links
 
 
 def text_of(found: Document) -> str:
