@@ -33,6 +33,7 @@ from urllib.parse import urlsplit
 import boto3
 
 from local.front_door import KEYS_PATH, FrontDoor
+from local.gateway import complete
 from local.relay import DESKTOP_HOST, Relay, bridge
 from local.tokens import AUDIENCE, PEOPLE, Issuer
 
@@ -361,6 +362,8 @@ class Cloud:
             for page in pages
             for item in page["StackResourceSummaries"]
         }
+        template = formation.get_template(StackName=STACK, TemplateStage="Processed")["TemplateBody"]
+        complete(self.client("apigateway"), self.outputs["ApiId"], template, parameters)
 
     def _sam(self, command: str, *arguments: str) -> None:
         log = self.directory / f"sam-{command}.log"

@@ -12,7 +12,7 @@ import json
 import re
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
@@ -115,6 +115,9 @@ class FrontDoor:
             return _problem(502, f"The local AWS did not answer: {error!r}.")
         finally:
             connection.close()
+        if response.status >= 400:
+            # A variable of API Gateway's that the local AWS does not know.
+            content = content.replace(b"$context.path", json.dumps(f"/v1{urlsplit(path).path}")[1:-1].encode())
         return response.status, [(k, v) for k, v in response.getheaders() if k.lower() not in _NOT_PASSED_ON], content
 
 
@@ -147,7 +150,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _answer
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        """`do_GET` and the like: which methods there are is for API Gateway to say."""
+        if re.fullmatch("do_[A-Z]+", name):
+            return self._answer
+        raise AttributeError(name)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class names it so
         """Say nothing: API Gateway and the services log each request."""
