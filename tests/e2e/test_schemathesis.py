@@ -60,8 +60,8 @@ def test_generated_requests_find_nothing(api: Api, generated: list[int]) -> None
 
 def test_walks_along_the_links_find_nothing(api: Api, generated: list[int]) -> None:
     """What was made is found by what follows: a task by its id, a plan, a transaction."""
-    # The tool begins walks with POST /write alone, where it may: it takes another's wallet_address for the id of a thing that
-    # would have to be made first. Without it, walks begin with a task or a plan.
+    # The tool begins walks with POST /write alone, where it may: it takes a wallet_address for the id of a thing
+    # that would have to be made first. Without it, walks begin with a task or a plan.
     found = run(api, "--phases", "stateful", "--exclude-operation-id", "write")
     [links] = re.findall(r"API Links: +(\d+) covered", found)
     assert int(links) >= 4
