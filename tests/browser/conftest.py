@@ -59,7 +59,7 @@ class Opened:
 
     page: Page
     complaints: list[str] = field(default_factory=list)
-    requests: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)  # that were answered
     headers: dict[str, str] = field(default_factory=dict)
 
 
@@ -79,7 +79,7 @@ def open_page(browser: Browser, local_cloud: Cloud) -> Iterator[Open]:
             opened.page.on("console", lambda message: opened.complaints.append(f"{message.type}: {message.text}"))
             opened.page.on("pageerror", lambda error: opened.complaints.append(str(error)))
             opened.page.on("requestfailed", lambda request: opened.complaints.append(f"failed: {request.url}"))
-            opened.page.on("request", lambda request: opened.requests.append(request.url))
+            opened.page.on("requestfinished", lambda request: opened.requests.append(request.url))
             answer = opened.page.goto(f"{local_cloud.url}{path}")
             assert answer is not None
             assert answer.status == 200
