@@ -38,6 +38,11 @@ ROUTES = {
     "AuditApiFunction": {"GET /audit/{task_id}", "GET /audit/verify/{hash}", "GET /audit/health"},
     "QubicApiFunction": {
         "GET /policy",
+        "POST /policy",
+        "GET /policy/versions",
+        "GET /policy/versions/{version}",
+        "POST /policy/versions/{version}/approve",
+        "POST /policy/versions/{version}/reject",
         "POST /write",
         "GET /verify/{hash}",
         "GET /tx/{txid}",
