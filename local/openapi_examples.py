@@ -9,10 +9,39 @@ from local.seed import PLAN, PLANNED_TASK
 HASH = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 TXID = "qepeyezutyuvpavhngoaggqfoxikrrkzmhqfzygkjyzqpwgkcrrsvhzbklbe"
 MOMENT = "2026-11-23T12:00:00.000Z"
-POLICY_ID = "policy-v1-c951c511b6e1"
+POLICY_ID = "policy-v1-949c5e3405e9"
 WALLET, OTHER = "0x1234567890abcdef", "0xfedcba0987654321"
 STATEMENT = "The mock ledger is run by the operator of this system: its transactions prove nothing to an outsider."
-RULE = {"allowed": True, "requires_approval": True, "risk_level": "high", "approvals": 1, "expires_after": None}
+RULE = {
+    "allowed": True,
+    "requires_approval": True,
+    "risk_level": "high",
+    "approvals": 1,
+    "expires_after": None,
+    "max_amount": None,
+    "daily_limit": None,
+    "allowed_addresses": None,
+}
+LIMITED_RULE = RULE | {"approvals": 2, "max_amount": 500, "daily_limit": 2000, "allowed_addresses": [OTHER]}
+PROPOSED = {
+    "version": 2,
+    "policy_id": "policy-v2-9f86d081884c",
+    "status": "proposed",
+    "hash": HASH,
+    "based_on": POLICY_ID,
+    "proposed_by": "olivia",
+    "proposed_at": MOMENT,
+    "approved_by": None,
+    "approved_at": None,
+    "rejected_by": None,
+    "rejected_at": None,
+    "reason": "",
+    "in_force_at": None,
+    "txid": None,
+    "tick": None,
+}
+VERSION = {"version": 2}
+DOCUMENT = f'{{"based_on":"{POLICY_ID}","format":1,"proposed_by":"olivia","rules":{{}},"version":2}}'
 TRANSFER = {"wallet_address": WALLET, "to_address": OTHER, "amount": 1}
 REQUEST = {
     "task_type": "transfer_funds",
@@ -214,6 +243,31 @@ EXAMPLES: dict[str, dict[str, Any]] = {
             "requires_approval": True,
             "rules": RULE,
         },
+    },
+    "propose_policy": {
+        "body": {"based_on": POLICY_ID, "rules": {"transfer_funds": LIMITED_RULE}},
+        "answer": PROPOSED | {"network": "mock"},
+    },
+    "get_policy_versions": {
+        "parameters": {"limit": 20},
+        "answer": {"network": "mock", "versions": [PROPOSED], "next_before": None},
+    },
+    "get_policy_version": {
+        "parameters": VERSION,
+        "answer": PROPOSED | {"network": "mock", "text": DOCUMENT},
+    },
+    "approve_policy": {
+        "parameters": VERSION,
+        "answer": PROPOSED
+        | {"network": "mock", "status": "anchoring", "approved_by": "oscar", "approved_at": MOMENT}
+        | {"txid": TXID, "tick": 48239423},
+    },
+    "reject_policy": {
+        "parameters": VERSION,
+        "body": {"reason": "the limit is too high"},
+        "answer": PROPOSED
+        | {"network": "mock", "status": "rejected", "rejected_by": "oscar", "rejected_at": MOMENT}
+        | {"reason": "the limit is too high"},
     },
     "write": {
         "body": {"hash": HASH, "metadata": {"invoice": "4711"}},

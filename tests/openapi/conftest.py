@@ -15,6 +15,7 @@ from tests.support import template
 from tests.support.api import Answer, Api
 from tests.support.cloud import Cloud, cloud
 
+OTTO = {"subject": "otto", "roles": "operator"}
 DOCUMENT: dict[str, Any] = json.loads((template.ROOT / "docs" / "openapi.json").read_text())
 
 
@@ -102,6 +103,11 @@ def prepared(aws: Cloud, operation: Operation) -> dict[str, str]:
     if operation.id == "get_transaction":
         [receipt] = LedgerClient("LedgerFunction").write_hashes([{"hash": "a" * 64, "metadata": {}}])
         return {"txid": receipt["txid"]}
+    if "{version}" in operation.path:
+        api = Api(aws, "QubicApiFunction")
+        based_on = api("GET", "/policy", **OTTO).body["policy_id"]
+        proposed = api("POST", "/policy", {"based_on": based_on, "rules": {}}, **OTTO)
+        return {"version": str(proposed.body["version"])}
     if operation.id == "get_plan":
         return {"plan_id": planned(store)[1].plan_id}
     if "{hash}" in operation.path:
