@@ -736,6 +736,12 @@ def report(
     return lines
 
 
+def shown(line: str) -> str:
+    """A line that stays one, whatever names are in it."""
+    text = "".join(each if each.isprintable() else "?" for each in line)
+    return text.encode(sys.stdout.encoding or "ascii", "replace").decode(sys.stdout.encoding or "ascii")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check a task's audit bundle (docs/audit.md).")
     parser.add_argument("bundle", type=Path)
@@ -759,9 +765,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         parser.error(str(error))
     except Failed as failed:
-        print(failed)
+        print(shown(str(failed)))
         return 1
-    print("OK", *lines, sep="\n")
+    print("OK", *map(shown, lines), sep="\n")
     return 0
 
 

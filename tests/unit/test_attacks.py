@@ -364,6 +364,14 @@ def test_what_is_said_of_the_anchor_altered() -> None:
         assert caught(GOOD | {"anchor": GOOD["anchor"] | changes}) == (check, "anchor")
 
 
+def test_bytes_before_or_after_the_transaction() -> None:
+    sent = base64.b64decode(GOOD["anchor"]["transaction"])
+    for data in (sent + b"\0", sent[:-1], b"", sent * 2):
+        anchor = GOOD["anchor"] | {"transaction": base64.b64encode(data).decode()}
+        with pytest.raises(verifier.Failed, match="not a transaction with an anchor"):
+            verify(GOOD | {"anchor": anchor})
+
+
 def test_the_signature_mutated() -> None:
     sent = bytearray(base64.b64decode(GOOD["anchor"]["transaction"]))
     for at in (len(sent) - 64, len(sent) - 33, len(sent) - 32, len(sent) - 2, len(sent) - 1):
@@ -413,6 +421,16 @@ def test_proofs_that_are_none(change: Callable[[dict[str, Any]], None], check: s
     bundle = deepcopy(GOOD)
     change(bundle["entries"][2])
     assert caught(bundle) == (check, "entry 3")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(lambda proof: [*proof, proof[0]], "long"), (lambda proof: proof[:-1], "short")]
+)
+def test_proofs_of_another_length(change: Callable[[list[str]], list[str]], message: str) -> None:
+    bundle = deepcopy(GOOD)
+    bundle["entries"][2]["proof"] = change(bundle["entries"][2]["proof"])
+    with pytest.raises(verifier.Failed, match=f"too {message}"):
+        verify(bundle)
 
 
 def test_a_node_passed_off_as_a_leaf() -> None:
@@ -792,6 +810,12 @@ def test_documents_that_are_none_or_that_nothing_refers_to() -> None:
     more = policy_text(version=9)
     assert caught(GOOD | {"policies": GOOD["policies"] | {sha256_hex(more): more}}) == ("policy", "bundle")
     assert caught(GOOD | {"policies": {sha256_hex(more): 1}})[0] == "policy"
+
+
+def test_two_documents_of_one_id() -> None:
+    """An id has 48 bits of the hash: who writes both documents can find two."""
+    with pytest.raises(verifier.Failed, match="two documents of one id"):
+        verifier.Story({"0" * 12 + "a": policy_text(), "0" * 12 + "b": policy_text()})
 
 
 @pytest.mark.parametrize(
