@@ -22,6 +22,7 @@ import base64
 import hashlib
 import json
 import math
+import os
 import re
 import sys
 import urllib.request
@@ -666,7 +667,10 @@ def read_tile(prefix: str, index: int, count: int) -> bytes:
         try:
             if "://" not in name:
                 return Path(name).read_bytes()
-            with urllib.request.urlopen(name, timeout=30) as answer:  # noqa: S310 - the address is the user's
+            token = os.environ.get("LOG_TOKEN")
+            headers = {"Accept": "application/octet-stream"} | ({"Authorization": f"Bearer {token}"} if token else {})
+            request = urllib.request.Request(name, headers=headers)  # noqa: S310 - the address is the user's
+            with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
                 return bytes(answer.read())
         except OSError:
             continue
@@ -740,7 +744,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--task-id", help="the task that it must be of")
     parser.add_argument("--open", action="store_true", help="accept what has not ended, or is not anchored, yet")
     parser.add_argument("--rpc", help="a node of the network, to look the transaction up")
-    parser.add_argument("--log", help="the log's address or folder, to read all of it")
+    parser.add_argument("--log", help="the log's address (token in LOG_TOKEN) or folder, to read it")
     given = parser.parse_args(arguments)
     try:
         lines = verify(

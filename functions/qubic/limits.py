@@ -53,20 +53,20 @@ class _ChangedError(Exception):
 
 
 class Limits:
-    """The reservations on one network.
+    """The reservations on the network of QUBIC_NETWORK.
 
     Parameters
     ----------
-    network
-        By default that of QUBIC_NETWORK.
+    wallets
+        Tells which addresses are one wallet's.
     table
         By default that of LEDGER_TABLE.
     """
 
-    def __init__(self, network: str | None = None, table: str | None = None) -> None:
-        self._network = network or settings.text("QUBIC_NETWORK")
+    def __init__(self, wallets: Wallets | None = None, table: str | None = None) -> None:
+        self._network = settings.text("QUBIC_NETWORK")
         self._table = table or settings.text("LEDGER_TABLE")
-        self._wallets = Wallets(self._network)
+        self._wallets = wallets or Wallets(self._network)
 
     def reserve(
         self, reference: str, source: str, amount: int, limit: int, day: str, *, attempt: int = 1
@@ -249,13 +249,16 @@ class Limits:
 
 def reserve_for(
     policy: Policy,
+    wallets: Wallets,
     arguments: dict[str, Any],
     *,
     submissions: Submissions | None = None,
-    limits: Limits | None = None,
     clock: Callable[[], datetime] = now,
-) -> dict[str, Any]:
-    """Operation `reserve` of the ledger: `{reference, source, destination, amount, action_type}` → `{reserved, day}`.
+) -> None:
+    """Reserve what a transfer will spend, if the policy allows it: operation `reserve` of the ledger.
+
+    `arguments`: `{reference, source, destination, amount, action_type}`. Where the rule has no daily limit, nothing is
+    reserved.
 
     Parameters
     ----------
@@ -272,7 +275,7 @@ def reserve_for(
     InvalidInputError
         An argument is not acceptable.
     """
-    limits = limits or Limits()
+    limits = Limits(wallets)
     rule = policy.decide(str(arguments["action_type"]))
     amount = check_amount(arguments["amount"])
     if not rule.allowed:
@@ -288,19 +291,18 @@ def reserve_for(
             f"not among allowed_addresses: policy {policy.policy_id} does not let money go to that address",
         )
     if rule.daily_limit is None:
-        return {"reserved": 0, "day": None}
+        return
     reference, source = str(arguments["reference"]), arguments["source"]
     attempt = 1
     transfer = submissions.get(f"transfer:{reference}") if submissions else None
     if transfer is not None:
         if transfer.state not in {"expired", "failed"}:
-            return {"reserved": 0, "day": None}
+            return
         attempt = transfer.attempt + 1
     try:
-        made = limits.reserve(reference, source, amount, rule.daily_limit, day_of(clock()), attempt=attempt)
+        limits.reserve(reference, source, amount, rule.daily_limit, day_of(clock()), attempt=attempt)
     except RefusedError as error:
         raise RefusedError(error.code, f"{error.message} (policy {policy.policy_id})", **error.details) from error
-    return {"reserved": made.amount, "day": made.day}
 
 
 def release(reference: str, *, attempt: int | None = None) -> None:

@@ -13,11 +13,11 @@ from qaes.domain import planning
 from qaes.domain.anchor import ANCHOR_INPUT_TYPE, AnchorPayload, log_id_bytes
 from qaes.domain.audit import GENESIS, build_entry, entry_text
 from qaes.domain.bundle import TrailEntry, build_bundle
-from qaes.domain.canonical import canonical_json, salted_hash, sha256_hex
+from qaes.domain.canonical import canonical_json, salted_hash
 from qaes.domain.ids import parse_timestamp, timestamp
 from qaes.domain.merkle import leaf_digest, leaf_hash
 from qaes.domain.models import Event, Plan, Step
-from qaes.domain.policy import Policy, PolicyDecision, Rule
+from qaes.domain.policy import PolicyDecision, PolicyDocument, Rule, policy_of
 from qaes.domain.qubic import schnorrq
 from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.qubic.transaction import Transaction
@@ -48,12 +48,7 @@ def load_verifier() -> ModuleType:
 
 
 def policy_text(rules: dict[str, Rule] = RULES, version: int = 3) -> str:
-    dumped = {name: rule.model_dump(mode="json") for name, rule in rules.items()}
-    return canonical_json({"format": 1, "version": version, "proposed_by": "olivia", "based_on": None, "rules": dumped})
-
-
-def policy_of(text: str, rules: dict[str, Rule] = RULES, version: int = 3) -> Policy:
-    return Policy(policy_id=f"policy-v{version}-{sha256_hex(text)[:12]}", version=version, rules=rules)
+    return PolicyDocument.write(rules, version=version, proposed_by="olivia").text()
 
 
 class Anchorer:
@@ -106,7 +101,7 @@ class Trail:
     ) -> None:
         self.log_id = log_id
         self.policy_text = policy_text(rules)
-        self.policy = policy_of(self.policy_text, rules)
+        self.policy = policy_of(self.policy_text)
         self.request = {
             "task_id": TASK_ID,
             "task_type": task_type,
@@ -190,13 +185,13 @@ class Trail:
         said = {"status": "pending", "actor": "compliance"}
         return self.record("approval_requested", "compliance", "pending", self.asked, said, **fields)
 
-    def decide(self, index: int, who: str, approved: bool, approvals: int, **changes: Any) -> Trail:
+    def decide(self, index: int, who: str, yes: bool, approvals: int, **changes: Any) -> Trail:
         _, fields = self.of_step(index)
-        status = "approved" if approved else "rejected"
+        status = "approved" if yes else "rejected"
         said = {
             "status": status,
             "actor": who,
-            "approved": approved,
+            "approved": yes,
             "reason": "looked at it",
             "decided_at": timestamp(self.moment + timedelta(seconds=1)),
             "approvals": approvals,

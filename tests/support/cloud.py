@@ -110,15 +110,15 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 @dataclass
 class Clock:
-    """The mock network's present moment: it goes on with the real one, and further when it is told to."""
+    """The mock network's present moment, which passes only when it is told to."""
 
-    ahead: timedelta = timedelta()
+    moment: datetime = field(default_factory=lambda: datetime.now(UTC))
 
     def __call__(self) -> datetime:
-        return datetime.now(UTC) + self.ahead
+        return self.moment
 
     def pass_seconds(self, seconds: float) -> None:
-        self.ahead += timedelta(seconds=seconds)
+        self.moment += timedelta(seconds=seconds)
 
 
 @dataclass

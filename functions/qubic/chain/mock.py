@@ -107,9 +107,9 @@ class _State:
         return self.closed_tick - self.lag
 
     def tick_at(self, moment: int) -> int:
-        """The tick at `moment`; never one that has passed, whatever the clocks of different callers say."""
-        passed = 0 if self.paused else max(0, moment - self.origin_time) // self.tick_milliseconds
-        return max(self.origin_tick + passed, self.tick)
+        """The tick by the clock, which may be behind that of another caller, who has closed later ones."""
+        passed = 0 if self.paused else (moment - self.origin_time) // self.tick_milliseconds
+        return self.origin_tick + passed
 
     def time_of(self, tick: int) -> int:
         return self.origin_time + (tick - self.origin_tick) * self.tick_milliseconds

@@ -87,6 +87,10 @@ PROBLEM_SCHEMA = {
         },
     },
 }
+PROBLEM_ANSWER: dict[int | str, dict[str, Any]] = {
+    "default": {"description": "A problem (RFC 9457)", "content": {PROBLEM: {"schema": PROBLEM_SCHEMA}}}
+}
+"""What a route's document says of its errors."""
 
 
 def create_app(service: str) -> FastAPI:
@@ -100,12 +104,10 @@ def create_app(service: str) -> FastAPI:
         redirect_slashes=False,
         # Older clients send JSON without saying so.
         strict_content_type=False,
-        responses={
-            "default": {"description": "A problem (RFC 9457)", "content": {PROBLEM: {"schema": PROBLEM_SCHEMA}}}
-        },
+        responses=PROBLEM_ANSWER,
     )
     app.state.service = service
-    app.router.route_class = _StrictRoute
+    app.router.route_class = StrictRoute
     app.add_middleware(_Edge)
     app.exception_handler(QaesError)(_domain_error)
     app.exception_handler(RequestValidationError)(_validation_error)
@@ -273,7 +275,7 @@ class _Unacceptable:
         self.reason = reason
 
 
-class _StrictRoute(APIRoute):
+class StrictRoute(APIRoute):
     """Parses a JSON body by `parse_json`, before the models see it, and runs the endpoint where it is.
 
     FastAPI hands a plain function to another thread, so that others are served meanwhile. Lambda sends one request at a
