@@ -35,7 +35,23 @@ ROUTES = {
     "PlannerApiFunction": {"POST /plan/create", "GET /plan/{plan_id}", "GET /planner/health"},
     "AgentRuntimeApiFunction": {"GET /task/{task_id}/status", "GET /agent-runtime/health"},
     "WorkerApiFunction": {"GET /worker/health"},
-    "AuditApiFunction": {"GET /audit/{task_id}", "GET /audit/verify/{hash}", "GET /audit/health"},
+    "AuditApiFunction": {
+        "GET /audit/{task_id}",
+        "GET /audit/{task_id}/bundle",
+        "GET /audit/verify/{hash}",
+        "GET /audit/log/checkpoint",
+        "GET /audit/log/consistency",
+        "GET /log/checkpoint",
+        "GET /log/tile/entries/{a}",
+        "GET /log/tile/entries/{a}/{b}",
+        "GET /log/tile/entries/{a}/{b}/{c}",
+        "GET /log/tile/entries/{a}/{b}/{c}/{d}",
+        "GET /log/tile/{level}/{a}",
+        "GET /log/tile/{level}/{a}/{b}",
+        "GET /log/tile/{level}/{a}/{b}/{c}",
+        "GET /log/tile/{level}/{a}/{b}/{c}/{d}",
+        "GET /audit/health",
+    },
     "QubicApiFunction": {
         "GET /policy",
         "POST /policy",
@@ -68,8 +84,14 @@ QUBIC = {"LedgerFunction", "LedgerWriterFunction", "QubicApiFunction"}
 OWNERS = {
     "LedgerTable": QUBIC,
     "ChainTable": QUBIC,
-    "AuditEntriesTable": {"RecordAuditFunction", "RecordEventsFunction", "AuditApiFunction"},
-    "AuditLogTable": {"RecordAuditFunction", "RecordEventsFunction", "AuditApiFunction"},
+    "AuditEntriesTable": {"RecordAuditFunction", "RecordEventsFunction", "SequencerFunction", "AuditApiFunction"},
+    "AuditLogTable": {
+        "RecordAuditFunction",
+        "RecordEventsFunction",
+        "SequencerFunction",
+        "AnchorFunction",
+        "AuditApiFunction",
+    },
 }
 
 
@@ -264,3 +286,26 @@ def test_every_parameter_is_used(template: Any) -> None:
     used = str({key: template.document[key] for key in ("Rules", "Conditions", "Globals", "Resources")})
     unused = [name for name in template.parameters if f"{{'Ref': '{name}'}}" not in used]
     assert unused == []
+
+
+def test_one_sequencer_takes_what_is_recorded_and_what_it_cannot_take_is_not_lost(template: Any) -> None:
+    stream = template.functions["SequencerFunction"]["Events"]["NewEntries"]["Properties"]
+    assert stream["Stream"] == {"Fn::GetAtt": ["AuditEntriesTable", "StreamArn"]}
+    batch = ("BatchSize", "MaximumBatchingWindowInSeconds", "ParallelizationFactor")
+    assert [stream[name] for name in batch] == [256, 1, 1]
+    assert stream["FunctionResponseTypes"] == ["ReportBatchItemFailures"]
+    assert stream["BisectBatchOnFunctionError"] is True
+    lost = stream["DestinationConfig"]["OnFailure"]["Destination"]
+    assert lost == {"Fn::GetAtt": ["UnsequencedEntriesQueue", "Arn"]}
+
+
+def test_the_anchor_is_told_of_growth_and_of_confirmation_and_looks_by_itself(template: Any) -> None:
+    events = template.functions["AnchorFunction"]["Events"]
+    streams = {each["Properties"]["Stream"]["Fn::GetAtt"][0] for each in events.values() if each["Type"] == "DynamoDB"}
+    assert streams == {"AuditLogTable", "LedgerTable"}
+    assert [each for each in events.values() if each["Type"] == "Schedule"]
+
+
+def test_only_the_anchor_reads_the_key_of_the_logs_checkpoints(template: Any) -> None:
+    read_key = ("secretsmanager:GetSecretValue", {"Ref": "LogSigningKey"})
+    assert {name for name in template.functions if read_key in list(allowed(template, name))} == {"AnchorFunction"}
