@@ -10,7 +10,7 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 export SAM_CLI_TELEMETRY := 0
 export AUTH_MODE QAES_PORT QAES_HTTP_PORT SAM_LOCAL_ARGS
 
-.PHONY: help demo up down status logs test e2e sam-local check openapi fuzz format requirements bench clean
+.PHONY: help demo up down status logs test e2e browser sam-local check openapi fuzz format requirements bench clean
 
 help:  ## This list
 	@awk -F ' ## ' '/^[a-z0-9-]+:.* ## / { name = $$1; sub(/:.*/, "", name); printf "make %-14s %s\n", name, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -55,10 +55,14 @@ logs: $(VENV)/.local-stamp ## Print what the services of the local cloud logged 
 
 test: $(VENV)/.all-stamp ## Unit, handler and workflow tests, on moto, with coverage
 	@mkdir -p .local
-	@$(BIN)/python -m pytest -q -n auto --dist loadfile --ignore=tests/e2e --ignore=tests/sam_local --cov --cov-report=term
+	@$(BIN)/python -m pytest -q -n auto --dist loadfile --ignore=tests/e2e --ignore=tests/browser --ignore=tests/sam_local --cov --cov-report=term
 
 e2e: $(VENV)/.all-stamp ## The deployed template on a local AWS, with IAM enforced
 	@$(BIN)/python -m pytest -q tests/e2e
+
+browser: $(VENV)/.all-stamp ## The pages in Chromium, on a phone's and a desktop's window (CHROMIUM=/path/to/it)
+	@[ -n "$${CHROMIUM:-$$(command -v chromium || command -v chromium-browser)}" ] || { echo "make browser is skipped: there is no chromium here (Debian: apt install chromium)"; exit 0; }; \
+	$(BIN)/python -m pytest -q tests/browser
 
 sam-local: $(VENV)/.all-stamp ## The functions in Lambda's container, through `sam local` (needs Docker; SAM_LOCAL_ARGS)
 	@$(BIN)/python -m pytest -q tests/sam_local

@@ -33,6 +33,7 @@ from urllib.parse import urlsplit
 import boto3
 
 from local.front_door import KEYS_PATH, FrontDoor
+from local.gateway import complete
 from local.relay import DESKTOP_HOST, Relay, bridge
 from local.tokens import AUDIENCE, PEOPLE, Issuer
 
@@ -45,6 +46,11 @@ AUTH_MODES = ("jwt", "stub")
 PYTHONS = range(11, 15)  # minor versions that Lambda and the template's parameter PythonRuntime have
 # A Lambda environment is a process of some 50 MB here: this bounds what a burst of tasks can take.
 LAMBDA_CONCURRENCY = 32
+TICK_MILLISECONDS = 100  # of the mock network: nobody wants to wait for real ones
+# One caller here is a test that asks as fast as it can; how a stage is throttled is the template's tests' to say.
+THROTTLING = {
+    f"{routes}Throttling{limit}": "1000" for routes in ("Api", "Change", "Open") for limit in ("Rate", "Burst")
+}
 START_TIMEOUT_SECONDS = 60
 COMMAND_TIMEOUT_SECONDS = 600
 USER_FILES = ("tokens.env", "aws.env", "sam.toml", "sam-env.json")
@@ -343,7 +349,9 @@ class Cloud:
             "JwtIssuer": self.url,
             "JwtAudience": AUDIENCE,
             "JwksUrl": f"http://127.0.0.1:{self.ports.http}{KEYS_PATH}",
-        } | dict(self.parameters)
+            "QubicTickMilliseconds": str(TICK_MILLISECONDS),
+        }
+        parameters |= THROTTLING | dict(self.parameters)
         # sam takes an empty value only in quotes
         given = [f"{name}={value}" if value else f'{name}=""' for name, value in parameters.items()]
         self._sam("deploy", "--parameter-overrides", *given)
@@ -356,6 +364,8 @@ class Cloud:
             for page in pages
             for item in page["StackResourceSummaries"]
         }
+        template = formation.get_template(StackName=STACK, TemplateStage="Processed")["TemplateBody"]
+        complete(self.client("apigateway"), self.outputs["ApiId"], template, parameters)
 
     def _sam(self, command: str, *arguments: str) -> None:
         log = self.directory / f"sam-{command}.log"

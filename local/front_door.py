@@ -12,7 +12,7 @@ import json
 import re
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Any, Self
@@ -96,7 +96,7 @@ class FrontDoor:
             return _problem(421, "This server answers to localhost only.")
         if urlsplit(path).path == KEYS_PATH:
             return 200, [("Content-Type", "application/json")], self._keys
-        if _LINE_BREAK.search(path):
+        if _LINE_BREAK.search(urlsplit(path).path):
             # The local AWS takes the path for another resource than the policy names, and answers 403 in its own words.
             return _problem(400, "The path has a line break in it.")
         if self.api_id is None:
@@ -115,7 +115,22 @@ class FrontDoor:
             return _problem(502, f"The local AWS did not answer: {error!r}.")
         finally:
             connection.close()
-        return response.status, [(k, v) for k, v in response.getheaders() if k.lower() not in _NOT_PASSED_ON], content
+        passed = [(k, v) for k, v in response.getheaders() if k.lower() not in _NOT_PASSED_ON]
+        if response.status >= 400:
+            return as_on_aws(response.status, passed, content, path)
+        return response.status, passed, content
+
+
+def as_on_aws(
+    status: int, headers: list[tuple[str, str]], content: bytes, path: str
+) -> tuple[int, list[tuple[str, str]], bytes]:
+    """Say an error as API Gateway does where the local AWS has words of its own."""
+    if status == 429 and b"ConcurrentInvocationLimitExceeded" in content:
+        # Its bound on processes (LAMBDA_CONCURRENCY), in the words of Lambda.
+        problem = _problem(status, "The local AWS runs as many functions as it may: try again.")
+        return status, [*problem[1], ("Retry-After", "1")], problem[2]
+    # A variable of gateway responses that it does not know.
+    return status, headers, content.replace(b"$context.path", json.dumps(f"/v1{urlsplit(path).path}")[1:-1].encode())
 
 
 def _problem(status: int, detail: str) -> tuple[int, list[tuple[str, str]], bytes]:
@@ -147,7 +162,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _answer
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        """`do_GET` and the like: which methods there are is for API Gateway to say."""
+        if re.fullmatch("do_[A-Z]+", name):
+            return self._answer
+        raise AttributeError(name)
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class names it so
         """Say nothing: API Gateway and the services log each request."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import sys
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,7 @@ def document() -> Document:
             paths[path] = {}
             for method, operation in operations.items():
                 paths[path][method] = _operation(app, service, path, method, operation)
+    _add_links(paths, schemas)
     return {
         "openapi": "3.1.0",
         "info": {
@@ -148,7 +150,7 @@ def _errors(path: str, method: str, operation: Document, *, secured: bool) -> li
     found += ["422"] if operation.get("parameters") else []
     found += ["404"] if "{" in path or path == "/plan/create" else []
     names = {parameter["name"] for parameter in operation.get("parameters", [])}
-    found += ["409"] if "Idempotency-Key" in names else []
+    found += ["409"] if "Idempotency-Key" in names or (method == "post" and path.startswith("/policy")) else []
     return [*found, "400"] if secured else found
 
 
@@ -180,6 +182,30 @@ def _add_examples(operation: Document, name: str) -> None:
     operation["responses"][status]["content"]["application/json"]["example"] = example["answer"]
 
 
+def _add_links(paths: Document, schemas: Document) -> None:
+    """Say where an answer leads: what a POST has made and names in a field, others take in their path by that name."""
+    operations = [operation for path in dict(sorted(paths.items())).values() for operation in path.values()]
+    followers: dict[str, list[str]] = {}
+    for operation in operations:
+        for parameter in operation.get("parameters", []):
+            if parameter["in"] == "path":
+                followers.setdefault(parameter["name"], []).append(operation["operationId"])
+    makers = [paths[path]["post"] for path in paths if "post" in paths[path] and "{" not in path]
+    for operation in makers:
+        [status] = [status for status in operation["responses"] if status.startswith("2")]
+        answer = operation["responses"][status]
+        schema = answer["content"]["application/json"]["schema"]
+        schema = schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+        links = {
+            follower: {"operationId": follower, "parameters": {name: f"$response.body#/{name}"}}
+            for name in schema.get("required", [])
+            if schema["properties"][name].get("type") == "string"  # what may be null leads nowhere
+            for follower in followers.get(name, [])
+        }
+        if links:
+            answer["links"] = links
+
+
 def text_of(found: Document) -> str:
     """Return the document as it is committed."""
     return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
@@ -189,41 +215,56 @@ def text_of(found: Document) -> str:
 
 
 STYLE = """
+:root{color-scheme:light dark}
 body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#1b1f24;background:#fff}
-h1{line-height:1.2}h2{margin-top:3rem;border-bottom:1px solid #d0d7de}article{margin:1.5rem 0;padding:0 0 .5rem}
-h3{font-size:1.05rem;margin-bottom:.2rem}h3 b{display:inline-block;min-width:3.2rem}code,pre{font:13px/1.45 ui-monospace,monospace}
-pre{background:#f6f8fa;padding:.8rem;overflow:auto;border-radius:6px}table{border-collapse:collapse;width:100%}
-td,th{text-align:left;vertical-align:top;padding:.25rem .8rem .25rem 0;border-bottom:1px solid #eaeef2}
-summary{cursor:pointer}.role{color:#57606a}nav a{margin-right:1rem}
+h1{line-height:1.2}h2{margin-top:3rem;border-bottom:1px solid #d0d7de}article{margin:2rem 0;padding:0 0 .5rem}
+h3{font-size:1.05rem;margin-bottom:.2rem}h3 b{display:inline-block;min-width:3.2rem}h4{font-size:1rem;font-weight:600;margin:1rem 0 .3rem}
+code,pre{font:13px/1.45 ui-monospace,monospace}code{overflow-wrap:anywhere}
+pre{background:#f6f8fa;padding:.8rem;margin:0;border-radius:6px;white-space:pre-wrap;overflow-wrap:anywhere}
+table{border-collapse:collapse;width:100%}
+td,th{text-align:left;vertical-align:top;font-weight:400;padding:.25rem .8rem .25rem 0;border-bottom:1px solid #eaeef2}
+th{width:9rem}a{color:#0550ae}summary{cursor:pointer;margin:.4rem 0}.role{color:#57606a}nav a{margin-right:1rem}
+ul{padding-left:1.2rem}:focus-visible{outline:2px solid #0550ae;outline-offset:2px}
 @media(prefers-color-scheme:dark){body{background:#0d1117;color:#e6edf3}pre{background:#161b22}a{color:#58a6ff}
-h2,td,th{border-color:#30363d}.role{color:#8b949e}}
+h2,td,th{border-color:#30363d}.role{color:#8b949e}:focus-visible{outline-color:#58a6ff}}
 """
 
 
 def page(found: Document) -> str:
     """Render the document as HTML that needs no script and nothing from elsewhere."""
+    sections = [*(tag["name"] for tag in found["tags"]), "schemas"]
     parts = [
         "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">',
-        f"<title>{escape(found['info']['title'])}</title><style>{STYLE}</style></head><body>",
-        f"<h1>{escape(found['info']['title'])}</h1><p>{escape(found['info']['description'])}</p>",
-        '<p><a href="openapi.json">openapi.json</a>, the same for programs.</p><nav>',
-        *(f'<a href="#{tag["name"]}">{escape(tag["name"])}</a>' for tag in found["tags"]),
-        "</nav>",
+        '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">',
+        f'<title>{escape(found["info"]["title"])}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body>',
+        f"<header><h1>{escape(found['info']['title'])}</h1><p>{escape(found['info']['description'])}</p>",
+        '<p><a href="openapi.json">openapi.json</a>, the same for programs.</p></header><nav aria-label="Services">',
+        *(f'<a href="#{name}">{_words(name)}</a>' for name in sections),
+        "</nav><main>",
     ]
     for tag in found["tags"]:
-        parts.append(f'<section id="{tag["name"]}"><h2>{escape(tag["name"])}</h2><p>{escape(tag["description"])}</p>')
-        for path, operations in found["paths"].items():
-            for method, operation in operations.items():
-                if tag["name"] in operation["tags"]:
-                    parts.append(_article(path, method, operation))
+        operations = [
+            (path, method, operation)
+            for path, methods in found["paths"].items()
+            for method, operation in methods.items()
+            if tag["name"] in operation["tags"]
+        ]
+        parts.append(
+            f'<section id="{tag["name"]}"><h2>{_words(tag["name"])}</h2><p>{_text(tag["description"])}</p><ul>'
+        )
+        parts += [
+            f'<li><a href="#{escape(operation["operationId"])}"><code>{method.upper()} {escape(path)}</code></a></li>'
+            for path, method, operation in operations
+        ]
+        parts.append("</ul>")
+        parts += [_article(path, method, operation) for path, method, operation in operations]
         parts.append("</section>")
-    parts.append('<section id="schemas"><h2>schemas</h2>')
+    parts.append('<section id="schemas"><h2>Schemas</h2>')
     for name, schema in found["components"]["schemas"].items():
         parts.append(
             f'<details id="{escape(name)}"><summary><code>{escape(name)}</code></summary>{_json(schema)}</details>'
         )
-    parts.append("</section></body></html>\n")
+    parts.append("</section></main></body></html>\n")
     return "\n".join(parts)
 
 
@@ -233,28 +274,37 @@ def _article(path: str, method: str, operation: Document) -> str:
         f'<article id="{escape(operation["operationId"])}"><h3><b>{method.upper()}</b> <code>{escape(path)}</code></h3>'
     ]
     parts.append(
-        f"<p>{escape(summary)}</p><p class=role>{escape((roles and f'Who may: {roles}') or 'Open to everybody.')}</p>"
+        f"<p>{_text(summary)}</p><p class=role>{escape((roles and f'Who may: {roles}') or 'Open to everybody.')}</p>"
     )
     if parameters := operation.get("parameters"):
         rows = "".join(
-            f"<tr><td><code>{escape(each['name'])}</code></td><td>{escape(each['in'])}"
-            f"{', required' if each['required'] else ''}</td><td>{escape(each.get('description', ''))}</td></tr>"
+            f"<tr><th scope=row><code>{escape(each['name'])}</code></th><td>{escape(each['in'])}"
+            f"{', required' if each['required'] else ''}</td><td>{_text(each.get('description', ''))}</td></tr>"
             for each in parameters
         )
-        parts.append(f"<table>{rows}</table>")
+        parts.append(f"<h4>Parameters</h4><table>{rows}</table>")
     if body := operation.get("requestBody"):
         content = body["content"]["application/json"]
-        parts.append(f"<p>Request</p>{_json(content['example'])}" if "example" in content else "")
+        parts.append(f"<h4>Request</h4>{_json(content['example'])}" if "example" in content else "")
     for status, answer in operation["responses"].items():
         if status.startswith("2"):
-            parts.append(f"<p>{status}</p>{_json(answer['content']['application/json']['example'])}")
+            parts.append(f"<h4>Answer {status}</h4>{_json(answer['content']['application/json']['example'])}")
     rows = "".join(
-        f"<tr><td>{status}</td><td>{escape(ERRORS.get(status, answer.get('description', '')))}</td></tr>"
+        f"<tr><th scope=row>{status}</th><td>{_text(ERRORS.get(status, answer.get('description', '')))}</td></tr>"
         for status, answer in operation["responses"].items()
         if not status.startswith("2")
     )
     parts.append(f"<details><summary>Errors</summary><table>{rows}</table></details></article>")
     return "\n".join(parts)
+
+
+def _words(name: str) -> str:
+    return escape(name.replace("_", " ").capitalize())
+
+
+def _text(text: str) -> str:
+    """Plain text as HTML, with what stands in backticks as code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 # The guide
@@ -284,7 +334,7 @@ No token, or one that is not the issuer's, has expired or is for somebody else: 
 | requester | start tasks and make plans; see, cancel and retry their own tasks |
 | approver | see every task; approve or reject those that they did not request themselves |
 | auditor | read every task, audit entry and proof |
-| operator | all of those, and write to the ledger |
+| operator | all of those, write to the ledger, propose a policy, and approve one that another operator proposed |
 
 A task that the caller may not see is 404, as one that is not there. Nobody decides on their own task, whatever their roles.
 

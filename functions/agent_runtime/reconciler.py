@@ -2,7 +2,8 @@
 
 Runs every minute and when an execution's status changes. It starts what was written and not started, delivers a
 decision that was committed and not delivered, wakes who waits for a transfer that has ended, reminds of an approval and
-closes it when its time is over, and ends a task whose execution has ended without saying so.
+closes it when its time is over, and ends a task whose execution has ended without saying so. Each minute it tells how
+old the oldest open approval is.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
+from qaes.adapters import metrics
 from qaes.adapters.executions import Executions, wake
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import logger
@@ -40,13 +42,16 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     store, executions = TaskStore(), Executions()
     if event.get("detail-type") == "Step Functions Execution Status Change":
         return {"reconciled": _execution_changed(store, event.get("detail") or {})}
-    reconciled = []
+    reconciled, ages = [], []
     for task in [task for status in OPEN for task in store.open_tasks(status, GRACE_SECONDS)]:
         try:
             if reconcile(task, store, executions):
                 reconciled.append(task.task_id)
+            if task.status == "waiting_approval" and (approval := store.open_approval(task.task_id)):
+                ages.append((now() - parse_timestamp(approval.requested_at)).total_seconds())
         except Exception:  # noqa: BLE001 one task that cannot be helped now must not keep the others waiting
             logger().exception("could not reconcile", extra={"task_id": task.task_id})
+    metrics.open_approvals(ages)
     return {"reconciled": reconciled}
 
 

@@ -197,9 +197,10 @@ def start_task(
 
 
 HERE = Path(__file__).parent
-# The page has no script, and nothing from elsewhere; its style is its own.
+# The page has no script, and nothing from elsewhere; its style is its own, and its icon is none (data:).
 PAGE_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'; base-uri 'none'; "
+    "form-action 'none'"
 )
 
 

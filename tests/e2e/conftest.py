@@ -129,7 +129,11 @@ class Api:
 def local_cloud() -> Iterator[Cloud]:
     cloud = Cloud(
         f"e2e-{os.getpid()}",
-        parameters={"ApprovalTimeoutSeconds": str(APPROVAL_SECONDS)},
+        parameters={
+            "ApprovalTimeoutSeconds": str(APPROVAL_SECONDS),
+            "OpenThrottlingRate": "5",  # the default, for test_limits; the local cloud has more
+            "OpenThrottlingBurst": "10",
+        },
         progress=lambda _: None,
     )
     with cloud:

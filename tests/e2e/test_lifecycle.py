@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
 
 from tests.e2e.conftest import EMPTY, MONITORING, Api
 
@@ -47,16 +50,51 @@ def test_a_failed_task_is_retried_from_the_step_that_failed(api: Api, waiting: C
     assert [step["attempt"] for step in api.steps(task_id)] == [1, 1, 2]
 
 
-def test_fifty_requests_at_once_under_one_key_start_one_task(api: Api) -> None:
+def fifty_at_once(api: Api, who: str, path: str, body: Any, status: int) -> httpx.Response:
+    """Ask fifty times at once under one key; all answers are the same, and one of them is no replay."""
     with ThreadPoolExecutor(16) as pool:
-        answers = list(
-            pool.map(
-                lambda _: api("requester", "POST", "/task/start", dict(MONITORING), Idempotency_Key="fifty"), range(50)
-            )
-        )
-    assert {answer.status_code for answer in answers} == {202}
-    assert len({answer.json()["task_id"] for answer in answers}) == 1
-    assert sum("Idempotent-Replay" not in answer.headers for answer in answers) == 1
+        answers = list(pool.map(lambda _: api(who, "POST", path, body, Idempotency_Key=f"fifty:{path}"), range(50)))
+    assert {answer.status_code for answer in answers} == {status}
+    first = [answer for answer in answers if "Idempotent-Replay" not in answer.headers]
+    assert len(first) == 1
+    assert {answer.headers["Idempotent-Replay"] for answer in answers if answer is not first[0]} == {"true"}
+    return first[0]
+
+
+def test_fifty_starts_at_once_under_one_key_start_one_task(api: Api) -> None:
+    def tasks() -> int:
+        wanted = {"FilterExpression": "sk = :task", "ExpressionAttributeValues": {":task": {"S": "TASK"}}}
+        return len(api.items("TasksTable", **wanted))
+
+    before = tasks()
+    answer = fifty_at_once(api, "requester", "/task/start", dict(MONITORING), 202)
+    assert tasks() == before + 1
+    assert api.wait(answer.json()["task_id"])["status"] == "completed"
+
+
+def test_fifty_decisions_cancellations_and_retries_at_once_under_one_key_take_effect_once(
+    api: Api, waiting: Callable[..., str]
+) -> None:
+    """On one task, of more than there is: approved, it fails; retried, it waits again; then it is cancelled."""
+    task_id = waiting(api.balance(EMPTY) + 5, EMPTY)
+    answer = fifty_at_once(api, "approver", f"/task/{task_id}/approve", {"approved": True, "reason": "checked"}, 200)
+    assert answer.json()["approved"] is True
+    assert api.wait(task_id)["status"] == "failed"
+    answer = fifty_at_once(api, "requester", f"/task/{task_id}/retry", None, 202)
+    assert answer.json()["status"] == "executing"
+    api.wait(task_id, "waiting_approval")
+    answer = fifty_at_once(api, "requester", f"/task/{task_id}/cancel", {"reason": "enough"}, 200)
+    assert answer.json()["status"] == "cancelled"
+    kinds = [entry["kind"] for entry in api.trail(task_id)]
+    assert [kinds.count(kind) for kind in ("approval_decided", "task_retried", "approval_cancelled")] == [1, 1, 1]
+    executions = api.cloud.client("stepfunctions").get_paginator("list_executions")
+    names = [
+        execution["name"]
+        for page in executions.paginate(stateMachineArn=api.cloud.outputs["StateMachineArn"])
+        for execution in page["executions"]
+        if execution["name"].startswith(task_id)
+    ]
+    assert sorted(names) == [task_id, f"{task_id}-2"]
 
 
 def test_the_list_is_an_inbox_and_has_pages(api: Api, waiting: Callable[..., str]) -> None:

@@ -583,6 +583,7 @@ BAD_DECISIONS: dict[str, tuple[Any, int, set[str]]] = {
     "neither": ({}, 422, {"approved", "reason"}),
     "an unknown field": (YES | {"approver": "carol"}, 422, {"approver"}),
     "another step": (YES | {"step_index": 1}, 422, {"step_index"}),
+    "other parameters than were asked about": (YES | {"parameters": {"amount": 1}}, 422, {"parameters"}),
     "a decision as text": (YES | {"approved": "true"}, 422, {"approved"}),
     "a decision as a number": (YES | {"approved": 1}, 422, {"approved"}),
     "a decision that is null": (YES | {"approved": None}, 422, {"approved"}),

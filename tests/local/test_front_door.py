@@ -10,7 +10,15 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from local.cloud import Ports
-from local.front_door import KEYS_PATH, MAX_BODY_BYTES, STUB_CREDENTIAL, FrontDoor, is_loopback, upstream_headers
+from local.front_door import (
+    KEYS_PATH,
+    MAX_BODY_BYTES,
+    STUB_CREDENTIAL,
+    FrontDoor,
+    as_on_aws,
+    is_loopback,
+    upstream_headers,
+)
 
 pytestmark = pytest.mark.enable_socket
 
@@ -27,7 +35,7 @@ class Upstream(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(answer)
 
-    do_GET = do_POST
+    do_GET = do_QUERY = do_POST
 
     def log_message(self, *args):
         pass
@@ -131,3 +139,31 @@ def test_stub_serves_a_page_of_this_machine():
 )
 def test_which_names_are_this_machine(netloc, expected):
     assert is_loopback(netloc) is expected
+
+
+@pytest.mark.parametrize("stub", [False], indirect=True)
+def test_which_methods_there_are_is_for_the_api_to_say(door):
+    connection = http.client.HTTPConnection("127.0.0.1", door.port)
+    connection.request("QUERY", "/tasks", b"x")
+    assert connection.getresponse().status == 202
+    connection.close()
+
+
+@pytest.mark.parametrize("stub", [False], indirect=True)
+def test_a_line_break_is_refused_in_a_path_and_passed_on_in_a_query(door):
+    assert door.answer("GET", "/policy%0Ax", {"Host": "localhost"}, b"")[0] == 400
+    status, _, content = door.answer("GET", "/policy?action_type=%0A", {"Host": "localhost"}, b"")
+    assert (status, json.loads(content)["path"].rpartition("/v1")[2]) == (202, "/policy?action_type=%0A")
+
+
+def test_errors_of_the_local_aws_are_said_as_on_aws():
+    assert as_on_aws(404, [("A", "b")], b'{"instance": "$context.path"}', '/a"b?c') == (
+        404, [("A", "b")], b'{"instance": "/v1/a\\"b"}',
+    )  # fmt: skip
+    status, headers, content = as_on_aws(
+        429, [], b'{"__type": "TooManyRequestsException", "Reason": "ConcurrentInvocationLimitExceeded"}', "/tasks"
+    )
+    assert (status, dict(headers)["Retry-After"], dict(headers)["Content-Type"]) == (
+        429, "1", "application/problem+json",
+    )  # fmt: skip
+    assert json.loads(content)["status"] == 429

@@ -231,6 +231,15 @@ def test_a_preflight_needs_no_token_and_names_the_methods_of_its_path(monkeypatc
     assert len(paths) > 15
 
 
+def test_there_is_no_second_stage_beside_the_one_with_limits_log_and_firewall(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself, SAM makes a stage named Stage too, through which the same functions are reached without them."""
+    resources = deployed(monkeypatch).values()
+    stages = [body["Properties"] for body in resources if body["Type"] == "AWS::ApiGateway::Stage"]
+    assert [stage["StageName"] for stage in stages] == ["v1"]
+    [deployment] = [body["Properties"] for body in resources if body["Type"] == "AWS::ApiGateway::Deployment"]
+    assert "StageName" not in deployment
+
+
 def test_another_origin_is_another_deployment(template: Any) -> None:
     """Or a new value of the parameter would never reach the stage: SAM compares the template, not its parameters."""
     assert template.resources["Api"]["Properties"]["AlwaysDeploy"] is True

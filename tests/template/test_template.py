@@ -35,9 +35,30 @@ ROUTES = {
     "PlannerApiFunction": {"POST /plan/create", "GET /plan/{plan_id}", "GET /planner/health"},
     "AgentRuntimeApiFunction": {"GET /task/{task_id}/status", "GET /agent-runtime/health"},
     "WorkerApiFunction": {"GET /worker/health"},
-    "AuditApiFunction": {"GET /audit/{task_id}", "GET /audit/verify/{hash}", "GET /audit/health"},
+    "AuditApiFunction": {
+        "GET /audit/{task_id}",
+        "GET /audit/{task_id}/bundle",
+        "GET /audit/verify/{hash}",
+        "GET /audit/log/checkpoint",
+        "GET /audit/log/consistency",
+        "GET /log/checkpoint",
+        "GET /log/tile/entries/{a}",
+        "GET /log/tile/entries/{a}/{b}",
+        "GET /log/tile/entries/{a}/{b}/{c}",
+        "GET /log/tile/entries/{a}/{b}/{c}/{d}",
+        "GET /log/tile/{level}/{a}",
+        "GET /log/tile/{level}/{a}/{b}",
+        "GET /log/tile/{level}/{a}/{b}/{c}",
+        "GET /log/tile/{level}/{a}/{b}/{c}/{d}",
+        "GET /audit/health",
+    },
     "QubicApiFunction": {
         "GET /policy",
+        "POST /policy",
+        "GET /policy/versions",
+        "GET /policy/versions/{version}",
+        "POST /policy/versions/{version}/approve",
+        "POST /policy/versions/{version}/reject",
         "POST /write",
         "GET /verify/{hash}",
         "GET /tx/{txid}",
@@ -59,11 +80,18 @@ CHANGES = {
     "dynamodb:PartiQLUpdate",
     "dynamodb:PartiQLDelete",
 }
+QUBIC = {"LedgerFunction", "LedgerWriterFunction", "QubicApiFunction"}
 OWNERS = {
-    "LedgerTable": {"LedgerFunction", "QubicApiFunction"},
-    "ChainTable": {"LedgerFunction", "QubicApiFunction"},
-    "AuditEntriesTable": {"RecordAuditFunction", "RecordEventsFunction", "AuditApiFunction"},
-    "AuditLogTable": {"RecordAuditFunction", "RecordEventsFunction", "AuditApiFunction"},
+    "LedgerTable": QUBIC,
+    "ChainTable": QUBIC,
+    "AuditEntriesTable": {"RecordAuditFunction", "RecordEventsFunction", "SequencerFunction", "AuditApiFunction"},
+    "AuditLogTable": {
+        "RecordAuditFunction",
+        "RecordEventsFunction",
+        "SequencerFunction",
+        "AnchorFunction",
+        "AuditApiFunction",
+    },
 }
 
 
@@ -131,10 +159,53 @@ def test_only_health_and_the_documentation_are_open(template: Any) -> None:
 
 def test_the_api_is_throttled_and_logged(template: Any) -> None:
     api = template.resources["Api"]["Properties"]
-    [settings] = api["MethodSettings"]
-    assert {"ThrottlingRateLimit", "ThrottlingBurstLimit"} <= settings.keys()
-    assert settings["DataTraceEnabled"] is False
+    for settings in api["MethodSettings"]:
+        assert {"ThrottlingRateLimit", "ThrottlingBurstLimit"} <= settings.keys()
+        assert settings["DataTraceEnabled"] is False
+        assert (settings["MetricsEnabled"], settings["LoggingLevel"]) == (True, "ERROR")
     assert "authorizationToken" not in api["AccessLogSetting"]["Format"]
+
+
+def limits_of(settings: dict[str, Any]) -> str:
+    """`Api`, `Change` or `Open`: by which parameters it is limited."""
+    [kind] = {
+        str(settings[name]["Ref"]).removesuffix(f"Throttling{name.removeprefix('Throttling').removesuffix('Limit')}")
+        for name in ("ThrottlingRateLimit", "ThrottlingBurstLimit")
+    }
+    return kind
+
+
+def test_what_changes_something_and_what_needs_no_token_has_limits_of_its_own(template: Any) -> None:
+    """So that a flood of one route, or of nobody in particular, leaves the others as they are."""
+    routes = {route for routes in ROUTES.values() for route in routes}
+    wanted = {route: "Change" for route in routes if route.startswith("POST ")}
+    wanted |= {f"GET {path}": "Open" for path in OPEN_ROUTES}
+    first, *others = template.resources["Api"]["Properties"]["MethodSettings"]
+    assert (first["ResourcePath"], first["HttpMethod"], limits_of(first)) == ("/*", "*", "Api")
+    found = {}
+    for settings in others:
+        path = settings["ResourcePath"]
+        assert path.startswith("/~1") and "/" not in path[1:], "CloudFormation takes a route with ~1 for each /"
+        found[f"{settings['HttpMethod']} {path[1:].replace('~1', '/')}"] = limits_of(settings)
+    assert found == wanted
+
+
+def test_limits_of_single_routes_are_tighter_by_default(template: Any) -> None:
+    def default(kind: str, limit: str) -> int:
+        return int(template.parameters[f"{kind}Throttling{limit}"]["Default"])
+
+    for limit in ("Rate", "Burst"):
+        assert default("Open", limit) < default("Change", limit) < default("Api", limit)
+
+
+def test_an_alarm_tells_of_an_approval_that_waits_for_long_and_of_silence(template: Any) -> None:
+    alarm = template.resources["OldestOpenApprovalAlarm"]["Properties"]
+    assert alarm["Threshold"] == {"Ref": "ApprovalAlarmSeconds"}
+    assert alarm["TreatMissingData"] == "breaching", "a reconciler that says nothing is no good news"
+    defaults = {
+        name: int(template.parameters[name]["Default"]) for name in ("ApprovalAlarmSeconds", "ApprovalTimeoutSeconds")
+    }
+    assert defaults["ApprovalAlarmSeconds"] < defaults["ApprovalTimeoutSeconds"]
 
 
 def test_no_policy_names_every_resource(template: Any) -> None:
@@ -148,7 +219,7 @@ def test_no_policy_names_every_resource(template: Any) -> None:
 def test_every_action_says_which_call_needs_it() -> None:
     lines = (Path(__file__).parents[2] / "template.yaml").read_text().splitlines()
     begin = lines.index("  TaskExecutionStateMachine:")  # after the tables, whose own policy only denies
-    services = ("dynamodb:", "lambda:", "states:", "logs:", "sqs:")
+    services = ("dynamodb:", "lambda:", "states:", "logs:", "sqs:", "secretsmanager:")
     actions = [line for line in lines[begin:] if line.strip().startswith(tuple(f"- {each}" for each in services))]
     assert actions
     uncommented = [line for line in actions if " # " not in line]
@@ -174,6 +245,12 @@ def test_a_table_has_one_owner(template: Any) -> None:
     for table, owners in OWNERS.items():
         users = {name for name in template.functions if f"'{table}'" in str(list(allowed(template, name)))}
         assert users == owners, table
+
+
+def test_the_qubic_service_alone_reads_its_seed_and_nobody_changes_it(template: Any) -> None:
+    for name in template.functions:
+        secrets = [pair for pair in allowed(template, name) if "QubicSeed" in str(pair)]
+        assert secrets == ([("secretsmanager:GetSecretValue", {"Ref": "QubicSeed"})] if name in QUBIC else []), name
 
 
 def test_what_must_outlive_the_stack_is_retained(template: Any) -> None:
@@ -209,3 +286,26 @@ def test_every_parameter_is_used(template: Any) -> None:
     used = str({key: template.document[key] for key in ("Rules", "Conditions", "Globals", "Resources")})
     unused = [name for name in template.parameters if f"{{'Ref': '{name}'}}" not in used]
     assert unused == []
+
+
+def test_one_sequencer_takes_what_is_recorded_and_what_it_cannot_take_is_not_lost(template: Any) -> None:
+    stream = template.functions["SequencerFunction"]["Events"]["NewEntries"]["Properties"]
+    assert stream["Stream"] == {"Fn::GetAtt": ["AuditEntriesTable", "StreamArn"]}
+    batch = ("BatchSize", "MaximumBatchingWindowInSeconds", "ParallelizationFactor")
+    assert [stream[name] for name in batch] == [256, 1, 1]
+    assert stream["FunctionResponseTypes"] == ["ReportBatchItemFailures"]
+    assert stream["BisectBatchOnFunctionError"] is True
+    lost = stream["DestinationConfig"]["OnFailure"]["Destination"]
+    assert lost == {"Fn::GetAtt": ["UnsequencedEntriesQueue", "Arn"]}
+
+
+def test_the_anchor_is_told_of_growth_and_of_confirmation_and_looks_by_itself(template: Any) -> None:
+    events = template.functions["AnchorFunction"]["Events"]
+    streams = {each["Properties"]["Stream"]["Fn::GetAtt"][0] for each in events.values() if each["Type"] == "DynamoDB"}
+    assert streams == {"AuditLogTable", "LedgerTable"}
+    assert [each for each in events.values() if each["Type"] == "Schedule"]
+
+
+def test_only_the_anchor_reads_the_key_of_the_logs_checkpoints(template: Any) -> None:
+    read_key = ("secretsmanager:GetSecretValue", {"Ref": "LogSigningKey"})
+    assert {name for name in template.functions if read_key in list(allowed(template, name))} == {"AnchorFunction"}

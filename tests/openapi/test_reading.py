@@ -1,0 +1,44 @@
+"""Whoever reads changes nothing: links are opened by mail scanners, previews and prefetches too."""
+
+from __future__ import annotations
+
+import boto3
+import pytest
+
+from qaes.adapters.task_store import TaskStore
+from tests.handlers.test_task_store import waiting
+from tests.openapi.conftest import OPERATIONS, routes
+from tests.support.api import Api
+from tests.support.cloud import Cloud
+
+TABLES = ("TasksTable", "AuditEntriesTable", "AuditLogTable")
+"""Not the ledger's: the mock network begins when it is first asked."""
+
+
+def everything() -> dict[str, list[str]]:
+    """All that is stored of tasks and audit, table by table."""
+    pages = boto3.client("dynamodb").get_paginator("scan")
+    return {
+        table: sorted(str(item) for page in pages.paginate(TableName=table) for item in page["Items"])
+        for table in TABLES
+    }
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS"])
+def test_no_link_decides_starts_or_cancels(aws: Cloud, method: str) -> None:
+    """Each path of the document, those of POST too, asked for by an approver's browser while a task waits for them."""
+    task_id, plan = waiting(TaskStore("TasksTable"))
+    before = everything()
+    values = {"task_id": task_id, "plan_id": plan.plan_id, "hash": "a" * 64, "txid": "a" * 60}
+    for operation in OPERATIONS:
+        path = operation.path.format_map(values)
+        api = Api(aws, routes()[f"{operation.method} {operation.path}"])
+        event = api.event(method, path, None, subject="bob", roles="requester approver operator")
+        event["queryStringParameters"] = {"approved": "true", "reason": "opened"}
+        event["multiValueQueryStringParameters"] = {"approved": ["true"], "reason": ["opened"]}
+        answer = aws.invoke(api.function, event)
+        if method != "GET" or operation.method != "GET":
+            assert answer["statusCode"] in {404, 405}, (operation.id, answer)
+    assert everything() == before
+    approval = TaskStore("TasksTable").open_approval(task_id)
+    assert approval is not None and approval.status == "pending"

@@ -1,0 +1,118 @@
+"""What went wrong in systems that wait for people (docs/testing.md), on the deployed state machine."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import boto3
+import pytest
+
+from qaes.adapters.executions import Executions
+from qaes.adapters.task_store import TaskStore
+from qaes.domain.canonical import canonical_json
+from qaes.domain.errors import InvalidInputError
+from qaes.domain.models import Approval
+from qaes.domain.requests import MAX_PARAMETERS_BYTES, TaskRequest
+from tests.handlers.test_task_store import new_task
+from tests.support.cloud import Cloud
+from tests.workflow.conftest import DESTINATION, SOURCE
+from tests.workflow.test_paths import balance, kinds
+
+STATE_LIMIT = 256 * 1024
+"""What Step Functions lets a state take or give, in bytes; `States.ALL` does not catch more."""
+
+
+def test_a_decision_that_is_delivered_again_is_no_error_and_changes_nothing(
+    aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Approval]
+) -> None:
+    """A token is good for one use: again at once, again long afterwards, and one that never was."""
+    task_id = transfer(250)
+    approval = decide(task_id, approved=True)
+    executions = Executions(aws.machine_arn)
+    executions.deliver(approval)  # whether the execution still waits at this moment, or no longer
+    aws.wait(task_id, "completed")
+    before = kinds(aws, task_id)
+    assert executions.deliver(approval) is False
+    assert executions.deliver(approval.model_copy(update={"token": "made up"})) is False
+    assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
+    assert kinds(aws, task_id) == before
+    assert aws.execution(task_id)["status"] == "SUCCEEDED"
+
+
+def test_a_decision_at_the_very_moment_it_is_asked_for_is_not_dropped(
+    aws: Cloud, transfer: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Decided and delivered before the function that stores the token has even returned to the state that waits."""
+    request = TaskStore.request_approval
+
+    def and_decide(self: TaskStore, task_id: str, *arguments: Any, **named: Any) -> Approval:
+        asked = request(self, task_id, *arguments, **named)
+        decided = self.decide(task_id, approved=True, subject="bob", reason="quick")
+        assert Executions(aws.machine_arn).deliver(decided)
+        return asked
+
+    monkeypatch.setattr(TaskStore, "request_approval", and_decide)
+    task_id = transfer(250)
+    aws.wait(task_id, "completed")
+    assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
+
+
+def test_the_largest_task_stays_far_within_a_states_limit(aws: Cloud, decide: Callable[..., Approval]) -> None:
+    """Description and parameters as long as they may be, in letters of four bytes: the state holds references alone."""
+    least = TaskRequest.model_validate(
+        {
+            "task_type": "transfer_funds",
+            "description": "𝄞" * 4000,
+            "wallet_address": SOURCE,
+            "parameters": {"to_address": DESTINATION, "amount": 250, "note": ""},
+        }
+    )
+    free = MAX_PARAMETERS_BYTES - len(canonical_json(least.resolved()).encode())
+
+    def with_note(letters: int) -> TaskRequest:
+        return least.model_copy(update={"parameters": (least.parameters or {}) | {"note": "𝄞" * letters}})
+
+    with pytest.raises(InvalidInputError):
+        with_note(free // 4 + 1).resolved()
+    largest = with_note(free // 4)
+    fields = {name: getattr(largest, name) for name in ("task_type", "description")}
+    task = new_task().model_copy(update=fields | {"parameters": largest.resolved()})
+    TaskStore("TasksTable").start_task(task)
+    Executions(aws.machine_arn).start(task)
+    decide(task.task_id, approved=True)
+    aws.wait(task.task_id, "completed")
+    assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
+    arn = f"{aws.machine_arn.replace(':stateMachine:', ':execution:')}:{task.task_id}"
+    pages = boto3.client("stepfunctions").get_paginator("get_execution_history").paginate(executionArn=arn)
+    sizes = [
+        len(str(text).encode())
+        for page in pages
+        for event in page["events"]
+        for details in event.values()
+        if isinstance(details, dict)
+        for name, text in details.items()
+        if name in {"input", "output", "parameters"}
+    ]
+    assert len(sizes) > 40
+    assert max(sizes) < STATE_LIMIT / 2, f"{max(sizes)} bytes"
+
+
+def test_an_execution_polls_nothing_while_it_waits(aws: Cloud, transfer: Callable[..., str]) -> None:
+    """A wait for a person is one event, however long it takes: loops of polls run into the limit of 25,000."""
+    task_id = transfer(250)
+    aws.wait(task_id, "waiting_approval")
+    arn = f"{aws.machine_arn.replace(':stateMachine:', ':execution:')}:{task_id}"
+    step_functions = boto3.client("stepfunctions")
+
+    def length() -> int:
+        pages = step_functions.get_paginator("get_execution_history").paginate(executionArn=arn)
+        return sum(len(page["events"]) for page in pages)
+
+    time.sleep(0.5)
+    before = length()
+    time.sleep(1.5)
+    assert length() == before
+    assert json.loads(step_functions.describe_execution(executionArn=arn)["input"]) == {"task_id": task_id}
