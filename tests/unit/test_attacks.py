@@ -836,7 +836,16 @@ def test_a_denied_task_that_is_carried_out_after_all() -> None:
 
 
 def test_documents_that_are_none_or_that_nothing_refers_to() -> None:
-    for text in ("{}", "[]", '{"rules":{},"version":"3"}', '{"rules": {}, "version": 3}'):
+    good = policy_text()
+    texts = (
+        "{}",
+        "[]",
+        good.replace('"version":3', '"version":"3"'),
+        good.replace('"version":3', '"version": 3'),
+        good.replace('"format":1', '"format":2'),
+    )
+    assert good not in texts
+    for text in texts:
         policies = GOOD["policies"] | {sha256_hex(text): text}
         assert caught(GOOD | {"policies": policies}) == ("policy", sha256_hex(text))
     more = policy_text(version=9)
