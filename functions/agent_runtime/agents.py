@@ -8,7 +8,7 @@ audit agent        RecordAudit         the audit service's recorder, called by t
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
@@ -16,7 +16,10 @@ from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import TASK_ID, logger
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import compliance, planning
-from qaes.domain.models import Model, Outcome, Task
+from qaes.domain.compliance import Verdict
+from qaes.domain.errors import RefusedError
+from qaes.domain.models import Model, Outcome, Step, Task
+from qaes.domain.policy import PolicyDecision
 
 
 class EndOfTask(Model):
@@ -63,7 +66,26 @@ def check_compliance(event: dict[str, Any], context: LambdaContext) -> dict[str,
     current = LedgerClient().policy().decide(plan.analysis.action_type)
     approval = store.latest_approval(task.task_id, step_index)
     verdict = compliance.decide(task, plan, step_index, current, approval)
+    if verdict.verdict == "execute":
+        verdict = _reserve(task, plan.steps[step_index], current) or verdict
     return verdict.model_dump(mode="json")
+
+
+def _reserve(task: Task, step: Step, current: PolicyDecision) -> Verdict | None:
+    """Have the ledger reserve what a transfer will spend; a verdict when it refuses. Once for each step."""
+    if step.type != "onchain_action" or not current.limits_transfers:
+        return None
+    try:
+        LedgerClient().reserve(
+            reference=f"{task.task_id}#{step.step_id}",
+            source=step.parameters["from_address"],
+            destination=step.parameters["to_address"],
+            amount=step.parameters["amount"],
+            action_type=current.action_type,
+        )
+    except RefusedError as error:
+        return Verdict(verdict="denied", reason=error.message)
+    return None
 
 
 REASONS: dict[Outcome, str] = {
@@ -74,9 +96,10 @@ REASONS: dict[Outcome, str] = {
     "failed": "a step failed",
     "cancelled": "it was cancelled",
 }
-KIND_OF_FAILURE: dict[str, Literal["the time limit was reached", "a service did not answer"]] = {
+KIND_OF_FAILURE = {
     "States.Timeout": "the time limit was reached",
     "States.TaskFailed": "a service did not answer",
+    "ConfirmationTimedOut": "the ledger has not confirmed the transfer in time; a retry asks again, and pays once",
 }
 
 

@@ -1,8 +1,9 @@
 """The reconciler: no task is left behind, whatever crashed.
 
 Runs every minute and when an execution's status changes. It starts what was written and not started, delivers a
-decision that was committed and not delivered, reminds of an approval and closes it when its time is over, and ends a
-task whose execution has ended without saying so. Each minute it tells how old the oldest open approval is.
+decision that was committed and not delivered, wakes who waits for a transfer that has ended, reminds of an approval and
+closes it when its time is over, and ends a task whose execution has ended without saying so. Each minute it tells how
+old the oldest open approval is.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from qaes.adapters import metrics
-from qaes.adapters.executions import Executions
+from qaes.adapters.executions import Executions, wake
+from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import logger
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.errors import NotFoundError
@@ -64,7 +66,7 @@ def reconcile(task: Task, store: TaskStore, executions: Executions) -> bool:
     if status == "RUNNING":
         if task.status == "waiting_approval":
             return _waiting(task, store, executions)
-        return _deliver(task, store, executions)
+        return _deliver(task, store, executions) or _wake(task, store)
     _end(store, task, status)
     return True
 
@@ -93,6 +95,17 @@ def _deliver(task: Task, store: TaskStore, executions: Executions) -> bool:
     if last.run != task.run or (record is not None and record.run == task.run):
         return False
     return executions.deliver(last)
+
+
+def _wake(task: Task, store: TaskStore) -> bool:
+    """Wake an execution that waits for a transfer whose end nobody has told it."""
+    if task.status != "executing" or task.current_step is None:
+        return False
+    token, record = store.waiter(task.task_id, task.current_step), store.step(task.task_id, task.current_step)
+    if token is None or record is None or record.status != "running":
+        return False
+    state = LedgerClient().transfer_state(f"{task.task_id}#{record.step_id}")["state"]
+    return state not in {"signed", "broadcast"} and wake(token, {"state": state})
 
 
 def _execution_changed(store: TaskStore, detail: dict[str, Any]) -> list[str]:

@@ -1,21 +1,21 @@
-"""The qubic service over HTTP: the policy, written hashes and the transactions that wrote them."""
+"""The qubic service over HTTP: the policy, written hashes, their transactions; on the mock, the network's RPC, too."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, Path, Query, Response
+from fastapi import Depends, Path, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from qaes.adapters.http import OPEN, Sha256, create_app, make_handler, require
 from qaes.domain.errors import NotFoundError, UnavailableError
-from qaes.domain.policy import Policy, Rule
 from qaes.domain.qubic.identity import is_transaction_id_shaped
-from qubic.chain import chain
-from qubic.chain.base import HashEntry, check_hash
+from qubic import policy_api, rpc
+from qubic.hashes import check_hash, hash_state, write_hash
+from qubic.service import policies, submissions
+from qubic.submissions import State
 
 app = create_app("qubic")
-handler = make_handler(app)
 EVERY_ROLE = require("requester", "approver", "auditor")
 
 
@@ -23,24 +23,6 @@ class _Answer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     network: str = Field(description="the network that answers; nothing of `mock` is on the real one")
-
-
-class RuleAnswer(_Answer):
-    """The rule for one action type."""
-
-    policy_id: str
-    action_type: str
-    allowed: bool
-    requires_approval: bool
-    rules: Rule
-
-
-class PolicyAnswer(_Answer):
-    """Every rule of the policy in force."""
-
-    policy_id: str
-    version: int
-    rules: dict[str, Rule]
 
 
 class WriteRequest(BaseModel):
@@ -53,26 +35,40 @@ class WriteRequest(BaseModel):
 
 
 class WriteAnswer(_Answer):
-    """The transaction that wrote the hash: now, or when it was first written."""
+    """The transaction that is to write the hash, or has: its bytes are stored, and followed until it is `confirmed`.
+
+    `status` is `pending` until then. If its tick passes without it, another is signed for a later one, and the id
+    changes; `timestamp` is when the state last changed.
+    """
 
     txid: str
     hash: str
     timestamp: str
     tick: int
+    status: Literal["pending", "confirmed"]
 
 
 class LedgerVerifyAnswer(_Answer):
-    """Whether a transaction wrote the hash, and which."""
+    """Whether a confirmed transaction has written the hash, and the evidence: its signed bytes, in base64.
+
+    `state` says how far it is: signed, broadcast (both may still come to nothing) or confirmed; null: never written.
+    """
 
     hash: str
     verified: bool
     txid: str | None
     timestamp: str | None
     tick: int | None
+    state: State | None
+    source: str | None
+    encoded: str | None
 
 
 class TransactionAnswer(_Answer):
-    """A transaction; `encoded` is the signed bytes (base64), `block_height` its tick."""
+    """A transaction of this service; `encoded` is the signed bytes (base64), `block_height` the tick that it names.
+
+    It is in that tick when its `state` is confirmed (or failed: it is there, and moved nothing); expired: in none.
+    """
 
     txid: str
     hash: str
@@ -80,14 +76,19 @@ class TransactionAnswer(_Answer):
     metadata: dict[str, Any]
     block_height: int
     encoded: str
+    state: State
+    source: str
+    destination: str
+    amount: int
 
 
 class LedgerHealthy(_Answer):
-    """The service and its table answer."""
+    """The network and the service's table answer, and a policy is in force."""
 
     status: Literal["healthy"]
     service: str
     tick: int
+    policy_id: str
 
 
 class LedgerUnhealthy(_Answer):
@@ -99,80 +100,74 @@ class LedgerUnhealthy(_Answer):
     detail: str
 
 
-@app.get("/policy", dependencies=[Depends(EVERY_ROLE)])
-def get_policy(
-    action_type: Annotated[str | None, Query(min_length=1, max_length=128)] = None,
-) -> RuleAnswer | PolicyAnswer:
-    """The rule for an action type (without one it is denied), or every rule."""
-    it = chain()
-    policy: Policy = it.policy()
-    if action_type is None:
-        return PolicyAnswer(network=it.network, policy_id=policy.policy_id, version=policy.version, rules=policy.rules)
-    decision = policy.decide(action_type)
-    return RuleAnswer(
-        network=it.network,
-        policy_id=policy.policy_id,
-        action_type=action_type,
-        allowed=decision.allowed,
-        requires_approval=decision.requires_approval,
-        rules=decision.rule,
-    )
+policy_api.add_policy_routes(app)
 
 
 @app.post("/write", dependencies=[Depends(require("operator"))])
 def write(body: WriteRequest) -> WriteAnswer:
-    """Write a hash on the ledger, once for ever: the second time answers with the first transaction. Operators only."""
-    it = chain()
-    [receipt] = it.write_hashes([HashEntry.checked(body.hash, body.metadata)])
+    """Write a hash on the ledger, once for ever: the second time answers with the same transaction. Operators only."""
+    it = submissions()
+    written = write_hash(it, body.hash, body.metadata)
     return WriteAnswer(
-        network=it.network, txid=receipt.txid, hash=receipt.hash, timestamp=receipt.timestamp, tick=receipt.tick
+        network=it.chain.network,
+        txid=written.txid,
+        hash=written.payload.hex(),
+        timestamp=written.updated_at,
+        tick=written.tick,
+        status="confirmed" if written.state == "confirmed" else "pending",
     )
 
 
 @app.get("/verify/{hash}", operation_id="verify_on_ledger", dependencies=[Depends(EVERY_ROLE)])
-def verify(
-    sent: Sha256,
-) -> LedgerVerifyAnswer:
-    """Whether a transaction of the ledger wrote the hash."""
-    it = chain()
-    hash_ = check_hash(sent)
-    receipt = it.verify(hash_)
-    return LedgerVerifyAnswer(
-        network=it.network,
-        hash=hash_,
-        verified=receipt is not None,
-        txid=receipt.txid if receipt else None,
-        timestamp=receipt.timestamp if receipt else None,
-        tick=receipt.tick if receipt else None,
-    )
+def verify(sent: Sha256) -> LedgerVerifyAnswer:
+    """Whether a confirmed transaction of the ledger wrote the hash."""
+    found = hash_state(submissions(), check_hash(sent))
+    return LedgerVerifyAnswer.model_validate({name: found[name] for name in LedgerVerifyAnswer.model_fields})
 
 
 @app.get("/tx/{txid}", dependencies=[Depends(EVERY_ROLE)])
 def get_transaction(txid: Annotated[str, Path(json_schema_extra={"pattern": "^[a-z]{60}$"})]) -> TransactionAnswer:
-    """A transaction by its id."""
-    if not is_transaction_id_shaped(txid):
+    """A transaction that this service signed, by its id."""
+    it = submissions()
+    found = it.attempt(txid) if is_transaction_id_shaped(txid) else None
+    if found is None:
         raise NotFoundError("no such transaction", field="txid")
-    it = chain()
-    found = it.transaction(txid)
+    said = found.answer()
     return TransactionAnswer(
-        network=it.network,
-        txid=found.txid,
-        hash=found.hash,
-        timestamp=found.timestamp,
+        network=it.chain.network,
+        txid=txid,
+        hash=found.payload.hex(),
+        timestamp=said["timestamp"],
         metadata=found.metadata,
         block_height=found.tick,
-        encoded=found.encoded,
+        encoded=said["encoded"],
+        state=found.state,
+        source=found.source,
+        destination=found.destination,
+        amount=found.amount,
     )
 
 
 @app.get("/qubic/health", responses={503: {"model": LedgerUnhealthy}}, operation_id="qubic_health", openapi_extra=OPEN)
 def health(response: Response) -> LedgerHealthy | LedgerUnhealthy:
-    """Healthy when the ledger's table answers."""
-    it = chain()
+    """Healthy when the network answers and a policy is in force."""
+    it = submissions()
+    failing, detail = "network", ""
     try:
-        return LedgerHealthy(network=it.network, status="healthy", service="qubic", tick=it.health())
-    except UnavailableError as error:
-        response.status_code = 503
-        return LedgerUnhealthy(
-            network=it.network, status="unhealthy", service="qubic", failing=["ledger_table"], detail=error.message
+        tick = it.chain.tick_info().tick
+        failing = "policy"
+        policy = policies().in_force()
+        return LedgerHealthy(
+            network=it.chain.network, status="healthy", service="qubic", tick=tick, policy_id=policy.policy_id
         )
+    except UnavailableError as error:
+        detail = error.message
+    response.status_code = 503
+    return LedgerUnhealthy(
+        network=it.chain.network, status="unhealthy", service="qubic", failing=[failing], detail=detail
+    )
+
+
+rpc.add_rpc_routes(app)
+
+handler = make_handler(app)

@@ -7,21 +7,23 @@ the ledger refuses and would refuse again. What may go well at another time rais
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
+from qaes.adapters import settings
 from qaes.adapters.logs import logger
-from qaes.domain.errors import InvalidInputError, NotFoundError, RefusedError
+from qaes.domain.errors import ForbiddenError, InvalidInputError, NotFoundError, RefusedError
 from qaes.domain.qubic.identity import check_address
-from qubic.chain import chain
-from qubic.chain.base import Chain, HashEntry, check_hash
+from qubic import limits
+from qubic.hashes import check_hash, hash_state, write_hash
+from qubic.service import policies, submissions
+from qubic.submissions import Submission, Submissions
+from qubic.wallets import Wallets
 
 Arguments = dict[str, Any]
 Result = dict[str, Any]
 
-MAX_ENTRIES = 500
 _CODES = {
     "address": "invalid_address",
     "source": "invalid_address",
@@ -36,22 +38,25 @@ def handler(event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
     arguments = dict(event)
     operation = arguments.pop("operation", None)
     try:
-        return {"ok": True, "result": _perform(chain(), operation, arguments)}
+        return {"ok": True, "result": _perform(operation, arguments)}
     except RefusedError as error:
         return _refused(operation, error.code, error.message)
     except InvalidInputError as error:
         return _refused(operation, _CODES.get(error.field or "", "invalid_input"), error.message)
+    except ForbiddenError as error:
+        return _refused(operation, "forbidden", error.message)
     except NotFoundError as error:
         return _refused(operation, "not_found", error.message)
 
 
-def _perform(it: Chain, operation: object, arguments: Arguments) -> Result:
+def _perform(operation: object, arguments: Arguments) -> Result:
     if not isinstance(operation, str) or operation not in _OPERATIONS:
         raise RefusedError("unknown_operation", "the ledger has no such operation")
     perform, names = _OPERATIONS[operation]
     if set(arguments) != names:
         raise InvalidInputError(f"{operation} takes {', '.join(sorted(names)) or 'nothing'}")
-    return {"network": it.network} | perform(it, arguments)
+    it = submissions()
+    return {"network": it.chain.network} | perform(it, arguments)
 
 
 def _refused(operation: object, code: str, message: str) -> dict[str, Any]:
@@ -59,56 +64,106 @@ def _refused(operation: object, code: str, message: str) -> dict[str, Any]:
     return {"ok": False, "error": {"code": code, "message": message}}
 
 
-def _policy(it: Chain, _arguments: Arguments) -> Result:
-    return it.policy().model_dump(mode="json")
+def _policy(_it: Submissions, _arguments: Arguments) -> Result:
+    return policies().in_force().model_dump(mode="json")
 
 
-def _balance(it: Chain, arguments: Arguments) -> Result:
+def _policy_document(_it: Submissions, arguments: Arguments) -> Result:
+    return policies().document(str(arguments["policy_id"]))
+
+
+def _balance(it: Submissions, arguments: Arguments) -> Result:
     address = check_address(arguments["address"])
-    return {"address": address, "balance": it.balance(address)}
+    balance = it.chain.balance(Wallets(it.chain.network).identity(address))
+    return {"address": address, "balance": balance.balance, "tick": balance.valid_for_tick}
 
 
-def _transfer(it: Chain, arguments: Arguments) -> Result:
-    return asdict(it.transfer(**arguments))
+def _reserve(it: Submissions, arguments: Arguments) -> Result:
+    return limits.reserve_for(policies().in_force(), arguments, submissions=it)
 
 
-def _write_hashes(it: Chain, arguments: Arguments) -> Result:
-    sent = arguments["entries"]
-    if not isinstance(sent, list) or len(sent) > MAX_ENTRIES:
-        raise InvalidInputError(f"the entries are a list of at most {MAX_ENTRIES}", field="entries")
-    entries = []
-    for number, each in enumerate(sent):
-        if not isinstance(each, dict) or set(each) != {"hash", "metadata"}:
-            raise InvalidInputError("an entry has hash and metadata", field=f"entries.{number}")
-        entries.append(HashEntry.checked(each["hash"], each["metadata"], f"entries.{number}."))
-    return {"transactions": [asdict(receipt) for receipt in it.write_hashes(entries)]}
+def _transfer(it: Submissions, arguments: Arguments) -> Result:
+    terms = {name: arguments[name] for name in ("reference", "source", "destination", "amount")}
+    _check_terms(arguments)
+    if it.chain.network != "mock" and settings.optional("ALLOW_TRANSFERS") != "true":
+        return it.simulate_transfer(**terms).answer()
+
+    def allow() -> None:
+        limits.reserve_for(policies().in_force(), arguments, submissions=it)
+
+    return it.submit_transfer(**terms, run=arguments["run"], allow=allow).answer()
 
 
-def _verify(it: Chain, arguments: Arguments) -> Result:
-    hash_ = check_hash(arguments["hash"])
-    receipt = it.verify(hash_)
-    return {
-        "hash": hash_,
-        "verified": receipt is not None,
-        "txid": receipt.txid if receipt else None,
-        "timestamp": receipt.timestamp if receipt else None,
-        "tick": receipt.tick if receipt else None,
-    }
+def _check_terms(arguments: Arguments) -> None:
+    if not isinstance(arguments["reference"], str):
+        raise InvalidInputError("the reference is text", field="reference")
+    for name in ("amount", "run"):
+        if type(arguments[name]) is not int:
+            raise InvalidInputError(f"the {name} is a whole number", field=name)
 
 
-def _transaction(it: Chain, arguments: Arguments) -> Result:
-    return asdict(it.transaction(str(arguments["txid"])))
+def _transfer_state(it: Submissions, arguments: Arguments) -> Result:
+    return _existing(it, f"transfer:{arguments['reference']}").answer()
 
 
-def _health(it: Chain, _arguments: Arguments) -> Result:
-    return {"status": "healthy", "tick": it.health()}
+def _write(it: Submissions, arguments: Arguments) -> Result:
+    written = write_hash(it, arguments["hash"], arguments["metadata"])
+    return written.answer() | {"hash": written.payload.hex()}
 
 
-_OPERATIONS: dict[str, tuple[Callable[[Chain, Arguments], Result], set[str]]] = {
+def _submit_anchor(it: Submissions, arguments: Arguments) -> Result:
+    try:
+        payload = bytes.fromhex(arguments["payload"])
+    except (TypeError, ValueError):
+        raise InvalidInputError("the payload is hexadecimal", field="payload") from None
+    key, metadata = _anchor_key(arguments), {name: arguments[name] for name in ("log_id", "sequence")}
+    return it.submit_record(key, payload, kind="anchor", metadata=metadata).answer()
+
+
+def _anchor_state(it: Submissions, arguments: Arguments) -> Result:
+    return _existing(it, _anchor_key(arguments)).answer()
+
+
+def _anchor_key(arguments: Arguments) -> str:
+    if type(arguments["sequence"]) is not int or arguments["sequence"] < 0:
+        raise InvalidInputError("the sequence is a whole number from 0", field="sequence")
+    return f"anchor:{arguments['log_id']}:{arguments['sequence']}"
+
+
+def _existing(it: Submissions, key: str) -> Submission:
+    found = it.get(key)
+    if found is None:
+        raise NotFoundError("nothing was submitted under this key")
+    return found
+
+
+def _verify(it: Submissions, arguments: Arguments) -> Result:
+    return hash_state(it, check_hash(arguments["hash"]))
+
+
+def _transaction(it: Submissions, arguments: Arguments) -> Result:
+    found = it.attempt(str(arguments["txid"]))
+    if found is None:
+        raise NotFoundError("no such transaction", field="txid")
+    return found.answer()
+
+
+def _health(it: Submissions, _arguments: Arguments) -> Result:
+    policy = policies().in_force()
+    return {"status": "healthy", "tick": it.chain.tick_info().tick, "policy_id": policy.policy_id}
+
+
+_TRANSFER = {"reference", "source", "destination", "amount", "action_type"}
+_OPERATIONS: dict[str, tuple[Callable[[Submissions, Arguments], Result], set[str]]] = {
     "policy": (_policy, set()),
+    "policy_document": (_policy_document, {"policy_id"}),
     "balance": (_balance, {"address"}),
-    "transfer": (_transfer, {"reference", "source", "destination", "amount"}),
-    "write_hashes": (_write_hashes, {"entries"}),
+    "reserve": (_reserve, _TRANSFER),
+    "transfer": (_transfer, _TRANSFER | {"run"}),
+    "transfer_state": (_transfer_state, {"reference"}),
+    "write": (_write, {"hash", "metadata"}),
+    "submit_anchor": (_submit_anchor, {"log_id", "sequence", "payload"}),
+    "anchor_state": (_anchor_state, {"log_id", "sequence"}),
     "verify": (_verify, {"hash"}),
     "transaction": (_transaction, {"txid"}),
     "health": (_health, set()),

@@ -12,19 +12,22 @@ from qaes.adapters.task_store import TaskStore
 from qaes.domain import compliance
 from qaes.domain.errors import RefusedError, UnavailableError
 from qaes.domain.models import StepRecord
-from worker.steps import RUN, StepContext
+from worker.steps import CONFIRMED_LATER, RUN, StepContext, Submitted
 
 
 @logger().inject_lambda_context(correlation_id_path=TASK_ID)
 def execute_step(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """`{task_id, step_index}` → `{step_id, status, result, error, attempt}`.
+    """`{task_id, step_index}` → `{step_id, status, result, error, attempt}`; `submitted`: to be asked again later."""
+    return run_step(TaskStore(), LedgerClient(), str(event["task_id"]), int(event["step_index"]))
+
+
+def run_step(store: TaskStore, ledger: LedgerClient, task_id: str, step_index: int) -> dict[str, Any]:
+    """Run a step, or find out what became of it.
 
     A refusal is a value (`failed`); only what may work when tried again is raised. The intent is recorded, and the
     approval consumed, before the step acts; the effect carries (task, step) as its reference, so that the ledger
     answers a repetition from its record.
     """
-    store, ledger = TaskStore(), LedgerClient()
-    task_id, step_index = str(event["task_id"]), int(event["step_index"])
     record, task = store.step(task_id, step_index), store.get_task(task_id)
     if record is not None and not record.may_run(task):
         return _answer(record)
@@ -44,14 +47,25 @@ def execute_step(event: dict[str, Any], context: LambdaContext) -> dict[str, Any
         consumed = approval if compliance.needs_approval(step, current) else None
     else:
         consumed = None
-    record = store.claim_step(task_id, step_index, step, consumed)
+    # A step that waits for its outcome is asked again and again: that is not another attempt.
+    if record is None or record.status != "running" or record.run != task.run or step.type not in CONFIRMED_LATER:
+        record = store.claim_step(task_id, step_index, step, consumed)
     if record.status != "running":
         return _answer(record)
+    reference = reference_of(task_id, step.step_id)
+    step_context = StepContext(reference, ledger, policy, plan.analysis.action_type, task.run)
     try:
-        result = RUN[step.type](step.parameters, StepContext(f"{task_id}#{step.step_id}", ledger, policy))
+        result = RUN[step.type](step.parameters, step_context)
     except RefusedError as refusal:
         return _answer(store.finish_step(task_id, record, result=None, error=f"{refusal.code}: {refusal.message}"))
+    if isinstance(result, Submitted):
+        return _answer(record) | {"status": "submitted"}
     return _answer(store.finish_step(task_id, record, result=result, error=None))
+
+
+def reference_of(task_id: str, step_id: str) -> str:
+    """What the ledger knows a step's effect by."""
+    return f"{task_id}#{step_id}"
 
 
 def _answer(record: StepRecord) -> dict[str, Any]:

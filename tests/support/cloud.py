@@ -2,7 +2,8 @@
 
 Tables are created from the template's own properties, the state machine from the deployed file, and a function's name
 leads to the handler that the template names, called with the function's own environment. moto carries no JSONata
-evaluator and runs no function without Docker; these two seams are filled here, and nothing else.
+evaluator, runs no function without Docker and calls none for a queue or a stream; these seams are filled here, and
+nothing else. The mock network's clock is the tests' own: its ticks pass when nobody is in the midst of something.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from unittest.mock import patch
 
@@ -31,6 +33,7 @@ from moto.stepfunctions.parser.asl.jsonata import jsonata as moto_jsonata
 from qaes.adapters import clients
 from tests.support import template
 
+SEED = "qaestestseedthatsignsforthetestsandisworthnothingatallx"
 PARAMETERS = {"Stage": "local", "ApprovalTimeoutSeconds": "60", "RetryIntervalSeconds": "1", "RetryMaxAttempts": "2"}
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -106,14 +109,44 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 
 @dataclass
+class Clock:
+    """The mock network's present moment, which passes only when it is told to."""
+
+    moment: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+    def __call__(self) -> datetime:
+        return self.moment
+
+    def pass_seconds(self, seconds: float) -> None:
+        self.moment += timedelta(seconds=seconds)
+
+
+@dataclass
 class Cloud:
     """moto with the template's resources; `faults` maps a function to what stands in front of its handler."""
+
+    clock: Clock = field(default_factory=Clock)
 
     machine_arn: str = ""
     invocations: Counter[str] = field(default_factory=Counter)
     faults: dict[str, Callable[[Any], None]] = field(default_factory=dict)
     parameters: dict[str, str] = field(default_factory=dict)
     closed: bool = False
+    _shard: str = ""
+    _stopped: threading.Event = field(default_factory=threading.Event)
+
+    def start_time(self) -> None:
+        """Let ticks pass in a thread of its own."""
+
+        def run() -> None:
+            while not self._stopped.wait(0.02):
+                try:
+                    self.pass_ticks()
+                except Exception:
+                    if not self.closed:
+                        logging.getLogger("tests").exception("ticks do not pass")
+
+        threading.Thread(target=run, daemon=True).start()
 
     def invoke(self, function: str, event: Any) -> Any:
         self.invocations[function] += 1
@@ -128,12 +161,76 @@ class Cloud:
         """Let no execution go on in moto's threads, in the midst of another test."""
         with _environment_lock:
             self.closed = True
+        self._stopped.set()
         if self.machine_arn:
             step_functions = boto3.client("stepfunctions")
             running = step_functions.list_executions(stateMachineArn=self.machine_arn, statusFilter="RUNNING")
             for execution in running["executions"]:
                 with suppress(Exception):  # it may end on its own meanwhile
                     step_functions.stop_execution(executionArn=execution["executionArn"])
+
+    def settle(self) -> None:
+        """Let the ticks pass that are waited for, until nothing is under way on the ledger."""
+        for _ in range(200):
+            if not self.pass_ticks():
+                return
+        raise AssertionError("there is no end of what is under way on the ledger")
+
+    def pass_ticks(self) -> bool:
+        """Let one more transaction of each source have its tick, and tell who waits for it; False when none waits."""
+        with _environment_lock:
+            if self.closed:
+                return False
+            waiting = self._waiting_ticks()
+            if waiting:
+                from qubic.submissions import EXPIRY_MARGIN_TICKS
+
+                # One tick further than the first that is named: what waits behind it has not been sent yet.
+                self.clock.pass_seconds(max(0, min(waiting) + 2 - self._tick()))
+                self.invoke("LedgerWriterFunction", {})
+                if min(waiting) in self._waiting_ticks():  # it is not there: it is absent when the margin is over
+                    self.clock.pass_seconds(EXPIRY_MARGIN_TICKS)
+                    self.invoke("LedgerWriterFunction", {})
+            self._deliver_stream()
+            return bool(waiting)
+
+    def _tick(self) -> int:
+        from qubic.chain import chain
+
+        with _environment(template.environment("LedgerFunction", PARAMETERS | self.parameters)):
+            return chain().tick_info().tick
+
+    def _deliver_stream(self) -> None:
+        """What the ledger table's stream would do: hand new records to the functions that listen, by their filters."""
+        streams = boto3.client("dynamodbstreams")
+        if not self._shard:
+            [stream] = streams.list_streams(TableName="LedgerTable")["Streams"]
+            found = streams.describe_stream(StreamArn=stream["StreamArn"])["StreamDescription"]
+            self._shard = streams.get_shard_iterator(
+                StreamArn=stream["StreamArn"],
+                ShardId=found["Shards"][0]["ShardId"],
+                ShardIteratorType="TRIM_HORIZON",
+            )["ShardIterator"]
+        answer = streams.get_records(ShardIterator=self._shard)
+        self._shard = answer["NextShardIterator"]
+        for function, patterns in template.stream_listeners("LedgerTable").items():
+            records = [each for each in answer["Records"] if any(template.matches(one, each) for one in patterns)]
+            if records:
+                failures = self.invoke(function, {"Records": records})["batchItemFailures"]
+                assert not failures, f"{function} could not take {failures}"
+
+    def _waiting_ticks(self) -> list[int]:
+        found = boto3.client("dynamodb").scan(
+            TableName="LedgerTable",
+            FilterExpression="sk = :submission AND #state IN (:signed, :broadcast)",
+            ExpressionAttributeNames={"#state": "state"},
+            ExpressionAttributeValues={
+                ":submission": {"S": "SUBMISSION"},
+                ":signed": {"S": "signed"},
+                ":broadcast": {"S": "broadcast"},
+            },
+        )
+        return [int(item["tick"]["N"]) for item in found["Items"]]
 
     def drain(self, task_id: str) -> Any:
         """What the tasks table's stream would do."""
@@ -195,9 +292,18 @@ def _create_tables() -> None:
 
 
 @contextmanager
-def cloud(*, state_machine: bool = True, parameters: dict[str, str] | None = None) -> Iterator[Cloud]:
-    """A fresh AWS of moto's with the template's resources in it."""
+def cloud(
+    *, state_machine: bool = True, parameters: dict[str, str] | None = None, policy: bool = True
+) -> Iterator[Cloud]:
+    """A fresh AWS of moto's with the template's resources in it; with `policy`, its first policy is in force.
+
+    Where there is a state machine, ticks pass by themselves; elsewhere `settle` lets them.
+    """
+    from qubic.chain.mock import MockChain
+    from qubic.wallets import service_key
+
     it = Cloud(parameters=parameters or {})
+    service_key.cache_clear()
 
     def invoke(
         backend: Any, function_name: str, qualifier: Any, body: Any, headers: Any, response_headers: Any
@@ -216,13 +322,24 @@ def cloud(*, state_machine: bool = True, parameters: dict[str, str] | None = Non
         patch.object(LambdaSimpleBackend, "invoke", invoke),
         patch.object(moto_jsonata, "_eval_jsonata", evaluate),
         patch.object(BaseClient, "_make_api_call", _one_at_a_time),
+        patch.dict(MockChain.__init__.__kwdefaults__, {"clock": it.clock}),
     ):
         clients.reset()
         _create_tables()
         _create_functions()
+        for name in template.resources("AWS::SecretsManager::Secret"):
+            boto3.client("secretsmanager").create_secret(Name=name, SecretString=SEED)
+        for name in template.resources("AWS::SQS::Queue"):
+            boto3.client("sqs").create_queue(QueueName=name)
         if state_machine:
             it.machine_arn = _create_state_machine(it.parameters)
         try:
+            if policy:
+                it.invoke("LedgerWriterFunction", {})
+                it.settle()
+                it.invocations.clear()
+            if state_machine:
+                it.start_time()
             yield it
         finally:
             it.close()

@@ -72,8 +72,11 @@ def resolve(value: Any, parameters: dict[str, str] | None = None) -> Any:  # noq
             return str(body["Parameters"][name].get("Default", ""))
         if name in PSEUDO:
             return PSEUDO[name]
-        if body["Resources"].get(name, {}).get("Type") == "AWS::Serverless::StateMachine":
+        kind = body["Resources"].get(name, {}).get("Type")
+        if kind == "AWS::Serverless::StateMachine":
             return arn(name)
+        if kind == "AWS::SQS::Queue":
+            return f"https://sqs.{REGION}.amazonaws.com/{ACCOUNT}/{name}"
         return name
 
     def get(target: str) -> Any:
@@ -134,3 +137,28 @@ def definition(**parameters: str) -> dict[str, Any]:
     values = resolve(machine["Properties"]["DefinitionSubstitutions"], parameters)
     rendered: dict[str, Any] = json.loads(re.sub(r"\$\{(\w+)\}", lambda m: str(values[m[1]]), text))
     return rendered
+
+
+def stream_listeners(table: str) -> dict[str, list[dict[str, Any]]]:
+    """Which functions listen to a table's stream, each with the patterns of its filter (none: everything)."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, body in resources("AWS::Serverless::Function").items():
+        for event in body["Properties"].get("Events", {}).values():
+            if event["Type"] == "DynamoDB" and event["Properties"]["Stream"] == {"Fn::GetAtt": [table, "StreamArn"]}:
+                filters = event["Properties"].get("FilterCriteria", {}).get("Filters", [])
+                found[name] = [json.loads(each["Pattern"]) for each in filters] or [{}]
+    return found
+
+
+def matches(pattern: dict[str, Any], record: dict[str, Any]) -> bool:
+    """Whether Lambda's event filtering lets a record through: values in lists, and prefixes."""
+    for name, wanted in pattern.items():
+        value = record.get(name)
+        if isinstance(wanted, dict):
+            if not isinstance(value, dict) or not matches(wanted, value):
+                return False
+        elif not any(
+            str(value).startswith(each["prefix"]) if isinstance(each, dict) else value == each for each in wanted
+        ):
+            return False
+    return True

@@ -3,6 +3,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qaes.domain import compliance
 from qaes.domain.errors import ConflictError, RefusedError
@@ -91,3 +93,103 @@ def test_another_plan_than_the_recorded_one_is_a_conflict() -> None:
     swapped = changed(PLAN, created_at="2026-11-23T12:00:00.001Z")
     with pytest.raises(ConflictError):
         compliance.decide(TASK, swapped, 0, CURRENT, None)
+
+
+# Limits
+
+SOURCE, DESTINATION = TRANSFER["wallet_address"], TRANSFER["to_address"]
+ELSEWHERE = "0xabcdef1234567890"
+LIMITS = st.fixed_dictionaries(
+    {
+        "max_amount": st.none() | st.integers(1, 10),
+        "daily_limit": st.none() | st.integers(1, 10),
+        "allowed_addresses": st.none() | st.sampled_from([(DESTINATION,), (ELSEWHERE,), (ELSEWHERE, DESTINATION)]),
+    }
+)
+
+
+def under(pinned: PolicyDecision, amount: Any = 5, to_address: Any = DESTINATION) -> tuple[Task, Any]:
+    """A task and its plan of one transfer, under a pinned policy."""
+    steps = list(PLAN.steps)
+    parameters = {"from_address": SOURCE, "to_address": to_address, "amount": amount}
+    steps[2] = changed(steps[2], requires_approval=False, parameters=parameters)
+    made = changed(PLAN, policy=pinned, steps=tuple(steps))
+    return changed(TASK, plan_hash=made.hash()), made
+
+
+def allows(policy: PolicyDecision, amount: int) -> bool:
+    return (
+        policy.allowed
+        and (policy.max_amount is None or amount <= policy.max_amount)
+        and (policy.daily_limit is None or amount <= policy.daily_limit)
+        and (policy.allowed_addresses is None or DESTINATION in policy.allowed_addresses)
+    )
+
+
+@given(pinned=LIMITS, current=LIMITS, amount=st.integers(1, 11), allowed=st.tuples(st.booleans(), st.booleans()))
+def test_a_step_runs_only_if_both_policies_allow_it(
+    pinned: dict[str, Any], current: dict[str, Any], amount: int, allowed: tuple[bool, bool]
+) -> None:
+    free = {"requires_approval": False}
+    then = changed(CURRENT, policy_id="policy-v1-then", allowed=allowed[0], **free, **pinned)
+    now = changed(CURRENT, policy_id="policy-v2-now", allowed=allowed[1], **free, **current)
+    task, made = under(then, amount)
+    verdict = compliance.decide(task, made, 2, now, None).verdict
+    assert verdict == ("execute" if allows(then, amount) and allows(now, amount) else "denied")
+    if verdict == "denied":
+        with pytest.raises(RefusedError):
+            compliance.check_may_act(task, made, 2, now, None)
+
+
+@pytest.mark.parametrize("which", ["pinned", "current"])
+@pytest.mark.parametrize(
+    ("limits", "named"),
+    [
+        ({"max_amount": 4}, "max_amount"),
+        ({"daily_limit": 4}, "daily_limit"),
+        ({"allowed_addresses": (ELSEWHERE,)}, "allowed_addresses"),
+    ],
+)
+def test_beyond_a_limit_nobody_is_asked(which: str, limits: dict[str, Any], named: str) -> None:
+    strict = changed(CURRENT, policy_id="policy-v9-strict", **limits)
+    task, made = under(strict if which == "pinned" else CURRENT)
+    verdict = compliance.decide(task, made, 2, strict if which == "current" else CURRENT, None)
+    assert verdict.verdict == "denied"
+    assert named in verdict.reason
+    assert "policy-v9-strict" in verdict.reason
+
+
+@pytest.mark.parametrize("limits", [{"max_amount": 5}, {"daily_limit": 5}, {"allowed_addresses": (DESTINATION,)}])
+def test_at_the_limit_an_approver_is_asked(limits: dict[str, Any]) -> None:
+    task, made = under(changed(CURRENT, **limits))
+    assert compliance.decide(task, made, 2, changed(CURRENT, **limits), None).verdict == "await_approval"
+
+
+@pytest.mark.parametrize("amount", [None, True, "5", 5.0, 0, -5])
+def test_an_amount_that_is_none_is_denied_where_there_are_limits(amount: Any) -> None:
+    free = changed(CURRENT, requires_approval=False)
+    task, made = under(free, amount)
+    assert compliance.decide(task, made, 2, changed(free, max_amount=10), None).verdict == "denied"
+
+
+@pytest.mark.parametrize("to_address", [None, "", "0x12", 5, ["x"]])
+def test_a_destination_that_is_none_is_denied_where_there_are_allowed_ones(to_address: Any) -> None:
+    free = changed(CURRENT, requires_approval=False)
+    task, made = under(free, to_address=to_address)
+    assert compliance.decide(task, made, 2, changed(free, allowed_addresses=(DESTINATION,)), None).verdict == "denied"
+
+
+def test_a_destination_is_known_in_any_spelling() -> None:
+    task, made = under(changed(CURRENT, requires_approval=False), to_address=DESTINATION.upper().replace("X", "x"))
+    current = changed(CURRENT, requires_approval=False, allowed_addresses=(DESTINATION,))
+    assert compliance.decide(task, made, 2, current, None).verdict == "execute"
+
+
+def test_limits_are_without_effect_where_no_money_moves() -> None:
+    limits = changed(CURRENT, max_amount=1, daily_limit=1, allowed_addresses=(ELSEWHERE,))
+    task, made = under(limits)
+    assert compliance.decide(task, made, 0, limits, None).verdict == "execute"
+    generic = changed(made, steps=(*made.steps[:2], changed(made.steps[2], type="generic_action")))
+    task = changed(task, plan_hash=generic.hash())
+    free = changed(limits, requires_approval=False)
+    assert compliance.decide(task, generic, 2, free, None).verdict == "execute"

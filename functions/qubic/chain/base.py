@@ -1,7 +1,7 @@
 """What the qubic service needs of a Qubic network: what its public RPC offers, and nothing else.
 
-A transaction is in its named tick or nowhere. `broadcast` confirms nothing; `transaction` does, once `last_processed_tick`
-has reached the named tick: what is absent then has never executed.
+A transaction is in its named tick or nowhere. `broadcast` confirms nothing; `transaction` does, once
+`last_processed_tick` has reached the named tick: what is absent then has never executed.
 """
 
 from __future__ import annotations

@@ -1,322 +1,596 @@
-"""A mock of the Qubic network on one DynamoDB table. What it says proves nothing to an outsider.
+"""The Qubic network, simulated on one DynamoDB table. What it says proves nothing to an outsider.
 
-Its transactions are real ones in form: encoded and signed as Qubic's, by a demo key that everybody can read here. Each
-is a record, of amount 0 from that key to itself, whose payload is the SHA-256 that it writes: a caller's hash, or that
-of a transfer's terms. Balances are rows of the table, since nobody here holds the keys of the accounts.
+Nothing runs between two calls. Which tick it is follows from the clock; whoever asks first closes the ticks that have
+passed, and executes what waits for them:
 
-Items (pk / sk): TX#<txid>/TX, HASH#<hash>/HASH, BALANCE#<address>/BALANCE, REFERENCE#<sha256>/REFERENCE,
-POLICY/CURRENT, POLICY/VERSION#<number>. None but a balance and POLICY/CURRENT is ever changed.
+1. `closed_tick` goes up, once, by a condition. From then on nothing is taken into the pool for these ticks, so that it
+   is known for good what waits for them.
+2. What waits is executed in the order of (tick, id), by everybody who comes by, each transaction exactly once: its
+   place in the pool, its own item and the balances change in one DynamoDB transaction, whose conditions hold once only.
+3. Only then does anybody get an answer. A tick that was told as processed stays as it is, for ever.
+
+Every caller takes these steps, so it does not matter who falls over half-way.
+
+The pool has one place for each source, as a Qubic node's has: a transaction for a later tick takes the place of the one
+that waits; one for the same or for an earlier tick is accepted, and never executes. So is one whose tick has come
+already, or lies more than `MAX_TICKS_AHEAD` away.
+
+Items (pk / sk): STATE/STATE, BALANCE#<identity>/BALANCE, POOL/<identity>, TX#<id>/TX,
+IDENTITY#<identity>/TICK#<tick>#<id>. None is ever deleted: a place in the pool that has served says so.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from datetime import datetime
+from typing import Any, Literal
 
 from botocore.exceptions import BotoCoreError, ClientError
+from pydantic import BaseModel, ConfigDict, Field
 
 from qaes.adapters import clients, settings
-from qaes.domain.canonical import canonical_json, hash_of, sha256_hex
-from qaes.domain.errors import InvalidInputError, NotFoundError, RefusedError, UnavailableError
-from qaes.domain.ids import now, timestamp
-from qaes.domain.policy import Policy, Rule
-from qaes.domain.qubic.identity import check_address
-from qaes.domain.qubic.transaction import Transaction
-from qubic.chain.base import HashEntry, Receipt, TransactionRecord, Transfer, check_amount, check_reference
+from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
+from qaes.domain.ids import now
+from qaes.domain.qubic.identity import decode_identity, encode_identity, is_transaction_id_shaped
+from qaes.domain.qubic.transaction import Transaction, decode
+from qubic.chain.base import Balance, Included, IncludedPage, ProcessedTick, TickInfo
 
 NETWORK = "mock"
-DEMO_SEED = "qaesmockledgerdemokeythatanybodymayreadandnoonemaytrust"
-DEMO_BALANCES = {"0x1234567890abcdef": 1000, "0xabcdef1234567890": 500, "0xfedcba0987654321": 0}
-DEFAULT_RULES = {
-    "monitoring": Rule(allowed=True, requires_approval=False, risk_level="low"),
-    "transaction": Rule(allowed=True, requires_approval=True, risk_level="medium"),
-    "transfer_funds": Rule(allowed=True, requires_approval=True, risk_level="high"),
-}
-
 FIRST_TICK = 20_000_000
-GENESIS = datetime(2026, 1, 1, tzinfo=UTC)
-HASH_INPUT_TYPE = 0x5148
-TRANSFER_INPUT_TYPE = 0x5154
+FIRST_EPOCH = 1
+MAX_TICKS_AHEAD = 100_000
+MAX_PAGE = 1_000
+MAX_GENESIS = 90
+"""DynamoDB takes 100 items in one transaction."""
 
-_ATTEMPTS = 12
-_HASHES_A_TRANSACTION = 40  # two items each; DynamoDB takes 100
+_ATTEMPTS = 20
 _RETRY_REASONS = {"ConditionalCheckFailed", "TransactionConflict", "ThrottlingError", "ProvisionedThroughputExceeded"}
+_CHANGED = {"ConditionalCheckFailedException", "TransactionConflictException"}
 
 Item = dict[str, Any]
+_Counter = Literal["drop", "fail_after_accepting", "fail_requests"]
 
 
-@cache
-def _demo_key() -> tuple[bytes, bytes]:
-    """(subseed, public key)."""
-    from qaes.domain.qubic import schnorrq
+class Faults(BaseModel):
+    """What goes wrong. Setting it replaces what was set before; reading it tells what is left."""
 
-    subseed = schnorrq.subseed_of(DEMO_SEED)
-    return subseed, schnorrq.public_key_of(subseed)
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    drop: int = Field(0, ge=0, le=10**6, description="the next broadcasts that are answered and reach no pool")
+    delay: int = Field(0, ge=0, le=10**6, description="ticks by which broadcasts reach the pool late")
+    empty_ticks: int = Field(0, ge=0, le=10**6, description="the next ticks that come out empty")
+    paused: bool = Field(default=False, description="no tick follows the present one")
+    jump: int = Field(0, ge=0, le=10**7, description="ticks to jump over, once; a new epoch begins after it")
+    fail_after_accepting: int = Field(0, ge=0, le=10**6, description="the next broadcasts that are accepted and fail")
+    fail_requests: int = Field(0, ge=0, le=10**6, description="the next calls that fail and do nothing")
+    lag: int = Field(0, ge=0, le=10**6, description="ticks by which look-ups lag behind")
 
 
-def _record(hash_: str, tick: int, input_type: int) -> Transaction:
-    subseed, public_key = _demo_key()
-    return Transaction(public_key, public_key, 0, tick, input_type, bytes.fromhex(hash_)).sign(subseed)
+@dataclass(frozen=True)
+class _State:
+    """The STATE item. `version` changes with all but `closed_tick` and the counters of faults.
+
+    `closed_tick` is the last tick that has passed; the present one follows it. `skipped` are the ranges of ticks that a
+    jump left out, as long as something may still wait for them.
+    """
+
+    supply: int
+    version: int
+    closed_tick: int
+    origin_tick: int
+    origin_time: int  # milliseconds since 1970
+    tick_milliseconds: int
+    paused: int
+    epoch: int
+    initial_tick: int
+    empty_from: int
+    empty_to: int
+    delay: int
+    lag: int
+    drop: int
+    fail_after_accepting: int
+    fail_requests: int
+    skipped: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def tick(self) -> int:
+        return self.closed_tick + 1
+
+    @property
+    def processed_tick(self) -> int:
+        """The last tick that look-ups know."""
+        return self.closed_tick - self.lag
+
+    def tick_at(self, moment: int) -> int:
+        """The tick by the clock, which may be behind that of another caller, who has closed later ones."""
+        passed = 0 if self.paused else (moment - self.origin_time) // self.tick_milliseconds
+        return self.origin_tick + passed
+
+    def time_of(self, tick: int) -> int:
+        return self.origin_time + (tick - self.origin_tick) * self.tick_milliseconds
+
+    def comes_out_empty(self, tick: int) -> bool:
+        return any(first <= tick <= last for first, last in (*self.skipped, (self.empty_from, self.empty_to)))
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What waits in a source's place of the pool."""
+
+    txid: str
+    tick: int
+    transaction: Transaction
+
+    @property
+    def source(self) -> str:
+        return encode_identity(self.transaction.source)
 
 
 class MockChain:
-    """The chain of `Chain` on the ledger table.
+    """The `Chain` on a table.
 
     Parameters
     ----------
+    genesis
+        Identity → QU: who has what in the beginning. Written by the first call that finds an empty table; ignored by
+        all later ones. What it gives counts as an incoming transfer, since a Qubic balance is what came in less what
+        went out.
     table
-        The table's name; by default that of LEDGER_TABLE.
+        The table's name; by default that of CHAIN_TABLE.
     clock
-        The present moment; ticks are the seconds since the mock's genesis.
+        The present moment.
+    tick_milliseconds
+        The duration of a tick; by default QUBIC_TICK_MILLISECONDS. Another one than before holds from the present tick.
+
+    Raises
+    ------
+    ValueError
+        The genesis is too large, names what is no identity, or gives less than nothing.
     """
 
     network: str = NETWORK
 
-    def __init__(self, table: str | None = None, clock: Callable[[], datetime] = now) -> None:
-        self._table = table or settings.text("LEDGER_TABLE")
+    def __init__(
+        self,
+        *,
+        genesis: Mapping[str, int],
+        table: str | None = None,
+        clock: Callable[[], datetime] = now,
+        tick_milliseconds: int | None = None,
+    ) -> None:
+        if len(genesis) > MAX_GENESIS:
+            raise ValueError(f"a genesis has at most {MAX_GENESIS} identities")
+        for identity, amount in genesis.items():
+            decode_identity(identity)
+            if amount < 0:
+                raise ValueError("a genesis gives no negative amount")
+        self._genesis = dict(genesis)
+        self._table = table or settings.text("CHAIN_TABLE")
         self._clock = clock
+        self._tick_milliseconds = tick_milliseconds or settings.number("QUBIC_TICK_MILLISECONDS")
+        if self._tick_milliseconds < 1:
+            raise ValueError("a tick takes at least a millisecond")
 
-    # Policy
+    # What the network tells
 
-    def policy(self) -> Policy:
-        """The policy in force; the default one is published by the first who asks."""
-        item = self._get("POLICY", "CURRENT")
-        if item is None:
+    def tick_info(self) -> TickInfo:
+        with _answering():
+            state = self._asked()
+            seconds = max(1, round(state.tick_milliseconds / 1000))
+            return TickInfo(tick=state.tick, epoch=state.epoch, duration=seconds, initial_tick=state.initial_tick)
+
+    def last_processed_tick(self) -> ProcessedTick:
+        with _answering():
+            state = self._asked()
+            return ProcessedTick(state.processed_tick, state.epoch, state.initial_tick)
+
+    def balance(self, identity: str) -> Balance:
+        _checked(identity)
+        with _answering():
+            state = self._asked()
+            return _balance(identity, state.closed_tick, self._get(*_balance_key(identity)))
+
+    def transaction(self, txid: str) -> Included | None:
+        if not is_transaction_id_shaped(txid):
+            return None
+        with _answering():
+            state = self._asked()
+            item = self._get(f"TX#{txid}", "TX")
+        if item is None or int(item["tick"]["N"]) > state.processed_tick:
+            return None
+        return _included(item)
+
+    def transactions(self, identity: str, first_tick: int, last_tick: int, offset: int, size: int) -> IncludedPage:
+        _checked(identity)
+        if offset < 0:
+            raise InvalidInputError("the offset is 0 or more", field="offset")
+        if not 1 <= size <= MAX_PAGE:
+            raise InvalidInputError(f"the size is 1 to {MAX_PAGE}", field="size")
+        with _answering():
+            state = self._asked()
+            last_tick = min(last_tick, state.processed_tick)
+            first_tick = max(first_tick, 0)
+            if first_tick > last_tick:
+                return IncludedPage((), 0, state.processed_tick)
+            which = {
+                "KeyConditionExpression": "pk = :identity AND sk BETWEEN :first AND :last",
+                "ExpressionAttributeValues": {
+                    ":identity": {"S": f"IDENTITY#{identity}"},
+                    ":first": {"S": f"TICK#{first_tick:010d}#"},
+                    ":last": {"S": f"TICK#{last_tick:010d}#~"},
+                },
+                "ScanIndexForward": False,
+            }
+            total = sum(page["Count"] for page in self._query(Select="COUNT", **which))
+            found: list[Item] = []
+            for page in self._query(**which):
+                found += page["Items"]
+                if len(found) >= offset + size:
+                    break
+        page_of_it = tuple(_included(item) for item in found[offset : offset + size])
+        return IncludedPage(page_of_it, total, state.processed_tick)
+
+    # What comes in
+
+    def broadcast(self, encoded: bytes) -> str:
+        with _answering():
+            state = self._asked()
             try:
-                return self._publish(1, DEFAULT_RULES)
-            except _ChangedError:
-                item = self._get("POLICY", "CURRENT")
-                if item is None:
-                    raise UnavailableError("the policy cannot be read") from None
-        return Policy.model_validate_json(item["data"]["S"])
+                transaction = decode(encoded)
+            except ValueError as error:
+                raise RefusedError("broadcast_refused", f"the transaction is malformed: {error}") from error
+            if not transaction.is_signed_by_source():
+                raise RefusedError("broadcast_refused", "the signature is not the source's")
+            source = encode_identity(transaction.source)
+            if self._balance_of(source) <= 0:
+                raise RefusedError("broadcast_refused", "the source has no balance")
+            place = _Place(transaction.id, transaction.tick, transaction)
+            if not (state.drop and self._consume("drop")):
+                self._take_place(place, state)
+            if state.fail_after_accepting and self._consume("fail_after_accepting"):
+                raise UnavailableError("the node failed after it had accepted the transaction")
+            return place.txid
 
-    def publish_policy(self, rules: dict[str, Rule]) -> Policy:
-        """Put a new version in force. All versions are kept."""
-        for _ in _attempts():
-            try:
-                return self._publish(self.policy().version + 1, rules)
-            except _ChangedError:
-                continue
-        raise UnavailableError("the policy is being changed by others")
-
-    def _publish(self, version: int, rules: dict[str, Rule]) -> Policy:
-        canonical = canonical_json({name: rule.model_dump(mode="json") for name, rule in rules.items()})
-        policy = Policy(policy_id=f"policy-v{version}-{sha256_hex(canonical)[:12]}", version=version, rules=rules)
-        data = {"data": {"S": policy.model_dump_json()}, "published_at": {"S": timestamp(self._clock())}}
-        self._transact(
-            [
-                self._put("POLICY", f"VERSION#{version:06d}", data),
-                {"Put": {"TableName": self._table, "Item": _key("POLICY", "CURRENT") | data}},
-            ]
-        )
-        return policy
-
-    # Balances and transfers
-
-    def balance(self, address: str) -> int:
-        """The balance in QU; 0 for an unknown address. Raises InvalidInputError for what is no address."""
-        address = check_address(address)
-        item = self._get(f"BALANCE#{address}", "BALANCE")
-        if item is None and address in DEMO_BALANCES:
-            self._seed(address)
-            item = self._get(f"BALANCE#{address}", "BALANCE")
+    def _balance_of(self, identity: str) -> int:
+        item = self._get(*_balance_key(identity))
         return int(item["balance"]["N"]) if item else 0
 
-    def _seed(self, address: str) -> None:
-        try:
-            clients.client("dynamodb").put_item(
-                TableName=self._table,
-                Item=_key(f"BALANCE#{address}", "BALANCE") | {"balance": {"N": str(DEMO_BALANCES[address])}},
-                ConditionExpression="attribute_not_exists(pk)",
-            )
-        except ClientError as error:
-            # Seeded by somebody else, who may be moving it already.
-            seeded = {"ConditionalCheckFailedException", "TransactionConflictException"}
-            if error.response["Error"]["Code"] not in seeded:
-                raise
-
-    def transfer(self, *, reference: str, source: str, destination: str, amount: int) -> Transfer:
-        """Move `amount` QU from `source` to `destination`, once for each `reference`.
-
-        Raises
-        ------
-        InvalidInputError
-            An address, the amount (1 to 10^15) or the reference is not acceptable.
-        RefusedError
-            `insufficient_balance`, or `reference_conflict`: the reference stands for another transfer.
-        UnavailableError
-            Others kept changing the same balances.
-        """
-        reference = check_reference(reference)
-        source = check_address(source, field="source")
-        destination = check_address(destination, field="destination")
-        if source == destination:
-            raise InvalidInputError("source and destination are the same", field="destination")
-        amount = check_amount(amount)
-        terms = {"reference": reference, "source": source, "destination": destination, "amount": amount}
-        for _ in _attempts():
-            # The balances first: whoever sees them after a twin's transfer then sees the twin's reference, too.
-            before = (self.balance(source), self.balance(destination))
-            made = self._made(terms)
-            if made is not None:
-                return made
-            if before[0] < amount:
-                raise RefusedError(
-                    "insufficient_balance", "the source's balance is too small", balance=before[0], amount=amount
-                )
+    def _take_place(self, place: _Place, state: _State) -> None:
+        """Put a transaction into its source's place, if it is there in time and nothing for a later tick waits."""
+        for attempt in _attempts():
+            if attempt:
+                state = self._advance()
+            in_time = state.tick + state.delay < place.tick <= state.tick + MAX_TICKS_AHEAD
+            item = self._get("POOL", place.source)
+            waiting = int(item["tick"]["N"]) if item and item["waiting"]["BOOL"] else None
+            if not in_time or (waiting is not None and waiting >= place.tick):
+                return
             try:
-                return self._move(terms, before)
+                self._transact([self._take(place, item), self._not_closed(min(place.tick, waiting or place.tick))])
             except _ChangedError:
                 continue
-        raise UnavailableError("the balances are being changed by others")
+            return
+        raise UnavailableError("others keep changing the same place of the pool")
 
-    def _made(self, terms: dict[str, Any]) -> Transfer | None:
-        item = self._get(_reference_key(terms["reference"]), "REFERENCE")
-        if item is None:
-            return None
-        if item["terms_hash"]["S"] != hash_of(terms):
-            raise RefusedError("reference_conflict", "this reference was used for another transfer")
-        return Transfer(
-            txid=item["txid"]["S"],
-            tick=int(item["tick"]["N"]),
-            source_balance=int(item["source_balance"]["N"]),
-            destination_balance=int(item["destination_balance"]["N"]),
-            replayed=True,
-        )
-
-    def _move(self, terms: dict[str, Any], before: tuple[int, int]) -> Transfer:
-        moment = self._clock()
-        tick = _tick(moment)
-        # The tick is part of what is hashed, so that nobody can occupy the hash of a transfer that is still to come.
-        hash_ = hash_of(terms | {"kind": "transfer", "tick": tick})
-        transaction = _record(hash_, tick, TRANSFER_INPUT_TYPE)
-        after = (before[0] - terms["amount"], before[1] + terms["amount"])
-        made = Transfer(transaction.id, tick, after[0], after[1], replayed=False)
-        reference = {
-            "txid": {"S": made.txid},
-            "tick": {"N": str(tick)},
-            "terms_hash": {"S": hash_of(terms)},
-            "source_balance": {"N": str(after[0])},
-            "destination_balance": {"N": str(after[1])},
+    def _take(self, place: _Place, before: Item | None) -> Item:
+        as_it_was = "attribute_not_exists(pk)" if before is None else "txid = :before AND waiting = :waiting"
+        put: Item = {
+            "TableName": self._table,
+            "Item": _key("POOL", place.source)
+            | {
+                "txid": {"S": place.txid},
+                "tick": {"N": str(place.tick)},
+                "encoded": {"B": place.transaction.encode()},
+                "waiting": {"BOOL": True},
+            },
+            "ConditionExpression": as_it_was,
         }
-        self._transact(
-            [
-                self._put(_reference_key(terms["reference"]), "REFERENCE", reference),
-                self._change_balance(terms["source"], before[0], after[0], enough=terms["amount"]),
-                self._change_balance(terms["destination"], before[1], after[1]),
-                *self._transaction_items(transaction, hash_, terms, moment),
-            ]
-        )
-        return made
+        if before is not None:
+            put["ExpressionAttributeValues"] = {":before": before["txid"], ":waiting": before["waiting"]}
+        return {"Put": put}
 
-    def _change_balance(self, address: str, before: int, after: int, enough: int = 0) -> Item:
-        # The balance is as it was read, so that the one after it is exact; and it never becomes less than nothing.
-        unchanged = "balance = :before" if before else "(attribute_not_exists(pk) OR balance = :before)"
-        covers_the_debit = " AND balance >= :enough" if enough else ""
-        values = {":before": {"N": str(before)}, ":after": {"N": str(after)}}
+    def _not_closed(self, tick: int) -> Item:
+        """`tick` has not passed: neither does a transaction come too late, nor is one replaced whose time has come."""
         return {
-            "Update": {
+            "ConditionCheck": {
                 "TableName": self._table,
-                "Key": _key(f"BALANCE#{address}", "BALANCE"),
-                "UpdateExpression": "SET balance = :after",
-                "ConditionExpression": unchanged + covers_the_debit,
-                "ExpressionAttributeValues": values | ({":enough": {"N": str(enough)}} if enough else {}),
+                "Key": _key("STATE", "STATE"),
+                "ConditionExpression": "closed_tick < :tick",
+                "ExpressionAttributeValues": {":tick": {"N": str(tick)}},
             }
         }
 
-    # Hashes and transactions
+    # Faults
 
-    def write_hashes(self, entries: list[HashEntry]) -> list[Receipt]:
-        """Write each hash, once for ever; receipts in the same order. The first metadata of a hash stands."""
-        wanted: dict[str, dict[str, Any]] = {}
-        for entry in entries:
-            wanted.setdefault(entry.hash, entry.metadata)
-        hashes = list(wanted)
-        receipts: dict[str, Receipt] = {}
-        for start in range(0, len(hashes), _HASHES_A_TRANSACTION):
-            receipts |= self._write({hash_: wanted[hash_] for hash_ in hashes[start : start + _HASHES_A_TRANSACTION]})
-        return [receipts[entry.hash] for entry in entries]
+    def faults(self) -> Faults:
+        """What is left of the faults that were set."""
+        with _answering():
+            state = self._advance()
+        return Faults(
+            drop=state.drop,
+            delay=state.delay,
+            empty_ticks=max(0, state.empty_to - max(state.tick, state.empty_from - 1)),
+            paused=bool(state.paused),
+            fail_after_accepting=state.fail_after_accepting,
+            fail_requests=state.fail_requests,
+            lag=state.lag,
+        )
 
-    def _write(self, wanted: dict[str, dict[str, Any]]) -> dict[str, Receipt]:
+    def set_faults(self, faults: Faults) -> None:
+        """Let these things go wrong from now on, and nothing else."""
+        with _answering():
+            for _ in _attempts():
+                state = self._advance()
+                try:
+                    self._set_faults(faults, state)
+                except _ChangedError:
+                    continue
+                return
+        raise UnavailableError("others keep changing the mock's faults")
+
+    def _set_faults(self, faults: Faults, state: _State) -> None:
+        tick = state.tick + faults.jump
+        changes: dict[str, int] = {
+            "delay": faults.delay,
+            "lag": faults.lag,
+            "drop": faults.drop,
+            "fail_after_accepting": faults.fail_after_accepting,
+            "fail_requests": faults.fail_requests,
+            "empty_from": tick + 1,
+            "empty_to": tick + faults.empty_ticks,
+        }
+        if faults.jump or faults.paused != bool(state.paused):
+            changes |= {"origin_tick": tick, "origin_time": self._milliseconds(), "paused": int(faults.paused)}
+        # Nothing waits for a tick that is closed: `_advance` has just executed it all.
+        skipped = [each for each in state.skipped if each[1] > state.closed_tick]
+        if faults.jump:
+            changes |= {"epoch": state.epoch + 1, "initial_tick": tick}
+            skipped.append((state.tick + 1, tick - 1))
+        self._change(state, changes, skipped)
+
+    def _consume(self, counter: _Counter) -> bool:
+        """Take one of a fault that is counted; False when others have taken the last one."""
+        try:
+            clients.client("dynamodb").update_item(
+                TableName=self._table,
+                Key=_key("STATE", "STATE"),
+                UpdateExpression="SET #counter = #counter - :one",
+                ConditionExpression="#counter >= :one",
+                ExpressionAttributeNames={"#counter": counter},
+                ExpressionAttributeValues={":one": {"N": "1"}},
+            )
+        except ClientError as error:
+            if error.response["Error"]["Code"] == "ConditionalCheckFailedException":
+                return False
+            raise
+        return True
+
+    # Time passes
+
+    def _asked(self) -> _State:
+        """Begin a call: all that is due has been executed, and the call is not one that shall fail."""
+        state = self._advance()
+        if state.fail_requests and self._consume("fail_requests"):
+            raise UnavailableError("the node does not answer")
+        return state
+
+    def _advance(self) -> _State:
+        """Close the ticks that have passed, and execute what waited for them."""
         for _ in _attempts():
-            receipts = {hash_: found for hash_ in wanted if (found := self.verify(hash_))}
-            missing = {hash_: metadata for hash_, metadata in wanted.items() if hash_ not in receipts}
-            if not missing:
-                return receipts
-            moment = self._clock()
-            items: list[Item] = []
-            for hash_, metadata in missing.items():
-                transaction = _record(hash_, _tick(moment), HASH_INPUT_TYPE)
-                items += self._transaction_items(transaction, hash_, metadata, moment)
-                receipts[hash_] = Receipt(transaction.id, hash_, timestamp(moment), transaction.tick)
+            state = self._state()
+            moment = self._milliseconds()
+            tick = state.tick_at(moment)
+            try:
+                if tick > state.tick:
+                    state = self._close(state, tick - 1)
+                if state.tick_milliseconds != self._tick_milliseconds:
+                    duration = {
+                        "tick_milliseconds": self._tick_milliseconds,
+                        "origin_tick": state.tick,
+                        "origin_time": moment,
+                    }
+                    self._change(state, duration, list(state.skipped))
+                    continue
+            except _ChangedError:
+                continue
+            for place in self._due(state):
+                self._execute(place, state)
+            return state
+        raise UnavailableError("others keep changing the mock's state")
+
+    def _state(self) -> _State:
+        item = self._get("STATE", "STATE")
+        if item is None:
+            self._write_genesis()
+            item = self._get("STATE", "STATE")
+            if item is None:
+                raise UnavailableError("the mock's state cannot be read")
+        names = {field.name for field in fields(_State)} - {"skipped"}
+        numbers = {name: int(item[name]["N"]) for name in names}
+        skipped = tuple((first, last) for first, last in json.loads(item["skipped"]["S"]))
+        return _State(skipped=skipped, **numbers)
+
+    def _write_genesis(self) -> None:
+        first = _State(
+            supply=sum(self._genesis.values()),
+            version=1,
+            closed_tick=FIRST_TICK - 1,
+            origin_tick=FIRST_TICK,
+            origin_time=self._milliseconds(),
+            tick_milliseconds=self._tick_milliseconds,
+            paused=0,
+            epoch=FIRST_EPOCH,
+            initial_tick=FIRST_TICK,
+            empty_from=FIRST_TICK,
+            empty_to=FIRST_TICK - 1,
+            delay=0,
+            lag=0,
+            drop=0,
+            fail_after_accepting=0,
+            fail_requests=0,
+        )
+        numbers = {field.name: getattr(first, field.name) for field in fields(_State) if field.name != "skipped"}
+        state = {name: {"N": str(value)} for name, value in numbers.items()}
+        items = [self._put("STATE", "STATE", state | {"skipped": {"S": "[]"}})]
+        for identity, amount in self._genesis.items():
+            if amount:
+                given = {
+                    "balance": amount,
+                    "incoming_amount": amount,
+                    "number_of_incoming_transfers": 1,
+                    "latest_incoming_transfer_tick": FIRST_TICK,
+                }
+                values = {name: {"N": str(value)} for name, value in given.items()}
+                items.append(self._put(*_balance_key(identity), values))
+        try:
+            self._transact(items)
+        except _ChangedError:
+            return  # somebody else has written it
+
+    def _close(self, state: _State, tick: int) -> _State:
+        self._update_state({"closed_tick": {"N": str(tick)}}, state)
+        return replace(state, closed_tick=tick)
+
+    def _change(self, state: _State, changes: dict[str, int], skipped: list[tuple[int, int]]) -> None:
+        numbers = {name: {"N": str(value)} for name, value in (changes | {"version": state.version + 1}).items()}
+        self._update_state(numbers | {"skipped": {"S": json.dumps(skipped)}}, state)
+
+    def _update_state(self, changes: Item, state: _State) -> None:
+        """Change STATE as it was read; raises _ChangedError when it is no longer so."""
+        as_it_was = "#version = :version_as_read AND #closed_tick = :closed_as_read"
+        names = {"version", "closed_tick", *changes}
+        try:
+            clients.client("dynamodb").update_item(
+                TableName=self._table,
+                Key=_key("STATE", "STATE"),
+                UpdateExpression="SET " + ", ".join(f"#{name} = :{name}" for name in changes),
+                ConditionExpression=as_it_was,
+                ExpressionAttributeNames={f"#{name}": name for name in names},
+                ExpressionAttributeValues={f":{name}": value for name, value in changes.items()}
+                | {":version_as_read": {"N": str(state.version)}, ":closed_as_read": {"N": str(state.closed_tick)}},
+            )
+        except ClientError as error:
+            if error.response["Error"]["Code"] in _CHANGED:
+                raise _ChangedError from error
+            raise
+
+    # Execution
+
+    def _due(self, state: _State) -> list[_Place]:
+        """What waits for ticks that have passed, in the order in which it is executed."""
+        found = []
+        for page in self._query(
+            KeyConditionExpression="pk = :pool",
+            FilterExpression="waiting = :true AND tick <= :closed",
+            ExpressionAttributeValues={
+                ":pool": {"S": "POOL"},
+                ":true": {"BOOL": True},
+                ":closed": {"N": str(state.closed_tick)},
+            },
+        ):
+            for item in page["Items"]:
+                transaction = decode(bytes(item["encoded"]["B"]))
+                found.append(_Place(item["txid"]["S"], transaction.tick, transaction))
+        return sorted(found, key=lambda place: (place.tick, place.txid))
+
+    def _execute(self, place: _Place, state: _State) -> None:
+        """Execute what waits in a place, unless somebody else has. Whatever comes before it is done by now."""
+        for attempt in _attempts():
+            if attempt:
+                item = self._get("POOL", place.source)
+                if not (item and item["waiting"]["BOOL"] and item["txid"]["S"] == place.txid):
+                    return
+            items = [self._leave(place)]
+            if not state.comes_out_empty(place.tick):
+                items += self._inclusion(place, state)
             try:
                 self._transact(items)
             except _ChangedError:
-                continue  # somebody else wrote one of them: their transaction stands
-            return receipts
-        raise UnavailableError("the hashes are being written by others")
+                continue
+            return
+        raise UnavailableError("others keep changing what is to be executed")
 
-    def _transaction_items(
-        self, transaction: Transaction, hash_: str, metadata: dict[str, Any], moment: datetime
-    ) -> list[Item]:
-        receipt = {
-            "txid": {"S": transaction.id},
-            "hash": {"S": hash_},
-            "timestamp": {"S": timestamp(moment)},
-            "tick": {"N": str(transaction.tick)},
+    def _leave(self, place: _Place) -> Item:
+        return {
+            "Update": {
+                "TableName": self._table,
+                "Key": _key("POOL", place.source),
+                "UpdateExpression": "SET waiting = :no",
+                "ConditionExpression": "waiting = :yes AND txid = :txid",
+                "ExpressionAttributeValues": {
+                    ":no": {"BOOL": False},
+                    ":yes": {"BOOL": True},
+                    ":txid": {"S": place.txid},
+                },
+            }
         }
-        # Metadata stays text: DynamoDB would make Decimals of its numbers.
-        body = {"metadata": {"S": canonical_json(metadata)}, "encoded": {"B": transaction.encode()}}
-        return [
-            self._put(f"TX#{transaction.id}", "TX", receipt | body),
-            self._put(f"HASH#{hash_}", "HASH", receipt),
+
+    def _inclusion(self, place: _Place, state: _State) -> list[Item]:
+        transaction = place.transaction
+        source, destination = place.source, encode_identity(transaction.destination)
+        balance = self._balance_of(source)
+        moves = source != destination and 0 < transaction.amount <= balance
+        record = {
+            "txid": {"S": place.txid},
+            "tick": {"N": str(place.tick)},
+            "encoded": {"B": transaction.encode()},
+            "time": {"N": str(state.time_of(place.tick))},
+            "money_flew": {"BOOL": moves},
+        }
+        items = [self._put(f"TX#{place.txid}", "TX", record)]
+        items += [
+            self._put(f"IDENTITY#{identity}", f"TICK#{place.tick:010d}#{place.txid}", record)
+            for identity in dict.fromkeys((source, destination))
         ]
+        if moves:
+            items.append(self._pay(source, transaction.amount, place.tick, "outgoing", balance))
+            items.append(self._pay(destination, transaction.amount, place.tick, "incoming"))
+        return items
 
-    def verify(self, hash_: str) -> Receipt | None:
-        """The transaction that wrote the hash, if one did."""
-        item = self._get(f"HASH#{hash_}", "HASH")
-        return Receipt(**_receipt(item)) if item else None
-
-    def transaction(self, txid: str) -> TransactionRecord:
-        """Raises NotFoundError."""
-        item = self._get(f"TX#{txid}", "TX")
-        if item is None:
-            raise NotFoundError("no such transaction", field="txid")
-        return TransactionRecord(
-            **_receipt(item),
-            metadata=json.loads(item["metadata"]["S"]),
-            encoded=base64.b64encode(item["encoded"]["B"]).decode(),
-        )
-
-    def health(self) -> int:
-        """The present tick, once the table has answered."""
-        try:
-            self._get("POLICY", "CURRENT")
-        except (BotoCoreError, ClientError) as error:
-            raise UnavailableError("the ledger's table does not answer") from error
-        return _tick(self._clock())
+    def _pay(
+        self, identity: str, amount: int, tick: int, way: Literal["incoming", "outgoing"], balance: int | None = None
+    ) -> Item:
+        pk, sk = _balance_key(identity)
+        update: Item = {
+            "TableName": self._table,
+            "Key": _key(pk, sk),
+            "UpdateExpression": f"SET latest_{way}_transfer_tick = :tick "
+            f"ADD balance :change, {way}_amount :amount, number_of_{way}_transfers :one",
+            "ExpressionAttributeValues": {
+                ":tick": {"N": str(tick)},
+                ":change": {"N": str(amount if way == "incoming" else -amount)},
+                ":amount": {"N": str(amount)},
+                ":one": {"N": "1"},
+            },
+        }
+        if balance is not None:
+            update["ConditionExpression"] = "balance = :as_read"
+            update["ExpressionAttributeValues"][":as_read"] = {"N": str(balance)}
+        return {"Update": update}
 
     # DynamoDB
+
+    def _milliseconds(self) -> int:
+        return int(self._clock().timestamp() * 1000)
 
     def _get(self, pk: str, sk: str) -> Item | None:
         found = clients.client("dynamodb").get_item(TableName=self._table, Key=_key(pk, sk), ConsistentRead=True)
         item: Item | None = found.get("Item")
         return item
 
+    def _query(self, **which: Any) -> Iterator[Item]:
+        pages = clients.client("dynamodb").get_paginator("query")
+        yield from pages.paginate(TableName=self._table, ConsistentRead=True, **which)
+
     def _put(self, pk: str, sk: str, attributes: Item) -> Item:
         not_there_yet = "attribute_not_exists(pk)"
         return {
-            "Put": {
-                "TableName": self._table,
-                "Item": _key(pk, sk) | attributes,
-                "ConditionExpression": not_there_yet,
-            }
+            "Put": {"TableName": self._table, "Item": _key(pk, sk) | attributes, "ConditionExpression": not_there_yet}
         }
 
     def _transact(self, items: list[Item]) -> None:
@@ -331,34 +605,51 @@ class MockChain:
             raise
 
 
-def _attempts() -> Iterator[None]:
+class _ChangedError(Exception):
+    """What was read is no longer so, or was being changed: nothing has been written."""
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """Whatever the table does not do, the network could not be asked."""
+    try:
+        yield
+    except ClientError as error:
+        raise UnavailableError(f"the mock's table does not answer: {error.response['Error']['Code']}") from error
+    except BotoCoreError as error:
+        raise UnavailableError(f"the mock's table does not answer: {type(error).__name__}") from error
+
+
+def _attempts() -> Iterator[int]:
     """A few attempts, with growing random pauses in between."""
     for attempt in range(_ATTEMPTS):
         if attempt:
-            time.sleep(random.uniform(0, min(0.01 * 2**attempt, 0.2)))  # noqa: S311 (a pause, no secret)
-        yield
+            time.sleep(random.uniform(0, min(0.005 * 2**attempt, 0.2)))  # noqa: S311 (a pause, no secret)
+        yield attempt
 
 
-class _ChangedError(Exception):
-    """What was read is no longer so, or was being changed: nothing has been written."""
+def _checked(identity: str) -> None:
+    try:
+        decode_identity(identity)
+    except ValueError as error:
+        raise InvalidInputError(str(error), field="identity") from error
+
+
+def _balance(identity: str, tick: int, item: Item | None) -> Balance:
+    found = item or {}
+    names = {field.name for field in fields(Balance)} - {"identity", "valid_for_tick"}
+    numbers = {name: int(found[name]["N"]) if name in found else 0 for name in names}
+    return Balance(identity=identity, valid_for_tick=tick, **numbers)
+
+
+def _included(item: Item) -> Included:
+    transaction = decode(bytes(item["encoded"]["B"]))
+    return Included(transaction, timestamp=int(item["time"]["N"]), money_flew=item["money_flew"]["BOOL"])
 
 
 def _key(pk: str, sk: str) -> Item:
     return {"pk": {"S": pk}, "sk": {"S": sk}}
 
 
-def _reference_key(reference: str) -> str:
-    return f"REFERENCE#{sha256_hex(reference)}"
-
-
-def _receipt(item: Item) -> dict[str, Any]:
-    return {
-        "txid": item["txid"]["S"],
-        "hash": item["hash"]["S"],
-        "timestamp": item["timestamp"]["S"],
-        "tick": int(item["tick"]["N"]),
-    }
-
-
-def _tick(moment: datetime) -> int:
-    return FIRST_TICK + max(0, int((moment - GENESIS).total_seconds()))
+def _balance_key(identity: str) -> tuple[str, str]:
+    return f"BALANCE#{identity}", "BALANCE"

@@ -1,4 +1,4 @@
-"""One module for each step type. `RUN` has the function of each: parameters and context in, the step's result out."""
+"""One module for each step type. `RUN` has the function of each: from parameters to a result, or to `Submitted`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 from qaes.domain.models import StepType
 from worker.steps import check_balance, generic_action, monitor_action, onchain_action, policy_check
-from worker.steps.context import StepContext
+from worker.steps.context import StepContext, Submitted
 
-RUN: dict[StepType, Callable[[dict[str, Any], StepContext], dict[str, Any]]] = {
+RUN: dict[StepType, Callable[[dict[str, Any], StepContext], dict[str, Any] | Submitted]] = {
     "check_balance": check_balance.run,
     "policy_check": policy_check.run,
     "monitor_action": monitor_action.run,
@@ -17,4 +17,7 @@ RUN: dict[StepType, Callable[[dict[str, Any], StepContext], dict[str, Any]]] = {
     "generic_action": generic_action.run,
 }
 
-__all__ = ["RUN", "StepContext"]
+CONFIRMED_LATER: frozenset[StepType] = frozenset({"onchain_action"})
+"""Steps that are run again when the outcome of their effect is known."""
+
+__all__ = ["CONFIRMED_LATER", "RUN", "StepContext", "Submitted"]

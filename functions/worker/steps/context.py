@@ -10,8 +10,18 @@ from qaes.domain.policy import Policy
 
 @dataclass(frozen=True)
 class StepContext:
-    """`reference` names (task, step): an effect under it happens once."""
+    """`reference` names (task, step): an effect under it happens once. `run` is the task's execution that asks."""
 
     reference: str
     ledger: LedgerClient
     policy: Policy
+    action_type: str
+    run: int = 1
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """The effect is under way, and its outcome not known yet: the step is to be run again when it is."""
+
+    txid: str
+    tick: int

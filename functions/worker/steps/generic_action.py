@@ -9,11 +9,15 @@ from worker.steps.context import StepContext
 
 
 def run(parameters: dict[str, Any], context: StepContext) -> dict[str, Any]:
-    """`{task_type, description, parameters}` → `{task_type, instruction_hash, txid}`: a receipt, no effect."""
+    """`{task_type, description, parameters}` → `{task_type, instruction_hash, txid, tick}`: a receipt, no effect.
+
+    The transaction is handed in; `GET /verify/{instruction_hash}` tells when the ledger has confirmed it.
+    """
     instruction = hash_of({"reference": context.reference, "instruction": parameters})
-    [transaction] = context.ledger.write_hashes([{"hash": instruction, "metadata": {"reference": context.reference}}])
+    written = context.ledger.write(instruction, {"reference": context.reference})
     return {
         "task_type": parameters["task_type"],
         "instruction_hash": instruction,
-        "txid": transaction["txid"],
+        "txid": written["txid"],
+        "tick": written["tick"],
     }

@@ -4,24 +4,43 @@ from __future__ import annotations
 
 from typing import Any
 
-from worker.steps.context import StepContext
+from qaes.domain.errors import RefusedError
+from worker.steps.context import StepContext, Submitted
+
+SIMULATED = "signed, not sent: AllowTransfers is not set for this network"
 
 
-def run(parameters: dict[str, Any], context: StepContext) -> dict[str, Any]:
-    """`{from_address, to_address, amount}` → `{txid, tick, amount, from_address, to_address}`.
+def run(parameters: dict[str, Any], context: StepContext) -> dict[str, Any] | Submitted:
+    """`{from_address, to_address, amount}` → `{txid, tick, amount, from_address, to_address, network}`, once confirmed.
 
-    Raises RefusedError (`insufficient_balance`, `invalid_address`) with nothing moved.
+    Until then `Submitted`. Where transfers are not allowed on a real network, the result says `simulated`.
+
+    Raises
+    ------
+    RefusedError
+        `insufficient_balance`, `invalid_address`, `over_daily_limit`…, with nothing moved; `expired` or `moved_nothing`
+        when its tick passed without moving anything; `moved_unknown` when that cannot be told.
     """
-    transaction = context.ledger.transfer(
+    transfer = context.ledger.transfer(
         reference=context.reference,
         source=parameters["from_address"],
         destination=parameters["to_address"],
         amount=parameters["amount"],
+        action_type=context.action_type,
+        run=context.run,
     )
-    return {
-        "txid": transaction["txid"],
-        "tick": transaction["tick"],
+    state = transfer["state"]
+    if state in {"signed", "broadcast"}:
+        return Submitted(transfer["txid"], transfer["tick"])
+    if state not in {"confirmed", "simulated"}:
+        code, _, message = str(transfer["error"] or "").partition(": ")
+        raise RefusedError(code or str(state), message or f"the transfer is {state}")
+    result = {
+        "txid": transfer["txid"],
+        "tick": transfer["tick"],
         "amount": parameters["amount"],
         "from_address": parameters["from_address"],
         "to_address": parameters["to_address"],
+        "network": transfer["network"],
     }
+    return result | {"simulated": SIMULATED} if state == "simulated" else result

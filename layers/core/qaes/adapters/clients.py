@@ -18,7 +18,7 @@ def _config(**options: Any) -> Config:
 
 
 @cache
-def client(name: Literal["dynamodb", "stepfunctions", "s3"]) -> Any:
+def client(name: Literal["dynamodb", "stepfunctions", "s3", "secretsmanager", "sqs"]) -> Any:
     """The boto3 client of that service, with short timeouts and botocore's standard retries."""
     import boto3
 

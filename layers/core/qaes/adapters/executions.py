@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from qaes.adapters import clients, settings
 from qaes.adapters.logs import logger
@@ -51,15 +52,20 @@ class Executions:
 
         The execution reads the decision from the table: what is sent only wakes it.
         """
-        step_functions = clients.client("stepfunctions")
-        gone = (
-            step_functions.exceptions.TaskTimedOut,
-            step_functions.exceptions.TaskDoesNotExist,
-            step_functions.exceptions.InvalidToken,
-        )
-        try:
-            step_functions.send_task_success(taskToken=approval.token, output=json.dumps({"decision": approval.status}))
-        except gone as error:
-            logger().info("nobody waits for this decision any more", extra={"reason": type(error).__name__})
-            return False
-        return True
+        return wake(approval.token, {"decision": approval.status})
+
+
+def wake(token: str, output: dict[str, Any]) -> bool:
+    """Let the execution go on that waits under this task token; False when nobody waits under it any more."""
+    step_functions = clients.client("stepfunctions")
+    gone = (
+        step_functions.exceptions.TaskTimedOut,
+        step_functions.exceptions.TaskDoesNotExist,
+        step_functions.exceptions.InvalidToken,
+    )
+    try:
+        step_functions.send_task_success(taskToken=token, output=json.dumps(output))
+    except gone as error:
+        logger().info("nobody waits for this any more", extra={"reason": type(error).__name__})
+        return False
+    return True

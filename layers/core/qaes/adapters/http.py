@@ -105,7 +105,7 @@ def create_app(service: str) -> FastAPI:
         },
     )
     app.state.service = service
-    app.router.route_class = _StrictRoute
+    app.router.route_class = StrictRoute
     app.add_middleware(_Edge)
     app.exception_handler(QaesError)(_domain_error)
     app.exception_handler(RequestValidationError)(_validation_error)
@@ -273,7 +273,7 @@ class _Unacceptable:
         self.reason = reason
 
 
-class _StrictRoute(APIRoute):
+class StrictRoute(APIRoute):
     """Parses a JSON body by `parse_json`, before the models see it, and runs the endpoint where it is.
 
     FastAPI hands a plain function to another thread, so that others are served meanwhile. Lambda sends one request at a

@@ -32,8 +32,8 @@ class LedgerClient:
     ) -> dict[str, Any]:
         """Sign and hand in a transfer of `amount` QU, once for each `reference`; its state, as `transfer_state`.
 
-        It is under way when this answers, not made. Asked again, the same transfer answers; only when it has expired, and
-        `run` is a later one than before, is it signed anew.
+        It is under way when this answers, not made. Asked again, the same transfer answers; only when it has expired,
+        and `run` is a later one than before, is it signed anew.
         """
         return self._call(
             "transfer",
@@ -52,8 +52,8 @@ class LedgerClient:
     def reserve(self, *, reference: str, source: str, destination: str, amount: int, action_type: str) -> None:
         """Reserve `amount` of what the policy lets a wallet spend today, once for each `reference`.
 
-        Raises RefusedError (`over_max_amount`, `over_daily_limit`, `address_not_allowed`) when the policy in force does not
-        allow it.
+        Raises RefusedError (`over_max_amount`, `over_daily_limit`, `address_not_allowed`) when the policy in force does
+        not allow it.
         """
         self._call(
             "reserve",

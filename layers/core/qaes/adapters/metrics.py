@@ -17,6 +17,14 @@ def count(event: Event) -> None:
         metric.add_dimension("status", event.status)
 
 
+def count_one(name: str) -> None:
+    """Count something that is not about a task, and that an alarm is made of."""
+    from aws_lambda_powertools.metrics import MetricUnit, single_metric
+
+    with single_metric(name=name, unit=MetricUnit.Count, value=1, namespace=_namespace()):
+        pass
+
+
 def open_approvals(ages: list[float]) -> None:
     """Tell how many approvals are open, and since when the oldest of `ages` (seconds); 0 and 0 when there are none."""
     from aws_lambda_powertools.metrics import MetricUnit, single_metric

@@ -1,6 +1,6 @@
 """The items of the tasks' table, and the conditions under which each is written.
 
-Under pk=task_id: TASK, EVENT#n, STEP#index, APPROVAL#index#round (sk). Under pk=plan_id: PLAN. Under
+Under pk=task_id: TASK, EVENT#n, STEP#index, APPROVAL#index#round, WAITER#index (sk). Under pk=plan_id: PLAN. Under
 pk=IDEMPOTENCY#hash: IDEMPOTENCY. Under pk=REQUESTER#hash: OPEN, the count of a requester's open tasks.
 """
 

@@ -499,6 +499,18 @@ class TaskStore:
         self._change(task_id, change)
         return ended[0]
 
+    # Waiting for the ledger
+
+    def put_waiter(self, task_id: str, step_index: int, token: str) -> None:
+        """Keep the token of the state that waits for a step's confirmation; the newest is the one that counts."""
+        item = {"pk": {"S": task_id}, "sk": {"S": f"WAITER#{step_index:03d}"}, "token": {"S": token}}
+        clients.client("dynamodb").put_item(TableName=self._table, Item=item)
+
+    def waiter(self, task_id: str, step_index: int) -> str | None:
+        """Return the token of the state that waits, or has waited, for a step's confirmation."""
+        item = self._get(task_id, f"WAITER#{step_index:03d}")
+        return item["token"]["S"] if item else None
+
     # Ending, and taking an end back
 
     def end_task(

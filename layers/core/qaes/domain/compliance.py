@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from qaes.domain.errors import ConflictError, RefusedError
+from qaes.domain.errors import ConflictError, InvalidInputError, RefusedError
 from qaes.domain.models import TERMINAL, Approval, Model, Plan, Step, Task
 from qaes.domain.planning import step_requires_approval
 from qaes.domain.policy import PolicyDecision
+from qaes.domain.qubic.identity import check_address
 
 
 class Verdict(Model):
@@ -30,6 +31,7 @@ def check_same_plan(task: Task, plan: Plan) -> None:
 def decide(task: Task, plan: Plan, step_index: int, current: PolicyDecision, approval: Approval | None) -> Verdict:
     """The pinned policy and the current one must both allow the step, and an approval must be for just this step.
 
+    Nobody is asked to approve what the limits of either forbid; what a wallet has spent today is for the ledger to say.
     `approval` is the newest that was asked for; a policy that has become stricter since asks for one anew, and so does
     another execution of the task (a retry).
     """
@@ -41,6 +43,9 @@ def decide(task: Task, plan: Plan, step_index: int, current: PolicyDecision, app
         return Verdict(verdict="denied", reason=f"the task has ended: {task.status}")
     if not plan.policy.allowed or not current.allowed:
         return Verdict(verdict="denied", reason=f"policy {current.policy_id} does not allow {current.action_type}")
+    for policy in (plan.policy, current):
+        if refusal := refusal_by_limits(step, policy):
+            return Verdict(verdict="denied", reason=refusal)
     if not needs_approval(step, current):
         return Verdict(verdict="execute", reason="no approval is needed")
     return _by_approval(plan, step, current, approval)
@@ -74,6 +79,29 @@ def _ask(plan: Plan, current: PolicyDecision) -> Verdict:
         approvals=_approvals(plan, current),
         expires_after=min(limits, default=None),
     )
+
+
+def refusal_by_limits(step: Step, policy: PolicyDecision) -> str | None:
+    """Tell which limit of the policy a transfer is beyond; None when it is within all of them, or no transfer."""
+    if step.type != "onchain_action" or not policy.limits_transfers:
+        return None
+    amount, destination = step.parameters.get("amount"), step.parameters.get("to_address")
+    if type(amount) is not int or amount < 1:
+        return f"policy {policy.policy_id} has limits, and the amount is no whole number"
+    if policy.max_amount is not None and amount > policy.max_amount:
+        return f"over max_amount: policy {policy.policy_id} lets a transfer move at most {policy.max_amount} QU"
+    if policy.daily_limit is not None and amount > policy.daily_limit:
+        return f"over daily_limit: policy {policy.policy_id} lets a wallet send at most {policy.daily_limit} QU a day"
+    if policy.allowed_addresses is not None and not _is_among(destination, policy.allowed_addresses):
+        return f"not among allowed_addresses: policy {policy.policy_id} does not let money go to that address"
+    return None
+
+
+def _is_among(address: object, allowed: tuple[str, ...]) -> bool:
+    try:
+        return check_address(address) in allowed
+    except InvalidInputError:
+        return False
 
 
 def needs_approval(step: Step, current: PolicyDecision) -> bool:

@@ -1,0 +1,386 @@
+"""A Qubic network, asked through its public RPC (`/live/v1/…` and `/query/v1/…`).
+
+Nothing that a node says is taken on trust where it can be checked: a transaction's bytes are put together again from
+the answer, and must have the id that was asked for and the source's signature. `peersBroadcasted` and `moneyFlew`
+decide nothing. What a node says of ticks and balances, and that a transaction is absent, is its word alone.
+
+An answer that is not as documented is an UnavailableError, never a "no": that a transaction has not executed is
+believed only when the node says so in the RPC's own words.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import ipaddress
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import urllib3
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from urllib3.util import Retry, Timeout, parse_url
+
+from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
+from qaes.domain.qubic.identity import decode_identity, decode_transaction_id, encode_identity
+from qaes.domain.qubic.transaction import Transaction, decode
+from qubic.chain.base import Balance, Included, IncludedPage, ProcessedTick, TickInfo
+
+MAX_ANSWER_BYTES = 1024 * 1024
+CONNECT_SECONDS = 2.0
+READ_SECONDS = 5.0
+ATTEMPTS = 3
+MAX_PAGE = 1_000
+NOT_FOUND = 5
+"""gRPC's code, which the RPC's errors carry."""
+
+_BUSY = (429, 500, 502, 503, 504)
+_DIGITS = re.compile(r"-?[0-9]{1,20}", re.ASCII)
+_CHUNK = 64 * 1024
+
+
+def _integer(value: object) -> object:
+    """A number of the RPC: 64 bits come as text, 32 bits as they are."""
+    if isinstance(value, str) and _DIGITS.fullmatch(value):
+        return int(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise ValueError("this is no whole number")
+
+
+_Number = Annotated[int, BeforeValidator(_integer), Field(ge=0, lt=1 << 64)]
+
+
+class _Answer(BaseModel):
+    """What is read of an answer; a node may say more."""
+
+    model_config = ConfigDict(frozen=True, strict=True)
+
+
+class _Tick(_Answer):
+    tick: _Number
+    epoch: _Number
+    duration: _Number
+    initial_tick: _Number = Field(alias="initialTick")
+
+
+class _TickInfo(_Answer):
+    tick_info: _Tick = Field(alias="tickInfo")
+
+
+class _Broadcast(_Answer):
+    transaction_id: str = Field(alias="transactionId")
+
+
+class _IdentityBalance(_Answer):
+    id: str
+    balance: _Number
+    valid_for_tick: _Number = Field(alias="validForTick")
+    latest_incoming_transfer_tick: _Number = Field(alias="latestIncomingTransferTick")
+    latest_outgoing_transfer_tick: _Number = Field(alias="latestOutgoingTransferTick")
+    incoming_amount: _Number = Field(alias="incomingAmount")
+    outgoing_amount: _Number = Field(alias="outgoingAmount")
+    number_of_incoming_transfers: _Number = Field(alias="numberOfIncomingTransfers")
+    number_of_outgoing_transfers: _Number = Field(alias="numberOfOutgoingTransfers")
+
+
+class _Balance(_Answer):
+    balance: _IdentityBalance
+
+
+class _ProcessedTick(_Answer):
+    tick_number: _Number = Field(alias="tickNumber")
+    epoch: _Number
+    interval_initial_tick: _Number = Field(alias="intervalInitialTick")
+
+
+class _Transaction(_Answer):
+    hash: str
+    amount: _Number
+    source: str
+    destination: str
+    tick_number: _Number = Field(alias="tickNumber")
+    timestamp: _Number
+    input_type: _Number = Field(alias="inputType")
+    input_size: _Number = Field(alias="inputSize")
+    input_data: str = Field(alias="inputData")
+    signature: str
+    money_flew: bool = Field(alias="moneyFlew")
+
+
+class _Nested(_Answer):
+    transaction: _Transaction
+
+
+class _Hits(_Answer):
+    total: _Number
+
+
+class _Page(_Answer):
+    valid_for_tick: _Number = Field(alias="validForTick")
+    hits: _Hits
+    transactions: tuple[_Transaction, ...] = Field(strict=False)
+
+
+class _Error(_Answer):
+    code: int
+    message: str
+
+
+_Kind = TypeVar("_Kind", bound=_Answer)
+
+
+class RpcChain:
+    """The `Chain` behind a public RPC.
+
+    A request that is not answered is tried `ATTEMPTS` times, after growing, random pauses; a broadcast, too, since the
+    same bytes are the same transaction however often they are handed in. A call so takes half a minute at the most.
+
+    Parameters
+    ----------
+    url
+        Where the RPC is, as `https://rpc.qubic.org`; plain http is for this machine alone.
+    network
+        What the network is called in answers.
+    headers
+        Sent with each request: what a node that is not open to everybody asks for.
+
+    Raises
+    ------
+    ValueError
+        The address is none, or not safe.
+    """
+
+    network: str
+
+    def __init__(self, url: str, *, network: str = "mainnet", headers: Mapping[str, str] | None = None) -> None:
+        self._url = _checked_url(url)
+        self.network = network
+        self._http = urllib3.PoolManager(
+            headers={
+                **(headers or {}),
+                "Accept": "application/json",
+                "Accept-Encoding": "identity",  # what is read is measured as it comes
+            },
+            timeout=Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS),
+            retries=Retry(
+                total=ATTEMPTS - 1,
+                redirect=0,
+                allowed_methods=None,  # none of these requests does more when it is sent twice
+                status_forcelist=_BUSY,
+                raise_on_status=False,
+                respect_retry_after_header=False,  # a node does not say how long a function of ours waits
+                backoff_factor=0.2,
+                backoff_max=2,
+                backoff_jitter=0.2,
+            ),
+        )
+
+    def tick_info(self) -> TickInfo:
+        path = "/live/v1/tick-info"
+        found = self._parsed(_TickInfo, path, self._answer("GET", path)).tick_info
+        return TickInfo(found.tick, found.epoch, found.duration, found.initial_tick)
+
+    def last_processed_tick(self) -> ProcessedTick:
+        path = "/query/v1/getLastProcessedTick"
+        found = self._parsed(_ProcessedTick, path, self._answer("GET", path))
+        return ProcessedTick(found.tick_number, found.epoch, found.interval_initial_tick)
+
+    def balance(self, identity: str) -> Balance:
+        _check_identity(identity)
+        path = f"/live/v1/balances/{identity}"
+        found = self._parsed(_Balance, path, self._answer("GET", path)).balance
+        if found.id != identity:
+            _unusable(path, "the node answered for another identity")
+        return Balance(
+            identity=identity,
+            balance=found.balance,
+            valid_for_tick=found.valid_for_tick,
+            latest_incoming_transfer_tick=found.latest_incoming_transfer_tick,
+            latest_outgoing_transfer_tick=found.latest_outgoing_transfer_tick,
+            incoming_amount=found.incoming_amount,
+            outgoing_amount=found.outgoing_amount,
+            number_of_incoming_transfers=found.number_of_incoming_transfers,
+            number_of_outgoing_transfers=found.number_of_outgoing_transfers,
+        )
+
+    def broadcast(self, encoded: bytes) -> str:
+        try:
+            txid = decode(encoded).id
+        except ValueError as error:
+            raise RefusedError("broadcast_refused", f"the transaction is malformed: {error}") from error
+        path = "/live/v1/broadcast-transaction"
+        status, body = self._ask("POST", path, {"encodedTransaction": base64.b64encode(encoded).decode()})
+        if status == 400 and (error_ := _error(body)):
+            raise RefusedError("broadcast_refused", f"the node refuses the transaction: {_printable(error_.message)}")
+        # Another status of 4xx is about who asks, or how often: it says nothing of the transaction.
+        if status != 200:
+            _unusable(path, f"the node answered {status}")
+        if self._parsed(_Broadcast, path, body).transaction_id != txid:
+            _unusable(path, "the node answered with another transaction")
+        return txid
+
+    def transaction(self, txid: str) -> Included | None:
+        try:
+            decode_transaction_id(txid)
+        except ValueError:
+            return None  # no transaction has it
+        path = "/query/v1/getTransactionByHash"
+        status, body = self._ask("POST", path, {"hash": txid})
+        if status == 404 and (error_ := _error(body)) and error_.code == NOT_FOUND:
+            return None
+        if status != 200:
+            _unusable(path, f"the node answered {status}")
+        nested = isinstance(body, dict) and "transaction" in body
+        found = self._parsed(_Nested, path, body).transaction if nested else self._parsed(_Transaction, path, body)
+        return _included(path, found, txid)
+
+    def transactions(self, identity: str, first_tick: int, last_tick: int, offset: int, size: int) -> IncludedPage:
+        _check_identity(identity)
+        if offset < 0:
+            raise InvalidInputError("the offset is 0 or more", field="offset")
+        if not 1 <= size <= MAX_PAGE:
+            raise InvalidInputError(f"the size is 1 to {MAX_PAGE}", field="size")
+        path = "/query/v1/getTransactionsForIdentity"
+        question = {
+            "identity": identity,
+            "filters": {},
+            "ranges": {"tickNumber": {"gte": str(first_tick), "lte": str(last_tick)}},
+            "pagination": {"offset": offset, "size": size},
+        }
+        page = self._parsed(_Page, path, self._answer("POST", path, question))
+        found = tuple(_included(path, each, each.hash) for each in page.transactions)
+        for each in found:
+            about = {encode_identity(each.transaction.source), encode_identity(each.transaction.destination)}
+            if identity not in about or not first_tick <= each.tick <= last_tick:
+                _unusable(path, "the node answered with a transaction that was not asked for")
+        if len(found) > size:
+            _unusable(path, "the node answered with more than was asked for")
+        return IncludedPage(found, page.hits.total, page.valid_for_tick)
+
+    # HTTP
+
+    def _answer(self, method: str, path: str, question: dict[str, Any] | None = None) -> Any:
+        status, body = self._ask(method, path, question)
+        if status != 200:
+            _unusable(path, f"the node answered {status}")
+        return body
+
+    def _ask(self, method: str, path: str, question: dict[str, Any] | None = None) -> tuple[int, Any]:
+        """Return the status and the JSON of the answer."""
+        sent = {"json": question} if question is not None else {}
+        with _reaching(path):
+            response = self._http.request(method, self._url + path, redirect=False, preload_content=False, **sent)
+            try:
+                data = _read(response, path)
+            finally:
+                response.close()  # what was not read is not read any more
+        try:
+            return response.status, json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise UnavailableError(f"{_name(path)}: the answer ({response.status}) is not JSON") from error
+
+    def _parsed(self, kind: type[_Kind], path: str, body: Any) -> _Kind:
+        try:
+            return kind.model_validate(body)
+        except ValidationError as error:
+            where = ".".join(str(part) for part in error.errors()[0]["loc"]) or "the whole"
+            raise UnavailableError(f"{_name(path)}: the answer is not as documented: {where}") from error
+
+
+def _read(response: urllib3.BaseHTTPResponse, path: str) -> bytes:
+    deadline = time.monotonic() + READ_SECONDS
+    data = bytearray()
+    while chunk := response.read1(_CHUNK, decode_content=False):
+        data += chunk
+        if len(data) > MAX_ANSWER_BYTES:
+            _unusable(path, f"the answer is larger than {MAX_ANSWER_BYTES} bytes")
+        if time.monotonic() > deadline:
+            _unusable(path, "the answer takes too long")
+    return bytes(data)
+
+
+@contextmanager
+def _reaching(path: str) -> Iterator[None]:
+    try:
+        yield
+    except urllib3.exceptions.MaxRetryError as error:
+        reason = type(error.reason or error).__name__
+        raise UnavailableError(f"{_name(path)}: the node does not answer ({reason})") from error
+    except urllib3.exceptions.HTTPError as error:
+        raise UnavailableError(f"{_name(path)}: the answer was cut off ({type(error).__name__})") from error
+
+
+def _included(path: str, found: _Transaction, txid: str) -> Included:
+    """Put a transaction together from its fields; it must be the one of that id."""
+    try:
+        transaction = Transaction(
+            source=decode_identity(found.source),
+            destination=decode_identity(found.destination),
+            amount=found.amount,
+            tick=found.tick_number,
+            input_type=found.input_type,
+            payload=base64.b64decode(found.input_data, validate=True),
+            signature=base64.b64decode(found.signature, validate=True),
+        )
+        id_ = transaction.id
+    except (ValueError, binascii.Error) as error:
+        raise UnavailableError(f"{_name(path)}: the node answered with what is no transaction: {error}") from error
+    if id_ != txid or found.input_size != len(transaction.payload):
+        _unusable(path, "the node answered with another transaction")
+    if not transaction.is_signed_by_source():
+        _unusable(path, "the node answered with a transaction that its source has not signed")
+    return Included(transaction, timestamp=found.timestamp, money_flew=found.money_flew)
+
+
+def _error(body: Any) -> _Error | None:
+    try:
+        return _Error.model_validate(body)
+    except ValidationError:
+        return None
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:200])
+
+
+def _unusable(path: str, what: str) -> NoReturn:
+    raise UnavailableError(f"{_name(path)}: {what}")
+
+
+def _name(path: str) -> str:
+    """Return the call's own name, `balances` of `/live/v1/balances/…`."""
+    return path.split("/")[3]
+
+
+def _check_identity(identity: str) -> None:
+    try:
+        decode_identity(identity)
+    except ValueError as error:
+        raise InvalidInputError(str(error), field="identity") from error
+
+
+def _checked_url(url: str) -> str:
+    try:
+        parts = parse_url(url)
+    except urllib3.exceptions.LocationParseError as error:
+        raise ValueError("the RPC's address is none") from error
+    if parts.scheme not in {"http", "https"} or not parts.host:
+        raise ValueError("the RPC's address begins with https:// and names a host")
+    if parts.auth or parts.query or parts.fragment:
+        raise ValueError("the RPC's address has neither a user, nor a query, nor a fragment")
+    if parts.scheme == "http" and not _is_loopback(parts.host):
+        raise ValueError("the RPC is asked over https; plain http is for this machine alone")
+    return url.rstrip("/")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False

@@ -1,0 +1,583 @@
+"""The policy's versions, and which of them is in force: the newest one whose document's hash the ledger has.
+
+    proposed → approved → anchoring → in_force → superseded
+             → rejected
+
+An operator proposes, another one approves; approving hands the hash of the document to the ledger, as the submission
+`policy:<version>`. `settle` puts the version in force once that is confirmed. One version at a time is on its way, so
+that none overtakes another. Version 1 has the default rules; whoever asks first submits it.
+
+Items (pk / sk), pk being POLICY#<network>:
+HEAD                which version is newest, on its way, in force; its revision guards every change of all the others
+VERSION#<number>    `text`, the document, never changed; `record`, what became of it
+"""
+
+from __future__ import annotations
+
+import base64
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from botocore.exceptions import BotoCoreError, ClientError
+from pydantic import BaseModel, ConfigDict, Field
+
+from qaes.adapters import clients, metrics, settings
+from qaes.adapters.logs import logger
+from qaes.domain.canonical import sha256_hex
+from qaes.domain.errors import ConflictError, ForbiddenError, NotFoundError, RefusedError, UnavailableError
+from qaes.domain.ids import now, timestamp
+from qaes.domain.policy import DEFAULT_RULES, Policy, PolicyDocument, Rule, policy_id_of, policy_of, version_of
+
+if TYPE_CHECKING:
+    from qubic.submissions import Submission, Submissions
+
+INPUT_TYPE = 0x5150
+REFUSED_METRIC = "PolicyRefused"
+_MAX_VERSION = 10**9 - 1
+_ATTEMPTS = 12
+_RETRY_REASONS = {"ConditionalCheckFailed", "TransactionConflict", "ThrottlingError", "ProvisionedThroughputExceeded"}
+
+Item = dict[str, Any]
+Status = Literal["proposed", "approved", "anchoring", "in_force", "superseded", "rejected"]
+
+
+class PolicyVersion(BaseModel):
+    """A version of the policy, and what became of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    version: int
+    policy_id: str
+    status: Status = Field(description="`approved`: on its way to the ledger; `anchoring`: handed in there")
+    hash: str = Field(description="SHA-256 of the document's text")
+    based_on: str | None = Field(None, description="the policy in force when it was proposed")
+    proposed_by: str | None = Field(None, description="nobody proposed version 1")
+    proposed_at: str
+    approved_by: str | None = None
+    approved_at: str | None = None
+    rejected_by: str | None = None
+    rejected_at: str | None = None
+    reason: str = Field("", description="why it was rejected")
+    in_force_at: str | None = None
+    txid: str | None = Field(None, description="the transaction that has the hash, or shall have it")
+    tick: int | None = None
+
+
+@dataclass(frozen=True)
+class _Head:
+    """`approved` is the version on its way to the ledger, `in_force` the newest one that has arrived; 0 is none."""
+
+    revision: int = 0
+    newest: int = 0
+    approved: int = 0
+    in_force: int = 0
+
+
+class _AlteredError(Exception):
+    """What is stored of a version is not what the ledger has."""
+
+
+class _ChangedError(Exception):
+    """What was read is no longer so, or was being changed: nothing has been written."""
+
+
+_verified: dict[tuple[str, str, int, str], Policy] = {}
+"""The texts whose transaction was checked by this process, by table, network, version and hash."""
+
+
+class Policies:
+    """The versions of the policy on one network.
+
+    Parameters
+    ----------
+    submissions
+        The service's submissions; their network is the policy's.
+    table
+        By default that of LEDGER_TABLE.
+    """
+
+    def __init__(self, submissions: Submissions, table: str | None = None) -> None:
+        self._submissions = submissions
+        self.network = submissions.chain.network
+        self._table = table or settings.text("LEDGER_TABLE")
+
+    # What is in force
+
+    def in_force(self) -> Policy:
+        """Return the policy in force.
+
+        A version that is not what the ledger has is refused, and the last good one is in force.
+
+        Raises
+        ------
+        UnavailableError
+            No version is on the ledger yet, or none is as it is there.
+        """
+        head = self._head()
+        if not head.in_force:
+            head = self._begin()
+        for version in range(head.in_force, 0, -1):
+            item = self._item(version)
+            if version == head.in_force or (item is not None and _record(item).status == "superseded"):
+                try:
+                    return self._good(version, item)
+                except _AlteredError as error:
+                    self._report(version, error)
+        raise UnavailableError("no version of the policy is what the ledger has: nothing is allowed")
+
+    def settle(self) -> None:
+        """Bring the version that is on its way forward, and put it in force when the ledger has it.
+
+        To be called by anybody, as often as one likes: when a submission of kind `policy` is confirmed, and from time
+        to time. Raises UnavailableError when the ledger cannot take it now.
+        """
+        for _ in _attempts():
+            head = self._head()
+            try:
+                if not head.newest:
+                    self._create_first(head)
+                elif not head.approved:
+                    return
+                else:
+                    self._settle(head)
+                    return
+            except _ChangedError:
+                continue
+        raise UnavailableError("others are changing the policy at the moment")
+
+    def _settle(self, head: _Head) -> None:
+        """Take the step that is due with the version that is on its way. Raises _ChangedError when others took it."""
+        number = head.approved
+        item = self._item(number)
+        if item is None:
+            raise UnavailableError(f"version {number} of the policy is missing")
+        submission = self._submissions.get(_submission_key(number))
+        if submission is None:
+            self._submit(_record(item), _text(item))
+            return
+        if submission.state != "confirmed":
+            return
+        record = _record(item)
+        try:
+            self._good(number, item, submission)
+        except _AlteredError as error:
+            self._report(number, error)
+            if number == 1:
+                return  # nothing could take its place
+            given_up = record.model_copy(
+                update={"status": "rejected", "rejected_at": timestamp(now()), "reason": str(error)}
+            )
+            self._write(head, replace(head, approved=0), self._changed(given_up))
+            return
+        arrived = record.model_copy(
+            update={
+                "status": "in_force",
+                "in_force_at": timestamp(now()),
+                "txid": submission.txid,
+                "tick": submission.tick,
+            }
+        )
+        writes = [self._changed(arrived)]
+        before = self._item(head.in_force) if head.in_force else None
+        if before is not None:
+            writes.append(self._changed(_record(before).model_copy(update={"status": "superseded"})))
+        self._write(head, replace(head, approved=0, in_force=number), *writes)
+        logger().info("policy in force", extra={"policy_id": arrived.policy_id, "txid": arrived.txid})
+
+    def _begin(self) -> _Head:
+        """Nothing is in force: bring version 1 forward. Raises UnavailableError while it is on its way."""
+        self.settle()
+        head = self._head()
+        if head.in_force:
+            return head
+        submission = self._submissions.get(_submission_key(head.approved))
+        if submission is not None and submission.state != "confirmed":
+            self._submissions.follow(submission.source)
+            self.settle()
+            head = self._head()
+        if not head.in_force:
+            raise UnavailableError(
+                "the first version of the policy is not on the ledger yet: it is in force once it is confirmed there"
+            )
+        return head
+
+    def _create_first(self, head: _Head) -> None:
+        document = PolicyDocument.write(DEFAULT_RULES, version=1)
+        moment = timestamp(now())
+        first = _new_record(document, moment).model_copy(update={"status": "approved", "approved_at": moment})
+        self._write(head, replace(head, newest=1, approved=1), self._put(first, document.text()))
+
+    def _submit(self, record: PolicyVersion, text: str) -> None:
+        if sha256_hex(text) != record.hash:
+            # It would be anchored in the place of what was approved.
+            self._report(record.version, _AlteredError("its text is not what was approved"))
+            raise UnavailableError(f"version {record.version} of the policy is not what was approved")
+        self._submissions.submit_record(
+            _submission_key(record.version),
+            bytes.fromhex(record.hash),
+            kind="policy",
+            input_type=INPUT_TYPE,
+            metadata={"policy_id": record.policy_id, "version": record.version},
+        )
+
+    def _good(self, version: int, item: Item | None, submission: Submission | None = None) -> Policy:
+        """Return the version's policy. Raises _AlteredError unless its text is the one that the ledger has."""
+        if item is None:
+            raise _AlteredError("it is missing")
+        text = _text(item)
+        hash_ = sha256_hex(text)
+        known = (self._table, self.network, version, hash_)
+        if known not in _verified:
+            _check_anchor(hash_, submission or self._submissions.get(_submission_key(version)))
+            try:
+                policy = policy_of(text)
+            except ValueError as error:
+                raise _AlteredError("its text is no policy document") from error
+            if policy.version != version:
+                raise _AlteredError("its text is that of another version")
+            _verified[known] = policy
+        return _verified[known]
+
+    def _report(self, version: int, error: _AlteredError) -> None:
+        logger().error("policy refused", extra={"version": version, "reason": str(error)})
+        metrics.count_one(REFUSED_METRIC)
+
+    # Changing it
+
+    def propose(self, rules: dict[str, Rule], *, subject: str, based_on: str | None = None) -> PolicyVersion:
+        """Write a new version down, for another operator to approve. The same proposal again is the same version.
+
+        Parameters
+        ----------
+        rules
+            All rules: what is not among them is denied.
+        subject
+            Who proposes.
+        based_on
+            The `policy_id` that was looked at; by default the one in force.
+
+        Raises
+        ------
+        ConflictError
+            `based_on` is not in force (any more), or a version is on its way to the ledger.
+        InvalidInputError
+            The document is not acceptable.
+        """
+        for _ in _attempts():
+            head = self._head()
+            current = self.in_force()
+            based_on = based_on or current.policy_id
+            self._check_not_stale(head, based_on, current)
+            newest = self._item(head.newest)
+            document = PolicyDocument.write(
+                rules, version=head.newest + 1, proposed_by=subject, based_on=current.policy_id
+            )
+            if newest is not None and _is_same_proposal(newest, document):
+                return _record(newest)
+            proposed = _new_record(document, timestamp(now()))
+            try:
+                self._write(head, replace(head, newest=document.version), self._put(proposed, document.text()))
+            except _ChangedError:
+                continue
+            logger().info("policy proposed", extra={"policy_id": proposed.policy_id, "subject": subject})
+            return proposed
+        raise UnavailableError("others are changing the policy at the moment")
+
+    def approve(self, version: int, *, subject: str, four_eyes: bool) -> PolicyVersion:
+        """Approve a proposal, and hand its hash to the ledger. Again by the same person: nothing more.
+
+        Raises
+        ------
+        ForbiddenError
+            It is the caller's own proposal, and `four_eyes` is on.
+        ConflictError
+            It was decided already, or has become stale: another version has come into force, or is on its way.
+        NotFoundError
+            There is no such version.
+        """
+        for _ in _attempts():
+            head = self._head()
+            item = self._existing(version)
+            record = _record(item)
+            if four_eyes and record.proposed_by == subject:
+                raise ForbiddenError("a policy is approved by somebody else than who proposed it")
+            if record.approved_by == subject:
+                self._settle_soon()
+                return self.get(version)
+            if record.status != "proposed":
+                raise ConflictError(f"version {version} is {record.status}", policy_status=record.status)
+            self._check_not_stale(head, record.based_on, self.in_force())
+            if sha256_hex(_text(item)) != record.hash:
+                raise ConflictError("the text is not what was proposed", field="version")
+            approved = record.model_copy(
+                update={"status": "approved", "approved_by": subject, "approved_at": timestamp(now())}
+            )
+            try:
+                self._write(head, replace(head, approved=version), self._changed(approved))
+            except _ChangedError:
+                continue
+            logger().info("policy approved", extra={"policy_id": record.policy_id, "subject": subject})
+            self._settle_soon()
+            return self.get(version)
+        raise UnavailableError("others are changing the policy at the moment")
+
+    def reject(self, version: int, *, subject: str, reason: str = "") -> PolicyVersion:
+        """Reject a proposal, or withdraw one's own. One that was rejected already stays so.
+
+        Raises
+        ------
+        ConflictError
+            It was approved: its hash is on its way to the ledger, or there.
+        NotFoundError
+            There is no such version.
+        """
+        for _ in _attempts():
+            head = self._head()
+            record = _record(self._existing(version))
+            if record.status == "rejected":
+                return record
+            if record.status != "proposed":
+                raise ConflictError(f"version {version} is {record.status}", policy_status=record.status)
+            rejected = record.model_copy(
+                update={
+                    "status": "rejected",
+                    "rejected_by": subject,
+                    "rejected_at": timestamp(now()),
+                    "reason": reason,
+                }
+            )
+            try:
+                self._write(head, head, self._changed(rejected))
+            except _ChangedError:
+                continue
+            logger().info("policy rejected", extra={"policy_id": record.policy_id, "subject": subject})
+            return rejected
+        raise UnavailableError("others are changing the policy at the moment")
+
+    def _check_not_stale(self, head: _Head, based_on: str | None, current: Policy) -> None:
+        if head.approved:
+            raise ConflictError(
+                f"version {head.approved} was approved, and is on its way to the ledger", field="based_on"
+            )
+        if based_on != current.policy_id:
+            raise ConflictError(
+                f"{current.policy_id} is in force by now", field="based_on", policy_id=current.policy_id
+            )
+
+    def _settle_soon(self) -> None:
+        """Submit what was approved; what fails here is the writer's to do."""
+        try:
+            self.settle()
+        except (UnavailableError, RefusedError, BotoCoreError, ClientError) as error:
+            logger().warning("policy not submitted yet", extra={"error": type(error).__name__})
+
+    # Reading
+
+    def get(self, version: int) -> PolicyVersion:
+        """Return what became of a version. Raises NotFoundError."""
+        return self._shown(_record(self._existing(version)))
+
+    def read(self, version: int) -> tuple[PolicyVersion, str]:
+        """Return the same, and the document. Raises NotFoundError."""
+        item = self._existing(version)
+        return self._shown(_record(item)), _text(item)
+
+    def list(self, limit: int = 20, before: int | None = None) -> list[PolicyVersion]:
+        """List versions, newest first; `before` leaves out that one and those that are newer."""
+        newest = _version_sk(before - 1 if before is not None else _MAX_VERSION)
+        pages = clients.client("dynamodb").get_paginator("query")
+        found = pages.paginate(
+            TableName=self._table,
+            KeyConditionExpression="pk = :pk AND sk BETWEEN :oldest AND :newest",
+            ExpressionAttributeValues={
+                ":pk": self._key("")["pk"],
+                ":oldest": {"S": _version_sk(0)},
+                ":newest": {"S": newest},
+            },
+            ExpressionAttributeNames={"#record": "record"},
+            ProjectionExpression="#record",
+            ScanIndexForward=False,
+            ConsistentRead=True,
+            PaginationConfig={"MaxItems": limit, "PageSize": limit},
+        )
+        return [self._shown(_record(item)) for page in found for item in page["Items"]]
+
+    def document(self, policy_id: str) -> dict[str, Any]:
+        """Return the text of a version that is or was in force, and what anchors it.
+
+        `{policy_id, version, text, hash, txid, tick, source, encoded}`; `encoded` is the signed transaction in base64.
+
+        Raises
+        ------
+        NotFoundError
+            No version of that id has come into force.
+        RefusedError
+            `policy_altered`: it is not what the ledger has.
+        """
+        version = version_of(policy_id)
+        item = self._item(version) if version else None
+        if version is None or item is None or _record(item).status not in {"in_force", "superseded"}:
+            raise NotFoundError("no such policy has come into force", field="policy_id")
+        submission = self._submissions.get(_submission_key(version))
+        try:
+            _check_anchor(sha256_hex(_text(item)), submission)
+            good = self._good(version, item, submission)
+        except _AlteredError as error:
+            self._report(version, error)
+            raise RefusedError("policy_altered", f"version {version} of the policy: {error}") from error
+        if good.policy_id != policy_id or submission is None:
+            raise NotFoundError("no such policy has come into force", field="policy_id")
+        return {
+            "policy_id": policy_id,
+            "version": version,
+            "text": _text(item),
+            "hash": sha256_hex(_text(item)),
+            "txid": submission.txid,
+            "tick": submission.tick,
+            "source": submission.source,
+            "encoded": base64.b64encode(submission.encoded).decode(),
+        }
+
+    def _shown(self, record: PolicyVersion) -> PolicyVersion:
+        if record.status != "approved":
+            return record
+        submission = self._submissions.get(_submission_key(record.version))
+        if submission is None:
+            return record
+        return record.model_copy(update={"status": "anchoring", "txid": submission.txid, "tick": submission.tick})
+
+    # DynamoDB
+
+    def _key(self, sk: str) -> Item:
+        return {"pk": {"S": f"POLICY#{self.network}"}, "sk": {"S": sk}}
+
+    def _get(self, sk: str) -> Item | None:
+        found = clients.client("dynamodb").get_item(TableName=self._table, Key=self._key(sk), ConsistentRead=True)
+        item: Item | None = found.get("Item")
+        return item
+
+    def _head(self) -> _Head:
+        item = self._get("HEAD")
+        return _Head(**{name: int(item[name]["N"]) for name in asdict(_Head())}) if item else _Head()
+
+    def _item(self, version: int) -> Item | None:
+        return self._get(_version_sk(version))
+
+    def _existing(self, version: int) -> Item:
+        item = self._item(version)
+        if item is None:
+            raise NotFoundError("no such version of the policy", field="version")
+        return item
+
+    def _put(self, record: PolicyVersion, text: str) -> Item:
+        item = self._key(_version_sk(record.version)) | {
+            "text": {"S": text},
+            "record": {"S": record.model_dump_json()},
+        }
+        not_there_yet = "attribute_not_exists(pk)"
+        return {"Put": {"TableName": self._table, "Item": item, "ConditionExpression": not_there_yet}}
+
+    def _changed(self, record: PolicyVersion) -> Item:
+        return {
+            "Update": {
+                "TableName": self._table,
+                "Key": self._key(_version_sk(record.version)),
+                "UpdateExpression": "SET #record = :record",
+                "ConditionExpression": "attribute_exists(pk)",
+                "ExpressionAttributeNames": {"#record": "record"},
+                "ExpressionAttributeValues": {":record": {"S": record.model_dump_json()}},
+            }
+        }
+
+    def _write(self, before: _Head, after: _Head, *writes: Item) -> None:
+        """All or nothing, if nobody else has changed anything since `before` was read; _ChangedError otherwise."""
+        after = replace(after, revision=before.revision + 1)
+        head: Item = {
+            "TableName": self._table,
+            "Item": self._key("HEAD") | {name: {"N": str(value)} for name, value in asdict(after).items()},
+            "ConditionExpression": "attribute_not_exists(pk)",
+        }
+        if before.revision:
+            nobody_wrote_since = "revision = :before"
+            head |= {
+                "ConditionExpression": nobody_wrote_since,
+                "ExpressionAttributeValues": {":before": {"N": str(before.revision)}},
+            }
+        try:
+            clients.client("dynamodb").transact_write_items(TransactItems=[{"Put": head}, *writes])
+        except ClientError as error:
+            reasons = {each.get("Code") for each in error.response.get("CancellationReasons", ())} - {"None", None}
+            cancelled = error.response["Error"]["Code"] == "TransactionCanceledException"
+            if cancelled and reasons and reasons <= _RETRY_REASONS:
+                raise _ChangedError from error
+            raise
+
+
+def policy_document(policies: Policies, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Operation `policy_document` of the ledger: `{policy_id}` → `Policies.document`."""
+    return policies.document(str(arguments["policy_id"]))
+
+
+def _check_anchor(hash_: str, submission: Submission | None) -> None:
+    """Check that a confirmed transaction has just this hash. Raises _AlteredError."""
+    from qaes.domain.qubic.identity import encode_identity
+    from qaes.domain.qubic.transaction import decode
+
+    if submission is None or submission.state != "confirmed":
+        raise _AlteredError("no transaction with it is confirmed")
+    try:
+        transaction = decode(submission.encoded)
+    except ValueError as error:
+        raise _AlteredError("its transaction cannot be read") from error
+    if transaction.payload != bytes.fromhex(hash_) or transaction.input_type != INPUT_TYPE:
+        raise _AlteredError("its text is not the one whose hash the ledger has")
+    if transaction.id != submission.txid or encode_identity(transaction.source) != submission.source:
+        raise _AlteredError("its transaction is not the one that is confirmed")
+    if not transaction.is_signed_by_source():
+        raise _AlteredError("its transaction is not signed by its source")
+
+
+def _new_record(document: PolicyDocument, moment: str) -> PolicyVersion:
+    hash_ = sha256_hex(document.text())
+    return PolicyVersion(
+        version=document.version,
+        policy_id=policy_id_of(document.version, hash_),
+        status="proposed",
+        hash=hash_,
+        based_on=document.based_on,
+        proposed_by=document.proposed_by,
+        proposed_at=moment,
+    )
+
+
+def _is_same_proposal(item: Item, document: PolicyDocument) -> bool:
+    """Tell whether the newest version is this very proposal, still open: it was sent twice."""
+    version = document.version - 1
+    return _record(item).status == "proposed" and _text(item) == document.model_copy(update={"version": version}).text()
+
+
+def _record(item: Item) -> PolicyVersion:
+    return PolicyVersion.model_validate_json(item["record"]["S"])
+
+
+def _text(item: Item) -> str:
+    return str(item["text"]["S"])
+
+
+def _version_sk(version: int) -> str:
+    return f"VERSION#{version:09d}"
+
+
+def _submission_key(version: int) -> str:
+    return f"policy:{version}"
+
+
+def _attempts() -> Iterator[None]:
+    """A few attempts, with growing random pauses in between."""
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(random.uniform(0, min(0.01 * 2**attempt, 0.2)))  # noqa: S311 (a pause, no secret)
+        yield

@@ -1,0 +1,376 @@
+"""The mock network's RPC, in the shapes of the public one, and the operator's switches for what goes wrong in it.
+
+Errors of the RPC part have its own form, `{"code", "message"}` with the codes of gRPC; who may call is the API's to
+say, and said as everywhere else. The switches are there in the local stage alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable, Coroutine
+from http import HTTPStatus
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, FastAPI, Path, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
+
+from qaes.adapters import settings
+from qaes.adapters.http import StrictRoute, require
+from qaes.domain.errors import (
+    ForbiddenError,
+    InvalidInputError,
+    NotFoundError,
+    QaesError,
+    RefusedError,
+    UnavailableError,
+)
+from qaes.domain.qubic.identity import encode_identity
+from qubic.chain import chain
+from qubic.chain.base import Included
+from qubic.chain.mock import MAX_PAGE, Faults, MockChain
+
+EVERY_ROLE = require("requester", "approver", "auditor")
+OPERATORS = require("operator")
+
+INVALID_ARGUMENT, NOT_FOUND, UNIMPLEMENTED, UNAVAILABLE = 3, 5, 12, 14
+"""gRPC's codes. "Not found" is said of a transaction alone: whoever reads it takes the transaction for absent."""
+
+_MAX_TICK = 2**32 - 1
+_DIGITS = "^[0-9]{1,20}$"
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RpcError(_Model):
+    """An error as the public RPC has it; `code` is gRPC's."""
+
+    code: int
+    message: str
+
+
+class TickInfoContent(_Model):
+    tick: int
+    duration: int = Field(description="of a tick, in seconds")
+    epoch: int
+    initialTick: int
+
+
+class TickInfoAnswer(_Model):
+    """The present tick."""
+
+    tickInfo: TickInfoContent
+
+
+class BroadcastRequest(_Model):
+    """A signed transaction."""
+
+    encodedTransaction: str = Field(max_length=4096, description="its bytes, in base64")
+
+
+class BroadcastAnswer(_Model):
+    """What came in; it says nothing of whether the transaction will execute."""
+
+    peersBroadcasted: int
+    encodedTransaction: str
+    transactionId: str
+
+
+class BalanceContent(_Model):
+    id: str
+    balance: str = Field(pattern=_DIGITS)
+    validForTick: int
+    latestIncomingTransferTick: int
+    latestOutgoingTransferTick: int
+    incomingAmount: str = Field(pattern=_DIGITS)
+    outgoingAmount: str = Field(pattern=_DIGITS)
+    numberOfIncomingTransfers: int
+    numberOfOutgoingTransfers: int
+
+
+class BalanceAnswer(_Model):
+    """What an identity has, in QU."""
+
+    balance: BalanceContent
+
+
+class LastProcessedTickAnswer(_Model):
+    """The newest tick whose transactions can be looked up."""
+
+    tickNumber: int
+    epoch: int
+    intervalInitialTick: int
+    lastProcessedLogTick: int
+
+
+class TransactionRequest(_Model):
+    """A transaction's id."""
+
+    hash: str = Field(max_length=128, description="60 letters a to z")
+
+
+class TransactionContent(_Model):
+    """A transaction in the tick that it names."""
+
+    hash: str
+    amount: str = Field(pattern=_DIGITS)
+    source: str
+    destination: str
+    tickNumber: int
+    timestamp: str = Field(pattern=_DIGITS, description="milliseconds since 1970")
+    inputType: int
+    inputSize: int
+    inputData: str = Field(description="base64")
+    signature: str = Field(description="base64")
+    moneyFlew: bool = Field(description="false for amount 0, too: a transaction is judged by its being there")
+
+
+class RpcTransactionAnswer(_Model):
+    """The transaction."""
+
+    transaction: TransactionContent
+
+
+class TickRange(_Model):
+    """From the one tick to the other, both included; a number or its digits."""
+
+    gte: Annotated[int, Field(ge=0, le=_MAX_TICK)] = 0
+    lte: Annotated[int, Field(ge=0, le=_MAX_TICK)] = _MAX_TICK
+
+
+class Ranges(_Model):
+    """Which ticks."""
+
+    tickNumber: TickRange = TickRange()
+
+
+class Filters(_Model):
+    """The mock has none: an object without names."""
+
+
+class Pagination(_Model):
+    """Which of those that were found."""
+
+    offset: int = Field(default=0, ge=0, le=10_000)
+    size: int = Field(default=10, ge=1, le=MAX_PAGE)
+
+
+class TransactionsRequest(_Model):
+    """Whose transactions, and which."""
+
+    identity: str = Field(max_length=128)
+    filters: Filters = Filters()
+    ranges: Ranges = Ranges()
+    pagination: Pagination = Pagination()
+
+
+class Hits(_Model):
+    """How many there are, and which of them these are."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    total: int
+    from_: int = Field(alias="from")
+    size: int
+
+
+class TransactionsAnswer(_Model):
+    """Transactions from and to an identity, the newest first."""
+
+    validForTick: int
+    hits: Hits
+    transactions: list[TransactionContent]
+
+
+class RpcRoute(StrictRoute):
+    """A route whose errors are in the RPC's form, but for those that say who may call."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def in_its_form(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except RequestValidationError as error:
+                where = [".".join(str(part) for part in each["loc"][1:]) or "body" for each in error.errors()]
+                reasons = [each["msg"] for each in error.errors()]
+                text = "; ".join(f"{name}: {reason}" for name, reason in zip(where[:5], reasons[:5], strict=True))
+                return _error(400, INVALID_ARGUMENT, text)
+            except HTTPException as error:
+                if error.status_code not in {400, 413, 415}:
+                    raise
+                return _error(error.status_code, INVALID_ARGUMENT, error.detail)
+            except ForbiddenError:
+                raise
+            except QaesError as error:
+                return _domain_error(error)
+
+        return in_its_form
+
+
+class _NotTheMockError(QaesError):
+    """These routes are the mock network's, and this is another."""
+
+
+def _domain_error(error: QaesError) -> Response:
+    if isinstance(error, InvalidInputError | RefusedError):
+        named = f"{error.field}: " if error.field else ""
+        return _error(400, INVALID_ARGUMENT, named + error.message)
+    if isinstance(error, NotFoundError):
+        return _error(404, NOT_FOUND, error.message)
+    if isinstance(error, _NotTheMockError):
+        return _error(404, UNIMPLEMENTED, error.message)
+    if isinstance(error, UnavailableError):
+        return _error(503, UNAVAILABLE, error.message)
+    raise error
+
+
+def _error(status: int, code: int, message: str) -> Response:
+    return JSONResponse(RpcError(code=code, message=message or HTTPStatus(status).phrase).model_dump(), status)
+
+
+def _mock() -> MockChain:
+    found = chain() if settings.text("QUBIC_NETWORK") == "mock" else None
+    if not isinstance(found, MockChain):
+        raise _NotTheMockError("this is not the mock network: ask the RPC of the network itself")
+    return found
+
+
+def _switches() -> MockChain:
+    if settings.optional("STAGE") != "local" or settings.text("QUBIC_NETWORK") != "mock":
+        raise NotFoundError("only the mock network of the local stage has such switches")
+    return _mock()
+
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    400: {"model": RpcError, "description": "The request is not acceptable, or the transaction is refused."},
+    404: {"model": RpcError, "description": "There is no such thing; or this is not the mock network."},
+    503: {"model": RpcError, "description": "The network does not answer."},
+}
+router = APIRouter(route_class=RpcRoute, responses=_ERRORS)
+switches = APIRouter(route_class=StrictRoute)
+
+
+def add_rpc_routes(app: FastAPI) -> None:
+    """Add the routes of this module."""
+    app.include_router(router)
+    app.include_router(switches)
+
+
+@router.get("/live/v1/tick-info", operation_id="rpc_tick_info", dependencies=[Depends(EVERY_ROLE)])
+def tick_info() -> TickInfoAnswer:
+    """Tell the present tick."""
+    found = _mock().tick_info()
+    return TickInfoAnswer(
+        tickInfo=TickInfoContent(
+            tick=found.tick, duration=found.duration, epoch=found.epoch, initialTick=found.initial_tick
+        )
+    )
+
+
+@router.post(
+    "/live/v1/broadcast-transaction", operation_id="rpc_broadcast_transaction", dependencies=[Depends(OPERATORS)]
+)
+def broadcast_transaction(body: BroadcastRequest) -> BroadcastAnswer:
+    """Hand in a signed transaction; the answer confirms nothing. Operators only."""
+    it = _mock()
+    try:
+        encoded = base64.b64decode(body.encodedTransaction, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InvalidInputError("this is not base64", field="encodedTransaction") from error
+    txid = it.broadcast(encoded)
+    return BroadcastAnswer(peersBroadcasted=1, encodedTransaction=body.encodedTransaction, transactionId=txid)
+
+
+@router.get("/live/v1/balances/{id}", operation_id="rpc_balance", dependencies=[Depends(EVERY_ROLE)])
+def balance(
+    identity: Annotated[str, Path(alias="id", json_schema_extra={"pattern": "^[A-Z]{60}$"})],
+) -> BalanceAnswer:
+    """Tell what an identity has."""
+    found = _mock().balance(identity)
+    return BalanceAnswer(
+        balance=BalanceContent(
+            id=found.identity,
+            balance=str(found.balance),
+            validForTick=found.valid_for_tick,
+            latestIncomingTransferTick=found.latest_incoming_transfer_tick,
+            latestOutgoingTransferTick=found.latest_outgoing_transfer_tick,
+            incomingAmount=str(found.incoming_amount),
+            outgoingAmount=str(found.outgoing_amount),
+            numberOfIncomingTransfers=found.number_of_incoming_transfers,
+            numberOfOutgoingTransfers=found.number_of_outgoing_transfers,
+        )
+    )
+
+
+@router.get(
+    "/query/v1/getLastProcessedTick", operation_id="rpc_last_processed_tick", dependencies=[Depends(EVERY_ROLE)]
+)
+def last_processed_tick() -> LastProcessedTickAnswer:
+    """Tell up to which tick transactions can be looked up."""
+    found = _mock().last_processed_tick()
+    return LastProcessedTickAnswer(
+        tickNumber=found.tick,
+        epoch=found.epoch,
+        intervalInitialTick=found.interval_initial_tick,
+        lastProcessedLogTick=found.tick,
+    )
+
+
+@router.post("/query/v1/getTransactionByHash", operation_id="rpc_transaction", dependencies=[Depends(EVERY_ROLE)])
+def transaction_by_hash(body: TransactionRequest) -> RpcTransactionAnswer:
+    """Look a transaction up."""
+    found = _mock().transaction(body.hash)
+    if found is None:
+        raise NotFoundError("transaction not found")
+    return RpcTransactionAnswer(transaction=_content(found))
+
+
+@router.post(
+    "/query/v1/getTransactionsForIdentity", operation_id="rpc_transactions", dependencies=[Depends(EVERY_ROLE)]
+)
+def transactions_for_identity(body: TransactionsRequest) -> TransactionsAnswer:
+    """List the transactions from and to an identity, the newest first."""
+    ticks, page = body.ranges.tickNumber, body.pagination
+    found = _mock().transactions(body.identity, ticks.gte, ticks.lte, page.offset, page.size)
+    return TransactionsAnswer(
+        validForTick=found.valid_for_tick,
+        hits=Hits(total=found.total, from_=page.offset, size=page.size),
+        transactions=[_content(each) for each in found.transactions],
+    )
+
+
+def _content(found: Included) -> TransactionContent:
+    it = found.transaction
+    return TransactionContent(
+        hash=found.txid,
+        amount=str(it.amount),
+        source=encode_identity(it.source),
+        destination=encode_identity(it.destination),
+        tickNumber=it.tick,
+        timestamp=str(found.timestamp),
+        inputType=it.input_type,
+        inputSize=len(it.payload),
+        inputData=base64.b64encode(it.payload).decode(),
+        signature=base64.b64encode(it.signature).decode(),
+        moneyFlew=found.money_flew,
+    )
+
+
+@switches.get("/mock/faults", operation_id="get_mock_faults", dependencies=[Depends(OPERATORS)])
+def get_faults() -> Faults:
+    """Tell what is left of the faults that were set. Operators, in the local stage alone."""
+    return _switches().faults()
+
+
+@switches.put("/mock/faults", operation_id="put_mock_faults", dependencies=[Depends(OPERATORS)])
+def put_faults(body: Faults) -> Faults:
+    """Let these things go wrong in the mock network from now on, and nothing else. Operators, local stage alone."""
+    it = _switches()
+    it.set_faults(body)
+    return it.faults()

@@ -1,0 +1,603 @@
+"""What the service has handed in to the network, or is about to: write-ahead records on the ledger table.
+
+A transaction is signed and stored, bytes and id, before it is sent; so whatever crashes, the same bytes can be sent
+again and their fate be found out. A submission is
+
+    signed → broadcast → confirmed                     its tick has it
+                       → (signed, for a later tick)    its tick passed without it: a record is signed anew
+                       → expired                       the same for a transfer, which is never repeated by itself
+                       → failed                        the tick has it, and it moved nothing
+
+One transaction of a source is in flight at a time. Each has its own tick, later than that of the one before, and is
+sent when that one's fate is known: so its id can be told at once, and still nothing overtakes.
+
+Items (pk / sk; all with the network's name, so that what one network confirmed is never shown of another):
+SUBMISSION#<network>#<key>/SUBMISSION  the present state
+SUBMISSION#<network>#<key>/ATTEMPT#n   each transaction that was ever signed for it, never changed
+TXID#<network>#<txid>/TXID             whose it is
+SOURCE#<network>#<identity>/SOURCE     a source's queue: what is open; its version guards each signature
+SOURCES#<network>/<identity>           which sources there are
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from qaes.adapters import clients, settings
+from qaes.adapters.logs import logger
+from qaes.domain.canonical import canonical_json
+from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
+from qaes.domain.ids import now, timestamp
+from qaes.domain.qubic.transaction import MAX_AMOUNT, Transaction
+from qubic.chain.base import Chain
+from qubic.wallets import Key, Wallets, public_key, service_key
+
+Kind = Literal["hash", "anchor", "policy", "transfer"]
+State = Literal["signed", "broadcast", "confirmed", "expired", "failed", "simulated"]
+OPEN: frozenset[State] = frozenset({"signed", "broadcast"})
+INPUT_TYPES: dict[Kind, int] = {"hash": 0x5148, "anchor": 0x5141, "policy": 0x5150, "transfer": 0}
+
+LEAD_TICKS = 15
+"""How far ahead the named tick is (Qubic's documents: 15 to 20), and how far the ticks of one source are apart."""
+EXPIRY_MARGIN_TICKS = 5
+"""Absent counts only so many ticks after the named one: nodes behind one address may not all be at the same tick."""
+MAX_OPEN = 100
+"""Most open submissions of one source; beyond, the ledger is busy."""
+MAX_METADATA_BYTES = 4096
+MAX_REFERENCE_CHARACTERS = 256
+_ATTEMPTS = 12
+_RETRY_REASONS = {"ConditionalCheckFailed", "TransactionConflict", "ThrottlingError", "ProvisionedThroughputExceeded"}
+
+Item = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One act on the ledger under one `key`, and the transaction that is to do it (the newest that was signed).
+
+    Attributes
+    ----------
+    key
+        `hash:<sha256>`, `anchor:<log id>:<sequence>`, `policy:<version>` or `transfer:<reference>`.
+    source, destination
+        Identities.
+    attempt
+        How many transactions were signed for it; `txid`, `tick` and `encoded` are the newest one's.
+    run
+        For a transfer: which of the task's executions asked for it.
+    error
+        Why it expired or failed: `expired`, `moved_nothing` or `moved_unknown`, and a text.
+    """
+
+    key: str
+    network: str
+    kind: Kind
+    state: State
+    source: str
+    destination: str
+    amount: int
+    input_type: int
+    payload: bytes
+    metadata: dict[str, Any]
+    attempt: int
+    run: int
+    tick: int
+    txid: str
+    encoded: bytes
+    created_at: str
+    updated_at: str
+    error: str = ""
+    version: int = 0
+
+    @property
+    def is_open(self) -> bool:
+        return self.state in OPEN
+
+    def answer(self) -> dict[str, Any]:
+        """Tell what other services may know of it, as JSON."""
+        return {
+            "state": self.state,
+            "txid": self.txid,
+            "tick": self.tick,
+            "timestamp": self.updated_at,
+            "source": self.source,
+            "encoded": base64.b64encode(self.encoded).decode(),
+            "network": self.network,
+            "error": self.error or None,
+        }
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A place in a source's queue."""
+
+    tick: int
+    key: str
+    amount: int
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A source's queue; `last_tick` is the newest tick that was ever named."""
+
+    identity: str
+    version: int = 0
+    last_tick: int = 0
+    open: tuple[_Place, ...] = ()
+
+
+class Submissions:
+    """The service's submissions to one chain.
+
+    Parameters
+    ----------
+    chain
+        The network.
+    table
+        By default that of LEDGER_TABLE.
+    on_signed
+        Told of each new submission, once it is stored: somebody has to follow it.
+    on_closed
+        Told of each submission that is not open any more; at least once, before anything else of its source goes on.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        table: str | None = None,
+        *,
+        on_signed: Callable[[Submission], None] = lambda _: None,
+        on_closed: Callable[[Submission], None] = lambda _: None,
+    ) -> None:
+        self.chain = chain
+        self._network = chain.network
+        self._table = table or settings.text("LEDGER_TABLE")
+        self._wallets = Wallets(chain.network)
+        self._on_signed = on_signed
+        self._on_closed = on_closed
+
+    # Handing in
+
+    def submit_record(
+        self, key: str, payload: bytes, *, kind: Kind, metadata: dict[str, Any], input_type: int | None = None
+    ) -> Submission:
+        """Write `payload` on the ledger, once for each `key`: amount 0, from the service's identity to itself.
+
+        Raises
+        ------
+        RefusedError
+            `key_conflict`: another payload was submitted under this key.
+        InvalidInputError
+            The metadata is larger than 4,096 bytes of canonical JSON.
+        UnavailableError
+            The ledger is busy, or does not answer.
+        """
+        key_ = service_key()
+        wanted = Submission(
+            key=key,
+            network=self._network,
+            kind=kind,
+            state="signed",
+            source=key_.identity,
+            destination=key_.identity,
+            amount=0,
+            input_type=INPUT_TYPES[kind] if input_type is None else input_type,
+            payload=payload,
+            metadata=_checked(metadata),
+            attempt=0,
+            run=1,
+            tick=0,
+            txid="",
+            encoded=b"",
+            created_at=timestamp(now()),
+            updated_at="",
+        )
+        return self._submit(wanted, key_)
+
+    def submit_transfer(
+        self,
+        reference: str,
+        *,
+        source: str,
+        destination: str,
+        amount: int,
+        run: int = 1,
+        allow: Callable[[], None] = lambda: None,
+    ) -> Submission:
+        """Move `amount` QU, once for each `reference`; one that expired is signed anew only for a later `run`.
+
+        `allow` is called before anything is signed, and raises RefusedError to have it left; what was signed once is
+        not asked about again.
+
+        Raises
+        ------
+        InvalidInputError
+            An address, the amount (1 to 10^15) or the reference is not acceptable.
+        RefusedError
+            `insufficient_balance`; `no_key`; `reference_conflict`: the reference stands for another transfer.
+        UnavailableError
+            The ledger is busy, or does not answer.
+        """
+        if not 0 < len(reference) <= MAX_REFERENCE_CHARACTERS:
+            raise InvalidInputError(f"the reference has 1 to {MAX_REFERENCE_CHARACTERS} characters", field="reference")
+        if not 0 < amount <= MAX_AMOUNT:
+            raise InvalidInputError("the amount is a whole number from 1 to 10^15", field="amount")
+        to = self._wallets.identity(destination, "destination")
+        key_ = self._wallets.key(source)
+        if key_.identity == to:
+            raise InvalidInputError("source and destination are the same", field="destination")
+        wanted = Submission(
+            key=f"transfer:{reference}",
+            network=self._network,
+            kind="transfer",
+            state="signed",
+            source=key_.identity,
+            destination=to,
+            amount=amount,
+            input_type=0,
+            payload=b"",
+            metadata={"reference": reference},
+            attempt=0,
+            run=run,
+            tick=0,
+            txid="",
+            encoded=b"",
+            created_at=timestamp(now()),
+            updated_at="",
+        )
+        return self._submit(wanted, key_, allow)
+
+    def simulate_transfer(self, reference: str, *, source: str, destination: str, amount: int) -> Submission:
+        """Sign a transfer and send nothing: what a network shows whose transfers are not allowed here.
+
+        Nothing is stored: the same call gives another tick, and so another id. Raises as `submit_transfer`.
+        """
+        to = self._wallets.identity(destination, "destination")
+        key = self._wallets.key(source)
+        tick = self.chain.tick_info().tick + LEAD_TICKS
+        signed = Transaction(key.public_key, public_key(to), amount, tick).sign(key.subseed)
+        moment = timestamp(now())
+        return Submission(
+            key=f"transfer:{reference}",
+            network=self._network,
+            kind="transfer",
+            state="simulated",
+            source=key.identity,
+            destination=to,
+            amount=amount,
+            input_type=0,
+            payload=b"",
+            metadata={"reference": reference},
+            attempt=0,
+            run=1,
+            tick=tick,
+            txid=signed.id,
+            encoded=signed.encode(),
+            created_at=moment,
+            updated_at=moment,
+        )
+
+    def _submit(self, wanted: Submission, key: Key, allow: Callable[[], None] = lambda: None) -> Submission:
+        for _ in _attempts():
+            before = self.get(wanted.key)
+            if before is not None:
+                _check_same(before, wanted)
+                if not _may_be_repeated(before, wanted):
+                    return before
+            allow()
+            source = self._source(wanted.source)
+            if len(source.open) >= MAX_OPEN:
+                raise UnavailableError("the ledger has too much to write at the moment")
+            if wanted.amount:
+                self._check_balance(source, wanted.amount)
+            try:
+                signed = self._sign(wanted, key, before, source)
+            except _ChangedError:
+                continue
+            self._send_soon(signed)
+            return signed
+        raise UnavailableError("others are writing to the ledger at the moment")
+
+    def _check_balance(self, source: _Source, amount: int) -> None:
+        # What others of this source will move counts as moved: the version of the queue guards that none is added.
+        balance = self.chain.balance(source.identity).balance
+        available = balance - sum(place.amount for place in source.open)
+        if available < amount:
+            raise RefusedError(
+                "insufficient_balance", "the source's balance is too small", balance=available, amount=amount
+            )
+
+    def _sign(self, wanted: Submission, key: Key, before: Submission | None, source: _Source) -> Submission:
+        """Sign for a tick that is free, and store it: the commit point. Raises _ChangedError when others were first."""
+        tick = max(self.chain.tick_info().tick, source.last_tick) + LEAD_TICKS
+        transaction = Transaction(
+            key.public_key, public_key(wanted.destination), wanted.amount, tick, wanted.input_type, wanted.payload
+        ).sign(key.subseed)
+        signed = replace(
+            wanted,
+            state="signed",
+            tick=tick,
+            txid=transaction.id,
+            encoded=transaction.encode(),
+            attempt=(before.attempt if before else 0) + 1,
+            created_at=before.created_at if before else wanted.created_at,
+            updated_at=timestamp(now()),
+            version=(before.version if before else 0) + 1,
+            error="",
+        )
+        places = tuple(place for place in source.open if place.key != signed.key)
+        queue = replace(source, last_tick=tick, open=(*places, _Place(tick, signed.key, signed.amount)))
+        writes = [
+            self._put_submission(signed, before),
+            self._put_new(f"SUBMISSION#{self._network}#{signed.key}", f"ATTEMPT#{signed.attempt:06d}", _signed(signed)),
+            self._put_new(f"TXID#{self._network}#{signed.txid}", "TXID", {"key": {"S": signed.key}} | _signed(signed)),
+            self._put_source(queue),
+        ]
+        if source.version == 0:
+            writes.append(
+                {"Put": {"TableName": self._table, "Item": _key(f"SOURCES#{self._network}", source.identity)}}
+            )
+        self._transact(writes)
+        return signed
+
+    def _send_soon(self, signed: Submission) -> None:
+        """Send it if its turn has come; what fails here is the writer's to do."""
+        try:
+            self._on_signed(signed)
+            self.follow(signed.source)
+        except (UnavailableError, BotoCoreError, ClientError) as error:
+            logger().warning("not sent yet", extra={"submission": signed.key, "error": type(error).__name__})
+
+    # Following
+
+    def follow(self, identity: str) -> None:
+        """Bring a source's queue forward as far as it goes now; called by anybody, at any time.
+
+        Raises UnavailableError when the network does not answer: to be called again.
+        """
+        for _ in range(4 * MAX_OPEN):
+            source = self._source(identity)
+            if not source.open:
+                return
+            head = min(source.open, key=lambda place: place.tick)
+            submission = self.get(head.key)
+            if submission is None:
+                raise UnavailableError("a submission is missing")  # written with its place, in one transaction
+            try:
+                if not submission.is_open:
+                    self._on_closed(submission)
+                    self._put(
+                        self._put_source(replace(source, open=tuple(each for each in source.open if each != head)))
+                    )
+                elif not self._decide(submission, source):
+                    return
+            except _ChangedError:
+                continue  # somebody else brings it forward at the same time
+        raise UnavailableError("others are writing to the ledger at the moment")
+
+    def _decide(self, submission: Submission, source: _Source) -> bool:
+        """Find out the fate of what is in flight; False when there is none yet."""
+        processed = self.chain.last_processed_tick().tick
+        if processed < submission.tick:
+            self._send(submission)
+            return False
+        found = self.chain.transaction(submission.txid)
+        if found is not None:
+            # The id is that of the bytes, so these are the bytes that were signed; the tick is in them.
+            self._close(submission, *self._moved(submission))
+            return True
+        if processed < submission.tick + EXPIRY_MARGIN_TICKS:
+            return False
+        if submission.kind == "transfer":
+            self._close(
+                submission, "expired", f"expired: tick {submission.tick} has passed without it, nothing was moved"
+            )
+        else:
+            logger().info("signed anew", extra={"submission": submission.key, "passed": submission.tick})
+            self._sign(submission, service_key(), submission, source)
+        return True
+
+    def _moved(self, submission: Submission) -> tuple[State, str]:
+        """Tell whether an included transfer moved something; one that its source cannot pay is included, too.
+
+        What the RPC says of that (`moneyFlew`) is not relied on. Only one transaction of the source is in flight, so
+        its newest outgoing transfer is this one, or this one moved nothing.
+        """
+        if not submission.amount:
+            return "confirmed", ""
+        balance = self.chain.balance(submission.source)
+        if balance.valid_for_tick < submission.tick:
+            raise UnavailableError("the balance after the transfer is not known yet")
+        newest = balance.latest_outgoing_transfer_tick
+        if newest == submission.tick:
+            return "confirmed", ""
+        if newest < submission.tick:
+            return "failed", f"moved_nothing: tick {submission.tick} has it, and the source could not pay it"
+        return "failed", "moved_unknown: the wallet's key is used elsewhere, too; look the transaction up"
+
+    def _send(self, submission: Submission) -> None:
+        if self.chain.tick_info().tick >= submission.tick:
+            return
+        try:
+            self.chain.broadcast(submission.encoded)
+        except RefusedError as error:
+            # Its tick will pass without it, if that stays so; nothing is known to be lost before.
+            logger().error("the network refuses it", extra={"submission": submission.key, "reason": error.message})
+            return
+        if submission.state == "signed":
+            self._put(self._put_submission(_changed(submission, state="broadcast"), submission))
+
+    def _close(self, submission: Submission, state: State, error: str) -> None:
+        closed = _changed(submission, state=state, error=error)
+        self._put(self._put_submission(closed, submission))
+        logger().info("closed", extra={"submission": closed.key, "state": state, "tick": closed.tick})
+
+    # Reading
+
+    def get(self, key: str) -> Submission | None:
+        """The submission under `key`."""
+        item = self._get(f"SUBMISSION#{self._network}#{key}", "SUBMISSION")
+        return _submission(item) if item else None
+
+    def attempt(self, txid: str) -> Submission | None:
+        """The submission for which this transaction was signed, with the transaction's own bytes, tick and id.
+
+        If a later one was signed, the state is `expired`: this one is in no tick.
+        """
+        item = self._get(f"TXID#{self._network}#{txid}", "TXID")
+        if item is None:
+            return None
+        found = self.get(item["key"]["S"])
+        if found is None or found.txid == txid:
+            return found
+        return replace(found, state="expired", txid=txid, tick=int(item["tick"]["N"]), encoded=item["encoded"]["B"])
+
+    def open_sources(self) -> list[str]:
+        """The identities that have something open."""
+        pages = clients.client("dynamodb").get_paginator("query")
+        found = pages.paginate(
+            TableName=self._table,
+            KeyConditionExpression="pk = :pk",
+            ExpressionAttributeValues={":pk": {"S": f"SOURCES#{self._network}"}},
+            ConsistentRead=True,
+        )
+        identities = [item["sk"]["S"] for page in found for item in page["Items"]]
+        return [identity for identity in identities if self._source(identity).open]
+
+    def _source(self, identity: str) -> _Source:
+        item = self._get(f"SOURCE#{self._network}#{identity}", "SOURCE")
+        if item is None:
+            return _Source(identity)
+        places = tuple(_Place(*each) for each in json.loads(item["open"]["S"]))
+        return _Source(identity, int(item["version"]["N"]), int(item["last_tick"]["N"]), places)
+
+    # DynamoDB
+
+    def _get(self, pk: str, sk: str) -> Item | None:
+        found = clients.client("dynamodb").get_item(TableName=self._table, Key=_key(pk, sk), ConsistentRead=True)
+        item: Item | None = found.get("Item")
+        return item
+
+    def _put_new(self, pk: str, sk: str, attributes: Item) -> Item:
+        not_there_yet = "attribute_not_exists(pk)"
+        item = _key(pk, sk) | attributes
+        return {"Put": {"TableName": self._table, "Item": item, "ConditionExpression": not_there_yet}}
+
+    def _put_submission(self, submission: Submission, before: Submission | None) -> Item:
+        item = _submission_item(submission)
+        return self._put_versioned(item, before.version if before else 0)
+
+    def _put_source(self, source: _Source) -> Item:
+        item = _key(f"SOURCE#{self._network}#{source.identity}", "SOURCE") | {
+            "version": {"N": str(source.version + 1)},
+            "last_tick": {"N": str(source.last_tick)},
+            "open": {"S": json.dumps([[place.tick, place.key, place.amount] for place in source.open])},
+        }
+        return self._put_versioned(item, source.version)
+
+    def _put_versioned(self, item: Item, before: int) -> Item:
+        put: Item = {"TableName": self._table, "Item": item, "ConditionExpression": "attribute_not_exists(pk)"}
+        if before:
+            nobody_wrote_since = "version = :before"
+            put |= {
+                "ConditionExpression": nobody_wrote_since,
+                "ExpressionAttributeValues": {":before": {"N": str(before)}},
+            }
+        return {"Put": put}
+
+    def _put(self, write: Item) -> None:
+        self._transact([write])
+
+    def _transact(self, writes: list[Item]) -> None:
+        """All or nothing. Raises _ChangedError when it is worth reading again."""
+        try:
+            clients.client("dynamodb").transact_write_items(TransactItems=writes)
+        except ClientError as error:
+            reasons = {each.get("Code") for each in error.response.get("CancellationReasons", ())} - {"None", None}
+            cancelled = error.response["Error"]["Code"] == "TransactionCanceledException"
+            if cancelled and reasons and reasons <= _RETRY_REASONS:
+                raise _ChangedError from error
+            raise
+
+
+class _ChangedError(Exception):
+    """What was read is no longer so, or was being changed: nothing has been written."""
+
+
+def _attempts() -> Iterator[None]:
+    """A few attempts, with growing random pauses in between."""
+    for attempt in range(_ATTEMPTS):
+        if attempt:
+            time.sleep(random.uniform(0, min(0.01 * 2**attempt, 0.2)))  # noqa: S311 (a pause, no secret)
+        yield
+
+
+def _checked(metadata: dict[str, Any]) -> dict[str, Any]:
+    try:
+        size = len(canonical_json(metadata).encode())
+    except InvalidInputError as error:
+        raise InvalidInputError(error.message, field="metadata") from error
+    if size > MAX_METADATA_BYTES:
+        raise InvalidInputError(f"the metadata has at most {MAX_METADATA_BYTES} bytes", field="metadata")
+    return metadata
+
+
+def _check_same(before: Submission, wanted: Submission) -> None:
+    """Refuse another act under the same key; metadata is a remark, and the first one stays."""
+    terms = ("kind", "source", "destination", "amount", "input_type", "payload")
+    if any(getattr(before, name) != getattr(wanted, name) for name in terms):
+        if wanted.kind == "transfer":
+            raise RefusedError("reference_conflict", "this reference was used for another transfer")
+        raise RefusedError("key_conflict", "something else was written under this key")
+
+
+def _may_be_repeated(before: Submission, wanted: Submission) -> bool:
+    """Tell whether a transfer is known to have moved nothing, and is asked for by a later execution of its task."""
+    moved_nothing = before.state == "expired" or (before.state == "failed" and before.error.startswith("moved_nothing"))
+    return before.kind == "transfer" and moved_nothing and wanted.run > before.run
+
+
+def _changed(submission: Submission, **changes: Any) -> Submission:
+    return replace(submission, updated_at=timestamp(now()), version=submission.version + 1, **changes)
+
+
+def _key(pk: str, sk: str) -> Item:
+    return {"pk": {"S": pk}, "sk": {"S": sk}}
+
+
+def _signed(submission: Submission) -> Item:
+    return {
+        "txid": {"S": submission.txid},
+        "tick": {"N": str(submission.tick)},
+        "encoded": {"B": submission.encoded},
+        "signed_at": {"S": submission.updated_at},
+    }
+
+
+def _submission_item(submission: Submission) -> Item:
+    item = _key(f"SUBMISSION#{submission.network}#{submission.key}", "SUBMISSION")
+    for name, value in asdict(submission).items():
+        if isinstance(value, bytes):
+            item[name] = {"B": value}
+        elif isinstance(value, int):
+            item[name] = {"N": str(value)}
+        else:  # metadata stays text: DynamoDB would make Decimals of its numbers
+            item[name] = {"S": value if isinstance(value, str) else canonical_json(value)}
+    return item
+
+
+def _submission(item: Item) -> Submission:
+    fields: dict[str, Any] = {}
+    for name, attribute in item.items():
+        if name not in {"pk", "sk"}:
+            [(kind, value)] = attribute.items()
+            fields[name] = int(value) if kind == "N" else bytes(value) if kind == "B" else value
+    return Submission(**fields | {"metadata": json.loads(fields["metadata"])})

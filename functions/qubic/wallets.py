@@ -1,0 +1,131 @@
+"""Whose keys the qubic service holds: its own, and on the mock those of the demo wallets.
+
+The service's own key signs what is written to the ledger (policy, anchors, hashes). Its seed is a secret that only this
+service may read. The demo wallets' seeds are made of their names by a rule that everybody can read here: they are for
+trying things out on the mock, and worth nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+
+from qaes.adapters import clients, settings
+from qaes.domain.errors import RefusedError, UnavailableError
+from qaes.domain.qubic.identity import check_address, decode_identity, encode_identity, is_identity_shaped
+
+DEMO_BALANCES: Mapping[str, int] = {"0x1234567890abcdef": 1000, "0xabcdef1234567890": 500, "0xfedcba0987654321": 0}
+"""In QU; addresses as the older clients write them, each with an identity of its own."""
+SERVICE_BALANCE = 1_000_000
+"""In QU, of the service's own identity on the mock: a source without any balance is refused."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """What signs for an identity."""
+
+    identity: str
+    public_key: bytes
+    subseed: bytes = field(repr=False)
+
+
+def key_of_seed(seed: str) -> Key:
+    """Derive the key of a seed of 55 letters. Raises ValueError for another seed."""
+    from qaes.domain.qubic import schnorrq
+
+    subseed = schnorrq.subseed_of(seed)
+    public_key = schnorrq.public_key_of(subseed)
+    return Key(encode_identity(public_key), public_key, subseed)
+
+
+@cache
+def service_key() -> Key:
+    """Read the service's own key, from the secret that QUBIC_SEED_SECRET names.
+
+    Raises
+    ------
+    SettingsError
+        The secret is no seed of 55 letters a to z.
+    UnavailableError
+        It cannot be read now.
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        found = clients.client("secretsmanager").get_secret_value(SecretId=settings.text("QUBIC_SEED_SECRET"))
+    except (BotoCoreError, ClientError) as error:
+        raise UnavailableError(f"the ledger's key cannot be read ({type(error).__name__})") from error
+    try:
+        return key_of_seed(found.get("SecretString", ""))
+    except ValueError:
+        raise settings.SettingsError("the secret of QUBIC_SEED_SECRET is no seed of 55 letters a to z") from None
+
+
+@cache
+def demo_key(address: str) -> Key:
+    """Derive the key of a demo wallet, `address` being as the older clients write it."""
+    digest = hashlib.shake_256(b"qaes demo wallet, worth nothing: " + address.encode()).digest(55)
+    return key_of_seed("".join(chr(ord("a") + byte % 26) for byte in digest))
+
+
+@cache
+def _demo_identities() -> dict[str, str]:
+    return {demo_key(address).identity: address for address in DEMO_BALANCES}
+
+
+class Wallets:
+    """The keys for a network."""
+
+    def __init__(self, network: str) -> None:
+        self._network = network
+
+    def identity(self, address: str, field: str = "address") -> str:
+        """Return the identity of an address.
+
+        Raises
+        ------
+        InvalidInputError
+            It is no address.
+        RefusedError
+            `invalid_address`: one of the older clients' addresses, which only the mock knows.
+        """
+        address = check_address(address, field)
+        if is_identity_shaped(address):
+            return address
+        if self._network != "mock":
+            raise RefusedError(
+                "invalid_address", f"{field}: on {self._network} an address is an identity of 60 letters"
+            )
+        return demo_key(address).identity
+
+    def key(self, address: str, field: str = "source") -> Key:
+        """Return the key that signs for an address.
+
+        Raises
+        ------
+        InvalidInputError
+            It is no address.
+        RefusedError
+            `no_key`: this service does not hold its key; or as `identity`.
+        """
+        identity = self.identity(address, field)
+        if self._network == "mock":
+            if not is_identity_shaped(check_address(address, field)):
+                return demo_key(check_address(address, field))
+            if identity in _demo_identities():
+                return demo_key(_demo_identities()[identity])
+        if identity == service_key().identity:
+            return service_key()
+        raise RefusedError("no_key", "this service does not hold the key of the wallet that is to pay")
+
+
+def genesis() -> dict[str, int]:
+    """Tell what each identity has when a mock begins."""
+    demo = {demo_key(address).identity: balance for address, balance in DEMO_BALANCES.items()}
+    return demo | {service_key().identity: SERVICE_BALANCE}
+
+
+def public_key(identity: str) -> bytes:
+    return decode_identity(identity)

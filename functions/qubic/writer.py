@@ -1,0 +1,82 @@
+"""The writer: follows what was signed until its fate is known, without anybody's waiting for it.
+
+A submission has one message in the queue, which comes back when its tick should have passed, until it is closed. Every
+minute, whatever is open is looked at as well: a message may have been lost between the commit and the queue.
+"""
+
+from __future__ import annotations
+
+import json
+from math import ceil
+from typing import Any
+
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from qaes.adapters import clients, settings
+from qaes.adapters.logs import logger
+from qaes.domain.errors import UnavailableError
+from qubic.chain.base import Chain
+from qubic.submissions import Submission, Submissions
+
+MAX_DELAY_SECONDS = 60
+"""Longest pause between two looks: ticks may stand still for an hour."""
+
+
+def enqueue(submission: Submission, tick: int, looks: int = 0) -> None:
+    """Have the submission looked at when its tick, seen from `tick`, should have passed."""
+    until = (submission.tick + 2 - tick) * settings.number("QUBIC_TICK_MILLISECONDS") / 1000
+    # After the first few looks less and less often: then ticks do not come as they should.
+    delay = min(MAX_DELAY_SECONDS, max(1, ceil(until), 2 ** max(0, looks - 4)))
+    clients.client("sqs").send_message(
+        QueueUrl=settings.text("LEDGER_WRITER_QUEUE"),
+        MessageBody=json.dumps({"key": submission.key, "network": submission.network, "looks": looks + 1}),
+        DelaySeconds=delay,
+    )
+
+
+@logger().inject_lambda_context
+def handler(event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
+    """Take a batch of the queue, give `{"batchItemFailures"}`; take a schedule's event, give `{"open": [keys]}`."""
+    from qubic.service import policies, submissions
+
+    it = submissions()
+    if "Records" not in event:
+        policies().settle()
+        return {"open": _follow_all(it)}
+    failed = []
+    for record in event["Records"]:
+        try:
+            _look(it, it.chain, json.loads(record["body"]))
+        except Exception:  # noqa: BLE001 - whatever it is, it is logged, and delivered again
+            logger().exception("could not follow", extra={"body": record["body"]})
+            failed.append({"itemIdentifier": record["messageId"]})
+    return {"batchItemFailures": failed}
+
+
+def _look(it: Submissions, chain: Chain, message: dict[str, Any]) -> None:
+    if message["network"] != chain.network:
+        return  # of another network, which this stack was on before: nobody here can find out
+    submission = it.get(message["key"])
+    if submission is None:
+        return
+    unavailable: UnavailableError | None = None
+    try:
+        it.follow(submission.source)
+    except UnavailableError as error:
+        unavailable = error
+        logger().warning("the network does not answer", extra={"reason": error.message})
+    submission = it.get(submission.key) or submission
+    if submission.is_open:
+        tick = submission.tick if unavailable else chain.tick_info().tick
+        enqueue(submission, tick, int(message.get("looks", 0)))
+
+
+def _follow_all(it: Submissions) -> list[str]:
+    left = []
+    for identity in it.open_sources():
+        try:
+            it.follow(identity)
+        except UnavailableError as error:
+            logger().warning("not followed", extra={"source": identity, "reason": error.message})
+            left.append(identity)
+    return left

@@ -1,0 +1,534 @@
+"""The policy's life: proposed, approved by somebody else, anchored, in force; and what must never come into force."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import boto3
+import pytest
+from botocore.client import BaseClient
+
+from qaes.domain.errors import ConflictError, ForbiddenError, NotFoundError, RefusedError, UnavailableError
+from qaes.domain.policy import DEFAULT_RULES, DENIED, PolicyDocument, Rule
+from qaes.domain.qubic.transaction import decode
+from qubic import policies as module
+from qubic import service
+from qubic.chain import chain
+from qubic.policies import Policies, PolicyVersion
+from qubic.submissions import Submissions
+from qubic.wallets import demo_key, service_key
+from tests.support.api import items, set_environment
+from tests.support.cloud import Cloud, cloud
+
+TABLE = "LedgerTable"
+RULES = DEFAULT_RULES | {"transfer_funds": Rule(allowed=True, requires_approval=True, risk_level="high", max_amount=5)}
+OTHER_RULES = DEFAULT_RULES | {"transaction": DENIED}
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_environment("QubicApiFunction", monkeypatch)
+    monkeypatch.setattr(module, "_verified", {})
+
+
+@pytest.fixture
+def aws(environment: None) -> Iterator[Cloud]:
+    with cloud(state_machine=False) as it:
+        yield it
+
+
+@pytest.fixture
+def store(aws: Cloud) -> Policies:
+    return service.policies()
+
+
+def at_once(*calls: Callable[[], Any]) -> list[Any]:
+    """What each call gave, or the error that it raised; all begin at the same moment."""
+    start = threading.Barrier(len(calls))
+
+    def run(call: Callable[[], Any]) -> Any:
+        start.wait()
+        try:
+            return call()
+        except Exception as error:  # noqa: BLE001 it is looked at by the test
+            return error
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        return list(pool.map(run, calls))
+
+
+def publish(aws: Cloud, store: Policies, rules: dict[str, Rule] = RULES) -> PolicyVersion:
+    """Propose, approve and let the ledger confirm."""
+    proposed = store.propose(rules, subject="olivia")
+    store.approve(proposed.version, subject="oscar", four_eyes=True)
+    aws.settle()
+    return store.get(proposed.version)
+
+
+def alter(pk: str, sk: str, **attributes: Any) -> None:
+    """Change a stored item as nobody should."""
+    names = {f"#{name}": name for name in attributes}
+    boto3.client("dynamodb").update_item(
+        TableName=TABLE,
+        Key={"pk": {"S": pk}, "sk": {"S": sk}},
+        UpdateExpression="SET " + ", ".join(f"#{name} = :{name}" for name in attributes),
+        ConditionExpression="attribute_exists(pk)",
+        ExpressionAttributeNames=names,
+        ExpressionAttributeValues={f":{name}": value for name, value in attributes.items()},
+    )
+
+
+def alter_text(version: int, text: str) -> None:
+    alter("POLICY#mock", f"VERSION#{version:09d}", text={"S": text})
+
+
+def submissions_of_policies() -> list[str]:
+    found = [item for item in items(TABLE) if item["pk"]["S"].startswith("SUBMISSION#mock#policy:")]
+    return sorted(f"{item['pk']['S'].rpartition('#')[2]} {item['sk']['S']}" for item in found)
+
+
+# The first version
+
+
+def test_until_the_first_version_is_confirmed_there_is_none(environment: None) -> None:
+    with cloud(state_machine=False, policy=False) as aws:
+        with pytest.raises(UnavailableError, match="not on the ledger yet"):
+            service.policies().in_force()
+        assert service.policies().get(1).status == "anchoring"
+        with pytest.raises(UnavailableError):
+            service.policies().propose(RULES, subject="olivia")
+        aws.settle()
+        policy = service.policies().in_force()
+        assert (policy.version, policy.rules) == (1, DEFAULT_RULES)
+
+
+def test_whoever_asks_first_submits_the_first_version_once(environment: None) -> None:
+    with cloud(state_machine=False, policy=False) as aws:
+        found = at_once(*[lambda: service.policies().in_force()] * 8)
+        assert {type(each) for each in found} == {UnavailableError}
+        aws.settle()
+        found = at_once(*[lambda: service.policies().in_force()] * 8)
+        assert {policy.policy_id for policy in found} == {service.policies().in_force().policy_id}
+        assert submissions_of_policies() == ["policy:1 ATTEMPT#000001", "policy:1 SUBMISSION"]
+
+
+def test_a_first_version_whose_confirmation_nobody_told_of(environment: None) -> None:
+    """No writer at all: whoever asks looks whether the ledger has it by now."""
+    with cloud(state_machine=False, policy=False) as aws:
+        with pytest.raises(UnavailableError):
+            service.policies().in_force()
+        aws.clock.pass_seconds(60)
+        assert service.policies().in_force().version == 1
+
+
+# The life of a version
+
+
+def test_a_version_is_in_force_when_the_ledger_has_it(aws: Cloud, store: Policies) -> None:
+    before = store.in_force()
+    proposed = store.propose(RULES, subject="olivia")
+    assert (proposed.version, proposed.status, proposed.proposed_by) == (2, "proposed", "olivia")
+    assert proposed.based_on == before.policy_id
+    assert store.in_force() == before
+
+    approved = store.approve(2, subject="oscar", four_eyes=True)
+    assert (approved.status, approved.approved_by) == ("anchoring", "oscar")
+    assert approved.txid is not None
+    assert store.in_force() == before
+
+    aws.settle()
+    policy = store.in_force()
+    assert (policy.policy_id, policy.rules) == (proposed.policy_id, RULES)
+    found = store.get(2)
+    assert (found.status, found.txid, found.tick) == ("in_force", approved.txid, approved.tick)
+    assert store.get(1).status == "superseded"
+    assert [(each.version, each.status) for each in store.list()] == [(2, "in_force"), (1, "superseded")]
+
+
+def test_a_document_is_proven_by_its_transaction(aws: Cloud, store: Policies) -> None:
+    """As an offline verifier would, from what `policy_document` gives alone."""
+    version = publish(aws, store)
+    found = aws.invoke("LedgerFunction", {"operation": "policy_document", "policy_id": version.policy_id})["result"]
+    transaction = decode(base64.b64decode(found["encoded"]))
+    assert hashlib.sha256(found["text"].encode()).digest() == transaction.payload
+    assert transaction.is_signed_by_source()
+    assert (transaction.id, transaction.tick) == (found["txid"], found["tick"])
+    assert transaction.source == service_key().public_key
+    assert found["policy_id"] == f"policy-v2-{transaction.payload.hex()[:12]}"
+    assert PolicyDocument.read(found["text"]).rules == RULES
+    first = store.document(store.get(1).policy_id)
+    assert (first["version"], first["hash"]) == (1, store.get(1).hash)
+
+
+@pytest.mark.parametrize("policy_id", ["", "policy-v1-000000000000", "policy-v9-0123456789ab", "nonsense"])
+def test_a_document_that_there_is_none_of(store: Policies, policy_id: str) -> None:
+    with pytest.raises(NotFoundError):
+        store.document(policy_id)
+
+
+def test_a_document_that_never_came_into_force_is_not_given(store: Policies) -> None:
+    with pytest.raises(NotFoundError):
+        store.document(store.propose(RULES, subject="olivia").policy_id)
+
+
+def test_pages_of_versions(store: Policies) -> None:
+    for number in range(5):
+        rule = Rule(allowed=True, requires_approval=True, risk_level="low", max_amount=number + 1)
+        store.propose({"transfer_funds": rule}, subject="olivia")
+    assert [each.version for each in store.list(limit=4)] == [6, 5, 4, 3]
+    assert [each.version for each in store.list(limit=4, before=3)] == [2, 1]
+    assert store.list(before=1) == []
+
+
+# Who may, and when
+
+
+def test_nobody_approves_their_own_proposal(store: Policies) -> None:
+    store.propose(RULES, subject="olivia")
+    with pytest.raises(ForbiddenError):
+        store.approve(2, subject="olivia", four_eyes=True)
+    assert store.get(2).status == "proposed"
+    assert store.approve(2, subject="olivia", four_eyes=False).status == "anchoring"
+
+
+def test_the_same_proposal_twice_is_one(store: Policies) -> None:
+    first = store.propose(RULES, subject="olivia")
+    assert store.propose(RULES, subject="olivia") == first
+    assert store.propose(RULES, subject="oscar").version == 3
+    store.reject(3, subject="oscar")
+    assert store.propose(RULES, subject="oscar").version == 4
+
+
+def test_a_stale_proposal_is_refused(aws: Cloud, store: Policies) -> None:
+    first = store.in_force().policy_id
+    store.propose(RULES, subject="olivia", based_on=first)
+    store.propose(OTHER_RULES, subject="oscar", based_on=first)
+    store.approve(3, subject="olivia", four_eyes=True)
+    for attempt in (
+        lambda: store.propose(OTHER_RULES, subject="olivia", based_on=first),
+        lambda: store.approve(2, subject="oscar", four_eyes=True),
+    ):
+        with pytest.raises(ConflictError, match="version 3 was approved"):
+            attempt()
+    aws.settle()
+    for attempt in (
+        lambda: store.propose(OTHER_RULES, subject="olivia", based_on=first),
+        lambda: store.approve(2, subject="oscar", four_eyes=True),
+    ):
+        with pytest.raises(ConflictError, match="is in force by now") as caught:
+            attempt()
+        assert caught.value.details["policy_id"] == store.in_force().policy_id
+    assert store.in_force().version == 3
+    assert store.get(2).status == "proposed"
+
+
+def test_an_approval_is_given_once(aws: Cloud, store: Policies) -> None:
+    store.propose(RULES, subject="olivia")
+    first = store.approve(2, subject="oscar", four_eyes=True)
+    assert store.approve(2, subject="oscar", four_eyes=True) == first
+    with pytest.raises(ConflictError):
+        store.approve(2, subject="otto", four_eyes=True)
+    aws.settle()
+    assert store.approve(2, subject="oscar", four_eyes=True).status == "in_force"
+    with pytest.raises(ConflictError):
+        store.approve(1, subject="oscar", four_eyes=True)
+
+
+def test_what_was_rejected_stays_so(store: Policies) -> None:
+    store.propose(RULES, subject="olivia")
+    rejected = store.reject(2, subject="oscar", reason="too strict")
+    assert (rejected.status, rejected.rejected_by, rejected.reason) == ("rejected", "oscar", "too strict")
+    assert store.reject(2, subject="otto") == rejected
+    with pytest.raises(ConflictError):
+        store.approve(2, subject="oscar", four_eyes=True)
+    assert store.propose(RULES, subject="olivia").version == 3
+    assert store.reject(3, subject="olivia").status == "rejected"  # withdrawn
+
+
+def test_what_is_on_its_way_cannot_be_rejected(aws: Cloud, store: Policies) -> None:
+    store.propose(RULES, subject="olivia")
+    store.approve(2, subject="oscar", four_eyes=True)
+    with pytest.raises(ConflictError):
+        store.reject(2, subject="olivia")
+    aws.settle()
+    with pytest.raises(ConflictError):
+        store.reject(2, subject="olivia")
+    assert store.in_force().version == 2
+
+
+def test_a_version_that_there_is_none_of(store: Policies) -> None:
+    for call in (
+        store.get,
+        lambda n: store.approve(n, subject="o", four_eyes=True),
+        lambda n: store.reject(n, subject="o"),
+    ):
+        with pytest.raises(NotFoundError):
+            call(7)
+
+
+# Races
+
+
+def test_of_two_approvals_at_once_one_wins(aws: Cloud, store: Policies) -> None:
+    store.propose(RULES, subject="olivia")
+    store.propose(OTHER_RULES, subject="olivia")
+    found = at_once(
+        *(lambda n=n, who=who: service.policies().approve(n, subject=who, four_eyes=True)
+          for n, who in ((2, "oscar"), (3, "otto"), (2, "otto"), (3, "oscar")))
+    )  # fmt: skip
+    won = [each for each in found if isinstance(each, PolicyVersion)]
+    assert len(won) == 1
+    assert {type(each) for each in found} == {PolicyVersion, ConflictError}
+    aws.settle()
+    assert store.in_force().version == won[0].version
+    assert len([key for key in submissions_of_policies() if key.endswith("SUBMISSION")]) == 2
+
+
+def test_an_approval_and_a_rejection_at_once(aws: Cloud, store: Policies) -> None:
+    store.propose(RULES, subject="olivia")
+    found = at_once(
+        lambda: service.policies().approve(2, subject="oscar", four_eyes=True),
+        lambda: service.policies().reject(2, subject="olivia"),
+    )
+    assert sorted(type(each).__name__ for each in found) == ["ConflictError", "PolicyVersion"]
+    aws.settle()
+    expected = (2, "in_force") if isinstance(found[0], PolicyVersion) else (1, "rejected")
+    assert (store.in_force().version, store.get(2).status) == expected
+
+
+def test_proposals_at_once_have_different_numbers(store: Policies) -> None:
+    found = at_once(*(lambda who=who: service.policies().propose(RULES, subject=who) for who in "abcdef"))
+    assert sorted(each.version for each in found) == [2, 3, 4, 5, 6, 7]
+    assert {store.get(each.version).proposed_by for each in found} == set("abcdef")
+
+
+def test_many_settle_at_once(aws: Cloud, store: Policies) -> None:
+    store.propose(RULES, subject="olivia")
+    store.approve(2, subject="oscar", four_eyes=True)
+    confirm_silently(aws)
+    assert store.get(2).status == "anchoring"
+    assert at_once(*[lambda: service.policies().settle()] * 6) == [None] * 6
+    assert (store.get(2).status, store.get(1).status) == ("in_force", "superseded")
+    store.settle()
+    assert store.in_force().version == 2
+
+
+def confirm_silently(aws: Cloud) -> None:
+    """Let the ledger confirm, and the one who is to tell of it crash."""
+    aws.clock.pass_seconds(60)
+    Submissions(chain()).follow(service_key().identity)
+
+
+# What fails half-way
+
+
+def test_an_approval_that_could_not_be_submitted_is_by_the_writer(
+    aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(*_: Any, **__: Any) -> None:
+        raise UnavailableError("the ledger is busy")
+
+    store.propose(RULES, subject="olivia")
+    with monkeypatch.context() as patch:
+        patch.setattr(Submissions, "submit_record", busy)
+        assert store.approve(2, subject="oscar", four_eyes=True).status == "approved"
+    aws.invoke("LedgerWriterFunction", {})
+    assert store.get(2).status == "anchoring"
+    aws.settle()
+    assert store.in_force().version == 2
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+def test_a_crash_at_each_write_or_read(aws: Cloud, monkeypatch: pytest.MonkeyPatch, done: bool) -> None:
+    """Approving and settling, cut off before or after each single call to AWS: the version comes into force once."""
+
+    class Cut(BaseException):
+        pass
+
+    original = BaseClient._make_api_call
+    left = [10**9]
+
+    def cut(self: Any, operation: str, arguments: Any) -> Any:
+        left[0] -= 1
+        if left[0] == 0 and not done:
+            raise Cut
+        answer = original(self, operation, arguments)
+        if left[0] == 0:
+            raise Cut
+        return answer
+
+    monkeypatch.setattr(BaseClient, "_make_api_call", cut)
+    for number in range(1, 60):
+        rule = Rule(allowed=True, requires_approval=True, risk_level="low", max_amount=number)
+        version = service.policies().propose({"transfer_funds": rule}, subject="olivia").version
+        left[0] = number
+        try:
+            service.policies().approve(version, subject="oscar", four_eyes=True)
+            confirm_silently(aws)
+            service.policies().settle()
+            finished = True
+        except Cut:
+            finished = False
+        left[0] = 10**9
+        service.policies().approve(version, subject="oscar", four_eyes=True)
+        aws.settle()
+        assert service.policies().in_force().version == version
+        assert service.policies().get(version - 1).status == "superseded"
+        if finished:
+            break
+    assert finished
+    assert number > 10
+    assert len([key for key in submissions_of_policies() if key.endswith("SUBMISSION")]) == number + 1
+
+
+# What is not what the ledger has
+
+
+def looser(version: int) -> str:
+    """A document that would allow everything."""
+    rule = Rule(allowed=True, requires_approval=False, risk_level="low")
+    return PolicyDocument.write({"transfer_funds": rule}, version=version, proposed_by="olivia").text()
+
+
+@pytest.mark.parametrize("text", ["{}", looser(2), looser(3)], ids=["none", "another", "another version"])
+@pytest.mark.parametrize("known", [True, False], ids=["checked before", "not checked before"])
+def test_an_altered_document_is_refused_and_the_last_good_one_is_in_force(
+    aws: Cloud,
+    store: Policies,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    text: str,
+    known: bool,
+) -> None:
+    publish(aws, store)
+    store.in_force()
+    if not known:
+        module._verified.clear()
+    alter_text(2, text)
+    capsys.readouterr()
+    assert store.in_force().version == 1
+    assert '"PolicyRefused":[1.0]' in capsys.readouterr().out
+    assert ("ERROR", "policy refused") in {(record.levelname, record.message) for record in caplog.records}
+    with pytest.raises(RefusedError) as caught:
+        store.document(store.get(2).policy_id)
+    assert caught.value.code == "policy_altered"
+
+
+def test_when_no_version_is_good_nothing_is_allowed(aws: Cloud, store: Policies) -> None:
+    publish(aws, store)
+    alter_text(1, looser(1))
+    assert store.in_force().version == 2
+    alter_text(2, looser(2))
+    with pytest.raises(UnavailableError, match="nothing is allowed"):
+        store.in_force()
+
+
+def test_a_rejected_version_is_never_fallen_back_to(aws: Cloud, store: Policies) -> None:
+    store.propose(OTHER_RULES, subject="olivia")
+    store.reject(2, subject="oscar")
+    store.propose(RULES, subject="olivia")
+    store.approve(3, subject="oscar", four_eyes=True)
+    aws.settle()
+    alter_text(3, looser(3))
+    assert store.in_force().version == 1
+
+
+def test_a_document_altered_before_it_is_submitted_never_is(
+    aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.propose(RULES, subject="olivia")
+    with monkeypatch.context() as patch:
+        patch.setattr(Policies, "_submit", lambda *_: None)
+        store.approve(2, subject="oscar", four_eyes=True)
+    alter_text(2, looser(2))
+    with pytest.raises(UnavailableError, match="not what was approved"):
+        store.settle()
+    assert "policy:2 SUBMISSION" not in submissions_of_policies()
+    assert store.in_force().version == 1
+
+
+def test_a_document_altered_before_its_approval_cannot_be_approved(store: Policies) -> None:
+    store.propose(RULES, subject="olivia")
+    alter_text(2, looser(2))
+    with pytest.raises(ConflictError, match="not what was proposed"):
+        store.approve(2, subject="oscar", four_eyes=True)
+
+
+def test_a_document_altered_while_it_is_anchored_does_not_come_into_force(aws: Cloud, store: Policies) -> None:
+    store.propose(RULES, subject="olivia")
+    store.approve(2, subject="oscar", four_eyes=True)
+    alter_text(2, looser(2))
+    aws.settle()
+    assert store.in_force().version == 1
+    assert store.get(2).status == "rejected"
+    assert "hash the ledger has" in store.get(2).reason
+    # And it does not stand in the way of the next.
+    assert publish(aws, store, OTHER_RULES).version == 3
+    assert store.in_force().version == 3
+
+
+def forged(pretended: bytes, **changes: Any) -> dict[str, Any]:
+    """Attributes of a submission whose transaction was changed."""
+    original = decode(pretended)
+    other = demo_key("0x1234567890abcdef")
+    if changes.pop("by_another", False):
+        transaction = replace(original, source=other.public_key, destination=other.public_key, **changes)
+        transaction = transaction.sign(other.subseed)
+    else:
+        transaction = replace(original, **changes)
+    return {"encoded": {"B": transaction.encode()}, "txid": {"S": transaction.id}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"payload": hashlib.sha256(looser(2).encode()).digest()},
+        {"payload": hashlib.sha256(looser(2).encode()).digest(), "by_another": True},
+        {"by_another": True},
+        {"input_type": 0x5148},
+        {"tick": 5},
+    ],
+)
+def test_a_forged_transaction_anchors_nothing(aws: Cloud, store: Policies, changes: dict[str, Any]) -> None:
+    publish(aws, store)
+    module._verified.clear()
+    submission = store._submissions.get("policy:2")
+    assert submission is not None
+    alter("SUBMISSION#mock#policy:2", "SUBMISSION", **forged(submission.encoded, **changes))
+    if "payload" in changes:
+        alter_text(2, looser(2))
+    assert store.in_force().version == 1
+
+
+def test_bytes_that_are_not_the_transaction_of_that_id(aws: Cloud, store: Policies) -> None:
+    publish(aws, store)
+    for encoded in (b"", store._submissions.get("policy:1").encoded):  # type: ignore[union-attr]
+        module._verified.clear()
+        alter("SUBMISSION#mock#policy:2", "SUBMISSION", encoded={"B": encoded or b"\0"})
+        assert store.in_force().version == 1
+
+
+def test_a_version_counts_only_while_its_submission_is_confirmed(aws: Cloud, store: Policies) -> None:
+    publish(aws, store)
+    module._verified.clear()
+    alter("SUBMISSION#mock#policy:2", "SUBMISSION", state={"S": "broadcast"})
+    assert store.in_force().version == 1
+
+
+def test_a_transaction_is_checked_once_for_each_version(
+    aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(aws, store)
+    module._verified.clear()
+    checked: list[str] = []
+    original = module._check_anchor
+    monkeypatch.setattr(module, "_check_anchor", lambda *a: (checked.append(a[0]), original(*a))[1])
+    for _ in range(3):
+        service.policies().in_force()
+    assert checked == [store.get(2).hash]

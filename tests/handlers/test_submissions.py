@@ -1,0 +1,482 @@
+"""What was signed is on the ledger once, or nowhere; whatever the network does, and wherever the process dies."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import boto3
+import pytest
+
+from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
+from qaes.domain.qubic.transaction import Transaction, decode
+from qubic import wallets
+from qubic.chain.mock import Faults, MockChain
+from qubic.submissions import EXPIRY_MARGIN_TICKS, LEAD_TICKS, MAX_OPEN, Submission, Submissions
+from tests.support.cloud import SEED, Cloud, cloud
+
+SOURCE, DESTINATION, EMPTY = "0x1234567890abcdef", "0xfedcba0987654321", "0xabcdef1234567890"
+HOUR = 3600
+
+
+def digest(number: int) -> str:
+    return f"{number:064x}"
+
+
+class Ledger:
+    """The submissions to a mock network, with every end of them that was told."""
+
+    def __init__(self, it: Cloud) -> None:
+        self.cloud = it
+        self.chain = MockChain(genesis=wallets.genesis(), table="ChainTable", clock=it.clock, tick_milliseconds=1000)
+        self.closed: list[Submission] = []
+        self.signed: list[Submission] = []
+        self.it = Submissions(self.chain, "LedgerTable", on_signed=self.signed.append, on_closed=self.closed.append)
+
+    def write(self, number: int, **metadata: Any) -> Submission:
+        return self.it.submit_record(
+            f"hash:{digest(number)}", bytes.fromhex(digest(number)), kind="hash", metadata=metadata
+        )
+
+    def transfer(self, reference: str, amount: int, run: int = 1, source: str = SOURCE) -> Submission:
+        return self.it.submit_transfer(reference, source=source, destination=DESTINATION, amount=amount, run=run)
+
+    def state(self, key: str) -> str:
+        found = self.it.get(key)
+        assert found is not None
+        return found.state
+
+    def pass_ticks(self, ticks: float) -> None:
+        self.cloud.clock.pass_seconds(ticks)
+
+    def follow(self, identity: str | None = None) -> None:
+        self.it.follow(identity or wallets.service_key().identity)
+
+    def run(self, ticks: int, identity: str | None = None) -> None:
+        """Let time pass, with a look at each tick, as the writer would."""
+        for _ in range(ticks):
+            self.pass_ticks(1)
+            self.follow(identity)
+
+    def on_chain(self, payload: bytes) -> list[Transaction]:
+        page = self.chain.transactions(wallets.service_key().identity, 0, 2**32 - 1, 0, 1000)
+        return [each.transaction for each in page.transactions if each.transaction.payload == payload]
+
+    def balance(self, address: str) -> int:
+        return self.chain.balance(wallets.Wallets("mock").identity(address)).balance
+
+
+@pytest.fixture(scope="module")
+def aws() -> Iterator[Cloud]:
+    with cloud(state_machine=False, policy=False) as it, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUBIC_SEED_SECRET", "QubicSeed")
+        yield it
+
+
+_number = iter(range(1, 10**6))
+
+
+@pytest.fixture
+def number() -> int:
+    return next(_number) * 1000
+
+
+@pytest.fixture
+def ledger(aws: Cloud) -> Iterator[Ledger]:
+    it = Ledger(aws)
+    it.chain.set_faults(Faults())
+    yield it
+    it.chain.set_faults(Faults())
+    for identity in it.it.open_sources():  # the next test finds the queues empty
+        it.run(60, identity)
+    assert not it.it.open_sources()
+
+
+def test_a_record_is_signed_and_stored_with_its_id_and_tick_before_it_is_confirmed(ledger, number):
+    tick = ledger.chain.tick_info().tick
+    written = ledger.write(number, note="first")
+    assert len(written.txid) == 60
+    assert written.tick == tick + LEAD_TICKS
+    transaction = decode(written.encoded)
+    assert transaction.id == written.txid
+    assert transaction.is_signed_by_source()
+    assert (transaction.amount, transaction.source, transaction.payload) == (
+        0, transaction.destination, bytes.fromhex(digest(number)),
+    )  # fmt: skip
+    assert ledger.state(written.key) == "broadcast"
+    assert [each.key for each in ledger.signed] == [written.key]
+    ledger.pass_ticks(LEAD_TICKS)
+    ledger.follow()
+    assert ledger.state(written.key) == "broadcast"  # its tick is the present one: it has not passed
+    ledger.pass_ticks(1)
+    ledger.follow()
+    assert ledger.state(written.key) == "confirmed"
+    assert [each.id for each in ledger.on_chain(transaction.payload)] == [written.txid]
+    assert ledger.closed[-1].state == "confirmed"
+
+
+def test_the_same_hash_is_one_transaction_whenever_it_is_written(ledger, number):
+    first = ledger.write(number)
+    assert ledger.write(number, other="remark").txid == first.txid
+    ledger.run(LEAD_TICKS + 2)
+    again = ledger.write(number)
+    assert (again.txid, again.state) == (first.txid, "confirmed")
+    assert len(ledger.on_chain(bytes.fromhex(digest(number)))) == 1
+
+
+def test_at_the_same_time_too(ledger, number):
+    with ThreadPoolExecutor(8) as pool:
+        written = list(pool.map(lambda _: ledger.write(number), range(8)))
+    assert len({each.txid for each in written}) == 1
+    ledger.run(LEAD_TICKS + 2)
+    assert len(ledger.on_chain(bytes.fromhex(digest(number)))) == 1
+
+
+def test_under_one_key_nothing_else_can_be_written(ledger, number):
+    ledger.it.submit_record(f"anchor:log:{number}", b"one", kind="anchor", metadata={})
+    with pytest.raises(RefusedError, match="something else was written") as refused:
+        ledger.it.submit_record(f"anchor:log:{number}", b"two", kind="anchor", metadata={})
+    assert refused.value.code == "key_conflict"
+
+
+def test_metadata_has_a_limit(ledger, number):
+    with pytest.raises(InvalidInputError, match="4096"):
+        ledger.write(number, long="x" * 5000)
+
+
+def test_one_transaction_of_a_source_is_in_flight_and_each_keeps_the_id_that_it_was_told(ledger, number):
+    written = [ledger.write(number + each) for each in range(4)]
+    assert [each.tick - written[0].tick for each in written] == [0, LEAD_TICKS, 2 * LEAD_TICKS, 3 * LEAD_TICKS]
+    seen: set[int] = set()
+    for _ in range(5 * LEAD_TICKS):
+        states = [ledger.state(each.key) for each in written]
+        assert states.count("broadcast") <= 1
+        seen.add(states.count("confirmed"))
+        ledger.run(1)
+    assert seen == {0, 1, 2, 3, 4}
+    assert [ledger.it.get(each.key).txid for each in written] == [each.txid for each in written]
+    assert [ledger.it.get(each.key).attempt for each in written] == [1] * 4
+
+
+def test_a_full_queue_says_so_and_loses_nothing(ledger, number, monkeypatch):
+    monkeypatch.setattr("qubic.submissions.MAX_OPEN", 3)
+    for each in range(3):
+        ledger.write(number + each)
+    with pytest.raises(UnavailableError, match="too much to write"):
+        ledger.write(number + 3)
+    assert ledger.it.get(f"hash:{digest(number + 3)}") is None
+    assert MAX_OPEN >= 100
+
+
+# What the network does
+
+
+def test_a_transaction_that_got_lost_is_signed_anew_for_a_later_tick(ledger, number):
+    ledger.chain.set_faults(Faults(drop=1))
+    first = ledger.write(number)
+    # Sent once, and not again before its tick has passed: the network has lost it.
+    ledger.pass_ticks(LEAD_TICKS + 1)
+    ledger.follow()
+    assert ledger.it.get(first.key).txid == first.txid  # not yet: another node may be behind
+    ledger.pass_ticks(EXPIRY_MARGIN_TICKS)
+    ledger.follow()
+    second = ledger.it.get(first.key)
+    assert second.attempt == 2
+    assert second.tick > first.tick
+    assert second.txid != first.txid
+    ledger.run(LEAD_TICKS + 2)
+    assert ledger.state(first.key) == "confirmed"
+    assert [each.id for each in ledger.on_chain(first.payload)] == [second.txid]
+    assert ledger.it.attempt(first.txid).state == "expired"
+    assert ledger.it.attempt(second.txid).state == "confirmed"
+
+
+def test_what_is_sent_again_before_its_tick_needs_no_second_signature(ledger, number):
+    ledger.chain.set_faults(Faults(drop=1))
+    first = ledger.write(number)
+    ledger.run(LEAD_TICKS + 2)
+    assert (ledger.state(first.key), ledger.it.get(first.key).attempt) == ("confirmed", 1)
+
+
+def test_a_node_that_fails_after_accepting_has_accepted(ledger, number):
+    ledger.chain.set_faults(Faults(fail_after_accepting=1))
+    written = ledger.write(number)
+    assert written.state == "signed"
+    assert ledger.state(written.key) == "signed"
+    ledger.run(LEAD_TICKS + 2)
+    assert ledger.state(written.key) == "confirmed"
+    assert len(ledger.on_chain(written.payload)) == 1
+
+
+def test_a_network_that_does_not_answer_has_nothing_written_or_told(ledger, number):
+    ledger.chain.set_faults(Faults(fail_requests=1))
+    with pytest.raises(UnavailableError):
+        ledger.write(number)
+    assert ledger.it.get(f"hash:{digest(number)}") is None
+
+
+@pytest.mark.parametrize(
+    "faults", [Faults(empty_ticks=40), Faults(delay=30), Faults(jump=500), Faults(lag=10)], ids=repr
+)
+def test_whatever_goes_wrong_there_is_one_confirmed_transaction_in_the_end(ledger, number, faults):
+    written = [ledger.write(number + each) for each in range(2)]
+    ledger.chain.set_faults(faults)
+    for tick in range(90):
+        ledger.run(1)
+        if tick == 45:
+            ledger.chain.set_faults(Faults())
+    for each in written:
+        assert ledger.state(each.key) == "confirmed"
+        [found] = ledger.on_chain(each.payload)
+        assert found.id == ledger.it.get(each.key).txid
+
+
+def test_nothing_is_confirmed_before_look_ups_know_it(ledger, number):
+    ledger.chain.set_faults(Faults(lag=10))
+    written = ledger.write(number)
+    ledger.run(LEAD_TICKS + 10)
+    assert ledger.state(written.key) == "broadcast"
+    ledger.run(2)
+    assert (ledger.state(written.key), ledger.it.get(written.key).attempt) == ("confirmed", 1)
+
+
+def test_a_pause_of_an_hour_is_waited_for(ledger, number):
+    written = ledger.write(number)
+    ledger.chain.set_faults(Faults(paused=True))
+    for _ in range(60):
+        ledger.run(1)
+        ledger.pass_ticks(HOUR / 60)
+    assert ledger.state(written.key) == "broadcast"
+    ledger.chain.set_faults(Faults())
+    ledger.run(LEAD_TICKS + 2)
+    assert (ledger.state(written.key), ledger.it.get(written.key).attempt) == ("confirmed", 1)
+
+
+def test_two_writers_at_once_do_no_harm(ledger, number):
+    written = [ledger.write(number + each) for each in range(3)]
+    ledger.chain.set_faults(Faults(drop=1))
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(5 * LEAD_TICKS):
+            ledger.pass_ticks(1)
+            list(pool.map(lambda _: ledger.follow(), range(2)))
+    for each in written:
+        assert ledger.state(each.key) == "confirmed"
+        assert len(ledger.on_chain(each.payload)) == 1
+
+
+# Transfers
+
+
+def identity_of(address: str) -> str:
+    return wallets.Wallets("mock").identity(address)
+
+
+def test_a_transfer_moves_money_when_its_tick_has_it_and_not_before(ledger, number):
+    before = ledger.balance(SOURCE), ledger.balance(DESTINATION)
+    moved = ledger.transfer(f"task{number}#step_3", 7)
+    assert (ledger.balance(SOURCE), ledger.balance(DESTINATION)) == before
+    ledger.run(LEAD_TICKS + 2, moved.source)
+    assert ledger.state(moved.key) == "confirmed"
+    assert (ledger.balance(SOURCE), ledger.balance(DESTINATION)) == (before[0] - 7, before[1] + 7)
+
+
+def test_the_same_reference_moves_once_however_often_and_at_once(ledger, number):
+    before = ledger.balance(SOURCE)
+    with ThreadPoolExecutor(8) as pool:
+        moved = list(pool.map(lambda _: ledger.transfer(f"task{number}", 5), range(8)))
+    assert len({each.txid for each in moved}) == 1
+    ledger.run(LEAD_TICKS + 2, moved[0].source)
+    assert ledger.transfer(f"task{number}", 5, run=2).txid == moved[0].txid  # what is made is never repeated
+    assert ledger.balance(SOURCE) == before - 5
+
+
+def test_a_reference_stands_for_one_transfer(ledger, number):
+    ledger.transfer(f"task{number}", 5)
+    with pytest.raises(RefusedError) as refused:
+        ledger.transfer(f"task{number}", 6)
+    assert refused.value.code == "reference_conflict"
+
+
+def test_a_transfer_that_expired_moved_nothing_and_is_signed_anew_only_for_a_later_run(ledger, number):
+    before = ledger.balance(SOURCE)
+    ledger.chain.set_faults(Faults(empty_ticks=LEAD_TICKS + 3))
+    first = ledger.transfer(f"task{number}", 5)
+    ledger.run(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2, first.source)
+    gone = ledger.it.get(first.key)
+    assert (gone.state, gone.attempt) == ("expired", 1)
+    assert "nothing was moved" in gone.error
+    assert ledger.balance(SOURCE) == before
+    assert ledger.transfer(f"task{number}", 5).state == "expired"  # the same run asks again: the same answer
+    again = ledger.transfer(f"task{number}", 5, run=2)
+    assert (again.state, again.attempt) == ("signed", 2)
+    ledger.run(LEAD_TICKS + 2, first.source)
+    assert ledger.state(first.key) == "confirmed"
+    assert ledger.balance(SOURCE) == before - 5
+
+
+def test_what_the_source_does_not_have_is_refused_with_nothing_signed(ledger, number):
+    with pytest.raises(RefusedError) as refused:
+        ledger.transfer(f"task{number}", ledger.balance(SOURCE) + 1)
+    assert refused.value.code == "insufficient_balance"
+    assert ledger.it.get(f"transfer:task{number}") is None
+
+
+def test_what_is_under_way_counts_as_spent(ledger, number):
+    balance = ledger.balance(EMPTY)
+    for part in range(2):
+        ledger.transfer(f"task{number}-{part}", balance // 2, source=EMPTY)
+    with pytest.raises(RefusedError) as refused:
+        ledger.transfer(f"task{number}-2", balance // 2, source=EMPTY)
+    assert refused.value.code == "insufficient_balance"
+    ledger.run(3 * LEAD_TICKS, identity_of(EMPTY))
+    assert ledger.balance(EMPTY) == balance - 2 * (balance // 2)
+
+
+def test_of_many_transfers_at_once_only_what_is_there_is_spent(ledger, number):
+    balance = ledger.balance(SOURCE)
+    share = balance // 3
+
+    def one(part: int) -> str:
+        try:
+            return ledger.transfer(f"task{number}-{part}", share).state
+        except RefusedError as error:
+            return error.code
+
+    with ThreadPoolExecutor(6) as pool:
+        outcomes = list(pool.map(one, range(6)))
+    assert sorted(outcomes) == ["insufficient_balance"] * 3 + ["signed"] * 3
+    ledger.run(5 * LEAD_TICKS, identity_of(SOURCE))
+    assert ledger.balance(SOURCE) == balance - 3 * share
+    # back to where it was, for the tests that follow
+    key = wallets.demo_key(DESTINATION)
+    back = Transaction(
+        key.public_key, wallets.demo_key(SOURCE).public_key, 3 * share, ledger.chain.tick_info().tick + 5
+    ).sign(key.subseed)
+    ledger.chain.broadcast(back.encode())
+    ledger.pass_ticks(7)
+
+
+def elsewhere(ledger: Ledger, address: str, amount: int, tick: int) -> None:
+    """The wallet's owner signs something with another program."""
+    key = wallets.demo_key(address)
+    transaction = Transaction(key.public_key, wallets.service_key().public_key, amount, tick).sign(key.subseed)
+    ledger.chain.broadcast(transaction.encode())
+
+
+def test_a_transfer_that_is_included_and_moved_nothing_has_failed(ledger, number):
+    """The wallet was emptied elsewhere, between signing and its tick."""
+    balance = ledger.balance(SOURCE)
+    ledger.chain.set_faults(Faults(drop=1))
+    moved = ledger.transfer(f"task{number}", balance)
+    elsewhere(ledger, SOURCE, 1, moved.tick - 5)
+    ledger.pass_ticks(LEAD_TICKS - 4)  # the other one is in its tick, before this one is sent again
+    ledger.run(6, moved.source)
+    gone = ledger.it.get(moved.key)
+    assert gone.state == "failed"
+    assert gone.error.startswith("moved_nothing")
+    assert ledger.balance(SOURCE) == balance - 1
+    again = ledger.transfer(f"task{number}", balance)
+    assert again.txid == moved.txid  # not in the same run
+    with pytest.raises(RefusedError):  # and in a later one, only if it can be paid
+        ledger.transfer(f"task{number}", balance, run=2)
+
+
+def test_where_it_cannot_be_told_whether_a_transfer_moved_it_is_not_repeated(ledger, number):
+    moved = ledger.transfer(f"task{number}", 1)
+    ledger.pass_ticks(LEAD_TICKS + 1)
+    elsewhere(ledger, SOURCE, 1, moved.tick + 3)
+    ledger.pass_ticks(5)
+    ledger.follow(moved.source)
+    assert ledger.it.get(moved.key).error.startswith("moved_unknown")
+    assert ledger.transfer(f"task{number}", 1, run=2).txid == moved.txid
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ({"source": "0x12"}, InvalidInputError),
+        ({"destination": "A" * 60}, InvalidInputError),
+        ({"destination": SOURCE}, InvalidInputError),
+        ({"amount": 0}, InvalidInputError),
+        ({"amount": 10**15 + 1}, InvalidInputError),
+        ({"reference": ""}, InvalidInputError),
+        ({"reference": "x" * 257}, InvalidInputError),
+        (
+            {"source": "BAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAARMID"},
+            (RefusedError, InvalidInputError),
+        ),
+    ],
+)
+def test_bad_terms_are_refused_with_nothing_signed(ledger, number, arguments, error):
+    given = {"reference": f"task{number}", "source": SOURCE, "destination": DESTINATION, "amount": 1} | arguments
+    with pytest.raises(error):
+        ledger.it.submit_transfer(given.pop("reference"), **given)
+    assert not ledger.it.open_sources()
+
+
+def test_a_wallet_whose_key_is_not_here_cannot_pay(ledger, number):
+    stranger = wallets.key_of_seed("z" * 55).identity
+    with pytest.raises(RefusedError) as refused:
+        ledger.transfer(f"task{number}", 1, source=stranger)
+    assert refused.value.code == "no_key"
+
+
+def test_an_identity_and_its_older_address_are_the_same_wallet(ledger):
+    it = wallets.Wallets("mock")
+    assert it.key(SOURCE) == it.key(it.identity(SOURCE))
+
+
+def test_a_real_network_knows_no_older_addresses_and_no_demo_keys():
+    it = wallets.Wallets("mainnet")
+    with pytest.raises(RefusedError) as refused:
+        it.identity(SOURCE)
+    assert refused.value.code == "invalid_address"
+    with pytest.raises(RefusedError) as refused:
+        it.key(identity_of(SOURCE))
+    assert refused.value.code == "no_key"
+
+
+# The seed
+
+
+def test_the_seed_is_never_shown(ledger, number, caplog, capsys):
+    caplog.set_level(logging.DEBUG)
+    written = ledger.write(number)
+    assert SEED not in caplog.text + capsys.readouterr().out + repr(wallets.service_key()) + json.dumps(
+        written.answer()
+    )
+    assert wallets.service_key().subseed.hex() not in repr(wallets.service_key())
+
+
+def test_a_secret_that_is_no_seed_is_refused_without_showing_it(aws):
+    wallets.service_key.cache_clear()
+    boto3.client("secretsmanager").put_secret_value(SecretId="QubicSeed", SecretString="Not a seed, but secret")
+    try:
+        with pytest.raises(RuntimeError, match="no seed of 55 letters") as refused:
+            wallets.service_key()
+        assert "Not a seed" not in repr(refused.value)
+        assert refused.value.__cause__ is None
+    finally:
+        boto3.client("secretsmanager").put_secret_value(SecretId="QubicSeed", SecretString=SEED)
+        wallets.service_key.cache_clear()
+
+
+# Networks
+
+
+class Elsewhere(MockChain):
+    network = "mainnet"
+
+
+def test_what_one_network_confirmed_is_nothing_on_another(ledger, number):
+    written = ledger.write(number)
+    ledger.run(LEAD_TICKS + 2)
+    elsewhere = Elsewhere(
+        genesis=wallets.genesis(), table="ChainTable", clock=ledger.cloud.clock, tick_milliseconds=1000
+    )
+    other = Submissions(elsewhere, "LedgerTable")
+    assert other.get(written.key) is None
+    assert other.attempt(written.txid) is None

@@ -1,0 +1,157 @@
+"""The writer follows what was signed, and wherever a process dies, the next one finds what is to be done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import boto3
+from botocore.exceptions import EndpointConnectionError
+
+from qubic import wallets
+from qubic.chain.mock import Faults, MockChain
+from qubic.submissions import LEAD_TICKS
+from tests.support.cloud import SEED, Cloud, cloud
+from tests.support.crashes import crash_at
+
+SOURCE, DESTINATION = "0x1234567890abcdef", "0xfedcba0987654321"
+
+
+def digest(number: int) -> str:
+    return f"{number:064x}"
+
+
+# A process that dies
+
+
+AT_ONCE = 12
+"""Calls tried on one fresh AWS: moto copies its tables for each transaction, and is slow when they are large."""
+
+
+def test_wherever_the_process_dies_a_hash_is_written_once():
+    calls = _each_call(_hash_is_written_once)
+    assert calls > 20
+
+
+def _hash_is_written_once(it: Cloud, number: int) -> bool:
+    write = {"operation": "write", "hash": digest(number), "metadata": {}}
+    with crash_at(number, "after") as crash:
+        it.invoke("LedgerFunction", write)
+        _follow(it)
+    it.invoke("LedgerFunction", write)  # whoever asked for it asks again
+    it.settle()
+    state = it.invoke("LedgerFunction", {"operation": "verify", "hash": digest(number)})["result"]
+    assert state["verified"], (number, crash.calls[-1])
+    assert _on_chain(it, bytes.fromhex(digest(number))) == [state["txid"]], (number, crash.calls[-1])
+    return crash.happened
+
+
+def test_whichever_call_fails_after_its_effect_a_transfer_moves_once_or_not_at_all():
+    calls = _each_call(_transfer_moves_once_or_not_at_all)
+    assert calls > 20
+
+
+def _transfer_moves_once_or_not_at_all(it: Cloud, number: int) -> bool:
+    terms = {
+        "operation": "transfer", "reference": f"task_{number}#step_3", "source": SOURCE, "run": 1,
+        "destination": DESTINATION, "amount": 1, "action_type": "transfer_funds",
+    }  # fmt: skip
+    before = _balance(it, SOURCE)
+    with crash_at(number, "after", EndpointConnectionError(endpoint_url="https://dynamodb")) as crash:
+        it.invoke("LedgerFunction", terms)
+        _follow(it)
+    it.invoke("LedgerFunction", terms)
+    it.settle()
+    state = it.invoke("LedgerFunction", terms)["result"]["state"]
+    assert state in {"confirmed", "expired"}, (number, crash.calls[-1])
+    assert before - _balance(it, SOURCE) == (1 if state == "confirmed" else 0), (number, crash.calls[-1])
+    return crash.happened
+
+
+def _each_call(check: Callable[[Cloud, int], bool]) -> int:
+    """Check with a failure at the first call, the second…, until there is no further call; how many there were."""
+    for first in range(1, 1000, AT_ONCE):
+        with cloud(state_machine=False) as it:
+            for number in range(first, first + AT_ONCE):
+                if not check(it, number):
+                    return number - 1
+    raise AssertionError("there is no end of calls")
+
+
+def _follow(it: Cloud) -> None:
+    """The writer's next two looks: the message before the tick has passed, and the one after."""
+    it.invoke("LedgerWriterFunction", {})
+    it.clock.pass_seconds(LEAD_TICKS + 2)
+    it.invoke("LedgerWriterFunction", {})
+
+
+def _on_chain(it: Cloud, payload: bytes) -> list[str]:
+    chain = MockChain(genesis={}, table="ChainTable", clock=it.clock, tick_milliseconds=1000)
+    identity = wallets.key_of_seed(SEED).identity
+    page = chain.transactions(identity, 0, 2**32 - 1, 0, 1000)
+    return [each.txid for each in page.transactions if each.transaction.payload == payload]
+
+
+def _balance(it: Cloud, address: str) -> int:
+    return int(it.invoke("LedgerFunction", {"operation": "balance", "address": address})["result"]["balance"])
+
+
+# The writer's queue
+
+
+def _messages() -> list[dict[str, Any]]:
+    url = boto3.client("sqs").get_queue_url(QueueName="LedgerWriterQueue")["QueueUrl"]
+    found = boto3.client("sqs").get_queue_attributes(
+        QueueUrl=url, AttributeNames=["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesDelayed"]
+    )["Attributes"]
+    return [{name: int(value) for name, value in found.items()}]
+
+
+def _record(key: str, network: str = "mock", looks: int = 1) -> dict[str, Any]:
+    body = json.dumps({"key": key, "network": network, "looks": looks})
+    return {"messageId": key, "body": body, "eventSource": "aws:sqs"}
+
+
+def test_a_submission_is_looked_at_until_it_is_closed():
+    with cloud(state_machine=False) as it:
+        it.invoke("LedgerFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        [before] = _messages()
+        event = {"Records": [_record(f"hash:{digest(1)}")]}
+        assert it.invoke("LedgerWriterFunction", event) == {"batchItemFailures": []}
+        [after] = _messages()
+        assert sum(after.values()) == sum(before.values()) + 1  # its tick has not passed: it comes back
+        it.clock.pass_seconds(LEAD_TICKS + 2)
+        assert it.invoke("LedgerWriterFunction", event) == {"batchItemFailures": []}
+        assert _messages() == [after]
+        assert it.invoke("LedgerFunction", {"operation": "verify", "hash": digest(1)})["result"]["verified"]
+        # Delivered twice, of another network, of nothing: no harm, and no further message.
+        others = [_record(f"hash:{digest(1)}"), _record(f"hash:{digest(1)}", "mainnet"), _record("hash:none")]
+        assert it.invoke("LedgerWriterFunction", {"Records": others}) == {"batchItemFailures": []}
+        assert _messages() == [after]
+
+
+def test_what_cannot_be_followed_is_delivered_again():
+    with cloud(state_machine=False) as it:
+        answer = it.invoke("LedgerWriterFunction", {"Records": [{"messageId": "m", "body": "not JSON"}]})
+        assert answer == {"batchItemFailures": [{"itemIdentifier": "m"}]}
+
+
+def test_while_the_network_is_silent_the_writer_comes_back():
+    with cloud(state_machine=False) as it:
+        it.invoke("LedgerFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        chain = MockChain(genesis={}, table="ChainTable", clock=it.clock, tick_milliseconds=1000)
+        chain.set_faults(Faults(fail_requests=1))
+        [before] = _messages()
+        assert it.invoke("LedgerWriterFunction", {"Records": [_record(f"hash:{digest(1)}")]}) == {
+            "batchItemFailures": []
+        }
+        assert sum(_messages()[0].values()) == sum(before.values()) + 1
+
+
+def test_a_lost_message_is_made_up_for_by_the_schedule():
+    with cloud(state_machine=False) as it:
+        it.invoke("LedgerFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        it.clock.pass_seconds(LEAD_TICKS + 2)
+        assert it.invoke("LedgerWriterFunction", {}) == {"open": []}
+        assert it.invoke("LedgerFunction", {"operation": "verify", "hash": digest(1)})["result"]["verified"]

@@ -1,0 +1,55 @@
+"""A process that dies, or fails, at its n-th call to AWS: before the call has had an effect, or right after.
+
+To die before a call is to die right after the one before it: `after` alone enumerates every place to die at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from unittest.mock import patch
+
+from botocore.client import BaseClient
+from botocore.exceptions import BotoCoreError
+
+from qaes.domain.errors import QaesError
+
+When = Literal["before", "after"]
+
+
+class CrashError(BaseException):
+    """The process is gone: no `except Exception` of the code's own sees it."""
+
+
+@dataclass
+class Crash:
+    """`happened` tells whether there was an n-th call; `calls` are those that were made."""
+
+    happened: bool = False
+    calls: list[str] = field(default_factory=list)
+
+
+@contextmanager
+def crash_at(number: int, when: When, error: type[BaseException] | BaseException = CrashError) -> Iterator[Crash]:
+    """Let the process die at its call `number` (from 1), and swallow that: what comes after is another process.
+
+    With an `error` of AWS's, the call fails with it instead: the code sees it, and what it raises is swallowed, too.
+    """
+    crash = Crash()
+    call = BaseClient._make_api_call
+
+    def dying(client: Any, operation: str, arguments: Any) -> Any:
+        crash.calls.append(f"{client.meta.service_model.service_name}.{operation}")
+        dies = len(crash.calls) == number
+        crash.happened |= dies
+        if dies and when == "before":
+            raise error
+        answer = call(client, operation, arguments)
+        if dies:
+            raise error
+        return answer
+
+    with patch.object(BaseClient, "_make_api_call", dying), suppress(CrashError, QaesError, BotoCoreError):
+        yield crash
