@@ -46,6 +46,7 @@ AUTH_MODES = ("jwt", "stub")
 PYTHONS = range(11, 15)  # minor versions that Lambda and the template's parameter PythonRuntime have
 # A Lambda environment is a process of some 50 MB here: this bounds what a burst of tasks can take.
 LAMBDA_CONCURRENCY = 32
+TICK_MILLISECONDS = 100  # of the mock network: nobody wants to wait for real ones
 # One caller here is a test that asks as fast as it can; how a stage is throttled is the template's tests' to say.
 THROTTLING = {
     f"{routes}Throttling{limit}": "1000" for routes in ("Api", "Change", "Open") for limit in ("Rate", "Burst")
@@ -348,6 +349,7 @@ class Cloud:
             "JwtIssuer": self.url,
             "JwtAudience": AUDIENCE,
             "JwksUrl": f"http://127.0.0.1:{self.ports.http}{KEYS_PATH}",
+            "QubicTickMilliseconds": str(TICK_MILLISECONDS),
         }
         parameters |= THROTTLING | dict(self.parameters)
         # sam takes an empty value only in quotes

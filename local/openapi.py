@@ -150,7 +150,7 @@ def _errors(path: str, method: str, operation: Document, *, secured: bool) -> li
     found += ["422"] if operation.get("parameters") else []
     found += ["404"] if "{" in path or path == "/plan/create" else []
     names = {parameter["name"] for parameter in operation.get("parameters", [])}
-    found += ["409"] if "Idempotency-Key" in names else []
+    found += ["409"] if "Idempotency-Key" in names or (method == "post" and path.startswith("/policy")) else []
     return [*found, "400"] if secured else found
 
 
@@ -334,7 +334,7 @@ No token, or one that is not the issuer's, has expired or is for somebody else: 
 | requester | start tasks and make plans; see, cancel and retry their own tasks |
 | approver | see every task; approve or reject those that they did not request themselves |
 | auditor | read every task, audit entry and proof |
-| operator | all of those, and write to the ledger |
+| operator | all of those, write to the ledger, propose a policy, and approve one that another operator proposed |
 
 A task that the caller may not see is 404, as one that is not there. Nobody decides on their own task, whatever their roles.
 

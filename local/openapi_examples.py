@@ -9,10 +9,39 @@ from local.seed import PLAN, PLANNED_TASK
 HASH = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 TXID = "qepeyezutyuvpavhngoaggqfoxikrrkzmhqfzygkjyzqpwgkcrrsvhzbklbe"
 MOMENT = "2026-11-23T12:00:00.000Z"
-POLICY_ID = "policy-v1-c951c511b6e1"
+POLICY_ID = "policy-v1-949c5e3405e9"
 WALLET, OTHER = "0x1234567890abcdef", "0xfedcba0987654321"
 STATEMENT = "The mock ledger is run by the operator of this system: its transactions prove nothing to an outsider."
-RULE = {"allowed": True, "requires_approval": True, "risk_level": "high", "approvals": 1, "expires_after": None}
+RULE = {
+    "allowed": True,
+    "requires_approval": True,
+    "risk_level": "high",
+    "approvals": 1,
+    "expires_after": None,
+    "max_amount": None,
+    "daily_limit": None,
+    "allowed_addresses": None,
+}
+LIMITED_RULE = RULE | {"approvals": 2, "max_amount": 500, "daily_limit": 2000, "allowed_addresses": [OTHER]}
+PROPOSED = {
+    "version": 2,
+    "policy_id": "policy-v2-9f86d081884c",
+    "status": "proposed",
+    "hash": HASH,
+    "based_on": POLICY_ID,
+    "proposed_by": "olivia",
+    "proposed_at": MOMENT,
+    "approved_by": None,
+    "approved_at": None,
+    "rejected_by": None,
+    "rejected_at": None,
+    "reason": "",
+    "in_force_at": None,
+    "txid": None,
+    "tick": None,
+}
+VERSION = {"version": 2}
+DOCUMENT = f'{{"based_on":"{POLICY_ID}","format":1,"proposed_by":"olivia","rules":{{}},"version":2}}'
 TRANSFER = {"wallet_address": WALLET, "to_address": OTHER, "amount": 1}
 REQUEST = {
     "task_type": "transfer_funds",
@@ -61,6 +90,37 @@ PLAN_ANSWER = {
 }
 TASK = {"task_id": PLANNED_TASK}
 KEY = {"Idempotency-Key": "invoice-4711"}
+
+PAYER = "UVWBFEZYKGFRJGPFHUTYFTZSLIWAAWGYUMHPMISXUETCLFEQAVNAQLNCCXEL"
+"""The demo wallet's identity on the mock."""
+SIGNED = (
+    "Bt+xy+SLZNsdYzbHNuaQHdR3mxXDCm2lW+zUWBqJrFZa3Ot0hJo1HRK+QPrE5HVZeC8s0u0C355lpNmWVGTZMQUAAAAAAAAAZC0xAQAAAABNbCpO"
+    "yxabE3qTVL6KVuQ6jFqDd4ct4o47XfiXTeBXr1AAADbcL/LpQu/acI1dLtW2eD0RlcaXDf5sb3zoUgMA"
+)
+SIGNED_ID = "ooreobznfxvkahywstjfmexihqhgcssvybgmjbxqfhnzomimdpluoyffathf"
+SIGNED_CONTENT = {
+    "hash": SIGNED_ID,
+    "amount": "5",
+    "source": PAYER,
+    "destination": "GYRSDMQPBSLBWAYHZQACMVGKIOPCCRJXYLMLLMAZPEXNDKMIDKXCRQLBFNIK",
+    "tickNumber": 20000100,
+    "timestamp": "1763899300000",
+    "inputType": 0,
+    "inputSize": 0,
+    "inputData": "",
+    "signature": "TWwqTssWmxN6k1S+ilbkOoxag3eHLeKOO134l03gV69QAAA23C/y6ULv2nCNXS7Vtng9EZXGlw3+bG986FIDAA==",
+    "moneyFlew": True,
+}
+FAULTS = {
+    "drop": 0,
+    "delay": 0,
+    "empty_ticks": 0,
+    "paused": False,
+    "jump": 0,
+    "fail_after_accepting": 0,
+    "fail_requests": 0,
+    "lag": 0,
+}
 
 
 def _health(service: str) -> dict[str, Any]:
@@ -184,6 +244,31 @@ EXAMPLES: dict[str, dict[str, Any]] = {
             "rules": RULE,
         },
     },
+    "propose_policy": {
+        "body": {"based_on": POLICY_ID, "rules": {"transfer_funds": LIMITED_RULE}},
+        "answer": PROPOSED | {"network": "mock"},
+    },
+    "get_policy_versions": {
+        "parameters": {"limit": 20},
+        "answer": {"network": "mock", "versions": [PROPOSED], "next_before": None},
+    },
+    "get_policy_version": {
+        "parameters": VERSION,
+        "answer": PROPOSED | {"network": "mock", "text": DOCUMENT},
+    },
+    "approve_policy": {
+        "parameters": VERSION,
+        "answer": PROPOSED
+        | {"network": "mock", "status": "anchoring", "approved_by": "oscar", "approved_at": MOMENT}
+        | {"txid": TXID, "tick": 48239423},
+    },
+    "reject_policy": {
+        "parameters": VERSION,
+        "body": {"reason": "the limit is too high"},
+        "answer": PROPOSED
+        | {"network": "mock", "status": "rejected", "rejected_by": "oscar", "rejected_at": MOMENT}
+        | {"reason": "the limit is too high"},
+    },
     "write": {
         "body": {"hash": HASH, "metadata": {"invoice": "4711"}},
         "answer": {"network": "mock", "txid": TXID, "hash": HASH, "timestamp": MOMENT, "tick": 48239423},
@@ -211,6 +296,53 @@ EXAMPLES: dict[str, dict[str, Any]] = {
             "encoded": "AAAA",
         },
     },
+    "rpc_tick_info": {
+        "answer": {"tickInfo": {"tick": 20000100, "duration": 1, "epoch": 1, "initialTick": 20000000}},
+    },
+    "rpc_broadcast_transaction": {
+        "body": {"encodedTransaction": SIGNED},
+        "answer": {"peersBroadcasted": 1, "encodedTransaction": SIGNED, "transactionId": SIGNED_ID},
+    },
+    "rpc_balance": {
+        "parameters": {"id": PAYER},
+        "answer": {
+            "balance": {
+                "id": PAYER,
+                "balance": "995",
+                "validForTick": 20000101,
+                "latestIncomingTransferTick": 20000000,
+                "latestOutgoingTransferTick": 20000100,
+                "incomingAmount": "1000",
+                "outgoingAmount": "5",
+                "numberOfIncomingTransfers": 1,
+                "numberOfOutgoingTransfers": 1,
+            }
+        },
+    },
+    "rpc_last_processed_tick": {
+        "answer": {
+            "tickNumber": 20000101,
+            "epoch": 1,
+            "intervalInitialTick": 20000000,
+            "lastProcessedLogTick": 20000101,
+        },
+    },
+    "rpc_transaction": {"body": {"hash": SIGNED_ID}, "answer": {"transaction": SIGNED_CONTENT}},
+    "rpc_transactions": {
+        "body": {
+            "identity": PAYER,
+            "filters": {},
+            "ranges": {"tickNumber": {"gte": "20000000", "lte": "20000200"}},
+            "pagination": {"offset": 0, "size": 10},
+        },
+        "answer": {
+            "validForTick": 20000101,
+            "hits": {"total": 1, "from": 0, "size": 10},
+            "transactions": [SIGNED_CONTENT],
+        },
+    },
+    "get_mock_faults": {"answer": FAULTS},
+    "put_mock_faults": {"body": {"empty_ticks": 20}, "answer": FAULTS | {"empty_ticks": 20}},
     "gateway_health": _health("gateway"),
     "planner_health": _health("planner"),
     "agent_runtime_health": _health("agent-runtime"),

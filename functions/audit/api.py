@@ -1,31 +1,44 @@
-"""The audit service over HTTP: a task's trail, and what proves an entry. It reads; the recorder alone writes."""
+"""The audit service over HTTP: a task's trail and its bundle, what proves an entry, and the log. It only reads."""
 
 from __future__ import annotations
 
-from typing import Annotated
+import base64
+from functools import cache
+from typing import Annotated, Any, Literal
 
-from fastapi import Depends
+from fastapi import Depends, Path, Query, Response
+from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from audit.evidence import CHECKS, Match, Trail, find_matches, read_trail
-from audit.store import Anchor, AuditStore, Role, StoredEntry
+from audit import tlog
+from audit.evidence import CHECKS, LogStatus, Match, Trail, find_matches, read_trail
+from audit.log import Anchor, Log
+from audit.store import AuditStore, Outbox, Role, StoredEntry
 from qaes.adapters import settings
 from qaes.adapters.http import Caller, Sha256, TaskId, add_health, create_app, make_handler, require
 from qaes.adapters.ledger_client import LedgerClient
+from qaes.adapters.logs import logger
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.audit import Check
-from qaes.domain.errors import InvalidInputError, NotFoundError
+from qaes.domain.bundle import Bundle, TrailEntry, build_bundle, policy_ids
+from qaes.domain.errors import InvalidInputError, NotFoundError, RefusedError
 from qaes.domain.ids import is_task_id
+from qaes.domain.tiles import consistency_proof, inclusion_proof
 
 READERS = ("auditor", "approver", "operator")
 """Roles that may read every task's trail; a requester reads that of their own tasks."""
+MAX_SIZE = 2**53 - 1
 UNREADABLE = "unreadable"
 """Stands for what the text of an entry no longer says, because it was altered."""
 STATEMENT = {
+    "mainnet": "Transactions on the Qubic network can be looked up at any of its nodes, without this system.",
     "mock": "The mock ledger is run by the operator of this system: its transactions prove nothing to an outsider.",
 }
 
 Reader = Annotated[Caller, Depends(require("requester", *READERS))]
+BundleReader = Annotated[Caller, Depends(require("requester", "auditor"))]
+"""A bundle shows what the hashes hide: to who asked for the task, and to auditors."""
+Auditor = Annotated[Caller, Depends(require("auditor"))]
 
 app = create_app("audit")
 
@@ -35,7 +48,11 @@ class _Answer(BaseModel):
 
 
 class LogEntry(_Answer):
-    """An audit entry. `leaf` is the hash of `entry_text`, `prev` that of the entry before; `step_index` -1: no step."""
+    """An audit entry. `leaf` is the hash of `entry_text`, `prev` that of the entry before; `step_index` -1: no step.
+
+    `log_status` says how far it has come: recorded (in the table), sequenced (it has a place in the log), anchoring
+    (an anchor over it is in flight), anchored (the ledger has confirmed one).
+    """
 
     id: str
     seq: int
@@ -47,7 +64,9 @@ class LogEntry(_Answer):
     output_hash: str
     status: str
     timestamp: str
-    qubic_txid: str | None = Field(description="the ledger's transaction that carries the leaf hash")
+    log_status: LogStatus
+    index: int | None = Field(description="the entry's place in the log, from 0")
+    qubic_txid: str | None = Field(description="the transaction of the first confirmed anchor over the entry")
     leaf: str
     prev: str
     entry_text: str
@@ -66,6 +85,7 @@ class ChainState(_Answer):
 
     verified: bool
     entries: int
+    sequenced: int
     anchored: int
     head: str | None
     broken: Broken | None
@@ -82,6 +102,30 @@ class AuditAnswer(_Answer):
     statement: str
 
 
+class AnchorAnswer(_Answer):
+    """A confirmed anchor: the log's size and root in `payload` (hex), which `transaction` (base64) carries."""
+
+    sequence: int
+    size: int
+    root: str
+    payload: str
+    transaction: str
+    txid: str
+    tick: int
+    source: str = Field(description="the identity that signed it")
+    network: str
+    confirmed_at: str
+
+
+class Proof(_Answer):
+    """An entry's place in the log, and the hashes that lead from its leaf hash to the anchor's root (RFC 6962)."""
+
+    index: int
+    size: int
+    hashes: list[str]
+    anchor: AnchorAnswer
+
+
 class MatchAnswer(_Answer):
     """An entry in which the hash occurs, as its leaf hash or as that of its input or output."""
 
@@ -91,7 +135,9 @@ class MatchAnswer(_Answer):
     entry_text: str | None
     leaf: str | None
     prev: str | None
+    log_status: LogStatus
     qubic_txid: str | None
+    proof: Proof | None
     checks: dict[str, bool] = Field(description="; ".join(f"{name}: {meaning}" for name, meaning in CHECKS.items()))
     failed: list[str]
     reason: str | None = Field(description="what is wrong with the chain")
@@ -105,13 +151,32 @@ class Evidence(_Answer):
 
 
 class VerifyAnswer(_Answer):
-    """`verified`: the hash occurs, and every check of every match holds."""
+    """`verified`: the hash occurs, and every check of every match holds; so, never before it is anchored."""
 
     hash: str
     verified: bool
     evidence: Evidence
     network: str
     statement: str
+
+
+class Checkpoint(_Answer):
+    """The newest size of the log that the ledger has confirmed; `note` is the same, signed, for clients of logs."""
+
+    log_id: str
+    anchor: AnchorAnswer
+    note: str
+    verifier_key: str = Field(description="verifies `note`; to be had from elsewhere by who does not trust this server")
+    statement: str
+
+
+class Consistency(_Answer):
+    """The hashes that prove that the log of one size begins with all of the log of the other (RFC 6962, 2.1.2)."""
+
+    log_id: str
+    first: int
+    second: int
+    proof: list[str]
 
 
 def _tables_answer() -> None:
@@ -135,6 +200,7 @@ def verify(sent: Sha256, who: Reader) -> VerifyAnswer:
     matches, more = find_matches(
         hash_,
         store=AuditStore(),
+        log=Log(),
         ledger=LedgerClient(),
         log_id=settings.text("LOG_ID"),
         visible=lambda task_id: _may_see(who, task_id),
@@ -148,6 +214,64 @@ def verify(sent: Sha256, who: Reader) -> VerifyAnswer:
     )
 
 
+@app.get("/audit/log/checkpoint")
+def get_log_checkpoint(_who: Reader) -> Checkpoint:
+    """The newest checkpoint of the log that is anchored on the ledger."""
+    newest = Log().newest_anchor()
+    if newest is None:
+        raise NotFoundError("no checkpoint of the log has been anchored yet")
+    return Checkpoint(
+        log_id=settings.text("LOG_ID"),
+        anchor=_anchor_answer(newest),
+        note=newest.note,
+        verifier_key=newest.verifier_key,
+        statement=STATEMENT[newest.network],
+    )
+
+
+@app.get("/audit/log/consistency")
+def get_log_consistency(
+    _who: Reader,
+    first: Annotated[int, Query(alias="from", ge=1, le=MAX_SIZE, description="the smaller size of the log")],
+    second: Annotated[int, Query(alias="to", ge=1, le=MAX_SIZE, description="the larger size")],
+) -> Consistency:
+    """What proves that the log has only grown between two sizes."""
+    if first > second:
+        raise InvalidInputError("the log of one size cannot begin with a larger one", field="from")
+    log = Log()
+    if second > log.head().integrated:
+        raise NotFoundError("the log has not that size yet", field="to")
+    proof = consistency_proof(first, second, log.tile)
+    return Consistency(log_id=settings.text("LOG_ID"), first=first, second=second, proof=[each.hex() for each in proof])
+
+
+@app.get("/audit/{task_id}/bundle")
+def get_bundle(task_id: TaskId, who: BundleReader) -> Bundle:
+    """All that the offline verifier needs: entries, what their hashes are over, proofs, the anchor, the policy."""
+    if not is_task_id(task_id):
+        raise NotFoundError("no such task", field="task_id")
+    task = TaskStore().get_task(task_id)
+    if not who.has("auditor") and task.requester != who.subject:
+        raise NotFoundError("no such task", field="task_id")
+    log = Log()
+    anchor = log.newest_anchor()
+    entries = _disclosed(task_id, log)
+    if not entries:
+        raise NotFoundError("nothing of the task is on record yet", field="task_id")
+    tile = cache(log.tile)
+    bundle = build_bundle(
+        log_id=settings.text("LOG_ID"),
+        network=_network(anchor),
+        task_id=task_id,
+        salt=task.salt,
+        entries=entries,
+        anchored=anchor.encoded if anchor else None,
+        prove=lambda index, size: inclusion_proof(index, size, tile),
+        policies=_policies(entries),
+    )
+    return Bundle.model_validate(bundle)
+
+
 @app.get("/audit/{task_id}")
 def get_audit(task_id: TaskId, who: Reader) -> AuditAnswer:
     """The trail of a task, and whether it holds."""
@@ -155,19 +279,95 @@ def get_audit(task_id: TaskId, who: Reader) -> AuditAnswer:
         raise NotFoundError("no such task", field="task_id")
     if not _may_see(who, task_id):
         raise NotFoundError("no such task", field="task_id")
-    trail = read_trail(AuditStore(), task_id, log_id=settings.text("LOG_ID"))
-    if not trail.entries and not trail.anchors:
+    trail = read_trail(AuditStore(), Log(), task_id, log_id=settings.text("LOG_ID"))
+    if not trail.entries and not trail.indexes:
         TaskStore().get_task(task_id)  # nothing on record: not yet, or there is no such task
-    network = settings.text("QUBIC_NETWORK")
-    newest = trail.anchors[max(trail.anchors)].txid if trail.anchors else None
+    newest = trail.anchors[max(trail.anchors)] if trail.anchors else None
     return AuditAnswer(
         task_id=task_id,
-        logs=[_log(task_id, entry, trail.anchors.get(entry.seq)) for entry in trail.entries],
-        qubic_txid=newest,
+        logs=[_log(task_id, entry, trail) for entry in trail.entries],
+        qubic_txid=newest.txid if newest else None,
         chain=_chain(trail),
-        network=network,
-        statement=STATEMENT[network],
+        network=_network(newest),
+        statement=STATEMENT[_network(newest)],
     )
+
+
+# The log for clients of transparency logs (C2SP tlog-tiles). The local AWS knows no parameter for several segments of a
+# path: the routes are listed, as deep as 256 * 10^6 entries need, and 10^9 but for the last tile.
+
+
+class TileResponse(Response):
+    """Hashes or entries, one after the other."""
+
+    media_type = "application/octet-stream"
+
+
+_OCTETS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {TileResponse.media_type: {"schema": {"type": "string", "format": "binary"}}}}
+}
+Group = Annotated[str, Path(max_length=8, description="of the tile's number, as `x001`, `067` or `067.p`; or a width")]
+Level = Annotated[str, Path(max_length=2, description="of the tile, from 0")]
+
+
+@app.get("/log/checkpoint", response_class=PlainTextResponse)
+def get_signed_checkpoint(_who: Reader) -> str:
+    """The newest anchored checkpoint as a signed note (C2SP tlog-checkpoint)."""
+    return tlog.checkpoint(Log())
+
+
+@app.get("/log/tile/entries/{a}", response_class=TileResponse, responses=_OCTETS)
+def get_entries(_who: Auditor, a: Group) -> Response:
+    """The texts of 256 entries, each after its length in two bytes (C2SP tlog-tiles).
+
+    Ask for it with `Accept: application/octet-stream`; otherwise API Gateway sends base64.
+    """
+    return TileResponse(tlog.entries_tile(Log(), AuditStore(), (a,)))
+
+
+@app.get("/log/tile/entries/{a}/{b}", response_class=TileResponse, responses=_OCTETS)
+def get_entries_2(_who: Auditor, a: Group, b: Group) -> Response:
+    """The same, of a tile from number 1000 on, or of the log's last tile: `/log/tile/entries/000.p/7`."""
+    return TileResponse(tlog.entries_tile(Log(), AuditStore(), (a, b)))
+
+
+@app.get("/log/tile/entries/{a}/{b}/{c}", response_class=TileResponse, include_in_schema=False)
+def get_entries_3(_who: Auditor, a: Group, b: Group, c: Group) -> Response:
+    """The same, deeper."""
+    return TileResponse(tlog.entries_tile(Log(), AuditStore(), (a, b, c)))
+
+
+@app.get("/log/tile/entries/{a}/{b}/{c}/{d}", response_class=TileResponse, include_in_schema=False)
+def get_entries_4(_who: Auditor, a: Group, b: Group, c: Group, d: Group) -> Response:
+    """The same, deeper."""
+    return TileResponse(tlog.entries_tile(Log(), AuditStore(), (a, b, c, d)))
+
+
+@app.get("/log/tile/{level}/{a}", response_class=TileResponse, responses=_OCTETS)
+def get_tile(_who: Reader, level: Level, a: Group) -> Response:
+    """256 hashes of 32 bytes (C2SP tlog-tiles).
+
+    Ask for it with `Accept: application/octet-stream`; otherwise API Gateway sends base64.
+    """
+    return TileResponse(tlog.hash_tile(Log(), level, (a,)))
+
+
+@app.get("/log/tile/{level}/{a}/{b}", response_class=TileResponse, responses=_OCTETS)
+def get_tile_2(_who: Reader, level: Level, a: Group, b: Group) -> Response:
+    """The same, of a tile from number 1000 on, or of a tile that is not full: `/log/tile/0/000.p/7`."""
+    return TileResponse(tlog.hash_tile(Log(), level, (a, b)))
+
+
+@app.get("/log/tile/{level}/{a}/{b}/{c}", response_class=TileResponse, include_in_schema=False)
+def get_tile_3(_who: Reader, level: Level, a: Group, b: Group, c: Group) -> Response:
+    """The same, deeper."""
+    return TileResponse(tlog.hash_tile(Log(), level, (a, b, c)))
+
+
+@app.get("/log/tile/{level}/{a}/{b}/{c}/{d}", response_class=TileResponse, include_in_schema=False)
+def get_tile_4(_who: Reader, level: Level, a: Group, b: Group, c: Group, d: Group) -> Response:
+    """The same, deeper."""
+    return TileResponse(tlog.hash_tile(Log(), level, (a, b, c, d)))
 
 
 handler = make_handler(app)
@@ -182,19 +382,86 @@ def _may_see(who: Caller, task_id: str) -> bool:
         return False
 
 
+def _network(anchor: Anchor | None) -> Literal["mock", "mainnet"]:
+    """The network of an anchor; before there is one, that on which it will be."""
+    network = anchor.network if anchor else settings.text("QUBIC_NETWORK")
+    return "mainnet" if network == "mainnet" else "mock"
+
+
+def _disclosed(task_id: str, log: Log) -> list[TrailEntry]:
+    """The entries of a task, each with what its hashes are over."""
+    indexes = log.task_indexes(task_id)
+    events = dict(Outbox().events_after(task_id, 0))
+    entries: list[TrailEntry] = []
+    for stored in AuditStore().entries(task_id):
+        event, indexed = events.get(stored.seq), indexes.get(stored.seq)
+        entries.append(
+            TrailEntry(
+                text=stored.text,
+                input=event.input if event else "",
+                output=event.output if event else "",
+                index=indexed.index if indexed else None,
+            )
+        )
+    return entries
+
+
+def _policies(entries: list[TrailEntry]) -> list[str]:
+    """The texts of the policies that a trail refers to; one that is not there is for the verifier to miss."""
+    try:
+        ids = policy_ids(entries)
+    except (ValueError, KeyError, TypeError):
+        return []  # an entry was altered: the verifier says which
+    found: list[str] = []
+    for policy_id in sorted(ids):
+        try:
+            found.append(str(LedgerClient().policy_document(policy_id)["text"]))
+        except RefusedError as error:
+            logger().warning("no policy document", extra={"policy_id": policy_id, "code": error.code})
+    return found
+
+
+def _anchor_answer(anchor: Anchor) -> AnchorAnswer:
+    return AnchorAnswer(
+        sequence=anchor.sequence,
+        size=anchor.size,
+        root=anchor.root.hex(),
+        payload=anchor.payload.hex(),
+        transaction=base64.b64encode(anchor.encoded).decode(),
+        txid=anchor.txid,
+        tick=anchor.tick,
+        source=anchor.source,
+        network=anchor.network,
+        confirmed_at=anchor.confirmed_at,
+    )
+
+
+def _proof(match: Match) -> Proof | None:
+    if match.anchor is None or match.index is None or match.proof is None:
+        return None
+    return Proof(
+        index=match.index,
+        size=match.anchor.size,
+        hashes=[each.hex() for each in match.proof],
+        anchor=_anchor_answer(match.anchor),
+    )
+
+
 def _chain(trail: Trail) -> ChainState:
     broken = trail.broken
     return ChainState(
         verified=broken is None,
         entries=len(trail.entries),
+        sequenced=len(trail.indexes),
         anchored=len(trail.anchors),
         head=trail.entries[-1].leaf if trail.entries else None,
         broken=Broken(seq=broken.seq, check=broken.check, message=broken.message) if broken else None,
     )
 
 
-def _log(task_id: TaskId, stored: StoredEntry, anchor: Anchor | None) -> LogEntry:
+def _log(task_id: TaskId, stored: StoredEntry, trail: Trail) -> LogEntry:
     said = stored.parsed()
+    indexed, anchor = trail.indexes.get(stored.seq), trail.anchors.get(stored.seq)
     return LogEntry(
         id=f"{task_id}:{stored.seq}",
         seq=stored.seq,
@@ -206,6 +473,8 @@ def _log(task_id: TaskId, stored: StoredEntry, anchor: Anchor | None) -> LogEntr
         output_hash=said.output_hash if said else "",
         status=said.status if said else UNREADABLE,
         timestamp=said.timestamp if said else "",
+        log_status=trail.status(stored.seq),
+        index=indexed.index if indexed else None,
         qubic_txid=anchor.txid if anchor else None,
         leaf=stored.leaf,
         prev=said.prev if said else "",
@@ -221,7 +490,9 @@ def _match(match: Match) -> MatchAnswer:
         entry_text=match.entry.text if match.entry else None,
         leaf=match.entry.leaf if match.entry else None,
         prev=match.parsed.prev if match.parsed else None,
+        log_status=match.status,
         qubic_txid=match.anchor.txid if match.anchor else None,
+        proof=_proof(match),
         checks=match.checks,
         failed=[name for name, held in match.checks.items() if not held],
         reason=match.reason,

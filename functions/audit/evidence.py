@@ -1,19 +1,29 @@
-"""What proves an entry: its text, its place in the chain, its transaction on the ledger; each check by its name."""
+"""What proves an entry: its text, its place in the chain and in the log, the anchor over it; each check by its name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Literal
 
-from audit.store import Anchor, AuditStore, Pointer, StoredEntry
+from audit.anchor import failed_checks
+from audit.log import Anchor, Anchoring, CorruptLogError, Indexed, Log
+from audit.store import AuditStore, Pointer, StoredEntry
 from qaes.adapters.ledger_client import LedgerClient
+from qaes.domain.anchor import AnchorPayload, decode, log_id_bytes
 from qaes.domain.audit import AuditEntry, BrokenChainError, verify_chain
-from qaes.domain.merkle import leaf_hash
+from qaes.domain.errors import RefusedError
+from qaes.domain.merkle import ProofError, leaf_digest, leaf_hash, verify_inclusion
+from qaes.domain.qubic import transaction
+from qaes.domain.tiles import inclusion_proof
+
+LogStatus = Literal["recorded", "sequenced", "anchoring", "anchored"]
+"""How far an entry has come: it is in the table; it has a place in the log; an anchor over it is in flight; the ledger
+has confirmed one."""
 
 MATCHES = 10
-"""Most matches in one answer; each costs the reading of a chain and a question to the ledger."""
+"""Most matches in one answer; each costs the reading of a chain and of a proof."""
 LOOKED_AT = 200
 """Most pointers looked at for those that the caller may see."""
 CHECKS = {
@@ -21,17 +31,35 @@ CHECKS = {
     "occurs": "the hash is the entry's leaf hash, or its text names it as that of its input or output",
     "leaf": "the entry's text has its leaf hash",
     "chain": "each entry from the task's first to this one names the one before it",
-    "ledger": "the ledger has the leaf hash, in the transaction that is recorded here",
+    "sequenced": "the log has a place for the entry, under this leaf hash",
+    "included": "the inclusion proof leads from the entry's text, at its place, to the anchored root",
+    "payload": "the anchor's transaction carries this log's size and root, and nothing else",
+    "signature": "the transaction has this id, and is signed by the identity that it names",
+    "ledger": "the ledger has confirmed this transaction for this anchor, on the network that is named",
 }
 """What is checked for a match."""
 
 
 @dataclass(frozen=True)
 class Trail:
-    """A task's entries and anchors as stored; `broken` is the first thing that does not hold, None when all does."""
+    """A task's entries as stored, and what the log has of them.
+
+    Attributes
+    ----------
+    entries
+        In order.
+    indexes, anchors
+        By the entry's number; of an entry, the first confirmed anchor over it.
+    in_flight
+        The anchor that is sealed and not confirmed, if there is one.
+    broken
+        The first thing that does not hold, None when all does.
+    """
 
     entries: tuple[StoredEntry, ...]
+    indexes: dict[int, Indexed]
     anchors: dict[int, Anchor]
+    in_flight: Anchoring | None
     broken: BrokenChainError | None
 
     def holds_up_to(self, seq: int) -> bool:
@@ -41,15 +69,27 @@ class Trail:
     def entry(self, seq: int) -> StoredEntry | None:
         return next((entry for entry in self.entries if entry.seq == seq), None)
 
+    def status(self, seq: int) -> LogStatus:
+        """Tell how far an entry has come."""
+        if seq not in self.indexes:
+            return "recorded"
+        if seq in self.anchors:
+            return "anchored"
+        covered = self.in_flight is not None and self.indexes[seq].index < self.in_flight.size
+        return "anchoring" if covered else "sequenced"
+
 
 @dataclass(frozen=True)
 class Match:
-    """An entry in which a hash occurs; `checks` says what was checked and whether it held."""
+    """An entry in which a hash occurs, with its proof; `checks` says what was checked and whether it held."""
 
     pointer: Pointer
     entry: StoredEntry | None
     parsed: AuditEntry | None
+    index: int | None
     anchor: Anchor | None
+    proof: list[bytes] | None
+    status: LogStatus
     checks: dict[str, bool]
     reason: str | None
 
@@ -58,16 +98,39 @@ class Match:
         return all(self.checks.values())
 
 
-def read_trail(store: AuditStore, task_id: str, *, log_id: str) -> Trail:
+def read_trail(store: AuditStore, log: Log, task_id: str, *, log_id: str) -> Trail:
     """Read a task's trail and check it. An empty one holds."""
-    # Anchors first: an entry is there before its anchor, so where only the anchor is, the entry was taken away.
-    anchors = store.anchors(task_id)
+    # Indexes first: an entry is there before its index, so where only the index is, the entry was taken away.
+    indexes = log.task_indexes(task_id)
     entries = tuple(store.entries(task_id))
-    return Trail(entries, anchors, _broken(entries, anchors, log_id, task_id))
+    newest = log.anchoring() if indexes else None
+    in_flight = newest if newest is not None and newest.state == "sealed" else None
+    return Trail(
+        entries, indexes, _anchors(log, indexes), in_flight, _broken(entries, indexes, log_id=log_id, task_id=task_id)
+    )
+
+
+def _anchors(log: Log, indexes: dict[int, Indexed]) -> dict[int, Anchor]:
+    """Find the first anchor over each entry: a task's entries lie close together, and share most of them."""
+    found: dict[int, Anchor] = {}
+    anchor: Anchor | None = None
+    for each in sorted(indexes.values(), key=lambda indexed: indexed.index):
+        if anchor is None or each.index >= anchor.size:
+            anchor = log.anchor_of(each.index)
+            if anchor is None:
+                break
+        found[each.seq] = anchor
+    return found
 
 
 def find_matches(
-    hash_: str, *, store: AuditStore, ledger: LedgerClient, log_id: str, visible: Callable[[str], bool]
+    hash_: str,
+    *,
+    store: AuditStore,
+    log: Log,
+    ledger: LedgerClient,
+    log_id: str,
+    visible: Callable[[str], bool],
 ) -> tuple[list[Match], bool]:
     """Find the newest entries, of tasks that are `visible`, in which the hash occurs, and check each.
 
@@ -83,14 +146,21 @@ def find_matches(
             break
         if may_see(pointer.task_id):
             found.append(pointer)
-    trails = {task_id: read_trail(store, task_id, log_id=log_id) for task_id in {each.task_id for each in found}}
-    on_ledger = cache(ledger.verify)
-    return [_check(hash_, pointer, trails[pointer.task_id], on_ledger) for pointer in found], more
+    trails = {task_id: read_trail(store, log, task_id, log_id=log_id) for task_id in {each.task_id for each in found}}
+    check_anchor = cache(lambda anchor: _check_anchor(anchor, ledger, log_id))
+    return [_check(hash_, pointer, trails[pointer.task_id], log, check_anchor) for pointer in found], more
 
 
-def _check(hash_: str, pointer: Pointer, trail: Trail, on_ledger: Callable[[str], dict[str, Any]]) -> Match:
-    stored, anchor = trail.entry(pointer.seq), trail.anchors.get(pointer.seq)
+def _check(
+    hash_: str,
+    pointer: Pointer,
+    trail: Trail,
+    log: Log,
+    check_anchor: Callable[[Anchor], tuple[AnchorPayload | None, dict[str, bool]]],
+) -> Match:
+    stored, indexed = trail.entry(pointer.seq), trail.indexes.get(pointer.seq)
     entry = stored.parsed() if stored else None
+    anchor, proof = trail.anchors.get(pointer.seq), None
     checks = dict.fromkeys(CHECKS, False)
     if stored is not None:
         occurs = {
@@ -102,23 +172,79 @@ def _check(hash_: str, pointer: Pointer, trail: Trail, on_ledger: Callable[[str]
         checks["occurs"] = occurs[pointer.role] == hash_
         checks["leaf"] = leaf_hash(stored.text) == stored.leaf
         checks["chain"] = trail.holds_up_to(pointer.seq)
-        answer = on_ledger(stored.leaf)
-        # The ledger's own record decides; the anchor kept here must agree with it.
-        checks["ledger"] = answer["verified"] is True and (anchor is None or anchor.txid == answer["txid"])
+        checks["sequenced"] = indexed is not None and indexed.leaf == stored.leaf
+    if stored is not None and indexed is not None and anchor is not None:
+        payload, anchor_checks = check_anchor(anchor)
+        checks |= anchor_checks
+        proof = _proof(log, indexed.index, anchor.size)
+        # The root is that of the transaction's bytes, whatever else is stored here.
+        checks["included"] = payload is not None and _is_included(stored.text, indexed.index, payload, proof)
     broken = trail.broken if trail.broken and trail.broken.seq <= pointer.seq else None
-    return Match(pointer, stored, entry, anchor, checks, broken.message if broken else None)
+    return Match(
+        pointer=pointer,
+        entry=stored,
+        parsed=entry,
+        index=indexed.index if indexed else None,
+        anchor=anchor,
+        proof=proof,
+        status=trail.status(pointer.seq),
+        checks=checks,
+        reason=broken.message if broken else None,
+    )
+
+
+def _check_anchor(anchor: Anchor, ledger: LedgerClient, log_id: str) -> tuple[AnchorPayload | None, dict[str, bool]]:
+    """Check an anchor by its transaction's bytes; returns what these say, if they say anything."""
+    checks = {"payload": False, "signature": False, "ledger": _is_on_ledger(anchor, ledger, log_id)}
+    try:
+        found = transaction.decode(anchor.encoded)
+        payload = decode(found.payload)
+    except (ValueError, ProofError):
+        return None, checks
+    failed = failed_checks(found, anchor.payload, txid=anchor.txid, tick=anchor.tick, source=anchor.source)
+    checks["signature"] = not {"signature", "txid", "source"} & set(failed)
+    of_this_log = (payload.log_id, payload.size, payload.root) == (log_id_bytes(log_id), anchor.size, anchor.root)
+    checks["payload"] = of_this_log and not set(failed) - {"signature", "txid", "source"}
+    return payload, checks
+
+
+def _is_on_ledger(anchor: Anchor, ledger: LedgerClient, log_id: str) -> bool:
+    """Ask the ledger: its own record decides, and the one that is kept here must agree with it."""
+    try:
+        answer = ledger.anchor_state(log_id=log_id, sequence=anchor.sequence)
+    except RefusedError:
+        return False
+    return (answer["state"], answer["txid"], answer["network"]) == ("confirmed", anchor.txid, anchor.network)
+
+
+def _proof(log: Log, index: int, size: int) -> list[bytes] | None:
+    try:
+        return inclusion_proof(index, size, log.tile)
+    except (CorruptLogError, ProofError):
+        return None
+
+
+def _is_included(text: str, index: int, payload: AnchorPayload, proof: list[bytes] | None) -> bool:
+    if proof is None:
+        return False
+    try:
+        leaf = leaf_digest(text.encode("utf-8"))
+        verify_inclusion(leaf=leaf, index=index, size=payload.size, proof=proof, root=payload.root)
+    except ProofError:
+        return False
+    return True
 
 
 def _broken(
-    entries: tuple[StoredEntry, ...], anchors: dict[int, Anchor], log_id: str, task_id: str
+    entries: tuple[StoredEntry, ...], indexes: dict[int, Indexed], *, log_id: str, task_id: str
 ) -> BrokenChainError | None:
     try:
         verify_chain([(entry.text, entry.leaf) for entry in entries], log_id=log_id, task_id=task_id)
     except BrokenChainError as error:
         return error
-    for seq, anchor in sorted(anchors.items()):
+    for seq, indexed in sorted(indexes.items()):
         if seq > len(entries):
-            return BrokenChainError(len(entries) + 1, "seq", f"it is missing: entry {seq} was anchored")
-        if anchor.leaf != entries[seq - 1].leaf:
-            return BrokenChainError(seq, "anchor", "another hash was anchored for it")
+            return BrokenChainError(len(entries) + 1, "seq", f"it is missing: the log has entry {seq}")
+        if indexed.leaf != entries[seq - 1].leaf:
+            return BrokenChainError(seq, "index", "the log has another hash for it")
     return None

@@ -1,8 +1,9 @@
-"""The audit agent's recorder: turns a task's events into the entries of its chain, and anchors them on the ledger.
+"""The audit agent's recorder: turns a task's events into the entries of its chain.
 
 Called by the state RecordAudit, so that a step counts only once it is on record, and by the stream of the tasks table
 for what happens outside of steps. Both do the same `drain`, at the same time too, and it may stop anywhere: what is
-there stays, what is not there yet is done by the next one.
+there stays, what is not there yet is done by the next one. The ledger is not asked: the entries' stream brings them
+into the log (`audit.sequencer`), and the log is anchored as a whole (`audit.anchor`).
 """
 
 from __future__ import annotations
@@ -12,15 +13,10 @@ from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from audit.store import Anchor, AuditStore, Outbox, StoredEntry
+from audit.store import AuditStore, Outbox, StoredEntry
 from qaes.adapters import settings
-from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import TASK_ID, logger
 from qaes.domain.audit import GENESIS, BrokenChainError, build_entry
-from qaes.domain.errors import UnavailableError
-
-BATCH = 25
-"""Hashes in one call to the ledger."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +30,18 @@ class Drained:
 class Recorder:
     """Records what is outstanding of a task."""
 
-    def __init__(self, outbox: Outbox, store: AuditStore, ledger: LedgerClient, *, log_id: str, network: str) -> None:
+    def __init__(self, outbox: Outbox, store: AuditStore, *, log_id: str) -> None:
         self._outbox = outbox
         self._store = store
-        self._ledger = ledger
         self._log_id = log_id
-        self._network = network
 
     def drain(self, task_id: str) -> Drained:
-        """Record the events after the last entry, then anchor the entries after the last anchor.
+        """Record the events after the last entry.
 
         Raises
         ------
         UnavailableError
-            A table or the ledger did not answer; to be called again.
+            A table did not answer; to be called again.
         BrokenChainError
             An event is missing, or the stored entries were altered: nothing is recorded on top of that.
         """
@@ -61,7 +55,6 @@ class Recorder:
             stored = self._store.append(entry)
             recorded += stored is not None
             seq, prev = number, (stored or self._recorded_by_another(task_id, number)).leaf
-        self._anchor(task_id)
         return Drained(recorded, seq)
 
     def _recorded_by_another(self, task_id: str, seq: int) -> StoredEntry:
@@ -70,36 +63,10 @@ class Recorder:
             raise BrokenChainError(seq, "seq", "the entry was there and is gone")
         return stored.intact()
 
-    def _anchor(self, task_id: str) -> None:
-        # Everyone writes anchors in order, each after the one before it was there: those that have one come first.
-        outstanding = [*self._store.entries(task_id, self._store.last_anchored(task_id) + 1)]
-        for start in range(0, len(outstanding), BATCH):
-            batch = [entry.intact() for entry in outstanding[start : start + BATCH]]
-            transactions = self._ledger.write_hashes(
-                [
-                    {
-                        "hash": entry.leaf,
-                        "metadata": {"log_id": self._log_id, "task_id": task_id, "seq": entry.seq},
-                    }
-                    for entry in batch
-                ]
-            )
-            if [each["hash"] for each in transactions] != [entry.leaf for entry in batch]:
-                raise UnavailableError("the ledger answered for other hashes")
-            for entry, each in zip(batch, transactions, strict=True):
-                anchor = Anchor(entry.seq, entry.leaf, str(each["txid"]), int(each["tick"]), self._network)
-                self._store.record_anchor(task_id, anchor)
-
 
 def recorder() -> Recorder:
     """Make the recorder of this function's environment."""
-    return Recorder(
-        Outbox(),
-        AuditStore(),
-        LedgerClient(),
-        log_id=settings.text("LOG_ID"),
-        network=settings.text("QUBIC_NETWORK"),
-    )
+    return Recorder(Outbox(), AuditStore(), log_id=settings.text("LOG_ID"))
 
 
 @logger().inject_lambda_context(correlation_id_path=TASK_ID)

@@ -1,4 +1,4 @@
-"""The audit tables: entries (append-only), pointers from hashes to entries, the ledger's transactions; and the outbox.
+"""The entries (append-only), pointers from hashes to entries, and the outbox; the log of them is in `audit.log`.
 
 All reads are consistent. A call that AWS did not answer, or that it was too busy for, is an UnavailableError.
 """
@@ -6,7 +6,7 @@ All reads are consistent. A call that AWS did not answer, or that it was too bus
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,6 +22,11 @@ from qaes.domain.models import Event
 Item = dict[str, Any]
 Role = Literal["leaf", "input", "output"]
 
+EntryKey = tuple[str, int]
+"""The task, and the number of the entry in it."""
+
+BATCH_GET = 100
+"""Most items of a BatchGetItem."""
 _LAST = 999_999
 _ATTEMPTS = 6
 _BUSY = {
@@ -56,17 +61,6 @@ class StoredEntry:
 
 
 @dataclass(frozen=True)
-class Anchor:
-    """The ledger's transaction that carries an entry's leaf hash."""
-
-    seq: int
-    leaf: str
-    txid: str
-    tick: int
-    network: str
-
-
-@dataclass(frozen=True)
 class Pointer:
     """Where a hash occurs: as an entry's own leaf hash, or as the hash of what went in or came out."""
 
@@ -89,7 +83,7 @@ class Outbox:
 
 
 class AuditStore:
-    """Entries, pointers and anchors. Nothing is ever changed or deleted."""
+    """Entries and pointers. Nothing is ever changed or deleted."""
 
     def __init__(self, entries_table: str | None = None, log_table: str | None = None) -> None:
         self._entries = entries_table or settings.text("AUDIT_ENTRIES_TABLE")
@@ -99,20 +93,33 @@ class AuditStore:
 
     def entries(self, task_id: str, first: int = 1, last: int = _LAST) -> Iterator[StoredEntry]:
         """Read the task's entries with numbers from `first` to `last`, in order."""
-        return map(_entry, _range(self._entries, task_id, "ENTRY", first, last))
+        return map(entry_of, _range(self._entries, task_id, "ENTRY", first, last))
 
     def entry(self, task_id: str, seq: int) -> StoredEntry | None:
         """Read one entry."""
-        with _asking():
+        with asking():
             found = clients.client("dynamodb").get_item(
-                TableName=self._entries, Key=_key(task_id, f"ENTRY#{seq:06d}"), ConsistentRead=True
+                TableName=self._entries, Key=key(task_id, f"ENTRY#{seq:06d}"), ConsistentRead=True
             )
-        return _entry(found["Item"]) if "Item" in found else None
+        return entry_of(found["Item"]) if "Item" in found else None
+
+    def texts(self, keys: Sequence[EntryKey]) -> dict[EntryKey, str]:
+        """Read the texts of many entries; those that are not there are left out."""
+        found = get_many(self._entries, [key(task_id, f"ENTRY#{seq:06d}") for task_id, seq in keys])
+        return {(item["pk"]["S"], _number(item)): item["text"]["S"] for item in found}
+
+    def everything(self) -> Iterator[tuple[str, StoredEntry]]:
+        """Read all entries of all tasks, with the task of each; for fsck, which no role of the stack runs."""
+        pages = clients.client("dynamodb").get_paginator("scan")
+        with asking():
+            for page in pages.paginate(TableName=self._entries, ConsistentRead=True):
+                for item in page["Items"]:
+                    yield item["pk"]["S"], entry_of(item)
 
     def last_entry(self, task_id: str) -> StoredEntry | None:
         """Read the task's newest entry."""
         item = _newest(self._entries, task_id, "ENTRY")
-        return _entry(item) if item else None
+        return entry_of(item) if item else None
 
     def append(self, entry: AuditEntry) -> StoredEntry | None:
         """Record an entry and the pointers to it, in one transaction.
@@ -122,13 +129,13 @@ class AuditStore:
         text = entry_text(entry)
         stored = StoredEntry(entry.seq, text, leaf_hash(text))
         attributes = {"text": {"S": text}, "leaf": {"S": stored.leaf}}
-        writes = [self._put_new(self._entries, _key(entry.task_id, f"ENTRY#{entry.seq:06d}") | attributes)]
+        writes = [self._put_new(self._entries, key(entry.task_id, f"ENTRY#{entry.seq:06d}") | attributes)]
         for hash_, role in ((stored.leaf, "leaf"), (entry.input_hash, "input"), (entry.output_hash, "output")):
             if hash_:
-                pointer = _key(f"HASH#{hash_}", f"{entry.task_id}#{entry.seq:06d}#{role}")
+                pointer = key(f"HASH#{hash_}", f"{entry.task_id}#{entry.seq:06d}#{role}")
                 writes.append({"Put": {"TableName": self._log, "Item": pointer}})
         for attempt in range(_ATTEMPTS):
-            if self._transact(writes):
+            if transact(writes):
                 return stored
             if self.entry(entry.task_id, entry.seq) is not None:
                 return None
@@ -136,38 +143,12 @@ class AuditStore:
             time.sleep(0.02 * 2**attempt)
         raise UnavailableError("the audit table is busy")
 
-    # Anchors
-
-    def anchors(self, task_id: str) -> dict[int, Anchor]:
-        """Read the anchors of the task's entries, by number."""
-        return {_number(item): _anchor(item) for item in _range(self._log, task_id, "ANCHOR", 1, _LAST)}
-
-    def last_anchored(self, task_id: str) -> int:
-        """Find the number of the newest entry with an anchor; 0 when there is none."""
-        item = _newest(self._log, task_id, "ANCHOR")
-        return _number(item) if item else 0
-
-    def record_anchor(self, task_id: str, anchor: Anchor) -> None:
-        """Record an anchor; the one that is there already stays."""
-        item = _key(task_id, f"ANCHOR#{anchor.seq:06d}") | {
-            "leaf": {"S": anchor.leaf},
-            "txid": {"S": anchor.txid},
-            "tick": {"N": str(anchor.tick)},
-            "network": {"S": anchor.network},
-        }
-        try:
-            with _asking():
-                clients.client("dynamodb").put_item(**self._put_new(self._log, item)["Put"])
-        except ClientError as error:
-            if error.response["Error"]["Code"] != "ConditionalCheckFailedException":
-                raise
-
     # Pointers
 
     def pointers(self, hash_: str) -> Iterator[Pointer]:
         """Find where the hash occurs, newest task first."""
         pages = clients.client("dynamodb").get_paginator("query")
-        with _asking():
+        with asking():
             for page in pages.paginate(
                 TableName=self._log,
                 KeyConditionExpression="pk = :pk",
@@ -179,11 +160,19 @@ class AuditStore:
                     task_id, seq, role = item["sk"]["S"].split("#")
                     yield Pointer(task_id, int(seq), role)
 
+    def has_pointer(self, hash_: str, task_id: str, seq: int, role: str) -> bool:
+        """Tell whether the hash leads to that entry."""
+        with asking():
+            found = clients.client("dynamodb").get_item(
+                TableName=self._log, Key=key(f"HASH#{hash_}", f"{task_id}#{seq:06d}#{role}"), ConsistentRead=True
+            )
+        return "Item" in found
+
     # DynamoDB
 
     def describe(self) -> None:
         """Raise unless both tables are there."""
-        with _asking():
+        with asking():
             for table in (self._entries, self._log):
                 clients.client("dynamodb").describe_table(TableName=table)
 
@@ -191,23 +180,42 @@ class AuditStore:
         not_there_yet = "attribute_not_exists(pk)"
         return {"Put": {"TableName": table, "Item": item, "ConditionExpression": not_there_yet}}
 
-    def _transact(self, writes: list[Item]) -> bool:
-        """Tell whether it was written; False when a condition failed or another transaction was in the way."""
-        try:
-            with _asking():
-                clients.client("dynamodb").transact_write_items(TransactItems=writes)
-        except ClientError as error:
-            reasons = {reason.get("Code") for reason in error.response.get("CancellationReasons", [])}
-            if reasons & {"ConditionalCheckFailed", "TransactionConflict"}:
-                return False
-            if reasons & {"ThrottlingError", "ProvisionedThroughputExceeded"}:
-                raise UnavailableError("the audit table is busy") from error
-            raise
-        return True
+
+def transact(writes: list[Item]) -> bool:
+    """Tell whether all of it was written; False when a condition failed or another transaction was in the way."""
+    try:
+        with asking():
+            clients.client("dynamodb").transact_write_items(TransactItems=writes)
+    except ClientError as error:
+        reasons = {reason.get("Code") for reason in error.response.get("CancellationReasons", [])}
+        if reasons & {"ConditionalCheckFailed", "TransactionConflict"}:
+            return False
+        if reasons & {"ThrottlingError", "ProvisionedThroughputExceeded"}:
+            raise UnavailableError("the audit table is busy") from error
+        raise
+    return True
+
+
+def get_many(table: str, keys: list[Item]) -> Iterator[Item]:
+    """Read those of the items that are there, in any order."""
+    for start in range(0, len(keys), BATCH_GET):
+        left = keys[start : start + BATCH_GET]
+        for attempt in range(_ATTEMPTS):
+            with asking():
+                answer = clients.client("dynamodb").batch_get_item(
+                    RequestItems={table: {"Keys": left, "ConsistentRead": True}}
+                )
+            yield from answer["Responses"].get(table, [])
+            left = answer.get("UnprocessedKeys", {}).get(table, {}).get("Keys", [])
+            if not left:
+                break
+            time.sleep(0.02 * 2**attempt)
+        else:
+            raise UnavailableError("the table is busy")
 
 
 @contextmanager
-def _asking() -> Iterator[None]:
+def asking() -> Iterator[None]:
     """Turn AWS's errors that say "ask again" into UnavailableError."""
     try:
         yield
@@ -221,7 +229,7 @@ def _asking() -> Iterator[None]:
 
 def _range(table: str, pk: str, kind: str, first: int, last: int) -> Iterator[Item]:
     pages = clients.client("dynamodb").get_paginator("query")
-    with _asking():
+    with asking():
         for page in pages.paginate(
             TableName=table,
             KeyConditionExpression="pk = :pk AND sk BETWEEN :first AND :last",
@@ -236,7 +244,7 @@ def _range(table: str, pk: str, kind: str, first: int, last: int) -> Iterator[It
 
 
 def _newest(table: str, pk: str, kind: str) -> Item | None:
-    with _asking():
+    with asking():
         found = clients.client("dynamodb").query(
             TableName=table,
             KeyConditionExpression="pk = :pk AND begins_with(sk, :kind)",
@@ -248,7 +256,8 @@ def _newest(table: str, pk: str, kind: str) -> Item | None:
     return next(iter(found["Items"]), None)
 
 
-def _key(pk: str, sk: str) -> Item:
+def key(pk: str, sk: str) -> Item:
+    """Make an item's key."""
     return {"pk": {"S": pk}, "sk": {"S": sk}}
 
 
@@ -260,9 +269,6 @@ def _value(attribute: Item) -> str | int:
     return int(attribute["N"]) if "N" in attribute else str(attribute["S"])
 
 
-def _entry(item: Item) -> StoredEntry:
+def entry_of(item: Item) -> StoredEntry:
+    """Read an ENTRY item, from the table or from its stream."""
     return StoredEntry(_number(item), item["text"]["S"], item["leaf"]["S"])
-
-
-def _anchor(item: Item) -> Anchor:
-    return Anchor(_number(item), item["leaf"]["S"], item["txid"]["S"], int(item["tick"]["N"]), item["network"]["S"])

@@ -79,7 +79,8 @@ def _balance(it: Submissions, arguments: Arguments) -> Result:
 
 
 def _reserve(it: Submissions, arguments: Arguments) -> Result:
-    return limits.reserve_for(policies().in_force(), arguments, submissions=it)
+    limits.reserve_for(policies().in_force(), Wallets(it.chain.network), arguments, submissions=it)
+    return {"reference": arguments["reference"]}
 
 
 def _transfer(it: Submissions, arguments: Arguments) -> Result:
@@ -89,7 +90,7 @@ def _transfer(it: Submissions, arguments: Arguments) -> Result:
         return it.simulate_transfer(**terms).answer()
 
     def allow() -> None:
-        limits.reserve_for(policies().in_force(), arguments, submissions=it)
+        limits.reserve_for(policies().in_force(), Wallets(it.chain.network), arguments, submissions=it)
 
     return it.submit_transfer(**terms, run=arguments["run"], allow=allow).answer()
 

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from qaes.adapters import settings
-from qaes.adapters.http import StrictRoute, require
+from qaes.adapters.http import PROBLEM_ANSWER, StrictRoute, require
 from qaes.domain.errors import (
     ForbiddenError,
     InvalidInputError,
@@ -188,7 +188,7 @@ class TransactionsAnswer(_Model):
 
 
 class RpcRoute(StrictRoute):
-    """A route whose errors are in the RPC's form, but for those that say who may call."""
+    """A route whose errors are in the RPC's form, but for those that say who may call, and how."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -202,9 +202,9 @@ class RpcRoute(StrictRoute):
                 text = "; ".join(f"{name}: {reason}" for name, reason in zip(where[:5], reasons[:5], strict=True))
                 return _error(400, INVALID_ARGUMENT, text)
             except HTTPException as error:
-                if error.status_code not in {400, 413, 415}:
+                if error.status_code != 400:
                     raise
-                return _error(error.status_code, INVALID_ARGUMENT, error.detail)
+                return _error(400, INVALID_ARGUMENT, error.detail)
             except ForbiddenError:
                 raise
             except QaesError as error:
@@ -252,14 +252,14 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     404: {"model": RpcError, "description": "There is no such thing; or this is not the mock network."},
     503: {"model": RpcError, "description": "The network does not answer."},
 }
-router = APIRouter(route_class=RpcRoute, responses=_ERRORS)
-switches = APIRouter(route_class=StrictRoute)
+router = APIRouter(route_class=RpcRoute, responses=PROBLEM_ANSWER | _ERRORS)
+_ELSEWHERE = PROBLEM_ANSWER["default"] | {"description": "This is not the local stage, or not the mock network."}
+switches = APIRouter(route_class=StrictRoute, responses=PROBLEM_ANSWER | {404: _ELSEWHERE})
 
 
 def add_rpc_routes(app: FastAPI) -> None:
-    """Add the routes of this module."""
-    app.include_router(router)
-    app.include_router(switches)
+    """Add the routes of this module, as routes of the application's own: each is to be found among `app.routes`."""
+    app.router.routes.extend([*router.routes, *switches.routes])
 
 
 @router.get("/live/v1/tick-info", operation_id="rpc_tick_info", dependencies=[Depends(EVERY_ROLE)])

@@ -58,6 +58,7 @@ FUNCTIONS = (
     "QubicApiFunction", "AuthorizerFunction", "AnalyzeTaskFunction", "CheckPolicyFunction", "BuildPlanFunction",
     "ValidatePlanFunction", "CheckComplianceFunction", "EndTaskFunction", "RequestApprovalFunction",
     "ReconcilerFunction", "ExecuteStepFunction", "RecordAuditFunction", "RecordEventsFunction", "LedgerFunction",
+    "SequencerFunction", "AnchorFunction",
 )  # fmt: skip
 
 
@@ -134,3 +135,28 @@ def test_a_role_may_still_do_its_work(local_cloud: Cloud, session: Callable[[str
         ExpressionAttributeValues={":pk": {"S": "task_x"}},
     )
     assert found["Items"] == []
+
+
+@pytest.mark.parametrize("function", sorted(set(FUNCTIONS) - {"SequencerFunction"}))
+def test_only_the_sequencer_says_how_far_the_log_is(
+    local_cloud: Cloud, session: Callable[[str], boto3.Session], function: str
+) -> None:
+    dynamodb = session(function).client("dynamodb", endpoint_url=local_cloud.endpoint)
+    table = local_cloud.resources["AuditLogTable"]
+    _refused(dynamodb.delete_item, TableName=table, Key=KEY)
+    _refused(
+        dynamodb.update_item,
+        TableName=table,
+        Key={"pk": {"S": "LOG"}, "sk": {"S": "HEAD"}},
+        UpdateExpression="SET #size = :forged",
+        ExpressionAttributeNames={"#size": "size"},
+        ExpressionAttributeValues={":forged": {"N": "1"}},
+    )
+
+
+@pytest.mark.parametrize("function", sorted(set(FUNCTIONS) - {"AnchorFunction"}))
+def test_only_the_anchor_signs_checkpoints(
+    local_cloud: Cloud, session: Callable[[str], boto3.Session], function: str
+) -> None:
+    secrets = session(function).client("secretsmanager", endpoint_url=local_cloud.endpoint)
+    _refused(secrets.get_secret_value, SecretId=local_cloud.resources["LogSigningKey"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,24 +10,26 @@ from typing import Any
 import boto3
 import pytest
 
-from audit.evidence import MATCHES
+from audit.evidence import CHECKS, MATCHES
 from audit.store import AuditStore, StoredEntry
+from qaes.adapters.task_store import TaskStore
 from qaes.domain.audit import GENESIS
-from qaes.domain.canonical import canonical_json
+from qaes.domain.canonical import canonical_json, salted_hash
 from qaes.domain.ids import new_task_id
-from qaes.domain.merkle import leaf_hash
+from qaes.domain.merkle import leaf_digest, leaf_hash, verify_consistency, verify_inclusion
+from qaes.domain.note import parse_checkpoint, verify_note
 from tests.handlers.test_audit_recorder import (
     EVENTS,
     OTHER_HASH,
     SOME_HASH,
     add_events,
     entries,
-    new_recorder,
     start_task,
     task_with,
 )
 from tests.support import template
 from tests.support.cloud import PARAMETERS, Cloud, Context, cloud
+from tests.support.trail import anchor, anchor_all, log, new_recorder, put_entries, sequence_all
 
 Get = Callable[..., tuple[int, dict[str, Any]]]
 
@@ -49,14 +52,20 @@ def call_api(event: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
+def request(path: str, *, roles: str = "auditor", subject: str | None = "carol", **query: Any) -> dict[str, Any]:
+    """Call the API, and return API Gateway's answer as it is."""
+    event = json.loads((EVENTS / "api_get.json").read_text())
+    event |= {"path": path, "resource": path, "queryStringParameters": {k: str(v) for k, v in query.items()} or None}
+    event["multiValueQueryStringParameters"] = {k: [str(v)] for k, v in query.items()} or None
+    event["requestContext"] |= {"path": f"/v1{path}", "resourcePath": path}
+    event["requestContext"]["authorizer"] = {"principalId": subject, "roles": roles} if subject else None
+    return call_api(event)
+
+
 @pytest.fixture
 def get(aws: Cloud) -> Get:
-    def send(path: str, *, roles: str = "auditor", subject: str | None = "carol") -> tuple[int, dict[str, Any]]:
-        event = json.loads((EVENTS / "api_get.json").read_text())
-        event |= {"path": path, "resource": path}
-        event["requestContext"] |= {"path": f"/v1{path}", "resourcePath": path}
-        event["requestContext"]["authorizer"] = {"principalId": subject, "roles": roles} if subject else None
-        answer = call_api(event)
+    def send(path: str, **options: Any) -> tuple[int, dict[str, Any]]:
+        answer = request(path, **options)
         return answer["statusCode"], json.loads(answer["body"])
 
     return send
@@ -67,6 +76,7 @@ def recorded(aws: Cloud) -> str:
     """A task of alice's with four entries on record and anchored."""
     task_id = task_with(4)
     new_recorder().drain(task_id)
+    anchor_all(aws)
     return task_id
 
 
@@ -100,40 +110,52 @@ def test_a_trail_has_the_inherited_fields_and_the_proofs(get: Get, recorded: str
         "timestamp": str, "qubic_txid": str,
     }  # fmt: skip
     prev = GENESIS
-    for number, log in enumerate(body["logs"], start=1):
-        assert {name: type(log[name]) for name in inherited} == inherited
-        assert log["seq"] == number
-        assert log["leaf"] == leaf_hash(log["entry_text"])
-        assert (log["prev"], len(log["qubic_txid"])) == (prev, 60)
-        prev = log["leaf"]
+    for number, each in enumerate(body["logs"], start=1):
+        assert {name: type(each[name]) for name in inherited} == inherited
+        assert each["seq"] == number
+        assert each["leaf"] == leaf_hash(each["entry_text"])
+        assert (each["prev"], len(each["qubic_txid"])) == (prev, 60)
+        prev = each["leaf"]
     assert body["qubic_txid"] == body["logs"][-1]["qubic_txid"]
-    assert body["chain"] == {"verified": True, "entries": 4, "anchored": 4, "head": prev, "broken": None}
+    assert body["chain"] == {
+        "verified": True, "entries": 4, "sequenced": 4, "anchored": 4, "head": prev, "broken": None,
+    }  # fmt: skip
+    assert [log["index"] for log in body["logs"]] == [0, 1, 2, 3]
     assert "prove nothing to an outsider" in body["statement"]
     first, second = body["logs"][:2]
     assert (first["step_index"], first["step_type"], first["kind"]) == (-1, "task_started", "task_started")
     assert (second["step_index"], second["step_type"]) == (2, "check_balance")
 
 
-def test_a_trail_whose_newest_entries_are_not_anchored_yet(get: Get, aws: Cloud, recorded: str) -> None:
-    def down(event: Any) -> None:
-        raise RuntimeError("down")
+def test_each_entry_says_how_far_it_has_come(get: Get, aws: Cloud, recorded: str) -> None:
+    def statuses() -> list[tuple[str, bool]]:
+        logs = get(f"/audit/{recorded}")[1]["logs"]
+        return [(log["log_status"], log["qubic_txid"] is not None) for log in logs]
 
     add_events(recorded, 5, 5)
-    aws.faults["LedgerFunction"] = down
-    with pytest.raises(Exception, match="ledger"):
-        new_recorder().drain(recorded)
-    status, body = get(f"/audit/{recorded}")
-    assert status == 200
-    assert (body["chain"]["verified"], body["chain"]["entries"], body["chain"]["anchored"]) == (True, 5, 4)
-    assert body["logs"][4]["qubic_txid"] is None
+    new_recorder().drain(recorded)
+    assert statuses() == [("anchored", True)] * 4 + [("recorded", False)]
+    sequence_all(aws)
+    assert statuses()[4] == ("sequenced", False)
+    anchor(aws)
+    assert statuses()[4] == ("anchoring", False)
+    body = get(f"/audit/{recorded}")[1]
+    assert (body["chain"]["verified"], body["chain"]["sequenced"], body["chain"]["anchored"]) == (True, 5, 4)
     assert body["qubic_txid"] == body["logs"][3]["qubic_txid"]
+    aws.settle()
+    anchor(aws)
+    assert statuses()[4] == ("anchored", True)
+    logs = get(f"/audit/{recorded}")[1]["logs"]
+    assert logs[4]["qubic_txid"] != logs[3]["qubic_txid"]
 
 
 def test_a_task_whose_events_are_not_on_record_yet_has_an_empty_trail(get: Get) -> None:
     task_id = start_task()
     status, body = get(f"/audit/{task_id}")
     assert (status, body["logs"], body["qubic_txid"]) == (200, [], None)
-    assert body["chain"] == {"verified": True, "entries": 0, "anchored": 0, "head": None, "broken": None}
+    assert body["chain"] == {
+        "verified": True, "entries": 0, "sequenced": 0, "anchored": 0, "head": None, "broken": None,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("roles", ["auditor", "operator", "approver", "requester auditor"])
@@ -196,11 +218,11 @@ def test_a_trail_that_was_taken_away_as_a_whole_is_missed(get: Get, recorded: st
     assert (status, body["logs"], body["chain"]["verified"]) == (200, [], False)
 
 
-def test_a_newest_entry_that_was_replaced_is_not_the_one_that_was_anchored(get: Get, recorded: str) -> None:
+def test_a_newest_entry_that_was_replaced_is_not_the_one_in_the_log(get: Get, recorded: str) -> None:
     text = altered(entries(recorded)[3], status="failed")
     rewrite(recorded, 4, text, leaf_hash(text))
     broken = get(f"/audit/{recorded}")[1]["chain"]["broken"]
-    assert (broken["seq"], broken["check"]) == (4, "anchor")
+    assert (broken["seq"], broken["check"]) == (4, "index")
 
 
 # Verifying a hash
@@ -216,7 +238,17 @@ def test_a_leaf_hash_is_verified_with_its_evidence(get: Get, recorded: str) -> N
     assert leaf_hash(match["entry_text"]) == match["leaf"] == third.leaf
     assert match["prev"] == entries(recorded)[1].leaf
     assert len(match["qubic_txid"]) == 60
-    assert match["checks"] == dict.fromkeys(["recorded", "occurs", "leaf", "chain", "ledger"], True)
+    assert match["checks"] == dict.fromkeys(CHECKS, True)
+    assert match["log_status"] == "anchored"
+    proof = match["proof"]
+    verify_inclusion(
+        leaf=leaf_digest(match["entry_text"].encode()),
+        index=proof["index"],
+        size=proof["size"],
+        proof=[bytes.fromhex(each) for each in proof["hashes"]],
+        root=bytes.fromhex(proof["anchor"]["root"]),
+    )
+    assert (proof["index"], proof["size"], proof["anchor"]["txid"]) == (2, 4, match["qubic_txid"])
     assert (match["failed"], match["reason"], body["evidence"]["more"]) == ([], None, False)
 
 
@@ -245,6 +277,7 @@ def test_what_is_no_hash_is_refused(get: Get, hash_: str) -> None:
 def test_an_answer_has_the_newest_matches_and_says_that_there_are_more(get: Get, aws: Cloud) -> None:
     task_id = task_with(MATCHES + 2)
     new_recorder().drain(task_id)
+    anchor_all(aws)
     status, body = get(f"/audit/verify/{SOME_HASH}")
     assert (status, body["verified"], body["evidence"]["more"]) == (200, True, True)
     assert [match["seq"] for match in body["evidence"]["matches"]] == list(range(MATCHES + 2, 2, -1))
@@ -266,29 +299,80 @@ def failing(get: Get, hash_: str) -> set[str]:
 def test_an_altered_text_is_caught(get: Get, recorded: str) -> None:
     second = entries(recorded)[1]
     rewrite(recorded, 2, altered(second, actor="mallory"), second.leaf)
-    assert failing(get, second.leaf) == {"leaf", "chain"}
+    assert failing(get, second.leaf) == {"leaf", "chain", "included"}
 
 
 def test_an_altered_text_with_its_own_hash_is_caught(get: Get, recorded: str) -> None:
     fourth = entries(recorded)[3]
     text = altered(fourth, actor="mallory")
     rewrite(recorded, 4, text, leaf_hash(text))
-    assert failing(get, fourth.leaf) == {"occurs", "chain", "ledger"}
+    assert failing(get, fourth.leaf) == {"occurs", "chain", "sequenced", "included"}
 
 
-def test_a_chain_written_anew_is_caught_by_the_ledger(get: Get, recorded: str) -> None:
-    client, prev = boto3.client("dynamodb"), GENESIS
+def test_a_chain_written_anew_is_caught_by_the_proof(get: Get, recorded: str) -> None:
+    """Entries, pointers, indexes and tiles are rewritten, each with its right hash; the anchored root is another."""
+    client, prev, leaves = boto3.client("dynamodb"), GENESIS, b""
     for entry in entries(recorded):
         text = altered(entry, actor="mallory", prev=prev)
         prev = leaf_hash(text)
+        leaves += bytes.fromhex(prev)
         rewrite(recorded, entry.seq, text, prev)
         for item in (
             {"pk": {"S": f"HASH#{prev}"}, "sk": {"S": f"{recorded}#{entry.seq:06d}#leaf"}},
-            {"pk": {"S": recorded}, "sk": {"S": f"ANCHOR#{entry.seq:06d}"}, "leaf": {"S": prev}}
-            | {"txid": {"S": "a" * 60}, "tick": {"N": "1"}, "network": {"S": "mock"}},
+            {"pk": {"S": recorded}, "sk": {"S": f"INDEX#{entry.seq:06d}"}, "leaf": {"S": prev}}
+            | {"index": {"N": str(entry.seq - 1)}},
         ):
             client.put_item(TableName="AuditLogTable", Item=item)
-    assert failing(get, prev) == {"ledger"}
+    tile = {"pk": {"S": "TILE#00#000000000000"}, "sk": {"S": "TILE"}, "width": {"N": "4"}, "hashes": {"B": leaves}}
+    client.put_item(TableName="AuditLogTable", Item=tile)
+    assert failing(get, prev) == {"included"}
+
+
+def change_anchor(name: str, value: Any) -> None:
+    boto3.client("dynamodb").update_item(
+        TableName="AuditLogTable",
+        Key={"pk": {"S": "ANCHOR"}, "sk": {"S": "SIZE#000000000004"}},
+        UpdateExpression="SET #name = :value",
+        ExpressionAttributeNames={"#name": name},
+        ExpressionAttributeValues={":value": value},
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "failed"),
+    [
+        ("txid", {"S": "a" * 60}, {"signature", "ledger"}),
+        ("source", {"S": "A" * 60}, {"signature"}),
+        ("root", {"B": b"x" * 32}, {"payload"}),
+        ("payload", {"B": b"x" * 93}, {"payload"}),
+        ("tick", {"N": "7"}, {"payload"}),
+        ("network", {"S": "mainnet"}, {"ledger"}),
+        ("sequence", {"N": "7"}, {"ledger"}),
+        ("encoded", {"B": b"x" * 100}, {"payload", "signature", "included"}),
+    ],
+)
+def test_an_anchor_that_was_altered_is_caught(get: Get, recorded: str, name: str, value: Any, failed: set[str]) -> None:
+    change_anchor(name, value)
+    assert failing(get, entries(recorded)[0].leaf) == failed
+
+
+def test_an_anchor_whose_signature_is_another_is_caught(get: Get, recorded: str) -> None:
+    [one] = log().anchors()
+    change_anchor("encoded", {"B": one.encoded[:-1] + bytes([one.encoded[-1] ^ 1])})
+    assert failing(get, entries(recorded)[0].leaf) == {"signature"}
+
+
+def test_an_entry_that_is_not_anchored_yet_is_not_verified(get: Get, aws: Cloud) -> None:
+    task_id = task_with(2)
+    new_recorder().drain(task_id)
+    leaf = entries(task_id)[0].leaf
+    unanchored = {"included", "payload", "signature", "ledger"}
+    assert failing(get, leaf) == {"sequenced", *unanchored}
+    sequence_all(aws)
+    anchor(aws)
+    assert failing(get, leaf) == unanchored
+    [match] = get(f"/audit/verify/{leaf}")[1]["evidence"]["matches"]
+    assert (match["log_status"], match["proof"], match["qubic_txid"]) == ("anchoring", None, None)
 
 
 def test_an_entry_that_was_taken_away_is_not_verified(get: Get, recorded: str) -> None:
@@ -309,22 +393,187 @@ def test_an_entry_before_the_broken_one_still_holds(get: Get, recorded: str) -> 
     assert get(f"/audit/verify/{first.leaf}")[1]["verified"] is True
 
 
-def test_an_anchor_that_names_another_transaction_is_caught(get: Get, recorded: str) -> None:
-    boto3.client("dynamodb").update_item(
-        TableName="AuditLogTable",
-        Key={"pk": {"S": recorded}, "sk": {"S": "ANCHOR#000001"}},
-        UpdateExpression="SET txid = :txid",
-        ExpressionAttributeValues={":txid": {"S": "a" * 60}},
-    )
-    assert failing(get, entries(recorded)[0].leaf) == {"ledger"}
-
-
 def test_a_ledger_that_cannot_be_asked_is_no_answer(get: Get, aws: Cloud, recorded: str) -> None:
     def down(event: Any) -> None:
         raise RuntimeError("down")
 
     aws.faults["LedgerFunction"] = down
     assert get(f"/audit/verify/{entries(recorded)[0].leaf}")[0] == 503
+
+
+# The bundle
+
+
+def bundle_of(get: Get, task_id: str, **options: Any) -> dict[str, Any]:
+    status, body = get(f"/audit/{task_id}/bundle", **options)
+    assert status == 200, body
+    return body
+
+
+def test_a_bundle_discloses_what_the_hashes_are_over(get: Get, aws: Cloud) -> None:
+    task_id = start_task()
+    TaskStore("TasksTable").end_task(task_id, "failed", actor="execution", reason="no budget", failed_step=None)
+    new_recorder().drain(task_id)
+    anchor_all(aws)
+    bundle = bundle_of(get, task_id)
+    salt = TaskStore("TasksTable").get_task(task_id).salt
+    assert (bundle["task_id"], bundle["salt"], bundle["network"]) == (task_id, salt, "mock")
+    for each in bundle["entries"]:
+        said = json.loads(each["text"])
+        for name in ("input", "output"):
+            assert said[f"{name}_hash"] == salted_hash(salt, json.loads(each[name]))
+            assert canonical_json(json.loads(each[name])) == each[name]
+    ended = json.loads(bundle["entries"][1]["output"])
+    assert (ended["status"], ended["reason"]) == ("failed", "no budget")
+    assert json.loads(bundle["entries"][0]["input"])["requester"] == "alice"
+    [anchored] = log().anchors()
+    assert bundle["anchor"]["transaction"] == base64.b64encode(anchored.encoded).decode()
+    assert [each["index"] for each in bundle["entries"]] == [0, 1]
+
+
+def test_a_bundle_before_the_anchor_has_no_proofs(get: Get, aws: Cloud) -> None:
+    task_id = task_with(2)
+    assert get(f"/audit/{task_id}/bundle")[0] == 404
+    new_recorder().drain(task_id)
+    sequence_all(aws)
+    bundle = bundle_of(get, task_id)
+    assert (bundle["anchor"], [each["proof"] for each in bundle["entries"]]) == (None, [None, None])
+
+
+def test_a_bundle_is_for_auditors_and_who_asked_for_the_task(get: Get, recorded: str) -> None:
+    path = f"/audit/{recorded}/bundle"
+    assert get(path, roles="requester", subject="alice")[0] == 200
+    assert get(path, roles="operator", subject="olivia")[0] == 200
+    assert get(path, roles="approver", subject="bob")[0] == 403
+    assert get(path, subject=None)[0] == 401
+    status, body = get(path, roles="requester", subject="mallory")
+    missing_status, missing = get(f"/audit/{new_task_id()}/bundle", roles="requester", subject="mallory")
+    assert (status, missing_status, body["detail"]) == (404, 404, missing["detail"])
+    # With the approver's role one sees every trail, and still not what it hides.
+    assert get(path, roles="requester approver", subject="bob")[0] == 404
+    assert get("/audit/nonsense/bundle")[0] == 404
+
+
+def test_nothing_but_the_bundle_shows_the_salt(get: Get, recorded: str) -> None:
+    salt = TaskStore("TasksTable").get_task(recorded).salt
+    assert len(salt) == 32
+    assert salt in request(f"/audit/{recorded}/bundle")["body"]
+    leaf = entries(recorded)[0].leaf
+    for path in (f"/audit/{recorded}", f"/audit/verify/{leaf}", "/audit/log/checkpoint", "/log/checkpoint"):
+        assert salt not in request(path)["body"]
+    assert salt not in "".join(entry.text for entry in entries(recorded))
+
+
+def test_an_altered_trail_still_has_a_bundle_for_the_verifier_to_refuse(get: Get, recorded: str) -> None:
+    rewrite(recorded, 2, "{}", leaf_hash("{}"))
+    assert bundle_of(get, recorded)["entries"][1]["text"] == "{}"
+
+
+# The log
+
+
+def test_before_the_first_anchor_there_is_no_checkpoint(get: Get) -> None:
+    for path in ("/audit/log/checkpoint", "/log/checkpoint"):
+        status, body = get(path)
+        assert (status, body["detail"]) == (404, "no checkpoint of the log has been anchored yet")
+
+
+def test_the_checkpoint_is_that_of_the_newest_anchor(get: Get, recorded: str) -> None:
+    status, body = get("/audit/log/checkpoint", roles="requester", subject="mallory")
+    assert status == 200
+    assert (body["log_id"], body["anchor"]["size"], body["anchor"]["sequence"]) == ("qaes", 4, 0)
+    answer = request("/log/checkpoint", roles="requester", subject="mallory")
+    headers = {name.lower(): value for name, value in answer["headers"].items()}
+    assert (answer["statusCode"], answer["isBase64Encoded"], answer["body"]) == (200, False, body["note"])
+    assert headers["content-type"].startswith("text/plain")
+    said = parse_checkpoint(verify_note(answer["body"], body["verifier_key"]))
+    assert (said.origin, said.size, said.root.hex()) == ("qaes", 4, body["anchor"]["root"])
+
+
+def test_the_log_of_one_size_begins_with_that_of_another(get: Get, aws: Cloud, recorded: str) -> None:
+    second = task_with(3)
+    new_recorder().drain(second)
+    anchor_all(aws)
+    roots = {each.size: each.root for each in log().anchors()}
+    status, body = get("/audit/log/consistency", roles="requester", **{"from": 4, "to": 7})
+    assert (status, body["first"], body["second"]) == (200, 4, 7)
+    proof = [bytes.fromhex(each) for each in body["proof"]]
+    verify_consistency(first=4, second=7, proof=proof, first_root=roots[4], second_root=roots[7])
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "status", "field"),
+    [(0, 4, 422, "from"), (3, 2, 422, "from"), (1, 5, 404, "to"), ("x", 4, 422, "from"), (1, -1, 422, "to")],
+)
+def test_sizes_without_a_proof_are_refused(
+    get: Get, recorded: str, first: Any, second: Any, status: int, field: str
+) -> None:
+    found, body = get("/audit/log/consistency", **{"from": first, "to": second})
+    assert (found, body["errors"][0]["field"]) == (status, field)
+
+
+def octets(path: str, **options: Any) -> bytes:
+    answer = request(path, **options)
+    assert (answer["statusCode"], answer["isBase64Encoded"]) == (200, True), answer
+    headers = {name.lower(): value for name, value in answer["headers"].items()}
+    assert headers["content-type"] == "application/octet-stream"
+    return base64.b64decode(answer["body"])
+
+
+def test_tiles_are_those_of_the_log(get: Get, recorded: str) -> None:
+    leaves = b"".join(bytes.fromhex(entry.leaf) for entry in entries(recorded))
+    assert octets("/log/tile/0/000.p/4", roles="requester", subject="mallory") == leaves
+    assert octets("/log/tile/0/000.p/2") == leaves[:64]
+    content, texts = octets("/log/tile/entries/000.p/4"), []
+    while content:
+        size = int.from_bytes(content[:2], "big")
+        texts.append(content[2 : 2 + size].decode())
+        content = content[2 + size :]
+    assert texts == [entry.text for entry in entries(recorded)]
+
+
+def test_full_and_deep_tiles(get: Get, aws: Cloud) -> None:
+    put_entries(258)
+    sequence_all(aws)
+    assert len(octets("/log/tile/0/000")) == 256 * 32
+    assert len(octets("/log/tile/0/001.p/2")) == 64
+    assert len(octets("/log/tile/1/000.p/1")) == 32
+    assert octets("/log/tile/entries/000").count(b'{"actor"') == 256
+    assert octets("/log/tile/entries/001.p/2").count(b'{"actor"') == 2
+    for index, path in ((1000, "/log/tile/0/x001/000"), (1_000_000, "/log/tile/0/x001/x000/000")):
+        log().widen_tile(0, index, b"x" * 256 * 32)
+        assert octets(path) == b"x" * 256 * 32
+        assert octets(f"{path}.p/3") == b"x" * 96 if index == 1000 else True
+    log().widen_tile(0, 1_000_001, b"y" * 96)
+    assert octets("/log/tile/0/x001/x000/001.p/3") == b"y" * 96
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "0/000", "0/000.p/5", "0/001.p/1", "1/000.p/1", "0/000.p/0", "0/000.p/256", "0/0", "x/000", "64/000.p/1",
+        "0/x000/000.p/1", "0/x000/x000/000.p/1", "entries/000.p/5", "entries/000", "entries/001.p/1",
+        "entries/x001/000", "entries/x001/x000/000", "entries/x001/x000/000.p/1", "entries/x", "-1/000",
+    ],
+)  # fmt: skip
+def test_what_is_no_tile_is_not_found(get: Get, recorded: str, path: str) -> None:
+    status, body = get(f"/log/tile/{path}")
+    assert (status, body["errors"][0]["field"]) == (404, "path")
+
+
+def test_entries_are_for_auditors_hashes_for_every_role(get: Get, recorded: str) -> None:
+    for path in ("entries/000.p/4", "entries/x001/000", "entries/x001/x000/000", "entries/x001/x000/000.p/1"):
+        for roles in ("requester", "approver"):
+            assert get(f"/log/tile/{path}", roles=roles)[0] == 403, path
+    for path in ("0/000.p/4", "0/000", "0/x001/x000/000", "0/x001/x000/000.p/1"):
+        assert get(f"/log/tile/{path}", roles="")[0] == 403, path
+        assert get(f"/log/tile/{path}", subject=None)[0] == 401, path
+    assert request("/log/tile/entries/000.p/4", roles="operator")["statusCode"] == 200
+
+
+def test_an_entry_that_the_log_has_and_the_table_has_not_is_no_tile(get: Get, recorded: str) -> None:
+    remove(recorded, 2)
+    assert get("/log/tile/entries/000.p/4")[0] == 500
 
 
 # Health and the sample events

@@ -1,4 +1,4 @@
-"""The recorder on moto and the mock ledger: every event once, in order, whoever drains, wherever it stops."""
+"""The recorder on moto: every event once, in order, whoever drains, wherever it stops."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ import boto3
 import pytest
 from botocore.client import BaseClient
 
-from audit.recorder import BATCH, Recorder
+from audit.recorder import Recorder
 from audit.store import AuditStore, Outbox, StoredEntry
 from qaes.adapters import clients
-from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.audit import BrokenChainError, verify_chain
 from qaes.domain.errors import UnavailableError
@@ -36,18 +35,11 @@ SOME_HASH, OTHER_HASH = "1" * 64, "2" * 64
 def aws() -> Iterator[Cloud]:
     with cloud(state_machine=False) as it:
         clients.client("dynamodb")
-        clients.lambda_client()
         yield it
 
 
 def new_recorder() -> Recorder:
-    return Recorder(
-        Outbox("TasksTable"),
-        AuditStore("AuditEntriesTable", "AuditLogTable"),
-        LedgerClient("LedgerFunction"),
-        log_id=LOG_ID,
-        network="mock",
-    )
+    return Recorder(Outbox("TasksTable"), AuditStore("AuditEntriesTable", "AuditLogTable"), log_id=LOG_ID)
 
 
 def start_task(requester: str = "alice") -> str:
@@ -101,28 +93,15 @@ def entries(task_id: str) -> list[StoredEntry]:
     return list(AuditStore("AuditEntriesTable", "AuditLogTable").entries(task_id))
 
 
-def ledger_writes(task_id: str) -> list[int]:
-    """The numbers of the task's entries that the ledger has a transaction for, one for each transaction."""
-    pages = boto3.client("dynamodb").get_paginator("scan").paginate(TableName="LedgerTable")
-    items = [item for page in pages for item in page["Items"] if item["sk"]["S"] == "TX"]
-    found = [LedgerClient("LedgerFunction").transaction(item["pk"]["S"].removeprefix("TX#")) for item in items]
-    return sorted(each["metadata"]["seq"] for each in found if each["metadata"].get("task_id") == task_id)
-
-
 def check_complete(task_id: str, count: int) -> None:
-    """Each of `count` entries is there once, in an unbroken chain, with its pointers, anchor and one transaction."""
+    """Each of `count` entries is there once, in an unbroken chain, with its pointers."""
     store, found = AuditStore("AuditEntriesTable", "AuditLogTable"), entries(task_id)
     assert [entry.seq for entry in found] == list(range(1, count + 1))
     verify_chain([(entry.text, entry.leaf) for entry in found], log_id=LOG_ID, task_id=task_id)
-    anchors = store.anchors(task_id)
-    assert list(anchors) == [entry.seq for entry in found]
     for entry in found:
-        assert anchors[entry.seq].leaf == entry.leaf
-        assert LedgerClient("LedgerFunction").verify(entry.leaf)["txid"] == anchors[entry.seq].txid
         said = json.loads(entry.text)
         for hash_, role in ((entry.leaf, "leaf"), (said["input_hash"], "input"), (said["output_hash"], "output")):
             assert (task_id, entry.seq, role) in {(p.task_id, p.seq, p.role) for p in store.pointers(hash_)}
-    assert ledger_writes(task_id) == [entry.seq for entry in found]
 
 
 def test_the_state_records_what_is_outstanding_and_says_how_much(aws: Cloud) -> None:
@@ -148,13 +127,12 @@ def test_a_task_without_events_has_nothing_to_record(aws: Cloud) -> None:
     assert aws.invoke("RecordAuditFunction", {"task_id": new_task_id()}) == {"recorded": 0, "seq": 0}
 
 
-def test_more_entries_than_one_call_to_the_ledger_takes(aws: Cloud) -> None:
-    count = 2 * BATCH + 3
-    task_id = task_with(count)
+def test_recording_does_not_ask_the_ledger(aws: Cloud) -> None:
+    task_id = task_with(30)
     drained = new_recorder().drain(task_id)
-    assert (drained.recorded, drained.seq) == (count, count)
-    assert aws.invocations["LedgerFunction"] == 3
-    check_complete(task_id, count)
+    assert (drained.recorded, drained.seq) == (30, 30)
+    assert aws.invocations["LedgerFunction"] == 0
+    check_complete(task_id, 30)
 
 
 def test_events_are_read_page_by_page(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,23 +147,6 @@ def test_events_are_read_page_by_page(aws: Cloud, monkeypatch: pytest.MonkeyPatc
     with patch.object(BaseClient, "_make_api_call", two_at_a_time):
         assert new_recorder().drain(task_id).recorded == 7
     check_complete(task_id, 7)
-
-
-def test_a_ledger_that_is_down_is_raised_and_what_was_recorded_is_anchored_later(aws: Cloud) -> None:
-    task_id = task_with(3)
-
-    def down(event: Any) -> None:
-        raise RuntimeError("down")
-
-    aws.faults["LedgerFunction"] = down
-    with pytest.raises(UnavailableError):
-        aws.invoke("RecordAuditFunction", {"task_id": task_id})
-    before = entries(task_id)
-    assert len(before) == 3
-    aws.faults.clear()
-    assert aws.invoke("RecordAuditFunction", {"task_id": task_id}) == {"recorded": 0, "seq": 3}
-    assert entries(task_id) == before
-    check_complete(task_id, 3)
 
 
 def test_a_missing_event_stops_the_recorder(aws: Cloud) -> None:
@@ -274,7 +235,7 @@ def test_a_crash_at_any_call_is_made_good_by_the_next_drain(aws: Cloud, after: b
         assert new_recorder().drain(task_id).recorded == 3 - len(before)
         assert entries(task_id)[: len(before)] == before, f"a crash at call {at} ({crashed[-1]}) changed an entry"
         check_complete(task_id, 3)
-    assert {"Query", "TransactWriteItems", "Invoke", "PutItem"} <= set(crashed)
+    assert {"Query", "TransactWriteItems"} <= set(crashed)
 
 
 def test_a_transaction_in_the_way_is_waited_for(aws: Cloud) -> None:
@@ -322,7 +283,6 @@ def test_the_stream_drains_each_task_of_the_batch(aws: Cloud) -> None:
     check_complete(first, 2)
     check_complete(second, 2)
     assert aws.invoke("RecordEventsFunction", event) == {"batchItemFailures": []}
-    assert aws.invocations["LedgerFunction"] >= 2
 
 
 def test_the_stream_gets_back_the_events_of_the_task_that_could_not_be_recorded(aws: Cloud) -> None:

@@ -83,6 +83,21 @@ def failing_at(position: int, how: str) -> Any:
     return failing(lambda _, number: how if number == position else None)
 
 
+@contextmanager
+def meanwhile(operation: str, act: Callable[[], object]) -> Iterator[None]:
+    """`act` right before the first `operation` on DynamoDB: what has been read by then is out of date."""
+    acted: list[bool] = []
+
+    def before(name: str, number: int) -> None:
+        if name == operation and not acted:
+            acted.append(True)
+            act()
+
+    with failing(before):
+        yield
+    assert acted
+
+
 def at_once(count: int, call: Callable[[int], Any]) -> list[Any]:
     start = threading.Barrier(count)
 
@@ -105,6 +120,18 @@ def test_genesis_is_written_once_with_its_sum(chain: MockChain, clock: Clock) ->
     assert balances(chain) == [1000, 500, 1, 0]
     [state] = items("STATE")
     assert int(state["supply"]["N"]) == SUPPLY == supply()
+
+
+def test_a_genesis_that_comes_too_late_changes_nothing(chain: MockChain, clock: Clock) -> None:
+    def others() -> None:
+        first = another(clock)
+        first.broadcast(ALICE.signed(DAVE, 10, first.tick_info().tick + 1).encode())
+        clock.ticks(2)
+        assert balances(first) == [990, 500, 1, 10]
+
+    with meanwhile("TransactWriteItems", others):
+        assert chain.tick_info().tick == FIRST_TICK + 2
+    assert balances(chain) == [990, 500, 1, 10]
 
 
 @pytest.mark.parametrize(
@@ -205,17 +232,13 @@ def test_a_broadcast_that_is_overtaken_by_the_tick_never_executes(chain: MockCha
     """It was read that the tick is to come; by the time that it is written, the tick has been told as processed."""
     late = ALICE.signed(DAVE, 1, chain.tick_info().tick + 1)
 
-    def meanwhile(operation: str, number: int) -> None:
-        if operation == "TransactWriteItems" and not passed:
-            passed.append(True)
-            clock.ticks(5)
-            assert another(clock).last_processed_tick().tick >= late.tick
-            assert another(clock).transaction(late.id) is None
+    def time_passes() -> None:
+        clock.ticks(5)
+        assert another(clock).last_processed_tick().tick >= late.tick
+        assert another(clock).transaction(late.id) is None
 
-    passed: list[bool] = []
-    with failing(meanwhile):
+    with meanwhile("TransactWriteItems", time_passes):
         chain.broadcast(late.encode())
-    assert passed
     clock.ticks(5)
     assert chain.transaction(late.id) is None
     assert chain.balance(ALICE.identity).balance == 1000
@@ -227,19 +250,64 @@ def test_what_is_due_is_not_replaced(chain: MockChain, clock: Clock) -> None:
     chain.broadcast(first.encode())
     second = ALICE.signed(DAVE, 1, first.tick + 10)
 
-    def meanwhile(operation: str, number: int) -> None:
-        if operation == "TransactWriteItems" and not passed:
-            passed.append(True)
-            clock.ticks(2)
-            with suppress(UnavailableError), failing(lambda name, _: "before" if name == "Query" else None):
-                another(clock).last_processed_tick()  # closes the tick, and falls over
+    def the_tick_passes() -> None:
+        clock.ticks(2)
+        with suppress(UnavailableError), failing(lambda name, _: "before" if name == "Query" else None):
+            another(clock).last_processed_tick()  # closes the tick, and falls over
 
-    passed: list[bool] = []
-    with failing(meanwhile):
+    with meanwhile("TransactWriteItems", the_tick_passes):
         chain.broadcast(second.encode())
     clock.ticks(20)
     assert chain.transaction(first.id)
     assert chain.transaction(second.id)
+
+
+@pytest.mark.parametrize("taken", [False, True])
+def test_a_later_transaction_that_comes_in_between_keeps_the_place(chain: MockChain, clock: Clock, taken: bool) -> None:
+    tick = chain.tick_info().tick
+    if taken:
+        chain.broadcast(ALICE.signed(BOB, 1, tick + 1).encode())
+    earlier, later = ALICE.signed(DAVE, 1, tick + 2), ALICE.signed(DAVE, 1, tick + 3)
+    with meanwhile("TransactWriteItems", lambda: another(clock).broadcast(later.encode())):
+        chain.broadcast(earlier.encode())
+    clock.ticks(5)
+    assert chain.transaction(earlier.id) is None
+    assert chain.transaction(later.id) is not None
+
+
+def test_ticks_that_others_closed_are_not_opened_again(chain: MockChain, clock: Clock) -> None:
+    chain.tick_info()
+    clock.ticks(1)
+    told: list[int] = []
+
+    def others() -> None:
+        clock.ticks(5)
+        told.append(another(clock).tick_info().tick)
+        clock.ticks(-5)
+
+    with meanwhile("UpdateItem", others):
+        assert chain.tick_info().tick == told[0]
+
+
+def test_faults_begin_with_the_tick_in_which_they_are_written(chain: MockChain, clock: Clock) -> None:
+    chain.tick_info()
+
+    def others() -> None:
+        clock.ticks(3)
+        another(clock).tick_info()
+
+    with meanwhile("UpdateItem", others):
+        chain.set_faults(Faults(empty_ticks=5))
+    assert chain.faults().empty_ticks == 5
+
+
+def test_what_others_execute_in_between_is_not_executed_again(chain: MockChain, clock: Clock) -> None:
+    spent = ALICE.signed(DAVE, 1, chain.tick_info().tick + 1)
+    chain.broadcast(spent.encode())
+    clock.ticks(2)
+    with meanwhile("TransactWriteItems", lambda: another(clock).tick_info()):
+        chain.tick_info()
+    assert balances(chain) == [999, 500, 1, 1]
 
 
 def test_a_balance_that_changes_under_the_reader_is_read_again(chain: MockChain, clock: Clock) -> None:
@@ -248,18 +316,15 @@ def test_a_balance_that_changes_under_the_reader_is_read_again(chain: MockChain,
     chain.broadcast(spent.encode())
     clock.ticks(2)
 
-    def meanwhile(operation: str, number: int) -> None:
-        if operation == "TransactWriteItems" and not changed:
-            changed.append(True)
-            boto3.client("dynamodb").update_item(
-                TableName=TABLE,
-                Key={"pk": {"S": f"BALANCE#{ALICE.identity}"}, "sk": {"S": "BALANCE"}},
-                UpdateExpression="SET balance = :one",
-                ExpressionAttributeValues={":one": {"N": "1"}},
-            )
+    def change() -> None:
+        boto3.client("dynamodb").update_item(
+            TableName=TABLE,
+            Key={"pk": {"S": f"BALANCE#{ALICE.identity}"}, "sk": {"S": "BALANCE"}},
+            UpdateExpression="SET balance = :one",
+            ExpressionAttributeValues={":one": {"N": "1"}},
+        )
 
-    changed: list[bool] = []
-    with failing(meanwhile):
+    with meanwhile("TransactWriteItems", change):
         found = chain.transaction(spent.id)
     assert found is not None
     assert not found.money_flew

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from local.openapi_examples import PAYER, SIGNED
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
 from tests.handlers.test_task_store import new_task, planned, waiting
@@ -14,6 +15,7 @@ from tests.support import template
 from tests.support.api import Answer, Api
 from tests.support.cloud import Cloud, cloud
 
+OTTO = {"subject": "otto", "roles": "operator"}
 DOCUMENT: dict[str, Any] = json.loads((template.ROOT / "docs" / "openapi.json").read_text())
 
 
@@ -90,9 +92,22 @@ def ask(aws: Cloud) -> Callable[..., Answer]:
 def prepared(aws: Cloud, operation: Operation) -> dict[str, str]:
     """What the path's parameters are to be."""
     store = TaskStore("TasksTable")
+    if operation.id == "rpc_balance":
+        return {"id": PAYER}
+    if operation.id == "rpc_transaction":  # it is there once the tick that the example names has passed
+        api = Api(aws, "QubicApiFunction")
+        sent = {"encodedTransaction": SIGNED}
+        assert api("POST", "/live/v1/broadcast-transaction", sent, subject="olivia", roles="operator").status == 200
+        aws.clock.pass_seconds(300)
+        return {}
     if operation.id == "get_transaction":
         [receipt] = LedgerClient("LedgerFunction").write_hashes([{"hash": "a" * 64, "metadata": {}}])
         return {"txid": receipt["txid"]}
+    if "{version}" in operation.path:
+        api = Api(aws, "QubicApiFunction")
+        based_on = api("GET", "/policy", **OTTO).body["policy_id"]
+        proposed = api("POST", "/policy", {"based_on": based_on, "rules": {}}, **OTTO)
+        return {"version": str(proposed.body["version"])}
     if operation.id == "get_plan":
         return {"plan_id": planned(store)[1].plan_id}
     if "{hash}" in operation.path:

@@ -35,6 +35,11 @@ def test_the_table_of_the_contract() -> None:
         "cancel": requesters, "retry": requesters, "create_plan": requesters, "get_plan": everybody,
         "get_status": everybody, "get_audit": everybody, "verify": everybody, "get_policy": everybody,
         "write": operators, "verify_on_ledger": everybody, "get_transaction": everybody,
+        "get_policy_versions": everybody, "get_policy_version": everybody, "propose_policy": operators,
+        "approve_policy": operators, "reject_policy": operators,
+        "rpc_tick_info": everybody, "rpc_broadcast_transaction": operators, "rpc_balance": everybody,
+        "rpc_last_processed_tick": everybody, "rpc_transaction": everybody, "rpc_transactions": everybody,
+        "get_mock_faults": operators, "put_mock_faults": operators,
     }  # fmt: skip
     assert {operation.id: set(operation.roles or ()) for operation in SECURED} == table
     assert {operation.id for operation in OPERATIONS} - set(table) == {

@@ -216,7 +216,7 @@ class Cloud:
         for function, patterns in template.stream_listeners("LedgerTable").items():
             records = [each for each in answer["Records"] if any(template.matches(one, each) for one in patterns)]
             if records:
-                failures = self.invoke(function, {"Records": records})["batchItemFailures"]
+                failures = self.invoke(function, {"Records": records}).get("batchItemFailures")
                 assert not failures, f"{function} could not take {failures}"
 
     def _waiting_ticks(self) -> list[int]:

@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 DEFINITION = Path(__file__).parents[2] / "statemachine" / "task_execution.asl.json"
 ENDS = {"CompleteTask", "DenyTask", "RejectTask", "ExpireTask", "FailTask"}
 
@@ -42,12 +44,17 @@ def test_every_task_has_a_time_limit_and_retries_with_backoff_and_jitter(states:
         assert retry["JitterStrategy"] == "FULL", name
 
 
-def test_a_token_waits_as_long_as_the_approval_is_open_and_never_twice(template: Any, states: States) -> None:
+def test_a_token_waits_for_its_own_time_and_never_twice(template: Any, states: States) -> None:
     waiting = {name: each for name, each in states.items() if str(each.get("Resource")).endswith(".waitForTaskToken")}
-    assert set(waiting) == {"AwaitApproval"}
-    for state in waiting.values():
-        assert state["TimeoutSeconds"] == template.parameters["ApprovalTimeoutSeconds"]["Default"]
-        assert {"ErrorEquals": ["States.Timeout"], "Next": "ApprovalExpired"} in state["Catch"]
+    limits = {
+        "AwaitApproval": ("ApprovalTimeoutSeconds", "ApprovalExpired"),
+        "AwaitConfirmation": ("ConfirmationTimeoutSeconds", "ConfirmationTimedOut"),
+    }
+    assert set(waiting) == set(limits)
+    for name, state in waiting.items():
+        parameter, end = limits[name]
+        assert state["TimeoutSeconds"] == template.parameters[parameter]["Default"]
+        assert {"ErrorEquals": ["States.Timeout"], "Next": end} in state["Catch"]
         assert all("States.Timeout" not in retry["ErrorEquals"] for retry in state["Retry"])
     variables = template.functions["RequestApprovalFunction"]["Environment"]["Variables"]
     assert variables["APPROVAL_TIMEOUT_SECONDS"] == {"Ref": "ApprovalTimeoutSeconds"}
@@ -71,17 +78,25 @@ def test_what_stops_a_step_ends_the_task_by_its_name(states: States) -> None:
         "ApprovalExpired": "ExpireTask",
         "States.ALL": "FailTask",
     }
-    assert raised == set(caught) - {"States.ALL"}
+    # A transfer without an end in time is no end of its own: the task has failed, and a retry finds the transfer.
+    assert raised == set(caught) - {"States.ALL"} | {"ConfirmationTimedOut"}
 
 
 def test_steps_run_one_at_a_time(states: States) -> None:
     assert states["ExecuteSteps"]["MaxConcurrency"] == 1
 
 
-def test_a_step_that_was_refused_is_never_tried_again(states: States) -> None:
-    first = states["ExecuteStep"]["Retry"][0]
+@pytest.mark.parametrize("name", ["ExecuteStep", "SubmitTransfer"])
+def test_a_step_that_was_refused_is_never_tried_again(states: States, name: str) -> None:
+    first = states[name]["Retry"][0]
     assert first == {"ErrorEquals": ["States.QueryEvaluationError"], "MaxAttempts": 0}
-    assert "$error(" in states["ExecuteStep"]["Output"]
+    assert "$error(" in states[name]["Output"]
+
+
+def test_a_transfer_is_executed_only_when_the_ledger_has_said_what_became_of_it(states: States) -> None:
+    assert successors(states["SubmitTransfer"]) == {"AwaitConfirmation"}
+    assert successors(states["AwaitConfirmation"]) == {"ExecuteStep", "ConfirmationTimedOut"}
+    assert "submitted" not in states["ExecuteStep"]["Output"]
 
 
 def test_nothing_runs_without_a_clear_yes(states: States) -> None:
@@ -118,7 +133,8 @@ def test_a_task_stays_within_its_budget_of_transitions() -> None:
     step = ["CheckCompliance", "Verdict?", "ExecuteStep", "RecordAudit"]
     approval = ["CheckCompliance", "Verdict?", "AwaitApproval"]
     assert len([*planning, *step * 3, "CompleteTask"]) <= 20
-    assert len([*planning, *step * 3, *approval, "CompleteTask"]) <= 22
+    transfer = ["SubmitTransfer", "AwaitConfirmation"]
+    assert len([*planning, *step * 3, *approval, *transfer, "CompleteTask"]) <= 24
 
 
 def states_in(map_state: dict[str, Any]) -> States:

@@ -35,9 +35,30 @@ ROUTES = {
     "PlannerApiFunction": {"POST /plan/create", "GET /plan/{plan_id}", "GET /planner/health"},
     "AgentRuntimeApiFunction": {"GET /task/{task_id}/status", "GET /agent-runtime/health"},
     "WorkerApiFunction": {"GET /worker/health"},
-    "AuditApiFunction": {"GET /audit/{task_id}", "GET /audit/verify/{hash}", "GET /audit/health"},
+    "AuditApiFunction": {
+        "GET /audit/{task_id}",
+        "GET /audit/{task_id}/bundle",
+        "GET /audit/verify/{hash}",
+        "GET /audit/log/checkpoint",
+        "GET /audit/log/consistency",
+        "GET /log/checkpoint",
+        "GET /log/tile/entries/{a}",
+        "GET /log/tile/entries/{a}/{b}",
+        "GET /log/tile/entries/{a}/{b}/{c}",
+        "GET /log/tile/entries/{a}/{b}/{c}/{d}",
+        "GET /log/tile/{level}/{a}",
+        "GET /log/tile/{level}/{a}/{b}",
+        "GET /log/tile/{level}/{a}/{b}/{c}",
+        "GET /log/tile/{level}/{a}/{b}/{c}/{d}",
+        "GET /audit/health",
+    },
     "QubicApiFunction": {
         "GET /policy",
+        "POST /policy",
+        "GET /policy/versions",
+        "GET /policy/versions/{version}",
+        "POST /policy/versions/{version}/approve",
+        "POST /policy/versions/{version}/reject",
         "POST /write",
         "GET /verify/{hash}",
         "GET /tx/{txid}",
@@ -62,11 +83,18 @@ CHANGES = {
     "dynamodb:PartiQLUpdate",
     "dynamodb:PartiQLDelete",
 }
+QUBIC = {"LedgerFunction", "LedgerWriterFunction", "QubicApiFunction"}
 OWNERS = {
-    "LedgerTable": {"LedgerFunction", "QubicApiFunction"},
-    "ChainTable": {"LedgerFunction", "QubicApiFunction"},
-    "AuditEntriesTable": {"RecordAuditFunction", "RecordEventsFunction", "AuditApiFunction"},
-    "AuditLogTable": {"RecordAuditFunction", "RecordEventsFunction", "AuditApiFunction"},
+    "LedgerTable": QUBIC,
+    "ChainTable": QUBIC,
+    "AuditEntriesTable": {"RecordAuditFunction", "RecordEventsFunction", "SequencerFunction", "AuditApiFunction"},
+    "AuditLogTable": {
+        "RecordAuditFunction",
+        "RecordEventsFunction",
+        "SequencerFunction",
+        "AnchorFunction",
+        "AuditApiFunction",
+    },
 }
 
 
@@ -194,7 +222,7 @@ def test_no_policy_names_every_resource(template: Any) -> None:
 def test_every_action_says_which_call_needs_it() -> None:
     lines = (Path(__file__).parents[2] / "template.yaml").read_text().splitlines()
     begin = lines.index("  TaskExecutionStateMachine:")  # after the tables, whose own policy only denies
-    services = ("dynamodb:", "lambda:", "states:", "logs:", "sqs:")
+    services = ("dynamodb:", "lambda:", "states:", "logs:", "sqs:", "secretsmanager:")
     actions = [line for line in lines[begin:] if line.strip().startswith(tuple(f"- {each}" for each in services))]
     assert actions
     uncommented = [line for line in actions if " # " not in line]
@@ -220,6 +248,12 @@ def test_a_table_has_one_owner(template: Any) -> None:
     for table, owners in OWNERS.items():
         users = {name for name in template.functions if f"'{table}'" in str(list(allowed(template, name)))}
         assert users == owners, table
+
+
+def test_the_qubic_service_alone_reads_its_seed_and_nobody_changes_it(template: Any) -> None:
+    for name in template.functions:
+        secrets = [pair for pair in allowed(template, name) if "QubicSeed" in str(pair)]
+        assert secrets == ([("secretsmanager:GetSecretValue", {"Ref": "QubicSeed"})] if name in QUBIC else []), name
 
 
 def test_what_must_outlive_the_stack_is_retained(template: Any) -> None:
@@ -255,3 +289,26 @@ def test_every_parameter_is_used(template: Any) -> None:
     used = str({key: template.document[key] for key in ("Rules", "Conditions", "Globals", "Resources")})
     unused = [name for name in template.parameters if f"{{'Ref': '{name}'}}" not in used]
     assert unused == []
+
+
+def test_one_sequencer_takes_what_is_recorded_and_what_it_cannot_take_is_not_lost(template: Any) -> None:
+    stream = template.functions["SequencerFunction"]["Events"]["NewEntries"]["Properties"]
+    assert stream["Stream"] == {"Fn::GetAtt": ["AuditEntriesTable", "StreamArn"]}
+    batch = ("BatchSize", "MaximumBatchingWindowInSeconds", "ParallelizationFactor")
+    assert [stream[name] for name in batch] == [256, 1, 1]
+    assert stream["FunctionResponseTypes"] == ["ReportBatchItemFailures"]
+    assert stream["BisectBatchOnFunctionError"] is True
+    lost = stream["DestinationConfig"]["OnFailure"]["Destination"]
+    assert lost == {"Fn::GetAtt": ["UnsequencedEntriesQueue", "Arn"]}
+
+
+def test_the_anchor_is_told_of_growth_and_of_confirmation_and_looks_by_itself(template: Any) -> None:
+    events = template.functions["AnchorFunction"]["Events"]
+    streams = {each["Properties"]["Stream"]["Fn::GetAtt"][0] for each in events.values() if each["Type"] == "DynamoDB"}
+    assert streams == {"AuditLogTable", "LedgerTable"}
+    assert [each for each in events.values() if each["Type"] == "Schedule"]
+
+
+def test_only_the_anchor_reads_the_key_of_the_logs_checkpoints(template: Any) -> None:
+    read_key = ("secretsmanager:GetSecretValue", {"Ref": "LogSigningKey"})
+    assert {name for name in template.functions if read_key in list(allowed(template, name))} == {"AnchorFunction"}

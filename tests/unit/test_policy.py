@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +14,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from qaes.domain.canonical import sha256_hex
+from qaes.domain.compliance import refusal_by_limits
 from qaes.domain.errors import InvalidInputError
+from qaes.domain.models import Step
 from qaes.domain.policy import (
     DEFAULT_RULES,
     DENIED,
@@ -207,3 +211,33 @@ def test_what_is_no_document_is_not_read(text: str) -> None:
 @pytest.mark.parametrize("text", ["", "policy-v0-0123456789ab", "policy-v1-0123", "policy-v1-0123456789aB", "v1"])
 def test_what_is_no_policy_id(text: str) -> None:
     assert version_of(text) is None
+
+
+# docs/policy.md
+
+GUIDE = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
+
+
+def test_the_document_in_the_guide_is_one() -> None:
+    [text] = re.findall(r"```json\n(.*)\n```", GUIDE)
+    assert PolicyDocument.read(text).text() == text
+
+
+@given(rules=st.dictionaries(st.sampled_from(["transfer_funds", "monitoring"]), RULES), amount=st.integers(1, 600))
+def test_the_verifier_in_the_guide_decides_as_the_policy_does(rules: dict[str, Rule], amount: int) -> None:
+    [program] = re.findall(r"```python\n(.*?)\n```", GUIDE, re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(program, names)  # noqa: S102 (our own)
+    text = PolicyDocument.write(rules, version=3, proposed_by="olivia").text()
+    policy = policy_of(text)
+    step = Step(
+        step_id="step_1", type="onchain_action", requires_approval=True,
+        parameters={"from_address": LEGACY, "to_address": LEGACY, "amount": amount},
+    )  # fmt: skip
+    decision = policy.decide("transfer_funds")
+    allowed = decision.allowed and refusal_by_limits(step, decision) is None
+    approvals = decision.approvals if allowed and decision.requires_approval else 0
+    found = names["decide"](text, policy.policy_id, "transfer_funds", step.model_dump(mode="json"))
+    assert found == (allowed, approvals)
+    with pytest.raises(AssertionError):
+        names["decide"](text, "policy-v3-000000000000", "transfer_funds")

@@ -168,6 +168,35 @@ def test_a_public_key_of_low_order_is_refused() -> None:
     assert not schnorrq.verify(minus_one, DIGEST, forged)
 
 
+def test_a_signature_that_anybody_can_make_for_a_key_of_low_order_is_refused() -> None:
+    """Where the challenge is a multiple of the key's order, s G + h A is s G: no private key is needed."""
+    for y in range(2, 5):
+        try:
+            point = fourq.decode(bytes([y]) + bytes(31))
+        except ValueError:
+            continue
+        key = fourq.encode(fourq.multiply(fourq.N, point))
+        order = next(number for number in range(1, fourq.COFACTOR + 1) if is_neutral(number, fourq.decode(key)))
+        assert fourq.COFACTOR % order == 0
+        for s in range(1, 10_000):
+            commitment = fourq.encode(fourq.multiply(s))
+            challenge = int.from_bytes(k12(commitment + key + DIGEST, 64)[:32], "little") % fourq.N
+            if challenge % order == 0:
+                break
+        else:
+            pytest.fail("no signature was found")
+        assert not schnorrq.verify(key, DIGEST, commitment + s.to_bytes(32, "little"))
+
+
+def is_neutral(number: int, point: fourq.Point) -> bool:
+    return fourq.equal(fourq.multiply(number, point), fourq.IDENTITY)
+
+
+@pytest.mark.parametrize("s", [fourq.N, fourq.N + 1, 2**256 - 1])
+def test_an_s_that_is_not_reduced_is_refused(s: int) -> None:
+    assert not schnorrq.verify(PUBLIC_KEY, DIGEST, SIGNATURE[:32] + s.to_bytes(32, "little"))
+
+
 @pytest.mark.parametrize("cut", [(31, 32, 64), (33, 32, 64), (32, 31, 64), (32, 32, 63), (32, 32, 65)])
 def test_another_length_is_refused(cut: tuple[int, int, int]) -> None:
     key, digest, signature = cut

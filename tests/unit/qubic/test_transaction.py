@@ -38,6 +38,33 @@ def test_round_trip(transaction: Transaction) -> None:
     assert decode(transaction.encode()) == transaction
 
 
+@given(
+    st.binary(min_size=64, max_size=64),
+    st.integers(-2, MAX_AMOUNT + 2),
+    st.binary(min_size=6, max_size=6),
+    st.binary(max_size=1100),
+)
+def test_what_decodes_encodes_to_the_same_bytes(keys: bytes, amount: int, numbers: bytes, payload: bytes) -> None:
+    """There is one spelling of a transaction, and so one id."""
+    amount_ = amount.to_bytes(8, "little", signed=True)
+    data = keys + amount_ + numbers + len(payload).to_bytes(2, "little") + payload + bytes(64)
+    try:
+        found = decode(data)
+    except ValueError:
+        return
+    assert found.encode() == data
+    assert 0 <= amount <= MAX_AMOUNT
+    assert len(payload) <= 1024
+
+
+@settings(max_examples=15, deadline=None)
+@given(transactions)
+def test_what_is_signed_is_the_source_s(transaction: Transaction) -> None:
+    signed = replace(transaction, source=KEY).sign(SUBSEED)
+    assert decode(signed.encode()).is_signed_by_source()
+    assert not replace(transaction, source=KEY).is_signed_by_source()
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 216 * 8 - 1))
 def test_one_flipped_bit_is_refused(bit: int) -> None:

@@ -87,6 +87,10 @@ PROBLEM_SCHEMA = {
         },
     },
 }
+PROBLEM_ANSWER: dict[int | str, dict[str, Any]] = {
+    "default": {"description": "A problem (RFC 9457)", "content": {PROBLEM: {"schema": PROBLEM_SCHEMA}}}
+}
+"""What a route's document says of its errors."""
 
 
 def create_app(service: str) -> FastAPI:
@@ -100,9 +104,7 @@ def create_app(service: str) -> FastAPI:
         redirect_slashes=False,
         # Older clients send JSON without saying so.
         strict_content_type=False,
-        responses={
-            "default": {"description": "A problem (RFC 9457)", "content": {PROBLEM: {"schema": PROBLEM_SCHEMA}}}
-        },
+        responses=PROBLEM_ANSWER,
     )
     app.state.service = service
     app.router.route_class = StrictRoute

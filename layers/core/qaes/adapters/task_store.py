@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Any
 
 from qaes.adapters import clients, metrics, settings
 from qaes.adapters.task_items import Idempotency, Item, TaskItems, is_counter, plan_item, task_item
-from qaes.domain.canonical import hash_of
+from qaes.domain.canonical import SALT_LETTERS, canonical_json, hash_of, salted_hash
 from qaes.domain.errors import ConcurrentUpdateError, ConflictError, LimitError, NotFoundError, UnavailableError
 from qaes.domain.ids import now, parse_timestamp, timestamp
 from qaes.domain.models import (
@@ -138,16 +139,16 @@ class TaskStore:
         LimitError
             The requester has `max_open` tasks that have not ended.
         """
-        request = hash_of(task.request())
-        event = Event(
-            kind="task_started",
-            actor=task.requester,
-            status=task.status,
-            input_hash=request,
-            output_hash=hash_of({"task_id": task.task_id}),
+        task = task.model_copy(update={"events": 1, "salt": _new_salt()})
+        event = _event(
+            task,
+            "task_started",
+            task.requester,
+            task.status,
+            task.request(),
+            {"task_id": task.task_id, "idempotency_key": _key_hash(idempotency)},
             timestamp=task.created_at,
         )
-        task = task.model_copy(update={"events": 1})
         counter = self._items.count_open(task.requester, 1, max_open)
         writes = [
             self._items.put(task_item(task), unless_exists=True),
@@ -191,14 +192,14 @@ class TaskStore:
         def change(task: Task) -> _Change | None:
             if task.policy_id is not None or task.status in TERMINAL:
                 return None
-            event = Event(
-                kind="policy_checked",
-                actor="planner",
-                status="allowed" if decision.allowed else "denied",
-                input_hash=hash_of(analysis.model_dump(mode="json")),
-                output_hash=hash_of(decision.model_dump(mode="json")),
+            event = _event(
+                task,
+                "policy_checked",
+                "planner",
+                "allowed" if decision.allowed else "denied",
+                analysis.model_dump(mode="json"),
+                decision.model_dump(mode="json"),
                 policy_id=decision.policy_id,
-                timestamp=timestamp(now()),
             )
             return _Change({"policy_id": decision.policy_id}, (event,))
 
@@ -211,15 +212,15 @@ class TaskStore:
             if task.plan_id is not None:
                 return None
             _refuse_ended(task)
-            event = Event(
-                kind="plan_built",
-                actor="planner",
-                status="planned",
-                input_hash=hash_of(task.request()),
-                output_hash=plan.hash(),
+            event = _event(
+                task,
+                "plan_built",
+                "planner",
+                "planned",
+                task.request(),
+                plan.model_dump(mode="json"),
                 plan_hash=plan.hash(),
                 policy_id=plan.policy.policy_id,
-                timestamp=timestamp(now()),
             )
             fields = {
                 "plan_id": plan.plan_id,
@@ -284,7 +285,7 @@ class TaskStore:
             )
             asked[:] = [approval]
             event = _approval_event(
-                "approval_requested", "compliance", "pending", approval, step, approval.requested_at
+                task, "approval_requested", "compliance", "pending", approval, step, approval.requested_at
             )
             return _Change(
                 {"status": "waiting_approval", "current_step": step_index, "waiting_until": approval.expires_at},
@@ -343,12 +344,14 @@ class TaskStore:
             decided[:] = [decision]
             step = self.plan_of(task).steps[approval.step_index]
             event = _approval_event(
+                task,
                 "approval_decided",
                 subject,
                 "approved" if approved else "rejected",
                 decision,
                 step,
                 timestamp(moment),
+                idempotency,
             )
             return _Change(
                 {"status": "executing", "waiting_until": None} if ends else {},
@@ -379,7 +382,7 @@ class TaskStore:
                 return None
             moment = timestamp(now())
             step = self.plan_of(task).steps[approval.step_index]
-            event = _approval_event("approval_reminder", "reconciler", "pending", approval, step, moment)
+            event = _approval_event(task, "approval_reminder", "reconciler", "pending", approval, step, moment)
             reminded = approval.model_copy(update={"reminded_at": moment})
             return _Change({}, (event,), (self._items.put_approval(task_id, reminded, "pending"),))
 
@@ -409,7 +412,7 @@ class TaskStore:
         closed = approval.model_copy(update={"status": status})
         step = self.plan_of(task).steps[approval.step_index]
         kind: EventKind = "approval_expired" if status == "expired" else "approval_cancelled"
-        event = _approval_event(kind, "compliance", status, closed, step, moment)
+        event = _approval_event(task, kind, "compliance", status, closed, step, moment)
         return [self._items.put_approval(task.task_id, closed, "pending")], [event]
 
     # Steps
@@ -474,17 +477,16 @@ class TaskStore:
                 }
             )
             ended[:] = [final]
-            event = Event(
-                kind="step_executed",
-                actor="worker",
-                status=final.status,
-                input_hash=final.input_hash,
-                output_hash=str(final.output_hash),
+            event = _event(
+                task,
+                "step_executed",
+                "worker",
+                final.status,
+                self.plan_of(task).steps[final.step_index].parameters,
+                output,
                 step_index=final.step_index,
                 step_id=final.step_id,
                 step_type=final.type,
-                plan_hash=task.plan_hash or "",
-                policy_id=task.policy_id or "",
                 timestamp=timestamp(moment),
                 detail=error or "",
             )
@@ -543,7 +545,7 @@ class TaskStore:
 
         def change(task: Task) -> _Change | None:
             _refuse_ended(task)
-            ending = self._ending(task, "cancelled", subject, reason, None)
+            ending = self._ending(task, "cancelled", subject, reason, None, idempotency)
             kept = self._keep(idempotency, lifecycle_answer(task_id, "cancelled"))
             return _Change(ending.task, ending.events, (*ending.writes, *kept))
 
@@ -571,22 +573,28 @@ class TaskStore:
             fields = {
                 "status": status, "run": task.run + 1, "reason": None, "failed_step": None, "waiting_until": None,
             }  # fmt: skip
-            event = Event(
-                kind="task_retried",
-                actor=subject,
-                status=status,
-                input_hash=hash_of(task.request()),
-                output_hash=hash_of({"run": task.run + 1}),
-                plan_hash=task.plan_hash or "",
-                policy_id=task.policy_id or "",
-                timestamp=timestamp(now()),
+            event = _event(
+                task,
+                "task_retried",
+                subject,
+                status,
+                task.request(),
+                {"run": task.run + 1, "idempotency_key": _key_hash(idempotency)},
             )
             kept = self._keep(idempotency, lifecycle_answer(task_id, status))
             return _Change(fields, (event,), (self._items.count_open(task.requester, 1, max_open), *kept))
 
         return self._change(task_id, change, idempotency, max_open)
 
-    def _ending(self, task: Task, outcome: Outcome, actor: str, reason: str, failed_step: str | None) -> _Change:
+    def _ending(
+        self,
+        task: Task,
+        outcome: Outcome,
+        actor: str,
+        reason: str,
+        failed_step: str | None,
+        idempotency: Idempotency | None = None,
+    ) -> _Change:
         moment = timestamp(now())
         events: list[Event] = []
         writes: list[Item] = [self._items.count_open(task.requester, -1, None)]
@@ -599,19 +607,18 @@ class TaskStore:
             # Decided in time, but the decision did not reach the execution: that is neither expiry nor rejection.
             outcome, reason = "failed", "the approval could not be delivered in time"
             step = self.plan_of(task).steps[last.step_index]
-            events.append(_approval_event("approval_undeliverable", actor, "undeliverable", last, step, moment))
+            events.append(_approval_event(task, "approval_undeliverable", actor, "undeliverable", last, step, moment))
         elif last is not None and outcome == "expired" and last.status == "rejected":
             outcome, reason = "rejected", last.reason or "rejected"
         final = {"status": outcome, "reason": reason or None, "failed_step": failed_step}
         events.append(
-            Event(
-                kind="task_ended",
-                actor=actor,
-                status=outcome,
-                input_hash=hash_of(task.request()),
-                output_hash=hash_of(final),
-                plan_hash=task.plan_hash or "",
-                policy_id=task.policy_id or "",
+            _event(
+                task,
+                "task_ended",
+                actor,
+                outcome,
+                task.request(),
+                final | {"idempotency_key": _key_hash(idempotency)},
                 timestamp=moment,
                 detail=reason,
             )
@@ -636,6 +643,8 @@ class TaskStore:
         for attempt in range(_ATTEMPTS):
             self._replay(idempotency)
             task = self.get_task(task_id)
+            if not task.salt:  # it was stored before tasks had one
+                task = task.model_copy(update={"salt": _new_salt()})
             try:
                 change = decide(task)
             except ConflictError:
@@ -743,13 +752,67 @@ def _refuse_ended(task: Task) -> None:
         raise ConflictError(f"the task has ended: {task.status}", task_status=task.status)
 
 
-def _approval_event(kind: Any, actor: str, status: str, approval: Approval, step: Step, moment: str) -> Event:
+def _new_salt() -> str:
+    return secrets.token_hex(SALT_LETTERS // 2)
+
+
+def _key_hash(idempotency: Idempotency | None) -> str | None:
+    """What stands for the caller's key: nobody can use it from here."""
+    return hash_of([idempotency.subject, idempotency.key]) if idempotency else None
+
+
+def _event(task: Task, kind: EventKind, actor: str, status: str, input_: Any, output: Any, **more: Any) -> Event:
+    """The event for what came in and what came out, by their salted hashes."""
+    of_the_task = {"plan_hash": task.plan_hash or "", "policy_id": task.policy_id or "", "timestamp": timestamp(now())}
     return Event(
         kind=kind,
         actor=actor,
         status=status,
-        input_hash=approval.step_hash,
-        output_hash=hash_of({"status": status, "actor": actor, "reason": approval.reason or ""}),
+        input_hash=salted_hash(task.salt, input_),
+        output_hash=salted_hash(task.salt, output),
+        input=canonical_json(input_),
+        output=canonical_json(output),
+        **(of_the_task | more),
+    )
+
+
+def _approval_event(
+    task: Task,
+    kind: EventKind,
+    actor: str,
+    status: str,
+    approval: Approval,
+    step: Step,
+    moment: str,
+    idempotency: Idempotency | None = None,
+) -> Event:
+    """What people were asked goes in: the plan and the step by their hashes. What was said to it comes out."""
+    asked = {
+        "plan_hash": approval.plan_hash,
+        "step_hash": approval.step_hash,
+        "policy_id": approval.policy_id,
+        "round": approval.round,
+        "required": approval.required,
+        "expires_at": approval.expires_at,
+    }
+    said: dict[str, Any] = {"status": status, "actor": actor}
+    if kind == "approval_decided":
+        said |= {
+            "approved": approval.decisions[-1].approved,
+            "reason": approval.decisions[-1].reason,
+            "decided_at": approval.decisions[-1].decided_at,
+            "approvals": sum(each.approved for each in approval.decisions),
+            "plan_hash": approval.plan_hash,
+            "step_hash": approval.step_hash,
+            "idempotency_key": _key_hash(idempotency),
+        }
+    return _event(
+        task,
+        kind,
+        actor,
+        status,
+        asked,
+        said,
         step_index=approval.step_index,
         step_id=step.step_id,
         step_type=step.type,

@@ -16,7 +16,7 @@ from qaes.domain.models import Event, EventKind, Model
 GENESIS = "0" * 64
 """`prev` of a task's first entry."""
 
-Check = Literal["text", "log", "seq", "prev", "leaf", "anchor"]
+Check = Literal["text", "log", "seq", "prev", "leaf", "index"]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 HashOrNone = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
 

@@ -9,6 +9,8 @@ import rfc8785
 
 from qaes.domain.errors import InvalidInputError
 
+SALT_LETTERS = 32
+
 
 def canonical_json(value: Any) -> str:
     """The RFC 8785 text of `value`.
@@ -33,3 +35,14 @@ def sha256_hex(data: str | bytes) -> str:
 def hash_of(value: Any) -> str:
     """SHA-256 of the canonical text of `value`, as 64 hex letters."""
     return sha256_hex(canonical_json(value))
+
+
+def salted_hash(salt: str, value: Any) -> str:
+    """`hash_of` with a secret `salt` beside the value.
+
+    Who knows the hash but not the salt (128 random bits of the task, as 32 hex letters) finds nothing out by hashing
+    guesses; who is shown the salt can check the hash.
+    """
+    if len(salt) != SALT_LETTERS or not set(salt) <= set("0123456789abcdef"):
+        raise InvalidInputError(f"a salt has {SALT_LETTERS} hexadecimal digits", field="salt")
+    return hash_of({"salt": salt, "value": value})

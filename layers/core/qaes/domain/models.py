@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from qaes.domain.canonical import hash_of
 from qaes.domain.policy import PolicyDecision, RiskLevel
@@ -89,7 +89,10 @@ class Plan(Model):
 
 
 class Task(Model):
-    """A task as its item has it; `version` guards each write, `events` counts the events, `run` the executions."""
+    """A task as its item has it; `version` guards each write, `events` counts the events, `run` the executions.
+
+    `salt` keeps what the task's audit entries hash from being guessed; only the task's bundle shows it.
+    """
 
     task_id: str
     status: Status
@@ -111,6 +114,7 @@ class Task(Model):
     run: int = 1
     version: int = 0
     events: int = 0
+    salt: str = Field(default="", repr=False)
 
     @property
     def execution_name(self) -> str:
@@ -190,7 +194,11 @@ class Approval(Model):
 
 
 class Event(Model):
-    """Something that happened to a task; becomes the audit entry with the same number."""
+    """Something that happened to a task; becomes the audit entry with the same number.
+
+    `input` and `output` are the canonical JSON of what the two hashes are over, with the task's salt: the entry has the
+    hashes, and the task's bundle discloses the values.
+    """
 
     kind: EventKind
     actor: str
@@ -204,3 +212,5 @@ class Event(Model):
     plan_hash: str = ""
     policy_id: str = ""
     detail: str = ""
+    input: str = ""
+    output: str = ""

@@ -1,0 +1,775 @@
+#!/usr/bin/env python3
+"""Check a task's audit bundle, offline: Python's standard library, one file, no network unless asked.
+
+    python verify_bundle.py bundle.json --log-id qaes --anchor-identity ABC...
+
+Formats and the meaning of each check: docs/audit.md. Exit status 0: all checks held, and the report says what was not
+checked. 1: the first check that failed. 2: called wrongly. Written apart from the program that makes the bundles.
+
+What to trust is given by you: the name of the log and the identity that anchors it. The rest follows, in this order:
+
+    parse       the file is JSON without surprises, and has the members of a bundle
+    Chain       every entry has its canonical text and names the one before it; inputs and outputs have their hashes
+    Anchor      the transaction on the ledger carries the log's size and root; every entry is included under that root
+    Story       what was decided follows from the policy; who approved; what ran is what was approved; how it ended
+    Qubic       the transaction's id and signature (K12, FourQ, SchnorrQ)
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import math
+import os
+import re
+import sys
+import urllib.request
+from datetime import datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+TEXTS = (
+    "log_id", "task_id", "step_id", "step_type", "kind", "actor", "status", "input_hash", "output_hash", "plan_hash",
+    "policy_id", "nonce", "prev", "timestamp",
+)  # fmt: skip
+ENTRY = dict.fromkeys(TEXTS, str) | dict.fromkeys(("v", "seq", "step_index"), int)
+HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+
+class Failed(Exception):  # noqa: N818 - it is an answer
+    """A check that does not hold, and where."""
+
+    def __init__(self, check: str, message: str, where: str = "bundle") -> None:
+        super().__init__(f"FAILED {check} ({where}): {message}")
+        self.check, self.where = check, where
+
+
+def need(holds: bool, check: str, message: str, where: str = "bundle") -> None:
+    if not holds:
+        raise Failed(check, message, where)
+
+
+# JSON -----------------------------------------------------------------------------------------------------------------
+
+
+def parse(text: str, where: str, *, fractions: bool) -> Any:
+    """Read JSON strictly: no duplicate keys, no NaN, no lone surrogates; fractions and exponents only if allowed."""
+
+    def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        need(len(dict(pairs)) == len(pairs), "json", "a key stands twice", where)
+        return dict(pairs)
+
+    def constant(name: str) -> None:
+        raise Failed("json", f"{name} is not JSON", where)
+
+    def fraction(digits: str) -> float:
+        need(fractions, "json", f"{digits} is no integer", where)
+        return float(digits)
+
+    def integer(digits: str) -> float:
+        # Beyond 2^53 a number of JSON is whatever double is nearest: the canonical text shows whether it is that one.
+        return int(digits) if len(digits) < 17 and abs(int(digits)) < 2**53 else fraction(digits)
+
+    try:
+        text.encode()
+        value = json.loads(
+            text, object_pairs_hook=members, parse_constant=constant, parse_float=fraction, parse_int=integer
+        )
+        json.dumps(value, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise Failed("json", f"not JSON in UTF-8: {type(error).__name__}", where) from None
+    return value
+
+
+def canonical(value: Any) -> str:
+    """The text of RFC 8785."""
+    if isinstance(value, dict):
+        # Keys are sorted by UTF-16 code units.
+        keys = sorted(value, key=lambda key: key.encode("utf-16-be"))
+        return "{" + ",".join(canonical(key) + ":" + canonical(value[key]) for key in keys) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(canonical, value)) + "]"
+    return ecmascript(value) if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
+
+
+def ecmascript(number: float) -> str:
+    """A double as JavaScript writes it: the shortest digits, an exponent below 1e-6 and from 1e21 on."""
+    if number == 0:
+        return "0"
+    if not math.isfinite(number):
+        return "null"
+    sign, digits_, exponent = Decimal(repr(number)).normalize().as_tuple()
+    digits = "".join(map(str, digits_))
+    point = len(digits) + int(exponent)
+    if 0 < point <= 21:
+        text = digits.ljust(point, "0") if len(digits) <= point else f"{digits[:point]}.{digits[point:]}"
+    elif -6 < point <= 0:
+        text = "0." + "0" * -point + digits
+    else:
+        text = digits[0] + ("." + digits[1:] if digits[1:] else "") + f"e{point - 1:+d}"
+    return "-" * sign + text
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values have one text: to Python, 1, 1.0 and True are equal."""
+    return canonical(one) == canonical(other)
+
+
+def parse_canonical(text: str, check: str, where: str) -> Any:
+    value = parse(text, where, fractions=True)
+    need(canonical(value) == text, check, "not a canonical text", where)
+    return value
+
+
+def sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def members(value: Any, types: dict[str, Any], check: str, where: str, *, exactly: bool = False) -> dict[str, Any]:
+    """Check that an object has these members, each of its type (a bool is no integer)."""
+    need(isinstance(value, dict), check, "not an object", where)
+    need(not exactly or set(value) == set(types), check, "not exactly the members that belong there", where)
+    for name, kind in types.items():
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        need(name in value and type(value[name]) in kinds, check, f"{name} is missing, or of another type", where)
+    return dict(value)
+
+
+# The bundle and its chain ---------------------------------------------------------------------------------------------
+
+
+def read_bundle(data: bytes) -> dict[str, Any]:
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        raise Failed("json", "not UTF-8") from None
+    none = type(None)
+    types: dict[str, Any] = {"format": str, "log_id": str, "network": str, "task_id": str, "salt": str}
+    bundle = members(
+        parse(text, "bundle", fractions=False),
+        types | {"entries": list, "anchor": (dict, none), "policies": dict},
+        "format", "bundle", exactly=True,
+    )  # fmt: skip
+    need(bundle["format"] == "qaes-bundle-1", "format", "not a bundle of this format")
+    need(bundle["network"] in ("mock", "mainnet"), "format", "there is no such network")
+    need(re.fullmatch(r"[0-9a-f]{32}", bundle["salt"], re.ASCII) is not None, "format", "not a salt")
+    need(len(bundle["entries"]) > 0, "format", "there are no entries")
+    types = {"text": str, "input": str, "output": str, "index": (int, none), "proof": (list, none)}
+    for number, each in enumerate(bundle["entries"], start=1):
+        members(each, types, "format", f"entry {number}", exactly=True)
+    for hash_, document in bundle["policies"].items():
+        need(isinstance(document, str) and sha256(document) == hash_, "policy", "not the document of this hash", hash_)
+    return bundle
+
+
+def check_chain(bundle: dict[str, Any], log_id: str) -> list[dict[str, Any]]:
+    """Each entry's text, its place in the task's chain, and what its two hashes are of."""
+    need(bundle["log_id"] == log_id, "log", "of another log than the pinned one")
+    prev, entries = "0" * 64, []
+    for seq, sent in enumerate(bundle["entries"], start=1):
+        where = f"entry {seq}"
+        entry = members(parse_canonical(sent["text"], "text", where), ENTRY, "text", where, exactly=True)
+        need(entry["v"] == 1, "text", "an entry of another version", where)
+        need(entry["log_id"] == log_id, "log", "of another log than the pinned one", where)
+        need(entry["task_id"] == bundle["task_id"], "task", "of another task", where)
+        need(entry["seq"] == seq, "seq", f"its number is {entry['seq']}", where)
+        need(entry["prev"] == prev, "prev", "does not name the entry before", where)
+        for side in ("input", "output"):
+            value = parse_canonical(sent[side], side, where)
+            # The canonical text of the two members is put together from canonical texts.
+            salted = sha256('{"salt":"' + bundle["salt"] + '","value":' + sent[side] + "}")
+            need(entry[f"{side}_hash"] == salted, side, f"not what the {side}'s hash is of", where)
+            entry[side] = value
+        prev = leaf_hash(sent["text"].encode()).hex()
+        entries.append(entry | {"where": where, "leaf": bytes.fromhex(prev)})
+    return entries
+
+
+# The log and its anchor (RFC 6962, RFC 9162) --------------------------------------------------------------------------
+
+
+def leaf_hash(data: bytes) -> bytes:
+    return hashlib.sha256(b"\x00" + data).digest()
+
+
+def node_hash(left: bytes, right: bytes) -> bytes:
+    return hashlib.sha256(b"\x01" + left + right).digest()
+
+
+def root_by(leaf: bytes, index: int, size: int, proof: list[bytes], where: str) -> bytes:
+    """The root to which an inclusion proof leads (RFC 9162, section 2.1.3.2)."""
+    need(0 <= index < size, "index", f"a log of {size} has no entry {index}", where)
+    fn, sn, r = index, size - 1, leaf
+    for p in proof:
+        need(sn > 0, "proof", "the proof is too long", where)
+        if fn & 1 or fn == sn:
+            r = node_hash(p, r)
+            while not fn & 1 and fn:
+                fn, sn = fn >> 1, sn >> 1
+        else:
+            r = node_hash(r, p)
+        fn, sn = fn >> 1, sn >> 1
+    need(sn == 0, "proof", "the proof is too short", where)
+    return r
+
+
+def check_anchor(bundle: dict[str, Any], log_id: str, identity: str) -> dict[str, Any]:
+    """The transaction, what it carries, and from whom; its signature is checked at the end."""
+    need(bundle["anchor"] is not None, "anchor", "nothing is anchored yet: this proves nothing to anybody")
+    types = {"payload": str, "transaction": str, "txid": str, "tick": int}
+    anchor = members(bundle["anchor"], types, "format", "anchor", exactly=True)
+    try:
+        sent = base64.b64decode(anchor["transaction"], validate=True)
+    except ValueError:
+        raise Failed("anchor", "not base64", "anchor") from None
+    need(base64.b64encode(sent).decode() == anchor["transaction"], "anchor", "not base64 in its one form", "anchor")
+    need(len(sent) == 80 + 93 + 64, "anchor", "not a transaction with an anchor", "anchor")
+    little = [int.from_bytes(sent[at:end], "little") for at, end in ((64, 72), (72, 76), (76, 78), (78, 80))]
+    need(little == [0, anchor["tick"], 0x5141, 93], "anchor", "not the header of an anchor for this tick", "anchor")
+    need(sent[:32] == sent[32:64], "anchor", "not from an identity to itself", "anchor")
+    payload = sent[80:173]
+    need(payload.hex() == anchor["payload"], "anchor", "the transaction carries another payload", "anchor")
+    need(payload[:5] == b"QAES\x01", "anchor", "not an anchor of this version", "anchor")
+    need(payload[5:13] == hashlib.sha256(log_id.encode()).digest()[:8], "log", "an anchor of another log", "anchor")
+    need(letters(sent[:32]) == identity, "identity", "not from the pinned identity", "anchor")
+    size, sequence = int.from_bytes(payload[13:21], "little"), int.from_bytes(payload[85:], "little")
+    need(size > 0, "anchor", "an anchor of an empty log", "anchor")
+    need(
+        (payload[53:85] == bytes(32)) == (sequence == 0), "anchor", "the first, and no other, has none before", "anchor"
+    )
+    return anchor | {"bytes": sent, "size": size, "root": payload[21:53], "sequence": sequence}
+
+
+def check_inclusion(bundle: dict[str, Any], entries: list[dict[str, Any]], anchor: dict[str, Any]) -> int:
+    """Count the entries that are in the anchored log; those that are not come last."""
+    last = -1
+    for number, (sent, entry) in enumerate(zip(bundle["entries"], entries, strict=True)):
+        if sent["index"] is None or sent["proof"] is None:
+            rest = bundle["entries"][number:]
+            need(all(each["index"] is each["proof"] is None for each in rest), "index", "a gap", entry["where"])
+            return number
+        hashes = all(isinstance(each, str) and HASH.fullmatch(each) for each in sent["proof"])
+        need(hashes, "proof", "not a list of hashes", entry["where"])
+        proof = [bytes.fromhex(each) for each in sent["proof"]]
+        root = root_by(entry["leaf"], sent["index"], anchor["size"], proof, entry["where"])
+        need(root == anchor["root"], "proof", "the proof leads to another root than the anchored one", entry["where"])
+        need(sent["index"] > last, "index", "before the entry before it", entry["where"])
+        last = sent["index"]
+    return len(entries)
+
+
+# The story ------------------------------------------------------------------------------------------------------------
+
+
+NEEDS_APPROVAL = ("onchain_action", "generic_action", "monitor_action")
+REQUEST = {"task_id": str, "task_type": str, "description": str, "parameters": dict, "requester": str}
+DECISION = {"policy_id": str, "action_type": str, "allowed": bool, "requires_approval": bool, "approvals": int}
+LIMITS = dict.fromkeys(("expires_after", "max_amount", "daily_limit"), (int, type(None)))
+ASKED = {"plan_hash": str, "step_hash": str, "policy_id": str, "round": int, "required": int, "expires_at": str}
+APPROVAL_ENDS = {  # kind: in which state an approval must be for it, and in which it is then
+    "approval_reminder": ("pending", "pending"),
+    "approval_expired": ("pending", "expired"),
+    "approval_cancelled": ("pending", "cancelled"),
+    "approval_undeliverable": ("approved", "undeliverable"),
+}
+
+
+class Story:
+    """What the entries tell, one after the other; each may only tell what follows from those before."""
+
+    def __init__(self, policies: dict[str, str]) -> None:
+        self.policies: dict[str, dict[str, Any]] = {}
+        for hash_, text in policies.items():
+            document = members(parse_canonical(text, "policy", hash_), {"version": int, "rules": dict}, "policy", hash_)
+            self.policies[f"policy-v{document['version']}-{hash_[:12]}"] = document
+        need(len(self.policies) == len(policies), "policy", "two documents of one id")
+        self.unused = set(self.policies)
+        self.request: dict[str, Any] = {}
+        self.policy: dict[str, Any] = {}
+        self.plan: dict[str, Any] = {}
+        self.plan_hash = self.ended = ""
+        self.approval: dict[str, Any] = {}
+        self.done, self.run = 0, 1
+        self.approvers: list[str] = []
+
+    def tell(self, entry: dict[str, Any], output_text: str) -> None:
+        kind, where = entry["kind"], entry["where"]
+        first = kind == "task_started"
+        need(first != bool(self.request), "text", "the first entry, and no other, is the task's start", where)
+        need(not self.ended or kind in ("task_retried", "step_executed"), "end", "it goes on after its end", where)
+        if kind == "plan_built":
+            need(not self.plan, "plan", "a second plan", where)
+            self.plan_hash = sha256(output_text)
+        if kind == "policy_checked":
+            need(not self.policy, "policy", "a second decision", where)
+        else:
+            need(entry["policy_id"] == self.policy.get("policy_id", ""), "policy", "not the pinned policy", where)
+        need(entry["plan_hash"] == self.plan_hash, "plan", "not the hash of the task's plan", where)
+        if kind in ("task_started", "plan_built", "task_retried", "task_ended"):
+            request = members(entry["input"], REQUEST, "input", where)
+            need(first or same(request, self.request), "input", "not the request that was made", where)
+        if kind in APPROVAL_ENDS:
+            self._of_approval(entry, APPROVAL_ENDS[kind][0])
+            self.approval["state"] = APPROVAL_ENDS[kind][1]
+            return
+        tellers = {
+            "task_started": self._start, "policy_checked": self._policy, "plan_built": self._plan,
+            "approval_requested": self._ask, "approval_decided": self._decide, "step_executed": self._run,
+            "task_retried": self._retry, "task_ended": self._end,
+        }  # fmt: skip
+        need(kind in tellers, "text", "there is no such kind", where)
+        tellers[kind](entry, where)
+
+    def _start(self, entry: dict[str, Any], where: str) -> None:
+        self.request = entry["input"]
+        need(entry["actor"] == self.request["requester"], "input", "not started by the requester", where)
+        need(self.request["task_id"] == entry["task_id"], "task", "a request of another task", where)
+
+    def _policy(self, entry: dict[str, Any], where: str) -> None:
+        action = members(entry["input"], {"action_type": str}, "policy", where)["action_type"]
+        asked = self.request["task_type"]
+        need(action == {"monitor_wallet": "monitoring"}.get(asked, asked), "policy", "another action type", where)
+        self.policy = self._decision(entry["output"], action, where)
+        need(entry["policy_id"] == self.policy["policy_id"], "policy", "not the policy that decided", where)
+        said = "allowed" if self.policy["allowed"] else "denied"
+        need(entry["status"] == said, "policy", f"the policy says {said}", where)
+        self.analysis = entry["input"]
+
+    def _decision(self, value: Any, action: str, where: str) -> dict[str, Any]:
+        """Recompute a decision from the document that it names."""
+        decision = members(value, DECISION, "policy", where)
+        members({**dict.fromkeys(LIMITS), **decision}, LIMITS, "policy", where)
+        need(decision["policy_id"] in self.policies, "policy", "its document is not in the bundle", where)
+        self.unused.discard(decision["policy_id"])
+        rule = self.policies[decision["policy_id"]]["rules"].get(action)
+        given = {name: each for name, each in decision.items() if name not in ("policy_id", "action_type")}
+        # An action type without a rule is denied.
+        follows = not decision["allowed"] if rule is None else same(given, rule)
+        need(follows and decision["action_type"] == action, "policy", "not what the document's rule says", where)
+        return decision
+
+    def _plan(self, entry: dict[str, Any], where: str) -> None:
+        types: dict[str, Any] = {"task_id": str, "analysis": dict, "policy": dict, "steps": list}
+        plan = members(entry["output"], types, "plan", where)
+        need(bool(self.policy) and self.policy["allowed"], "plan", "no policy has allowed it", where)
+        need(plan["task_id"] == entry["task_id"], "plan", "of another task", where)
+        need(same(plan["policy"], self.policy), "plan", "under another policy", where)
+        need(same(plan["analysis"], self.analysis), "plan", "under another analysis", where)
+        types = {"step_id": str, "type": str, "requires_approval": bool, "parameters": dict}
+        steps = [members(step, types, "plan", where) for step in plan["steps"]]
+        for step in steps:
+            need(step["requires_approval"] or not self._must_ask(step), "plan", "asks for no approval", where)
+        need(0 < len(steps) == len({step["step_id"] for step in steps}), "plan", "no steps, or one twice", where)
+        self.plan = plan
+
+    def _must_ask(self, step: dict[str, Any]) -> bool:
+        return self.policy["requires_approval"] and step["type"] in NEEDS_APPROVAL
+
+    def _step(self, entry: dict[str, Any], check: str) -> dict[str, Any]:
+        index, steps = entry["step_index"], self.plan.get("steps", [])
+        need(0 <= index < len(steps), check, "the plan has no such step", entry["where"])
+        step = steps[index]
+        named = (entry["step_id"], entry["step_type"]) == (step["step_id"], step["type"])
+        need(named, check, "not the plan's step", entry["where"])
+        return dict(step)
+
+    def _ask(self, entry: dict[str, Any], where: str) -> None:
+        asked = members(entry["input"], ASKED, "approval", where)
+        step = self._step(entry, "approval")
+        need(self.approval.get("state") != "pending", "approval", "another one is open", where)
+        need(asked["plan_hash"] == self.plan_hash, "approval", "asked for another plan", where)
+        need(asked["step_hash"] == sha256(canonical(step)), "approval", "asked for another step", where)
+        need(asked["policy_id"] == self.policy["policy_id"], "approval", "under another policy", where)
+        need(asked["required"] >= self.policy["approvals"], "approval", "too few are asked", where)
+        limit = self.policy.get("expires_after")
+        open_for = moment(asked["expires_at"], where) - moment(entry["timestamp"], where)
+        need(limit is None or open_for <= limit, "approval", "open for longer than the policy says", where)
+        self.approval = {"state": "pending", "asked": asked, "step": entry["step_index"], "by": []}
+
+    def _of_approval(self, entry: dict[str, Any], state: str) -> None:
+        open_ = self.approval.get("state") == state and self.approval["step"] == entry["step_index"]
+        asked = open_ and same(entry["input"], self.approval["asked"])
+        need(asked, "approval", "nobody was asked this", entry["where"])
+        said = members(entry["output"], {"status": str, "actor": str}, "output", entry["where"])
+        alike = (said["status"], said["actor"]) == (entry["status"], entry["actor"])
+        need(alike, "output", "the entry says something else", entry["where"])
+
+    def _decide(self, entry: dict[str, Any], where: str) -> None:
+        self._of_approval(entry, "pending")
+        asked, by, who = self.approval["asked"], self.approval["by"], entry["actor"]
+        types = {"approved": bool, "approvals": int, "decided_at": str, "plan_hash": str, "step_hash": str}
+        said = members(entry["output"], types, "approval", where)
+        for name in ("plan_hash", "step_hash"):
+            need(said[name] == asked[name], "approval", f"decided on another {name}", where)
+        need(who != self.request["requester"], "four eyes", "decided by the requester", where)
+        need(who not in by, "approval", "the same person twice", where)
+        need(said["decided_at"] == entry["timestamp"], "approval", "at another time", where)
+        in_time = moment(said["decided_at"], where) < moment(asked["expires_at"], where)
+        need(in_time, "approval", "decided after it had expired", where)
+        need(entry["status"] == ("approved" if said["approved"] else "rejected"), "approval", "neither nor", where)
+        if not said["approved"]:
+            self.approval["state"] = "rejected"
+            return
+        by.append(who)
+        need(said["approvals"] == len(by), "approval", "not as many have approved", where)
+        if len(by) >= asked["required"]:
+            self.approval["state"] = "approved"
+
+    def _run(self, entry: dict[str, Any], where: str) -> None:
+        step = self._step(entry, "step")
+        need(same(entry["input"], step["parameters"]), "step", "ran with other parameters", where)
+        need(entry["step_index"] == self.done, "step", "out of order, or a second time", where)
+        need(entry["status"] in ("succeeded", "failed"), "step", "neither succeeded nor failed", where)
+        approval, self.approval = self.approval, {} if self.approval.get("step") == self.done else self.approval
+        if entry["status"] == "failed":
+            return
+        if step["requires_approval"] or self._must_ask(step):
+            approved = approval.get("state") == "approved" and approval["step"] == self.done
+            need(approved, "step", "ran without its approval", where)
+            self.approvers += approval["by"]
+        if step["type"] == "onchain_action":
+            self._within_limits(step["parameters"], where)
+        if step["type"] == "policy_check":
+            seen = members(entry["output"], {"pinned": bool}, "policy", where)
+            pinned = seen.pop("pinned")
+            decision = self._decision(seen, self.policy["action_type"], where)
+            need(pinned == (decision["policy_id"] == self.policy["policy_id"]), "policy", "pinned or not?", where)
+        self.done += 1
+
+    def _within_limits(self, parameters: dict[str, Any], where: str) -> None:
+        amount, limits = parameters.get("amount"), [self.policy.get("max_amount"), self.policy.get("daily_limit")]
+        for limit in limits:
+            within = limit is None or (type(amount) is int and 0 < amount <= limit)
+            need(within, "step", "moved more than the policy allows", where)
+        allowed, to = self.policy.get("allowed_addresses"), parameters.get("to_address")
+        need(
+            allowed is None or (isinstance(allowed, list) and to in allowed),
+            "step",
+            "moved money to where the policy does not allow",
+            where,
+        )
+
+    def _retry(self, entry: dict[str, Any], where: str) -> None:
+        need(self.ended in ("failed", "expired"), "end", "only what failed or expired is retried", where)
+        run = members(entry["output"], {"run": int}, "output", where)["run"]
+        need(run == self.run + 1, "output", "not the next execution", where)
+        self.ended, self.run, self.approval = "", run, {}
+
+    def _end(self, entry: dict[str, Any], where: str) -> None:
+        said = members(entry["output"], {"status": str}, "output", where)["status"]
+        need(said == entry["status"], "output", "the entry says something else", where)
+        all_done = bool(self.plan) and self.done == len(self.plan["steps"])
+        state = self.approval.get("state")
+        leads_there = {
+            "completed": all_done, "rejected": state == "rejected", "expired": state == "expired",
+            "denied": not all_done, "failed": True, "cancelled": True,
+        }  # fmt: skip
+        need(leads_there.get(said, False), "end", f"nothing led to the end {said}", where)
+        self.ended = said
+
+
+def moment(text: str, where: str) -> float:
+    try:
+        need(
+            re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", text, re.ASCII) is not None,
+            "text",
+            "no time",
+            where,
+        )
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        raise Failed("text", "not a time", where) from None
+
+
+# Qubic: K12 (RFC 9861, one chunk), FourQ, SchnorrQ, letters -----------------------------------------------------------
+
+MASK = 2**64 - 1
+P = 2**127 - 1
+ORDER = 0x29CBC14E5E0A72F05397829CBC14E5DFBD004DFE0F79992FB2540EC7768CE7
+D = (4205857648805777768770, 125317048443780598345676279555970305165)
+G = (
+    (0x1A3472237C2FB305286592AD7B3833AA, 0x1E1F553F2878AA9C96869FB360AC77F6),
+    (0x0E3FEE9BA120785AB924A2462BCBB287, 0x6E1C4AF8630E024249A7C344844C8B5C),
+)
+ROUNDS = (
+    0x8000808B, 0x800000000000008B, 0x8000000000008089, 0x8000000000008003, 0x8000000000008002, 0x8000000000000080,
+    0x800A, 0x800000008000000A, 0x8000000080008081, 0x8000000000008080, 0x80000001, 0x8000000080008008,
+)  # fmt: skip
+
+
+def keccak(a: list[list[int]]) -> list[list[int]]:
+    """Keccak-p[1600, 12] on lanes a[x][y] (FIPS 202, section 3.2)."""
+
+    def rotated(lane: int, by: int) -> int:
+        return (lane << by % 64 | lane >> (64 - by % 64)) & MASK
+
+    for constant in ROUNDS:
+        c = [column[0] ^ column[1] ^ column[2] ^ column[3] ^ column[4] for column in a]
+        a = [[lane ^ c[x - 1] ^ rotated(c[(x + 1) % 5], 1) for lane in a[x]] for x in range(5)]  # theta
+        x, y, moving = 1, 0, a[1][0]
+        for t in range(24):  # rho and pi
+            x, y = y, (2 * x + 3 * y) % 5
+            moving, a[x][y] = a[x][y], rotated(moving, (t + 1) * (t + 2) // 2)
+        a = [[a[x][y] ^ (~a[(x + 1) % 5][y] & a[(x + 2) % 5][y]) for y in range(5)] for x in range(5)]  # chi
+        a[0][0] ^= constant  # iota
+    return a
+
+
+def k12(message: bytes, size: int = 32) -> bytes:
+    """KT128 of a message of one chunk, with an empty customization string; up to 168 bytes of output."""
+    padded = message + b"\x00\x07"
+    padded += bytes(-len(padded) % 168)
+    padded = padded[:-1] + bytes([padded[-1] ^ 0x80])
+    a = [[0] * 5 for _ in range(5)]
+    for at in range(0, len(padded), 8):
+        lane = at // 8 % 21
+        a[lane % 5][lane // 5] ^= int.from_bytes(padded[at : at + 8], "little")
+        if lane == 20:
+            a = keccak(a)
+    return b"".join(a[lane % 5][lane // 5].to_bytes(8, "little") for lane in range(21))[:size]
+
+
+def letters(data: bytes) -> str:
+    """32 bytes as an identity: 4 times 14 letters of base 26, and 4 of a checksum."""
+    checksum = int.from_bytes(k12(data, 3), "little") & 0x3FFFF
+    words = [(int.from_bytes(data[at : at + 8], "little"), 14) for at in (0, 8, 16, 24)] + [(checksum, 4)]
+    return "".join(chr(65 + word // 26**n % 26) for word, count in words for n in range(count))
+
+
+Number = tuple[int, int]  # a + b i in GF(p^2), i^2 = -1
+Point = tuple[Number, Number]  # affine (x, y) on -x^2 + y^2 = 1 + d x^2 y^2
+
+
+def mul(a: Number, b: Number) -> Number:
+    return (a[0] * b[0] - a[1] * b[1]) % P, (a[0] * b[1] + a[1] * b[0]) % P
+
+
+def plus(a: Number, b: Number, sign: int = 1) -> Number:
+    return (a[0] + sign * b[0]) % P, (a[1] + sign * b[1]) % P
+
+
+def inverse(a: Number) -> Number:
+    norm = pow(a[0] * a[0] + a[1] * a[1], -1, P)
+    return a[0] * norm % P, -a[1] * norm % P
+
+
+def add(p: Point, q: Point) -> Point:
+    """The addition of a twisted Edwards curve with a = -1, complete: it doubles, too, and has no exceptions."""
+    xx, yy = mul(p[0], q[0]), mul(p[1], q[1])
+    t = mul(D, mul(xx, yy))
+    cross = plus(mul(p[0], q[1]), mul(p[1], q[0]))
+    return mul(cross, inverse(plus((1, 0), t))), mul(plus(yy, xx), inverse(plus((1, 0), t, -1)))
+
+
+def times(scalar: int, p: Point) -> Point:
+    total: Point = ((0, 0), (1, 0))
+    for bit in f"{scalar:b}":
+        total = add(total, total)
+        if bit == "1":
+            total = add(total, p)
+    return total
+
+
+def root(n: int) -> int:
+    return pow(n, (P + 1) // 4, P)
+
+
+def decode_point(data: bytes) -> Point | None:
+    """32 bytes: y, and the sign of x in the highest bit; None when it is no point of the curve."""
+    value = int.from_bytes(data, "little")
+    y = (value % 2**128, value >> 128 & P)
+    if max(y) >= P:
+        return None
+    yy = mul(y, y)
+    square = mul(plus(yy, (1, 0), -1), inverse(plus(mul(D, yy), (1, 0))))  # x^2
+    norm = root(square[0] * square[0] + square[1] * square[1])
+    for half in ((square[0] + norm) * (P + 1) // 2, (square[0] - norm) * (P + 1) // 2):
+        real = root(half % P)
+        imaginary = square[1] * pow(2 * real, -1, P) % P if real else root(-square[0] % P)
+        for x in ((real, imaginary), (-real % P, -imaginary % P)):
+            if mul(x, x) == square and (x[0] or x[1]) >> 126 == value >> 255:
+                return x, y
+    return None
+
+
+def is_signed(public_key: bytes, digest: bytes, signature: bytes) -> bool:
+    """SchnorrQ: s G + h A = R with h = K12(R, A, digest). Refuses s >= N (a twin) and keys of low order."""
+    a, r, s = decode_point(public_key), decode_point(signature[:32]), int.from_bytes(signature[32:], "little")
+    if a is None or r is None or s >= ORDER or times(392, a) == ((0, 0), (1, 0)):
+        return False
+    h = int.from_bytes(k12(signature[:32] + public_key + digest), "little") % ORDER
+    return add(times(s, G), times(h, a)) == r
+
+
+def check_transaction(anchor: dict[str, Any]) -> None:
+    sent = anchor["bytes"]
+    need(letters(k12(sent)).lower() == anchor["txid"], "txid", "not the id of these bytes", "anchor")
+    need(is_signed(sent[:32], k12(sent[:-64]), sent[-64:]), "signature", "not signed by the source", "anchor")
+
+
+# Over the network, if asked -------------------------------------------------------------------------------------------
+
+
+def look_up(rpc: str, anchor: dict[str, Any], identity: str) -> None:
+    """Ask a node for the transaction; it must have these very bytes."""
+    request = urllib.request.Request(  # noqa: S310 - the address is the user's
+        rpc.rstrip("/") + "/query/v1/getTransactionByHash",
+        json.dumps({"hash": anchor["txid"]}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
+            found = json.load(answer)
+        found = found.get("transaction", found)
+        alike = {
+            "hash": found["hash"] == anchor["txid"],
+            "source": found["source"] == found["destination"] == identity,
+            "tickNumber": int(found["tickNumber"]) == anchor["tick"],
+            "inputData": base64.b64decode(found["inputData"]) == anchor["bytes"][80:173],
+            "signature": base64.b64decode(found["signature"]) == anchor["bytes"][173:],
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Failed("rpc", f"the node does not have it: {error}", "anchor") from None
+    for name, each in alike.items():
+        need(each, "rpc", f"the node has another {name}", "anchor")
+
+
+def check_whole_log(prefix: str, anchor: dict[str, Any], task_id: str, expected: int) -> None:
+    """Read the log's entries (C2SP tlog-tiles), recompute the root, and count those of the task."""
+    stack: list[tuple[int, bytes]] = []
+    found = 0
+    for at in range(0, anchor["size"], 256):
+        count = min(256, anchor["size"] - at)
+        data = read_tile(prefix, at // 256, count)
+        for _ in range(count):
+            length = int.from_bytes(data[:2], "big")
+            text, data = data[2 : 2 + length], data[2 + length :]
+            found += f'"task_id":"{task_id}"'.encode() in text
+            size, hash_ = 1, leaf_hash(text)
+            while stack and stack[-1][0] == size:
+                size, hash_ = 2 * size, node_hash(stack.pop()[1], hash_)
+            stack.append((size, hash_))
+    hash_ = stack.pop()[1]
+    while stack:
+        hash_ = node_hash(stack.pop()[1], hash_)
+    need(hash_ == anchor["root"], "whole log", "its entries have another root than the anchored one", prefix)
+    need(found == expected, "whole log", f"{found} entries of the task, and {expected} in the bundle", prefix)
+
+
+def read_tile(prefix: str, index: int, count: int) -> bytes:
+    digits = f"{index:03d}".zfill((len(f"{index:03d}") + 2) // 3 * 3)
+    groups = [digits[at : at + 3] for at in range(0, len(digits), 3)]
+    path = f"{prefix.rstrip('/')}/tile/entries/" + "/".join([f"x{each}" for each in groups[:-1]] + groups[-1:])
+    for name in (path, f"{path}.p/{count}"):
+        try:
+            if "://" not in name:
+                return Path(name).read_bytes()
+            token = os.environ.get("LOG_TOKEN")
+            headers = {"Accept": "application/octet-stream"} | ({"Authorization": f"Bearer {token}"} if token else {})
+            request = urllib.request.Request(name, headers=headers)  # noqa: S310 - the address is the user's
+            with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
+                return bytes(answer.read())
+        except OSError:
+            continue
+    raise Failed("whole log", f"tile {index} of the entries is not there", prefix)
+
+
+# All together ---------------------------------------------------------------------------------------------------------
+
+
+def verify(
+    data: bytes,
+    *,
+    log_id: str,
+    anchor_identity: str,
+    task_id: str | None = None,
+    open_: bool = False,
+    rpc: str | None = None,
+    log: str | None = None,
+) -> list[str]:
+    """Check a bundle; the report's lines. Raises Failed with the first check that does not hold."""
+    bundle = read_bundle(data)
+    need(task_id in (None, bundle["task_id"]), "task", "not the task that was asked for")
+    entries = check_chain(bundle, log_id)
+    anchor = check_anchor(bundle, log_id, anchor_identity)
+    anchored = check_inclusion(bundle, entries, anchor)
+    story = Story(bundle["policies"])
+    for sent, entry in zip(bundle["entries"], entries, strict=True):
+        story.tell(entry, sent["output"])
+    need(not story.unused, "policy", "a document that nothing refers to")
+    if not open_:
+        need(anchored == len(entries), "complete", "not anchored yet (--open accepts that)", f"entry {anchored + 1}")
+        need(bool(story.ended), "complete", "the task's end is missing (--open accepts that)", entries[-1]["where"])
+    check_transaction(anchor)
+    if rpc:
+        look_up(rpc, anchor, anchor_identity)
+    if log:
+        check_whole_log(log, anchor, bundle["task_id"], anchored)
+    return report(bundle, anchor, entries, anchored, story, rpc, log)
+
+
+def report(
+    bundle: dict[str, Any], anchor: dict[str, Any], entries: list[dict[str, Any]], anchored: int, story: Story,
+    rpc: str | None, log: str | None,
+) -> list[str]:  # fmt: skip
+    lines = [
+        f"task      {bundle['task_id']}, asked for by {story.request['requester']}",
+        f"entries   {len(entries)}, of which {anchored} are in the anchored log",
+        f"anchor    size {anchor['size']}, number {anchor['sequence']}, for tick {anchor['tick']}: {anchor['txid']}",
+        f"policy    {story.policy.get('policy_id', 'none was looked at')}",
+        f"approved  by {', '.join(story.approvers) or 'nobody'}",
+        f"ran       {story.done} steps",
+        f"ended     {story.ended or 'not yet, or its end was left out'}",
+    ]
+    lines += [f"NOT ANCHORED YET, worth nothing so far: {each['where']}, {each['kind']}" for each in entries[anchored:]]
+    if bundle["network"] == "mock":
+        lines.append(
+            "NOT PROVED  network: mock! Its operator can make another history: it proves nothing to an outsider."
+        )
+    if not rpc:
+        lines.append(f"NOT CHECKED whether {bundle['network']} has the transaction, and so since when: use --rpc")
+    if not log:
+        lines.append("NOT CHECKED whether the log has more entries of the task after the last of these: use --log")
+    return lines
+
+
+def shown(line: str) -> str:
+    """A line that stays one, whatever names are in it."""
+    text = "".join(each if each.isprintable() else "?" for each in line)
+    return text.encode(sys.stdout.encoding or "ascii", "replace").decode(sys.stdout.encoding or "ascii")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Check a task's audit bundle (docs/audit.md).")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--log-id", required=True, help="the log that you trust")
+    parser.add_argument("--anchor-identity", required=True, help="the identity that anchors it: 60 capital letters")
+    parser.add_argument("--task-id", help="the task that it must be of")
+    parser.add_argument("--open", action="store_true", help="accept what has not ended, or is not anchored, yet")
+    parser.add_argument("--rpc", help="a node of the network, to look the transaction up")
+    parser.add_argument("--log", help="the log's address (token in LOG_TOKEN) or folder, to read it")
+    given = parser.parse_args(arguments)
+    try:
+        lines = verify(
+            given.bundle.read_bytes(),
+            log_id=given.log_id,
+            anchor_identity=given.anchor_identity,
+            task_id=given.task_id,
+            open_=given.open,
+            rpc=given.rpc,
+            log=given.log,
+        )
+    except OSError as error:
+        parser.error(str(error))
+    except Failed as failed:
+        print(shown(str(failed)))
+        return 1
+    print("OK", *map(shown, lines), sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""The anchor: writes the log's size and root to the ledger, one transaction at a time.
+
+Called when the log has grown (stream of the log's table), when an anchor's transaction is confirmed (stream of the
+ledger's table), and every minute as a safety net. Each call does whatever can be done; they may overlap, and stop
+anywhere.
+
+sealed      what will be written is decided and stored. It never changes, so that no size of the log is anchored twice
+            under two roots, and whoever finds it sealed submits the same bytes under the same key.
+confirmed   the ledger has its transaction for good; this was checked against the transaction's bytes. Only then may the
+            next be sealed, which names this one.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+from typing import Any
+
+from aws_lambda_powertools.metrics import MetricUnit, single_metric
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from audit.log import Anchor, Anchoring, CorruptLogError, Log
+from qaes.adapters import clients, settings
+from qaes.adapters.ledger_client import LedgerClient
+from qaes.adapters.logs import logger
+from qaes.adapters.metrics import namespace
+from qaes.domain.anchor import ANCHOR_INPUT_TYPE, AnchorPayload, decode, log_id_bytes
+from qaes.domain.ids import now, parse_timestamp, timestamp
+from qaes.domain.note import checkpoint_text, public_key_of, sign_note, verifier_key
+from qaes.domain.qubic import transaction as qubic
+from qaes.domain.qubic.identity import encode_identity
+
+_ROUNDS = 3
+"""How many anchors one call may bring to their end; the next call goes on."""
+
+
+class Anchorer:
+    """Brings the newest anchor forward, and seals the next."""
+
+    def __init__(self, log: Log, ledger: LedgerClient, *, log_id: str) -> None:
+        self._log = log
+        self._ledger = ledger
+        self._log_id = log_id
+
+    def advance(self) -> Anchoring | None:
+        """Do what can be done now; return the newest anchor as it is then, None before the first.
+
+        Raises
+        ------
+        UnavailableError
+            A table or the ledger did not answer; to be called again.
+        RefusedError
+            The ledger has another payload for this anchor: somebody else writes under this log's id.
+        CorruptLogError
+            The confirmed transaction is not the one that was sealed.
+        """
+        newest = self._log.anchoring()
+        for _ in range(_ROUNDS):
+            if newest is None or newest.state == "confirmed":
+                sealed = self._seal(newest)
+                if sealed is None:
+                    return newest
+                newest = sealed
+            if newest.state == "sealed":
+                confirmed = self._confirm(newest)
+                if confirmed is None:
+                    return newest
+                newest = confirmed
+        return newest
+
+    def _seal(self, before: Anchoring | None) -> Anchoring | None:
+        """Decide what the next anchor says; None when the log has not grown."""
+        head = self._log.head()
+        # Up to here the tiles are there, so that whatever is anchored can be proved at once.
+        size, root = head.integrated, head.integrated_root
+        if size == 0 or (before is not None and size <= before.size):
+            return None
+        payload = (
+            AnchorPayload(log_id_bytes(self._log_id), size, root)
+            if before is None
+            else decode(before.payload).next(size=size, root=root)
+        )
+        sealed = Anchoring(payload.sequence, size, payload.encode(), timestamp(now()), "sealed")
+        if self._log.seal(sealed, after=before):
+            logger().info("sealed", extra={"sequence": sealed.sequence, "size": size})
+            return sealed
+        return self._log.anchoring()  # somebody else was quicker: theirs counts
+
+    def _confirm(self, sealed: Anchoring) -> Anchoring | None:
+        """Submit it, as often as one likes; None while its transaction is under way."""
+        answer = self._ledger.submit_anchor(log_id=self._log_id, sequence=sealed.sequence, payload=sealed.payload.hex())
+        if answer["state"] != "confirmed":
+            return None
+        anchor = self._anchor(sealed, answer)
+        if self._log.confirm(sealed, anchor):
+            logger().info("confirmed", extra={"sequence": sealed.sequence, "txid": anchor.txid, "tick": anchor.tick})
+            _count(anchor)
+        return self._log.anchoring()
+
+    def _anchor(self, sealed: Anchoring, answer: dict[str, Any]) -> Anchor:
+        payload = decode(sealed.payload)
+        encoded = checked_transaction(sealed.payload, answer)
+        text = checkpoint_text(self._log_id, payload.size, payload.root)
+        note, verifier = sign_checkpoint(text, self._log_id)
+        return Anchor(
+            sequence=payload.sequence,
+            size=payload.size,
+            root=payload.root,
+            previous=payload.previous,
+            payload=sealed.payload,
+            txid=str(answer["txid"]),
+            tick=int(answer["tick"]),
+            source=str(answer["source"]),
+            encoded=encoded,
+            network=str(answer["network"]),
+            note=note,
+            verifier_key=verifier,
+            confirmed_at=timestamp(now()),
+        )
+
+
+def checked_transaction(payload: bytes, answer: dict[str, Any]) -> bytes:
+    """The bytes of the ledger's transaction, if they carry the payload, signed by who is said to have.
+
+    Raises
+    ------
+    CorruptLogError
+        They do not: then the ledger's answer is not believed.
+    """
+    try:
+        encoded = base64.b64decode(str(answer["encoded"]), validate=True)
+        found = qubic.decode(encoded)
+    except (ValueError, binascii.Error) as error:
+        raise CorruptLogError("the anchor's transaction cannot be read") from error
+    failed = failed_checks(
+        found, payload, txid=str(answer["txid"]), tick=int(answer["tick"]), source=str(answer["source"])
+    )
+    if failed:
+        raise CorruptLogError(f"the anchor's transaction is not what was sealed: {', '.join(failed)}")
+    return encoded
+
+
+def failed_checks(found: qubic.Transaction, payload: bytes, *, txid: str, tick: int, source: str) -> list[str]:
+    """Which parts of a transaction are not those of the anchor with that payload."""
+    held = {
+        "payload": found.payload == payload,
+        "input type": found.input_type == ANCHOR_INPUT_TYPE,
+        "amount": found.amount == 0,
+        "source": encode_identity(found.source) == source,
+        "destination": found.destination == found.source,
+        "tick": found.tick == tick,
+        "txid": found.id == txid,
+        "signature": found.is_signed_by_source(),
+    }
+    return [name for name, holds in held.items() if not holds]
+
+
+def _count(anchor: Anchor) -> None:
+    with single_metric(name="AnchorConfirmed", unit=MetricUnit.Count, value=1, namespace=namespace()) as metric:
+        metric.add_dimension("network", anchor.network)
+        metric.add_metric(name="AnchoredSize", unit=MetricUnit.Count, value=anchor.size)
+
+
+def _tell_age(newest: Anchoring | None) -> None:
+    """Say how long the anchor has been in flight, 0 when none is; saying nothing is alarming too."""
+    in_flight = newest is not None and newest.state == "sealed"
+    age = (now() - parse_timestamp(newest.sealed_at)).total_seconds() if newest and in_flight else 0
+    with single_metric(
+        name="AnchorInFlightSeconds", unit=MetricUnit.Seconds, value=age, namespace=namespace()
+    ) as metric:
+        metric.add_dimension("service", "audit")
+
+
+def sign_checkpoint(text: str, name: str) -> tuple[str, str]:
+    """Sign a checkpoint as a note under the log's name; return the note, and the key to verify it with.
+
+    The private key is made of a secret that this function's role alone may read, and which is not kept.
+    """
+    answer = clients.client("secretsmanager").get_secret_value(SecretId=settings.text("LOG_SIGNING_KEY"))
+    seed = hashlib.sha256(str(answer["SecretString"]).encode("utf-8")).digest()
+    return sign_note(text, name, seed), verifier_key(name, public_key_of(seed))
+
+
+def anchorer() -> Anchorer:
+    """Make the anchorer of this function's environment."""
+    return Anchorer(Log(), LedgerClient(), log_id=settings.text("LOG_ID"))
+
+
+@logger().inject_lambda_context
+def anchor_log(_event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
+    """Take anything: what is to be done is in the tables. Give `{sequence, size, state}` of the newest anchor."""
+    newest = anchorer().advance()
+    _tell_age(newest)
+    if newest is None:
+        return {"sequence": None, "size": 0, "state": "none"}
+    return {"sequence": newest.sequence, "size": newest.size, "state": newest.state}

@@ -1,0 +1,445 @@
+"""The global log in AuditLogTable: an RFC 6962 tree over the entries of all tasks, and the anchors made of it.
+
+pk / sk                      what, and when it is written
+LOG / HEAD                   version, size, root; how far tiles and indexes are there: under the version that was read
+LOG / BATCH#start            the entries with the indexes from `start` on; size and root after them: once, with HEAD
+TILE#level#index / TILE      up to 256 hashes: only wider than it is
+task id / INDEX#seq          the index of the task's entry, and its leaf hash: once
+LOG / ANCHORING              the newest anchor, sealed (in flight) or confirmed: after the one that was read
+ANCHOR / SIZE#size           a confirmed anchor: once
+
+All reads are consistent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from botocore.exceptions import ClientError
+
+from audit.store import EntryKey, Item, asking, get_many, key, transact
+from qaes.adapters import clients, settings
+from qaes.domain.errors import QaesError, UnavailableError
+from qaes.domain.merkle import EMPTY_ROOT, HASH_BYTES
+
+WRITES = 100
+"""Most writes of a transaction."""
+_ATTEMPTS = 6
+
+
+class CorruptLogError(QaesError):
+    """The log's items contradict each other or what is asked of them: nothing is done on top of that."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The log's state. Tiles and indexes are there up to `integrated`, whose root is `integrated_root`."""
+
+    version: int = 0
+    size: int = 0
+    root: bytes = EMPTY_ROOT
+    integrated: int = 0
+    integrated_root: bytes = EMPTY_ROOT
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """An entry as the log has it."""
+
+    task_id: str
+    seq: int
+    leaf: str
+
+    @property
+    def key(self) -> EntryKey:
+        return self.task_id, self.seq
+
+    @property
+    def hash(self) -> bytes:
+        return bytes.fromhex(self.leaf)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Leaves that got the indexes from `start` on; size and root of the log after them."""
+
+    start: int
+    leaves: tuple[Leaf, ...]
+    root: bytes
+
+    @property
+    def size(self) -> int:
+        return self.start + len(self.leaves)
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """An entry's index in the log, from 0."""
+
+    seq: int
+    index: int
+    leaf: str
+
+
+@dataclass(frozen=True)
+class Anchoring:
+    """The newest anchor: `sealed` until its transaction is confirmed."""
+
+    sequence: int
+    size: int
+    payload: bytes
+    sealed_at: str
+    state: Literal["sealed", "confirmed"]
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A confirmed anchor: its payload, the transaction that carries it, and the log's signed note of that size."""
+
+    sequence: int
+    size: int
+    root: bytes
+    previous: bytes
+    payload: bytes
+    txid: str
+    tick: int
+    source: str
+    encoded: bytes
+    network: str
+    note: str
+    verifier_key: str
+    confirmed_at: str
+
+
+class Log:
+    """The items of the log."""
+
+    def __init__(self, table: str | None = None) -> None:
+        self._table = table or settings.text("AUDIT_LOG_TABLE")
+
+    # Head and batches
+
+    def head(self) -> Head:
+        """Read the log's state; an empty log has one too."""
+        item = self._get("LOG", "HEAD")
+        if item is None:
+            return Head()
+        return Head(
+            int(item["version"]["N"]),
+            int(item["size"]["N"]),
+            item["root"]["B"],
+            int(item["integrated"]["N"]),
+            item["integrated_root"]["B"],
+        )
+
+    def commit(self, head: Head, batch: Batch) -> bool:
+        """Give the batch its indexes: the one moment at which that happens.
+
+        False when somebody else has done something since `head` was read; nothing is written then.
+        """
+        nobody_wrote_since = "version = :before" if head.version else "attribute_not_exists(pk)"
+        state = key("LOG", "HEAD") | {
+            "version": {"N": str(head.version + 1)},
+            "size": {"N": str(batch.size)},
+            "root": {"B": batch.root},
+            "integrated": {"N": str(head.integrated)},
+            "integrated_root": {"B": head.integrated_root},
+        }
+        put: Item = {"TableName": self._table, "Item": state, "ConditionExpression": nobody_wrote_since}
+        if head.version:
+            put["ExpressionAttributeValues"] = {":before": {"N": str(head.version)}}
+        item = key("LOG", f"BATCH#{batch.start:012d}") | {
+            "size": {"N": str(batch.size)},
+            "root": {"B": batch.root},
+            "leaves": {"S": "\n".join(f"{each.task_id} {each.seq} {each.leaf}" for each in batch.leaves)},
+        }
+        return transact([{"Put": put}, self._put_new(item)])
+
+    def batch(self, start: int) -> Batch:
+        """Read the batch that begins at `start`. Raises CorruptLogError when there is none."""
+        item = self._get("LOG", f"BATCH#{start:012d}")
+        if item is None:
+            raise CorruptLogError(f"no batch begins at {start}")
+        return _batch(item)
+
+    def batches(self) -> Iterable[Batch]:
+        """Read all batches, in order."""
+        return map(_batch, self._all("LOG", "BATCH#"))
+
+    def leaves(self, first: int, count: int) -> list[Leaf]:
+        """Read the leaves with the indexes from `first` on, at most `count`; fewer where the log ends."""
+        before = self._first("LOG", "BATCH#", f"BATCH#{first:012d}", newest=True)
+        if before is None:
+            return []
+        found: list[Leaf] = []
+        batch = _batch(before)
+        while batch.start < first + count:
+            found += batch.leaves[max(0, first - batch.start) : first + count - batch.start]
+            after = self._get("LOG", f"BATCH#{batch.size:012d}")
+            if after is None:
+                break
+            batch = _batch(after)
+        return found
+
+    def record_integrated(self, batch: Batch) -> None:
+        """Say that the tiles and indexes of the batch are there; somebody else may have said so, of a later one too."""
+        not_further_yet = "integrated < :size"
+        try:
+            with asking():
+                clients.client("dynamodb").update_item(
+                    TableName=self._table,
+                    Key=key("LOG", "HEAD"),
+                    UpdateExpression="SET integrated = :size, integrated_root = :root",
+                    ConditionExpression=not_further_yet,
+                    ExpressionAttributeValues={":size": {"N": str(batch.size)}, ":root": {"B": batch.root}},
+                )
+        except ClientError as error:
+            if not _refused(error):
+                raise
+
+    # Tiles
+
+    def tile(self, level: int, index: int, width: int) -> bytes:
+        """Read the first `width` hashes of a tile. Raises CorruptLogError when it has fewer."""
+        content = self.stored_tile(level, index)
+        if len(content) < width * HASH_BYTES:
+            raise CorruptLogError(f"tile {level}/{index} has not {width} hashes")
+        return content[: width * HASH_BYTES]
+
+    def stored_tile(self, level: int, index: int) -> bytes:
+        """Read a tile as wide as it is; empty when there is none."""
+        item = self._get(f"TILE#{level:02d}#{index:012d}", "TILE")
+        return bytes(item["hashes"]["B"]) if item else b""
+
+    def widen_tile(self, level: int, index: int, content: bytes) -> None:
+        """Write a tile, unless it is as wide already."""
+        wider_than_stored = "attribute_not_exists(pk) OR width < :width"
+        width = {"N": str(len(content) // HASH_BYTES)}
+        item = key(f"TILE#{level:02d}#{index:012d}", "TILE") | {"width": width, "hashes": {"B": content}}
+        try:
+            with asking():
+                clients.client("dynamodb").put_item(
+                    TableName=self._table,
+                    Item=item,
+                    ConditionExpression=wider_than_stored,
+                    ExpressionAttributeValues={":width": width},
+                )
+        except ClientError as error:
+            if not _refused(error):
+                raise
+
+    # Indexes
+
+    def indexes(self, keys: Sequence[EntryKey]) -> dict[EntryKey, Indexed]:
+        """Read the indexes of those of the entries that have one."""
+        found: dict[EntryKey, Indexed] = {}
+        for item in get_many(self._table, [_index_key(*each) for each in keys]):
+            indexed = _indexed(item)
+            found[item["pk"]["S"], indexed.seq] = indexed
+        return found
+
+    def task_indexes(self, task_id: str) -> dict[int, Indexed]:
+        """Read the indexes of a task's entries, by number."""
+        return {each.seq: each for each in map(_indexed, self._all(task_id, "INDEX#"))}
+
+    def last_index(self, task_id: str) -> Indexed | None:
+        """Read the index of the task's newest entry that has one."""
+        item = self._first(task_id, "INDEX#", "INDEX#~", newest=True)
+        return _indexed(item) if item else None
+
+    def record_indexes(self, batch: Batch) -> None:
+        """Write the index of each entry of the batch.
+
+        Raises CorruptLogError when one has another index: the log would have it twice.
+        """
+        not_there_or_the_same = "attribute_not_exists(pk) OR (#index = :index AND leaf = :leaf)"
+        writes: list[Item] = []
+        for index, each in enumerate(batch.leaves, start=batch.start):
+            values = {":index": {"N": str(index)}, ":leaf": {"S": each.leaf}}
+            item = _index_key(*each.key) | {"index": values[":index"], "leaf": values[":leaf"]}
+            put = {
+                "TableName": self._table,
+                "Item": item,
+                "ConditionExpression": not_there_or_the_same,
+                "ExpressionAttributeNames": {"#index": "index"},
+                "ExpressionAttributeValues": values,
+            }
+            writes.append({"Put": put})
+        for start in range(0, len(writes), WRITES):
+            self._write_indexes(batch, writes[start : start + WRITES])
+
+    def _write_indexes(self, batch: Batch, writes: list[Item]) -> None:
+        for attempt in range(_ATTEMPTS):
+            if transact(writes):
+                return
+            # Somebody else's transaction is in the way, or a condition does not hold: then the next look shows it.
+            there = self.indexes([each.key for each in batch.leaves])
+            for index, each in enumerate(batch.leaves, start=batch.start):
+                known = there.get(each.key)
+                if known is not None and (known.index, known.leaf) != (index, each.leaf):
+                    raise CorruptLogError(f"{each.task_id} {each.seq} has the index {known.index}, not {index}")
+            time.sleep(0.02 * 2**attempt)
+        raise UnavailableError("the log's table is busy")
+
+    # Anchors
+
+    def anchoring(self) -> Anchoring | None:
+        """Read the newest anchor; None before the first."""
+        item = self._get("LOG", "ANCHORING")
+        if item is None:
+            return None
+        state: Any = item["state"]["S"]
+        return Anchoring(
+            int(item["sequence"]["N"]), int(item["size"]["N"]), item["payload"]["B"], item["sealed_at"]["S"], state
+        )
+
+    def seal(self, sealed: Anchoring, *, after: Anchoring | None) -> bool:
+        """Make an anchor the one in flight; False when `after` is not the newest, confirmed one any more."""
+        condition: Item = {"ConditionExpression": "attribute_not_exists(pk)"}
+        if after is not None:
+            the_one_before_is_confirmed = "#sequence = :sequence AND #state = :confirmed"
+            condition = {
+                "ConditionExpression": the_one_before_is_confirmed,
+                "ExpressionAttributeNames": {"#sequence": "sequence", "#state": "state"},
+                "ExpressionAttributeValues": {
+                    ":sequence": {"N": str(after.sequence)},
+                    ":confirmed": {"S": "confirmed"},
+                },
+            }
+        return transact([{"Put": {"TableName": self._table, "Item": _anchoring_item(sealed, "sealed")} | condition}])
+
+    def confirm(self, sealed: Anchoring, anchor: Anchor) -> bool:
+        """Record a confirmed anchor and make room for the next; False when somebody else has done so."""
+        it_is_in_flight = "#sequence = :sequence AND #state = :sealed AND payload = :payload"
+        update = {
+            "TableName": self._table,
+            "Item": _anchoring_item(sealed, "confirmed"),
+            "ConditionExpression": it_is_in_flight,
+            "ExpressionAttributeNames": {"#sequence": "sequence", "#state": "state"},
+            "ExpressionAttributeValues": {
+                ":sequence": {"N": str(sealed.sequence)},
+                ":sealed": {"S": "sealed"},
+                ":payload": {"B": sealed.payload},
+            },
+        }
+        item = key("ANCHOR", f"SIZE#{anchor.size:012d}") | {
+            "sequence": {"N": str(anchor.sequence)},
+            "size": {"N": str(anchor.size)},
+            "root": {"B": anchor.root},
+            "previous": {"B": anchor.previous},
+            "payload": {"B": anchor.payload},
+            "txid": {"S": anchor.txid},
+            "tick": {"N": str(anchor.tick)},
+            "source": {"S": anchor.source},
+            "encoded": {"B": anchor.encoded},
+            "network": {"S": anchor.network},
+            "note": {"S": anchor.note},
+            "verifier_key": {"S": anchor.verifier_key},
+            "confirmed_at": {"S": anchor.confirmed_at},
+        }
+        return transact([{"Put": update}, self._put_new(item)])
+
+    def anchor_of(self, index: int) -> Anchor | None:
+        """Read the first confirmed anchor whose log has that index."""
+        item = self._first("ANCHOR", f"SIZE#{index + 1:012d}", "SIZE#~")
+        return _anchor(item) if item else None
+
+    def newest_anchor(self) -> Anchor | None:
+        """Read the newest confirmed anchor."""
+        item = self._first("ANCHOR", "SIZE#", "SIZE#~", newest=True)
+        return _anchor(item) if item else None
+
+    def anchors(self, up_to_size: int | None = None) -> Iterable[Anchor]:
+        """Read the confirmed anchors in order, those up to a size or all."""
+        found = map(_anchor, self._all("ANCHOR", "SIZE#"))
+        return (each for each in found if up_to_size is None or each.size <= up_to_size)
+
+    # DynamoDB
+
+    def _put_new(self, item: Item) -> Item:
+        not_there_yet = "attribute_not_exists(pk)"
+        return {"Put": {"TableName": self._table, "Item": item, "ConditionExpression": not_there_yet}}
+
+    def _get(self, pk: str, sk: str) -> Item | None:
+        with asking():
+            found = clients.client("dynamodb").get_item(TableName=self._table, Key=key(pk, sk), ConsistentRead=True)
+        item: Item | None = found.get("Item")
+        return item
+
+    def _first(self, pk: str, first: str, last: str, *, newest: bool = False) -> Item | None:
+        with asking():
+            found = clients.client("dynamodb").query(
+                TableName=self._table,
+                KeyConditionExpression="pk = :pk AND sk BETWEEN :first AND :last",
+                ExpressionAttributeValues={":pk": {"S": pk}, ":first": {"S": first}, ":last": {"S": last}},
+                ConsistentRead=True,
+                ScanIndexForward=not newest,
+                Limit=1,
+            )
+        return next(iter(found["Items"]), None)
+
+    def _all(self, pk: str, prefix: str) -> Iterable[Item]:
+        pages = clients.client("dynamodb").get_paginator("query")
+        with asking():
+            for page in pages.paginate(
+                TableName=self._table,
+                KeyConditionExpression="pk = :pk AND begins_with(sk, :prefix)",
+                ExpressionAttributeValues={":pk": {"S": pk}, ":prefix": {"S": prefix}},
+                ConsistentRead=True,
+            ):
+                yield from page["Items"]
+
+
+def _refused(error: ClientError) -> bool:
+    return str(error.response["Error"]["Code"]) == "ConditionalCheckFailedException"
+
+
+def _index_key(task_id: str, seq: int) -> Item:
+    return key(task_id, f"INDEX#{seq:06d}")
+
+
+def _indexed(item: Item) -> Indexed:
+    return Indexed(int(item["sk"]["S"].partition("#")[2]), int(item["index"]["N"]), item["leaf"]["S"])
+
+
+def _batch(item: Item) -> Batch:
+    start = int(item["sk"]["S"].partition("#")[2])
+    leaves = []
+    for line in item["leaves"]["S"].split("\n"):
+        task_id, seq, leaf = line.split(" ")
+        leaves.append(Leaf(task_id, int(seq), leaf))
+    batch = Batch(start, tuple(leaves), item["root"]["B"])
+    if batch.size != int(item["size"]["N"]):
+        raise CorruptLogError(f"the batch at {start} has not the leaves that it counts")
+    return batch
+
+
+def _anchoring_item(anchoring: Anchoring, state: str) -> Item:
+    return key("LOG", "ANCHORING") | {
+        "sequence": {"N": str(anchoring.sequence)},
+        "size": {"N": str(anchoring.size)},
+        "payload": {"B": anchoring.payload},
+        "sealed_at": {"S": anchoring.sealed_at},
+        "state": {"S": state},
+    }
+
+
+def _anchor(item: Item) -> Anchor:
+    return Anchor(
+        int(item["sequence"]["N"]),
+        int(item["size"]["N"]),
+        item["root"]["B"],
+        item["previous"]["B"],
+        item["payload"]["B"],
+        item["txid"]["S"],
+        int(item["tick"]["N"]),
+        item["source"]["S"],
+        item["encoded"]["B"],
+        item["network"]["S"],
+        item["note"]["S"],
+        item["verifier_key"]["S"],
+        item["confirmed_at"]["S"],
+    )

@@ -1,0 +1,101 @@
+"""What is written to the ledger for the log: its size and root, chained to what was written before.
+
+93 bytes, numbers little-endian as in the Qubic transaction that carries them:
+
+| offset | bytes | field |
+|---|---|---|
+| 0 | 4 | `QAES` |
+| 4 | 1 | version, 1 |
+| 5 | 8 | log id: the first 8 bytes of SHA-256 of the log's name |
+| 13 | 8 | size of the log, uint64 |
+| 21 | 32 | root of the log at that size |
+| 53 | 32 | SHA-256 of the payload of the anchor before; zeros in the first |
+| 85 | 8 | sequence, uint64: 0 for the first anchor |
+
+Source: the project's own format, docs/audit.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from dataclasses import dataclass
+
+from qaes.domain.merkle import HASH_BYTES, ProofError
+
+ANCHOR_INPUT_TYPE = 0x5141
+"""The input type of the transaction: no protocol meaning."""
+MAGIC = b"QAES"
+VERSION = 1
+LOG_ID_BYTES = 8
+FIRST = bytes(HASH_BYTES)
+"""`previous` of the first anchor."""
+_LAYOUT = struct.Struct("<4sB8sQ32s32sQ")
+PAYLOAD_BYTES = _LAYOUT.size
+
+
+def log_id_bytes(name: str) -> bytes:
+    """The 8 bytes that stand for a log's name."""
+    return hashlib.sha256(name.encode("utf-8")).digest()[:LOG_ID_BYTES]
+
+
+@dataclass(frozen=True)
+class AnchorPayload:
+    """One anchor of the log.
+
+    Attributes
+    ----------
+    log_id
+        `log_id_bytes` of the log's name.
+    size, root
+        Of the whole log; never empty.
+    previous
+        `digest` of the anchor before; FIRST when `sequence` is 0.
+    sequence
+        How many anchors there were before.
+
+    Raises
+    ------
+    ProofError
+        A field is out of its range (`payload`).
+    """
+
+    log_id: bytes
+    size: int
+    root: bytes
+    previous: bytes = FIRST
+    sequence: int = 0
+
+    def __post_init__(self) -> None:
+        sizes = (len(self.log_id), len(self.root), len(self.previous))
+        if sizes != (LOG_ID_BYTES, HASH_BYTES, HASH_BYTES):
+            raise ProofError("payload", "a field of the anchor has another length")
+        if not 1 <= self.size < 1 << 64 or not 0 <= self.sequence < 1 << 64:
+            raise ProofError("payload", "a number of the anchor is out of range")
+        if (self.sequence == 0) != (self.previous == FIRST):
+            raise ProofError("payload", "the first anchor, and no other, has none before it")
+
+    def encode(self) -> bytes:
+        """The 93 bytes."""
+        return _LAYOUT.pack(MAGIC, VERSION, self.log_id, self.size, self.root, self.previous, self.sequence)
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the payload, which the next anchor names."""
+        return hashlib.sha256(self.encode()).digest()
+
+    def next(self, *, size: int, root: bytes) -> AnchorPayload:
+        """The anchor after this one. Raises ProofError when the log has not grown."""
+        if size <= self.size:
+            raise ProofError("payload", "the log has not grown since the last anchor")
+        return AnchorPayload(self.log_id, size, root, self.digest, self.sequence + 1)
+
+
+def decode(payload: bytes) -> AnchorPayload:
+    """The anchor of its 93 bytes. Raises ProofError (`payload`) for anything else."""
+    if len(payload) != PAYLOAD_BYTES:
+        raise ProofError("payload", f"an anchor has {PAYLOAD_BYTES} bytes")
+    magic, version, log_id, size, root, previous, sequence = _LAYOUT.unpack(payload)
+    if (magic, version) != (MAGIC, VERSION):
+        raise ProofError("payload", "not an anchor of this version")
+    return AnchorPayload(log_id, size, root, previous, sequence)

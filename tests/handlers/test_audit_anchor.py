@@ -1,0 +1,256 @@
+"""The anchor on moto: what is sealed never changes, one at a time is in flight, and only what the ledger has counts."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import boto3
+import pytest
+
+from audit.anchor import Anchorer
+from audit.log import Anchor, CorruptLogError
+from qaes.adapters import clients
+from qaes.adapters.ledger_client import LedgerClient
+from qaes.domain.anchor import FIRST, decode, log_id_bytes
+from qaes.domain.errors import QaesError, RefusedError, UnavailableError
+from qaes.domain.note import parse_checkpoint, verify_note
+from qaes.domain.qubic import transaction as qubic
+from tests.handlers.test_audit_recorder import task_with
+from tests.support.cloud import Cloud, cloud
+from tests.support.ledger import SUBSEED, Ledger
+from tests.support.trail import LOG_ID, anchor, deliver, entry_items, log, new_recorder
+
+
+@pytest.fixture
+def aws() -> Iterator[Cloud]:
+    with cloud(state_machine=False) as it:
+        clients.client("dynamodb")
+        clients.lambda_client()
+        yield it
+
+
+@pytest.fixture
+def ledger(aws: Cloud) -> Ledger:
+    return Ledger(confirms_at_once=False).install(aws)
+
+
+def grow(aws: Cloud, events: int = 2) -> int:
+    task_id = task_with(events)
+    new_recorder().drain(task_id)
+    assert deliver(aws, entry_items(task_id)) == []
+    return log().head().size
+
+
+def confirmed() -> list[Anchor]:
+    return list(log().anchors())
+
+
+def test_a_log_that_is_empty_is_not_anchored(aws: Cloud, ledger: Ledger) -> None:
+    assert anchor(aws) == {"sequence": None, "size": 0, "state": "none"}
+    assert ledger.submitted == {}
+
+
+def test_what_has_grown_is_sealed_submitted_and_confirmed(aws: Cloud, ledger: Ledger) -> None:
+    grow(aws, 3)
+    assert anchor(aws) == {"sequence": 0, "size": 3, "state": "sealed"}
+    assert anchor(aws) == {"sequence": 0, "size": 3, "state": "sealed"}
+    assert confirmed() == []
+    ledger.confirm()
+    assert anchor(aws) == {"sequence": 0, "size": 3, "state": "confirmed"}
+    [one] = confirmed()
+    head, transaction = log().head(), ledger.submitted[LOG_ID, 0]
+    payload = decode(one.payload)
+    assert (payload.log_id, payload.size, payload.root) == (log_id_bytes(LOG_ID), 3, head.root)
+    assert (payload.previous, payload.sequence) == (FIRST, 0)
+    assert (one.sequence, one.size, one.root, one.previous) == (0, 3, head.root, FIRST)
+    assert (one.txid, one.tick, one.network) == (transaction.id, transaction.tick, "mock")
+    assert one.encoded == transaction.encode()
+    assert log().newest_anchor() == one
+
+
+def test_the_checkpoint_is_signed_by_a_key_that_readers_can_pin(aws: Cloud, ledger: Ledger) -> None:
+    grow(aws, 3)
+    ledger.confirms_at_once = True
+    anchor(aws)
+    [one] = confirmed()
+    said = parse_checkpoint(verify_note(one.note, one.verifier_key))
+    assert (said.origin, said.size, said.root) == (LOG_ID, 3, one.root)
+    secret = boto3.client("secretsmanager").get_secret_value(SecretId="LogSigningKey")["SecretString"]
+    assert secret not in str(one)
+
+
+def test_one_is_in_flight_at_a_time_and_the_next_covers_all_that_came_meanwhile(aws: Cloud, ledger: Ledger) -> None:
+    grow(aws, 2)
+    anchor(aws)
+    grow(aws, 2)
+    grow(aws, 3)
+    assert anchor(aws) == {"sequence": 0, "size": 2, "state": "sealed"}
+    assert list(ledger.submitted) == [(LOG_ID, 0)]
+    ledger.confirm()
+    assert anchor(aws) == {"sequence": 1, "size": 7, "state": "sealed"}
+    ledger.confirm()
+    assert anchor(aws)["state"] == "confirmed"
+    first, second = (decode(each.payload) for each in confirmed())
+    assert (second.previous, second.sequence, second.size) == (first.digest, 1, 7)
+
+
+def test_a_log_that_has_not_grown_is_not_anchored_again(aws: Cloud, ledger: Ledger) -> None:
+    ledger.confirms_at_once = True
+    grow(aws)
+    for _ in range(3):
+        assert anchor(aws) == {"sequence": 0, "size": 2, "state": "confirmed"}
+    assert len(ledger.submitted) == 1
+
+
+def test_what_is_not_integrated_yet_is_not_anchored(aws: Cloud, ledger: Ledger) -> None:
+    grow(aws, 2)
+    boto3.client("dynamodb").update_item(
+        TableName="AuditLogTable",
+        Key={"pk": {"S": "LOG"}, "sk": {"S": "HEAD"}},
+        UpdateExpression="SET #size = :size, root = :root",
+        ExpressionAttributeNames={"#size": "size"},
+        ExpressionAttributeValues={":size": {"N": "9"}, ":root": {"B": b"x" * 32}},
+    )
+    assert anchor(aws) == {"sequence": 0, "size": 2, "state": "sealed"}
+
+
+def test_the_first_anchor_for_an_index_is_found(aws: Cloud, ledger: Ledger) -> None:
+    ledger.confirms_at_once = True
+    for size in (2, 5, 6):
+        grow(aws, size - log().head().size)
+        anchor(aws)
+    found = [log().anchor_of(index) for index in range(7)]
+    assert [each.size if each else None for each in found] == [2, 2, 5, 5, 5, 6, None]
+
+
+# What goes wrong
+
+
+def test_a_ledger_that_is_down_leaves_the_same_anchor_for_the_next_call(aws: Cloud, ledger: Ledger) -> None:
+    grow(aws)
+
+    def down(event: Any) -> None:
+        raise RuntimeError("down")
+
+    aws.faults["LedgerFunction"] = down
+    with pytest.raises(UnavailableError):
+        anchor(aws)
+    sealed = log().anchoring()
+    assert sealed is not None and sealed.state == "sealed"
+    aws.faults.clear()
+    grow(aws)
+    ledger.confirms_at_once = True
+    anchor(aws)
+    assert [each.size for each in confirmed()] == [2, 4]
+    assert confirmed()[0].payload == sealed.payload
+
+
+def test_another_payload_under_this_logs_id_stops_everything(aws: Cloud, ledger: Ledger) -> None:
+    grow(aws)
+    anchor(aws)
+    other = dataclasses.replace(ledger.submitted[LOG_ID, 0], payload=b"another", signature=b"")
+    ledger.submitted[LOG_ID, 0] = other.sign(SUBSEED)
+    ledger.confirm()
+    with pytest.raises(RefusedError) as caught:
+        anchor(aws)
+    assert caught.value.code == "key_conflict"
+    assert confirmed() == []
+
+
+def forged(ledger: Ledger, **changes: Any) -> dict[str, Any]:
+    """An answer with a transaction that differs from the one that was sealed, and is signed as it is."""
+    found = dataclasses.replace(ledger.submitted[LOG_ID, 0], signature=b"", **changes).sign(SUBSEED)
+    return {"encoded": base64.b64encode(found.encode()).decode(), "txid": found.id, "tick": found.tick}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"payload": b"QAES"}, {"input_type": 1}, {"amount": 1}, {"destination": bytes(32)}],
+    ids=["payload", "input type", "amount", "destination"],
+)  # fmt: skip
+def test_a_transaction_with_something_else_in_it_is_not_believed(
+    aws: Cloud, ledger: Ledger, changes: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    grow(aws)
+    anchor(aws)
+    ledger.confirm()
+    ledger.falsify = forged(ledger, **changes)
+    with pytest.raises(CorruptLogError, match=request.node.callspec.id):
+        anchor(aws)
+    assert confirmed() == []
+    ledger.falsify = {}
+    assert anchor(aws)["state"] == "confirmed"
+
+
+def test_the_answer_has_to_agree_with_the_bytes(aws: Cloud, ledger: Ledger) -> None:
+    grow(aws)
+    anchor(aws)
+    ledger.confirm()
+    signed = ledger.submitted[LOG_ID, 0]
+    bad_signature = dataclasses.replace(signed, signature=bytes(64))
+    for name, falsified in {
+        "source": {"source": "A" * 60},
+        "tick": {"tick": 1},
+        "txid": {"txid": "a" * 60},
+        "signature": {"encoded": base64.b64encode(bad_signature.encode()).decode(), "txid": bad_signature.id},
+        "cannot be read": {"encoded": "AAAA"},
+    }.items():
+        ledger.falsify = falsified
+        with pytest.raises(CorruptLogError, match=name):
+            anchor(aws)
+    assert confirmed() == []
+
+
+def test_calls_at_the_same_time_seal_and_confirm_once(aws: Cloud, ledger: Ledger) -> None:
+    """Each of two reads before the other writes: the second finds the first one's anchor, and takes it on."""
+    ledger.confirms_at_once = True
+    grow(aws)
+    slow = Anchorer(log(), LedgerClient("LedgerFunction"), log_id=LOG_ID)
+    before = slow._log.anchoring()
+    grown = log().head()
+    anchor(aws)
+    grow(aws)
+    assert (before, grown.size) == (None, 2)
+    taken = slow._seal(before)
+    assert taken is not None and (taken.sequence, taken.size, taken.state) == (0, 2, "confirmed")
+    first = log().anchoring()
+    assert first is not None
+    assert slow._log.confirm(dataclasses.replace(first, state="sealed"), confirmed()[0]) is False
+    assert slow._log.seal(dataclasses.replace(first, sequence=7), after=dataclasses.replace(first, sequence=6)) is False
+    assert [each.sequence for each in confirmed()] == [0]
+
+
+def test_an_anchor_is_never_replaced(aws: Cloud, ledger: Ledger) -> None:
+    ledger.confirms_at_once = True
+    grow(aws)
+    anchor(aws)
+    grow(aws)
+    ledger.confirms_at_once = False
+    anchor(aws)
+    sealed = log().anchoring()
+    assert sealed is not None and sealed.sequence == 1
+    assert log().confirm(sealed, confirmed()[0]) is False  # its size is anchored
+    assert len(confirmed()) == 1
+
+
+def test_without_its_key_nothing_is_confirmed(aws: Cloud, ledger: Ledger) -> None:
+    ledger.confirms_at_once = True
+    grow(aws)
+    boto3.client("secretsmanager").delete_secret(SecretId="LogSigningKey", ForceDeleteWithoutRecovery=True)
+    with pytest.raises(Exception, match="ResourceNotFound"):
+        anchor(aws)
+    assert confirmed() == []
+
+
+def test_the_transaction_is_the_one_that_a_verifier_reads(aws: Cloud, ledger: Ledger) -> None:
+    ledger.confirms_at_once = True
+    grow(aws)
+    anchor(aws)
+    [one] = confirmed()
+    found = qubic.decode(one.encoded)
+    assert found.is_signed_by_source()
+    assert decode(found.payload).size == 2
+    with pytest.raises(QaesError):
+        decode(found.payload + b"x")

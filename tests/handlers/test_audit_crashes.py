@@ -1,0 +1,200 @@
+"""Every call to AWS on the way from an event to its confirmed anchor fails once: before it takes effect, and after.
+
+The calls are those that are really made, found by instrumenting the client: those of the audit's functions, of the
+ledger's function that they ask, and of its writer. After each, whatever had failed is delivered again, as AWS does; then
+fsck finds nothing, nothing is lost or there twice, and the network has one transaction for each anchor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import boto3
+import pytest
+from botocore.client import BaseClient
+from botocore.exceptions import ReadTimeoutError
+
+from audit.fsck import fsck
+from qaes.adapters import clients
+from qaes.adapters.ledger_client import LedgerClient
+from qaes.adapters.task_store import TaskStore
+from qubic.chain import chain
+from tests.handlers.test_audit_recorder import start_task, stream_event
+from tests.support import template
+from tests.support.cloud import PARAMETERS, Cloud, cloud
+from tests.support.cloud import _environment as function_environment
+from tests.support.trail import entry_items, log, store, stream_of
+
+EVENTS = 2
+
+
+class CrashError(Exception):
+    """The process is gone."""
+
+
+def crash(operation: str) -> Exception:
+    return CrashError(operation)
+
+
+def no_answer(operation: str) -> Exception:
+    return ReadTimeoutError(endpoint_url=f"https://aws/{operation}")
+
+
+@dataclass
+class Saboteur:
+    """Counts the calls that handlers make, and has number `at` fail."""
+
+    at: int
+    after: bool
+    error: Callable[[str], Exception]
+    calls: list[str] = field(default_factory=list)
+    inside: int = 0
+
+    def make(self, client: Any, operation: str, arguments: Any) -> Any:
+        if not self.inside:
+            return self.original(client, operation, arguments)
+        self.calls.append(f"{client.meta.service_model.service_name}:{operation}")
+        number = len(self.calls)
+        if number == self.at and not self.after:
+            raise self.error(operation)
+        answer = self.original(client, operation, arguments)
+        if number == self.at:
+            raise self.error(operation)
+        return answer
+
+    def original(self, client: Any, operation: str, arguments: Any) -> Any:
+        raise NotImplementedError
+
+
+@pytest.fixture
+def aws() -> Iterator[Cloud]:
+    with cloud(state_machine=False) as it:
+        clients.client("dynamodb")
+        clients.lambda_client()
+        yield it
+
+
+def the_way(aws: Cloud, task_id: str) -> list[Callable[[], Any]]:
+    """What AWS calls, in order; each may fail, and the next still comes."""
+    return [
+        lambda: aws.invoke("RecordEventsFunction", stream_event(task_id)[0]),
+        lambda: aws.invoke("RecordAuditFunction", {"task_id": task_id}),
+        lambda: aws.invoke("SequencerFunction", json_of(stream_of(entry_items(task_id)))),
+        lambda: aws.invoke("AnchorFunction", {}),
+        aws.settle,
+        lambda: aws.invoke("AnchorFunction", {}),
+    ]
+
+
+def json_of(event: Any) -> Any:
+    return json.loads(json.dumps(event))
+
+
+def submissions(log_id: str) -> list[dict[str, Any]]:
+    """The ledger's own records of this log's anchors."""
+    pages = boto3.client("dynamodb").get_paginator("scan").paginate(TableName="LedgerTable")
+    found = [item for page in pages for item in page["Items"]]
+    return [item for item in found if f"#anchor:{log_id}:" in item["pk"]["S"]]
+
+
+def on_network(txid: str) -> bool:
+    with function_environment(template.environment("LedgerFunction", PARAMETERS)):
+        return chain().transaction(txid) is not None
+
+
+def empty_the_log() -> None:
+    client = boto3.client("dynamodb")
+    for table in ("AuditEntriesTable", "AuditLogTable"):
+        for page in client.get_paginator("scan").paginate(TableName=table):
+            for item in page["Items"]:
+                client.delete_item(TableName=table, Key={"pk": item["pk"], "sk": item["sk"]})
+
+
+def run(aws: Cloud, task_id: str, saboteur: Saboteur | None) -> None:
+    if saboteur is None:
+        for step in the_way(aws, task_id):
+            step()
+        return
+    call, invoke = BaseClient._make_api_call, aws.invoke
+    saboteur.original = call  # type: ignore[method-assign]
+
+    def counted(function: str, event: Any) -> Any:
+        saboteur.inside += 1
+        try:
+            return invoke(function, event)
+        finally:
+            saboteur.inside -= 1
+
+    def make(client: Any, operation: str, arguments: Any) -> Any:
+        return saboteur.make(client, operation, arguments)
+
+    with patch.object(aws, "invoke", counted), patch.object(BaseClient, "_make_api_call", make):
+        for step in the_way(aws, task_id):
+            with suppress(Exception):
+                step()
+
+
+def check(aws: Cloud, task_id: str, log_id: str, where: str) -> None:
+    report = fsck(store(), log(), LedgerClient("LedgerFunction"), log_id=log_id)
+    assert [str(each) for each in report.findings] == [], where
+    assert (report.entries, report.size, report.anchored) == (EVENTS, EVENTS, EVENTS), where
+    assert [entry.seq for entry in store().entries(task_id)] == list(range(1, EVENTS + 1)), where
+    records = submissions(log_id)
+    submitted = [item for item in records if item["sk"]["S"] == "SUBMISSION"]
+    assert {item["state"]["S"] for item in submitted} == {"confirmed"}, where
+    assert len(submitted) == report.anchors, where
+    confirmed = {anchor.txid for anchor in log().anchors()}
+    assert {item["txid"]["S"] for item in submitted} == confirmed, where
+    # What missed its tick was signed anew; the network has one of them.
+    attempts = [item["txid"]["S"] for item in records if item["sk"]["S"].startswith("ATTEMPT#")]
+    assert {txid for txid in attempts if on_network(txid)} == confirmed, where
+
+
+@pytest.mark.parametrize("error", [crash, no_answer])
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_every_call_may_fail_once(aws: Cloud, after: bool, error: Callable[[str], Exception]) -> None:
+    failed: list[str] = []
+    for at in range(1, 1000):
+        log_id = f"log-{at}"
+        aws.parameters["LogId"] = log_id
+        empty_the_log()
+        task_id = start_task()
+        TaskStore("TasksTable").end_task(task_id, "failed", actor="execution", reason="a test")
+        saboteur = Saboteur(at, after, error)
+        run(aws, task_id, saboteur)
+        if len(saboteur.calls) < at:
+            break
+        where = f"call {at}, {saboteur.calls[at - 1]}, {'after' if after else 'before'}"
+        failed.append(saboteur.calls[at - 1])
+        live = [item for item in submissions(log_id) if item["sk"]["S"] == "SUBMISSION"]
+        assert len(live) <= 1, where
+        run(aws, task_id, None)
+        check(aws, task_id, log_id, where)
+    assert {
+        "dynamodb:Query",  # the recorder
+        "dynamodb:TransactWriteItems",  # entries, batches, indexes, anchors, submissions
+        "dynamodb:BatchGetItem",  # which entries have an index
+        "dynamodb:PutItem",  # tiles
+        "dynamodb:UpdateItem",  # how far the log is integrated
+        "dynamodb:GetItem",
+        "lambda:Invoke",  # the ledger
+        "secretsmanager:GetSecretValue",  # the checkpoint's signature
+    } <= set(failed)
+    assert len(failed) > 40
+
+
+def test_a_flaw_would_be_found(aws: Cloud) -> None:
+    """The same without recovery leaves findings: what the suite looks at is really there to be broken."""
+    aws.parameters["LogId"] = "flawed"
+    task_id = start_task()
+    run(aws, task_id, Saboteur(10**6, after=False, error=crash))
+    boto3.client("dynamodb").delete_item(
+        TableName="AuditLogTable", Key={"pk": {"S": task_id}, "sk": {"S": "INDEX#000001"}}
+    )
+    report = fsck(store(), log(), LedgerClient("LedgerFunction"), log_id="flawed")
+    assert [each.invariant for each in report.findings] == ["index"]

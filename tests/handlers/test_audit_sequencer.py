@@ -1,0 +1,279 @@
+"""The sequencer on moto: every entry one index, whoever sequences, in whatever order, wherever it stops."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from unittest.mock import patch
+
+import boto3
+import pytest
+from botocore.client import BaseClient
+
+from audit.log import CorruptLogError, Head
+from audit.sequencer import BATCH
+from qaes.adapters import clients
+from qaes.domain.merkle import EMPTY_ROOT, leaf_hash, root_of, verify_consistency, verify_inclusion
+from qaes.domain.tiles import appended, consistency_proof, inclusion_proof, tree_root
+from tests.handlers.test_audit_recorder import entries, start_task, task_with
+from tests.support.cloud import Cloud, cloud
+from tests.support.trail import deliver, entry_items, log, new_recorder, new_sequencer, put_entries, store
+
+
+@pytest.fixture
+def aws() -> Iterator[Cloud]:
+    with cloud(state_machine=False) as it:
+        clients.client("dynamodb")
+        yield it
+
+
+def recorded(events: int) -> str:
+    task_id = task_with(events)
+    new_recorder().drain(task_id)
+    return task_id
+
+
+def leaves() -> list[tuple[str, int, bytes]]:
+    """What the log has, in its order."""
+    return [(each.task_id, each.seq, each.hash) for batch in log().batches() for each in batch.leaves]
+
+
+def check_log(count: int) -> None:
+    """`count` entries, each once, each task's in order; head, tiles and indexes agree with the batches."""
+    found, head = leaves(), log().head()
+    assert len(found) == count
+    assert len({(task, seq) for task, seq, _ in found}) == count
+    for task in {task for task, _, _ in found}:
+        numbers = [seq for each, seq, _ in found if each == task]
+        assert numbers == list(range(1, len(numbers) + 1))
+    hashes = [leaf for _, _, leaf in found]
+    assert (head.size, head.root) == (count, root_of(hashes))
+    assert (head.integrated, head.integrated_root) == (head.size, head.root)
+    assert tree_root(count, log().tile) == head.root
+    for index, (task, seq, leaf) in enumerate(found):
+        indexed = log().indexes([(task, seq)])[task, seq]
+        assert (indexed.index, indexed.leaf) == (index, leaf.hex())
+
+
+def test_an_empty_log_has_a_head_and_a_root(aws: Cloud) -> None:
+    assert log().head() == Head()
+    assert log().head().root == EMPTY_ROOT
+    assert deliver(aws, []) == []
+
+
+def test_entries_get_their_places_and_each_can_be_proved(aws: Cloud) -> None:
+    first, second = recorded(3), recorded(2)
+    assert deliver(aws, entry_items(first)) == []
+    root = log().head().root
+    assert deliver(aws, entry_items(second)) == []
+    check_log(5)
+    head = log().head()
+    for index, (_, _, leaf) in enumerate(leaves()):
+        proof = inclusion_proof(index, 5, log().tile)
+        verify_inclusion(leaf=leaf, index=index, size=5, proof=proof, root=head.root)
+    proof = consistency_proof(3, 5, log().tile)
+    verify_consistency(first=3, second=5, proof=proof, first_root=root, second_root=head.root)
+
+
+def test_what_is_delivered_again_has_its_index_already(aws: Cloud) -> None:
+    task_id = recorded(3)
+    items = entry_items(task_id)
+    assert deliver(aws, items[:2]) == []
+    head = log().head()
+    assert deliver(aws, items[:2]) == []
+    assert log().head() == head
+    assert deliver(aws, items + items) == []
+    check_log(3)
+
+
+def test_an_order_that_the_stream_did_not_keep_is_put_right(aws: Cloud) -> None:
+    task_id = recorded(6)
+    items = entry_items(task_id)
+    assert deliver(aws, [items[4]]) == []
+    check_log(5)
+    assert deliver(aws, items[::-1]) == []
+    check_log(6)
+
+
+def test_more_entries_than_a_batch_has_go_into_several(aws: Cloud) -> None:
+    task_id = put_entries(BATCH + 5)
+    assert deliver(aws, entry_items(task_id)) == []
+    assert [len(batch.leaves) for batch in log().batches()] == [BATCH, 5]
+    check_log(BATCH + 5)
+
+
+def test_fsck_has_the_entries_of_a_task_put_into_the_log(aws: Cloud) -> None:
+    task_id = recorded(3)
+    assert aws.invoke("SequencerFunction", {"task_ids": [task_id]}) == {"broken": []}
+    check_log(3)
+
+
+def test_an_entry_that_was_altered_is_not_put_into_the_log_and_keeps_no_other_out(aws: Cloud) -> None:
+    bad, good = recorded(3), recorded(2)
+    text = entries(bad)[1].text.replace("worker", "nobody")
+    items = entry_items(bad)
+    for leaf in (items[1]["leaf"]["S"], leaf_hash(text)):
+        items[1] = items[1] | {"text": {"S": text}, "leaf": {"S": leaf}}
+        boto3.client("dynamodb").put_item(TableName="AuditEntriesTable", Item=items[1])
+        both = [*items, *entry_items(good)]
+        failed = deliver(aws, both)
+        # With its own hash, it is the one after it that names another.
+        assert failed == (["1001", "1002"] if leaf != leaf_hash(text) else ["1002"])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("task_id", "task_x"), ("seq", 7), ("log_id", "another"), ("prev", "0" * 64)]
+)
+def test_an_entry_of_another_place_is_refused(aws: Cloud, name: str, value: Any) -> None:
+    from qaes.domain.canonical import canonical_json
+
+    task_id = recorded(2)
+    items = entry_items(task_id)
+    text = canonical_json(json.loads(items[1]["text"]["S"]) | {name: value})
+    items[1] = items[1] | {"text": {"S": text}, "leaf": {"S": leaf_hash(text)}}
+    assert deliver(aws, items) == ["1001"]
+    check_log(1)
+
+
+def test_an_entry_that_is_gone_keeps_those_after_it_out(aws: Cloud) -> None:
+    task_id = recorded(4)
+    items = entry_items(task_id)
+    boto3.client("dynamodb").delete_item(
+        TableName="AuditEntriesTable", Key={"pk": items[1]["pk"], "sk": items[1]["sk"]}
+    )
+    assert deliver(aws, [items[0], items[3]]) == ["1001"]
+    check_log(1)
+
+
+def test_a_crash_after_the_commit_is_completed_by_the_next_run(aws: Cloud) -> None:
+    task_id, other = recorded(3), recorded(2)
+    with patch.object(type(log()), "widen_tile", side_effect=RuntimeError("crash")), pytest.raises(RuntimeError):
+        deliver(aws, entry_items(task_id))
+    assert (log().head().size, log().head().integrated) == (3, 0)
+    assert deliver(aws, entry_items(other)) == []
+    check_log(5)
+
+
+def test_nothing_is_committed_on_a_head_that_has_moved(aws: Cloud) -> None:
+    task_id, other = recorded(1), recorded(1)
+    before = log().head()
+    deliver(aws, entry_items(task_id))
+    from audit.log import Batch, Leaf
+
+    leaf = Leaf(other, 1, entries(other)[0].leaf)
+    assert log().commit(before, Batch(0, (leaf,), root_of([leaf.hash]))) is False
+    assert log().commit(Head(version=7), Batch(1, (leaf,), root_of([leaf.hash]))) is False
+    check_log(1)
+
+
+def test_a_tile_never_gets_narrower_and_an_index_never_another(aws: Cloud) -> None:
+    from audit.log import Batch
+
+    task_id = recorded(2)
+    deliver(aws, entry_items(task_id))
+    wide = log().stored_tile(0, 0)
+    log().widen_tile(0, 0, wide[:32])
+    log().widen_tile(0, 0, b"x" * 64)
+    assert log().stored_tile(0, 0) == wide
+    [batch] = log().batches()
+    with pytest.raises(CorruptLogError, match="has the index 0, not 7"):
+        log().record_indexes(Batch(7, batch.leaves, batch.root))
+    log().record_indexes(batch)
+    check_log(2)
+
+
+def test_a_batch_whose_root_is_another_is_not_integrated(aws: Cloud) -> None:
+    task_id = recorded(2)
+    with patch.object(type(log()), "widen_tile", side_effect=RuntimeError("crash")), pytest.raises(RuntimeError):
+        deliver(aws, entry_items(task_id))
+    boto3.client("dynamodb").update_item(
+        TableName="AuditLogTable",
+        Key={"pk": {"S": "LOG"}, "sk": {"S": "BATCH#000000000000"}},
+        UpdateExpression="SET root = :root",
+        ExpressionAttributeValues={":root": {"B": b"x" * 32}},
+    )
+    with pytest.raises(CorruptLogError, match="root"):
+        new_sequencer().integrate()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sequencers_at_the_same_time_give_each_entry_one_index(aws: Cloud, seed: int) -> None:
+    tasks = [recorded(4) for _ in range(5)]
+    items, chance = entry_items(*tasks), random.Random(seed)  # noqa: S311
+    ready, workers = threading.Barrier(3), 3
+
+    def run(number: int) -> None:
+        mine = random.Random(seed * 10 + number).sample(items, len(items))  # noqa: S311
+        ready.wait()
+        for at in range(0, len(mine), 5):
+            wanted = [(item["pk"]["S"], entry) for item in mine[at : at + 5] for entry in [as_entry(item)]]
+            assert new_sequencer().sequence(wanted) == {}
+
+    call = BaseClient._make_api_call
+
+    def unevenly(client: Any, operation: str, arguments: Any) -> Any:
+        threading.Event().wait(chance.random() / 300)
+        return call(client, operation, arguments)
+
+    with patch.object(BaseClient, "_make_api_call", unevenly), ThreadPoolExecutor(workers) as pool:
+        for each in [pool.submit(run, number) for number in range(workers)]:
+            each.result()
+    check_log(20)
+
+
+def as_entry(item: dict[str, Any]) -> Any:
+    from audit.store import entry_of
+
+    return entry_of(item)
+
+
+def test_an_index_is_told_for_many_entries_at_once(aws: Cloud) -> None:
+    task_id = put_entries(120)
+    deliver(aws, entry_items(task_id))
+    found = log().indexes([(task_id, seq) for seq in range(1, 130)])
+    assert len(found) == 120
+    assert log().task_indexes(task_id)[120].index == 119
+    last = log().last_index(task_id)
+    assert last is not None and last.seq == 120
+    assert log().last_index(start_task()) is None
+
+
+# Proofs from tiles
+
+
+def test_a_proof_needs_few_reads(aws: Cloud) -> None:
+    """At most 2 * ceil(log256 n) + 2 of the table, the index and the anchor included."""
+    size = 3 * 256 + 7
+    hashes = [leaf_hash(str(number)) for number in range(size)]
+    raw = [bytes.fromhex(each) for each in hashes]
+    for (level, index), content in appended(0, raw, log().tile).items():
+        log().widen_tile(level, index, content)
+    root, call, reads = root_of(raw), BaseClient._make_api_call, [0]
+
+    def counting(client: Any, operation: str, arguments: Any) -> Any:
+        reads[0] += operation in {"GetItem", "Query", "BatchGetItem"}
+        return call(client, operation, arguments)
+
+    levels = 2
+    with patch.object(BaseClient, "_make_api_call", counting):
+        for index in (0, 255, 256, 511, 700, size - 1):
+            reads[0] = 0
+            proof = inclusion_proof(index, size, log().tile)
+            assert reads[0] <= 2 * levels, index
+            verify_inclusion(leaf=raw[index], index=index, size=size, proof=proof, root=root)
+        for first in (1, 255, 256, 300, 512, 768, size - 1):
+            reads[0] = 0
+            proof = consistency_proof(first, size, log().tile)
+            assert 0 < reads[0] <= 2 * levels, first
+            verify_consistency(first=first, second=size, proof=proof, first_root=root_of(raw[:first]), second_root=root)
+
+
+def test_the_store_is_only_read(aws: Cloud) -> None:
+    task_id = recorded(2)
+    before = entries(task_id)
+    deliver(aws, entry_items(task_id))
+    assert list(store().entries(task_id)) == before

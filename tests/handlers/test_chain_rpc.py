@@ -1,0 +1,463 @@
+"""RpcChain against nodes that are slow, broken, mistaken or dishonest."""
+
+from __future__ import annotations
+
+import base64
+import json
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+
+from qaes.domain.errors import RefusedError, UnavailableError
+from qaes.domain.qubic import fourq
+from qaes.domain.qubic.transaction import Transaction
+from qubic.chain import rpc
+from qubic.chain.base import Chain
+from qubic.chain.rpc import ATTEMPTS, MAX_ANSWER_BYTES, RpcChain
+from tests.support.chain import key
+from tests.support.http_server import serve
+
+ALICE, BOB = key("alice"), key("bob")
+SENT = ALICE.signed(BOB, 5, 1234, b"payload", 9)
+ABSENT = {"code": 5, "message": "transaction not found"}
+TICK_INFO = {"tickInfo": {"tick": 7, "duration": 1, "epoch": 2, "initialTick": 3}}
+
+
+def content(transaction: Transaction, **changes: Any) -> dict[str, Any]:
+    """A transaction as the RPC has it."""
+    return {
+        "hash": transaction.id,
+        "amount": str(transaction.amount),
+        "source": ALICE.identity,
+        "destination": BOB.identity,
+        "tickNumber": transaction.tick,
+        "timestamp": "1772625600000",
+        "inputType": transaction.input_type,
+        "inputSize": len(transaction.payload),
+        "inputData": base64.b64encode(transaction.payload).decode(),
+        "signature": base64.b64encode(transaction.signature).decode(),
+        "moneyFlew": True,
+    } | changes
+
+
+@dataclass
+class Node:
+    """A node that answers what it is told to: each answer once, and the last one from then on."""
+
+    url: str = ""
+    answers: list[tuple[int, Any, dict[str, str]]] = field(default_factory=list)
+    asked: list[tuple[str, str, Any, dict[str, str]]] = field(default_factory=list)
+
+    def says(self, status: int, body: Any, **headers: str) -> None:
+        self.answers.append((status, body, headers))
+
+    def chain(self, **options: Any) -> RpcChain:
+        return RpcChain(self.url, **options)
+
+
+@pytest.fixture
+def node() -> Iterator[Node]:
+    it = Node()
+
+    def handle(method: str, path: str, body: bytes, headers: dict[str, str]) -> dict[str, Any]:
+        it.asked.append((method, path, json.loads(body) if body else None, headers))
+        status, answer, extra = it.answers.pop(0) if len(it.answers) > 1 else it.answers[0]
+        text = answer if isinstance(answer, str) else json.dumps(answer)
+        return {"statusCode": status, "body": text, "headers": {"Content-Type": "application/json"} | extra}
+
+    with serve(handle) as url:
+        it.url = url
+        yield it
+
+
+Ask = Callable[[Chain], Any]
+CALLS: dict[str, Ask] = {
+    "tick-info": lambda chain: chain.tick_info(),
+    "getLastProcessedTick": lambda chain: chain.last_processed_tick(),
+    "balances": lambda chain: chain.balance(ALICE.identity),
+    "getTransactionByHash": lambda chain: chain.transaction(SENT.id),
+    "getTransactionsForIdentity": lambda chain: chain.transactions(ALICE.identity, 0, 10**6, 0, 10),
+    "broadcast-transaction": lambda chain: chain.broadcast(SENT.encode()),
+}
+
+
+# What is asked
+
+
+def test_what_is_asked_and_how(node: Node) -> None:
+    node.says(404, ABSENT)
+    chain = node.chain(headers={"Authorization": "Bearer t0ken"})
+    assert chain.network == "mainnet"
+    chain.transaction(SENT.id)
+    [(method, path, body, headers)] = node.asked
+    assert (method, path, body) == ("POST", "/query/v1/getTransactionByHash", {"hash": SENT.id})
+    assert headers["Authorization"] == "Bearer t0ken"
+    assert headers["Content-Type"] == "application/json"
+
+
+def test_a_page_is_asked_for_by_ticks(node: Node) -> None:
+    node.says(200, {"validForTick": 9, "hits": {"total": 1, "from": 4, "size": 2}, "transactions": [content(SENT)]})
+    found = node.chain().transactions(BOB.identity, 1000, 2000, 4, 2)
+    assert (found.total, found.valid_for_tick, [each.transaction for each in found.transactions]) == (1, 9, [SENT])
+    assert node.asked[0][2] == {
+        "identity": BOB.identity,
+        "filters": {},
+        "ranges": {"tickNumber": {"gte": "1000", "lte": "2000"}},
+        "pagination": {"offset": 4, "size": 2},
+    }
+
+
+def test_a_path_before_the_rpc_s(node: Node) -> None:
+    node.says(200, TICK_INFO)
+    assert RpcChain(node.url + "/v1/").tick_info().tick == 7
+    assert node.asked[0][1] == "/v1/live/v1/tick-info"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://rpc.qubic.org",
+        "http://127.0.0.1.evil.example",
+        "http://localhost.evil.example",
+        "http://0.0.0.0:1",
+        "ftp://rpc.qubic.org",
+        "rpc.qubic.org",
+        "https://",
+        "https://user:secret@rpc.qubic.org",
+        "https://rpc.qubic.org/?a=b",
+        "https://rpc.qubic.org/#a",
+        "",
+        "https://[::1",
+    ],
+)
+def test_an_address_that_is_none_or_not_safe(url: str) -> None:
+    with pytest.raises(ValueError, match="RPC") as caught:
+        RpcChain(url)
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["https://rpc.qubic.org", "http://localhost:80/v1", "http://127.0.0.1", "http://[::1]"])
+def test_an_address_that_is_safe(url: str) -> None:
+    assert RpcChain(url).network == "mainnet"
+
+
+# No answer
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("status", [500, 502, 503, 504, 429])
+def test_a_node_that_is_busy_is_asked_again(
+    node: Node, name: str, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    node.says(status, {"code": 14, "message": "busy"}, **{"Retry-After": "3600"})
+    with pytest.raises(UnavailableError, match=rf"^{name}: the node answered {status}"):
+        CALLS[name](node.chain())
+    assert len(node.asked) == ATTEMPTS
+    assert sum(pauses) < 5, "the node does not say how long we wait"
+    assert len({json.dumps(each[:3]) for each in node.asked}) == 1, "the same, each time"
+
+
+def test_one_failure_is_not_noticed(node: Node) -> None:
+    node.says(503, {"code": 14, "message": "busy"})
+    node.says(200, TICK_INFO)
+    assert node.chain().tick_info().tick == 7
+
+
+@contextmanager
+def hanging(answer: bytes, *, wait: float = 0.0, chunks: int = 1) -> Iterator[str]:
+    """A node that takes a request, says `answer` as often as it is told to, and nothing more; the address is given."""
+    done = threading.Event()
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def run() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=talk, args=(connection,), daemon=True).start()
+
+    def talk(connection: socket.socket) -> None:
+        with connection:
+            connection.recv(65536)
+            for _ in range(chunks):
+                try:
+                    connection.sendall(answer)
+                except OSError:
+                    return
+                if wait and done.wait(wait):
+                    return
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        done.set()
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
+
+
+BEGUN = b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n"
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "READ_SECONDS", 0.2)
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_node_that_never_answers() -> None:
+    with hanging(b"", wait=5) as url, pytest.raises(UnavailableError, match="does not answer"):
+        RpcChain(url).tick_info()
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_node_that_stops_in_the_midst_of_its_answer() -> None:
+    with hanging(BEGUN + b"{", wait=5) as url, pytest.raises(UnavailableError, match="cut off"):
+        RpcChain(url).tick_info()
+
+
+def test_a_node_that_hangs_up_in_the_midst_of_its_answer() -> None:
+    with hanging(BEGUN + b"{}") as url, pytest.raises(UnavailableError, match="cut off"):
+        RpcChain(url).tick_info()
+
+
+def test_a_node_that_drips(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each byte comes in time, the answer does not."""
+    monkeypatch.setattr(rpc, "READ_SECONDS", 0.3)
+    with hanging(BEGUN, wait=0.1, chunks=100) as url, pytest.raises(UnavailableError, match="too long"):
+        RpcChain(url).tick_info()
+
+
+def test_nobody_is_there(node: Node) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with pytest.raises(UnavailableError, match="does not answer"):
+        RpcChain(f"http://127.0.0.1:{port}").tick_info()
+
+
+# Answers that are none
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize(
+    "answer",
+    ["", "<html>", "{", "null", "[]", "7", '{"tickInfo":null}', "[" * 100_000],
+    ids=lambda text: text[:8] or "-",
+)
+def test_what_is_not_as_documented(node: Node, name: str, answer: str) -> None:
+    node.says(200, answer)
+    with pytest.raises(UnavailableError, match=rf"^{name}: the answer "):
+        CALLS[name](node.chain())
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_is_not_followed(node: Node, name: str, status: int) -> None:
+    node.says(status, TICK_INFO, Location=node.url + "/elsewhere")
+    with pytest.raises(UnavailableError, match=f"answered {status}"):
+        CALLS[name](node.chain())
+    assert len(node.asked) == 1
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_answer_that_is_too_large(node: Node, name: str) -> None:
+    node.says(200, {"padding": "x" * MAX_ANSWER_BYTES})
+    with pytest.raises(UnavailableError, match="larger"):
+        CALLS[name](node.chain())
+
+
+def test_an_answer_of_the_largest_size(node: Node) -> None:
+    padding = MAX_ANSWER_BYTES - len(json.dumps(TICK_INFO | {"padding": ""}))
+    node.says(200, TICK_INFO | {"padding": "x" * padding})
+    assert node.chain().tick_info().tick == 7
+
+
+@pytest.mark.parametrize("tick", [-1, "x", "1_000", " 7", 7.0, True, None, 2**64, "1" * 21, [7]])
+def test_a_number_that_is_none(node: Node, tick: Any) -> None:
+    node.says(200, {"tickInfo": TICK_INFO["tickInfo"] | {"tick": tick}})
+    with pytest.raises(UnavailableError, match=r"^tick-info: the answer is not as documented: tickInfo\.tick$"):
+        node.chain().tick_info()
+
+
+def test_another_s_balance(node: Node) -> None:
+    ticks = ("validForTick", "latestIncomingTransferTick", "latestOutgoingTransferTick")
+    numbers = dict.fromkeys((*ticks, "numberOfIncomingTransfers", "numberOfOutgoingTransfers"), 1)
+    balance = {"id": BOB.identity, "balance": "5", "incomingAmount": "6", "outgoingAmount": "1"} | numbers
+    node.says(200, {"balance": balance})
+    assert node.chain().balance(BOB.identity).balance == 5
+    with pytest.raises(UnavailableError, match="another identity"):
+        node.chain().balance(ALICE.identity)
+
+
+# A transaction is there, or not, or nothing is known
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_both_nestings(node: Node, nested: bool) -> None:
+    node.says(200, {"transaction": content(SENT)} if nested else content(SENT))
+    found = node.chain().transaction(SENT.id)
+    assert found is not None
+    assert (found.transaction, found.timestamp, found.money_flew) == (SENT, 1772625600000, True)
+
+
+def test_money_flew_decides_nothing(node: Node) -> None:
+    node.says(200, content(SENT, moneyFlew=False))
+    found = node.chain().transaction(SENT.id)
+    assert found is not None
+    assert found.transaction == SENT
+
+
+def test_absent(node: Node) -> None:
+    node.says(404, ABSENT)
+    assert node.chain().transaction(SENT.id) is None
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (404, "<html>not found</html>"),
+        (404, {"message": "Not Found"}),
+        (404, {"type": "about:blank", "title": "Not Found", "status": 404, "detail": "There is no such route."}),
+        (404, {"code": 12, "message": "this is not the mock network"}),
+        (404, {"code": "5", "message": "x"}),
+        (403, {"message": "Missing Authentication Token"}),
+        (400, ABSENT),
+        (410, ABSENT),
+        (200, {}),
+        (200, {"transaction": None}),
+        (204, ""),
+    ],
+)
+def test_what_does_not_say_that_a_transaction_is_absent(node: Node, status: int, body: Any) -> None:
+    """Whoever takes it for absent signs it anew, and it executes twice."""
+    node.says(status, body)
+    with pytest.raises(UnavailableError):
+        node.chain().transaction(SENT.id)
+
+
+CHANGES = {
+    "amount": "6",
+    "source": BOB.identity,
+    "destination": ALICE.identity,
+    "tickNumber": 1235,
+    "inputType": 8,
+    "inputSize": 8,
+    "inputData": base64.b64encode(b"pay1oad").decode(),
+    "signature": base64.b64encode(BOB.signed(BOB, 5, 1234).signature).decode(),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_node_that_changes_something(node: Node, name: str) -> None:
+    node.says(200, content(SENT, **{name: CHANGES[name]}))
+    with pytest.raises(UnavailableError, match="another transaction"):
+        node.chain().transaction(SENT.id)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("source", "A" * 60),
+        ("destination", ""),
+        ("amount", str(10**15 + 1)),
+        ("tickNumber", 2**32),
+        ("inputType", 2**16),
+        ("inputData", "%%%"),
+        ("signature", ""),
+        ("signature", "AAAA"),
+        ("signature", "ü"),
+    ],
+)
+def test_a_node_that_answers_what_is_no_transaction(node: Node, name: str, value: Any) -> None:
+    node.says(200, content(SENT, **{name: value}))
+    with pytest.raises(UnavailableError, match="no transaction"):
+        node.chain().transaction(SENT.id)
+
+
+def test_a_signature_that_is_not_the_source_s(node: Node) -> None:
+    """The id is that of these very bytes, and the source has not signed them."""
+    s = int.from_bytes(SENT.signature[32:], "little")
+    for signature in (bytes(64), SENT.signature[:32] + (s + fourq.N).to_bytes(32, "little")):
+        forged = replace(SENT, signature=signature)
+        node.answers.clear()
+        node.says(200, content(forged))
+        with pytest.raises(UnavailableError, match="has not signed"):
+            node.chain().transaction(forged.id)
+
+
+@pytest.mark.parametrize(
+    ("transactions", "match"),
+    [
+        ([content(SENT, amount="6")], "another transaction"),
+        ([content(replace(SENT, signature=bytes(64)))], "has not signed"),
+        ([content(ALICE.signed(BOB, 5, 999))], "not asked for"),
+        ([content(ALICE.signed(BOB, 5, 2001))], "not asked for"),
+        ([content(SENT), content(SENT), content(SENT)], "more than"),
+    ],
+)
+def test_a_list_that_is_not_what_was_asked_for(node: Node, transactions: list[Any], match: str) -> None:
+    node.says(200, {"validForTick": 9, "hits": {"total": 1, "from": 0, "size": 2}, "transactions": transactions})
+    with pytest.raises(UnavailableError, match=match):
+        node.chain().transactions(ALICE.identity, 1000, 2000, 0, 2)
+
+
+def test_a_list_of_another_s_transactions(node: Node) -> None:
+    node.says(200, {"validForTick": 9, "hits": {"total": 1, "from": 0, "size": 2}, "transactions": [content(SENT)]})
+    with pytest.raises(UnavailableError, match="not asked for"):
+        node.chain().transactions(key("carol").identity, 1000, 2000, 0, 2)
+
+
+# Broadcast
+
+
+def test_the_number_of_peers_decides_nothing(node: Node) -> None:
+    for peers in (0, 7):
+        node.answers.clear()
+        node.says(200, {"peersBroadcasted": peers, "encodedTransaction": "", "transactionId": SENT.id})
+        assert node.chain().broadcast(SENT.encode()) == SENT.id
+    assert base64.b64decode(node.asked[0][2]["encodedTransaction"]) == SENT.encode()
+
+
+def test_a_broadcast_that_is_refused(node: Node) -> None:
+    node.says(400, {"code": 3, "message": "no balance\n" + "x" * 1000})
+    with pytest.raises(RefusedError, match="no balance") as caught:
+        node.chain().broadcast(SENT.encode())
+    assert caught.value.code == "broadcast_refused"
+    assert "\n" not in caught.value.message
+    assert len(caught.value.message) < 300
+    assert len(node.asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (401, {"code": 16, "message": "token"}),
+        (403, {"message": "Forbidden"}),
+        (404, {"code": 5, "message": "Not Found"}),
+        (413, "too large"),
+        (400, "<html>bad gateway of some proxy</html>"),
+        (200, {"transactionId": "a" * 60}),
+        (202, {"transactionId": SENT.id}),
+    ],
+)
+def test_a_broadcast_of_which_nothing_is_known(node: Node, status: int, body: Any) -> None:
+    node.says(status, body)
+    with pytest.raises(UnavailableError):
+        node.chain().broadcast(SENT.encode())
+
+
+def test_what_is_no_transaction_is_not_sent(node: Node) -> None:
+    node.says(200, {})
+    with pytest.raises(RefusedError, match="malformed"):
+        node.chain().broadcast(b"x" * 100)
+    assert node.asked == []

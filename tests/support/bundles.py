@@ -1,0 +1,303 @@
+"""Tasks as they are recorded, anchored and bundled, by the real domain code, without AWS."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from qaes.domain import planning
+from qaes.domain.anchor import ANCHOR_INPUT_TYPE, AnchorPayload, log_id_bytes
+from qaes.domain.audit import GENESIS, build_entry, entry_text
+from qaes.domain.bundle import TrailEntry, build_bundle
+from qaes.domain.canonical import canonical_json, salted_hash
+from qaes.domain.ids import parse_timestamp, timestamp
+from qaes.domain.merkle import leaf_digest, leaf_hash
+from qaes.domain.models import Event, Plan, Step
+from qaes.domain.policy import PolicyDecision, PolicyDocument, Rule, policy_of
+from qaes.domain.qubic import schnorrq
+from qaes.domain.qubic.identity import encode_identity
+from qaes.domain.qubic.transaction import Transaction
+from qaes.domain.tiles import appended, inclusion_proof, tree_root
+
+LOG_ID = "qaes-test"
+TASK_ID = "task_019ab000-0000-7000-8000-000000000001"
+PLAN_ID = "plan_019ab000-0000-7000-8000-000000000002"
+SALT = "0123456789abcdef0123456789abcdef"
+START = parse_timestamp("2026-11-23T12:00:00.000Z")
+RULES = {
+    "monitoring": Rule(allowed=True, requires_approval=False, risk_level="low"),
+    "transfer_funds": Rule(allowed=True, requires_approval=True, risk_level="high", approvals=2, expires_after=86_400),
+}
+WALLET, TARGET = "0x1234567890abcdef", "0xfedcba0987654321"
+TRANSFER = {"wallet_address": WALLET, "to_address": TARGET, "amount": 100}
+
+
+def load_verifier() -> ModuleType:
+    """The stranger's file, which is in no package."""
+    path = Path(__file__).parents[2] / "docs" / "verify_bundle.py"
+    spec = importlib.util.spec_from_file_location("verify_bundle", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["verify_bundle"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def policy_text(rules: dict[str, Rule] = RULES, version: int = 3) -> str:
+    return PolicyDocument.write(rules, version=version, proposed_by="olivia").text()
+
+
+class Anchorer:
+    """The key that anchors a log."""
+
+    def __init__(self, seed: str = "a" * 55) -> None:
+        self.subseed = schnorrq.subseed_of(seed)
+        self.public_key = schnorrq.public_key_of(self.subseed)
+        self.identity = encode_identity(self.public_key)
+
+    def transaction(self, payload: bytes, tick: int = 75_241_800, **changes: Any) -> Transaction:
+        fields = {"source": self.public_key, "destination": self.public_key, "amount": 0, "tick": tick}
+        fields |= {"input_type": ANCHOR_INPUT_TYPE, "payload": payload} | changes
+        return Transaction(**fields).sign(self.subseed)
+
+
+class Log:
+    """The log in memory."""
+
+    def __init__(self) -> None:
+        self.texts: list[bytes] = []
+        self.tiles: dict[tuple[int, int], bytes] = {}
+
+    def append(self, *texts: str) -> list[int]:
+        data = [text.encode() for text in texts]
+        self.tiles |= appended(len(self.texts), [leaf_digest(each) for each in data], self.read)
+        self.texts += data
+        return list(range(len(self.texts) - len(data), len(self.texts)))
+
+    def read(self, level: int, index: int, width: int) -> bytes:
+        return self.tiles[level, index]
+
+    def anchor(self, size: int | None = None, log_id: str = LOG_ID) -> AnchorPayload:
+        size = size or len(self.texts)
+        return AnchorPayload(log_id_bytes(log_id), size, tree_root(size, self.read))
+
+    def prove(self, index: int, size: int) -> list[bytes]:
+        return inclusion_proof(index, size, self.read)
+
+
+class Trail:
+    """A task's events as the services record them; each method is one event."""
+
+    def __init__(
+        self,
+        task_type: str = "transfer_funds",
+        parameters: dict[str, Any] | None = None,
+        rules: dict[str, Rule] = RULES,
+        log_id: str = LOG_ID,
+    ) -> None:
+        self.log_id = log_id
+        self.policy_text = policy_text(rules)
+        self.policy = policy_of(self.policy_text)
+        self.request = {
+            "task_id": TASK_ID,
+            "task_type": task_type,
+            "description": "Zürich \u2013 pay the \U0001f9fe\x7f\x01",
+            "parameters": parameters or TRANSFER,
+            "requester": "alice",
+        }
+        self.plan: Plan | None = None
+        self.policy_id = ""
+        self.entries: list[tuple[str, str, str]] = []
+        self.moment = START
+        self.prev = GENESIS
+        self.asked: dict[str, Any] = {}
+        self.run = 1
+
+    def record(self, kind: Any, actor: str, status: str, input_: Any, output: Any, **fields: Any) -> Trail:
+        self.moment += timedelta(seconds=1)
+        fields = {
+            "plan_hash": self.plan.hash() if self.plan else "",
+            "policy_id": self.policy_id,
+            "timestamp": timestamp(self.moment),
+        } | fields
+        event = Event(
+            kind=kind,
+            actor=actor,
+            status=status,
+            input_hash=salted_hash(SALT, input_),
+            output_hash=salted_hash(SALT, output),
+            **fields,
+        )
+        entry = build_entry(event, log_id=self.log_id, task_id=TASK_ID, seq=len(self.entries) + 1, prev=self.prev)
+        text = entry_text(entry)
+        self.prev = leaf_hash(text)
+        self.entries.append((text, canonical_json(input_), canonical_json(output)))
+        return self
+
+    def start(self) -> Trail:
+        output = {"task_id": TASK_ID, "idempotency_key": None}
+        return self.record("task_started", self.request["requester"], "pending", self.request, output)
+
+    def decision(self) -> PolicyDecision:
+        return self.policy.decide(planning.action_type(self.request["task_type"]))
+
+    def check_policy(self, **fields: Any) -> Trail:
+        decision = self.decision()
+        analysis = planning.analyze(self.request["task_type"], self.policy).model_dump(mode="json")
+        status = "allowed" if decision.allowed else "denied"
+        self.policy_id = decision.policy_id
+        output = decision.model_dump(mode="json") | fields
+        return self.record("policy_checked", "planner", status, analysis, output)
+
+    def build(self, **changes: Any) -> Trail:
+        self.plan = planning.build_plan(
+            plan_id=PLAN_ID,
+            task_id=TASK_ID,
+            created_at=timestamp(self.moment),
+            task_type=self.request["task_type"],
+            description=self.request["description"],
+            parameters=self.request["parameters"],
+            analysis=planning.analyze(self.request["task_type"], self.policy),
+            policy=self.decision(),
+        ).model_copy(update=changes)
+        return self.record("plan_built", "planner", "planned", self.request, self.plan.model_dump(mode="json"))
+
+    def of_step(self, index: int) -> tuple[Step, dict[str, Any]]:
+        assert self.plan is not None
+        step = self.plan.steps[index]
+        return step, {"step_index": index, "step_id": step.step_id, "step_type": step.type}
+
+    def ask(self, index: int, required: int = 2, seconds: int = 86_400, **changes: Any) -> Trail:
+        step, fields = self.of_step(index)
+        assert self.plan is not None
+        self.asked = {
+            "plan_hash": self.plan.hash(),
+            "step_hash": step.hash(),
+            "policy_id": self.policy_id,
+            "round": self.asked.get("round", 0) + 1,
+            "required": required,
+            "expires_at": timestamp(self.moment + timedelta(seconds=1 + seconds)),
+        } | changes
+        said = {"status": "pending", "actor": "compliance"}
+        return self.record("approval_requested", "compliance", "pending", self.asked, said, **fields)
+
+    def decide(self, index: int, who: str, yes: bool, approvals: int, **changes: Any) -> Trail:
+        _, fields = self.of_step(index)
+        status = "approved" if yes else "rejected"
+        said = {
+            "status": status,
+            "actor": who,
+            "approved": yes,
+            "reason": "looked at it",
+            "decided_at": timestamp(self.moment + timedelta(seconds=1)),
+            "approvals": approvals,
+            "plan_hash": self.asked["plan_hash"],
+            "step_hash": self.asked["step_hash"],
+            "idempotency_key": None,
+        } | changes
+        return self.record("approval_decided", who, status, self.asked, said, **fields)
+
+    def close(self, kind: str, index: int, actor: str = "compliance") -> Trail:
+        _, fields = self.of_step(index)
+        status = "pending" if kind == "approval_reminder" else kind.removeprefix("approval_")
+        return self.record(kind, actor, status, self.asked, {"status": status, "actor": actor}, **fields)
+
+    def execute(self, index: int, result: dict[str, Any] | None = None, status: str = "succeeded") -> Trail:
+        step, fields = self.of_step(index)
+        if result is None:
+            result = {"ok": True, "balance": 1000, "rate": 0.1}
+            if step.type == "policy_check":
+                result = self.decision().model_dump(mode="json") | {"pinned": True}
+        return self.record("step_executed", "worker", status, step.parameters, result, **fields)
+
+    def retry(self) -> Trail:
+        self.run += 1
+        output = {"run": self.run, "idempotency_key": None}
+        return self.record("task_retried", "alice", "executing" if self.plan else "pending", self.request, output)
+
+    def end(self, status: str, actor: str = "execution") -> Trail:
+        output = {"status": status, "reason": None, "failed_step": None, "idempotency_key": None}
+        return self.record("task_ended", actor, status, self.request, output)
+
+    def bundle(
+        self,
+        anchorer: Anchorer | None = None,
+        *,
+        log: Log | None = None,
+        unanchored: int = 0,
+        network: Any = "mock",
+        payload: AnchorPayload | None = None,
+    ) -> dict[str, Any]:
+        """Sequence the entries among those of others, anchor all but the last `unanchored`, and put it together."""
+        anchorer, log = anchorer or Anchorer(), log or Log()
+        entries = []
+        covered = len(self.entries) - unanchored
+        for number, (text, input_, output) in enumerate(self.entries):
+            if number == covered:
+                payload = payload or log.anchor(log_id=self.log_id)
+            log.append(f"another task's entry {number}")
+            entries.append(TrailEntry(text, input_, output, log.append(text)[0]))
+        log.append("and one after it")
+        payload = payload or log.anchor(log_id=self.log_id)
+        return build_bundle(
+            log_id=self.log_id,
+            network=network,
+            task_id=TASK_ID,
+            salt=SALT,
+            entries=entries,
+            anchored=anchorer.transaction(payload.encode()).encode(),
+            prove=log.prove,
+            policies=[self.policy_text] if self.policy_id else [],
+        )
+
+
+def transfer() -> Trail:
+    """Approved by two people, and made."""
+    trail = Trail().start().check_policy().build().execute(0).execute(1).ask(2)
+    return trail.decide(2, "bob", True, 1).close("approval_reminder", 2).decide(2, "carol", True, 2).execute(2)
+
+
+def transferred() -> Trail:
+    return transfer().end("completed")
+
+
+def rejected() -> Trail:
+    trail = Trail().start().check_policy().build().execute(0).execute(1).ask(2)
+    return trail.decide(2, "bob", True, 1).decide(2, "carol", False, 1).end("rejected")
+
+
+def denied() -> Trail:
+    return Trail("self_destruct", {"now": True, "after": 1.5e-7}).start().check_policy().end("denied")
+
+
+def monitored() -> Trail:
+    trail = Trail("monitor_wallet", {"wallet_address": WALLET, "alert_threshold": 500})
+    return trail.start().check_policy().build().execute(0).execute(1).execute(2).end("completed")
+
+
+def expired_and_retried() -> Trail:
+    """Nobody decides; retried, it fails; retried, it is approved and made."""
+    trail = Trail().start().check_policy().build().execute(0).execute(1).ask(2).close("approval_expired", 2)
+    trail.end("expired").retry().ask(2).decide(2, "bob", True, 1).decide(2, "carol", True, 2)
+    trail.execute(2, {"error": "insufficient_balance"}, "failed").end("failed").retry()
+    return trail.ask(2).decide(2, "carol", True, 1).decide(2, "bob", True, 2).execute(2).end("completed")
+
+
+def cancelled() -> Trail:
+    """Cancelled while a step was under way, whose result came in later."""
+    trail = Trail("monitor_wallet", {"wallet_address": WALLET}).start().check_policy().build().execute(0)
+    return trail.end("cancelled", "alice").execute(1)
+
+
+STORIES = {
+    "transferred": transferred,
+    "rejected": rejected,
+    "denied": denied,
+    "monitored": monitored,
+    "expired and retried": expired_and_retried,
+    "cancelled": cancelled,
+}

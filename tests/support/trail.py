@@ -1,0 +1,100 @@
+"""A log in moto's tables: tasks with events, recorded, delivered to the sequencer as the stream would, anchored."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import boto3
+
+from audit.log import Log
+from audit.recorder import Recorder
+from audit.sequencer import Sequencer
+from audit.store import AuditStore, Outbox
+from qaes.domain.audit import GENESIS, build_entry, entry_text
+from qaes.domain.ids import new_task_id, now, timestamp
+from qaes.domain.merkle import leaf_hash
+from qaes.domain.models import Event
+from tests.support.cloud import Cloud
+
+LOG_ID = "qaes"
+
+
+def new_recorder() -> Recorder:
+    return Recorder(Outbox("TasksTable"), store(), log_id=LOG_ID)
+
+
+def new_sequencer() -> Sequencer:
+    return Sequencer(log(), store(), log_id=LOG_ID)
+
+
+def store() -> AuditStore:
+    return AuditStore("AuditEntriesTable", "AuditLogTable")
+
+
+def log() -> Log:
+    return Log("AuditLogTable")
+
+
+def entry_items(*tasks: str) -> list[dict[str, Any]]:
+    """The items of the tasks' entries, or of all, as they lie in the table."""
+    pages = boto3.client("dynamodb").get_paginator("scan").paginate(TableName="AuditEntriesTable")
+    found = [item for page in pages for item in page["Items"]]
+    return [item for item in found if not tasks or item["pk"]["S"] in tasks]
+
+
+def put_entries(count: int) -> str:
+    """A task with so many entries on record, written at once: moto's transactions copy whole tables."""
+    task_id, prev, client = new_task_id(), GENESIS, boto3.client("dynamodb")
+    for seq in range(1, count + 1):
+        event = Event(
+            kind="step_executed", actor="worker", status="succeeded", input_hash="1" * 64, output_hash="2" * 64,
+            timestamp=timestamp(now()),
+        )  # fmt: skip
+        text = entry_text(build_entry(event, log_id=LOG_ID, task_id=task_id, seq=seq, prev=prev))
+        prev = leaf_hash(text)
+        item = {"pk": {"S": task_id}, "sk": {"S": f"ENTRY#{seq:06d}"}, "text": {"S": text}, "leaf": {"S": prev}}
+        client.put_item(TableName="AuditEntriesTable", Item=item)
+    return task_id
+
+
+def stream_of(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """The batch in which the stream delivers those items."""
+    return {
+        "Records": [
+            {
+                "eventName": "INSERT",
+                "eventSource": "aws:dynamodb",
+                "dynamodb": {
+                    "Keys": {"pk": item["pk"], "sk": item["sk"]},
+                    "NewImage": item,
+                    "SequenceNumber": str(1000 + number),
+                },
+            }
+            for number, item in enumerate(items)
+        ]
+    }
+
+
+def deliver(aws: Cloud, items: list[dict[str, Any]]) -> list[str]:
+    """Have the sequencer take those items; return the sequence numbers that it wants again."""
+    answer = aws.invoke("SequencerFunction", json.loads(json.dumps(stream_of(items))))
+    return [each["itemIdentifier"] for each in answer["batchItemFailures"]]
+
+
+def anchor(aws: Cloud) -> dict[str, Any]:
+    answer: dict[str, Any] = aws.invoke("AnchorFunction", {"time": "2026-11-23T12:00:00Z"})
+    return answer
+
+
+def sequence_all(aws: Cloud) -> None:
+    """Put all that is on record into the log."""
+    assert deliver(aws, entry_items()) == []
+
+
+def anchor_all(aws: Cloud) -> None:
+    """Put all that is on record into the log, and have the ledger confirm an anchor over it."""
+    sequence_all(aws)
+    anchor(aws)
+    aws.settle()
+    assert anchor(aws)["state"] == "confirmed"

@@ -1,0 +1,837 @@
+"""Attacks on the audit trail, and which check catches each (docs/audit.md, "What the verifier checks").
+
+Three attackers: one who alters a bundle on its way; one who rewrites the database and computes every hash anew, but has
+not the anchor key; and the operator, who has the key and records what should never have happened.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qaes.domain.anchor import AnchorPayload, log_id_bytes
+from qaes.domain.bundle import TrailEntry, build_bundle
+from qaes.domain.canonical import canonical_json, salted_hash, sha256_hex
+from qaes.domain.merkle import ProofError, leaf_digest, leaf_hash, node_hash, verify_consistency, verify_inclusion
+from qaes.domain.policy import Rule
+from qaes.domain.qubic import fourq, transaction
+from qaes.domain.tiles import consistency_proof
+from tests.support.bundles import (
+    LOG_ID,
+    RULES,
+    SALT,
+    STORIES,
+    TARGET,
+    WALLET,
+    Anchorer,
+    Log,
+    Trail,
+    denied,
+    load_verifier,
+    monitored,
+    policy_text,
+    rejected,
+    transfer,
+    transferred,
+)
+from tests.unit.test_canonical import JSON
+
+verifier = load_verifier()
+ANCHORER = Anchorer()
+OTHER = Anchorer("b" * 55)
+ID = "019ab000"
+
+
+def verify(data: dict[str, Any] | bytes, **options: Any) -> list[str]:
+    data = data if isinstance(data, bytes) else canonical_json(data).encode()
+    lines: list[str] = verifier.verify(data, **{"log_id": LOG_ID, "anchor_identity": ANCHORER.identity} | options)
+    return lines
+
+
+def caught(data: dict[str, Any] | bytes, **options: Any) -> tuple[str, str]:
+    """The check that fails, and where."""
+    with pytest.raises(verifier.Failed) as failed:
+        verify(data, **options)
+    return failed.value.check, failed.value.where
+
+
+GOOD = transferred().bundle()
+SMALL = denied().bundle()
+
+
+def alter_text(entry: dict[str, Any], **changes: Any) -> None:
+    entry["text"] = canonical_json(json.loads(entry["text"]) | changes)
+
+
+def rewrite(bundle: dict[str, Any], change: Callable[[list[dict[str, Any]]], None]) -> dict[str, Any]:
+    """Change the entries, then number and chain them anew: the database rewritten with all hashes recomputed."""
+    bundle = deepcopy(bundle)
+    change(bundle["entries"])
+    prev = "0" * 64
+    for seq, entry in enumerate(bundle["entries"], start=1):
+        hashes = {f"{side}_hash": salted_hash(SALT, json.loads(entry[side])) for side in ("input", "output")}
+        alter_text(entry, seq=seq, prev=prev, **hashes)
+        prev = leaf_hash(entry["text"])
+    return bundle
+
+
+def anchored_with(sent: bytes, bundle: dict[str, Any] = GOOD) -> dict[str, Any]:
+    """The bundle with another transaction, and all that is said of it as it should be."""
+    decoded = transaction.decode(sent)
+    anchor = {
+        "payload": decoded.payload.hex(),
+        "transaction": base64.b64encode(sent).decode(),
+        "txid": decoded.id,
+        "tick": decoded.tick,
+    }
+    return bundle | {"anchor": anchor}
+
+
+def payload_of(bundle: dict[str, Any]) -> bytes:
+    return bytes.fromhex(bundle["anchor"]["payload"])
+
+
+# One entry altered
+
+FIELDS = {
+    "v": (2, "text"), "log_id": ("another", "log"), "task_id": ("task_1", "task"), "seq": (9, "seq"),
+    "step_index": (0, "prev"), "step_id": ("step_9", "prev"), "step_type": ("generic_action", "prev"),
+    "kind": ("approval_expired", "prev"), "actor": ("mallory", "prev"), "status": ("rejected", "prev"),
+    "input_hash": ("0" * 64, "input"), "output_hash": ("0" * 64, "output"), "plan_hash": ("0" * 64, "prev"),
+    "policy_id": ("policy-v9-000000000000", "prev"), "nonce": ("0" * 32, "prev"), "prev": ("0" * 64, "prev"),
+    "timestamp": ("2026-11-24T12:00:00.000Z", "prev"),
+}  # fmt: skip
+
+
+def test_the_table_has_every_field() -> None:
+    assert set(FIELDS) == set(json.loads(GOOD["entries"][0]["text"]))
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_a_field_of_an_entry_altered(field: str) -> None:
+    value, check = FIELDS[field]
+    bundle = deepcopy(GOOD)
+    alter_text(bundle["entries"][6], **{field: value})
+    # What the entry itself does not show, the one after it does.
+    assert caught(bundle) == (check, "entry 8" if check == "prev" and field != "prev" else "entry 7")
+
+
+@pytest.mark.parametrize(
+    "field", sorted(set(FIELDS) - {"v", "log_id", "task_id", "seq", "prev", "input_hash", "output_hash"})
+)
+@pytest.mark.parametrize("at", [0, 6, -1])
+def test_a_field_altered_and_all_hashes_recomputed(field: str, at: int) -> None:
+    bundle = rewrite(GOOD, lambda entries: alter_text(entries[at], **{field: FIELDS[field][0]}))
+    assert caught(bundle) == ("proof", f"entry {at + 1 if at >= 0 else len(bundle['entries'])}")
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+def test_what_went_in_or_came_out_altered(side: str) -> None:
+    bundle = deepcopy(GOOD)
+    said = json.loads(bundle["entries"][0]["input"])
+    bundle["entries"][0][side] = canonical_json(said | {"description": "another"})
+    assert caught(bundle) == (side, "entry 1")
+
+    def change(entries: list[dict[str, Any]]) -> None:
+        entries[0][side] = canonical_json(said | {"description": "another"})
+
+    assert caught(rewrite(GOOD, change)) == ("proof", "entry 1")
+
+
+def test_another_salt() -> None:
+    assert caught(GOOD | {"salt": "0" * 32}) == ("input", "entry 1")
+
+
+@pytest.mark.parametrize("salt", ["", SALT[:-1], SALT.upper(), SALT + "\n", 'x","value":1,"y":"', "\u0660" * 32])
+def test_a_salt_that_is_none(salt: str) -> None:
+    """A salt is put into a text as it is: one with quotes would let two values have one hash."""
+    assert caught(GOOD | {"salt": salt}) == ("format", "bundle")
+
+
+def test_a_bundle_of_another_format() -> None:
+    assert caught(GOOD | {"format": "qaes-bundle-2"}) == ("format", "bundle")
+    assert caught(GOOD | {"entries": []}) == ("format", "bundle")
+
+
+# Entries deleted, reordered, duplicated, inserted
+
+
+def swap(entries: list[dict[str, Any]]) -> None:
+    entries[3], entries[4] = entries[4], entries[3]
+
+
+MOVES: dict[str, tuple[Callable[[list[dict[str, Any]]], Any], str]] = {
+    "first deleted": (lambda entries: entries.pop(0), "entry 1"),
+    "one deleted": (lambda entries: entries.pop(4), "entry 5"),
+    "reordered": (swap, "entry 4"),
+    "duplicated": (lambda entries: entries.insert(4, deepcopy(entries[4])), "entry 6"),
+    "inserted": (lambda entries: entries.insert(5, deepcopy(entries[0])), "entry 6"),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_entries_moved(name: str) -> None:
+    move, where = MOVES[name]
+    bundle = deepcopy(GOOD)
+    move(bundle["entries"])
+    assert caught(bundle) == ("seq", where)
+    assert caught(rewrite(GOOD, move))[0] == "proof"
+
+
+def test_two_entries_at_one_place() -> None:
+    bundle = deepcopy(GOOD)
+    for name in ("index", "proof"):
+        bundle["entries"][4][name] = bundle["entries"][3][name]
+    assert caught(bundle) == ("proof", "entry 5")
+
+
+def test_a_log_in_which_a_task_runs_backwards() -> None:
+    """The operator's own root over entries out of order: each is included, and yet."""
+    trail, log = denied(), Log()
+    texts = [text for text, _, _ in trail.entries]
+    log.append(*reversed(texts))
+    entries = [TrailEntry(*each, 2 - number) for number, each in enumerate(trail.entries)]
+    bundle = build_bundle(
+        log_id=LOG_ID, network="mock", task_id=GOOD["task_id"], salt=SALT, entries=entries, prove=log.prove,
+        anchored=ANCHORER.transaction(log.anchor().encode()).encode(), policies=[trail.policy_text],
+    )  # fmt: skip
+    assert caught(bundle) == ("index", "entry 2")
+
+
+# The tail
+
+
+@pytest.mark.parametrize("kept", [1, 5, 10])
+def test_the_anchored_tail_truncated(kept: int) -> None:
+    cut = GOOD | {"entries": GOOD["entries"][:kept]}
+    assert caught(cut)[0] in {"complete", "policy"}  # a policy that nothing refers to any more gives it away too
+    assert caught(cut | {"policies": GOOD["policies"] if kept > 1 else {}}) == ("complete", f"entry {kept}")
+
+
+def test_the_unanchored_tail_truncated() -> None:
+    """What docs/audit.md says plainly: until it is anchored, an entry can be dropped, and no bundle shows it."""
+    bundle = transferred().bundle(unanchored=2)
+    cut = bundle | {"entries": bundle["entries"][:-1]}
+    assert caught(bundle) == ("complete", "entry 10") == caught(cut)
+    assert any("NOT ANCHORED YET" in line for line in verify(cut, open_=True))
+    without = bundle | {"entries": bundle["entries"][:-2]}
+    assert caught(without) == ("complete", "entry 9")  # the end is missing: it is not finished, or not whole
+    assert not any("NOT ANCHORED YET" in line for line in verify(without, open_=True))
+
+
+def test_an_unanchored_tail_rewritten() -> None:
+    """It can be: it is worth nothing until it is anchored. What is anchored cannot."""
+    bundle = transferred().bundle(unanchored=1)
+    tail = rewrite(bundle, lambda entries: alter_text(entries[-1], timestamp="2026-11-24T12:00:00.000Z"))
+    assert any("worth nothing so far: entry 11" in line for line in verify(tail, open_=True))
+    anchored = rewrite(bundle, lambda entries: alter_text(entries[-2], timestamp="2026-11-24T12:00:00.000Z"))
+    assert caught(anchored, open_=True) == ("proof", "entry 10")
+
+
+def test_anchored_entries_passed_off_as_not_anchored() -> None:
+    bundle = deepcopy(GOOD)
+    bundle["entries"][5] |= {"index": None, "proof": None}
+    assert caught(bundle) == ("index", "entry 6")
+    bundle["entries"][5]["index"] = 5
+    assert caught(bundle) == ("index", "entry 6")
+    for entry in bundle["entries"][5:]:
+        entry |= {"index": None, "proof": None}
+    assert caught(bundle) == ("complete", "entry 6")
+
+
+# The whole history rewritten; forks
+
+
+def test_history_rewritten_with_another_anchor_key() -> None:
+    forged = rejected().bundle(OTHER)
+    assert caught(forged) == ("identity", "anchor")
+    assert verify(forged, anchor_identity=OTHER.identity)  # which is why the identity must come from elsewhere
+
+
+def test_history_rewritten_under_the_true_anchor() -> None:
+    assert caught(rejected().bundle() | {"anchor": GOOD["anchor"]})[0] == "proof"
+
+
+def test_history_rewritten_under_an_anchor_that_is_not_signed_for_it() -> None:
+    forged = rejected().bundle()
+    signature = base64.b64decode(GOOD["anchor"]["transaction"])[-64:]
+    sent = base64.b64decode(forged["anchor"]["transaction"])[:-64] + signature
+    assert caught(anchored_with(sent, forged)) == ("signature", "anchor")
+
+
+def test_two_roots_of_one_size() -> None:
+    """A fork: what one side shows does not pass under the other's anchor, and no proof leads from one to the other."""
+    one, other = Log(), Log()
+    mine, yours = transferred().bundle(log=one), transferred().bundle(log=other)
+    first, second = one.anchor(), other.anchor()
+    assert first.size == second.size and first.root != second.root
+    assert caught(mine | {"anchor": yours["anchor"]})[0] == "proof"
+    with pytest.raises(ProofError) as fork:
+        verify_consistency(
+            first=first.size, second=second.size, proof=[], first_root=first.root, second_root=second.root
+        )
+    assert fork.value.check == "root"
+
+
+def test_a_fork_that_goes_on() -> None:
+    one, other = Log(), Log()
+    transferred().bundle(log=one)
+    rejected().bundle(log=other)
+    other.append(*(f"more {number}" for number in range(30)))
+    seen, now = one.anchor(), other.anchor()
+    with pytest.raises(ProofError) as fork:
+        verify_consistency(
+            first=seen.size,
+            second=now.size,
+            proof=consistency_proof(seen.size, now.size, other.read),
+            first_root=seen.root,
+            second_root=now.root,
+        )
+    assert fork.value.check == "root"
+
+
+# Anchors
+
+
+def test_an_older_anchor_replayed() -> None:
+    log = Log()
+    log.append("somebody's entry")
+    older = log.anchor()
+    assert caught(anchored_with(ANCHORER.transaction(older.encode()).encode())) == ("index", "entry 1")
+
+
+def test_the_anchor_of_another_log() -> None:
+    payload = replace(AnchorPayload(log_id_bytes(LOG_ID), 23, bytes(32)), log_id=log_id_bytes("another"))
+    assert caught(anchored_with(ANCHORER.transaction(payload.encode()).encode())) == ("log", "anchor")
+
+
+def test_a_server_that_answers_with_another_log() -> None:
+    other = Trail(log_id="another").start().end("cancelled", "alice").bundle()
+    assert verify(other, log_id="another")
+    assert caught(other) == ("log", "bundle")
+    assert caught(other | {"log_id": LOG_ID}) == ("log", "entry 1")
+
+
+def test_a_server_that_answers_with_another_task() -> None:
+    assert caught(GOOD, task_id=GOOD["task_id"][:-1] + "2") == ("task", "bundle")
+    assert caught(GOOD | {"task_id": "task_2"}) == ("task", "entry 1")
+
+
+def test_the_anchor_of_another_network() -> None:
+    """Nothing in the bytes of a transaction names its network. The identity does, which is another one on each."""
+    mock = transferred().bundle(OTHER, network="mock")
+    assert caught(mock | {"network": "mainnet"}) == ("identity", "anchor")
+    assert caught(GOOD | {"network": "testnet"}) == ("format", "bundle")
+    # With one key on both, only a look-up tells: a node of the network that is named does not have it.
+    assert caught(GOOD | {"network": "mainnet"}, rpc="http://127.0.0.1:1") == ("rpc", "anchor")
+
+
+def test_the_payload_in_a_transaction_that_is_no_anchor() -> None:
+    payload = payload_of(GOOD)
+    for changes in (
+        {"amount": 1},
+        {"input_type": 0},
+        {"destination": OTHER.public_key},
+        {"payload": payload + b"\0"},
+        {"payload": payload[:-1]},
+        {"payload": b"QAEZ" + payload[4:]},
+        {"payload": payload[:4] + b"\x02" + payload[5:]},
+        {"payload": payload[:13] + bytes(8) + payload[21:]},  # size 0
+        {"payload": payload[:-8] + b"\x01" + bytes(7)},  # not the first, and none before it
+    ):
+        sent = ANCHORER.transaction(changes.pop("payload", payload), **changes).encode()
+        assert caught(anchored_with(sent)) == ("anchor", "anchor")
+
+
+def test_what_is_said_of_the_anchor_altered() -> None:
+    for changes, check in (
+        ({"tick": 75_241_801}, "anchor"),
+        ({"payload": payload_of(SMALL).hex()}, "anchor"),
+        ({"txid": SMALL["anchor"]["txid"]}, "txid"),
+        ({"txid": GOOD["anchor"]["txid"].upper()}, "txid"),
+        ({"transaction": SMALL["anchor"]["transaction"]}, "anchor"),
+        ({"transaction": GOOD["anchor"]["transaction"] + "===="}, "anchor"),
+        ({"transaction": "\u00e9"}, "anchor"),
+    ):
+        assert caught(GOOD | {"anchor": GOOD["anchor"] | changes}) == (check, "anchor")
+
+
+def test_bytes_before_or_after_the_transaction() -> None:
+    sent = base64.b64decode(GOOD["anchor"]["transaction"])
+    for data in (sent + b"\0", sent[:-1], b"", sent * 2):
+        anchor = GOOD["anchor"] | {"transaction": base64.b64encode(data).decode()}
+        with pytest.raises(verifier.Failed, match="not a transaction with an anchor"):
+            verify(GOOD | {"anchor": anchor})
+
+
+def test_the_signature_mutated() -> None:
+    sent = bytearray(base64.b64decode(GOOD["anchor"]["transaction"]))
+    for at in (len(sent) - 64, len(sent) - 33, len(sent) - 32, len(sent) - 2, len(sent) - 1):
+        mutated = sent.copy()
+        mutated[at] ^= 1
+        assert caught(anchored_with(bytes(mutated))) == ("signature", "anchor")
+
+
+def test_the_signature_s_twin() -> None:
+    """With s + N the equation still holds; it would be a second id for the same act."""
+    sent = base64.b64decode(GOOD["anchor"]["transaction"])
+    s = int.from_bytes(sent[-32:], "little") + fourq.N
+    twin = sent[:-32] + s.to_bytes(32, "little")
+    assert not transaction.decode(twin).is_signed_by_source()
+    assert caught(anchored_with(twin)) == ("signature", "anchor")
+
+
+def test_a_transaction_for_another_tick_with_the_signature_of_this_one() -> None:
+    sent = base64.b64decode(GOOD["anchor"]["transaction"])
+    moved = sent[:72] + (75_241_801).to_bytes(4, "little") + sent[76:]
+    assert caught(anchored_with(moved)) == ("signature", "anchor")
+
+
+# Proofs
+
+
+@pytest.mark.parametrize(
+    ("change", "check"),
+    [
+        (lambda entry: entry["proof"].append("0" * 64), "proof"),
+        (lambda entry: entry["proof"].pop(), "proof"),
+        (lambda entry: entry.update(proof=[]), "proof"),
+        (lambda entry: entry["proof"].reverse(), "proof"),
+        (lambda entry: entry["proof"].__setitem__(0, "0" * 64), "proof"),
+        (lambda entry: entry["proof"].__setitem__(0, entry["proof"][0].upper()), "proof"),
+        (lambda entry: entry["proof"].__setitem__(0, entry["proof"][0][:-1]), "proof"),
+        (lambda entry: entry["proof"].__setitem__(0, 0), "proof"),
+        (lambda entry: entry.update(index=23), "index"),
+        (lambda entry: entry.update(index=-1), "index"),
+        (lambda entry: entry.update(index=2**53 - 1), "index"),
+        (lambda entry: entry.update(index=entry["index"] + 1), "proof"),
+        (lambda entry: entry.update(index=True), "format"),
+        (lambda entry: entry.update(index="1"), "format"),
+    ],
+)
+def test_proofs_that_are_none(change: Callable[[dict[str, Any]], None], check: str) -> None:
+    bundle = deepcopy(GOOD)
+    change(bundle["entries"][2])
+    assert caught(bundle) == (check, "entry 3")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(lambda proof: [*proof, proof[0]], "long"), (lambda proof: proof[:-1], "short")]
+)
+def test_proofs_of_another_length(change: Callable[[list[str]], list[str]], message: str) -> None:
+    bundle = deepcopy(GOOD)
+    bundle["entries"][2]["proof"] = change(bundle["entries"][2]["proof"])
+    with pytest.raises(verifier.Failed, match=f"too {message}"):
+        verify(bundle)
+
+
+def test_a_node_passed_off_as_a_leaf() -> None:
+    leaves = [leaf_digest(bytes([number])) for number in range(4)]
+    left, right = node_hash(*leaves[:2]), node_hash(*leaves[2:])
+    root = node_hash(left, right)
+    with pytest.raises(ProofError) as short:
+        verify_inclusion(leaf=left, index=0, size=4, proof=[right], root=root)
+    assert short.value.check == "short"
+    # Nor is there an entry with a node's hash: a leaf is hashed behind another byte.
+    assert leaf_digest(leaves[0] + leaves[1]) != left
+    # And a tree of two, in which it would be one, is not the tree whose size is anchored.
+    bundle = deepcopy(GOOD)
+    bundle["entries"][0]["proof"].pop(0)
+    assert caught(bundle) == ("proof", "entry 1")
+
+
+# JSON
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "check"),
+    [
+        ('"seq":1,', '"seq":1.0,', "text"),
+        ('"seq":1,', '"seq":1e0,', "text"),
+        ('"step_index":-1', '"step_index":-0', "text"),
+        ('"seq":1,', '"seq":9007199254740993,', "text"),
+        ('"seq":1,', '"seq":NaN,', "json"),
+        ('"status":"pending"', '"status":"\\ud800"', "json"),
+        ('"seq":1,', '"seq":1,"seq":1,', "json"),
+        ('"v":1', '"v":true', "text"),
+        ('"seq":1,', '"seq": 1,', "text"),
+        ('"status":"pending"', '"status":"\\u0070ending"', "text"),
+        ('"seq":1,', '"seq":1,"shown":1,', "text"),
+        ('"seq":1,', "", "text"),
+        ('"actor":"alice","input_hash"', '"input_hash"', "text"),
+    ],
+)  # fmt: skip
+def test_traps_of_json_in_an_entry(old: str, new: str, check: str) -> None:
+    bundle = deepcopy(GOOD)
+    assert old in bundle["entries"][0]["text"]
+    bundle["entries"][0]["text"] = bundle["entries"][0]["text"].replace(old, new)
+    assert caught(bundle) == (check, "entry 1")
+
+
+@pytest.mark.parametrize("side", ["input", "output"])
+@pytest.mark.parametrize(
+    ("new", "check"), [("1.0", ""), ("NaN", "json"), ("-0", ""), ('{"b":1,"a":2}', ""), ('1,"x":2', "json")]
+)
+def test_traps_of_json_in_what_is_disclosed(side: str, new: str, check: str) -> None:
+    bundle = deepcopy(GOOD)
+    bundle["entries"][1][side] = new
+    assert caught(bundle) == (check or side, "entry 2")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "check"),
+    [
+        (b'"index":1,', b'"index":1.0,', "json"),
+        (b'"index":1,', b'"index":1e0,', "json"),
+        (b'"index":1,', b'"index":9007199254740993,', "json"),
+        (b'"index":1,', b'"index":NaN,', "json"),
+        (b'"index":1,', b'"index":1,"index":1,', "json"),
+        (b'"index":1,', b'"index":true,', "format"),
+        (b'"index":1,', b'"index":-0,', "proof"),
+        (b'"network":"mock"', b'"network":"\\ud800"', "json"),
+        (b'"network":"mock"', b'"network":"\xff"', "json"),
+        (b'"network":"mock"', b'"network":"mock","more":1', "format"),
+        (b'"network":"mock",', b"", "format"),
+    ],
+)
+def test_traps_of_json_in_the_bundle(old: bytes, new: bytes, check: str) -> None:
+    data = canonical_json(GOOD).encode()
+    assert data.count(old) == 1
+    assert caught(data.replace(old, new))[0] == check
+
+
+@pytest.mark.parametrize("value", [{}, [], None, 1, "x", [GOOD], {"format": "qaes-bundle-1"}])
+def test_what_is_no_bundle(value: Any) -> None:
+    assert caught(canonical_json(value).encode())[0] == "format"
+
+
+# Any byte, any value
+
+
+@pytest.mark.parametrize("mask", [0x01, 0x20, 0x80])
+def test_every_byte_of_a_small_bundle_flipped(mask: int) -> None:
+    flip_all(canonical_json(SMALL).encode(), mask)
+
+
+@pytest.mark.parametrize("mask", [0x01, 0x20])
+def test_bytes_of_a_large_bundle_flipped(mask: int) -> None:
+    flip_all(canonical_json(GOOD).encode(), mask, step=11)
+
+
+def flip_all(data: bytes, mask: int, step: int = 1) -> None:
+    """No flip may pass: there is nothing in a bundle that is not checked, and no other way to write it by one flip."""
+    for at in range(0, len(data), step):
+        flipped = data[:at] + bytes([data[at] ^ mask]) + data[at + 1 :]
+        try:
+            verify(flipped)
+        except verifier.Failed:
+            continue
+        pytest.fail(f"byte {at} can be flipped: …{data[max(0, at - 40) : at + 40]!r}…")
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(each for key, one in inner for each in places(one, (*path, key)))]
+
+
+def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    copy = value.copy()
+    copy[path[0]] = replaced(value[path[0]], path[1:], new)
+    return copy
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_value_replaced_is_caught_by_a_check_and_never_crashes(data: st.DataObject) -> None:
+    path = data.draw(st.sampled_from(places(SMALL)))
+    bundle = replaced(SMALL, path, data.draw(JSON))
+    if canonical_json(bundle) != canonical_json(SMALL):
+        assert caught(bundle, open_=True)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_whatever_is_recorded_is_judged_and_never_crashes(data: st.DataObject) -> None:
+    """An operator records anything at all, properly hashed, included and anchored."""
+    story = STORIES[data.draw(st.sampled_from(sorted(STORIES)))]()
+    at = data.draw(st.integers(0, len(story.entries) - 1))
+    text, input_, output = story.entries[at]
+    side = data.draw(st.sampled_from(["input", "output", "text"]))
+    values = {"input": json.loads(input_), "output": json.loads(output), "text": json.loads(text)}
+    path = data.draw(st.sampled_from(places(values[side])))
+    values[side] = replaced(values[side], path, data.draw(JSON))
+    if side == "text" and not path:
+        return
+    said = values["text"] if isinstance(values["text"], dict) else {}
+    said |= {f"{each}_hash": salted_hash(SALT, values[each]) for each in ("input", "output")}
+    story.entries[at] = (canonical_json(said), canonical_json(values["input"]), canonical_json(values["output"]))
+    rechain(story)
+    try:
+        verify(story.bundle(), open_=True)
+    except verifier.Failed as failed:
+        assert failed.check not in {"proof", "index", "prev", "seq"} or side == "text"  # noqa: PT017
+
+
+def rechain(story: Trail) -> None:
+    prev, entries = "0" * 64, []
+    for seq, (before, input_, output) in enumerate(story.entries, start=1):
+        text = canonical_json(json.loads(before) | {"seq": seq, "prev": prev})
+        prev = leaf_hash(text)
+        entries.append((text, input_, output))
+    story.entries = entries
+
+
+# What should never have been recorded: the hashes hold, and the story does not
+
+
+def planned(**rules: Any) -> Trail:
+    changed = {name: rule.model_copy(update=rules) for name, rule in RULES.items()}
+    return Trail(rules=changed).start().check_policy().build().execute(0).execute(1)
+
+
+def swapped_plan() -> Trail:
+    trail = planned().ask(2).decide(2, "bob", True, 1).decide(2, "carol", True, 2)
+    assert trail.plan is not None
+    steps = list(trail.plan.steps)
+    steps[2] = steps[2].model_copy(update={"parameters": {**steps[2].parameters, "amount": 999}})
+    kept, trail.plan = trail.plan, trail.plan.model_copy(update={"steps": tuple(steps)})
+    _, fields = trail.of_step(2)
+    parameters, trail.plan = trail.plan.steps[2].parameters, kept
+    return trail.record("step_executed", "worker", "succeeded", parameters, {}, **fields)
+
+
+def lax_plan() -> Trail:
+    trail = Trail().start().check_policy()
+    built = deepcopy(trail).build().plan
+    assert built is not None
+    steps = tuple(step.model_copy(update={"requires_approval": False}) for step in built.steps)
+    return trail.build(steps=steps)
+
+
+def approved(trail: Trail) -> Trail:
+    return trail.ask(2).decide(2, "bob", True, 1).decide(2, "carol", True, 2)
+
+
+LIES: dict[str, tuple[Callable[[], Trail], str]] = {
+    "the requester approves": (lambda: planned().ask(2).decide(2, "alice", True, 1), "four eyes"),
+    "the requester rejects": (lambda: planned().ask(2).decide(2, "alice", False, 0), "four eyes"),
+    "one person approves twice": (
+        lambda: planned().ask(2).decide(2, "bob", True, 1).decide(2, "bob", True, 2),
+        "approval",
+    ),
+    "one approval where two are needed": (lambda: planned().ask(2).decide(2, "bob", True, 1).execute(2), "step"),
+    "fewer are asked than the policy says": (lambda: planned().ask(2, required=1), "approval"),
+    "more approvals are counted than given": (lambda: planned().ask(2).decide(2, "bob", True, 2), "approval"),
+    "nobody is asked": (lambda: planned().execute(2), "step"),
+    "nobody is asked, and it decides": (
+        lambda: planned().record(
+            "approval_decided", "bob", "approved", {}, {}, step_index=2, step_id="step_3", step_type="onchain_action"
+        ),
+        "approval",
+    ),
+    "it runs after a rejection": (lambda: planned().ask(2).decide(2, "bob", False, 0).execute(2), "step"),
+    "approved after a rejection": (
+        lambda: planned().ask(2).decide(2, "bob", False, 0).decide(2, "carol", True, 1),
+        "approval",
+    ),
+    "it runs after expiry": (lambda: planned().ask(2).close("approval_expired", 2).execute(2), "step"),
+    "decided after expiry": (lambda: planned().ask(2, seconds=1).decide(2, "bob", True, 1), "approval"),
+    "decided at another time than recorded": (
+        lambda: planned().ask(2).decide(2, "bob", True, 1, decided_at="2026-11-23T12:00:00.000Z"),
+        "approval",
+    ),
+    "open for longer than the policy says": (lambda: planned().ask(2, seconds=86_401), "approval"),
+    "asked twice at a time": (lambda: planned().ask(2).ask(2), "approval"),
+    "asked about another plan": (lambda: planned().ask(2, plan_hash="0" * 64), "approval"),
+    "asked about another step": (lambda: planned().ask(2, step_hash="0" * 64), "approval"),
+    "asked under another policy": (lambda: planned().ask(2, policy_id="policy-v9-000000000000"), "approval"),
+    "asked about no step": (
+        lambda: planned().record("approval_requested", "compliance", "pending", {}, {}, step_index=-1),
+        "approval",
+    ),
+    "decided about another plan": (lambda: planned().ask(2).decide(2, "bob", True, 1, plan_hash="0" * 64), "approval"),
+    "decided about another step": (lambda: planned().ask(2).decide(2, "bob", True, 1, step_hash="0" * 64), "approval"),
+    "a rejection recorded as an approval": (
+        lambda: planned().ask(2).decide(2, "bob", True, 1, approved=False),
+        "approval",
+    ),
+    "another actor than the approver": (lambda: planned().ask(2).decide(2, "bob", True, 1, actor="carol"), "output"),
+    "what ran is not what was approved": (swapped_plan, "step"),
+    "an approval used for a second run": (
+        lambda: approved(planned()).execute(2, {"error": "x"}, "failed").end("failed").retry().execute(2),
+        "step",
+    ),
+    "an approval kept over a retry": (lambda: approved(planned()).end("failed").retry().execute(2), "step"),
+    "a step runs twice": (lambda: planned().execute(1), "step"),
+    "a step is left out": (lambda: Trail().start().check_policy().build().execute(1), "step"),
+    "a transfer runs twice": (lambda: transfer().execute(2), "step"),
+    "a step that the plan has not": (
+        lambda: transfer().record(
+            "step_executed", "worker", "succeeded", {}, {}, step_index=3, step_id="step_4", step_type="onchain_action"
+        ),
+        "step",
+    ),
+    "a step of another type": (
+        lambda: (
+            Trail()
+            .start()
+            .check_policy()
+            .build()
+            .record("step_executed", "worker", "succeeded", {}, {}, step_index=0, step_id="step_1", step_type="x")
+        ),
+        "step",
+    ),
+    "a plan that asks for no approval": (lax_plan, "plan"),
+    "a plan for another task": (lambda: Trail().start().check_policy().build(task_id="task_2"), "plan"),
+    "a plan with a step twice": (
+        lambda: Trail().start().check_policy().build(steps=(transfer().plan.steps[0],) * 2),
+        "plan",
+    ),  # type: ignore[union-attr]
+    "a plan without steps": (lambda: Trail().start().check_policy().build(steps=()), "plan"),
+    "a plan under another policy": (
+        lambda: Trail().start().check_policy().build(policy=Trail().decision().model_copy(update={"approvals": 1})),
+        "plan",
+    ),
+    "a second plan": (lambda: Trail().start().check_policy().build().build(), "plan"),
+    "a plan of what was denied": (lambda: Trail("self_destruct").start().check_policy().build(), "plan"),
+    "a plan without a policy": (lambda: Trail().start().build(), "plan"),
+    "another plan's hash": (
+        lambda: (
+            Trail()
+            .start()
+            .check_policy()
+            .build()
+            .record("step_executed", "worker", "succeeded", {}, {}, plan_hash="0" * 64)
+        ),
+        "plan",
+    ),
+    "a decision that the document does not make": (lambda: Trail().start().check_policy(approvals=1), "policy"),
+    "allowed without a rule": (lambda: Trail("self_destruct").start().check_policy(allowed=True), "policy"),
+    "a rule's member left out": (lambda: Trail().start().check_policy(extra=1), "policy"),
+    "decided for another action": (lambda: Trail().start().check_policy(action_type="monitoring"), "policy"),
+    "decided twice": (lambda: Trail().start().check_policy().check_policy(), "policy"),
+    "pinned to another policy later": (
+        lambda: planned().record("step_executed", "worker", "succeeded", {}, {}, policy_id="policy-v9-000000000000"),
+        "policy",
+    ),
+    "a step that saw another decision": (
+        lambda: (
+            Trail()
+            .start()
+            .check_policy()
+            .build()
+            .execute(0)
+            .execute(1, Trail().decision().model_dump(mode="json") | {"pinned": True, "allowed": False})
+        ),
+        "policy",
+    ),
+    "not pinned, it says": (
+        lambda: (
+            Trail()
+            .start()
+            .check_policy()
+            .build()
+            .execute(0)
+            .execute(1, Trail().decision().model_dump(mode="json") | {"pinned": False})
+        ),
+        "policy",
+    ),
+    "completed with steps missing": (lambda: planned().end("completed"), "end"),
+    "completed without a plan": (lambda: Trail().start().check_policy().end("completed"), "end"),
+    "rejected by nobody": (lambda: planned().end("rejected"), "end"),
+    "expired, and nobody had been asked": (lambda: planned().end("expired"), "end"),
+    "denied, and all was done": (lambda: transfer().end("denied"), "end"),
+    "an end that there is not": (lambda: transfer().end("forgotten"), "end"),
+    "it goes on after its end": (lambda: transferred().ask(2), "end"),
+    "it ends twice": (lambda: transferred().end("failed"), "end"),
+    "what was completed is retried": (lambda: transferred().retry(), "end"),
+    "a retry out of count": (lambda: setattr_(planned().end("failed"), run=3).retry(), "output"),
+    "another end than recorded": (
+        lambda: planned().record("task_ended", "execution", "failed", Trail().request, {"status": "cancelled"}),
+        "output",
+    ),
+    "another request than made": (
+        lambda: setattr_(planned(), request=Trail(parameters={"amount": 1}).request).end("failed"),
+        "input",
+    ),
+    "started by another": (lambda: Trail().record("task_started", "mallory", "pending", Trail().request, {}), "input"),
+    "started twice": (lambda: Trail().start().start(), "text"),
+    "never started": (lambda: Trail().check_policy(), "text"),
+}
+
+
+@pytest.mark.parametrize("kind", ["forgotten", "must_ask", "decision", "__init__", ""])
+def test_a_kind_that_there_is_not(kind: str) -> None:
+    trail = Trail().start().end("cancelled", "alice")
+    text, input_, output = trail.entries[1]
+    trail.entries[1] = (canonical_json(json.loads(text) | {"kind": kind}), input_, output)
+    assert caught(trail.bundle()) == ("text", "entry 2")
+
+
+def setattr_(trail: Trail, **fields: Any) -> Trail:
+    for name, value in fields.items():
+        setattr(trail, name, value)
+    return trail
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_what_should_never_have_been_recorded(name: str) -> None:
+    make, check = LIES[name]
+    trail = make()
+    assert caught(trail.bundle(), open_=True) == (check, f"entry {len(trail.entries)}")
+
+
+def test_a_denied_task_that_is_carried_out_after_all() -> None:
+    trail = monitored()
+    trail.policy_text = policy_text(
+        RULES | {"monitoring": Rule(allowed=False, requires_approval=True, risk_level="low")}
+    )
+    bundle = trail.bundle()
+    assert caught(bundle) == ("policy", "entry 2")  # the document that it names is not there
+    bundle["policies"] = {sha256_hex(policy_text()): trail.policy_text}
+    assert caught(bundle)[0] == "policy"
+    assert caught(bundle | {"policies": {}}) == ("policy", "entry 2")
+
+
+def test_documents_that_are_none_or_that_nothing_refers_to() -> None:
+    for text in ("{}", "[]", '{"rules":{},"version":"3"}', '{"rules": {}, "version": 3}'):
+        policies = GOOD["policies"] | {sha256_hex(text): text}
+        assert caught(GOOD | {"policies": policies}) == ("policy", sha256_hex(text))
+    more = policy_text(version=9)
+    assert caught(GOOD | {"policies": GOOD["policies"] | {sha256_hex(more): more}}) == ("policy", "bundle")
+    assert caught(GOOD | {"policies": {sha256_hex(more): 1}})[0] == "policy"
+
+
+def test_two_documents_of_one_id() -> None:
+    """An id has 48 bits of the hash: who writes both documents can find two."""
+    with pytest.raises(verifier.Failed, match="two documents of one id"):
+        verifier.Story({"0" * 12 + "a": policy_text(), "0" * 12 + "b": policy_text()})
+
+
+@pytest.mark.parametrize(
+    ("limits", "holds"),
+    [
+        ({"max_amount": 100}, True),
+        ({"max_amount": 99}, False),
+        ({"daily_limit": 100}, True),
+        ({"daily_limit": 99}, False),
+        ({"allowed_addresses": (WALLET, TARGET)}, True),
+        ({"allowed_addresses": (WALLET,)}, False),
+    ],
+)
+def test_a_transfer_beyond_the_policy_s_limits(limits: dict[str, Any], holds: bool) -> None:
+    trail = approved(planned(**limits)).execute(2)
+    if holds:
+        assert verify(trail.bundle(), open_=True)
+    else:
+        assert caught(trail.bundle(), open_=True) == ("step", "entry 9")
