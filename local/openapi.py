@@ -378,7 +378,7 @@ def _chapter(path: str, method: str, operation: Document) -> str:
     for each in operation.get("parameters", []):
         if "example" in each:
             if each["in"] == "path":
-                url = url.replace(f"{{{each['name']}}}", each["example"])
+                url = url.replace(f"{{{each['name']}}}", str(each["example"]))
             elif each["in"] == "query":
                 query.append(f"{each['name']}={each['example']}")
             else:
