@@ -253,7 +253,7 @@ def test_a_table_has_one_owner(template: Any) -> None:
 def test_the_qubic_service_alone_reads_its_seed_and_nobody_changes_it(template: Any) -> None:
     for name in template.functions:
         secrets = [pair for pair in allowed(template, name) if "QubicSeed" in str(pair)]
-        assert secrets == ([("secretsmanager:GetSecretValue", {"Ref": "QubicSeed"})] if name in QUBIC else []), name
+        assert secrets == ([("secretsmanager:GetSecretValue", {"Fn::GetAtt": ["QubicSeed", "Id"]})] if name in QUBIC else []), name
 
 
 def test_what_must_outlive_the_stack_is_retained(template: Any) -> None:
@@ -310,5 +310,5 @@ def test_the_anchor_is_told_of_growth_and_of_confirmation_and_looks_by_itself(te
 
 
 def test_only_the_anchor_reads_the_key_of_the_logs_checkpoints(template: Any) -> None:
-    read_key = ("secretsmanager:GetSecretValue", {"Ref": "LogSigningKey"})
+    read_key = ("secretsmanager:GetSecretValue", {"Fn::GetAtt": ["LogSigningKey", "Id"]})
     assert {name for name in template.functions if read_key in list(allowed(template, name))} == {"AnchorFunction"}
