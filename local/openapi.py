@@ -179,7 +179,9 @@ def _add_examples(operation: Document, name: str) -> None:
     if "body" in example:
         operation["requestBody"]["content"]["application/json"]["example"] = example["body"]
     [status] = [status for status in operation["responses"] if status.startswith("2")]
-    operation["responses"][status]["content"]["application/json"]["example"] = example["answer"]
+    [content] = operation["responses"][status]["content"].values()
+    if "answer" in example:  # what is no text has none
+        content["example"] = example["answer"]
 
 
 def _add_links(paths: Document, schemas: Document) -> None:
@@ -288,7 +290,7 @@ def _article(path: str, method: str, operation: Document) -> str:
         parts.append(f"<h4>Request</h4>{_json(content['example'])}" if "example" in content else "")
     for status, answer in operation["responses"].items():
         if status.startswith("2"):
-            parts.append(f"<h4>Answer {status}</h4>{_json(answer['content']['application/json']['example'])}")
+            parts.append(f"<h4>Answer {status}</h4><pre>{escape(_shown(answer)[1])}</pre>")
     rows = "".join(
         f"<tr><th scope=row>{status}</th><td>{_text(ERRORS.get(status, answer.get('description', '')))}</td></tr>"
         for status, answer in operation["responses"].items()
@@ -369,7 +371,7 @@ def _chapter(path: str, method: str, operation: Document) -> str:
     for each in operation.get("parameters", []):
         if "example" in each:
             if each["in"] == "path":
-                url = url.replace(f"{{{each['name']}}}", each["example"])
+                url = url.replace(f"{{{each['name']}}}", str(each["example"]))
             elif each["in"] == "query":
                 query.append(f"{each['name']}={each['example']}")
             else:
@@ -382,13 +384,21 @@ def _chapter(path: str, method: str, operation: Document) -> str:
     if example is not None:
         lines += ["  -H 'Content-Type: application/json'", f"  -d '{json.dumps(example)}'"]
     [status] = [status for status in operation["responses"] if status.startswith("2")]
-    answer = operation["responses"][status]["content"]["application/json"]["example"]
+    language, answer = _shown(operation["responses"][status])
     command = " \\\n".join(lines)
     who = f"Who may: {roles}" if roles else "Open to everybody."
     return (
         f"### `{method.upper()} {path}`\n\n{summary} {who}\n\n```bash\n{command}\n```\n\n"
-        f"{status}:\n\n```json\n{json.dumps(answer, indent=2, ensure_ascii=False)}\n```\n"
+        f"{status}:\n\n```{language}\n{answer}\n```\n"
     )
+
+
+def _shown(answer: Document) -> tuple[str, str]:
+    """An answer as it is shown: the language of the example, and its text."""
+    [(media_type, content)] = answer["content"].items()
+    if media_type == "application/json":
+        return "json", json.dumps(content["example"], indent=2, ensure_ascii=False)
+    return "text", content.get("example", media_type).rstrip("\n")
 
 
 def _json(value: Any) -> str:
