@@ -42,6 +42,10 @@ PROPOSED = {
 }
 VERSION = {"version": 2}
 DOCUMENT = f'{{"based_on":"{POLICY_ID}","format":1,"proposed_by":"olivia","rules":{{}},"version":2}}'
+PAYLOAD = "5141455301" + "1f2e3d4c5b6a7988" + "0100000000000000" + HASH + "0" * 64 + "0" * 16
+IDENTITY = "BAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAARMID"
+ENTRY = '{"actor":"alice","input_hash":"' + HASH + '","kind":"task_started","v":1}'
+NOTE = "qaes\n1\nn4bQgYhMfWWaL+qgxVrQFaO/TxsrC4Is0V1sFbDwCgg=\n\n— qaes Hy49TGp5iA==\n"
 TRANSFER = {"wallet_address": WALLET, "to_address": OTHER, "amount": 1}
 REQUEST = {
     "task_type": "transfer_funds",
@@ -218,7 +222,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
             "task_id": PLANNED_TASK,
             "logs": [],
             "qubic_txid": None,
-            "chain": {"verified": True, "entries": 0, "anchored": 0, "head": None, "broken": None},
+            "chain": {"verified": True, "entries": 0, "sequenced": 0, "anchored": 0, "head": None, "broken": None},
             "network": "mock",
             "statement": STATEMENT,
         },
@@ -233,6 +237,56 @@ EXAMPLES: dict[str, dict[str, Any]] = {
             "statement": STATEMENT,
         },
     },
+    "get_bundle": {
+        "parameters": TASK,
+        "answer": {
+            "format": "qaes-bundle-1",
+            "log_id": "qaes",
+            "network": "mock",
+            "task_id": PLANNED_TASK,
+            "salt": "6f1e0d4c8b7a99d2e3f4051627384950",
+            "entries": [
+                {
+                    "text": ENTRY,
+                    "input": '{"description":"pay invoice 4711"}',
+                    "output": '{"idempotency_key":null,"task_id":"' + PLANNED_TASK + '"}',
+                    "index": 0,
+                    "proof": [],
+                }
+            ],
+            "anchor": {"payload": PAYLOAD, "transaction": "AAAA", "txid": TXID, "tick": 48239423},
+            "policies": {HASH: '{"format":1,"rules":{},"version":1}'},
+        },
+    },
+    "get_log_checkpoint": {
+        "answer": {
+            "log_id": "qaes",
+            "anchor": {
+                "sequence": 0,
+                "size": 1,
+                "root": HASH,
+                "payload": PAYLOAD,
+                "transaction": "AAAA",
+                "txid": TXID,
+                "tick": 48239423,
+                "source": IDENTITY,
+                "network": "mock",
+                "confirmed_at": MOMENT,
+            },
+            "note": NOTE,
+            "verifier_key": "qaes+1f2e3d4c+AUk5sWmGQmVcYk0JvnSGyYGZ1iNcDMs0n4rR1tYPp0aQ",
+            "statement": STATEMENT,
+        }
+    },
+    "get_log_consistency": {
+        "parameters": {"from": 1, "to": 1},
+        "answer": {"log_id": "qaes", "first": 1, "second": 1, "proof": []},
+    },
+    "get_signed_checkpoint": {"answer": NOTE},
+    "get_tile": {"parameters": {"level": "0", "a": "000"}},
+    "get_tile_2": {"parameters": {"level": "0", "a": "000.p", "b": "1"}},
+    "get_entries": {"parameters": {"a": "000"}},
+    "get_entries_2": {"parameters": {"a": "000.p", "b": "1"}},
     "get_policy": {
         "parameters": {"action_type": "transfer_funds"},
         "answer": {

@@ -10,10 +10,12 @@ import pytest
 from local.openapi_examples import PAYER, SIGNED
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
+from qaes.domain.tiles import TILE_WIDTH
 from tests.handlers.test_task_store import new_task, planned, waiting
 from tests.support import template
 from tests.support.api import Answer, Api
 from tests.support.cloud import Cloud, cloud
+from tests.support.trail import anchor_all, log, put_entries, sequence_all
 
 OTTO = {"subject": "otto", "roles": "operator"}
 DOCUMENT: dict[str, Any] = json.loads((template.ROOT / "docs" / "openapi.json").read_text())
@@ -40,7 +42,8 @@ class Operation:
     def answer(self) -> tuple[int, dict[str, Any]]:
         """Status and content of its success."""
         [status] = [status for status in self.content["responses"] if status.startswith("2")]
-        return int(status), self.content["responses"][status]["content"]["application/json"]
+        [content] = self.content["responses"][status]["content"].values()
+        return int(status), content
 
 
 OPERATIONS = [
@@ -91,27 +94,32 @@ def ask(aws: Cloud) -> Callable[..., Answer]:
 
 def prepared(aws: Cloud, operation: Operation) -> dict[str, str]:
     """What the path's parameters are to be."""
-    store = TaskStore("TasksTable")
+    qubic = Api(aws, "QubicApiFunction")
     if operation.id == "rpc_balance":
         return {"id": PAYER}
     if operation.id == "rpc_transaction":  # it is there once the tick that the example names has passed
-        api = Api(aws, "QubicApiFunction")
         sent = {"encodedTransaction": SIGNED}
-        assert api("POST", "/live/v1/broadcast-transaction", sent, subject="olivia", roles="operator").status == 200
+        assert qubic("POST", "/live/v1/broadcast-transaction", sent, subject="olivia", roles="operator").status == 200
         aws.clock.pass_seconds(300)
         return {}
     if operation.id == "get_transaction":
-        [receipt] = LedgerClient("LedgerFunction").write_hashes([{"hash": "a" * 64, "metadata": {}}])
-        return {"txid": receipt["txid"]}
+        return {"txid": LedgerClient("LedgerFunction").write("a" * 64, {})["txid"]}
     if "{version}" in operation.path:
-        api = Api(aws, "QubicApiFunction")
-        based_on = api("GET", "/policy", **OTTO).body["policy_id"]
-        proposed = api("POST", "/policy", {"based_on": based_on, "rules": {}}, **OTTO)
+        based_on = qubic("GET", "/policy", **OTTO).body["policy_id"]
+        proposed = qubic("POST", "/policy", {"based_on": based_on, "rules": {}}, **OTTO)
         return {"version": str(proposed.body["version"])}
-    if operation.id == "get_plan":
-        return {"plan_id": planned(store)[1].plan_id}
     if "{hash}" in operation.path:
         return {"hash": "a" * 64}
+    if "/log/" in operation.path:
+        return logged(aws, operation)
+    return of_a_task(aws, operation)
+
+
+def of_a_task(aws: Cloud, operation: Operation) -> dict[str, str]:
+    """Have a task, or its plan, as the operation needs it."""
+    store = TaskStore("TasksTable")
+    if operation.id == "get_plan":
+        return {"plan_id": planned(store)[1].plan_id}
     if "{task_id}" not in operation.path:
         return {}
     if operation.id == "retry":
@@ -121,4 +129,20 @@ def prepared(aws: Cloud, operation: Operation) -> dict[str, str]:
         task_id, _ = waiting(store)
     else:
         task_id = store.start_task(new_task())[0].task_id
+    if operation.id == "get_bundle":
+        aws.drain(task_id)
     return {"task_id": task_id}
+
+
+def logged(aws: Cloud, operation: Operation) -> dict[str, str]:
+    """Have a log with an anchor, or a full tile; the parameters are the example's."""
+    if operation.id == "get_entries":
+        put_entries(TILE_WIDTH)
+        sequence_all(aws)
+    elif operation.id == "get_tile":
+        log().widen_tile(0, 0, bytes(32 * TILE_WIDTH))
+    else:
+        aws.drain(TaskStore("TasksTable").start_task(new_task())[0].task_id)
+        anchor_all(aws)
+    in_path = (each for each in operation.content.get("parameters", []) if each["in"] == "path")
+    return {each["name"]: each["example"] for each in in_path}

@@ -30,8 +30,10 @@ def test_what_is_committed_is_what_the_code_says() -> None:
 
 
 def test_every_route_of_the_template_is_in_the_document() -> None:
-    about_itself = {"GET /openapi.json", "GET /docs"}
-    assert {f"{operation.method} {operation.path}" for operation in OPERATIONS} == set(routes()) - about_itself
+    left_out = {"GET /openapi.json", "GET /docs"} | {
+        route for route in routes() if "/tile/" in route and "{c}" in route
+    }
+    assert {f"{operation.method} {operation.path}" for operation in OPERATIONS} == set(routes()) - left_out
 
 
 def test_operation_ids_are_unique() -> None:
@@ -41,11 +43,12 @@ def test_operation_ids_are_unique() -> None:
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.id)
 def test_an_example_is_of_its_schema_and_works(operation: Operation, ask: Callable[..., Answer]) -> None:
     status, content = operation.answer
-    conforms(content["example"], content["schema"])
+    if "example" in content:
+        conforms(content["example"], content["schema"])
     answer = ask(operation, subject="olivia", roles="operator")
     assert answer.status == status, answer
     conforms(answer.body, content["schema"])
-    if isinstance(content["example"], dict):
+    if isinstance(content.get("example"), dict):
         assert set(content["example"]) == set(answer.body), "an example shows every field"
 
 

@@ -34,10 +34,10 @@ _INSIDE = re.compile(r'arn:aws|Traceback|File "|site-packages|\.py\b|botocore|Ex
 
 
 class Answer(NamedTuple):
-    """`body` is the parsed JSON; header names are in small letters."""
+    """`body` is the parsed JSON, or what else was sent; header names are in small letters."""
 
     status: int
-    body: dict[str, Any]
+    body: Any
     headers: dict[str, str]
 
 
@@ -118,6 +118,9 @@ class Api:
             found[name.lower()] = ", ".join(values)
         assert (found["x-content-type-options"], found["cache-control"]) == ("nosniff", "no-store")
         assert found["x-correlation-id"]
+        if found["content-type"] == "application/octet-stream" or found["content-type"].startswith("text/plain"):
+            assert answer["isBase64Encoded"] == (found["content-type"] == "application/octet-stream")
+            return Answer(answer["statusCode"], answer["body"], found)
         body = json.loads(answer["body"])
         assert isinstance(body, dict)
         if answer["statusCode"] >= 400 and body.get("status") != "unhealthy":

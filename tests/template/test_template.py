@@ -253,7 +253,9 @@ def test_a_table_has_one_owner(template: Any) -> None:
 def test_the_qubic_service_alone_reads_its_seed_and_nobody_changes_it(template: Any) -> None:
     for name in template.functions:
         secrets = [pair for pair in allowed(template, name) if "QubicSeed" in str(pair)]
-        assert secrets == ([("secretsmanager:GetSecretValue", {"Fn::GetAtt": ["QubicSeed", "Id"]})] if name in QUBIC else []), name
+        assert secrets == (
+            [("secretsmanager:GetSecretValue", {"Fn::GetAtt": ["QubicSeed", "Id"]})] if name in QUBIC else []
+        ), name
 
 
 def test_what_must_outlive_the_stack_is_retained(template: Any) -> None:
