@@ -1,7 +1,7 @@
 """Check the audit log, all of it: `python -m local.fsck [--repair]`, in the environment that `.local/aws.env` sets.
 
-Exit status 0: every invariant holds. What is under way gets some seconds to come to rest first. With `--repair`, entries
-that the log has not are handed to the sequencer once more; nothing else is ever repaired.
+Exit status 0: every invariant holds. What is under way gets some seconds to come to rest first. With `--repair`,
+entries that the log has not are handed to the sequencer once more; nothing else is ever repaired.
 """
 
 from __future__ import annotations
@@ -42,10 +42,8 @@ def repair(report: Report) -> None:
 
 def show(report: Report) -> str:
     """Say what was looked at, and what was found."""
-    lines = [
-        f"{report.entries} entries of {report.tasks} tasks, {report.size} in the log, {report.tiles} tiles, "
-        f"{report.anchors} anchors up to {report.anchored}"
-    ]
+    seen = f"{report.entries} entries of {report.tasks} tasks, {report.size} in the log, {report.tiles} tiles"
+    lines = [f"{seen}, {report.anchors} anchors up to {report.anchored}"]
     lines += [f"{each}\n    (it should hold that {INVARIANTS[each.invariant]})" for each in report.findings]
     lines.append(f"{len(report.findings)} findings" if report.findings else "every invariant holds")
     return "\n".join(lines)
