@@ -283,7 +283,9 @@ class Story:
     def __init__(self, policies: dict[str, str]) -> None:
         self.policies: dict[str, dict[str, Any]] = {}
         for hash_, text in policies.items():
-            document = members(parse_canonical(text, "policy", hash_), {"version": int, "rules": dict}, "policy", hash_)
+            types = {"format": int, "version": int, "rules": dict}
+            document = members(parse_canonical(text, "policy", hash_), types, "policy", hash_)
+            need(document["format"] == 1, "policy", "a document of another format", hash_)
             self.policies[f"policy-v{document['version']}-{hash_[:12]}"] = document
         need(len(self.policies) == len(policies), "policy", "two documents of one id")
         self.unused = set(self.policies)
@@ -736,6 +738,12 @@ def report(
     return lines
 
 
+def shown(line: str) -> str:
+    """A line that stays one, whatever names are in it."""
+    text = "".join(each if each.isprintable() else "?" for each in line)
+    return text.encode(sys.stdout.encoding or "ascii", "replace").decode(sys.stdout.encoding or "ascii")
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Check a task's audit bundle (docs/audit.md).")
     parser.add_argument("bundle", type=Path)
@@ -759,9 +767,9 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         parser.error(str(error))
     except Failed as failed:
-        print(failed)
+        print(shown(str(failed)))
         return 1
-    print("OK", *lines, sep="\n")
+    print("OK", *map(shown, lines), sep="\n")
     return 0
 
 

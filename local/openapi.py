@@ -33,6 +33,7 @@ OUTPUTS = ("docs/openapi.json", "functions/gateway/openapi.json")
 PAGE = "functions/gateway/docs.html"
 GUIDE = "docs/api.md"
 PROBLEM = "application/problem+json"
+JSON, OCTETS = "application/json", "application/octet-stream"
 DESCRIPTION = (
     "Let AI agents and automations act with money and data: tasks are planned under a policy, approved by people, "
     "executed step by step and audited. Errors are problems (RFC 9457). Amounts are whole QU."
@@ -178,10 +179,16 @@ def _add_examples(operation: Document, name: str) -> None:
             raise LookupError(f"{name} has no example of {parameter['name']}")
     if "body" in example:
         operation["requestBody"]["content"]["application/json"]["example"] = example["body"]
-    [status] = [status for status in operation["responses"] if status.startswith("2")]
-    [content] = operation["responses"][status]["content"].values()
-    if "answer" in example:  # what is no text has none
+    _, kind, content = success(operation)
+    if kind != OCTETS:
         content["example"] = example["answer"]
+
+
+def success(operation: Document) -> tuple[str, str, Document]:
+    """Return status, media type and content of an operation's answer when all is well."""
+    [(status, answer)] = [each for each in operation["responses"].items() if each[0].startswith("2")]
+    [(kind, content)] = answer["content"].items()
+    return status, kind, content
 
 
 def _add_links(paths: Document, schemas: Document) -> None:
@@ -194,9 +201,10 @@ def _add_links(paths: Document, schemas: Document) -> None:
                 followers.setdefault(parameter["name"], []).append(operation["operationId"])
     makers = [paths[path]["post"] for path in paths if "post" in paths[path] and "{" not in path]
     for operation in makers:
-        [status] = [status for status in operation["responses"] if status.startswith("2")]
-        answer = operation["responses"][status]
-        schema = answer["content"]["application/json"]["schema"]
+        status, kind, content = success(operation)
+        if kind != JSON:
+            continue
+        schema = content["schema"]
         schema = schemas[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
         links = {
             follower: {"operationId": follower, "parameters": {name: f"$response.body#/{name}"}}
@@ -205,7 +213,7 @@ def _add_links(paths: Document, schemas: Document) -> None:
             for follower in followers.get(name, [])
         }
         if links:
-            answer["links"] = links
+            operation["responses"][status]["links"] = links
 
 
 def text_of(found: Document) -> str:
@@ -288,9 +296,8 @@ def _article(path: str, method: str, operation: Document) -> str:
     if body := operation.get("requestBody"):
         content = body["content"]["application/json"]
         parts.append(f"<h4>Request</h4>{_json(content['example'])}" if "example" in content else "")
-    for status, answer in operation["responses"].items():
-        if status.startswith("2"):
-            parts.append(f"<h4>Answer {status}</h4><pre>{escape(_shown(answer)[1])}</pre>")
+    status, kind, content = success(operation)
+    parts.append(f"<h4>Answer {status}</h4><pre>{escape(_example(kind, content))}</pre>")
     rows = "".join(
         f"<tr><th scope=row>{status}</th><td>{_text(ERRORS.get(status, answer.get('description', '')))}</td></tr>"
         for status, answer in operation["responses"].items()
@@ -383,22 +390,20 @@ def _chapter(path: str, method: str, operation: Document) -> str:
     example = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("example")
     if example is not None:
         lines += ["  -H 'Content-Type: application/json'", f"  -d '{json.dumps(example)}'"]
-    [status] = [status for status in operation["responses"] if status.startswith("2")]
-    language, answer = _shown(operation["responses"][status])
+    status, kind, content = success(operation)
     command = " \\\n".join(lines)
     who = f"Who may: {roles}" if roles else "Open to everybody."
     return (
         f"### `{method.upper()} {path}`\n\n{summary} {who}\n\n```bash\n{command}\n```\n\n"
-        f"{status}:\n\n```{language}\n{answer}\n```\n"
+        f"{status}:\n\n```{'json' if kind == JSON else 'text'}\n{_example(kind, content)}\n```\n"
     )
 
 
-def _shown(answer: Document) -> tuple[str, str]:
-    """An answer as it is shown: the language of the example, and its text."""
-    [(media_type, content)] = answer["content"].items()
-    if media_type == "application/json":
-        return "json", json.dumps(content["example"], indent=2, ensure_ascii=False)
-    return "text", content.get("example", media_type).rstrip("\n")
+def _example(kind: str, content: Document) -> str:
+    """The answer's example as text; bytes are said to be such."""
+    if kind == JSON:
+        return json.dumps(content["example"], indent=2, ensure_ascii=False)
+    return f"({kind})" if kind == OCTETS else str(content["example"])
 
 
 def _json(value: Any) -> str:

@@ -24,7 +24,7 @@ from audit.log import Anchor, Anchoring, CorruptLogError, Log
 from qaes.adapters import clients, settings
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import logger
-from qaes.adapters.metrics import NAMESPACE
+from qaes.adapters.metrics import namespace
 from qaes.domain.anchor import ANCHOR_INPUT_TYPE, AnchorPayload, decode, log_id_bytes
 from qaes.domain.ids import now, parse_timestamp, timestamp
 from qaes.domain.note import checkpoint_text, public_key_of, sign_note, verifier_key
@@ -157,7 +157,7 @@ def failed_checks(found: qubic.Transaction, payload: bytes, *, txid: str, tick: 
 
 
 def _count(anchor: Anchor) -> None:
-    with single_metric(name="AnchorConfirmed", unit=MetricUnit.Count, value=1, namespace=NAMESPACE) as metric:
+    with single_metric(name="AnchorConfirmed", unit=MetricUnit.Count, value=1, namespace=namespace()) as metric:
         metric.add_dimension("network", anchor.network)
         metric.add_metric(name="AnchoredSize", unit=MetricUnit.Count, value=anchor.size)
 
@@ -166,7 +166,9 @@ def _tell_age(newest: Anchoring | None) -> None:
     """Say how long the anchor has been in flight, 0 when none is; saying nothing is alarming too."""
     in_flight = newest is not None and newest.state == "sealed"
     age = (now() - parse_timestamp(newest.sealed_at)).total_seconds() if newest and in_flight else 0
-    with single_metric(name="AnchorInFlightSeconds", unit=MetricUnit.Seconds, value=age, namespace=NAMESPACE) as metric:
+    with single_metric(
+        name="AnchorInFlightSeconds", unit=MetricUnit.Seconds, value=age, namespace=namespace()
+    ) as metric:
         metric.add_dimension("service", "audit")
 
 

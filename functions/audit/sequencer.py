@@ -25,7 +25,7 @@ from audit.log import Batch, CorruptLogError, Head, Leaf, Log
 from audit.store import AuditStore, EntryKey, StoredEntry, entry_of
 from qaes.adapters import settings
 from qaes.adapters.logs import logger
-from qaes.adapters.metrics import NAMESPACE
+from qaes.adapters.metrics import namespace
 from qaes.domain.audit import GENESIS, BrokenChainError
 from qaes.domain.errors import UnavailableError
 from qaes.domain.merkle import HASH_BYTES
@@ -162,7 +162,7 @@ def _over(tiles: Tiles, read_tile: ReadTile) -> ReadTile:
 
 def _count(batch: Batch) -> None:
     with single_metric(
-        name="EntriesSequenced", unit=MetricUnit.Count, value=len(batch.leaves), namespace=NAMESPACE
+        name="EntriesSequenced", unit=MetricUnit.Count, value=len(batch.leaves), namespace=namespace()
     ) as metric:
         metric.add_metric(name="LogSize", unit=MetricUnit.Count, value=batch.size)
 

@@ -56,7 +56,8 @@ def service_key() -> Key:
     try:
         found = clients.client("secretsmanager").get_secret_value(SecretId=settings.text("QUBIC_SEED_SECRET"))
     except (BotoCoreError, ClientError) as error:
-        raise UnavailableError(f"the ledger's key cannot be read ({type(error).__name__})") from error
+        code = error.response["Error"]["Code"] if isinstance(error, ClientError) else type(error).__name__
+        raise UnavailableError(f"the ledger's key cannot be read ({code})") from error
     try:
         return key_of_seed(found.get("SecretString", ""))
     except ValueError:

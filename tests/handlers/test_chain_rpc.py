@@ -154,11 +154,13 @@ def test_an_address_that_is_safe(url: str) -> None:
 def test_a_node_that_is_busy_is_asked_again(
     node: Node, name: str, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    pauses: list[float] = []
+    monkeypatch.setattr("time.sleep", pauses.append)
     node.says(status, {"code": 14, "message": "busy"}, **{"Retry-After": "3600"})
     with pytest.raises(UnavailableError, match=rf"^{name}: the node answered {status}"):
         CALLS[name](node.chain())
     assert len(node.asked) == ATTEMPTS
+    assert sum(pauses) < 5, "the node does not say how long we wait"
     assert len({json.dumps(each[:3]) for each in node.asked}) == 1, "the same, each time"
 
 

@@ -173,6 +173,7 @@ def test_alarms_look_at_the_metrics_that_are_told(
         for group in line["_aws"]["CloudWatchMetrics"]
         for metric in group["Metrics"]
     }
+    wanted = {"OldestOpenApproval", "ApprovalUndeliverable"}
     alarms = {
         (
             resolve(body["Properties"]["Namespace"]),
@@ -180,7 +181,7 @@ def test_alarms_look_at_the_metrics_that_are_told(
             frozenset((each["Name"], each["Value"]) for each in body["Properties"].get("Dimensions", [])),
         )
         for body in template()["Resources"].values()
-        if body["Type"] == "AWS::CloudWatch::Alarm" and "QAES" in str(body["Properties"]["Namespace"])
+        if body["Type"] == "AWS::CloudWatch::Alarm" and body["Properties"]["MetricName"] in wanted
     }
     assert len(alarms) == 2
     assert alarms <= logged

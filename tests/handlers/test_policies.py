@@ -432,13 +432,16 @@ def test_when_no_version_is_good_nothing_is_allowed(aws: Cloud, store: Policies)
 
 
 def test_a_rejected_version_is_never_fallen_back_to(aws: Cloud, store: Policies) -> None:
+    """Not even one whose hash the ledger has: it was altered when it should have come into force."""
     store.propose(OTHER_RULES, subject="olivia")
-    store.reject(2, subject="oscar")
-    store.propose(RULES, subject="olivia")
-    store.approve(3, subject="oscar", four_eyes=True)
+    text = store.read(2)[1]
+    store.approve(2, subject="oscar", four_eyes=True)
+    alter_text(2, looser(2))
     aws.settle()
+    alter_text(2, text)
+    assert publish(aws, store).version == 3
     alter_text(3, looser(3))
-    assert store.in_force().version == 1
+    assert (store.get(2).status, store.in_force().version) == ("rejected", 1)
 
 
 def test_a_document_altered_before_it_is_submitted_never_is(
@@ -479,7 +482,9 @@ def forged(pretended: bytes, **changes: Any) -> dict[str, Any]:
     """Attributes of a submission whose transaction was changed."""
     original = decode(pretended)
     other = demo_key("0x1234567890abcdef")
-    if changes.pop("by_another", False):
+    if changes.pop("by_us", False):
+        transaction = replace(original, **changes).sign(service_key().subseed)
+    elif changes.pop("by_another", False):
         transaction = replace(original, source=other.public_key, destination=other.public_key, **changes)
         transaction = transaction.sign(other.subseed)
     else:
@@ -493,7 +498,7 @@ def forged(pretended: bytes, **changes: Any) -> dict[str, Any]:
         {"payload": hashlib.sha256(looser(2).encode()).digest()},
         {"payload": hashlib.sha256(looser(2).encode()).digest(), "by_another": True},
         {"by_another": True},
-        {"input_type": 0x5148},
+        {"input_type": 0x5148, "by_us": True},
         {"tick": 5},
     ],
 )
@@ -534,3 +539,16 @@ def test_a_transaction_is_checked_once_for_each_version(
     for _ in range(3):
         service.policies().in_force()
     assert checked == [store.get(2).hash]
+
+
+def test_an_older_version_in_the_place_of_a_newer_one_is_noticed(
+    aws: Cloud, store: Policies, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish(aws, store)
+    first = store._submissions.get("policy:1")
+    assert first is not None
+    alter_text(2, store.read(1)[1])
+    attributes = {"encoded": {"B": first.encoded}, "txid": {"S": first.txid}}
+    alter("SUBMISSION#mock#policy:2", "SUBMISSION", **attributes)
+    assert store.in_force().version == 1
+    assert "its text is that of another version" in {getattr(record, "reason", None) for record in caplog.records}

@@ -94,29 +94,32 @@ def ask(aws: Cloud) -> Callable[..., Answer]:
 
 def prepared(aws: Cloud, operation: Operation) -> dict[str, str]:
     """What the path's parameters are to be."""
-    store = TaskStore("TasksTable")
+    qubic = Api(aws, "QubicApiFunction")
     if operation.id == "rpc_balance":
         return {"id": PAYER}
     if operation.id == "rpc_transaction":  # it is there once the tick that the example names has passed
-        api = Api(aws, "QubicApiFunction")
         sent = {"encodedTransaction": SIGNED}
-        assert api("POST", "/live/v1/broadcast-transaction", sent, subject="olivia", roles="operator").status == 200
+        assert qubic("POST", "/live/v1/broadcast-transaction", sent, subject="olivia", roles="operator").status == 200
         aws.clock.pass_seconds(300)
         return {}
     if operation.id == "get_transaction":
-        [receipt] = LedgerClient("LedgerFunction").write_hashes([{"hash": "a" * 64, "metadata": {}}])
-        return {"txid": receipt["txid"]}
+        return {"txid": LedgerClient("LedgerFunction").write("a" * 64, {})["txid"]}
     if "{version}" in operation.path:
-        api = Api(aws, "QubicApiFunction")
-        based_on = api("GET", "/policy", **OTTO).body["policy_id"]
-        proposed = api("POST", "/policy", {"based_on": based_on, "rules": {}}, **OTTO)
+        based_on = qubic("GET", "/policy", **OTTO).body["policy_id"]
+        proposed = qubic("POST", "/policy", {"based_on": based_on, "rules": {}}, **OTTO)
         return {"version": str(proposed.body["version"])}
-    if operation.id == "get_plan":
-        return {"plan_id": planned(store)[1].plan_id}
     if "{hash}" in operation.path:
         return {"hash": "a" * 64}
     if "/log/" in operation.path:
         return logged(aws, operation)
+    return of_a_task(aws, operation)
+
+
+def of_a_task(aws: Cloud, operation: Operation) -> dict[str, str]:
+    """Have a task, or its plan, as the operation needs it."""
+    store = TaskStore("TasksTable")
+    if operation.id == "get_plan":
+        return {"plan_id": planned(store)[1].plan_id}
     if "{task_id}" not in operation.path:
         return {}
     if operation.id == "retry":

@@ -81,6 +81,8 @@ def resolve(value: Any, parameters: dict[str, str] | None = None) -> Any:  # noq
 
     def get(target: str) -> Any:
         name, _, attribute = target.partition(".")
+        if attribute == "Id" and body["Resources"][name]["Type"] == "AWS::SecretsManager::Secret":
+            return name  # an ARN on AWS; moto takes the name as well
         return arn(name) if attribute == "Arn" else f"{name}.{attribute}" if attribute else ref(name)
 
     def condition(test: Any) -> bool:

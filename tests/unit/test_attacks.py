@@ -21,7 +21,8 @@ from qaes.domain.anchor import AnchorPayload, log_id_bytes
 from qaes.domain.bundle import TrailEntry, build_bundle
 from qaes.domain.canonical import canonical_json, salted_hash, sha256_hex
 from qaes.domain.merkle import ProofError, leaf_digest, leaf_hash, node_hash, verify_consistency, verify_inclusion
-from qaes.domain.policy import Rule
+from qaes.domain.models import Analysis
+from qaes.domain.policy import PolicyDecision, Rule
 from qaes.domain.qubic import fourq, transaction
 from qaes.domain.tiles import consistency_proof
 from tests.support.bundles import (
@@ -364,6 +365,14 @@ def test_what_is_said_of_the_anchor_altered() -> None:
         assert caught(GOOD | {"anchor": GOOD["anchor"] | changes}) == (check, "anchor")
 
 
+def test_bytes_before_or_after_the_transaction() -> None:
+    sent = base64.b64decode(GOOD["anchor"]["transaction"])
+    for data in (sent + b"\0", sent[:-1], b"", sent * 2):
+        anchor = GOOD["anchor"] | {"transaction": base64.b64encode(data).decode()}
+        with pytest.raises(verifier.Failed, match="not a transaction with an anchor"):
+            verify(GOOD | {"anchor": anchor})
+
+
 def test_the_signature_mutated() -> None:
     sent = bytearray(base64.b64decode(GOOD["anchor"]["transaction"]))
     for at in (len(sent) - 64, len(sent) - 33, len(sent) - 32, len(sent) - 2, len(sent) - 1):
@@ -413,6 +422,16 @@ def test_proofs_that_are_none(change: Callable[[dict[str, Any]], None], check: s
     bundle = deepcopy(GOOD)
     change(bundle["entries"][2])
     assert caught(bundle) == (check, "entry 3")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [(lambda proof: [*proof, proof[0]], "long"), (lambda proof: proof[:-1], "short")]
+)
+def test_proofs_of_another_length(change: Callable[[list[str]], list[str]], message: str) -> None:
+    bundle = deepcopy(GOOD)
+    bundle["entries"][2]["proof"] = change(bundle["entries"][2]["proof"])
+    with pytest.raises(verifier.Failed, match=f"too {message}"):
+        verify(bundle)
 
 
 def test_a_node_passed_off_as_a_leaf() -> None:
@@ -604,6 +623,16 @@ def approved(trail: Trail) -> Trail:
     return trail.ask(2).decide(2, "bob", True, 1).decide(2, "carol", True, 2)
 
 
+ANALYSIS = {"action_type": "transfer_funds", "risk_level": "high"}
+
+
+def checked(analysis: dict[str, Any], status: str, decision: PolicyDecision, **fields: Any) -> Trail:
+    fields = {"policy_id": decision.policy_id} | fields
+    output = decision.model_dump(mode="json")
+    trail = Trail().start().record("policy_checked", "planner", status, analysis, output, **fields)
+    return setattr_(trail, policy_id=decision.policy_id)  # its document is in the bundle
+
+
 LIES: dict[str, tuple[Callable[[], Trail], str]] = {
     "the requester approves": (lambda: planned().ask(2).decide(2, "alice", True, 1), "four eyes"),
     "the requester rejects": (lambda: planned().ask(2).decide(2, "alice", False, 0), "four eyes"),
@@ -701,6 +730,27 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
     "allowed without a rule": (lambda: Trail("self_destruct").start().check_policy(allowed=True), "policy"),
     "a rule's member left out": (lambda: Trail().start().check_policy(extra=1), "policy"),
     "decided for another action": (lambda: Trail().start().check_policy(action_type="monitoring"), "policy"),
+    "a request of another task": (
+        lambda: setattr_(Trail(), request=Trail().request | {"task_id": "task_2"}).start(),
+        "task",
+    ),
+    "decided by the rule for something harmless": (
+        lambda: checked(
+            {"action_type": "monitoring", "risk_level": "low"}, "allowed", Trail().policy.decide("monitoring")
+        ),
+        "policy",
+    ),
+    "denied, it says": (lambda: checked(ANALYSIS, "denied", Trail().decision()), "policy"),
+    "another policy than the one that decided": (
+        lambda: checked(ANALYSIS, "allowed", Trail().decision(), policy_id="policy-v9-000000000000"),
+        "policy",
+    ),
+    "a plan of another analysis": (
+        lambda: Trail().start().check_policy().build(analysis=Analysis(action_type="monitoring", risk_level="low")),
+        "plan",
+    ),
+    "a step neither succeeded nor failed": (lambda: planned().execute(2, {}, "skipped"), "step"),
+    "a day is no time": (lambda: planned().ask(2, expires_at="2026-11-24"), "text"),
     "decided twice": (lambda: Trail().start().check_policy().check_policy(), "policy"),
     "pinned to another policy later": (
         lambda: planned().record("step_executed", "worker", "succeeded", {}, {}, policy_id="policy-v9-000000000000"),
@@ -786,12 +836,27 @@ def test_a_denied_task_that_is_carried_out_after_all() -> None:
 
 
 def test_documents_that_are_none_or_that_nothing_refers_to() -> None:
-    for text in ("{}", "[]", '{"rules":{},"version":"3"}', '{"rules": {}, "version": 3}'):
+    good = policy_text()
+    texts = (
+        "{}",
+        "[]",
+        good.replace('"version":3', '"version":"3"'),
+        good.replace('"version":3', '"version": 3'),
+        good.replace('"format":1', '"format":2'),
+    )
+    assert good not in texts
+    for text in texts:
         policies = GOOD["policies"] | {sha256_hex(text): text}
         assert caught(GOOD | {"policies": policies}) == ("policy", sha256_hex(text))
     more = policy_text(version=9)
     assert caught(GOOD | {"policies": GOOD["policies"] | {sha256_hex(more): more}}) == ("policy", "bundle")
     assert caught(GOOD | {"policies": {sha256_hex(more): 1}})[0] == "policy"
+
+
+def test_two_documents_of_one_id() -> None:
+    """An id has 48 bits of the hash: who writes both documents can find two."""
+    with pytest.raises(verifier.Failed, match="two documents of one id"):
+        verifier.Story({"0" * 12 + "a": policy_text(), "0" * 12 + "b": policy_text()})
 
 
 @pytest.mark.parametrize(

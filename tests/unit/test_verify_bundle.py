@@ -291,6 +291,20 @@ def test_the_command(tmp_path: Path) -> None:
     assert run("bundle.json", *pinned, cwd=tmp_path).stdout == "FAILED json (bundle): not UTF-8\n"
 
 
+def test_a_name_cannot_write_lines_of_the_report(tmp_path: Path) -> None:
+    trail = Trail()
+    trail.request["requester"] = "mallory\nended     completed\x1b[2K\u202e, \u5f20\u4e09"
+    trail.start().end("cancelled", "alice")
+    (tmp_path / "bundle.json").write_text(canonical_json(trail.bundle()), encoding="utf-8")
+    pinned = ("--log-id", LOG_ID, "--anchor-identity", ANCHORER.identity)
+    held = run("bundle.json", *pinned, cwd=tmp_path)
+    first = held.stdout.splitlines()[1]
+    assert held.returncode == 0 and "mallory?ended     completed?[2K?, " in first
+    (tmp_path / "bundle.json").write_text(canonical_json(trail.bundle() | {"policies": {"a\nOK": "b"}}))
+    refused = run("bundle.json", *pinned, cwd=tmp_path)
+    assert refused.returncode == 1 and refused.stdout == "FAILED policy (a?OK): not the document of this hash\n"
+
+
 def test_it_imports_nothing_of_ours_and_we_do_not_import_it() -> None:
     text = VERIFIER.read_text()
     imported = set(re.findall(r"^ *(?:from|import) ([a-z_0-9]+)", text, re.MULTILINE))

@@ -13,7 +13,7 @@ def count(event: Event) -> None:
     from aws_lambda_powertools.metrics import MetricUnit, single_metric
 
     name = "".join(word.capitalize() for word in event.kind.split("_"))
-    with single_metric(name=name, unit=MetricUnit.Count, value=1, namespace=_namespace()) as metric:
+    with single_metric(name=name, unit=MetricUnit.Count, value=1, namespace=namespace()) as metric:
         metric.add_dimension("status", event.status)
 
 
@@ -21,7 +21,7 @@ def count_one(name: str) -> None:
     """Count something that is not about a task, and that an alarm is made of."""
     from aws_lambda_powertools.metrics import MetricUnit, single_metric
 
-    with single_metric(name=name, unit=MetricUnit.Count, value=1, namespace=_namespace()):
+    with single_metric(name=name, unit=MetricUnit.Count, value=1, namespace=namespace()):
         pass
 
 
@@ -34,10 +34,10 @@ def open_approvals(ages: list[float]) -> None:
         ("OpenApprovals", MetricUnit.Count, len(ages)),
         ("OldestOpenApproval", MetricUnit.Seconds, max(oldest, 0)),
     ):
-        with single_metric(name=name, unit=unit, value=value, namespace=_namespace()):
+        with single_metric(name=name, unit=unit, value=value, namespace=namespace()):
             pass
 
 
-def _namespace() -> str:
+def namespace() -> str:
     """A stack's own, so that two of them in one account are not added up."""
     return settings.optional("METRICS_NAMESPACE") or NAMESPACE
