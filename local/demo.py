@@ -1,27 +1,31 @@
 """`make demo`: two tasks on a local cloud of their own, shown and checked.
 
 A monitoring task runs to its end by itself. A transfer waits for an approval, which its requester may not give and
-another person gives. Everything that is printed is read back over HTTP, and every statement is checked: the exit code
-is 0 only if all of them hold.
+another person gives; its audit bundle is then verified offline. Everything that is printed is read back over HTTP, and
+every statement is checked: the exit code is 0 only if all of them hold.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from typing import Any
 
-from local.cloud import Cloud, Progress
+from local.cloud import ROOT, Cloud, Progress
 from local.lifecycle import StopError, ignore_signals, stop_on_signals
 from local.tokens import PEOPLE
 
 SOURCE = "0x1234567890abcdef"
 DESTINATION = "0xfedcba0987654321"
 AMOUNT = 250
+VERIFIER = ROOT / "docs" / "verify_bundle.py"
+LOG_ID = "qaes"
 TASK_TIMEOUT_SECONDS = 90
 TERMINAL = frozenset({"completed", "denied", "rejected", "expired", "failed", "cancelled"})
 MONITORING = {
@@ -166,6 +170,27 @@ class Demo:
         other = self.call("auditor", "GET", f"/audit/verify/{'0' * 64}")
         self.check("a hash that was never recorded does not", other.body.get("verified") is not True, other)
 
+    def verify_offline(self, task_id: str) -> None:
+        """Hand the task's bundle to the verifier, which has nothing but Python; then again, with one letter altered."""
+        anchor = self.call("auditor", "GET", "/audit/log/checkpoint").body.get("anchor", {})
+        identity = str(anchor.get("source"))
+        answer = self.call("auditor", "GET", f"/audit/{task_id}/bundle")
+        bundle = self.cloud.directory / "bundle.json"
+        text = json.dumps(answer.body, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+        print(f"  offline: verify_bundle.py bundle.json ({len(text) / 1024:.0f} KiB) --anchor-identity {identity}")
+        for content, holds in ((text, True), (text.replace(f'"amount":{AMOUNT}', f'"amount":{AMOUNT - 100}'), False)):
+            bundle.write_text(content)
+            said = subprocess.run(
+                [sys.executable, "-I", VERIFIER, bundle, "--log-id", LOG_ID, "--anchor-identity", identity],
+                check=False,
+                capture_output=True,
+                text=True,
+            )
+            for line in (said.stdout + said.stderr).strip().splitlines():
+                print(f"    {line}")
+            what = "the bundle holds" if holds else f"with {AMOUNT - 100} QU in it instead of {AMOUNT}, it does not"
+            self.check(what, (said.returncode == 0) is holds and (content == text) is holds, said)
+
     def balance(self, address: str) -> int | None:
         """Ask the ledger's function for a balance in QU; no route of the API tells it."""
         answer = self.cloud.client("lambda").invoke(
@@ -202,6 +227,7 @@ def transfer(demo: Demo) -> None:
     demo.check("it completes", status == "completed", status)
     demo.show_steps(task_id)
     demo.show_audit(task_id)
+    demo.verify_offline(task_id)
 
 
 def tell(cloud: Cloud) -> list[str]:

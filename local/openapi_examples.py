@@ -325,7 +325,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     },
     "write": {
         "body": {"hash": HASH, "metadata": {"invoice": "4711"}},
-        "answer": {"network": "mock", "txid": TXID, "hash": HASH, "timestamp": MOMENT, "tick": 48239423},
+        "answer": {"network": "mock", "txid": TXID, "hash": HASH, "timestamp": MOMENT, "tick": 48239423}
+        | {"status": "pending"},
     },
     "verify_on_ledger": {
         "parameters": {"hash": HASH},
@@ -336,6 +337,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {
             "txid": TXID,
             "timestamp": MOMENT,
             "tick": 48239423,
+            "state": "confirmed",
+            "source": PAYER,
+            "encoded": SIGNED,
         },
     },
     "get_transaction": {
@@ -347,7 +351,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
             "timestamp": MOMENT,
             "metadata": {"invoice": "4711"},
             "block_height": 48239423,
-            "encoded": "AAAA",
+            "encoded": SIGNED,
+            "state": "confirmed",
+            "source": PAYER,
+            "destination": PAYER,
+            "amount": 0,
         },
     },
     "rpc_tick_info": {
@@ -402,5 +410,13 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "agent_runtime_health": _health("agent-runtime"),
     "worker_health": _health("worker"),
     "audit_health": _health("audit"),
-    "qubic_health": {"answer": {"network": "mock", "status": "healthy", "service": "qubic", "tick": 48239423}},
+    "qubic_health": {
+        "answer": {
+            "network": "mock",
+            "status": "healthy",
+            "service": "qubic",
+            "tick": 48239423,
+            "policy_id": POLICY_ID,
+        }
+    },
 }

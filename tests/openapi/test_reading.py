@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import boto3
 import pytest
 
@@ -31,13 +33,14 @@ def test_no_link_decides_starts_or_cancels(aws: Cloud, method: str) -> None:
     before = everything()
     values = {"task_id": task_id, "plan_id": plan.plan_id, "hash": "a" * 64, "txid": "a" * 60}
     for operation in OPERATIONS:
-        path = operation.path.format_map(values)
+        # Of a version, a tile or an identity the first one there could be.
+        path = operation.path.format_map(defaultdict(lambda: "1", values))
         api = Api(aws, routes()[f"{operation.method} {operation.path}"])
         event = api.event(method, path, None, subject="bob", roles="requester approver operator")
         event["queryStringParameters"] = {"approved": "true", "reason": "opened"}
         event["multiValueQueryStringParameters"] = {"approved": ["true"], "reason": ["opened"]}
         answer = aws.invoke(api.function, event)
-        if method != "GET" or operation.method != "GET":
+        if method != "GET" or f"GET {operation.path}" not in routes():
             assert answer["statusCode"] in {404, 405}, (operation.id, answer)
     assert everything() == before
     approval = TaskStore("TasksTable").open_approval(task_id)
