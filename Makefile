@@ -10,7 +10,7 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 export SAM_CLI_TELEMETRY := 0
 export AUTH_MODE QAES_PORT QAES_HTTP_PORT SAM_LOCAL_ARGS
 
-.PHONY: help demo up down status logs test e2e browser sam-local check openapi fuzz format requirements bench clean
+.PHONY: help demo up down status logs fsck test e2e browser sam-local check openapi fuzz format requirements bench clean
 
 help:  ## This list
 	@awk -F ' ## ' '/^[a-z0-9-]+:.* ## / { name = $$1; sub(/:.*/, "", name); printf "make %-14s %s\n", name, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +50,10 @@ status: $(VENV)/.local-stamp ## Say whether the local cloud runs
 
 logs: $(VENV)/.local-stamp ## Print what the services of the local cloud logged (TASK=task_…: for one task)
 	@$(BIN)/python -m local logs $(if $(TASK),--task $(TASK))
+
+fsck: $(VENV)/.local-stamp ## Check the audit log of the running local cloud, every entry, tile and anchor (REPAIR=1)
+	@test -f .local/aws.env || { echo "The local cloud does not run: make up" >&2; exit 1; }
+	@source .local/aws.env && PYTHONPATH=functions:layers/core $(BIN)/python -m local.fsck $(if $(REPAIR),--repair)
 
 # --- tests and checks
 

@@ -444,6 +444,7 @@ class Cloud:
             "AUDIT_LOG_TABLE": self.resources["AuditLogTable"],
             "LEDGER_TABLE": self.resources["LedgerTable"],
             "LEDGER_FUNCTION": self.resources["LedgerFunction"],
+            "SEQUENCER_FUNCTION": self.resources["SequencerFunction"],
         }
         lines = [
             "# The local AWS, with credentials that are good for nothing else.",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -15,6 +18,7 @@ import pytest
 from local.cloud import Cloud
 from local.tokens import PEOPLE
 
+ROOT = Path(__file__).resolve().parents[2]
 APPROVAL_SECONDS = 20
 SOURCE, DESTINATION, EMPTY = "0x1234567890abcdef", "0xfedcba0987654321", "0xabcdef1234567890"
 TERMINAL = {"completed", "denied", "rejected", "expired", "failed", "cancelled"}
@@ -125,6 +129,26 @@ class Api:
         return [item for page in pages.paginate(TableName=name, **condition) for item in page["Items"]]
 
 
+def fsck(cloud: Cloud) -> subprocess.CompletedProcess[str]:
+    """Check the audit log, all of it, as `make fsck` does."""
+    tables = {
+        "AUDIT_ENTRIES_TABLE": "AuditEntriesTable",
+        "AUDIT_LOG_TABLE": "AuditLogTable",
+        "LEDGER_FUNCTION": "LedgerFunction",
+        "SEQUENCER_FUNCTION": "SequencerFunction",
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "local.fsck", "--settle", "60"],
+        cwd=ROOT,
+        env=cloud.environment
+        | {name: cloud.resources[resource] for name, resource in tables.items()}
+        | {"PYTHONPATH": "functions:layers/core:."},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.fixture(scope="session")
 def local_cloud() -> Iterator[Cloud]:
     cloud = Cloud(
@@ -138,6 +162,8 @@ def local_cloud() -> Iterator[Cloud]:
     )
     with cloud:
         yield cloud
+        checked = fsck(cloud)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
     cloud.remove_directory()
 
 

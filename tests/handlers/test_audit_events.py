@@ -1,0 +1,123 @@
+"""What is put on record of a task's life: who did what, under which key, why; and that nothing of it can be guessed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import boto3
+import pytest
+
+from audit.store import Outbox
+from qaes.adapters.task_items import Idempotency
+from qaes.adapters.task_store import TaskStore
+from qaes.domain.canonical import canonical_json, hash_of, salted_hash
+from qaes.domain.models import Event
+from tests.handlers.test_audit_recorder import start_task
+from tests.handlers.test_task_store import new_task, planned, waiting
+from tests.support.cloud import Cloud, cloud
+
+KEY = Idempotency(subject="alice", key="my key", body_hash="0" * 64)
+KEY_HASH = hash_of(["alice", "my key"])
+
+
+@pytest.fixture
+def aws() -> Iterator[Cloud]:
+    with cloud(state_machine=False) as it:
+        yield it
+
+
+@pytest.fixture
+def store(aws: Cloud) -> TaskStore:
+    return TaskStore("TasksTable")
+
+
+def events(task_id: str) -> list[Event]:
+    return [event for _, event in Outbox("TasksTable").events_after(task_id, 0)]
+
+
+def last(task_id: str, kind: str) -> tuple[Event, dict[str, Any], dict[str, Any]]:
+    event = [each for each in events(task_id) if each.kind == kind][-1]
+    return event, json.loads(event.input), json.loads(event.output)
+
+
+def check_hashes(store: TaskStore, task_id: str) -> None:
+    """Each hash is over what is disclosed, with the task's salt, and not over it alone."""
+    task = store.get_task(task_id)
+    assert len(bytes.fromhex(task.salt)) == 16
+    for event in events(task_id):
+        for text, hash_ in ((event.input, event.input_hash), (event.output, event.output_hash)):
+            value = json.loads(text)
+            assert canonical_json(value) == text
+            assert hash_ == salted_hash(task.salt, value)
+            assert hash_ != hash_of(value)
+
+
+def test_a_start_says_who_and_what_and_under_which_key(store: TaskStore) -> None:
+    task, _ = store.start_task(new_task(), KEY)
+    event, request, answer = last(task.task_id, "task_started")
+    assert (event.actor, request) == (task.requester, task.request())
+    assert answer == {"task_id": task.task_id, "idempotency_key": KEY_HASH}
+    assert "my key" not in str(events(task.task_id))
+    check_hashes(store, task.task_id)
+
+
+def test_two_tasks_have_two_salts_and_so_other_hashes(store: TaskStore) -> None:
+    first, second = (store.start_task(new_task())[0] for _ in range(2))
+    assert store.get_task(first.task_id).salt != store.get_task(second.task_id).salt
+
+
+def test_planning_says_what_was_decided_and_what_the_plan_is(store: TaskStore) -> None:
+    task_id, plan = planned(store)
+    built, request, disclosed = last(task_id, "plan_built")
+    assert (disclosed, request) == (plan.model_dump(mode="json"), store.get_task(task_id).request())
+    assert built.plan_hash == hash_of(disclosed)
+    check_hashes(store, task_id)
+
+
+@pytest.mark.parametrize("approved", [True, False])
+def test_a_decision_says_who_why_and_what_it_was_about(store: TaskStore, approved: bool) -> None:
+    task_id, plan = waiting(store)
+    key = Idempotency(subject="bob", key="k", body_hash="1" * 64)
+    store.decide(task_id, approved=approved, subject="bob", reason="too much", idempotency=key)
+    approval = store.approvals(task_id)[-1]
+    _, asked, _ = last(task_id, "approval_requested")
+    event, about, said = last(task_id, "approval_decided")
+    hashes = {"plan_hash": plan.hash(), "step_hash": plan.steps[approval.step_index].hash()}
+    assert asked == about
+    assert about.items() >= (hashes | {"required": 1, "round": 1, "policy_id": approval.policy_id}).items()
+    assert said.items() >= (hashes | {"approved": approved, "reason": "too much", "actor": "bob"}).items()
+    assert (said["idempotency_key"], said["approvals"]) == (hash_of(["bob", "k"]), int(approved))
+    assert (event.actor, event.status) == ("bob", "approved" if approved else "rejected")
+    check_hashes(store, task_id)
+
+
+def test_an_end_a_cancellation_and_a_retry_say_who_and_why(store: TaskStore) -> None:
+    task_id, _ = planned(store)
+    store.end_task(task_id, "failed", actor="execution", reason="no funds", failed_step="step_1")
+    _, _, ended = last(task_id, "task_ended")
+    assert ended == {"status": "failed", "reason": "no funds", "failed_step": "step_1", "idempotency_key": None}
+    store.retry(task_id, subject="alice", idempotency=KEY)
+    event, _, retried = last(task_id, "task_retried")
+    assert (event.actor, retried) == ("alice", {"run": 2, "idempotency_key": KEY_HASH})
+    store.cancel(task_id, subject="olivia", reason="changed my mind")
+    event, _, cancelled = last(task_id, "task_ended")
+    assert (event.actor, cancelled["status"], cancelled["reason"]) == ("olivia", "cancelled", "changed my mind")
+    check_hashes(store, task_id)
+
+
+def test_a_task_that_was_stored_without_a_salt_gets_one(store: TaskStore) -> None:
+    task_id = start_task()
+    task = store.get_task(task_id).model_copy(update={"salt": ""})
+    boto3.client("dynamodb").update_item(
+        TableName="TasksTable",
+        Key={"pk": {"S": task_id}, "sk": {"S": "TASK"}},
+        UpdateExpression="SET #data = :data",
+        ExpressionAttributeNames={"#data": "data"},
+        ExpressionAttributeValues={":data": {"S": task.model_dump_json()}},
+    )
+    store.end_task(task_id, "failed", actor="execution", reason="so")
+    salt = store.get_task(task_id).salt
+    event, _, ended = last(task_id, "task_ended")
+    assert event.output_hash == salted_hash(salt, ended)

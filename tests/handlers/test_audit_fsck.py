@@ -1,0 +1,170 @@
+"""fsck on moto: a sound log has no findings, and each invariant that is broken is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import boto3
+import pytest
+
+from audit.fsck import INVARIANTS, Report, fsck
+from audit.log import Anchor, Batch, Leaf
+from audit.sequencer import _over
+from local.fsck import repair, settled, show
+from qaes.adapters import clients
+from qaes.adapters.ledger_client import LedgerClient
+from qaes.domain.tiles import appended, tree_root
+from tests.handlers.test_audit_recorder import task_with
+from tests.support.cloud import Cloud, cloud
+from tests.support.trail import anchor, anchor_all, deliver, entry_items, log, new_recorder, sequence_all, store
+
+
+@pytest.fixture
+def aws() -> Iterator[Cloud]:
+    with cloud(state_machine=False) as it:
+        clients.client("dynamodb")
+        clients.lambda_client()
+        yield it
+
+
+@pytest.fixture
+def sound(aws: Cloud) -> str:
+    """Two tasks with two anchors; the id of the first."""
+    found = []
+    for events in (3, 2):
+        found.append(task_with(events))
+        new_recorder().drain(found[-1])
+        anchor_all(aws)
+    return found[0]
+
+
+def check() -> Report:
+    return fsck(store(), log(), LedgerClient("LedgerFunction"), log_id="qaes")
+
+
+def found() -> set[str]:
+    return {each.invariant for each in check().findings}
+
+
+def change(table: str, pk: str, sk: str, **attributes: Any) -> None:
+    boto3.client("dynamodb").update_item(
+        TableName=table,
+        Key={"pk": {"S": pk}, "sk": {"S": sk}},
+        UpdateExpression="SET " + ", ".join(f"#{name} = :{name}" for name in attributes),
+        ExpressionAttributeNames={f"#{name}": name for name in attributes},
+        ExpressionAttributeValues={f":{name}": value for name, value in attributes.items()},
+    )
+
+
+def remove(table: str, pk: str, sk: str) -> None:
+    boto3.client("dynamodb").delete_item(TableName=table, Key={"pk": {"S": pk}, "sk": {"S": sk}})
+
+
+def first_anchor() -> Anchor:
+    return next(iter(log().anchors()))
+
+
+def test_a_sound_log_has_no_findings(sound: str) -> None:
+    report = check()
+    assert report.findings == []
+    assert (report.tasks, report.entries, report.size, report.anchors, report.anchored) == (2, 5, 5, 2, 5)
+    assert "every invariant holds" in show(report)
+
+
+def test_an_empty_log_is_sound(aws: Cloud) -> None:
+    assert check().findings == []
+
+
+ENTRIES, LOG, NEWEST = "AuditEntriesTable", "AuditLogTable", "SIZE#000000000005"
+BROKEN: dict[str, tuple[set[str], Callable[[str], None]]] = {
+    "entry altered": ({"chain"}, lambda task: change(ENTRIES, task, "ENTRY#000002", text={"S": "{}"})),
+    "entry with another hash": (
+        {"chain", "index", "pointer"},
+        lambda task: change(ENTRIES, task, "ENTRY#000003", leaf={"S": "f" * 64}),
+    ),
+    "entry gone": ({"chain", "index"}, lambda task: remove(ENTRIES, task, "ENTRY#000002")),
+    "last entry gone": ({"index"}, lambda task: remove(ENTRIES, task, "ENTRY#000003")),
+    "pointer gone": (
+        {"pointer"},
+        lambda task: remove(LOG, f"HASH#{next(store().entries(task)).leaf}", f"{task}#000001#leaf"),
+    ),
+    "index gone": ({"index"}, lambda task: remove(LOG, task, "INDEX#000001")),
+    "another index": ({"index"}, lambda task: change(LOG, task, "INDEX#000001", index={"N": "2"})),
+    "batch gone": (
+        {"head", "tile", "anchor", "unsequenced", "index"},
+        lambda _: remove(LOG, "LOG", "BATCH#000000000003"),
+    ),
+    "another root of a batch": ({"batch"}, lambda _: change(LOG, "LOG", "BATCH#000000000000", root={"B": b"x" * 32})),
+    "another root of the head": ({"head"}, lambda _: change(LOG, "LOG", "HEAD", root={"B": b"x" * 32})),
+    "not integrated": ({"head"}, lambda _: change(LOG, "LOG", "HEAD", integrated={"N": "3"})),
+    "tile altered": ({"tile"}, lambda _: change(LOG, "TILE#00#000000000000", "TILE", hashes={"B": b"x" * 160})),
+    "tile narrower": (
+        {"tile"},
+        lambda _: change(LOG, "TILE#00#000000000000", "TILE", hashes={"B": log().tile(0, 0, 2)}),
+    ),
+    "tile too many": ({"tile"}, lambda _: log().widen_tile(0, 1, b"x" * 32)),
+    "another root of an anchor": (
+        {"anchor", "note"},
+        lambda _: change(LOG, "ANCHOR", "SIZE#000000000003", root={"B": b"x" * 32}),
+    ),
+    "anchor gone": ({"anchor"}, lambda _: remove(LOG, "ANCHOR", "SIZE#000000000003")),
+    "newest anchor gone": ({"in flight"}, lambda _: remove(LOG, "ANCHOR", NEWEST)),
+    "payload of another": (
+        {"anchor", "transaction", "in flight"},
+        lambda _: change(LOG, "ANCHOR", NEWEST, payload={"B": first_anchor().payload}),
+    ),
+    "another transaction": ({"transaction", "ledger"}, lambda _: change(LOG, "ANCHOR", NEWEST, txid={"S": "a" * 60})),
+    "unreadable transaction": ({"transaction"}, lambda _: change(LOG, "ANCHOR", NEWEST, encoded={"B": b"x"})),
+    "note of another": ({"note"}, lambda _: change(LOG, "ANCHOR", NEWEST, note={"S": first_anchor().note})),
+    "note unsigned": ({"note"}, lambda _: change(LOG, "ANCHOR", NEWEST, note={"S": "x"})),
+    "no newest anchor": ({"in flight"}, lambda _: change(LOG, "LOG", "ANCHORING", sequence={"N": "7"})),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_what_is_broken_is_named(sound: str, name: str) -> None:
+    expected, break_it = BROKEN[name]
+    break_it(sound)
+    assert found() == expected
+
+
+def test_every_invariant_is_broken_by_one_of_these(sound: str) -> None:
+    named = set().union(*(expected for expected, _ in BROKEN.values()))
+    assert set(INVARIANTS) - named == {"twice"}
+
+
+def test_an_entry_that_is_there_twice_is_named(sound: str, aws: Cloud) -> None:
+    """The log as a faulty sequencer would write it."""
+    head, entry = log().head(), next(store().entries(sound))
+    tiles = appended(5, [bytes.fromhex(entry.leaf)], log().tile)
+    batch = Batch(5, (Leaf(sound, 1, entry.leaf),), tree_root(6, _over(tiles, log().tile)))
+    assert log().commit(head, batch)
+    assert "twice" in found()
+
+
+def test_what_is_not_in_the_log_is_handed_to_the_sequencer(
+    aws: Cloud, sound: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in {
+        "AUDIT_ENTRIES_TABLE": ENTRIES, "AUDIT_LOG_TABLE": LOG, "LEDGER_FUNCTION": "LedgerFunction",
+        "SEQUENCER_FUNCTION": "SequencerFunction",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    task_id = task_with(2)
+    new_recorder().drain(task_id)
+    report = settled(0, log_id="qaes")
+    assert ({each.invariant for each in report.findings}, report.unsequenced) == ({"unsequenced"}, [task_id])
+    assert "unsequenced" in show(report)
+    repair(report)
+    assert "broken" in capsys.readouterr().out
+    assert settled(0, log_id="qaes").findings == []
+
+
+def test_an_anchor_in_flight_is_no_finding(aws: Cloud, sound: str) -> None:
+    task_id = task_with(2)
+    new_recorder().drain(task_id)
+    sequence_all(aws)
+    anchor(aws)
+    assert check().findings == []
+    assert deliver(aws, entry_items()) == []
