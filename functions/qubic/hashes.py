@@ -25,8 +25,10 @@ def write_hash(it: Submissions, hash_: object, metadata: object) -> Submission:
     ------
     InvalidInputError
         The hash is none, or the metadata is no JSON object or has more than 4,096 bytes of canonical JSON.
+    LimitError
+        Too much is waiting to be written: later.
     UnavailableError
-        The ledger is busy, or does not answer.
+        The ledger does not answer.
     """
     checked = check_hash(hash_)
     if not isinstance(metadata, dict):

@@ -34,7 +34,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from qaes.adapters import clients, settings
 from qaes.adapters.logs import logger
 from qaes.domain.canonical import canonical_json
-from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
+from qaes.domain.errors import InvalidInputError, LimitError, RefusedError, UnavailableError
 from qaes.domain.ids import now, timestamp
 from qaes.domain.qubic.transaction import MAX_AMOUNT, Transaction
 from qubic.chain.base import Chain
@@ -51,6 +51,8 @@ EXPIRY_MARGIN_TICKS = 5
 """Absent counts only so many ticks after the named one: nodes behind one address may not all be at the same tick."""
 MAX_OPEN = 100
 """Most open submissions of one source; beyond, the ledger is busy."""
+MAX_OPEN_HASHES = 50
+"""Beyond so many, no further hashes: policy and anchors have to find a place."""
 MAX_METADATA_BYTES = 4096
 MAX_REFERENCE_CHARACTERS = 256
 _ATTEMPTS = 12
@@ -177,8 +179,10 @@ class Submissions:
             `key_conflict`: another payload was submitted under this key.
         InvalidInputError
             The metadata is larger than 4,096 bytes of canonical JSON.
+        LimitError
+            Too much is waiting to be written: later.
         UnavailableError
-            The ledger is busy, or does not answer.
+            The ledger does not answer.
         """
         key_ = service_key()
         wanted = Submission(
@@ -223,8 +227,10 @@ class Submissions:
             An address, the amount (1 to 10^15) or the reference is not acceptable.
         RefusedError
             `insufficient_balance`; `no_key`; `reference_conflict`: the reference stands for another transfer.
+        LimitError
+            Too much is waiting to be written: later.
         UnavailableError
-            The ledger is busy, or does not answer.
+            The ledger does not answer.
         """
         if not 0 < len(reference) <= MAX_REFERENCE_CHARACTERS:
             raise InvalidInputError(f"the reference has 1 to {MAX_REFERENCE_CHARACTERS} characters", field="reference")
@@ -293,8 +299,9 @@ class Submissions:
                 if not _may_be_repeated(before, wanted):
                     return before
             source = self._source(wanted.source)
-            if len(source.open) >= MAX_OPEN:
-                raise UnavailableError("the ledger has too much to write at the moment")
+            limit = MAX_OPEN_HASHES if wanted.kind == "hash" else MAX_OPEN
+            if len(source.open) >= limit:
+                raise LimitError("the ledger has too much to write at the moment", max_open=limit)
             if wanted.amount:
                 self._check_balance(source, wanted.amount)
             allow()

@@ -52,13 +52,15 @@ def _refused(call: Callable[..., Any], **arguments: Any) -> None:
     assert raised.value.response["Error"]["Code"] in DENIED, raised.value
 
 
+QUBIC = {"LedgerFunction", "LedgerWriterFunction", "QubicApiFunction"}
 WRITERS_OF_THE_TRAIL = {"RecordAuditFunction", "RecordEventsFunction"}
 FUNCTIONS = (
     "GatewayFunction", "PlannerApiFunction", "AgentRuntimeApiFunction", "WorkerApiFunction", "AuditApiFunction",
     "QubicApiFunction", "AuthorizerFunction", "AnalyzeTaskFunction", "CheckPolicyFunction", "BuildPlanFunction",
     "ValidatePlanFunction", "CheckComplianceFunction", "EndTaskFunction", "RequestApprovalFunction",
     "ReconcilerFunction", "ExecuteStepFunction", "RecordAuditFunction", "RecordEventsFunction", "LedgerFunction",
-    "SequencerFunction", "AnchorFunction",
+    "SequencerFunction", "AnchorFunction", "LedgerWriterFunction", "AwaitConfirmationFunction",
+    "TransferEndedFunction",
 )  # fmt: skip
 
 
@@ -95,23 +97,46 @@ def test_nobody_can_change_or_delete_an_audit_entry(
         _refused(dynamodb.put_item, TableName=table, Item=KEY)
 
 
-@pytest.mark.parametrize("function", sorted(set(FUNCTIONS) - {"LedgerFunction", "QubicApiFunction"}))
-def test_only_the_qubic_service_touches_the_ledgers_table(
+@pytest.mark.parametrize("function", sorted(set(FUNCTIONS) - QUBIC))
+def test_only_the_qubic_service_touches_the_ledgers_tables_and_its_key(
     local_cloud: Cloud, session: Callable[[str], boto3.Session], function: str
 ) -> None:
     dynamodb = session(function).client("dynamodb", endpoint_url=local_cloud.endpoint)
-    table = local_cloud.resources["LedgerTable"]
-    _refused(dynamodb.get_item, TableName=table, Key=KEY)
-    _refused(dynamodb.put_item, TableName=table, Item=KEY)
-    _refused(dynamodb.scan, TableName=table)
+    for name in ("LedgerTable", "ChainTable"):
+        table = local_cloud.resources[name]
+        _refused(dynamodb.get_item, TableName=table, Key=KEY)
+        _refused(dynamodb.put_item, TableName=table, Item=KEY)
+        _refused(dynamodb.scan, TableName=table)
+    secrets = session(function).client("secretsmanager", endpoint_url=local_cloud.endpoint)
+    _refused(secrets.get_secret_value, SecretId=local_cloud.resources["QubicSeed"])
+    queue = local_cloud.client("sqs").list_queues(QueueNamePrefix="qaes-local-LedgerWriterQueue")["QueueUrls"][0]
+    sqs = session(function).client("sqs", endpoint_url=local_cloud.endpoint)
+    _refused(sqs.send_message, QueueUrl=queue, MessageBody="{}")
 
 
-@pytest.mark.parametrize("function", sorted(set(FUNCTIONS) - {"GatewayFunction", "ReconcilerFunction"}))
-def test_only_gateway_and_reconciler_resume_an_execution(
+@pytest.mark.parametrize("function", sorted(QUBIC))
+def test_the_qubic_service_deletes_nothing_and_leaves_its_key_alone(
+    local_cloud: Cloud, session: Callable[[str], boto3.Session], function: str
+) -> None:
+    dynamodb = session(function).client("dynamodb", endpoint_url=local_cloud.endpoint)
+    for name in ("LedgerTable", "ChainTable"):
+        _refused(dynamodb.delete_item, TableName=local_cloud.resources[name], Key=KEY)
+    secrets = session(function).client("secretsmanager", endpoint_url=local_cloud.endpoint)
+    _refused(secrets.put_secret_value, SecretId=local_cloud.resources["QubicSeed"], SecretString="x")
+    assert secrets.get_secret_value(SecretId=local_cloud.resources["QubicSeed"])["SecretString"].isalpha()
+
+
+STARTERS = {"GatewayFunction", "ReconcilerFunction"}
+WAKERS = STARTERS | {"AwaitConfirmationFunction", "TransferEndedFunction"}
+
+
+@pytest.mark.parametrize("function", sorted(set(FUNCTIONS) - STARTERS))
+def test_only_gateway_and_reconciler_start_an_execution_and_only_who_has_tokens_wakes_one(
     local_cloud: Cloud, session: Callable[[str], boto3.Session], function: str
 ) -> None:
     step_functions = session(function).client("stepfunctions", endpoint_url=local_cloud.endpoint)
-    _refused(step_functions.send_task_success, taskToken="x", output="{}")
+    if function not in WAKERS:
+        _refused(step_functions.send_task_success, taskToken="x", output="{}")
     _refused(
         step_functions.start_execution, stateMachineArn=local_cloud.outputs["StateMachineArn"], name="x", input="{}"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -36,8 +37,13 @@ def test_a_failed_task_is_retried_from_the_step_that_failed(api: Api, waiting: C
         "source": "0x1234567890abcdef",
         "destination": EMPTY,
         "amount": 5,
+        "action_type": "transfer_funds",
+        "run": 1,
     }
-    assert api.invoke("LedgerFunction", gift)["ok"]
+    deadline = time.monotonic() + 60
+    while api.invoke("LedgerFunction", gift)["result"]["state"] != "confirmed":
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
     answer = api("requester", "POST", f"/task/{task_id}/retry")
     assert (answer.status_code, answer.json()["status"]) == (202, "executing")
     api.wait(task_id, "waiting_approval")

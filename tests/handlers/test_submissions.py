@@ -11,11 +11,11 @@ from typing import Any
 import boto3
 import pytest
 
-from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
+from qaes.domain.errors import InvalidInputError, LimitError, RefusedError, UnavailableError
 from qaes.domain.qubic.transaction import Transaction, decode
 from qubic import wallets
 from qubic.chain.mock import Faults, MockChain
-from qubic.submissions import EXPIRY_MARGIN_TICKS, LEAD_TICKS, MAX_OPEN, Submission, Submissions
+from qubic.submissions import EXPIRY_MARGIN_TICKS, LEAD_TICKS, Submission, Submissions
 from tests.support.cloud import SEED, Cloud, cloud
 
 SOURCE, DESTINATION, EMPTY = "0x1234567890abcdef", "0xfedcba0987654321", "0xabcdef1234567890"
@@ -91,7 +91,7 @@ def ledger(aws: Cloud) -> Iterator[Ledger]:
     yield it
     it.chain.set_faults(Faults())
     for identity in it.it.open_sources():  # the next test finds the queues empty
-        it.run(60, identity)
+        it.run(5 * LEAD_TICKS, identity)
     assert not it.it.open_sources()
 
 
@@ -162,13 +162,16 @@ def test_one_transaction_of_a_source_is_in_flight_and_each_keeps_the_id_that_it_
 
 
 def test_a_full_queue_says_so_and_loses_nothing(ledger, number, monkeypatch):
-    monkeypatch.setattr("qubic.submissions.MAX_OPEN", 3)
+    monkeypatch.setattr("qubic.submissions.MAX_OPEN", 4)
+    monkeypatch.setattr("qubic.submissions.MAX_OPEN_HASHES", 3)
     for each in range(3):
         ledger.write(number + each)
-    with pytest.raises(UnavailableError, match="too much to write"):
+    with pytest.raises(LimitError, match="too much to write"):
         ledger.write(number + 3)
     assert ledger.it.get(f"hash:{digest(number + 3)}") is None
-    assert MAX_OPEN >= 100
+    ledger.it.submit_record(f"anchor:log:{number}", b"root", kind="anchor", metadata={})  # finds a place all the same
+    with pytest.raises(LimitError):
+        ledger.it.submit_record(f"anchor:log:{number + 1}", b"root", kind="anchor", metadata={})
 
 
 # What the network does

@@ -59,7 +59,7 @@ _Counter = Literal["drop", "fail_after_accepting", "fail_requests"]
 class Faults(BaseModel):
     """What goes wrong. Setting it replaces what was set before; reading it tells what is left."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     drop: int = Field(0, ge=0, le=10**6, description="the next broadcasts that are answered and reach no pool")
     delay: int = Field(0, ge=0, le=10**6, description="ticks by which broadcasts reach the pool late")
