@@ -352,10 +352,9 @@ class Log:
         item = self._first("ANCHOR", "SIZE#", "SIZE#~", newest=True)
         return _anchor(item) if item else None
 
-    def anchors(self, up_to_size: int | None = None) -> Iterable[Anchor]:
-        """Read the confirmed anchors in order, those up to a size or all."""
-        found = map(_anchor, self._all("ANCHOR", "SIZE#"))
-        return (each for each in found if up_to_size is None or each.size <= up_to_size)
+    def anchors(self) -> Iterable[Anchor]:
+        """Read all confirmed anchors, in order."""
+        return map(_anchor, self._all("ANCHOR", "SIZE#"))
 
     # DynamoDB
 
