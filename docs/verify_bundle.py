@@ -283,7 +283,9 @@ class Story:
     def __init__(self, policies: dict[str, str]) -> None:
         self.policies: dict[str, dict[str, Any]] = {}
         for hash_, text in policies.items():
-            document = members(parse_canonical(text, "policy", hash_), {"version": int, "rules": dict}, "policy", hash_)
+            types = {"format": int, "version": int, "rules": dict}
+            document = members(parse_canonical(text, "policy", hash_), types, "policy", hash_)
+            need(document["format"] == 1, "policy", "a document of another format", hash_)
             self.policies[f"policy-v{document['version']}-{hash_[:12]}"] = document
         need(len(self.policies) == len(policies), "policy", "two documents of one id")
         self.unused = set(self.policies)

@@ -92,7 +92,12 @@ def _transfer(it: Submissions, arguments: Arguments) -> Result:
     def allow() -> None:
         limits.reserve_for(policies().in_force(), Wallets(it.chain.network), arguments, submissions=it)
 
-    return it.submit_transfer(**terms, run=arguments["run"], allow=allow).answer()
+    try:
+        return it.submit_transfer(**terms, run=arguments["run"], allow=allow).answer()
+    except RefusedError:
+        if it.get(f"transfer:{terms['reference']}") is None:
+            limits.release(terms["reference"])  # the compliance agent had reserved it, and it will not be spent
+        raise
 
 
 def _check_terms(arguments: Arguments) -> None:

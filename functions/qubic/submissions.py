@@ -292,12 +292,12 @@ class Submissions:
                 _check_same(before, wanted)
                 if not _may_be_repeated(before, wanted):
                     return before
-            allow()
             source = self._source(wanted.source)
             if len(source.open) >= MAX_OPEN:
                 raise UnavailableError("the ledger has too much to write at the moment")
             if wanted.amount:
                 self._check_balance(source, wanted.amount)
+            allow()
             try:
                 signed = self._sign(wanted, key, before, source)
             except _ChangedError:

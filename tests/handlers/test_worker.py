@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -14,12 +15,14 @@ from qaes.domain.ids import new_plan_id, timestamp
 from qaes.domain.ids import now as moment
 from qaes.domain.models import Plan
 from qaes.domain.policy import Policy
+from qubic.chain.mock import Faults, MockChain
 from tests.handlers.test_task_store import new_task
 from tests.support.cloud import Cloud, call, cloud
 
 SOURCE, DESTINATION = "0x1234567890abcdef", "0xfedcba0987654321"
 TRANSFER = {"wallet_address": SOURCE, "to_address": DESTINATION, "amount": 250}
 Plans = Callable[..., tuple[str, Plan]]
+WAITER = "a token"
 
 
 @pytest.fixture
@@ -123,19 +126,163 @@ def test_a_generic_action_leaves_a_receipt_on_the_ledger(aws: Cloud, store: Task
     assert plan.steps[2].type == "generic_action"
     approve(store, task_id, plan, 2)
     answer = run(aws, task_id, 2)
+    aws.settle()
     found = call("LedgerFunction", {"operation": "verify", "hash": answer["result"]["instruction_hash"]})["result"]
     assert (found["verified"], found["txid"]) == (True, answer["result"]["txid"])
     assert balance(SOURCE) == 1000
 
 
-def test_a_transfer_moves_the_amount_once_however_often_it_is_called(
+def test_a_transfer_is_submitted_and_has_succeeded_when_the_ledger_has_confirmed_it(
     aws: Cloud, store: TaskStore, plan_for: Plans
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
-    first = run(aws, task_id, 2)
-    assert run(aws, task_id, 2) == run(aws, task_id, 2) == first
+    submitted = {"step_id": "step_3", "status": "submitted", "result": None, "error": None, "attempt": 1}
+    assert [run(aws, task_id, 2) for _ in range(3)] == [submitted] * 3
+    assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
+    aws.settle()
+    done = run(aws, task_id, 2)
+    assert (done["status"], done["attempt"]) == ("succeeded", 1)
+    assert done["result"]["network"] == "mock"
+    assert run(aws, task_id, 2) == done
     assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
+
+
+def test_a_transfer_that_expired_has_failed_and_a_retry_of_the_task_makes_it(
+    aws: Cloud, store: TaskStore, plan_for: Plans
+) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    mock_chain(aws).set_faults(Faults(empty_ticks=30))
+    assert run(aws, task_id, 2)["status"] == "submitted"
+    aws.settle()
+    failed = run(aws, task_id, 2)
+    assert (failed["status"], failed["error"].split(":")[0]) == ("failed", "expired")
+    assert run(aws, task_id, 2) == failed
+    mock_chain(aws).set_faults(Faults())
+    store.end_task(task_id, "failed", actor="test", reason="expired")
+    store.retry(task_id, subject="alice")
+    approve(store, task_id, plan, 2)
+    assert run(aws, task_id, 2)["status"] == "submitted"
+    aws.settle()
+    assert (run(aws, task_id, 2)["status"], balance(DESTINATION)) == ("succeeded", 250)
+
+
+def mock_chain(aws: Cloud) -> MockChain:
+    return MockChain(genesis={}, table="ChainTable", clock=aws.clock, tick_milliseconds=1000)
+
+
+# Waiting for the ledger
+
+
+def await_confirmation(aws: Cloud, task_id: str, token: str = WAITER) -> dict[str, Any]:
+    event = {"task_id": task_id, "step_index": 2, "task_token": token}
+    answer: dict[str, Any] = aws.invoke("AwaitConfirmationFunction", event)
+    return answer
+
+
+@pytest.fixture
+def woken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tokens that were woken; what Step Functions does with them is tested by the workflow's tests."""
+    tokens: list[str] = []
+    for module in ("worker.confirmations", "agent_runtime.reconciler"):
+        monkeypatch.setattr(f"{module}.wake", lambda token, output: tokens.append(token) or True)
+    return tokens
+
+
+def ended(task_id: str, state: str = "confirmed") -> dict[str, Any]:
+    image = {"key": {"S": f"transfer:{task_id}#step_3"}, "kind": {"S": "transfer"}, "state": {"S": state}}
+    return {"Records": [{"dynamodb": {"NewImage": image, "SequenceNumber": "1"}}]}
+
+
+def test_who_waits_is_woken_by_the_end_of_the_transfer(
+    aws: Cloud, store: TaskStore, plan_for: Plans, woken: list[str]
+) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    run(aws, task_id, 2)
+    assert await_confirmation(aws, task_id)["state"] in {"signed", "broadcast"}
+    assert aws.invoke("TransferEndedFunction", ended(task_id, "broadcast")) == {"batchItemFailures": []}
+    assert woken == []
+    aws.settle()  # and with it, the stream's record
+    assert woken == ["a token"]
+
+
+def test_who_comes_after_the_end_does_not_wait(aws: Cloud, store: TaskStore, plan_for: Plans, woken: list[str]) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    run(aws, task_id, 2)
+    aws.settle()
+    assert woken == []
+    assert await_confirmation(aws, task_id) == {"state": "confirmed"}
+    assert woken == ["a token"]
+    run(aws, task_id, 2)
+    assert await_confirmation(aws, task_id, "another") == {"state": "ended"}
+    assert woken == ["a token", "another"]
+
+
+def test_the_newest_token_counts(aws: Cloud, store: TaskStore, plan_for: Plans, woken: list[str]) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    run(aws, task_id, 2)
+    await_confirmation(aws, task_id, "first")
+    await_confirmation(aws, task_id, "second")
+    aws.settle()
+    assert woken == ["second"]
+
+
+def test_what_a_cancelled_task_has_done_is_put_on_record(
+    aws: Cloud, store: TaskStore, plan_for: Plans, woken: list[str]
+) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    run(aws, task_id, 2)
+    await_confirmation(aws, task_id)
+    store.cancel(task_id, subject="alice", reason="changed my mind")
+    aws.settle()
+    record = store.step(task_id, 2)
+    assert record is not None
+    assert (record.status, balance(DESTINATION), woken) == ("succeeded", 250, [])
+    before = record
+    assert aws.invoke("TransferEndedFunction", ended(task_id)) == {"batchItemFailures": []}
+    assert store.step(task_id, 2) == before
+
+
+def test_the_end_of_a_transfer_of_no_task_harms_nobody(aws: Cloud, woken: list[str]) -> None:
+    assert aws.invoke("TransferEndedFunction", ended("task_none")) == {"batchItemFailures": []}
+    assert woken == []
+
+
+def test_an_end_that_cannot_be_told_is_delivered_again(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TaskStore, "get_task", lambda *key: 1 / 0)
+    assert aws.invoke("TransferEndedFunction", ended("task_none")) == {"batchItemFailures": [{"itemIdentifier": "1"}]}
+
+
+def test_the_reconciler_wakes_whom_everybody_missed(
+    aws: Cloud, store: TaskStore, plan_for: Plans, woken: list[str]
+) -> None:
+    from agent_runtime import reconciler
+
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    assert reconciler._wake(store.get_task(task_id), store) is False
+    run(aws, task_id, 2)
+    await_confirmation(aws, task_id)
+    with ledger_function():
+        assert reconciler._wake(store.get_task(task_id), store) is False
+        aws.settle()
+        woken.clear()
+        assert reconciler._wake(store.get_task(task_id), store) is True
+        assert woken == ["a token"]
+        run(aws, task_id, 2)
+        assert reconciler._wake(store.get_task(task_id), store) is False
+
+
+@contextmanager
+def ledger_function() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEDGER_FUNCTION", "LedgerFunction")
+        yield
 
 
 def test_a_transfer_that_nobody_approved_does_not_run_even_when_the_worker_is_called_by_itself(

@@ -135,11 +135,16 @@ class Cloud:
     _shard: str = ""
     _stopped: threading.Event = field(default_factory=threading.Event)
 
+    def stop_time(self) -> None:
+        """From now on no tick passes, until `start_time`."""
+        self._stopped.set()
+
     def start_time(self) -> None:
         """Let ticks pass in a thread of its own."""
+        self._stopped = stopped = threading.Event()
 
         def run() -> None:
-            while not self._stopped.wait(0.02):
+            while not stopped.wait(0.02):
                 try:
                     self.pass_ticks()
                 except Exception:

@@ -21,7 +21,8 @@ from qaes.domain.anchor import AnchorPayload, log_id_bytes
 from qaes.domain.bundle import TrailEntry, build_bundle
 from qaes.domain.canonical import canonical_json, salted_hash, sha256_hex
 from qaes.domain.merkle import ProofError, leaf_digest, leaf_hash, node_hash, verify_consistency, verify_inclusion
-from qaes.domain.policy import Rule
+from qaes.domain.models import Analysis
+from qaes.domain.policy import PolicyDecision, Rule
 from qaes.domain.qubic import fourq, transaction
 from qaes.domain.tiles import consistency_proof
 from tests.support.bundles import (
@@ -622,6 +623,16 @@ def approved(trail: Trail) -> Trail:
     return trail.ask(2).decide(2, "bob", True, 1).decide(2, "carol", True, 2)
 
 
+ANALYSIS = {"action_type": "transfer_funds", "risk_level": "high"}
+
+
+def checked(analysis: dict[str, Any], status: str, decision: PolicyDecision, **fields: Any) -> Trail:
+    fields = {"policy_id": decision.policy_id} | fields
+    output = decision.model_dump(mode="json")
+    trail = Trail().start().record("policy_checked", "planner", status, analysis, output, **fields)
+    return setattr_(trail, policy_id=decision.policy_id)  # its document is in the bundle
+
+
 LIES: dict[str, tuple[Callable[[], Trail], str]] = {
     "the requester approves": (lambda: planned().ask(2).decide(2, "alice", True, 1), "four eyes"),
     "the requester rejects": (lambda: planned().ask(2).decide(2, "alice", False, 0), "four eyes"),
@@ -719,6 +730,27 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
     "allowed without a rule": (lambda: Trail("self_destruct").start().check_policy(allowed=True), "policy"),
     "a rule's member left out": (lambda: Trail().start().check_policy(extra=1), "policy"),
     "decided for another action": (lambda: Trail().start().check_policy(action_type="monitoring"), "policy"),
+    "a request of another task": (
+        lambda: setattr_(Trail(), request=Trail().request | {"task_id": "task_2"}).start(),
+        "task",
+    ),
+    "decided by the rule for something harmless": (
+        lambda: checked(
+            {"action_type": "monitoring", "risk_level": "low"}, "allowed", Trail().policy.decide("monitoring")
+        ),
+        "policy",
+    ),
+    "denied, it says": (lambda: checked(ANALYSIS, "denied", Trail().decision()), "policy"),
+    "another policy than the one that decided": (
+        lambda: checked(ANALYSIS, "allowed", Trail().decision(), policy_id="policy-v9-000000000000"),
+        "policy",
+    ),
+    "a plan of another analysis": (
+        lambda: Trail().start().check_policy().build(analysis=Analysis(action_type="monitoring", risk_level="low")),
+        "plan",
+    ),
+    "a step neither succeeded nor failed": (lambda: planned().execute(2, {}, "skipped"), "step"),
+    "a day is no time": (lambda: planned().ask(2, expires_at="2026-11-24"), "text"),
     "decided twice": (lambda: Trail().start().check_policy().check_policy(), "policy"),
     "pinned to another policy later": (
         lambda: planned().record("step_executed", "worker", "succeeded", {}, {}, policy_id="policy-v9-000000000000"),
@@ -804,7 +836,16 @@ def test_a_denied_task_that_is_carried_out_after_all() -> None:
 
 
 def test_documents_that_are_none_or_that_nothing_refers_to() -> None:
-    for text in ("{}", "[]", '{"rules":{},"version":"3"}', '{"rules": {}, "version": 3}'):
+    good = policy_text()
+    texts = (
+        "{}",
+        "[]",
+        good.replace('"version":3', '"version":"3"'),
+        good.replace('"version":3', '"version": 3'),
+        good.replace('"format":1', '"format":2'),
+    )
+    assert good not in texts
+    for text in texts:
         policies = GOOD["policies"] | {sha256_hex(text): text}
         assert caught(GOOD | {"policies": policies}) == ("policy", sha256_hex(text))
     more = policy_text(version=9)

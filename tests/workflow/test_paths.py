@@ -11,6 +11,7 @@ import pytest
 
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.policy import Policy
+from qubic.chain.mock import Faults, MockChain
 from tests.support import template
 from tests.support.cloud import Cloud, call, cloud
 from tests.workflow.conftest import DESTINATION, SOURCE, begin
@@ -83,7 +84,7 @@ def test_an_action_without_a_rule_is_denied_and_nothing_is_executed(aws: Cloud, 
     assert kinds(aws, task_id) == ["task_started:pending", "policy_checked:denied", "task_ended:denied"]
 
 
-def test_an_approved_transfer_moves_the_amount_once_in_at_most_22_transitions(
+def test_an_approved_transfer_moves_the_amount_once_in_at_most_24_transitions(
     aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any]
 ) -> None:
     task_id = transfer(250)
@@ -93,7 +94,7 @@ def test_an_approved_transfer_moves_the_amount_once_in_at_most_22_transitions(
     aws.wait(task_id, "completed")
     aws.execution(task_id)
     assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
-    assert len(visited(aws, task_id)) <= 22
+    assert len(visited(aws, task_id)) <= 24
     assert kinds(aws, task_id)[-4:] == [
         "approval_requested:pending",
         "approval_decided:approved",
@@ -250,7 +251,60 @@ def test_a_step_that_is_run_again_takes_effect_once(
         aws.wait(task_id, "completed")
     assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
     record = TaskStore("TasksTable").step(task_id, 2)
-    assert record is not None and record.attempt == 2
+    assert record is not None and record.attempt == 1  # looking again at what became of it is no other attempt
+
+
+def test_a_transfer_that_expires_fails_the_task_clearly_and_its_retry_pays_once(
+    aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any]
+) -> None:
+    network(aws).set_faults(Faults(empty_ticks=40))
+    task_id = transfer(250)
+    decide(task_id, approved=True)
+    task = aws.wait(task_id, "failed")
+    assert task["failed_step"] == "step_3"
+    assert "nothing was moved" in str(task["reason"])
+    aws.execution(task_id)
+    visited(aws, task_id)
+    assert balance(SOURCE) == 1000
+    network(aws).set_faults(Faults())
+    retry(aws, task_id)
+    decide(task_id, approved=True)  # asked for again: what was approved for the run before is not for this one
+    aws.wait(task_id, "completed")
+    assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
+
+
+def test_a_transfer_that_the_ledger_says_nothing_of_in_time_is_found_by_the_retry_and_paid_once() -> None:
+    with cloud(parameters={"ConfirmationTimeoutSeconds": "2"}) as aws:
+        chain = network(aws)
+        task_id = begin(aws, "transfer_funds")
+        aws.wait(task_id, "waiting_approval")
+        aws.stop_time()
+        approval = TaskStore("TasksTable").decide(task_id, approved=True, subject="bob", reason="because")
+        boto3.client("stepfunctions").send_task_success(taskToken=approval.token, output="{}")
+        task = aws.wait(task_id, "failed")
+        assert "has not confirmed the transfer in time" in str(task["reason"])
+        aws.execution(task_id)
+        visited(aws, task_id)
+        assert chain.tick_info().tick  # the network lives; the transfer is under way all the same
+        retry(aws, task_id)
+        aws.start_time()
+        aws.wait(task_id, "waiting_approval")
+        approval = TaskStore("TasksTable").decide(task_id, approved=True, subject="bob", reason="because")
+        boto3.client("stepfunctions").send_task_success(taskToken=approval.token, output="{}")
+        aws.wait(task_id, "completed")
+        assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
+
+
+def network(aws: Cloud) -> MockChain:
+    return MockChain(genesis={}, table="ChainTable", clock=aws.clock, tick_milliseconds=1000)
+
+
+def retry(aws: Cloud, task_id: str) -> None:
+    """Take the end back and start the next execution, as the gateway does."""
+    task = TaskStore("TasksTable").retry(task_id, subject="alice")
+    boto3.client("stepfunctions").start_execution(
+        stateMachineArn=aws.machine_arn, name=task.execution_name, input=json.dumps({"task_id": task_id})
+    )
 
 
 def test_a_decision_that_was_committed_and_not_delivered_is_delivered_by_the_reconciler(

@@ -31,8 +31,9 @@ from qubic.chain.base import Balance, Included, IncludedPage, ProcessedTick, Tic
 
 MAX_ANSWER_BYTES = 1024 * 1024
 CONNECT_SECONDS = 2.0
-READ_SECONDS = 5.0
-ATTEMPTS = 3
+READ_SECONDS = 4.0
+ATTEMPTS = 2
+"""A call takes at most some 12 s: the function that makes it has 25, and who waits for that function 27."""
 MAX_PAGE = 1_000
 NOT_FOUND = 5
 """gRPC's code, which the RPC's errors carry."""

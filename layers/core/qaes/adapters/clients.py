@@ -30,7 +30,7 @@ def lambda_client() -> Any:
     """For the ledger: one attempt, since a failure is the state's to retry."""
     import boto3
 
-    return boto3.client("lambda", config=_config(retries={"max_attempts": 0}, connect_timeout=2, read_timeout=15))
+    return boto3.client("lambda", config=_config(retries={"max_attempts": 0}, connect_timeout=2, read_timeout=27))
 
 
 def reset() -> None:
