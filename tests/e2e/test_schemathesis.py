@@ -69,5 +69,5 @@ def test_walks_along_the_links_find_nothing(api: Api, generated: list[int]) -> N
     [links] = re.findall(r"API Links: +(\d+) covered", found)
     assert int(links) >= 4
     generated += [number_of(found), number_of(run(api, *walks))]
-    if EXAMPLES >= MANY:
+    if EXAMPLES >= MANY and len(generated) == 3:
         assert sum(generated) >= 10_000, generated
