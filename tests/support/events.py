@@ -30,11 +30,14 @@ _FUNCTIONS = {
     "agent_runtime/end_task": "EndTaskFunction",
     "agent_runtime/reconciler": "ReconcilerFunction",
     "worker/execute_step": "ExecuteStepFunction",
+    "worker/await_confirmation": "AwaitConfirmationFunction",
+    "worker/transfer_ended": "TransferEndedFunction",
     "audit/record_audit": "RecordAuditFunction",
     "audit/record_events": "RecordEventsFunction",
     "audit/sequence": "SequencerFunction",
     "audit/anchor": "AnchorFunction",
     "qubic/ledger": "LedgerFunction",
+    "qubic/writer": "LedgerWriterFunction",
 }
 
 # In the order of a task's life: a later one may need what an earlier one wrote.
@@ -100,4 +103,8 @@ _EXPECTED: dict[str, Callable[[Any], bool]] = {
     "sequence_entries": lambda it: it == {"batchItemFailures": []},
     "anchor": lambda it: it["sequence"] == 0 and it["size"] > 0,
     "ledger": lambda it: it["ok"] is True,
+    "writer_queue": lambda it: it == {"batchItemFailures": []},
+    "writer_schedule": lambda it: it == {"open": []},
+    "await_confirmation": lambda it: it["state"] in {"signed", "broadcast", "confirmed"} and "token" not in str(it),
+    "transfer_ended": lambda it: it == {"batchItemFailures": []},
 }
