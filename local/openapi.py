@@ -55,6 +55,10 @@ ERRORS = {
 Document = dict[str, Any]
 
 
+NOT_FOUND_WITHOUT_AN_ID = {"/plan/create", "/audit/log/checkpoint", "/audit/log/consistency", "/log/checkpoint"}
+"""They name a task in the body, or the log that may not be there, or not so long, yet."""
+
+
 def document() -> Document:
     """Merge the services' documents.
 
@@ -149,7 +153,7 @@ def _errors(path: str, method: str, operation: Document, *, secured: bool) -> li
     found += ["401", "403", "503"] if secured else []
     found += ["400", "413", "415", "422"] if "requestBody" in operation else []
     found += ["422"] if operation.get("parameters") else []
-    found += ["404"] if "{" in path or path == "/plan/create" else []
+    found += ["404"] if "{" in path or path in NOT_FOUND_WITHOUT_AN_ID else []
     names = {parameter["name"] for parameter in operation.get("parameters", [])}
     found += ["409"] if "Idempotency-Key" in names or (method == "post" and path.startswith("/policy")) else []
     return [*found, "400"] if secured else found

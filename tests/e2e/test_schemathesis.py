@@ -64,7 +64,7 @@ def test_walks_along_the_links_find_nothing(api: Api, generated: list[int]) -> N
     """What was made is found by what follows: a task by its id, a plan, a transaction."""
     # The tool begins walks with POST /write alone, where it may: it takes a wallet_address for the id of a thing
     # that would have to be made first. Without it, walks begin with a task or a plan.
-    walks = ("--phases", "stateful", "--max-examples", str(max(EXAMPLES * 7 // 10, 6)))
+    walks = ("--phases", "stateful", "--max-examples", str(max(EXAMPLES * 7 // 10, 15)))
     found = run(api, *walks, "--exclude-operation-id", "write")
     [links] = re.findall(r"API Links: +(\d+) covered", found)
     assert int(links) >= 4
