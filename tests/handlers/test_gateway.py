@@ -39,7 +39,7 @@ DEMO = {"subject": "demo_user", "roles": "requester approver auditor operator", 
 def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     """Tables, and no state machine: starting an execution fails."""
     set_environment("GatewayFunction", monkeypatch)
-    with cloud(state_machine=False) as it:
+    with cloud(state_machine=False, policy=False) as it:
         yield it
 
 
