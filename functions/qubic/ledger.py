@@ -87,7 +87,8 @@ def _transfer(it: Submissions, arguments: Arguments) -> Result:
     terms = {name: arguments[name] for name in ("reference", "source", "destination", "amount")}
     _check_terms(arguments)
     if it.chain.network != "mock" and settings.optional("ALLOW_TRANSFERS") != "true":
-        return it.simulate_transfer(**terms).answer()
+        existing = it.get(f"transfer:{terms['reference']}")  # sent while it was allowed: that is what there is to say
+        return (existing or it.simulate_transfer(**terms)).answer()
 
     def allow() -> None:
         limits.reserve_for(policies().in_force(), Wallets(it.chain.network), arguments, submissions=it)

@@ -297,7 +297,7 @@ class Submissions:
             if before is not None:
                 _check_same(before, wanted)
                 if not _may_be_repeated(before, wanted):
-                    return before
+                    return self._adopted(before, wanted.run)
             source = self._source(wanted.source)
             limit = MAX_OPEN_HASHES if wanted.kind == "hash" else MAX_OPEN
             if len(source.open) >= limit:
@@ -312,6 +312,17 @@ class Submissions:
             self._send_soon(signed)
             return signed
         raise UnavailableError("others are writing to the ledger at the moment")
+
+    def _adopted(self, before: Submission, run: int) -> Submission:
+        """Return it; what is under way is a later run's from now on: its end is not taken for an earlier one's."""
+        if not before.is_open or run <= before.run:
+            return before
+        adopted = replace(before, run=run, version=before.version + 1)
+        try:
+            self._put(self._put_submission(adopted, before))
+        except _ChangedError:
+            raise UnavailableError("others are bringing it forward at the moment") from None
+        return adopted
 
     def _check_balance(self, source: _Source, amount: int) -> None:
         # What others of this source will move counts as moved: the version of the queue guards that none is added.

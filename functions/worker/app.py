@@ -10,9 +10,9 @@ from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import TASK_ID, logger
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import compliance
-from qaes.domain.errors import RefusedError, UnavailableError
-from qaes.domain.models import StepRecord
-from worker.steps import CONFIRMED_LATER, RUN, StepContext, Submitted
+from qaes.domain.errors import ConflictError, RefusedError, UnavailableError
+from qaes.domain.models import TERMINAL, Step, StepRecord, Task
+from worker.steps import CONFIRMED_LATER, RUN, StepContext, Submitted, onchain_action
 
 
 @logger().inject_lambda_context(correlation_id_path=TASK_ID)
@@ -32,7 +32,10 @@ def run_step(store: TaskStore, ledger: LedgerClient, task_id: str, step_index: i
     if record is not None and not record.may_run(task):
         return _answer(record)
     plan = store.plan_of(task)
-    step, policy = plan.steps[step_index], ledger.policy()
+    step = plan.steps[step_index]
+    if task.status in TERMINAL:
+        return _after_the_end(store, ledger, task, record, step)
+    policy = ledger.policy()
     if record is None or record.status == "failed":
         # The claim is the commit point: a later attempt finds out what happened, whatever the policy says by then.
         approval = store.latest_approval(task_id, step_index)
@@ -61,6 +64,25 @@ def run_step(store: TaskStore, ledger: LedgerClient, task_id: str, step_index: i
     if isinstance(result, Submitted):
         return _answer(record) | {"status": "submitted"}
     return _answer(store.finish_step(task_id, record, result=result, error=None))
+
+
+def _after_the_end(
+    store: TaskStore, ledger: LedgerClient, task: Task, record: StepRecord | None, step: Step
+) -> dict[str, Any]:
+    """Put on record what became of a transfer whose task has ended meanwhile; nothing is done for it any more."""
+    if record is None or record.status != "running" or step.type not in CONFIRMED_LATER:
+        raise ConflictError(f"the task has ended: {task.status}", task_status=task.status)
+    try:
+        state = ledger.transfer_state(reference_of(task.task_id, step.step_id))
+    except RefusedError:
+        state = {"state": "failed", "error": "not_submitted: the task ended before"}
+    if state["state"] in {"signed", "broadcast"}:
+        return _answer(record) | {"status": "submitted"}
+    if state["state"] == "confirmed":
+        return _answer(
+            store.finish_step(task.task_id, record, result=onchain_action.result_of(step.parameters, state), error=None)
+        )
+    return _answer(store.finish_step(task.task_id, record, result=None, error=str(state["error"])))
 
 
 def reference_of(task_id: str, step_id: str) -> str:

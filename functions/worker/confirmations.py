@@ -73,6 +73,9 @@ def _ended(reference: str, state: str) -> None:
         if record is not None and record.status == "running":
             run_step(store, LedgerClient(), task_id, step_index)
         return
+    # An event may come late, or again: what counts is how the transfer stands now.
+    if LedgerClient().transfer_state(reference)["state"] in OPEN:
+        return
     token = store.waiter(task_id, step_index)
     if token is not None:
         wake(token, {"state": state})

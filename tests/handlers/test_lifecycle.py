@@ -259,7 +259,7 @@ def test_a_retry_resumes_at_the_step_that_failed_and_both_attempts_are_on_record
     live.aws.wait(task_id, "waiting_approval")  # what was approved was used up: it is asked for anew
     assert live("POST", f"/task/{task_id}/approve", YES, **BOB).status == 200
     live.aws.wait(task_id, "completed")
-    assert live.aws.invocations["ExecuteStepFunction"] == executed + 1
+    assert live.aws.invocations["ExecuteStepFunction"] == executed + 2  # handed in, and asked for
     assert balance() == 1500 - 1001
     steps = [event for event in kinds(task_id) if event == "step_executed"]
     assert len(steps) == 4, "check_balance, policy_check, and the transfer twice"

@@ -248,6 +248,42 @@ def test_what_a_cancelled_task_has_done_is_put_on_record(
     assert store.step(task_id, 2) == before
 
 
+def test_a_task_that_was_cancelled_before_its_transfer_was_handed_in_pays_nothing(
+    aws: Cloud, store: TaskStore, plan_for: Plans
+) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    mock_chain(aws).set_faults(Faults(fail_requests=50))
+    with pytest.raises(Exception, match="ledger"):
+        run(aws, task_id, 2)  # the intent is on record, the ledger did not answer
+    mock_chain(aws).set_faults(Faults())
+    store.cancel(task_id, subject="alice", reason="changed my mind")
+    answer = run(aws, task_id, 2)
+    assert (answer["status"], answer["error"].split(":")[0]) == ("failed", "not_submitted")
+    aws.settle()
+    assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
+
+
+def test_the_end_of_a_cancelled_tasks_transfer_never_has_it_signed_anew(
+    aws: Cloud, store: TaskStore, plan_for: Plans
+) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    mock_chain(aws).set_faults(Faults(empty_ticks=30))
+    run(aws, task_id, 2)
+    store.end_task(task_id, "failed", actor="test", reason="the ledger has not confirmed it in time")
+    store.retry(task_id, subject="alice")
+    approve(store, task_id, plan, 2)
+    assert run(aws, task_id, 2)["status"] == "submitted"  # the second run finds it under way
+    store.cancel(task_id, subject="alice", reason="changed my mind")
+    aws.settle()
+    mock_chain(aws).set_faults(Faults())
+    record = store.step(task_id, 2)
+    assert record is not None
+    assert (record.status, str(record.error).split(":")[0]) == ("failed", "expired")
+    assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
+
+
 def test_the_end_of_a_transfer_of_no_task_harms_nobody(aws: Cloud, woken: list[str]) -> None:
     assert aws.invoke("TransferEndedFunction", ended("task_none")) == {"batchItemFailures": []}
     assert woken == []

@@ -35,7 +35,13 @@ def run(parameters: dict[str, Any], context: StepContext) -> dict[str, Any] | Su
     if state not in {"confirmed", "simulated"}:
         code, _, message = str(transfer["error"] or "").partition(": ")
         raise RefusedError(code or str(state), message or f"the transfer is {state}")
-    result = {
+    result = result_of(parameters, transfer)
+    return result | {"simulated": SIMULATED} if state == "simulated" else result
+
+
+def result_of(parameters: dict[str, Any], transfer: dict[str, Any]) -> dict[str, Any]:
+    """Tell what a transfer has done, by its state on the ledger."""
+    return {
         "txid": transfer["txid"],
         "tick": transfer["tick"],
         "amount": parameters["amount"],
@@ -43,4 +49,3 @@ def run(parameters: dict[str, Any], context: StepContext) -> dict[str, Any] | Su
         "to_address": parameters["to_address"],
         "network": transfer["network"],
     }
-    return result | {"simulated": SIMULATED} if state == "simulated" else result
