@@ -178,7 +178,7 @@ class Demo:
         bundle = self.cloud.directory / "bundle.json"
         text = json.dumps(answer.body, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
         print(f"  offline: verify_bundle.py bundle.json ({len(text) / 1024:.0f} KiB) --anchor-identity {identity}")
-        for content, holds in ((text, True), (text.replace(f'"amount":{AMOUNT}', f'"amount":{AMOUNT - 100}'), False)):
+        for content, holds in ((text, True), (text.replace(f'amount\\":{AMOUNT}', f'amount\\":{AMOUNT - 100}'), False)):
             bundle.write_text(content)
             said = subprocess.run(
                 [sys.executable, "-I", VERIFIER, bundle, "--log-id", LOG_ID, "--anchor-identity", identity],
