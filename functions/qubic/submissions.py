@@ -415,6 +415,9 @@ class Submissions:
         if processed < submission.tick + EXPIRY_MARGIN_TICKS:
             return False
         if submission.kind == "transfer":
+            # A look-up at a node that is behind must not have it paid again: the balance has its say, too.
+            if self.chain.balance(submission.source).latest_outgoing_transfer_tick >= submission.tick:
+                raise UnavailableError("the balance shows a transfer in that tick or later, the look-up does not")
             self._close(
                 submission, "expired", f"expired: tick {submission.tick} has passed without it, nothing was moved"
             )

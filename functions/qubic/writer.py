@@ -41,8 +41,9 @@ def handler(event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
 
     it = submissions()
     if "Records" not in event:
+        left = _follow_all(it)  # first: whatever is wrong with a policy must not keep the others waiting
         policies().settle()
-        return {"open": _follow_all(it)}
+        return {"open": left}
     failed = []
     for record in event["Records"]:
         try:

@@ -296,6 +296,17 @@ def test_the_same_reference_moves_once_however_often_and_at_once(ledger, number)
     assert ledger.balance(SOURCE) == before - 5
 
 
+def test_a_look_up_at_a_node_that_is_behind_does_not_make_a_transfer_expired(ledger, number, monkeypatch):
+    moved = ledger.transfer(f"task{number}", 3)
+    with monkeypatch.context() as behind:
+        behind.setattr(ledger.chain, "transaction", lambda txid: None)
+        ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
+        with pytest.raises(UnavailableError, match="the balance shows"):
+            ledger.follow(moved.source)
+    ledger.follow(moved.source)
+    assert ledger.state(moved.key) == "confirmed"
+
+
 def test_a_reference_stands_for_one_transfer(ledger, number):
     ledger.transfer(f"task{number}", 5)
     with pytest.raises(RefusedError) as refused:
