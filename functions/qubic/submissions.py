@@ -23,9 +23,7 @@ from __future__ import annotations
 
 import base64
 import json
-import random
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -38,6 +36,7 @@ from qaes.domain.errors import InvalidInputError, LimitError, RefusedError, Unav
 from qaes.domain.ids import now, timestamp
 from qaes.domain.qubic.transaction import MAX_AMOUNT, Transaction
 from qubic.chain.base import Chain
+from qubic.items import ChangedError, Item, Items, attempts, item_key
 from qubic.wallets import Key, Wallets, public_key, service_key
 
 Kind = Literal["hash", "anchor", "policy", "transfer"]
@@ -55,10 +54,6 @@ MAX_OPEN_HASHES = 50
 """Beyond so many, no further hashes: policy and anchors have to find a place."""
 MAX_METADATA_BYTES = 4096
 MAX_REFERENCE_CHARACTERS = 256
-_ATTEMPTS = 12
-_RETRY_REASONS = {"ConditionalCheckFailed", "TransactionConflict", "ThrottlingError", "ProvisionedThroughputExceeded"}
-
-Item = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -162,6 +157,7 @@ class Submissions:
         self.chain = chain
         self._network = chain.network
         self._table = table or settings.text("LEDGER_TABLE")
+        self._items = Items(self._table)
         self._wallets = Wallets(chain.network)
         self._on_signed = on_signed
         self._on_closed = on_closed
@@ -292,7 +288,7 @@ class Submissions:
         )
 
     def _submit(self, wanted: Submission, key: Key, allow: Callable[[], None] = lambda: None) -> Submission:
-        for _ in _attempts():
+        for _ in attempts():
             before = self.get(wanted.key)
             if before is not None:
                 _check_same(before, wanted)
@@ -307,7 +303,7 @@ class Submissions:
             allow()
             try:
                 signed = self._sign(wanted, key, before, source)
-            except _ChangedError:
+            except ChangedError:
                 continue
             self._send_soon(signed)
             return signed
@@ -319,8 +315,8 @@ class Submissions:
             return before
         adopted = replace(before, run=run, version=before.version + 1)
         try:
-            self._put(self._put_submission(adopted, before))
-        except _ChangedError:
+            self._items.write(self._put_submission(adopted, before))
+        except ChangedError:
             raise UnavailableError("others are bringing it forward at the moment") from None
         return adopted
 
@@ -334,7 +330,7 @@ class Submissions:
             )
 
     def _sign(self, wanted: Submission, key: Key, before: Submission | None, source: _Source) -> Submission:
-        """Sign for a tick that is free, and store it: the commit point. Raises _ChangedError when others were first."""
+        """Sign for a tick that is free, and store it: the commit point. Raises ChangedError when others were first."""
         tick = max(self.chain.tick_info().tick, source.last_tick) + LEAD_TICKS
         transaction = Transaction(
             key.public_key, public_key(wanted.destination), wanted.amount, tick, wanted.input_type, wanted.payload
@@ -355,15 +351,18 @@ class Submissions:
         queue = replace(source, last_tick=tick, open=(*places, _Place(tick, signed.key, signed.amount)))
         writes = [
             self._put_submission(signed, before),
-            self._put_new(f"SUBMISSION#{self._network}#{signed.key}", f"ATTEMPT#{signed.attempt:06d}", _signed(signed)),
-            self._put_new(f"TXID#{self._network}#{signed.txid}", "TXID", {"key": {"S": signed.key}} | _signed(signed)),
+            self._items.put_new(
+                item_key(f"SUBMISSION#{self._network}#{signed.key}", f"ATTEMPT#{signed.attempt:06d}") | _signed(signed)
+            ),
+            self._items.put_new(
+                item_key(f"TXID#{self._network}#{signed.txid}", "TXID") | {"key": {"S": signed.key}} | _signed(signed)
+            ),
             self._put_source(queue),
         ]
         if source.version == 0:
-            writes.append(
-                {"Put": {"TableName": self._table, "Item": _key(f"SOURCES#{self._network}", source.identity)}}
-            )
-        self._transact(writes)
+            named = item_key(f"SOURCES#{self._network}", source.identity)
+            writes.append({"Put": {"TableName": self._table, "Item": named}})
+        self._items.write(*writes)
         return signed
 
     def _send_soon(self, signed: Submission) -> None:
@@ -392,12 +391,12 @@ class Submissions:
             try:
                 if not submission.is_open:
                     self._on_closed(submission)
-                    self._put(
+                    self._items.write(
                         self._put_source(replace(source, open=tuple(each for each in source.open if each != head)))
                     )
                 elif not self._decide(submission, source):
                     return
-            except _ChangedError:
+            except ChangedError:
                 continue  # somebody else brings it forward at the same time
         raise UnavailableError("others are writing to the ledger at the moment")
 
@@ -454,18 +453,18 @@ class Submissions:
             logger().error("the network refuses it", extra={"submission": submission.key, "reason": error.message})
             return
         if submission.state == "signed":
-            self._put(self._put_submission(_changed(submission, state="broadcast"), submission))
+            self._items.write(self._put_submission(_changed(submission, state="broadcast"), submission))
 
     def _close(self, submission: Submission, state: State, error: str) -> None:
         closed = _changed(submission, state=state, error=error)
-        self._put(self._put_submission(closed, submission))
+        self._items.write(self._put_submission(closed, submission))
         logger().info("closed", extra={"submission": closed.key, "state": state, "tick": closed.tick})
 
     # Reading
 
     def get(self, key: str) -> Submission | None:
         """The submission under `key`."""
-        item = self._get(f"SUBMISSION#{self._network}#{key}", "SUBMISSION")
+        item = self._items.get(f"SUBMISSION#{self._network}#{key}", "SUBMISSION")
         return _submission(item) if item else None
 
     def attempt(self, txid: str) -> Submission | None:
@@ -473,7 +472,7 @@ class Submissions:
 
         If a later one was signed, the state is `expired`: this one is in no tick.
         """
-        item = self._get(f"TXID#{self._network}#{txid}", "TXID")
+        item = self._items.get(f"TXID#{self._network}#{txid}", "TXID")
         if item is None:
             return None
         found = self.get(item["key"]["S"])
@@ -494,7 +493,7 @@ class Submissions:
         return [identity for identity in identities if self._source(identity).open]
 
     def _source(self, identity: str) -> _Source:
-        item = self._get(f"SOURCE#{self._network}#{identity}", "SOURCE")
+        item = self._items.get(f"SOURCE#{self._network}#{identity}", "SOURCE")
         if item is None:
             return _Source(identity)
         places = tuple(_Place(*each) for each in json.loads(item["open"]["S"]))
@@ -502,63 +501,16 @@ class Submissions:
 
     # DynamoDB
 
-    def _get(self, pk: str, sk: str) -> Item | None:
-        found = clients.client("dynamodb").get_item(TableName=self._table, Key=_key(pk, sk), ConsistentRead=True)
-        item: Item | None = found.get("Item")
-        return item
-
-    def _put_new(self, pk: str, sk: str, attributes: Item) -> Item:
-        not_there_yet = "attribute_not_exists(pk)"
-        item = _key(pk, sk) | attributes
-        return {"Put": {"TableName": self._table, "Item": item, "ConditionExpression": not_there_yet}}
-
     def _put_submission(self, submission: Submission, before: Submission | None) -> Item:
-        item = _submission_item(submission)
-        return self._put_versioned(item, before.version if before else 0)
+        return self._items.put_after(_submission_item(submission), before.version if before else 0)
 
     def _put_source(self, source: _Source) -> Item:
-        item = _key(f"SOURCE#{self._network}#{source.identity}", "SOURCE") | {
+        item = item_key(f"SOURCE#{self._network}#{source.identity}", "SOURCE") | {
             "version": {"N": str(source.version + 1)},
             "last_tick": {"N": str(source.last_tick)},
             "open": {"S": json.dumps([[place.tick, place.key, place.amount] for place in source.open])},
         }
-        return self._put_versioned(item, source.version)
-
-    def _put_versioned(self, item: Item, before: int) -> Item:
-        put: Item = {"TableName": self._table, "Item": item, "ConditionExpression": "attribute_not_exists(pk)"}
-        if before:
-            nobody_wrote_since = "version = :before"
-            put |= {
-                "ConditionExpression": nobody_wrote_since,
-                "ExpressionAttributeValues": {":before": {"N": str(before)}},
-            }
-        return {"Put": put}
-
-    def _put(self, write: Item) -> None:
-        self._transact([write])
-
-    def _transact(self, writes: list[Item]) -> None:
-        """All or nothing. Raises _ChangedError when it is worth reading again."""
-        try:
-            clients.client("dynamodb").transact_write_items(TransactItems=writes)
-        except ClientError as error:
-            reasons = {each.get("Code") for each in error.response.get("CancellationReasons", ())} - {"None", None}
-            cancelled = error.response["Error"]["Code"] == "TransactionCanceledException"
-            if cancelled and reasons and reasons <= _RETRY_REASONS:
-                raise _ChangedError from error
-            raise
-
-
-class _ChangedError(Exception):
-    """What was read is no longer so, or was being changed: nothing has been written."""
-
-
-def _attempts() -> Iterator[None]:
-    """A few attempts, with growing random pauses in between."""
-    for attempt in range(_ATTEMPTS):
-        if attempt:
-            time.sleep(random.uniform(0, min(0.01 * 2**attempt, 0.2)))  # noqa: S311 (a pause, no secret)
-        yield
+        return self._items.put_after(item, source.version)
 
 
 def _checked(metadata: dict[str, Any]) -> dict[str, Any]:
@@ -590,10 +542,6 @@ def _changed(submission: Submission, **changes: Any) -> Submission:
     return replace(submission, updated_at=timestamp(now()), version=submission.version + 1, **changes)
 
 
-def _key(pk: str, sk: str) -> Item:
-    return {"pk": {"S": pk}, "sk": {"S": sk}}
-
-
 def _signed(submission: Submission) -> Item:
     return {
         "txid": {"S": submission.txid},
@@ -604,7 +552,7 @@ def _signed(submission: Submission) -> Item:
 
 
 def _submission_item(submission: Submission) -> Item:
-    item = _key(f"SUBMISSION#{submission.network}#{submission.key}", "SUBMISSION")
+    item = item_key(f"SUBMISSION#{submission.network}#{submission.key}", "SUBMISSION")
     for name, value in asdict(submission).items():
         if isinstance(value, bytes):
             item[name] = {"B": value}
