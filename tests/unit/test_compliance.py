@@ -77,6 +77,27 @@ def test_verdicts(step: int, current: PolicyDecision, approval: Approval | None,
         assert caught.value.code == verdict
 
 
+@pytest.mark.parametrize(
+    ("changes", "verdict"),
+    [
+        ({"status": "rejected"}, "rejected"),
+        ({"status": "expired"}, "expired"),
+        ({"status": "cancelled"}, "denied"),
+        ({"status": "pending"}, "await_approval"),
+        ({"step_hash": "0" * 64}, "denied"),
+        ({}, "execute"),
+        ({"status": "rejected", "run": 2}, "execute"),  # of another execution
+    ],
+)
+def test_a_policy_that_was_relaxed_overrules_nobody_who_was_asked(changes: dict[str, Any], verdict: str) -> None:
+    monitoring = plan("monitor_wallet", {"wallet_address": "0x12"})
+    task, step = changed(TASK, plan_hash=monitoring.hash()), monitoring.steps[2]
+    current = POLICY.decide("monitoring")
+    assert not compliance.needs_approval(step, current)
+    asked = changed(APPROVED, **({"plan_hash": monitoring.hash(), "step_hash": step.hash()} | changes))
+    assert compliance.decide(task, monitoring, 2, current, asked).verdict == verdict
+
+
 def test_a_stricter_policy_asks_anew() -> None:
     monitoring = plan("monitor_wallet", {"wallet_address": "0x12"})
     task = changed(TASK, plan_hash=monitoring.hash())

@@ -33,7 +33,8 @@ def decide(task: Task, plan: Plan, step_index: int, current: PolicyDecision, app
 
     Nobody is asked to approve what the limits of either forbid; what a wallet has spent today is for the ledger to say.
     `approval` is the newest that was asked for; a policy that has become stricter since asks for one anew, and so does
-    another execution of the task (a retry).
+    another execution of the task (a retry). Once somebody was asked, their answer counts, even if by now no policy
+    would ask.
     """
     check_same_plan(task, plan)
     step = plan.steps[step_index]
@@ -46,25 +47,30 @@ def decide(task: Task, plan: Plan, step_index: int, current: PolicyDecision, app
     for policy in (plan.policy, current):
         if refusal := refusal_by_limits(step, policy):
             return Verdict(verdict="denied", reason=refusal)
-    if not needs_approval(step, current):
-        return Verdict(verdict="execute", reason="no approval is needed")
     return _by_approval(plan, step, current, approval)
 
 
 def _by_approval(plan: Plan, step: Step, current: PolicyDecision, approval: Approval | None) -> Verdict:
-    if approval is None or approval.status == "pending":
+    if approval is not None and approval.status != "approved":
+        return _not_approved(plan, current, approval)
+    given = sum(decision.approved for decision in approval.decisions) if approval else 0
+    if needs_approval(step, current) and given < _approvals(plan, current):
+        return _ask(plan, current)
+    if approval is None:
+        return Verdict(verdict="execute", reason="no approval is needed")
+    if not covers(approval, plan, step):
+        return Verdict(verdict="denied", reason="what was approved is not what would run")
+    return Verdict(verdict="execute", reason="approved")
+
+
+def _not_approved(plan: Plan, current: PolicyDecision, approval: Approval) -> Verdict:
+    if approval.status == "pending":
         return _ask(plan, current)
     if approval.status == "rejected":
         return Verdict(verdict="rejected", reason="an approver rejected it")
     if approval.status == "expired":
         return Verdict(verdict="expired", reason="nobody decided in time")
-    if approval.status != "approved":
-        return Verdict(verdict="denied", reason=f"the approval was {approval.status}")
-    if sum(decision.approved for decision in approval.decisions) < _approvals(plan, current):
-        return _ask(plan, current)
-    if not covers(approval, plan, step):
-        return Verdict(verdict="denied", reason="what was approved is not what would run")
-    return Verdict(verdict="execute", reason="approved")
+    return Verdict(verdict="denied", reason=f"the approval was {approval.status}")
 
 
 def _approvals(plan: Plan, current: PolicyDecision) -> int:
