@@ -9,30 +9,23 @@ A day is one of UTC. What is asked for again on a later day counts on that day, 
 
 from __future__ import annotations
 
-import random
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from botocore.exceptions import ClientError
-
-from qaes.adapters import clients, settings
+from qaes.adapters import settings
 from qaes.adapters.logs import logger
 from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
 from qaes.domain.ids import now
 from qaes.domain.policy import MAX_QU, Policy
+from qubic.items import ChangedError, Item, Items, attempts, item_key
 from qubic.wallets import Wallets
 
 if TYPE_CHECKING:
     from qubic.submissions import Submissions
 
 MAX_REFERENCE_CHARACTERS = 256
-_ATTEMPTS = 20
-_RETRY_REASONS = {"ConditionalCheckFailed", "TransactionConflict", "ThrottlingError", "ProvisionedThroughputExceeded"}
-
-Item = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,10 +41,6 @@ class Reservation:
     version: int
 
 
-class _ChangedError(Exception):
-    """What was read is no longer so, or was being changed: nothing has been written."""
-
-
 class Limits:
     """The reservations on the network of QUBIC_NETWORK.
 
@@ -65,7 +54,7 @@ class Limits:
 
     def __init__(self, wallets: Wallets | None = None, table: str | None = None) -> None:
         self._network = settings.text("QUBIC_NETWORK")
-        self._table = table or settings.text("LEDGER_TABLE")
+        self._items = Items(table or settings.text("LEDGER_TABLE"))
         self._wallets = wallets or Wallets(self._network)
 
     def reserve(
@@ -94,7 +83,7 @@ class Limits:
             Others kept changing the same sum.
         """
         wallet = self._checked(reference, source, amount)
-        for _ in _attempts():
+        for _ in attempts(20):
             before = self.get(reference)
             if before is not None and (before.source, before.amount) != (wallet, amount):
                 raise RefusedError("reference_conflict", "this reference was used for another transfer")
@@ -121,8 +110,8 @@ class Limits:
                     limit=limit,
                 )
             try:
-                self._transact([self._put(after, before), *([] if counted else [self._spend(after, limit)])])
-            except _ChangedError:
+                self._items.write(self._put(after, before), *([] if counted else [self._spend(after, limit)]))
+            except ChangedError:
                 continue
             return after
         raise UnavailableError("others are spending from the same wallet at the moment")
@@ -133,7 +122,7 @@ class Limits:
         `attempt` is the one that moved nothing: what is reserved for a later one stays. Raises UnavailableError when
         others kept changing the same sum.
         """
-        for _ in _attempts():
+        for _ in attempts(20):
             before = self.get(reference)
             if before is None or before.state == "released":
                 return
@@ -141,8 +130,8 @@ class Limits:
                 return
             after = replace(before, state="released", version=before.version + 1)
             try:
-                self._transact([self._put(after, before), self._give_back(before)])
-            except _ChangedError:
+                self._items.write(self._put(after, before), self._give_back(before))
+            except ChangedError:
                 continue
             logger().info("reservation released", extra={"reference": reference})
             return
@@ -150,7 +139,7 @@ class Limits:
 
     def get(self, reference: str) -> Reservation | None:
         """Return the reservation under a reference."""
-        item = self._get(f"RESERVATION#{self._network}#{reference}", "RESERVATION")
+        item = self._items.get(f"RESERVATION#{self._network}#{reference}", "RESERVATION")
         if item is None:
             return None
         return Reservation(
@@ -165,7 +154,7 @@ class Limits:
 
     def spent(self, source: str, day: str) -> int:
         """Return what a wallet has spent or reserved of a day, in QU."""
-        item = self._get(self._sum_key(self._wallets.identity(source, "source"), day), "SPENT")
+        item = self._items.get(self._sum_key(self._wallets.identity(source, "source"), day), "SPENT")
         return int(item["spent"]["N"]) if item else 0
 
     def same_wallet(self, address: str, others: tuple[str, ...]) -> bool:
@@ -187,16 +176,11 @@ class Limits:
 
     # DynamoDB
 
-    def _get(self, pk: str, sk: str) -> Item | None:
-        found = clients.client("dynamodb").get_item(TableName=self._table, Key=_key(pk, sk), ConsistentRead=True)
-        item: Item | None = found.get("Item")
-        return item
-
     def _sum_key(self, identity: str, day: str) -> str:
         return f"SPENT#{self._network}#{identity}#{day}"
 
     def _put(self, after: Reservation, before: Reservation | None) -> Item:
-        item = _key(f"RESERVATION#{self._network}#{after.reference}", "RESERVATION") | {
+        item = item_key(f"RESERVATION#{self._network}#{after.reference}", "RESERVATION") | {
             "source": {"S": after.source},
             "amount": {"N": str(after.amount)},
             "day": {"S": after.day},
@@ -204,14 +188,7 @@ class Limits:
             "state": {"S": after.state},
             "version": {"N": str(after.version)},
         }
-        put: Item = {"TableName": self._table, "Item": item, "ConditionExpression": "attribute_not_exists(pk)"}
-        if before is not None:
-            nobody_wrote_since = "version = :before"
-            put |= {
-                "ConditionExpression": nobody_wrote_since,
-                "ExpressionAttributeValues": {":before": {"N": str(before.version)}},
-            }
-        return {"Put": put}
+        return self._items.put_after(item, before.version if before else 0)
 
     def _spend(self, reservation: Reservation, limit: int) -> Item:
         # Refused beforehand when the amount alone is over the limit, so that an absent sum has room for it.
@@ -227,24 +204,13 @@ class Limits:
     def _change_sum(self, reservation: Reservation, by: int, condition: str, values: Item) -> Item:
         return {
             "Update": {
-                "TableName": self._table,
-                "Key": _key(self._sum_key(reservation.source, reservation.day), "SPENT"),
+                "TableName": self._items.table,
+                "Key": item_key(self._sum_key(reservation.source, reservation.day), "SPENT"),
                 "UpdateExpression": "ADD spent :by",
                 "ConditionExpression": condition,
                 "ExpressionAttributeValues": values | {":by": {"N": str(by)}},
             }
         }
-
-    def _transact(self, writes: list[Item]) -> None:
-        """All or nothing. Raises _ChangedError when it is worth reading again."""
-        try:
-            clients.client("dynamodb").transact_write_items(TransactItems=writes)
-        except ClientError as error:
-            reasons = {each.get("Code") for each in error.response.get("CancellationReasons", ())} - {"None", None}
-            cancelled = error.response["Error"]["Code"] == "TransactionCanceledException"
-            if cancelled and reasons and reasons <= _RETRY_REASONS:
-                raise _ChangedError from error
-            raise
 
 
 def reserve_for(
@@ -320,15 +286,3 @@ def check_amount(amount: object) -> int:
     if isinstance(amount, bool) or not isinstance(amount, int) or not 0 < amount <= MAX_QU:
         raise InvalidInputError("the amount is a whole number from 1 to 10^15", field="amount")
     return amount
-
-
-def _key(pk: str, sk: str) -> Item:
-    return {"pk": {"S": pk}, "sk": {"S": sk}}
-
-
-def _attempts() -> Iterator[None]:
-    """Some attempts, with growing random pauses in between."""
-    for attempt in range(_ATTEMPTS):
-        if attempt:
-            time.sleep(random.uniform(0, min(0.01 * 2**attempt, 0.2)))  # noqa: S311 (a pause, no secret)
-        yield

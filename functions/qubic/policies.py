@@ -15,9 +15,6 @@ VERSION#<number>    `text`, the document, never changed; `record`, what became o
 from __future__ import annotations
 
 import base64
-import random
-import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +27,7 @@ from qaes.domain.canonical import sha256_hex
 from qaes.domain.errors import ConflictError, ForbiddenError, NotFoundError, RefusedError, UnavailableError
 from qaes.domain.ids import now, timestamp
 from qaes.domain.policy import DEFAULT_RULES, Policy, PolicyDocument, Rule, policy_id_of, policy_of, version_of
+from qubic.items import ChangedError, Item, Items, attempts, item_key
 
 if TYPE_CHECKING:
     from qubic.submissions import Submission, Submissions
@@ -37,10 +35,7 @@ if TYPE_CHECKING:
 INPUT_TYPE = 0x5150
 REFUSED_METRIC = "PolicyRefused"
 _MAX_VERSION = 10**9 - 1
-_ATTEMPTS = 12
-_RETRY_REASONS = {"ConditionalCheckFailed", "TransactionConflict", "ThrottlingError", "ProvisionedThroughputExceeded"}
 
-Item = dict[str, Any]
 Status = Literal["proposed", "approved", "anchoring", "in_force", "superseded", "rejected"]
 
 
@@ -80,10 +75,6 @@ class _AlteredError(Exception):
     """What is stored of a version is not what the ledger has."""
 
 
-class _ChangedError(Exception):
-    """What was read is no longer so, or was being changed: nothing has been written."""
-
-
 _verified: dict[tuple[str, str, int, str], Policy] = {}
 """The texts whose transaction was checked by this process, by table, network, version and hash."""
 
@@ -103,6 +94,7 @@ class Policies:
         self._submissions = submissions
         self.network = submissions.chain.network
         self._table = table or settings.text("LEDGER_TABLE")
+        self._items = Items(self._table)
 
     # What is in force
 
@@ -134,7 +126,7 @@ class Policies:
         To be called by anybody, as often as one likes: when a submission of kind `policy` is confirmed, and from time
         to time. Raises UnavailableError when the ledger cannot take it now.
         """
-        for _ in _attempts():
+        for _ in attempts():
             head = self._head()
             try:
                 if not head.newest:
@@ -144,12 +136,12 @@ class Policies:
                 else:
                     self._settle(head)
                     return
-            except _ChangedError:
+            except ChangedError:
                 continue
         raise UnavailableError("others are changing the policy at the moment")
 
     def _settle(self, head: _Head) -> None:
-        """Take the step that is due with the version that is on its way. Raises _ChangedError when others took it."""
+        """Take the step that is due with the version that is on its way. Raises ChangedError when others took it."""
         number = head.approved
         item = self._item(number)
         if item is None:
@@ -266,7 +258,7 @@ class Policies:
         InvalidInputError
             The document is not acceptable.
         """
-        for _ in _attempts():
+        for _ in attempts():
             head = self._head()
             current = self.in_force()
             based_on = based_on or current.policy_id
@@ -280,7 +272,7 @@ class Policies:
             proposed = _new_record(document, timestamp(now()))
             try:
                 self._write(head, replace(head, newest=document.version), self._put(proposed, document.text()))
-            except _ChangedError:
+            except ChangedError:
                 continue
             logger().info("policy proposed", extra={"policy_id": proposed.policy_id, "subject": subject})
             return proposed
@@ -298,7 +290,7 @@ class Policies:
         NotFoundError
             There is no such version.
         """
-        for _ in _attempts():
+        for _ in attempts():
             head = self._head()
             item = self._existing(version)
             record = _record(item)
@@ -317,7 +309,7 @@ class Policies:
             )
             try:
                 self._write(head, replace(head, approved=version), self._changed(approved))
-            except _ChangedError:
+            except ChangedError:
                 continue
             logger().info("policy approved", extra={"policy_id": record.policy_id, "subject": subject})
             self._settle_soon()
@@ -334,7 +326,7 @@ class Policies:
         NotFoundError
             There is no such version.
         """
-        for _ in _attempts():
+        for _ in attempts():
             head = self._head()
             record = _record(self._existing(version))
             if record.status == "rejected":
@@ -351,7 +343,7 @@ class Policies:
             )
             try:
                 self._write(head, head, self._changed(rejected))
-            except _ChangedError:
+            except ChangedError:
                 continue
             logger().info("policy rejected", extra={"policy_id": record.policy_id, "subject": subject})
             return rejected
@@ -393,7 +385,7 @@ class Policies:
             TableName=self._table,
             KeyConditionExpression="pk = :pk AND sk BETWEEN :oldest AND :newest",
             ExpressionAttributeValues={
-                ":pk": self._key("")["pk"],
+                ":pk": {"S": self._pk},
                 ":oldest": {"S": _version_sk(0)},
                 ":newest": {"S": newest},
             },
@@ -451,20 +443,19 @@ class Policies:
 
     # DynamoDB
 
-    def _key(self, sk: str) -> Item:
-        return {"pk": {"S": f"POLICY#{self.network}"}, "sk": {"S": sk}}
+    @property
+    def _pk(self) -> str:
+        return f"POLICY#{self.network}"
 
-    def _get(self, sk: str) -> Item | None:
-        found = clients.client("dynamodb").get_item(TableName=self._table, Key=self._key(sk), ConsistentRead=True)
-        item: Item | None = found.get("Item")
-        return item
+    def _key(self, sk: str) -> Item:
+        return item_key(self._pk, sk)
 
     def _head(self) -> _Head:
-        item = self._get("HEAD")
+        item = self._items.get(self._pk, "HEAD")
         return _Head(**{name: int(item[name]["N"]) for name in asdict(_Head())}) if item else _Head()
 
     def _item(self, version: int) -> Item | None:
-        return self._get(_version_sk(version))
+        return self._items.get(self._pk, _version_sk(version))
 
     def _existing(self, version: int) -> Item:
         item = self._item(version)
@@ -477,8 +468,7 @@ class Policies:
             "text": {"S": text},
             "record": {"S": record.model_dump_json()},
         }
-        not_there_yet = "attribute_not_exists(pk)"
-        return {"Put": {"TableName": self._table, "Item": item, "ConditionExpression": not_there_yet}}
+        return self._items.put_new(item)
 
     def _changed(self, record: PolicyVersion) -> Item:
         return {
@@ -493,32 +483,10 @@ class Policies:
         }
 
     def _write(self, before: _Head, after: _Head, *writes: Item) -> None:
-        """All or nothing, if nobody else has changed anything since `before` was read; _ChangedError otherwise."""
+        """All or nothing, if nobody else has changed anything since `before` was read; ChangedError otherwise."""
         after = replace(after, revision=before.revision + 1)
-        head: Item = {
-            "TableName": self._table,
-            "Item": self._key("HEAD") | {name: {"N": str(value)} for name, value in asdict(after).items()},
-            "ConditionExpression": "attribute_not_exists(pk)",
-        }
-        if before.revision:
-            nobody_wrote_since = "revision = :before"
-            head |= {
-                "ConditionExpression": nobody_wrote_since,
-                "ExpressionAttributeValues": {":before": {"N": str(before.revision)}},
-            }
-        try:
-            clients.client("dynamodb").transact_write_items(TransactItems=[{"Put": head}, *writes])
-        except ClientError as error:
-            reasons = {each.get("Code") for each in error.response.get("CancellationReasons", ())} - {"None", None}
-            cancelled = error.response["Error"]["Code"] == "TransactionCanceledException"
-            if cancelled and reasons and reasons <= _RETRY_REASONS:
-                raise _ChangedError from error
-            raise
-
-
-def policy_document(policies: Policies, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Operation `policy_document` of the ledger: `{policy_id}` → `Policies.document`."""
-    return policies.document(str(arguments["policy_id"]))
+        head = self._key("HEAD") | {name: {"N": str(value)} for name, value in asdict(after).items()}
+        self._items.write(self._items.put_after(head, before.revision, "revision"), *writes)
 
 
 def _check_anchor(hash_: str, submission: Submission | None) -> None:
@@ -573,11 +541,3 @@ def _version_sk(version: int) -> str:
 
 def _submission_key(version: int) -> str:
     return f"policy:{version}"
-
-
-def _attempts() -> Iterator[None]:
-    """A few attempts, with growing random pauses in between."""
-    for attempt in range(_ATTEMPTS):
-        if attempt:
-            time.sleep(random.uniform(0, min(0.01 * 2**attempt, 0.2)))  # noqa: S311 (a pause, no secret)
-        yield

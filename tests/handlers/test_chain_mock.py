@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from qaes.domain.errors import UnavailableError
+from qubic import items as qubic_items
 from qubic.chain import mock
 from qubic.chain.mock import FIRST_TICK, MAX_TICKS_AHEAD, Faults, MockChain
 from tests.support.chain import TICK_MILLISECONDS, Clock, Key, key
@@ -538,7 +539,7 @@ def test_others_who_keep_changing_the_state_end_in_unavailable(
 ) -> None:
     chain.tick_info()
     clock.ticks(2)
-    monkeypatch.setattr(mock.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(qubic_items.time, "sleep", lambda seconds: None)
     error = ClientError({"Error": {"Code": "ConditionalCheckFailedException"}}, "UpdateItem")
 
     def changed(operation: str, number: int) -> None:

@@ -22,8 +22,6 @@ IDENTITY#<identity>/TICK#<tick>#<id>. None is ever deleted: a place in the pool 
 from __future__ import annotations
 
 import json
-import random
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -39,6 +37,7 @@ from qaes.domain.ids import now
 from qaes.domain.qubic.identity import decode_identity, encode_identity, is_transaction_id_shaped
 from qaes.domain.qubic.transaction import Transaction, decode
 from qubic.chain.base import Balance, Included, IncludedPage, ProcessedTick, TickInfo
+from qubic.items import ChangedError, Item, Items, attempts, item_key
 
 NETWORK = "mock"
 FIRST_TICK = 20_000_000
@@ -48,11 +47,8 @@ MAX_PAGE = 1_000
 MAX_GENESIS = 90
 """DynamoDB takes 100 items in one transaction."""
 
-_ATTEMPTS = 20
-_RETRY_REASONS = {"ConditionalCheckFailed", "TransactionConflict", "ThrottlingError", "ProvisionedThroughputExceeded"}
 _CHANGED = {"ConditionalCheckFailedException", "TransactionConflictException"}
 
-Item = dict[str, Any]
 _Counter = Literal["drop", "fail_after_accepting", "fail_requests"]
 
 
@@ -171,6 +167,7 @@ class MockChain:
                 raise ValueError("a genesis gives no negative amount")
         self._genesis = dict(genesis)
         self._table = table or settings.text("CHAIN_TABLE")
+        self._items = Items(self._table)
         self._clock = clock
         self._tick_milliseconds = tick_milliseconds or settings.number("QUBIC_TICK_MILLISECONDS")
         if self._tick_milliseconds < 1:
@@ -193,14 +190,14 @@ class MockChain:
         _checked(identity)
         with _answering():
             state = self._asked()
-            return _balance(identity, state.closed_tick, self._get(*_balance_key(identity)))
+            return _balance(identity, state.closed_tick, self._items.get(*_balance_key(identity)))
 
     def transaction(self, txid: str) -> Included | None:
         if not is_transaction_id_shaped(txid):
             return None
         with _answering():
             state = self._asked()
-            item = self._get(f"TX#{txid}", "TX")
+            item = self._items.get(f"TX#{txid}", "TX")
         if item is None or int(item["tick"]["N"]) > state.processed_tick:
             return None
         return _included(item)
@@ -257,22 +254,22 @@ class MockChain:
             return place.txid
 
     def _balance_of(self, identity: str) -> int:
-        item = self._get(*_balance_key(identity))
+        item = self._items.get(*_balance_key(identity))
         return int(item["balance"]["N"]) if item else 0
 
     def _take_place(self, place: _Place, state: _State) -> None:
         """Put a transaction into its source's place, if it is there in time and nothing for a later tick waits."""
-        for attempt in _attempts():
+        for attempt in attempts(20, 0.005):
             if attempt:
                 state = self._advance()
             in_time = state.tick + state.delay < place.tick <= state.tick + MAX_TICKS_AHEAD
-            item = self._get("POOL", place.source)
+            item = self._items.get("POOL", place.source)
             waiting = int(item["tick"]["N"]) if item and item["waiting"]["BOOL"] else None
             if not in_time or (waiting is not None and waiting >= place.tick):
                 return
             try:
-                self._transact([self._take(place, item), self._not_closed(min(place.tick, waiting or place.tick))])
-            except _ChangedError:
+                self._items.write(self._take(place, item), self._not_closed(min(place.tick, waiting or place.tick)))
+            except ChangedError:
                 continue
             return
         raise UnavailableError("others keep changing the same place of the pool")
@@ -281,7 +278,7 @@ class MockChain:
         as_it_was = "attribute_not_exists(pk)" if before is None else "txid = :before AND waiting = :waiting"
         put: Item = {
             "TableName": self._table,
-            "Item": _key("POOL", place.source)
+            "Item": item_key("POOL", place.source)
             | {
                 "txid": {"S": place.txid},
                 "tick": {"N": str(place.tick)},
@@ -299,7 +296,7 @@ class MockChain:
         return {
             "ConditionCheck": {
                 "TableName": self._table,
-                "Key": _key("STATE", "STATE"),
+                "Key": item_key("STATE", "STATE"),
                 "ConditionExpression": "closed_tick < :tick",
                 "ExpressionAttributeValues": {":tick": {"N": str(tick)}},
             }
@@ -324,11 +321,11 @@ class MockChain:
     def set_faults(self, faults: Faults) -> None:
         """Let these things go wrong from now on, and nothing else."""
         with _answering():
-            for _ in _attempts():
+            for _ in attempts(20, 0.005):
                 state = self._advance()
                 try:
                     self._set_faults(faults, state)
-                except _ChangedError:
+                except ChangedError:
                     continue
                 return
         raise UnavailableError("others keep changing the mock's faults")
@@ -358,7 +355,7 @@ class MockChain:
         try:
             clients.client("dynamodb").update_item(
                 TableName=self._table,
-                Key=_key("STATE", "STATE"),
+                Key=item_key("STATE", "STATE"),
                 UpdateExpression="SET #counter = #counter - :one",
                 ConditionExpression="#counter >= :one",
                 ExpressionAttributeNames={"#counter": counter},
@@ -381,7 +378,7 @@ class MockChain:
 
     def _advance(self) -> _State:
         """Close the ticks that have passed, and execute what waited for them."""
-        for _ in _attempts():
+        for _ in attempts(20, 0.005):
             state = self._state()
             moment = self._milliseconds()
             tick = state.tick_at(moment)
@@ -396,7 +393,7 @@ class MockChain:
                     }
                     self._change(state, duration, list(state.skipped))
                     continue
-            except _ChangedError:
+            except ChangedError:
                 continue
             for place in self._due(state):
                 self._execute(place, state)
@@ -404,10 +401,10 @@ class MockChain:
         raise UnavailableError("others keep changing the mock's state")
 
     def _state(self) -> _State:
-        item = self._get("STATE", "STATE")
+        item = self._items.get("STATE", "STATE")
         if item is None:
             self._write_genesis()
-            item = self._get("STATE", "STATE")
+            item = self._items.get("STATE", "STATE")
             if item is None:
                 raise UnavailableError("the mock's state cannot be read")
         names = {field.name for field in fields(_State)} - {"skipped"}
@@ -436,7 +433,7 @@ class MockChain:
         )
         numbers = {field.name: getattr(first, field.name) for field in fields(_State) if field.name != "skipped"}
         state = {name: {"N": str(value)} for name, value in numbers.items()}
-        items = [self._put("STATE", "STATE", state | {"skipped": {"S": "[]"}})]
+        items = [self._items.put_new(item_key("STATE", "STATE") | state | {"skipped": {"S": "[]"}})]
         for identity, amount in self._genesis.items():
             if amount:
                 given = {
@@ -446,10 +443,10 @@ class MockChain:
                     "latest_incoming_transfer_tick": FIRST_TICK,
                 }
                 values = {name: {"N": str(value)} for name, value in given.items()}
-                items.append(self._put(*_balance_key(identity), values))
+                items.append(self._items.put_new(item_key(*_balance_key(identity)) | values))
         try:
-            self._transact(items)
-        except _ChangedError:
+            self._items.write(*items)
+        except ChangedError:
             return  # somebody else has written it
 
     def _close(self, state: _State, tick: int) -> _State:
@@ -461,13 +458,13 @@ class MockChain:
         self._update_state(numbers | {"skipped": {"S": json.dumps(skipped)}}, state)
 
     def _update_state(self, changes: Item, state: _State) -> None:
-        """Change STATE as it was read; raises _ChangedError when it is no longer so."""
+        """Change STATE as it was read; raises ChangedError when it is no longer so."""
         as_it_was = "#version = :version_as_read AND #closed_tick = :closed_as_read"
         names = {"version", "closed_tick", *changes}
         try:
             clients.client("dynamodb").update_item(
                 TableName=self._table,
-                Key=_key("STATE", "STATE"),
+                Key=item_key("STATE", "STATE"),
                 UpdateExpression="SET " + ", ".join(f"#{name} = :{name}" for name in changes),
                 ConditionExpression=as_it_was,
                 ExpressionAttributeNames={f"#{name}": name for name in names},
@@ -476,7 +473,7 @@ class MockChain:
             )
         except ClientError as error:
             if error.response["Error"]["Code"] in _CHANGED:
-                raise _ChangedError from error
+                raise ChangedError from error
             raise
 
     # Execution
@@ -500,17 +497,17 @@ class MockChain:
 
     def _execute(self, place: _Place, state: _State) -> None:
         """Execute what waits in a place, unless somebody else has. Whatever comes before it is done by now."""
-        for attempt in _attempts():
+        for attempt in attempts(20, 0.005):
             if attempt:
-                item = self._get("POOL", place.source)
+                item = self._items.get("POOL", place.source)
                 if not (item and item["waiting"]["BOOL"] and item["txid"]["S"] == place.txid):
                     return
             items = [self._leave(place)]
             if not state.comes_out_empty(place.tick):
                 items += self._inclusion(place, state)
             try:
-                self._transact(items)
-            except _ChangedError:
+                self._items.write(*items)
+            except ChangedError:
                 continue
             return
         raise UnavailableError("others keep changing what is to be executed")
@@ -519,7 +516,7 @@ class MockChain:
         return {
             "Update": {
                 "TableName": self._table,
-                "Key": _key("POOL", place.source),
+                "Key": item_key("POOL", place.source),
                 "UpdateExpression": "SET waiting = :no",
                 "ConditionExpression": "waiting = :yes AND txid = :txid",
                 "ExpressionAttributeValues": {
@@ -542,9 +539,9 @@ class MockChain:
             "time": {"N": str(state.time_of(place.tick))},
             "money_flew": {"BOOL": moves},
         }
-        items = [self._put(f"TX#{place.txid}", "TX", record)]
+        items = [self._items.put_new(item_key(f"TX#{place.txid}", "TX") | record)]
         items += [
-            self._put(f"IDENTITY#{identity}", f"TICK#{place.tick:010d}#{place.txid}", record)
+            self._items.put_new(item_key(f"IDENTITY#{identity}", f"TICK#{place.tick:010d}#{place.txid}") | record)
             for identity in dict.fromkeys((source, destination))
         ]
         if moves:
@@ -558,7 +555,7 @@ class MockChain:
         pk, sk = _balance_key(identity)
         update: Item = {
             "TableName": self._table,
-            "Key": _key(pk, sk),
+            "Key": item_key(pk, sk),
             "UpdateExpression": f"SET latest_{way}_transfer_tick = :tick "
             f"ADD balance :change, {way}_amount :amount, number_of_{way}_transfers :one",
             "ExpressionAttributeValues": {
@@ -578,35 +575,9 @@ class MockChain:
     def _milliseconds(self) -> int:
         return int(self._clock().timestamp() * 1000)
 
-    def _get(self, pk: str, sk: str) -> Item | None:
-        found = clients.client("dynamodb").get_item(TableName=self._table, Key=_key(pk, sk), ConsistentRead=True)
-        item: Item | None = found.get("Item")
-        return item
-
     def _query(self, **which: Any) -> Iterator[Item]:
         pages = clients.client("dynamodb").get_paginator("query")
         yield from pages.paginate(TableName=self._table, ConsistentRead=True, **which)
-
-    def _put(self, pk: str, sk: str, attributes: Item) -> Item:
-        not_there_yet = "attribute_not_exists(pk)"
-        return {
-            "Put": {"TableName": self._table, "Item": _key(pk, sk) | attributes, "ConditionExpression": not_there_yet}
-        }
-
-    def _transact(self, items: list[Item]) -> None:
-        """All or nothing. Raises _ChangedError when it is worth reading again."""
-        try:
-            clients.client("dynamodb").transact_write_items(TransactItems=items)
-        except ClientError as error:
-            reasons = {each.get("Code") for each in error.response.get("CancellationReasons", ())} - {"None", None}
-            cancelled = error.response["Error"]["Code"] == "TransactionCanceledException"
-            if cancelled and reasons and reasons <= _RETRY_REASONS:
-                raise _ChangedError from error
-            raise
-
-
-class _ChangedError(Exception):
-    """What was read is no longer so, or was being changed: nothing has been written."""
 
 
 @contextmanager
@@ -618,14 +589,6 @@ def _answering() -> Iterator[None]:
         raise UnavailableError(f"the mock's table does not answer: {error.response['Error']['Code']}") from error
     except BotoCoreError as error:
         raise UnavailableError(f"the mock's table does not answer: {type(error).__name__}") from error
-
-
-def _attempts() -> Iterator[int]:
-    """A few attempts, with growing random pauses in between."""
-    for attempt in range(_ATTEMPTS):
-        if attempt:
-            time.sleep(random.uniform(0, min(0.005 * 2**attempt, 0.2)))  # noqa: S311 (a pause, no secret)
-        yield attempt
 
 
 def _checked(identity: str) -> None:
@@ -645,10 +608,6 @@ def _balance(identity: str, tick: int, item: Item | None) -> Balance:
 def _included(item: Item) -> Included:
     transaction = decode(bytes(item["encoded"]["B"]))
     return Included(transaction, timestamp=int(item["time"]["N"]), money_flew=item["money_flew"]["BOOL"])
-
-
-def _key(pk: str, sk: str) -> Item:
-    return {"pk": {"S": pk}, "sk": {"S": sk}}
 
 
 def _balance_key(identity: str) -> tuple[str, str]:
