@@ -70,7 +70,7 @@ def settle(store: TaskStore, ledger: LedgerClient, task: Task, record: StepRecor
         error = str(state["error"] or f"the transfer is {state['state']}")
         return Settled(store.finish_step(task.task_id, record, result=None, error=error), under_way=False)
     if task.status in TERMINAL and now() - parse_timestamp(task.updated_at) > timedelta(seconds=LATE_SECONDS):
-        error = "not_submitted: the task ended before"
+        error = str(state["error"]) if state is not None else "not_submitted: the task ended before"
         return Settled(store.finish_step(task.task_id, record, result=None, error=error), under_way=False)
     return Settled(record, under_way=False)
 
