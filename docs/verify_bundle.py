@@ -8,11 +8,12 @@ checked. 1: the first check that failed. 2: called wrongly. Written apart from t
 
 What to trust is given by you: the name of the log and the identity that anchors it. The rest follows, in this order:
 
-    parse       the file is JSON without surprises, and has the members of a bundle
+    JSON        the file is JSON without surprises, and has the members of a bundle
     Chain       every entry has its canonical text and names the one before it; inputs and outputs have their hashes
     Anchor      the transaction on the ledger carries the log's size and root; every entry is included under that root
-    Story       what was decided follows from the policy; who approved; what ran is what was approved; how it ended
+    Story       what was decided follows from the policy; who approved; what ran is what was asked for and approved
     Qubic       the transaction's id and signature (K12, FourQ, SchnorrQ)
+    Network     if asked: the ledger has the transaction; the whole log has these entries of the task, and no others
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
+import http.client
 import json
-import math
 import os
 import re
 import sys
+import urllib.error
 import urllib.request
 from datetime import datetime
 from decimal import Decimal
@@ -36,7 +38,14 @@ TEXTS = (
     "policy_id", "nonce", "prev", "timestamp",
 )  # fmt: skip
 ENTRY = dict.fromkeys(TEXTS, str) | dict.fromkeys(("v", "seq", "step_index"), int)
-HASH = re.compile(r"[0-9a-f]{64}", re.ASCII)
+NONE = type(None)
+BUNDLE: dict[str, Any] = dict.fromkeys(("format", "log_id", "network", "task_id", "salt"), str)
+BUNDLE |= {"entries": list, "anchor": (dict, NONE), "policies": dict}
+SENT = {"text": str, "input": str, "output": str, "index": (int, NONE), "proof": (list, NONE)}
+FORMS = {
+    "hash": r"[0-9a-f]{64}", "salt": r"[0-9a-f]{32}", "time": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z",
+    "task": r"task_[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}",
+}  # fmt: skip
 
 
 class Failed(Exception):  # noqa: N818 - it is an answer
@@ -52,6 +61,10 @@ def need(holds: bool, check: str, message: str, where: str = "bundle") -> None:
         raise Failed(check, message, where)
 
 
+def has_form(value: Any, form: str) -> bool:
+    return isinstance(value, str) and re.fullmatch(FORMS[form], value, re.ASCII) is not None
+
+
 # JSON -----------------------------------------------------------------------------------------------------------------
 
 
@@ -62,11 +75,8 @@ def parse(text: str, where: str, *, fractions: bool) -> Any:
         need(len(dict(pairs)) == len(pairs), "json", "a key stands twice", where)
         return dict(pairs)
 
-    def constant(name: str) -> None:
-        raise Failed("json", f"{name} is not JSON", where)
-
     def fraction(digits: str) -> float:
-        need(fractions, "json", f"{digits} is no integer", where)
+        need(fractions and digits[-1].isdigit(), "json", f"{digits} is no integer", where)  # nor NaN, nor Infinity
         return float(digits)
 
     def integer(digits: str) -> float:
@@ -75,9 +85,8 @@ def parse(text: str, where: str, *, fractions: bool) -> Any:
 
     try:
         text.encode()
-        value = json.loads(
-            text, object_pairs_hook=members, parse_constant=constant, parse_float=fraction, parse_int=integer
-        )
+        numbers: dict[str, Any] = {"parse_constant": fraction, "parse_float": fraction, "parse_int": integer}
+        value = json.loads(text, object_pairs_hook=members, **numbers)
         json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise Failed("json", f"not JSON in UTF-8: {type(error).__name__}", where) from None
@@ -96,21 +105,10 @@ def canonical(value: Any) -> str:
 
 
 def ecmascript(number: float) -> str:
-    """A double as JavaScript writes it: the shortest digits, an exponent below 1e-6 and from 1e21 on."""
-    if number == 0:
-        return "0"
-    if not math.isfinite(number):
-        return "null"
-    sign, digits_, exponent = Decimal(repr(number)).normalize().as_tuple()
-    digits = "".join(map(str, digits_))
-    point = len(digits) + int(exponent)
-    if 0 < point <= 21:
-        text = digits.ljust(point, "0") if len(digits) <= point else f"{digits[:point]}.{digits[point:]}"
-    elif -6 < point <= 0:
-        text = "0." + "0" * -point + digits
-    else:
-        text = digits[0] + ("." + digits[1:] if digits[1:] else "") + f"e{point - 1:+d}"
-    return "-" * sign + text
+    """A double as JavaScript writes it: the shortest digits, with an exponent below 1e-6 and from 1e21 on."""
+    if number == 0 or 1e-6 <= abs(number) < 1e21:
+        return f"{Decimal(repr(number or 0.0)):f}".removesuffix(".0")
+    return re.sub("e([+-])0", r"e\1", repr(number))
 
 
 def same(one: Any, other: Any) -> bool:
@@ -146,20 +144,14 @@ def read_bundle(data: bytes) -> dict[str, Any]:
         text = data.decode()
     except UnicodeDecodeError:
         raise Failed("json", "not UTF-8") from None
-    none = type(None)
-    types: dict[str, Any] = {"format": str, "log_id": str, "network": str, "task_id": str, "salt": str}
-    bundle = members(
-        parse(text, "bundle", fractions=False),
-        types | {"entries": list, "anchor": (dict, none), "policies": dict},
-        "format", "bundle", exactly=True,
-    )  # fmt: skip
+    bundle = members(parse(text, "bundle", fractions=False), BUNDLE, "format", "bundle", exactly=True)
     need(bundle["format"] == "qaes-bundle-1", "format", "not a bundle of this format")
     need(bundle["network"] in ("mock", "mainnet"), "format", "there is no such network")
-    need(re.fullmatch(r"[0-9a-f]{32}", bundle["salt"], re.ASCII) is not None, "format", "not a salt")
+    need(has_form(bundle["salt"], "salt"), "format", "not a salt")
+    need(has_form(bundle["task_id"], "task"), "format", "not the id of a task")
     need(len(bundle["entries"]) > 0, "format", "there are no entries")
-    types = {"text": str, "input": str, "output": str, "index": (int, none), "proof": (list, none)}
     for number, each in enumerate(bundle["entries"], start=1):
-        members(each, types, "format", f"entry {number}", exactly=True)
+        members(each, SENT, "format", f"entry {number}", exactly=True)
     for hash_, document in bundle["policies"].items():
         need(isinstance(document, str) and sha256(document) == hash_, "policy", "not the document of this hash", hash_)
     return bundle
@@ -177,6 +169,7 @@ def check_chain(bundle: dict[str, Any], log_id: str) -> list[dict[str, Any]]:
         need(entry["task_id"] == bundle["task_id"], "task", "of another task", where)
         need(entry["seq"] == seq, "seq", f"its number is {entry['seq']}", where)
         need(entry["prev"] == prev, "prev", "does not name the entry before", where)
+        need(has_form(entry["nonce"], "salt"), "text", "not a nonce", where)
         for side in ("input", "output"):
             value = parse_canonical(sent[side], side, where)
             # The canonical text of the two members is put together from canonical texts.
@@ -237,9 +230,8 @@ def check_anchor(bundle: dict[str, Any], log_id: str, identity: str) -> dict[str
     need(letters(sent[:32]) == identity, "identity", "not from the pinned identity", "anchor")
     size, sequence = int.from_bytes(payload[13:21], "little"), int.from_bytes(payload[85:], "little")
     need(size > 0, "anchor", "an anchor of an empty log", "anchor")
-    need(
-        (payload[53:85] == bytes(32)) == (sequence == 0), "anchor", "the first, and no other, has none before", "anchor"
-    )
+    first = payload[53:85] == bytes(32)
+    need(first == (sequence == 0), "anchor", "the first, and no other, has none before", "anchor")
     return anchor | {"bytes": sent, "size": size, "root": payload[21:53], "sequence": sequence}
 
 
@@ -251,7 +243,7 @@ def check_inclusion(bundle: dict[str, Any], entries: list[dict[str, Any]], ancho
             rest = bundle["entries"][number:]
             need(all(each["index"] is each["proof"] is None for each in rest), "index", "a gap", entry["where"])
             return number
-        hashes = all(isinstance(each, str) and HASH.fullmatch(each) for each in sent["proof"])
+        hashes = all(has_form(each, "hash") for each in sent["proof"])
         need(hashes, "proof", "not a list of hashes", entry["where"])
         proof = [bytes.fromhex(each) for each in sent["proof"]]
         root = root_by(entry["leaf"], sent["index"], anchor["size"], proof, entry["where"])
@@ -264,17 +256,54 @@ def check_inclusion(bundle: dict[str, Any], entries: list[dict[str, Any]], ancho
 # The story ------------------------------------------------------------------------------------------------------------
 
 
+SKEW = 300  # seconds: functions have clocks of their own; by more than that no entry is older than one before it
 NEEDS_APPROVAL = ("onchain_action", "generic_action", "monitor_action")
+KINDS = {  # kind: by whom (None: a person, or the part that ended it), and what an entry's status may be
+    "task_started": (None, "pending"),
+    "policy_checked": ("planner", "allowed", "denied"),
+    "plan_built": ("planner", "planned"),
+    "approval_requested": ("compliance", "pending"),
+    "approval_decided": (None, "approved", "rejected"),
+    "approval_reminder": ("reconciler", "pending"),
+    "approval_expired": ("compliance", "expired"),
+    "approval_cancelled": ("compliance", "cancelled"),
+    "approval_undeliverable": (None, "undeliverable"),
+    "step_started": ("worker", "running"),
+    "step_executed": ("worker", "succeeded", "failed"),
+    "task_retried": (None, "pending", "executing"),
+    "task_ended": (None, "completed", "denied", "rejected", "expired", "failed", "cancelled"),
+}
 REQUEST = {"task_id": str, "task_type": str, "description": str, "parameters": dict, "requester": str}
 DECISION = {"policy_id": str, "action_type": str, "allowed": bool, "requires_approval": bool, "approvals": int}
-LIMITS = dict.fromkeys(("expires_after", "max_amount", "daily_limit"), (int, type(None)))
+LIMITS = dict.fromkeys(("expires_after", "max_amount", "daily_limit"), (int, NONE))
 ASKED = {"plan_hash": str, "step_hash": str, "policy_id": str, "round": int, "required": int, "expires_at": str}
-APPROVAL_ENDS = {  # kind: in which state an approval must be for it, and in which it is then
-    "approval_reminder": ("pending", "pending"),
-    "approval_expired": ("pending", "expired"),
-    "approval_cancelled": ("pending", "cancelled"),
-    "approval_undeliverable": ("approved", "undeliverable"),
-}
+DECIDED = {"approved": bool, "approvals": int, "decided_at": str, "plan_hash": str, "step_hash": str}
+CLAIM = {"step_hash": str, "run": int, "approval": (int, NONE)}
+
+
+def moment(text: str, where: str) -> float:
+    try:
+        need(has_form(text, "time"), "text", "not a time", where)
+        return datetime.fromisoformat(text).timestamp()
+    except ValueError:
+        raise Failed("text", "not a time", where) from None
+
+
+def planned(request: dict[str, Any], policy: dict[str, Any]) -> list[list[Any]]:
+    """Id, type and parameters of the steps that a request makes; there are no other types of steps."""
+    parameters, action = request["parameters"], policy["action_type"]
+    wallet = parameters.get("wallet_address")
+    steps: list[tuple[str, Any]] = [("check_balance", {"wallet_address": wallet})] if wallet is not None else []
+    steps.append(("policy_check", {"action_type": action, "policy_id": policy["policy_id"]}))
+    if action == "transfer_funds":
+        to = {name: parameters.get(name) for name in ("to_address", "amount")}
+        steps.append(("onchain_action", to | {"from_address": wallet}))
+    elif action == "monitoring":
+        threshold = parameters.get("alert_threshold")
+        steps.append(("monitor_action", {"wallet_address": wallet, "alert_threshold": threshold}))
+    else:
+        steps.append(("generic_action", {name: request[name] for name in ("task_type", "description", "parameters")}))
+    return [[f"step_{number}", *each] for number, each in enumerate(steps, start=1)]
 
 
 class Story:
@@ -286,22 +315,31 @@ class Story:
             types = {"format": int, "version": int, "rules": dict}
             document = members(parse_canonical(text, "policy", hash_), types, "policy", hash_)
             need(document["format"] == 1, "policy", "a document of another format", hash_)
-            self.policies[f"policy-v{document['version']}-{hash_[:12]}"] = document
+            self.policies[f"policy-v{document['version']}-{hash_[:12]}"] = document | {"hash": hash_}
         need(len(self.policies) == len(policies), "policy", "two documents of one id")
         self.unused = set(self.policies)
         self.request: dict[str, Any] = {}
-        self.policy: dict[str, Any] = {}
+        self.policy: dict[str, Any] = {}  # the pinned decision
         self.plan: dict[str, Any] = {}
         self.plan_hash = self.ended = ""
-        self.approval: dict[str, Any] = {}
-        self.approved_before: dict[int, dict[str, Any]] = {}  # by execution, until the step has run
-        self.done, self.run = 0, 1
+        self.approval: dict[str, Any] = {}  # of this run, not used yet
+        self.claim: dict[str, Any] = {}  # the step that was begun, and whose outcome is not on record
+        self.done, self.run, self.failed_in, self.version, self.newest = 0, 1, 0, 0, 0.0
         self.approvers: list[str] = []
+        self.effects: list[str] = []
 
     def tell(self, entry: dict[str, Any], output_text: str) -> None:
         kind, where = entry["kind"], entry["where"]
+        need(kind in KINDS, "text", "there is no such kind", where)
+        by, *statuses = KINDS[kind]
+        need(by in (None, entry["actor"]) and entry["status"] in statuses, "text", "no such actor or status", where)
+        place = (entry["step_index"], entry["step_id"], entry["step_type"])
+        need(kind.startswith(("approval_", "step_")) or place == (-1, "", kind), "text", "it is about no step", where)
         first = kind == "task_started"
         need(first != bool(self.request), "text", "the first entry, and no other, is the task's start", where)
+        time = moment(entry["timestamp"], where)
+        need(time > self.newest - SKEW, "time", "long before an entry before it", where)
+        self.newest = max(self.newest, time)
         need(not self.ended or kind in ("task_retried", "step_executed"), "end", "it goes on after its end", where)
         if kind == "plan_built":
             need(not self.plan, "plan", "a second plan", where)
@@ -314,17 +352,12 @@ class Story:
         if kind in ("task_started", "plan_built", "task_retried", "task_ended"):
             request = members(entry["input"], REQUEST, "input", where)
             need(first or same(request, self.request), "input", "not the request that was made", where)
-        if kind in APPROVAL_ENDS:
-            self._of_approval(entry, APPROVAL_ENDS[kind][0])
-            self.approval["state"] = APPROVAL_ENDS[kind][1]
-            return
         tellers = {
             "task_started": self._start, "policy_checked": self._policy, "plan_built": self._plan,
-            "approval_requested": self._ask, "approval_decided": self._decide, "step_executed": self._run,
-            "task_retried": self._retry, "task_ended": self._end,
+            "approval_requested": self._ask, "approval_decided": self._decide, "step_started": self._claim,
+            "step_executed": self._outcome, "task_retried": self._retry, "task_ended": self._end,
         }  # fmt: skip
-        need(kind in tellers, "text", "there is no such kind", where)
-        tellers[kind](entry, where)
+        tellers.get(kind, self._close)(entry, where)
 
     def _start(self, entry: dict[str, Any], where: str) -> None:
         self.request = entry["input"]
@@ -332,22 +365,24 @@ class Story:
         need(self.request["task_id"] == entry["task_id"], "task", "a request of another task", where)
 
     def _policy(self, entry: dict[str, Any], where: str) -> None:
-        action = members(entry["input"], {"action_type": str}, "policy", where)["action_type"]
-        asked = self.request["task_type"]
+        self.analysis = members(entry["input"], {"action_type": str, "risk_level": str}, "policy", where)
+        action, asked = self.analysis["action_type"], self.request["task_type"]
         need(action == {"monitor_wallet": "monitoring"}.get(asked, asked), "policy", "another action type", where)
-        self.policy = self._decision(entry["output"], action, where)
+        self.policy = self._decision(entry["output"], where)
+        need(self.policy.get("risk_level") == self.analysis["risk_level"], "policy", "another risk", where)
         need(entry["policy_id"] == self.policy["policy_id"], "policy", "not the policy that decided", where)
         said = "allowed" if self.policy["allowed"] else "denied"
         need(entry["status"] == said, "policy", f"the policy says {said}", where)
-        self.analysis = entry["input"]
 
-    def _decision(self, value: Any, action: str, where: str) -> dict[str, Any]:
-        """Recompute a decision from the document that it names."""
-        decision = members(value, DECISION, "policy", where)
+    def _decision(self, value: Any, where: str) -> dict[str, Any]:
+        """Recompute a decision from the document that it names. No older version is in force after a newer one."""
+        decision, action = members(value, DECISION, "policy", where), self.analysis["action_type"]
         members({**dict.fromkeys(LIMITS), **decision}, LIMITS, "policy", where)
         need(decision["policy_id"] in self.policies, "policy", "its document is not in the bundle", where)
         self.unused.discard(decision["policy_id"])
-        rule = self.policies[decision["policy_id"]]["rules"].get(action)
+        document = self.policies[decision["policy_id"]]
+        need(document["version"] >= self.version, "policy", "an older version than before", where)
+        self.version, rule = document["version"], document["rules"].get(action)
         given = {name: each for name, each in decision.items() if name not in ("policy_id", "action_type")}
         # An action type without a rule is denied.
         follows = not decision["allowed"] if rule is None else same(given, rule)
@@ -364,25 +399,29 @@ class Story:
         types = {"step_id": str, "type": str, "requires_approval": bool, "parameters": dict}
         steps = [members(step, types, "plan", where) for step in plan["steps"]]
         for step in steps:
-            need(step["requires_approval"] or not self._must_ask(step), "plan", "asks for no approval", where)
-        need(0 < len(steps) == len({step["step_id"] for step in steps}), "plan", "no steps, or one twice", where)
+            asks = step["requires_approval"] or not self._must_ask(step, self.policy)
+            need(asks, "plan", f"{step['step_id']} asks for no approval", where)
+        made = [[step["step_id"], step["type"], step["parameters"]] for step in steps]
+        need(same(made, planned(self.request, self.policy)), "plan", "not the steps that were asked for", where)
         self.plan = plan
 
-    def _must_ask(self, step: dict[str, Any]) -> bool:
-        return self.policy["requires_approval"] and step["type"] in NEEDS_APPROVAL
+    def _must_ask(self, step: dict[str, Any], policy: dict[str, Any]) -> bool:
+        return policy["requires_approval"] and step["type"] in NEEDS_APPROVAL
 
     def _step(self, entry: dict[str, Any], check: str) -> dict[str, Any]:
+        """The plan's step that an entry is about; steps come in their order, each until it has succeeded."""
         index, steps = entry["step_index"], self.plan.get("steps", [])
         need(0 <= index < len(steps), check, "the plan has no such step", entry["where"])
-        step = steps[index]
-        named = (entry["step_id"], entry["step_type"]) == (step["step_id"], step["type"])
+        need(index == self.done, check, "out of order, or a second time", entry["where"])
+        named = (entry["step_id"], entry["step_type"]) == (steps[index]["step_id"], steps[index]["type"])
         need(named, check, "not the plan's step", entry["where"])
-        return dict(step)
+        return dict(steps[index])
 
     def _ask(self, entry: dict[str, Any], where: str) -> None:
         asked = members(entry["input"], ASKED, "approval", where)
         step = self._step(entry, "approval")
-        need(self.approval.get("state") != "pending", "approval", "another one is open", where)
+        # Approved already: a policy that became stricter since wants more people.
+        need(self.approval.get("state") in (None, "approved"), "approval", "another one is open, or was a no", where)
         need(asked["plan_hash"] == self.plan_hash, "approval", "asked for another plan", where)
         need(asked["step_hash"] == sha256(canonical(step)), "approval", "asked for another step", where)
         need(asked["policy_id"] == self.policy["policy_id"], "approval", "under another policy", where)
@@ -390,21 +429,32 @@ class Story:
         limit = self.policy.get("expires_after")
         open_for = moment(asked["expires_at"], where) - moment(entry["timestamp"], where)
         need(limit is None or open_for <= limit, "approval", "open for longer than the policy says", where)
-        self.approval = {"state": "pending", "asked": asked, "step": entry["step_index"], "by": []}
+        self.approval = {"state": "pending", "asked": asked, "by": []}
+        self._said(entry)
 
-    def _of_approval(self, entry: dict[str, Any], state: str) -> None:
-        open_ = self.approval.get("state") == state and self.approval["step"] == entry["step_index"]
-        asked = open_ and same(entry["input"], self.approval["asked"])
-        need(asked, "approval", "nobody was asked this", entry["where"])
+    def _said(self, entry: dict[str, Any]) -> None:
         said = members(entry["output"], {"status": str, "actor": str}, "output", entry["where"])
         alike = (said["status"], said["actor"]) == (entry["status"], entry["actor"])
         need(alike, "output", "the entry says something else", entry["where"])
 
+    def _of_approval(self, entry: dict[str, Any], state: str) -> None:
+        asked = self.approval.get("state") == state and same(entry["input"], self.approval["asked"])
+        need(asked, "approval", "nobody was asked this", entry["where"])
+        self._step(entry, "approval")
+        self._said(entry)
+
+    def _close(self, entry: dict[str, Any], where: str) -> None:
+        """A reminder, or an approval's end without a decision."""
+        self._of_approval(entry, "approved" if entry["kind"] == "approval_undeliverable" else "pending")
+        if entry["kind"] == "approval_expired":
+            over = moment(entry["timestamp"], where) > moment(self.approval["asked"]["expires_at"], where) - SKEW
+            need(over, "time", "it had not expired", where)
+        self.approval["state"] = entry["status"]
+
     def _decide(self, entry: dict[str, Any], where: str) -> None:
         self._of_approval(entry, "pending")
         asked, by, who = self.approval["asked"], self.approval["by"], entry["actor"]
-        types = {"approved": bool, "approvals": int, "decided_at": str, "plan_hash": str, "step_hash": str}
-        said = members(entry["output"], types, "approval", where)
+        said = members(entry["output"], DECIDED, "approval", where)
         for name in ("plan_hash", "step_hash"):
             need(said[name] == asked[name], "approval", f"decided on another {name}", where)
         need(who != self.request["requester"], "four eyes", "decided by the requester", where)
@@ -421,50 +471,72 @@ class Story:
         if len(by) >= asked["required"]:
             self.approval["state"] = "approved"
 
-    def _run(self, entry: dict[str, Any], where: str) -> None:
-        step = self._step(entry, "step")
-        need(same(entry["input"], step["parameters"]), "step", "ran with other parameters", where)
-        need(entry["step_index"] == self.done, "step", "out of order, or a second time", where)
-        need(entry["status"] in ("succeeded", "failed"), "step", "neither succeeded nor failed", where)
-        approval, self.approval = self.approval, {} if self.approval.get("step") == self.done else self.approval
-        before, self.approved_before = self.approved_before, {}
-        if entry["status"] == "failed":
-            return
-        if step["type"] == "onchain_action" and isinstance(entry["output"], dict) and "run" in entry["output"]:
-            # An execution before this one has handed the transfer in, under what was approved then.
-            approval = before.get(members(entry["output"], {"run": int}, "output", where)["run"], {})
-        if step["requires_approval"] or self._must_ask(step):
-            approved = approval.get("state") == "approved" and approval["step"] == self.done
-            need(approved, "step", "ran without its approval", where)
-            self.approvers += approval["by"]
+    def _claim(self, entry: dict[str, Any], where: str) -> None:
+        """A step is begun, once in a run: by the policy in force now and the pinned one, with what both ask for."""
+        said, step = members(entry["input"], CLAIM, "step", where), self._step(entry, "step")
+        need(said["step_hash"] == sha256(canonical(step)), "step", "another step was begun", where)
+        need(said["run"] == self.run, "step", "begun for another run", where)
+        need(self.run not in (self.failed_in, self.claim.get("run")), "step", "begun a second time", where)
+        policy, approval = self._decision(entry["output"], where), self.approval
+        need(policy["allowed"], "step", "begun though the policy in force did not allow it", where)
+        need(approval.get("state") in (None, "approved"), "step", "begun without its approval", where)
+        by, of_round = approval.get("by", []), approval["asked"]["round"] if approval else None
+        need(said["approval"] == of_round, "step", "by another approval than the one that was given", where)
+        if step["requires_approval"] or self._must_ask(step, policy):
+            required = max(1, self.policy["approvals"], policy["approvals"])
+            need(len(by) >= required, "step", "begun without its approval", where)
         if step["type"] == "onchain_action":
-            self._within_limits(step["parameters"], where)
-        if step["type"] == "policy_check":
-            seen = members(entry["output"], {"pinned": bool}, "policy", where)
-            pinned = seen.pop("pinned")
-            decision = self._decision(seen, self.policy["action_type"], where)
-            need(pinned == (decision["policy_id"] == self.policy["policy_id"]), "policy", "pinned or not?", where)
-        self.done += 1
+            for each in (self.policy, policy):
+                self._within_limits(step["parameters"], each, where)
+        self.claim, self.approval = {"run": self.run, "by": by, "step": step}, {}
 
-    def _within_limits(self, parameters: dict[str, Any], where: str) -> None:
-        amount, limits = parameters.get("amount"), [self.policy.get("max_amount"), self.policy.get("daily_limit")]
-        for limit in limits:
+    def _within_limits(self, moved: dict[str, Any], policy: dict[str, Any], where: str) -> None:
+        amount, allowed = moved.get("amount"), policy.get("allowed_addresses")
+        for limit in (policy.get("max_amount"), policy.get("daily_limit")):
             within = limit is None or (type(amount) is int and 0 < amount <= limit)
-            need(within, "step", "moved more than the policy allows", where)
-        allowed, to = self.policy.get("allowed_addresses"), parameters.get("to_address")
-        need(
-            allowed is None or (isinstance(allowed, list) and to in allowed),
-            "step",
-            "moved money to where the policy does not allow",
-            where,
-        )
+            need(within, "step", "moves more than the policy allows", where)
+        known = allowed is None or (isinstance(allowed, list) and moved.get("to_address") in allowed)
+        need(known, "step", "moves money to where the policy does not allow", where)
+
+    def _outcome(self, entry: dict[str, Any], where: str) -> None:
+        """What became of a step that was begun; or that it was not begun, being refused: then nothing was done."""
+        step, output = self._step(entry, "step"), entry["output"]
+        need(same(entry["input"], step["parameters"]), "step", "ran with other parameters", where)
+        need(bool(self.claim) or not self.ended, "end", "it goes on after its end", where)
+        claim, self.claim = self.claim or {"run": self.run}, {}
+        if entry["status"] == "failed":
+            self.failed_in = claim["run"]
+            return
+        need("by" in claim, "step", "ran, and was never begun", where)
+        self.approvers += claim["by"]
+        done = ""
+        if step["type"] == "onchain_action":
+            members(output, {"txid": str, "network": str}, "step", where)
+            for name, value in step["parameters"].items():
+                need(name in output and same(output[name], value), "step", f"moved with another {name}", where)
+            # An execution before this one may have begun it, under what was approved then.
+            of_its_run = same(output.get("run", claim["run"]), claim["run"])
+            need(of_its_run, "step", "not handed in by the execution that began it", where)
+            done = ": {amount} QU from {from_address} to {to_address}, transaction {txid}, {network}".format(**output)
+            done += ", NOT SENT, only simulated" if "simulated" in output else ""
+        if step["type"] == "generic_action":
+            members(output, {"txid": str, "instruction_hash": str}, "step", where)
+            instruction = {"reference": f"{entry['task_id']}#{step['step_id']}", "instruction": step["parameters"]}
+            alike = output["instruction_hash"] == sha256(canonical(instruction))
+            need(alike, "step", "the hash of another instruction", where)
+            done = f": instruction {output['instruction_hash']} written in {output['txid']}"
+        if step["type"] == "policy_check":
+            seen = members(output, {"pinned": bool}, "policy", where)
+            pinned, decision = seen.pop("pinned"), self._decision(seen, where)
+            need(pinned == (decision["policy_id"] == self.policy["policy_id"]), "policy", "pinned or not?", where)
+        self.effects.append(f"{step['step_id']} {step['type']}{done}")
+        self.done += 1
 
     def _retry(self, entry: dict[str, Any], where: str) -> None:
         need(self.ended in ("failed", "expired"), "end", "only what failed or expired is retried", where)
         run = members(entry["output"], {"run": int}, "output", where)["run"]
         need(run == self.run + 1, "output", "not the next execution", where)
-        if self.approval.get("state") == "approved":
-            self.approved_before[self.run] = self.approval
+        need(entry["status"] == ("executing" if self.plan else "pending"), "output", "another status", where)
         self.ended, self.run, self.approval = "", run, {}
 
     def _end(self, entry: dict[str, Any], where: str) -> None:
@@ -476,21 +548,8 @@ class Story:
             "completed": all_done, "rejected": state == "rejected", "expired": state == "expired",
             "denied": not all_done, "failed": True, "cancelled": True,
         }  # fmt: skip
-        need(leads_there.get(said, False), "end", f"nothing led to the end {said}", where)
+        need(leads_there[said], "end", f"nothing led to the end {said}", where)
         self.ended = said
-
-
-def moment(text: str, where: str) -> float:
-    try:
-        need(
-            re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z", text, re.ASCII) is not None,
-            "text",
-            "no time",
-            where,
-        )
-        return datetime.fromisoformat(text).timestamp()
-    except ValueError:
-        raise Failed("text", "not a time", where) from None
 
 
 # Qubic: K12 (RFC 9861, one chunk), FourQ, SchnorrQ, letters -----------------------------------------------------------
@@ -622,86 +681,114 @@ def check_transaction(anchor: dict[str, Any]) -> None:
 # Over the network, if asked -------------------------------------------------------------------------------------------
 
 
-def look_up(rpc: str, anchor: dict[str, Any], identity: str) -> None:
-    """Ask a node for the transaction; it must have these very bytes."""
-    request = urllib.request.Request(  # noqa: S310 - the address is the user's
-        rpc.rstrip("/") + "/query/v1/getTransactionByHash",
-        json.dumps({"hash": anchor["txid"]}).encode(),
-        {"Content-Type": "application/json"},
-    )
+UNREADABLE = (OSError, ValueError, http.client.HTTPException)
+
+
+def fetch(address: str, headers: dict[str, str], data: bytes | None = None) -> bytes:
+    request = urllib.request.Request(address, data, headers)  # noqa: S310 - the address is the user's
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
-            found = json.load(answer)
+            return bytes(answer.read())
+    except urllib.error.HTTPError as error:
+        error.close()
+        raise
+
+
+def look_up(rpc: str, anchor: dict[str, Any], identity: str) -> None:
+    """Ask a node for the transaction; it must have these very bytes."""
+    asked = json.dumps({"hash": anchor["txid"]}).encode()
+    try:
+        address = rpc.rstrip("/") + "/query/v1/getTransactionByHash"
+        found = json.loads(fetch(address, {"Content-Type": "application/json"}, asked))
         found = found.get("transaction", found)
         alike = {
             "hash": found["hash"] == anchor["txid"],
             "source": found["source"] == found["destination"] == identity,
-            "tickNumber": int(found["tickNumber"]) == anchor["tick"],
+            "amount": str(found.get("amount", 0)) == "0",
+            "inputType": str(found["inputType"]) == str(0x5141),
+            "tickNumber": str(found["tickNumber"]) == str(anchor["tick"]),
             "inputData": base64.b64decode(found["inputData"]) == anchor["bytes"][80:173],
             "signature": base64.b64decode(found["signature"]) == anchor["bytes"][173:],
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (*UNREADABLE, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Failed("rpc", f"the node does not have it: {error}", "anchor") from None
     for name, each in alike.items():
         need(each, "rpc", f"the node has another {name}", "anchor")
 
 
-def check_whole_log(prefix: str, anchor: dict[str, Any], task_id: str, expected: int) -> None:
-    """Read the log's entries (C2SP tlog-tiles), recompute the root, and count those of the task."""
+def check_whole_log(prefix: str, bundle: dict[str, Any], anchor: dict[str, Any], anchored: int, open_: bool) -> str:
+    """Read the log up to its newest checkpoint (C2SP tlog-tiles): both roots, and which entries the task has in it."""
+    note = read(prefix, "checkpoint").split(b"\n")
+    try:
+        size, newest = int(note[1]), base64.b64decode(note[2], validate=True)
+    except (ValueError, IndexError):
+        raise Failed("whole log", "its checkpoint is none", prefix) from None
+    need(size >= anchor["size"], "whole log", f"its checkpoint, of size {size}, is older than the anchor", prefix)
     stack: list[tuple[int, bytes]] = []
-    found = 0
-    for at in range(0, anchor["size"], 256):
-        count = min(256, anchor["size"] - at)
-        data = read_tile(prefix, at // 256, count)
-        for _ in range(count):
-            length = int.from_bytes(data[:2], "big")
-            text, data = data[2 : 2 + length], data[2 + length :]
-            found += f'"task_id":"{task_id}"'.encode() in text
-            size, hash_ = 1, leaf_hash(text)
-            while stack and stack[-1][0] == size:
-                size, hash_ = 2 * size, node_hash(stack.pop()[1], hash_)
-            stack.append((size, hash_))
-    hash_ = stack.pop()[1]
-    while stack:
-        hash_ = node_hash(stack.pop()[1], hash_)
-    need(hash_ == anchor["root"], "whole log", "its entries have another root than the anchored one", prefix)
-    need(found == expected, "whole log", f"{found} entries of the task, and {expected} in the bundle", prefix)
+    found: list[bytes] = []
+    data = b""
+    for at in range(size):
+        if at % 256 == 0:
+            data = read_tile(prefix, at // 256, min(256, size - at))
+        length = int.from_bytes(data[:2], "big")
+        text, data = data[2 : 2 + length], data[2 + length :]
+        if f'"task_id":"{bundle["task_id"]}"'.encode() in text:
+            found.append(text)
+        width, hash_ = 1, leaf_hash(text)
+        while stack and stack[-1][0] == width:
+            width, hash_ = 2 * width, node_hash(stack.pop()[1], hash_)
+        stack.append((width, hash_))
+        for end, expected, what in ((anchor["size"], anchor["root"], "anchored"), (size, newest, "newest")):
+            if at + 1 == end:
+                for _, left in reversed(stack[:-1]):
+                    hash_ = node_hash(left, hash_)
+                need(hash_ == expected, "whole log", f"its entries have another root than the {what} one", prefix)
+                hash_ = stack[-1][1]
+    texts = [each["text"].encode() for each in bundle["entries"]]
+    one_chain = all(f'"seq":{number},'.encode() in text for number, text in enumerate(found, start=1))
+    these = one_chain and len(found) >= anchored and found[: len(texts)] == texts[: len(found)]
+    need(these, "whole log", "it has other entries of the task than the bundle", prefix)
+    later = max(0, len(found) - len(texts))
+    need(open_ or not later, "later", f"{later} entries of the task follow in the log: ask for a newer bundle", prefix)
+    follow = f"LATER: {later} entries of the task follow" if later else "the task has these entries and no others"
+    return f"log       as of size {size}, root {newest.hex()}: {follow}"
 
 
 def read_tile(prefix: str, index: int, count: int) -> bytes:
     digits = f"{index:03d}".zfill((len(f"{index:03d}") + 2) // 3 * 3)
     groups = [digits[at : at + 3] for at in range(0, len(digits), 3)]
-    path = f"{prefix.rstrip('/')}/tile/entries/" + "/".join([f"x{each}" for each in groups[:-1]] + groups[-1:])
-    for name in (path, f"{path}.p/{count}"):
+    path = "tile/entries/" + "/".join([f"x{each}" for each in groups[:-1]] + groups[-1:])
+    return read(prefix, path, f"{path}.p/{count}")
+
+
+def read(prefix: str, *names: str) -> bytes:
+    """The first of these files that is there."""
+    failed = ""
+    for name in (f"{prefix.rstrip('/')}/{each}" for each in names):
         try:
             if "://" not in name:
                 return Path(name).read_bytes()
             token = os.environ.get("LOG_TOKEN")
             headers = {"Accept": "application/octet-stream"} | ({"Authorization": f"Bearer {token}"} if token else {})
-            request = urllib.request.Request(name, headers=headers)  # noqa: S310 - the address is the user's
-            with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
-                return bytes(answer.read())
-        except OSError:
-            continue
-    raise Failed("whole log", f"tile {index} of the entries is not there", prefix)
+            return fetch(name, headers)
+        except UNREADABLE as error:
+            failed = f"{name}: {error}"
+            if getattr(error, "code", 404) != 404:
+                break
+    raise Failed("whole log", f"cannot be read: {failed}", prefix)
 
 
 # All together ---------------------------------------------------------------------------------------------------------
 
 
 def verify(
-    data: bytes,
-    *,
-    log_id: str,
-    anchor_identity: str,
-    task_id: str | None = None,
-    open_: bool = False,
-    rpc: str | None = None,
-    log: str | None = None,
-) -> list[str]:
+    data: bytes, *, log_id: str, anchor_identity: str, task_id: str | None = None, network: str | None = None,
+    open_: bool = False, rpc: str | None = None, log: str | None = None,
+) -> list[str]:  # fmt: skip
     """Check a bundle; the report's lines. Raises Failed with the first check that does not hold."""
     bundle = read_bundle(data)
     need(task_id in (None, bundle["task_id"]), "task", "not the task that was asked for")
+    need(network in (None, bundle["network"]), "network", f"it says {bundle['network']}")
     entries = check_chain(bundle, log_id)
     anchor = check_anchor(bundle, log_id, anchor_identity)
     anchored = check_inclusion(bundle, entries, anchor)
@@ -710,39 +797,44 @@ def verify(
         story.tell(entry, sent["output"])
     need(not story.unused, "policy", "a document that nothing refers to")
     if not open_:
+        last, begun = entries[-1]["where"], story.claim.get("step", {})
         need(anchored == len(entries), "complete", "not anchored yet (--open accepts that)", f"entry {anchored + 1}")
-        need(bool(story.ended), "complete", "the task's end is missing (--open accepts that)", entries[-1]["where"])
+        need(bool(story.ended), "complete", "the task's end is missing (--open accepts that)", last)
+        known = begun.get("type") != "onchain_action"
+        need(known, "complete", "what became of the transfer is missing (--open accepts that)", last)
     check_transaction(anchor)
     if rpc:
         look_up(rpc, anchor, anchor_identity)
-    if log:
-        check_whole_log(log, anchor, bundle["task_id"], anchored)
-    return report(bundle, anchor, entries, anchored, story, rpc, log)
+    lines = report(bundle, anchor, entries, anchored, story)
+    if not network:
+        lines.append(
+            f"NOT CHECKED that the network is {bundle['network']}: the bundle says so, no signature: --network"
+        )
+    if bundle["network"] == "mock":
+        lines.append("NOT PROVED  network: mock! Its operator can make another history: nothing to an outsider.")
+    if not rpc:
+        lines.append("NOT PROVED  that any network has the transaction, and so since when: use --rpc")
+    if not log:
+        lines.append(f"NOT CHECKED what the log has of the task after size {anchor['size']}, or besides: use --log")
+    return lines + ([check_whole_log(log, bundle, anchor, anchored, open_)] if log else [])
 
 
 def report(
-    bundle: dict[str, Any], anchor: dict[str, Any], entries: list[dict[str, Any]], anchored: int, story: Story,
-    rpc: str | None, log: str | None,
-) -> list[str]:  # fmt: skip
-    lines = [
+    bundle: dict[str, Any], anchor: dict[str, Any], entries: list[dict[str, Any]], anchored: int, story: Story
+) -> list[str]:
+    begun = story.claim.get("step")
+    return [
         f"task      {bundle['task_id']}, asked for by {story.request['requester']}",
         f"entries   {len(entries)}, of which {anchored} are in the anchored log",
-        f"anchor    size {anchor['size']}, number {anchor['sequence']}, for tick {anchor['tick']}: {anchor['txid']}",
-        f"policy    {story.policy.get('policy_id', 'none was looked at')}",
+        f"anchor    as of size {anchor['size']}, number {anchor['sequence']}, tick {anchor['tick']}: {anchor['txid']}",
+        f"network   {bundle['network']}",
+        *(f"policy    {name}, SHA-256 {each['hash']}" for name, each in story.policies.items()),
         f"approved  by {', '.join(story.approvers) or 'nobody'}",
-        f"ran       {story.done} steps",
+        *(f"ran       {each}" for each in story.effects or ["nothing"]),
+        *([f"UNKNOWN   what became of {begun['step_id']} {begun['type']}, which was begun"] if begun else []),
         f"ended     {story.ended or 'not yet, or its end was left out'}",
+        *(f"NOT ANCHORED YET, worth nothing so far: {each['where']}, {each['kind']}" for each in entries[anchored:]),
     ]
-    lines += [f"NOT ANCHORED YET, worth nothing so far: {each['where']}, {each['kind']}" for each in entries[anchored:]]
-    if bundle["network"] == "mock":
-        lines.append(
-            "NOT PROVED  network: mock! Its operator can make another history: it proves nothing to an outsider."
-        )
-    if not rpc:
-        lines.append(f"NOT CHECKED whether {bundle['network']} has the transaction, and so since when: use --rpc")
-    if not log:
-        lines.append("NOT CHECKED whether the log has more entries of the task after the last of these: use --log")
-    return lines
 
 
 def shown(line: str) -> str:
@@ -757,20 +849,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--log-id", required=True, help="the log that you trust")
     parser.add_argument("--anchor-identity", required=True, help="the identity that anchors it: 60 capital letters")
     parser.add_argument("--task-id", help="the task that it must be of")
-    parser.add_argument("--open", action="store_true", help="accept what has not ended, or is not anchored, yet")
+    parser.add_argument("--network", choices=("mock", "mainnet"), help="the network that it must be of")
+    parser.add_argument("--open", dest="open_", action="store_true", help="accept what is not ended, or anchored, yet")
     parser.add_argument("--rpc", help="a node of the network, to look the transaction up")
     parser.add_argument("--log", help="the log's address (token in LOG_TOKEN) or folder, to read it")
-    given = parser.parse_args(arguments)
+    given = vars(parser.parse_args(arguments))
     try:
-        lines = verify(
-            given.bundle.read_bytes(),
-            log_id=given.log_id,
-            anchor_identity=given.anchor_identity,
-            task_id=given.task_id,
-            open_=given.open,
-            rpc=given.rpc,
-            log=given.log,
-        )
+        lines = verify(given.pop("bundle").read_bytes(), **given)
     except OSError as error:
         parser.error(str(error))
     except Failed as failed:

@@ -106,19 +106,19 @@ def _claim(
     says by then.
     """
     step = plan.steps[step_index]
-    begun = record is not None and record.status == "running"
-    if begun and record is not None and step.type in CONFIRMED_LATER and record.run == task.run:
-        return record  # to hand it in again is not another attempt
-    if begun and step.type not in CONFIRMED_LATER:
-        return store.claim_step(task.task_id, step_index, step, None)
-    approval = store.latest_approval(task.task_id, step_index)
     current = policy.decide(plan.analysis.action_type)
+    if record is not None and record.status == "running" and record.run == task.run:
+        if step.type in CONFIRMED_LATER:
+            return record  # to hand it in again is not another attempt
+        return store.claim_step(task.task_id, step_index, step, None, run=task.run, current=current)
+    approval = store.latest_approval(task.task_id, step_index)
     try:
         compliance.check_may_act(task, plan, step_index, current, approval)
     except RefusedError as refusal:
         return store.refuse_step(task.task_id, step_index, step, record, refusal.message)
-    consumed = approval if compliance.needs_approval(step, current) else None
-    return store.claim_step(task.task_id, step_index, step, consumed, replaces=replaces)
+    # Who was asked in this execution has approved it, whether that was needed or not.
+    consumed = approval if approval is not None and approval.run == task.run else None
+    return store.claim_step(task.task_id, step_index, step, consumed, run=task.run, current=current, replaces=replaces)
 
 
 def _answer(record: StepRecord) -> dict[str, Any]:

@@ -33,11 +33,11 @@ def test_a_monitoring_task_completes_by_itself(api: Api) -> None:
     assert steps[2]["result"]["alert"] is False
     trail = api.trail(task_id)
     assert [entry["kind"] for entry in trail] == [
-        "task_started", "policy_checked", "plan_built", "step_executed", "step_executed", "step_executed", "task_ended",
+        "task_started", "policy_checked", "plan_built", *["step_started", "step_executed"] * 3, "task_ended",
     ]  # fmt: skip
     for entry in trail:
         assert api("auditor", "GET", f"/tx/{entry['qubic_txid']}").json()["hash"]
-    evidence = api("auditor", "GET", f"/audit/verify/{trail[3]['output_hash']}").json()
+    evidence = api("auditor", "GET", f"/audit/verify/{trail[4]['output_hash']}").json()
     assert (evidence["verified"], evidence["network"]) == (True, "mock")
     assert api("auditor", "GET", f"/audit/verify/{'0' * 64}").json()["verified"] is False
 
@@ -84,7 +84,7 @@ def test_an_action_without_a_rule_is_denied_and_nothing_executed(api: Api) -> No
     assert task["status"] == "denied"
     assert "launch_rocket" in task["error"]["reason"]
     assert api.steps(task_id) == []
-    assert "step_executed" not in [entry["kind"] for entry in api.trail(task_id)]
+    assert not {"step_started", "step_executed"} & {entry["kind"] for entry in api.trail(task_id)}
 
 
 def test_a_transfer_of_more_than_there_is_fails_at_its_step(api: Api, waiting: Callable[..., str]) -> None:

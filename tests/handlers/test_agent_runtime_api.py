@@ -45,7 +45,14 @@ def steps(body: dict[str, Any]) -> list[str]:
 def run(store: TaskStore, task_id: str, step_index: int, *, error: str | None = None) -> None:
     """What the worker records of a step."""
     task = store.get_task(task_id)
-    record = store.claim_step(task_id, step_index, store.plan_of(task).steps[step_index], None)
+    record = store.claim_step(
+        task_id,
+        step_index,
+        store.plan_of(task).steps[step_index],
+        None,
+        run=task.run,
+        current=store.plan_of(task).policy,
+    )
     store.finish_step(task_id, record, result={"balance": 1000} if error is None else None, error=error)
 
 
@@ -82,7 +89,7 @@ def test_a_task_without_a_plan_has_no_steps_yet(api: Api, store: TaskStore) -> N
 def test_a_step_that_is_tried_again_says_how_often(api: Api, store: TaskStore) -> None:
     task_id, plan = planned(store)
     for _ in range(2):
-        store.claim_step(task_id, 0, plan.steps[0], None)
+        store.claim_step(task_id, 0, plan.steps[0], None, run=1, current=plan.policy)
     body = status_of(api, task_id)
     assert steps(body) == ["running", "pending", "pending"]
     assert (body["steps"][0]["attempt"], body["steps"][0]["duration_ms"]) == (2, None)
@@ -115,7 +122,7 @@ def test_a_failed_task_shows_the_step_that_failed_and_why(api: Api, store: TaskS
 
 def test_a_step_whose_worker_died_has_failed_with_the_task(api: Api, store: TaskStore) -> None:
     task_id, plan = planned(store)
-    store.claim_step(task_id, 0, plan.steps[0], None)
+    store.claim_step(task_id, 0, plan.steps[0], None, run=1, current=plan.policy)
     reason = "a service did not answer"
     store.end_task(task_id, "failed", actor="execution", reason=reason, failed_step="step_1")
     body = status_of(api, task_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import boto3
 import pytest
 
+from audit.store import Outbox
 from qaes.adapters import clients
 from qaes.adapters.task_items import Idempotency
 from qaes.adapters.task_store import TaskStore
@@ -16,6 +18,7 @@ from qaes.domain import planning
 from qaes.domain.errors import ConcurrentUpdateError, ConflictError, NotFoundError
 from qaes.domain.ids import new_plan_id, new_task_id, now, timestamp
 from qaes.domain.models import Plan, Task
+from qaes.domain.policy import PolicyDecision
 from tests.support.cloud import cloud
 from tests.unit.test_planning import POLICY, TRANSFER
 
@@ -199,24 +202,48 @@ def test_a_time_out_after_the_decision_is_neither_expiry_nor_a_lost_decision(
 def test_an_approval_is_consumed_once(store: TaskStore) -> None:
     task_id, plan = waiting(store)
     approval = store.decide(task_id, approved=True, subject="bob", reason="ok")
-    store.claim_step(task_id, 2, plan.steps[2], approval)
+    store.claim_step(task_id, 2, plan.steps[2], approval, run=1, current=plan.policy)
     # Another step cannot be run on the same approval.
     with pytest.raises(ConcurrentUpdateError):
-        store.claim_step(task_id, 1, plan.steps[1], approval)
+        store.claim_step(task_id, 1, plan.steps[1], approval, run=1, current=plan.policy)
     assert store.step(task_id, 1) is None
 
 
 def test_a_step_is_claimed_counted_and_ended_once(store: TaskStore) -> None:
     task_id, plan = planned(store)
-    first = store.claim_step(task_id, 0, plan.steps[0], None)
-    second = store.claim_step(task_id, 0, plan.steps[0], None)
+    first = store.claim_step(task_id, 0, plan.steps[0], None, run=1, current=plan.policy)
+    second = store.claim_step(task_id, 0, plan.steps[0], None, run=1, current=plan.policy)
     assert (first.attempt, second.attempt) == (1, 2)
+    assert events(task_id).count("step_started") == 1, "to attempt it once more is not another decision"
     ended = store.finish_step(task_id, first, result={"balance": 1}, error=None)
     assert ended.status == "succeeded" and ended.attempt == 2
     late = store.finish_step(task_id, second, result=None, error="too late")
     assert late == ended and store.steps(task_id) == [ended]
-    assert store.claim_step(task_id, 0, plan.steps[0], None) == ended
+    assert store.claim_step(task_id, 0, plan.steps[0], None, run=1, current=plan.policy) == ended
     assert events(task_id).count("step_executed") == 1
+
+
+def test_a_claim_tells_what_was_decided(store: TaskStore) -> None:
+    task_id, plan = waiting(store)
+    approval = store.decide(task_id, approved=True, subject="bob", reason="ok")
+    stricter = plan.policy.model_copy(update={"policy_id": "policy-v2-" + "0" * 64, "approvals": 1})
+    store.claim_step(task_id, 2, plan.steps[2], approval, run=1, current=stricter)
+    told = next(event for _, event in Outbox("TasksTable").events_after(task_id, 0) if event.kind == "step_started")
+    assert (told.actor, told.status, told.step_index, told.step_id) == ("worker", "running", 2, "step_3")
+    assert (told.policy_id, told.plan_hash) == (plan.policy.policy_id, plan.hash())
+    claim = {"step_hash": plan.steps[2].hash(), "run": 1, "attempt": 1, "approval": approval.round}
+    assert json.loads(told.input) == claim
+    assert PolicyDecision.model_validate_json(told.output) == stricter
+
+
+def test_what_was_decided_for_one_execution_begins_nothing_in_another(store: TaskStore) -> None:
+    task_id, plan = waiting(store)
+    approval = store.decide(task_id, approved=True, subject="bob", reason="ok")
+    store.end_task(task_id, "failed", actor="execution", reason="x")
+    store.retry(task_id, subject="alice")
+    with pytest.raises(ConflictError, match="another execution"):
+        store.claim_step(task_id, 2, plan.steps[2], approval, run=1, current=plan.policy)
+    assert store.step(task_id, 2) is None and "step_started" not in events(task_id)
 
 
 def test_terminal_statuses_never_change(store: TaskStore) -> None:
@@ -227,7 +254,7 @@ def test_terminal_statuses_never_change(store: TaskStore) -> None:
     store.begin_planning(task_id)
     for late in (
         lambda: store.begin_execution(task_id),
-        lambda: store.claim_step(task_id, 0, plan.steps[0], None),
+        lambda: store.claim_step(task_id, 0, plan.steps[0], None, run=1, current=plan.policy),
         lambda: store.request_approval(task_id, 2, plan.steps[2], "t", 60),
     ):
         with pytest.raises(ConflictError):

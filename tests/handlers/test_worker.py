@@ -657,16 +657,27 @@ def test_who_was_slow_to_tell_of_an_earlier_attempt_does_not_finish_the_later_on
     store: TaskStore, plan_for: Plans
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
-    first = store.claim_step(task_id, 2, plan.steps[2], None)
+    first = store.claim_step(task_id, 2, plan.steps[2], None, run=1, current=plan.policy)
     store.finish_step(task_id, first, result=None, error="expired: nothing was moved")
     next_run(store, task_id)
-    second = store.claim_step(task_id, 2, plan.steps[2], None)
+    second = store.claim_step(task_id, 2, plan.steps[2], None, run=2, current=plan.policy)
     assert store.finish_step(task_id, first, result=None, error="expired: nothing was moved") == second
     assert record_of(store, task_id) == second
     assert ends_of_the_transfer(task_id) == ["failed"]
 
 
 # What may not run
+
+
+def test_a_step_that_a_worker_lost_is_decided_on_anew_by_the_next_execution(
+    aws: Cloud, store: TaskStore, plan_for: Plans
+) -> None:
+    task_id, plan = plan_for("monitor_wallet", {"wallet_address": SOURCE})
+    store.claim_step(task_id, 2, plan.steps[2], None, run=1, current=plan.policy)
+    next_run(store, task_id)
+    approve(store, task_id, plan, 2, approved=False)
+    refused = run(aws, task_id, 2)
+    assert (refused["status"], refused["error"]) == ("failed", "an approver rejected it")
 
 
 def test_a_transfer_that_nobody_approved_does_not_run_even_when_the_worker_is_called_by_itself(
@@ -702,7 +713,7 @@ def test_a_refusal_does_not_overrule_an_attempt_that_is_at_work(
 ) -> None:
     """Between this attempt's look and its claim, another one, which had its approval, has begun."""
     task_id, plan = plan_for("transfer_funds", TRANSFER)
-    store.claim_step(task_id, 2, plan.steps[2], None)
+    store.claim_step(task_id, 2, plan.steps[2], None, run=1, current=plan.policy)
     look, first = TaskStore.step, iter([True])
     monkeypatch.setattr(TaskStore, "step", lambda *key: None if next(first, False) else look(*key))
     with pytest.raises(Exception, match="another attempt is at work"):

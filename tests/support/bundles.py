@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 import sys
 from datetime import timedelta
@@ -13,19 +14,20 @@ from qaes.domain import planning
 from qaes.domain.anchor import ANCHOR_INPUT_TYPE, AnchorPayload, log_id_bytes
 from qaes.domain.audit import GENESIS, build_entry, entry_text
 from qaes.domain.bundle import TrailEntry, build_bundle
-from qaes.domain.canonical import canonical_json, salted_hash
+from qaes.domain.canonical import canonical_json, hash_of, salted_hash
 from qaes.domain.ids import parse_timestamp, timestamp
 from qaes.domain.merkle import leaf_digest, leaf_hash
 from qaes.domain.models import Event, Plan, Step
 from qaes.domain.policy import PolicyDecision, PolicyDocument, Rule, policy_of
 from qaes.domain.qubic import schnorrq
 from qaes.domain.qubic.identity import encode_identity
-from qaes.domain.qubic.transaction import Transaction
-from qaes.domain.tiles import appended, inclusion_proof, tree_root
+from qaes.domain.qubic.transaction import Transaction, decode
+from qaes.domain.tiles import appended, inclusion_proof, tile_path, tree_root
 
 LOG_ID = "qaes-test"
 TASK_ID = "task_019ab000-0000-7000-8000-000000000001"
 PLAN_ID = "plan_019ab000-0000-7000-8000-000000000002"
+TXID = "abcdefghijklmnopqrstuvwxyz" * 2 + "abcdefgh"
 SALT = "0123456789abcdef0123456789abcdef"
 START = parse_timestamp("2026-11-23T12:00:00.000Z")
 RULES = {
@@ -65,6 +67,24 @@ class Anchorer:
         return Transaction(**fields).sign(self.subseed)
 
 
+def on_chain(bundle: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """What a node tells of a bundle's transaction."""
+    sent = decode(base64.b64decode(bundle["anchor"]["transaction"]))
+    return {
+        "hash": sent.id,
+        "amount": "0",
+        "source": encode_identity(sent.source),
+        "destination": encode_identity(sent.destination),
+        "tickNumber": sent.tick,
+        "timestamp": "1764000000000",
+        "inputType": sent.input_type,
+        "inputSize": len(sent.payload),
+        "inputData": base64.b64encode(sent.payload).decode(),
+        "signature": base64.b64encode(sent.signature).decode(),
+        "moneyFlew": False,
+    } | changes
+
+
 class Log:
     """The log in memory."""
 
@@ -87,6 +107,23 @@ class Log:
 
     def prove(self, index: int, size: int) -> list[bytes]:
         return inclusion_proof(index, size, self.read)
+
+    def files(self, size: int | None = None) -> dict[str, bytes]:
+        """What clients of logs read (C2SP tlog-tiles) of the log of that size: checkpoint and entries."""
+        texts = self.texts[: size or len(self.texts)]
+        root = base64.b64encode(self.anchor(len(texts)).root).decode()
+        files = {"checkpoint": f"qaes-test\n{len(texts)}\n{root}\n\n\u2014 qaes-test AAAA\n".encode()}
+        for at in range(0, len(texts), 256):
+            tile = texts[at : at + 256]
+            content = b"".join(len(text).to_bytes(2, "big") + text for text in tile)
+            files[tile_path("entries", at // 256, len(tile))] = content
+        return files
+
+    def write(self, folder: Path, size: int | None = None) -> str:
+        for name, content in self.files(size).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        return str(folder)
 
 
 class Trail:
@@ -115,7 +152,11 @@ class Trail:
         self.moment = START
         self.prev = GENESIS
         self.asked: dict[str, Any] = {}
+        self.round: int | None = None
+        """Of the approval that is there to be used."""
         self.run = 1
+        self.later: list[str] = []
+        """Documents of policies that came into force after the pinned one."""
 
     def record(self, kind: Any, actor: str, status: str, input_: Any, output: Any, **fields: Any) -> Trail:
         self.moment += timedelta(seconds=1)
@@ -182,6 +223,7 @@ class Trail:
             "required": required,
             "expires_at": timestamp(self.moment + timedelta(seconds=1 + seconds)),
         } | changes
+        self.round = self.asked["round"]
         said = {"status": "pending", "actor": "compliance"}
         return self.record("approval_requested", "compliance", "pending", self.asked, said, **fields)
 
@@ -203,19 +245,50 @@ class Trail:
 
     def close(self, kind: str, index: int, actor: str = "compliance") -> Trail:
         _, fields = self.of_step(index)
+        if kind == "approval_reminder":
+            actor = "reconciler"
+        if kind == "approval_expired":
+            self.moment = parse_timestamp(self.asked["expires_at"])
         status = "pending" if kind == "approval_reminder" else kind.removeprefix("approval_")
         return self.record(kind, actor, status, self.asked, {"status": status, "actor": actor}, **fields)
 
-    def execute(self, index: int, result: dict[str, Any] | None = None, status: str = "succeeded") -> Trail:
+    def begin(self, index: int, current: PolicyDecision | None = None, **changes: Any) -> Trail:
+        """Claim a step, under the policy that is in force, with the approval that was given."""
         step, fields = self.of_step(index)
-        if result is None:
-            result = {"ok": True, "balance": 1000, "rate": 0.1}
-            if step.type == "policy_check":
-                result = self.decision().model_dump(mode="json") | {"pinned": True}
-        return self.record("step_executed", "worker", status, step.parameters, result, **fields)
+        said = {"step_hash": step.hash(), "run": self.run, "attempt": 1, "approval": self.round} | changes
+        self.round = None
+        decision = (current or self.decision()).model_dump(mode="json")
+        return self.record("step_started", "worker", "running", said, decision, **fields)
+
+    def finish(self, index: int, result: dict[str, Any] | None = None, status: str = "succeeded") -> Trail:
+        step, fields = self.of_step(index)
+        return self.record(
+            "step_executed",
+            "worker",
+            status,
+            step.parameters,
+            self.result(step) if result is None else result,
+            **fields,
+        )
+
+    def execute(self, index: int, result: dict[str, Any] | None = None, status: str = "succeeded") -> Trail:
+        return self.begin(index).finish(index, result, status)
+
+    def result(self, step: Step) -> dict[str, Any]:
+        """What the worker says of a step that it has run."""
+        sent = {"txid": TXID, "tick": 75_241_700}
+        if step.type == "policy_check":
+            return self.decision().model_dump(mode="json") | {"pinned": True}
+        if step.type == "onchain_action":
+            return sent | step.parameters | {"network": "mock"}
+        if step.type == "generic_action":
+            instruction = {"reference": f"{TASK_ID}#{step.step_id}", "instruction": step.parameters}
+            return sent | {"task_type": self.request["task_type"], "instruction_hash": hash_of(instruction)}
+        return {"ok": True, "balance": 1000, "rate": 0.1}
 
     def retry(self) -> Trail:
         self.run += 1
+        self.round = None
         output = {"run": self.run, "idempotency_key": None}
         return self.record("task_retried", "alice", "executing" if self.plan else "pending", self.request, output)
 
@@ -251,14 +324,19 @@ class Trail:
             entries=entries,
             anchored=anchorer.transaction(payload.encode()).encode(),
             prove=log.prove,
-            policies=[self.policy_text] if self.policy_id else [],
+            policies=[self.policy_text, *self.later] if self.policy_id else [],
         )
 
 
-def transfer() -> Trail:
-    """Approved by two people, and made."""
+def approved() -> Trail:
+    """A transfer, approved by two people."""
     trail = Trail().start().check_policy().build().execute(0).execute(1).ask(2)
-    return trail.decide(2, "bob", True, 1).close("approval_reminder", 2).decide(2, "carol", True, 2).execute(2)
+    return trail.decide(2, "bob", True, 1).close("approval_reminder", 2).decide(2, "carol", True, 2)
+
+
+def transfer() -> Trail:
+    """Approved, and made."""
+    return approved().execute(2)
 
 
 def transferred() -> Trail:
@@ -290,7 +368,43 @@ def expired_and_retried() -> Trail:
 def cancelled() -> Trail:
     """Cancelled while a step was under way, whose result came in later."""
     trail = Trail("monitor_wallet", {"wallet_address": WALLET}).start().check_policy().build().execute(0)
-    return trail.end("cancelled", "alice").execute(1)
+    return trail.begin(1).end("cancelled", "alice").finish(1)
+
+
+def confirmed_late() -> Trail:
+    """A transfer that is confirmed when its task has failed, was retried, asked for anew and cancelled."""
+    trail = approved().begin(2).end("failed").retry().ask(2).close("approval_cancelled", 2)
+    return trail.end("cancelled", "alice").finish(2)
+
+
+def settled_by_a_retry() -> Trail:
+    """The retry finds that what an execution before it has handed in was made: nobody is asked again."""
+    trail = approved().begin(2).end("failed").retry().end("failed").retry()
+    return trail.finish(2, trail.result(trail.of_step(2)[0]) | {"run": 1}).end("completed")
+
+
+def refused_and_retried() -> Trail:
+    """A step that was refused was never begun; nor was one that a worker lost, and a retry begins it again."""
+    trail = Trail("monitor_wallet", {"wallet_address": WALLET}).start().check_policy().build()
+    trail.finish(0, {"error": "denied"}, "failed").end("failed").retry().begin(0).end("failed").retry()
+    return trail.execute(0).execute(1).execute(2).end("completed")
+
+
+def under_a_stricter_policy() -> Trail:
+    """The pinned policy asks nobody, the one in force by now asks two people."""
+    trail = Trail("monitor_wallet", {"wallet_address": WALLET}).start().check_policy().build().execute(0).execute(1)
+    rule = Rule(allowed=True, requires_approval=True, risk_level="low", approvals=2)
+    trail.later = [policy_text(RULES | {"monitoring": rule}, version=4)]
+    trail.ask(2, required=1).decide(2, "bob", True, 1)  # asked under a version between them
+    trail.ask(2, required=2).decide(2, "carol", True, 1).decide(2, "bob", True, 2)
+    return trail.begin(2, policy_of(trail.later[0]).decide("monitoring")).finish(2).end("completed")
+
+
+def instructed() -> Trail:
+    """An action that this system cannot perform: the ledger has the hash of the instruction."""
+    rules = RULES | {"paint": Rule(allowed=True, requires_approval=True, risk_level="low")}
+    trail = Trail("paint", {"colour": "green"}, rules).start().check_policy().build().execute(0)
+    return trail.ask(1, required=1).decide(1, "bob", True, 1).execute(1).end("completed")
 
 
 STORIES = {
@@ -300,4 +414,9 @@ STORIES = {
     "monitored": monitored,
     "expired and retried": expired_and_retried,
     "cancelled": cancelled,
+    "confirmed late": confirmed_late,
+    "settled by a retry": settled_by_a_retry,
+    "refused and retried": refused_and_retried,
+    "under a stricter policy": under_a_stricter_policy,
+    "instructed": instructed,
 }

@@ -43,6 +43,7 @@ from tests.support.bundles import (
     expired_and_retried,
     load_verifier,
     monitored,
+    on_chain,
     policy_text,
     transfer,
     transferred,
@@ -80,26 +81,30 @@ def test_what_is_recorded_is_accepted(name: str) -> None:
 
 def test_the_report_says_what_was_checked_and_what_was_not() -> None:
     report = "\n".join(verify(transferred().bundle()))
-    assert "approved  by bob, carol" in report and "ran       3 steps" in report and "ended     completed" in report
-    assert "11, of which 11 are in the anchored log" in report
-    assert "network: mock!" in report and "proves nothing to an outsider" in report
+    assert (
+        "approved  by bob, carol" in report
+        and "ran       step_1 check_balance" in report
+        and "ended     completed" in report
+    )
+    assert "14, of which 14 are in the anchored log" in report
+    assert "network: mock!" in report and "nothing to an outsider" in report
     assert "--rpc" in report and "--log" in report
     assert "network: mock!" not in "\n".join(verify(transferred().bundle(network="mainnet")))
 
 
 def test_a_task_that_goes_on_is_accepted_when_that_is_asked_for() -> None:
     bundle = transfer().bundle()
-    assert fails(bundle) == ("complete", "entry 10")
+    assert fails(bundle) == ("complete", "entry 13")
     assert "ended     not yet, or its end was left out" in verify(bundle, open_=True)
 
 
 def test_entries_after_the_anchor_are_listed_as_worth_nothing() -> None:
     bundle = transferred().bundle(unanchored=2)
-    assert [each["index"] is None for each in bundle["entries"]] == [False] * 9 + [True] * 2
-    assert fails(bundle) == ("complete", "entry 10")
+    assert [each["index"] is None for each in bundle["entries"]] == [False] * 12 + [True] * 2
+    assert fails(bundle) == ("complete", "entry 13")
     report = "\n".join(verify(bundle, open_=True))
-    assert "11, of which 9 are in the anchored log" in report
-    assert "NOT ANCHORED YET, worth nothing so far: entry 11, task_ended" in report
+    assert "14, of which 12 are in the anchored log" in report
+    assert "NOT ANCHORED YET, worth nothing so far: entry 14, task_ended" in report
 
 
 def test_a_bundle_before_the_first_anchor_proves_nothing() -> None:
@@ -120,7 +125,7 @@ def test_a_later_policy_that_a_step_saw_is_in_the_bundle_too() -> None:
     entries = [TrailEntry(*each, None) for each in trail.entries]
     assert policy_ids(entries) == {trail.policy_id, seen["policy_id"]}
     bundle = trail.bundle()
-    assert fails(bundle, open_=True) == ("policy", "entry 5")
+    assert fails(bundle, open_=True) == ("policy", "entry 7")
     bundle["policies"][sha256_hex(text)] = text
     assert verify(bundle, open_=True)
 
@@ -363,23 +368,6 @@ def serving(answers: dict[str, tuple[int, bytes]]) -> Iterator[str]:
         server.server_close()
 
 
-def on_chain(bundle: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    sent = transaction.decode(base64.b64decode(bundle["anchor"]["transaction"]))
-    return {
-        "hash": sent.id,
-        "amount": "0",
-        "source": ANCHORER.identity,
-        "destination": ANCHORER.identity,
-        "tickNumber": sent.tick,
-        "timestamp": "1764000000000",
-        "inputType": sent.input_type,
-        "inputSize": len(sent.payload),
-        "inputData": base64.b64encode(sent.payload).decode(),
-        "signature": base64.b64encode(sent.signature).decode(),
-        "moneyFlew": False,
-    } | changes
-
-
 def looked_up(bundle: dict[str, Any], status: int, body: Any) -> list[str]:
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
     with serving({"/query/v1/getTransactionByHash": (status, data)}) as url:
@@ -400,7 +388,9 @@ def test_what_a_node_does_not_have_is_not_anchored() -> None:
         (404, {"code": 5, "message": "not found"}), (500, b""), (200, b"no json"), (200, []), (200, {}), (200, None),
         (200, {"transaction": None}), (200, on_chain(bundle, hash="a" * 60)), (200, on_chain(bundle, tickNumber=1)),
         (200, on_chain(bundle, signature=other)), (200, on_chain(bundle, inputData=other)),
-        (200, on_chain(bundle, source="A" * 60)),
+        (200, on_chain(bundle, source="A" * 60)), (200, on_chain(bundle, amount="1")), (200, b"[" * 100_000),
+        (200, on_chain(bundle, inputType=0)), (200, on_chain(bundle, tickNumber=float(75_241_800) + 0.5)),
+        (200, json.dumps(on_chain(bundle, tickNumber=0)).replace('"tickNumber": 0', '"tickNumber": 1e400').encode()),
     ]  # fmt: skip
     for status, body in bodies:
         with pytest.raises(verifier.Failed) as caught:
@@ -409,23 +399,12 @@ def test_what_a_node_does_not_have_is_not_anchored() -> None:
     assert fails(bundle, rpc="http://127.0.0.1:1")[0] == "rpc"
 
 
-def entry_tiles(log: Log) -> dict[str, bytes]:
-    tiles = {}
-    for at in range(0, len(log.texts), 256):
-        texts = log.texts[at : at + 256]
-        content = b"".join(len(text).to_bytes(2, "big") + text for text in texts)
-        tiles[tile_path("entries", at // 256, len(texts))] = content
-    return tiles
-
-
 def test_the_whole_log_is_read_from_a_folder_or_over_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = Log()
     log.append(*(f"entry {number} of somebody" for number in range(700)))
     bundle = monitored().bundle(log=log)
-    tiles = entry_tiles(log)
-    for name, content in tiles.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_bytes(content)
+    tiles = log.files()
+    log.write(tmp_path)
     assert "--log" not in "\n".join(verify(bundle, log=str(tmp_path)))
     with serving({f"/log/{name}": (200, content) for name, content in tiles.items()}) as url:
         assert verify(bundle, log=f"{url}/log/")
@@ -444,10 +423,8 @@ def test_a_full_tile_serves_an_anchor_that_saw_it_partial(tmp_path: Path) -> Non
     log = Log()
     bundle = denied().bundle(log=log)
     log.append(*(f"entry {number} of somebody" for number in range(249)))
-    path = tmp_path / "tile/entries/000"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(entry_tiles(log)["tile/entries/000"])
-    assert verify(bundle, log=str(tmp_path))
+    assert len(log.texts) == 256
+    assert verify(bundle, log=log.write(tmp_path))
 
 
 @pytest.mark.parametrize("index", [0, 999, 1000, 1_234_067])
@@ -462,21 +439,18 @@ def test_tiles_have_the_same_paths(index: int, tmp_path: Path) -> None:
 def test_a_retry_that_was_left_out_is_found_in_the_log(tmp_path: Path) -> None:
     log = Log()
     whole = expired_and_retried().bundle(log=log)
-    cut = whole | {"entries": whole["entries"][:8]}
+    cut = whole | {"entries": whole["entries"][:10]}
     assert "ended     expired" in verify(cut)  # nothing in the bundle itself shows it
-    path = tmp_path / "tile/entries/000.p" / str(len(log.texts))
-    path.parent.mkdir(parents=True)
-    path.write_bytes(entry_tiles(log)[f"tile/entries/000.p/{len(log.texts)}"])
-    assert verify(whole, log=str(tmp_path))
-    assert fails(cut, log=str(tmp_path))[0] == "whole log"
+    assert verify(whole, log=log.write(tmp_path))
+    assert fails(cut, log=str(tmp_path))[0] == "later"
+
+
+def test_a_log_that_may_not_be_read_is_not_one_that_is_not_there() -> None:
+    bundle = monitored().bundle()
+    with serving({"/log/checkpoint": (403, b"no")}) as url, pytest.raises(verifier.Failed, match="403"):
+        verify(bundle, log=f"{url}/log")
 
 
 def test_a_result_that_came_in_after_the_end_is_in_order() -> None:
     assert verify(cancelled().bundle())
     assert RULES["monitoring"].allowed
-
-
-def test_a_transfer_that_an_earlier_execution_handed_in_needs_no_approval_of_the_later_one() -> None:
-    trail = Trail().start().check_policy().build().execute(0).execute(1).ask(2)
-    trail.decide(2, "bob", True, 1).decide(2, "carol", True, 2).end("failed").retry().end("failed").retry()
-    assert verify(trail.execute(2, {"ok": True, "run": 1}).end("completed").bundle())

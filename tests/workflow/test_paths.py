@@ -69,9 +69,7 @@ def test_a_monitoring_task_completes_in_at_most_20_transitions(aws: Cloud, start
         "task_started:pending",
         "policy_checked:allowed",
         "plan_built:planned",
-        "step_executed:succeeded",
-        "step_executed:succeeded",
-        "step_executed:succeeded",
+        *["step_started:running", "step_executed:succeeded"] * 3,
         "task_ended:completed",
     ]
 
@@ -96,9 +94,10 @@ def test_an_approved_transfer_moves_the_amount_once_in_24_transitions(
     aws.execution(task_id)
     assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
     assert len(visited(aws, task_id)) == 24
-    assert kinds(aws, task_id)[-4:] == [
+    assert kinds(aws, task_id)[-5:] == [
         "approval_requested:pending",
         "approval_decided:approved",
+        "step_started:running",
         "step_executed:succeeded",
         "task_ended:completed",
     ]

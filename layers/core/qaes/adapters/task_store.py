@@ -429,12 +429,24 @@ class TaskStore:
     # Steps
 
     def claim_step(
-        self, task_id: str, step_index: int, step: Step, approval: Approval | None, *, replaces: str | None = None
+        self,
+        task_id: str,
+        step_index: int,
+        step: Step,
+        approval: Approval | None,
+        *,
+        run: int,
+        current: PolicyDecision,
+        replaces: str | None = None,
     ) -> StepRecord:
         """Record the intent to run a step before it acts; its approval is consumed by that, once.
 
         Returns the record: `running` with the number of this attempt, or finished, when an attempt before has ended it.
-        `replaces` is the transaction of an attempt that moved nothing.
+        `run` is the execution for which it was decided, `current` what the policy in force said, which the event tells;
+        to attempt it once more in one execution is not another decision, and no event. `replaces` is the transaction
+        of an attempt that moved nothing.
+
+        Raises ConflictError when the task has ended, or another execution of it has begun.
         """
         claimed: list[StepRecord] = []
 
@@ -444,6 +456,8 @@ class TaskStore:
                 claimed[:] = [record]
                 return None
             _refuse_ended(task)
+            if task.run != run:
+                raise ConflictError("another execution of the task has begun", task_status=task.status)
             if record is not None and record.status == "running":
                 begun = record.model_copy(update={"attempt": record.attempt + 1, "run": task.run})
             else:
@@ -451,9 +465,12 @@ class TaskStore:
             claimed[:] = [begun]
             writes = [self._items.put_step(task_id, _step_sk(begun), begun, before=record)]
             twin = record is not None and record.status == "running" and record.run == task.run
-            if approval is not None and not twin:  # else the twin's claim has consumed it
+            if twin:  # whose claim was told, and has consumed the approval
+                return _Change({"current_step": step_index}, (), tuple(writes))
+            if approval is not None:
                 writes.append(self._items.consume_approval(task_id, approval))
-            return _Change({"current_step": step_index}, (), tuple(writes))
+            event = _claim_event(task, begun, step, approval, current)
+            return _Change({"current_step": step_index}, (event,), tuple(writes))
 
         self._change(task_id, change)
         return claimed[0]
@@ -852,6 +869,29 @@ def _event(task: Task, kind: EventKind, actor: str, status: str, input_: Any, ou
         input=canonical_json(input_),
         output=canonical_json(output),
         **(of_the_task | more),
+    )
+
+
+def _claim_event(
+    task: Task, begun: StepRecord, step: Step, approval: Approval | None, current: PolicyDecision
+) -> Event:
+    """What was decided when a step was begun: which step, with whose approval; and by the policy in force."""
+    claim = {
+        "step_hash": step.hash(),
+        "run": begun.run,
+        "attempt": begun.attempt,
+        "approval": approval.round if approval else None,
+    }
+    return _event(
+        task,
+        "step_started",
+        "worker",
+        begun.status,
+        claim,
+        current.model_dump(mode="json"),
+        step_index=begun.step_index,
+        step_id=begun.step_id,
+        step_type=begun.type,
     )
 
 

@@ -123,12 +123,13 @@ def build_bundle(
 
 
 def policy_ids(entries: Iterable[TrailEntry]) -> set[str]:
-    """Which policies a task's trail refers to: pinned by its plan, or seen by a step."""
+    """Which policies a task's trail refers to: pinned by its plan, in force when a step was begun, or seen by one."""
     found: set[str] = set()
     for entry in entries:
         said = json.loads(entry.text)
         found.add(said["policy_id"])
-        if said["step_type"] == "policy_check" and said["status"] == "succeeded":
+        sees = said["kind"] == "step_executed" and said["step_type"] == "policy_check" and said["status"] == "succeeded"
+        if said["kind"] == "step_started" or sees:
             found.add(json.loads(entry.output)["policy_id"])
     return found - {""}
 

@@ -46,6 +46,7 @@ EventKind = Literal[
     "approval_expired",
     "approval_cancelled",
     "approval_undeliverable",
+    "step_started",
     "step_executed",
     "task_retried",
     "task_ended",
