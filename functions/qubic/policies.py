@@ -183,7 +183,7 @@ class Policies:
         if seen.in_force > head.in_force:
             return seen.in_force
         records = {record.version: record for record in self._records(_version_sk(head.in_force + 1))}
-        # A version's item may be missing, and its submission be there still: gaps and the next number are looked at, too.
+        # An item may be missing, and its submission be there still: gaps and the next number are looked at, too.
         for version in range(head.in_force + 1, max(records, default=head.in_force) + 2):
             status = records[version].status if version in records else None
             if status in {"in_force", "superseded"}:
