@@ -504,12 +504,17 @@ def test_nothing_takes_the_place_of_a_first_version_that_was_altered(
             if not confirmed:
                 patch.setattr(Policies, "_submit", lambda *_: None)
             service.policies().settle()
+        text = service.policies().read(1)[1]
         alter_text(1, looser(1))
         aws.settle()
         for _ in range(2):
             with pytest.raises(UnavailableError, match="was altered"):
                 service.policies().in_force()
         assert submissions_of_policies() == ["policy:1 ATTEMPT#000001", "policy:1 SUBMISSION"] * confirmed
+        alter_text(1, text)  # which is how it is mended
+        service.policies().settle()
+        aws.settle()
+        assert service.policies().in_force().version == 1
 
 
 def test_a_document_altered_before_its_approval_cannot_be_approved(store: Policies) -> None:
