@@ -10,12 +10,7 @@ from qubic.submissions import Submission, Submissions
 
 def submissions() -> Submissions:
     """Make the submissions to the chain of QUBIC_NETWORK, each followed by the writer."""
-    network = chain()
-    return Submissions(
-        network,
-        on_signed=lambda submission: writer.enqueue(submission, network.tick_info().tick),
-        on_closed=_closed,
-    )
+    return Submissions(chain(), on_signed=writer.enqueue, on_closed=_closed)
 
 
 def policies() -> Policies:

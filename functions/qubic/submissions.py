@@ -7,9 +7,15 @@ again and their fate be found out. A submission is
                        → (signed, for a later tick)    its tick passed without it: a record is signed anew
                        → expired                       the same for a transfer, which is never repeated by itself
                        → failed                        the tick has it, and it moved nothing
+           → (signed, for a later tick)                its turn came too late to be sent at all
 
 One transaction of a source is in flight at a time. Each has its own tick, later than that of the one before, and is
-sent when that one's fate is known: so its id can be told at once, and still nothing overtakes.
+sent when that one's fate is known: so its id can be told at once, and still nothing overtakes. `broadcast` is written
+before it is sent: what is still `signed` was never handed to the network, nor shown to anybody if it is a transfer.
+
+"Its tick passed without it" ends a transfer, and has a record signed again; a node that is behind must not bring that
+about. So it takes a look-up of the id, and a list of the source's transactions in which none that was ever signed for
+this act is to be found; the list says itself up to which tick it goes. For a transfer, the balance must agree.
 
 Items (pk / sk; all with the network's name, so that what one network confirmed is never shown of another):
 SUBMISSION#<network>#<key>/SUBMISSION  the present state
@@ -23,19 +29,22 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from qaes.adapters import clients, settings
+from qaes.adapters import clients, metrics, settings
 from qaes.adapters.logs import logger
 from qaes.domain.canonical import canonical_json
 from qaes.domain.errors import InvalidInputError, LimitError, RefusedError, UnavailableError
 from qaes.domain.ids import now, timestamp
+from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.qubic.transaction import MAX_AMOUNT, Transaction
-from qubic.chain.base import Chain
+from qubic.chain.base import Chain, Included
 from qubic.items import ChangedError, Item, Items, attempts, item_key
 from qubic.wallets import Key, Wallets, public_key, service_key
 
@@ -46,19 +55,29 @@ INPUT_TYPES: dict[Kind, int] = {"hash": 0x5148, "anchor": 0x5141, "policy": 0x51
 
 LEAD_TICKS = 15
 """How far ahead the named tick is (Qubic's documents: 15 to 20), and how far the ticks of one source are apart."""
+MIN_LEAD_TICKS = 3
+"""What has fewer ticks left when its turn comes is not sent any more: it would hardly get there."""
+MAX_TICKS_AHEAD = 100_000
+"""A present tick so far beyond what look-ups know is not believed: a source's ticks only go up."""
 EXPIRY_MARGIN_TICKS = 5
 """Absent counts only so many ticks after the named one: nodes behind one address may not all be at the same tick."""
 MAX_OPEN = 100
 """Most open submissions of one source; beyond, the ledger is busy."""
 MAX_OPEN_HASHES = 50
 """Beyond so many, no further hashes: policy and anchors have to find a place."""
+FOLLOW_SECONDS = 5.0
+"""How long a request follows a source's queue: what is left is the writer's."""
 MAX_METADATA_BYTES = 4096
 MAX_REFERENCE_CHARACTERS = 256
+REFUSED_METRIC = "LedgerRefused"
+_TOO_SMALL = "the source's balance is too small"
+_PAGE = 100
+_MAX_PAGES = 20
 
 
 @dataclass(frozen=True)
 class Submission:
-    """One act on the ledger under one `key`, and the transaction that is to do it (the newest that was signed).
+    """One act on the ledger under one `key`, and the transaction that is to do it, or has done it.
 
     Attributes
     ----------
@@ -67,11 +86,14 @@ class Submission:
     source, destination
         Identities.
     attempt
-        How many transactions were signed for it; `txid`, `tick` and `encoded` are the newest one's.
+        How many transactions were signed for it; `txid`, `tick` and `encoded` are those of the one that is confirmed,
+        or of the newest.
+    settled
+        How many of them, from the first, are in their tick and have moved nothing.
     run
         For a transfer: which of the task's executions asked for it.
     error
-        Why it expired or failed: `expired`, `moved_nothing` or `moved_unknown`, and a text.
+        Why it expired or failed: `expired`, `moved_nothing`, `moved_unknown` or `no_key`, and a text.
     """
 
     key: str
@@ -93,20 +115,25 @@ class Submission:
     updated_at: str
     error: str = ""
     version: int = 0
+    settled: int = 0
 
     @property
     def is_open(self) -> bool:
         return self.state in OPEN
 
     def answer(self) -> dict[str, Any]:
-        """Tell what other services may know of it, as JSON."""
+        """Tell what other services may know of it, as JSON.
+
+        The bytes of a transfer that was not sent are nobody's: who has them could send them.
+        """
+        is_shown = self.kind != "transfer" or self.state not in {"signed", "simulated"}
         return {
             "state": self.state,
             "txid": self.txid,
             "tick": self.tick,
             "timestamp": self.updated_at,
             "source": self.source,
-            "encoded": base64.b64encode(self.encoded).decode(),
+            "encoded": base64.b64encode(self.encoded).decode() if is_shown else "",
             "network": self.network,
             "error": self.error or None,
         }
@@ -180,14 +207,14 @@ class Submissions:
         UnavailableError
             The ledger does not answer.
         """
-        key_ = service_key()
+        signer = service_key()
         wanted = Submission(
             key=key,
             network=self._network,
             kind=kind,
             state="signed",
-            source=key_.identity,
-            destination=key_.identity,
+            source=signer.identity,
+            destination=signer.identity,
             amount=0,
             input_type=INPUT_TYPES[kind] if input_type is None else input_type,
             payload=payload,
@@ -200,7 +227,7 @@ class Submissions:
             created_at=timestamp(now()),
             updated_at="",
         )
-        return self._submit(wanted, key_)
+        return self._submit(wanted, signer)
 
     def submit_transfer(
         self,
@@ -228,20 +255,46 @@ class Submissions:
         UnavailableError
             The ledger does not answer.
         """
+        wanted, key = self._wanted_transfer(reference, source, destination, amount, run)
+        return self._submit(wanted, key, allow)
+
+    def simulate_transfer(self, reference: str, *, source: str, destination: str, amount: int) -> Submission:
+        """Sign a transfer and send nothing: what a network shows whose transfers are not allowed here.
+
+        Nothing is stored: the same call gives another tick, and so another id. Raises as `submit_transfer`.
+        """
+        wanted, key = self._wanted_transfer(reference, source, destination, amount, 1)
+        balance = self.chain.balance(key.identity).balance
+        if balance < amount:
+            raise RefusedError("insufficient_balance", _TOO_SMALL, balance=balance, amount=amount)
+        tick = self.chain.tick_info().tick + LEAD_TICKS
+        transaction = _transaction(wanted, key, tick)
+        return replace(
+            wanted,
+            state="simulated",
+            tick=tick,
+            txid=transaction.id,
+            encoded=transaction.encode(),
+            updated_at=wanted.created_at,
+        )
+
+    def _wanted_transfer(
+        self, reference: str, source: str, destination: str, amount: int, run: int
+    ) -> tuple[Submission, Key]:
         if not 0 < len(reference) <= MAX_REFERENCE_CHARACTERS:
             raise InvalidInputError(f"the reference has 1 to {MAX_REFERENCE_CHARACTERS} characters", field="reference")
         if not 0 < amount <= MAX_AMOUNT:
             raise InvalidInputError("the amount is a whole number from 1 to 10^15", field="amount")
         to = self._wallets.identity(destination, "destination")
-        key_ = self._wallets.key(source)
-        if key_.identity == to:
+        key = self._wallets.key(source)
+        if key.identity == to:
             raise InvalidInputError("source and destination are the same", field="destination")
         wanted = Submission(
             key=f"transfer:{reference}",
             network=self._network,
             kind="transfer",
             state="signed",
-            source=key_.identity,
+            source=key.identity,
             destination=to,
             amount=amount,
             input_type=0,
@@ -255,37 +308,7 @@ class Submissions:
             created_at=timestamp(now()),
             updated_at="",
         )
-        return self._submit(wanted, key_, allow)
-
-    def simulate_transfer(self, reference: str, *, source: str, destination: str, amount: int) -> Submission:
-        """Sign a transfer and send nothing: what a network shows whose transfers are not allowed here.
-
-        Nothing is stored: the same call gives another tick, and so another id. Raises as `submit_transfer`.
-        """
-        to = self._wallets.identity(destination, "destination")
-        key = self._wallets.key(source)
-        tick = self.chain.tick_info().tick + LEAD_TICKS
-        signed = Transaction(key.public_key, public_key(to), amount, tick).sign(key.subseed)
-        moment = timestamp(now())
-        return Submission(
-            key=f"transfer:{reference}",
-            network=self._network,
-            kind="transfer",
-            state="simulated",
-            source=key.identity,
-            destination=to,
-            amount=amount,
-            input_type=0,
-            payload=b"",
-            metadata={"reference": reference},
-            attempt=0,
-            run=1,
-            tick=tick,
-            txid=signed.id,
-            encoded=signed.encode(),
-            created_at=moment,
-            updated_at=moment,
-        )
+        return wanted, key
 
     def _submit(self, wanted: Submission, key: Key, allow: Callable[[], None] = lambda: None) -> Submission:
         for _ in attempts():
@@ -294,18 +317,20 @@ class Submissions:
                 _check_same(before, wanted)
                 if not _may_be_repeated(before, wanted):
                     return self._adopted(before, wanted.run)
-            source = self._source(wanted.source)
-            limit = MAX_OPEN_HASHES if wanted.kind == "hash" else MAX_OPEN
-            if len(source.open) >= limit:
-                raise LimitError("the ledger has too much to write at the moment", max_open=limit)
-            if wanted.amount:
-                self._check_balance(source, wanted.amount)
-            allow()
             try:
+                if before is not None and before.state == "expired" and self._close_if_found(before):
+                    continue
+                source = self._source(wanted.source)
+                limit = MAX_OPEN_HASHES if wanted.kind == "hash" else MAX_OPEN
+                if len(source.open) >= limit:
+                    raise LimitError("the ledger has too much to write at the moment", max_open=limit)
+                if wanted.amount:
+                    source = self._check_balance(source, wanted.amount)
+                allow()
                 signed = self._sign(wanted, key, before, source)
             except ChangedError:
                 continue
-            self._send_soon(signed)
+            self._send_soon(signed, alone=not source.open)
             return signed
         raise UnavailableError("others are writing to the ledger at the moment")
 
@@ -320,21 +345,30 @@ class Submissions:
             raise UnavailableError("others are bringing it forward at the moment") from None
         return adopted
 
-    def _check_balance(self, source: _Source, amount: int) -> None:
-        # What others of this source will move counts as moved: the version of the queue guards that none is added.
-        balance = self.chain.balance(source.identity).balance
-        available = balance - sum(place.amount for place in source.open)
+    def _check_balance(self, source: _Source, amount: int) -> _Source:
+        """Refuse what the source cannot pay; return its queue as it was looked at.
+
+        What others of this source will move counts as moved: the version of the queue guards that none is added.
+        """
+        balance, available = self._available(source)
+        if available < amount and source.open:
+            self.follow(source.identity, seconds=FOLLOW_SECONDS)  # what is decided by now is out of the way
+            source = self._source(source.identity)
+            balance, available = self._available(source)
         if available < amount:
-            raise RefusedError(
-                "insufficient_balance", "the source's balance is too small", balance=available, amount=amount
-            )
+            raise RefusedError("insufficient_balance", _TOO_SMALL, balance=balance, amount=amount)
+        return source
+
+    def _available(self, source: _Source) -> tuple[int, int]:
+        """Return the balance, and what of it is not promised. What has its tick behind it, is in the balance."""
+        found = self.chain.balance(source.identity)
+        promised = sum(place.amount for place in source.open if place.tick > found.valid_for_tick)
+        return found.balance, found.balance - promised
 
     def _sign(self, wanted: Submission, key: Key, before: Submission | None, source: _Source) -> Submission:
         """Sign for a tick that is free, and store it: the commit point. Raises ChangedError when others were first."""
-        tick = max(self.chain.tick_info().tick, source.last_tick) + LEAD_TICKS
-        transaction = Transaction(
-            key.public_key, public_key(wanted.destination), wanted.amount, tick, wanted.input_type, wanted.payload
-        ).sign(key.subseed)
+        tick = max(self._present_tick(), source.last_tick) + LEAD_TICKS
+        transaction = _transaction(wanted, key, tick)
         signed = replace(
             wanted,
             state="signed",
@@ -342,6 +376,7 @@ class Submissions:
             txid=transaction.id,
             encoded=transaction.encode(),
             attempt=(before.attempt if before else 0) + 1,
+            settled=before.attempt if before and before.state == "failed" else before.settled if before else 0,
             created_at=before.created_at if before else wanted.created_at,
             updated_at=timestamp(now()),
             version=(before.version if before else 0) + 1,
@@ -351,9 +386,7 @@ class Submissions:
         queue = replace(source, last_tick=tick, open=(*places, _Place(tick, signed.key, signed.amount)))
         writes = [
             self._put_submission(signed, before),
-            self._items.put_new(
-                item_key(f"SUBMISSION#{self._network}#{signed.key}", f"ATTEMPT#{signed.attempt:06d}") | _signed(signed)
-            ),
+            self._items.put_new(item_key(self._pk(signed.key), f"ATTEMPT#{signed.attempt:06d}") | _signed(signed)),
             self._items.put_new(
                 item_key(f"TXID#{self._network}#{signed.txid}", "TXID") | {"key": {"S": signed.key}} | _signed(signed)
             ),
@@ -365,21 +398,32 @@ class Submissions:
         self._items.write(*writes)
         return signed
 
-    def _send_soon(self, signed: Submission) -> None:
-        """Send it if its turn has come; what fails here is the writer's to do."""
-        try:
+    def _present_tick(self) -> int:
+        """Return the present tick, if it can be true: a wrong one would hold up its source for ever."""
+        tick, processed = self.chain.tick_info().tick, self.chain.last_processed_tick().tick
+        if tick > processed + MAX_TICKS_AHEAD:
+            raise UnavailableError(f"the present tick is said to be {tick}, look-ups are at {processed}")
+        return max(tick, processed)
+
+    def _send_soon(self, signed: Submission, *, alone: bool) -> None:
+        """Have it followed, and send it if its turn has come; what fails here is the writer's to do."""
+        with _left_to_the_writer(signed):
             self._on_signed(signed)
-            self.follow(signed.source)
-        except (UnavailableError, BotoCoreError, ClientError) as error:
-            logger().warning("not sent yet", extra={"submission": signed.key, "error": type(error).__name__})
+        with _left_to_the_writer(signed):
+            if alone:
+                self._send(signed)
+            else:
+                self.follow(signed.source, seconds=FOLLOW_SECONDS)
 
     # Following
 
-    def follow(self, identity: str) -> None:
+    def follow(self, identity: str, *, seconds: float = 15) -> None:
         """Bring a source's queue forward as far as it goes now; called by anybody, at any time.
 
-        Raises UnavailableError when the network does not answer: to be called again.
+        After so many `seconds` nothing further is begun. Raises UnavailableError when the network does not answer: to
+        be called again.
         """
+        end = time.monotonic() + seconds
         for _ in range(4 * MAX_OPEN):
             source = self._source(identity)
             if not source.open:
@@ -397,33 +441,108 @@ class Submissions:
                 elif not self._decide(submission, source):
                     return
             except ChangedError:
-                continue  # somebody else brings it forward at the same time
+                pass  # somebody else brings it forward at the same time
+            if time.monotonic() > end:
+                return
         raise UnavailableError("others are writing to the ledger at the moment")
 
     def _decide(self, submission: Submission, source: _Source) -> bool:
         """Find out the fate of what is in flight; False when there is none yet."""
+        if submission.state == "signed":
+            if self._send(submission):
+                return False
+            self._sign_anew(submission, source)
+            return True
         processed = self.chain.last_processed_tick().tick
         if processed < submission.tick:
             self._send(submission)
             return False
-        found = self.chain.transaction(submission.txid)
-        if found is not None:
+        if self.chain.transaction(submission.txid) is not None:
             # The id is that of the bytes, so these are the bytes that were signed; the tick is in them.
             self._close(submission, *self._moved(submission))
             return True
         if processed < submission.tick + EXPIRY_MARGIN_TICKS:
             return False
+        if self._close_if_found(submission):
+            return True
         if submission.kind == "transfer":
-            # A look-up at a node that is behind must not have it paid again: the balance has its say, too.
-            if self.chain.balance(submission.source).latest_outgoing_transfer_tick >= submission.tick:
-                raise UnavailableError("the balance shows a transfer in that tick or later, the look-up does not")
             self._close(
                 submission, "expired", f"expired: tick {submission.tick} has passed without it, nothing was moved"
             )
         else:
-            logger().info("signed anew", extra={"submission": submission.key, "passed": submission.tick})
-            self._sign(submission, service_key(), submission, source)
+            self._sign_anew(submission, source)
         return True
+
+    def _sign_anew(self, submission: Submission, source: _Source) -> None:
+        try:
+            key = self._wallets.key(submission.source)
+        except RefusedError as error:
+            self._close(submission, "failed", f"{error.code}: {error.message}")
+            return
+        if not self.chain.balance(submission.source).balance:
+            metrics.count_one(REFUSED_METRIC)
+            raise UnavailableError(f"{submission.source} has no balance: the network takes nothing of it")
+        logger().info("signed anew", extra={"submission": submission.key, "passed": submission.tick})
+        self._sign(submission, key, submission, source)
+
+    def _close_if_found(self, submission: Submission) -> bool:
+        """Close it if a transaction that was ever signed for it is in its tick. False: none is, and none will be.
+
+        Raises UnavailableError while that cannot be told.
+        """
+        signed = self._signed_for(submission)
+        first = min(int(item["tick"]["N"]) for item in signed.values())
+        for each in self._listed(submission.source, first, submission.tick):
+            if each.txid in signed:
+                found = replace(submission, txid=each.txid, tick=each.tick, encoded=each.transaction.encode())
+                self._close(found, *self._moved(found))
+                return True
+        if submission.amount:
+            self._check_balance_agrees(submission)
+        return False
+
+    def _signed_for(self, submission: Submission) -> dict[str, Item]:
+        """Return what was signed for it and may still be found, by id."""
+        pages = clients.client("dynamodb").get_paginator("query")
+        found = pages.paginate(
+            TableName=self._table,
+            KeyConditionExpression="pk = :pk AND sk > :settled",
+            ExpressionAttributeValues={
+                ":pk": {"S": self._pk(submission.key)},
+                ":settled": {"S": f"ATTEMPT#{submission.settled:06d}"},
+            },
+            ConsistentRead=True,
+        )
+        return {item["txid"]["S"]: item for page in found for item in page["Items"] if item["sk"]["S"] != "SUBMISSION"}
+
+    def _listed(self, identity: str, first_tick: int, last_tick: int) -> Iterator[Included]:
+        """List an identity's transactions, from a node that has got past `last_tick`; it says so in the same answer."""
+        offset = 0
+        for _ in range(_MAX_PAGES):
+            page = self.chain.transactions(identity, first_tick, last_tick, offset, _PAGE)
+            if page.valid_for_tick < last_tick:
+                raise UnavailableError("the node that lists transactions is behind")
+            yield from page.transactions
+            offset += len(page.transactions)
+            if offset >= page.total:
+                return
+            if not page.transactions:
+                raise UnavailableError("the node lists fewer transactions than it counts")
+        raise UnavailableError("there are too many transactions to look through")
+
+    def _check_balance_agrees(self, submission: Submission) -> None:
+        """Check that the balance has no transfer that may be this one. Raises UnavailableError."""
+        balance = self.chain.balance(submission.source)
+        if balance.valid_for_tick < submission.tick:
+            raise UnavailableError("the balance after the transfer is not known yet")
+        newest = balance.latest_outgoing_transfer_tick
+        if newest < submission.tick:
+            return
+        # The wallet's key is used elsewhere, too; or look-ups are behind, and then they do not have that one either.
+        for each in self._listed(submission.source, newest, newest):
+            if each.transaction.amount and encode_identity(each.transaction.source) == submission.source:
+                return
+        raise UnavailableError("the balance shows a transfer that look-ups do not")
 
     def _moved(self, submission: Submission) -> tuple[State, str]:
         """Tell whether an included transfer moved something; one that its source cannot pay is included, too.
@@ -443,17 +562,21 @@ class Submissions:
             return "failed", f"moved_nothing: tick {submission.tick} has it, and the source could not pay it"
         return "failed", "moved_unknown: the wallet's key is used elsewhere, too; look the transaction up"
 
-    def _send(self, submission: Submission) -> None:
-        if self.chain.tick_info().tick >= submission.tick:
-            return
+    def _send(self, submission: Submission) -> bool:
+        """Send it; False when it could hardly get there in time."""
+        left = submission.tick - self.chain.tick_info().tick
+        if left < (MIN_LEAD_TICKS if submission.state == "signed" else 1):
+            return False
+        if submission.state == "signed":
+            # Whoever finds it so does not know whether it was sent; whoever finds it `signed`, that it was not.
+            self._items.write(self._put_submission(_changed(submission, state="broadcast"), submission))
         try:
             self.chain.broadcast(submission.encoded)
         except RefusedError as error:
             # Its tick will pass without it, if that stays so; nothing is known to be lost before.
             logger().error("the network refuses it", extra={"submission": submission.key, "reason": error.message})
-            return
-        if submission.state == "signed":
-            self._items.write(self._put_submission(_changed(submission, state="broadcast"), submission))
+            metrics.count_one(REFUSED_METRIC)
+        return True
 
     def _close(self, submission: Submission, state: State, error: str) -> None:
         closed = _changed(submission, state=state, error=error)
@@ -464,7 +587,7 @@ class Submissions:
 
     def get(self, key: str) -> Submission | None:
         """The submission under `key`."""
-        item = self._items.get(f"SUBMISSION#{self._network}#{key}", "SUBMISSION")
+        item = self._items.get(self._pk(key), "SUBMISSION")
         return _submission(item) if item else None
 
     def attempt(self, txid: str) -> Submission | None:
@@ -501,6 +624,9 @@ class Submissions:
 
     # DynamoDB
 
+    def _pk(self, key: str) -> str:
+        return f"SUBMISSION#{self._network}#{key}"
+
     def _put_submission(self, submission: Submission, before: Submission | None) -> Item:
         return self._items.put_after(_submission_item(submission), before.version if before else 0)
 
@@ -523,9 +649,28 @@ def _checked(metadata: dict[str, Any]) -> dict[str, Any]:
     return metadata
 
 
+@contextmanager
+def _left_to_the_writer(signed: Submission) -> Iterator[None]:
+    try:
+        yield
+    except (UnavailableError, LimitError, ChangedError, BotoCoreError, ClientError) as error:
+        logger().warning("not sent yet", extra={"submission": signed.key, "error": type(error).__name__})
+
+
+def _transaction(wanted: Submission, key: Key, tick: int) -> Transaction:
+    return Transaction(
+        key.public_key, public_key(wanted.destination), wanted.amount, tick, wanted.input_type, wanted.payload
+    ).sign(key.subseed)
+
+
 def _check_same(before: Submission, wanted: Submission) -> None:
-    """Refuse another act under the same key; metadata is a remark, and the first one stays."""
-    terms = ("kind", "source", "destination", "amount", "input_type", "payload")
+    """Refuse another act under the same key; metadata is a remark, and the first one stays.
+
+    A record is the same whoever signs it: the service's key may have been replaced meanwhile.
+    """
+    terms = ["kind", "amount", "input_type", "payload"]
+    if wanted.kind == "transfer":
+        terms += ["source", "destination"]
     if any(getattr(before, name) != getattr(wanted, name) for name in terms):
         if wanted.kind == "transfer":
             raise RefusedError("reference_conflict", "this reference was used for another transfer")
@@ -533,9 +678,16 @@ def _check_same(before: Submission, wanted: Submission) -> None:
 
 
 def _may_be_repeated(before: Submission, wanted: Submission) -> bool:
-    """Tell whether a transfer is known to have moved nothing, and is asked for by a later execution of its task."""
-    moved_nothing = before.state == "expired" or (before.state == "failed" and before.error.startswith("moved_nothing"))
-    return before.kind == "transfer" and moved_nothing and wanted.run > before.run
+    """Tell whether it is known to have had no effect, and may be signed anew.
+
+    A transfer for a later execution of its task; a record whose key was replaced before it was confirmed, by the new
+    one.
+    """
+    code = before.error.partition(":")[0]
+    if wanted.kind != "transfer":
+        return before.state == "failed" and code == "no_key" and wanted.source != before.source
+    had_no_effect = before.state == "expired" or (before.state == "failed" and code in {"moved_nothing", "no_key"})
+    return had_no_effect and wanted.run > before.run
 
 
 def _changed(submission: Submission, **changes: Any) -> Submission:

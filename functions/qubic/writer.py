@@ -14,23 +14,31 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from qaes.adapters import clients, settings
 from qaes.adapters.logs import logger
-from qaes.domain.errors import UnavailableError
+from qaes.domain.errors import LimitError, UnavailableError
 from qubic.chain.base import Chain
-from qubic.submissions import Submission, Submissions
+from qubic.submissions import LEAD_TICKS, Submission, Submissions
 
 MAX_DELAY_SECONDS = 60
 """Longest pause between two looks: ticks may stand still for an hour."""
 
 
-def enqueue(submission: Submission, tick: int, looks: int = 0) -> None:
-    """Have the submission looked at when its tick, seen from `tick`, should have passed."""
-    until = (submission.tick + 2 - tick) * settings.number("QUBIC_TICK_MILLISECONDS") / 1000
-    # After the first few looks less and less often: then ticks do not come as they should.
-    delay = min(MAX_DELAY_SECONDS, max(1, ceil(until), 2 ** max(0, looks - 4)))
+def enqueue(submission: Submission, tick: int = 0, *, seen: int = 0, looks: int = 0) -> None:
+    """Have the submission looked at when its tick should have passed.
+
+    Parameters
+    ----------
+    tick
+        The present tick; 0: it is not known, and the submission is for `LEAD_TICKS` from now.
+    seen, looks
+        Which tick it was at the last look, and how many looks there have been at that same one: then ticks do not
+        come as they should, and the pauses become longer.
+    """
+    looks = looks + 1 if tick <= seen else 0
+    until = (submission.tick + 2 - (tick or submission.tick - LEAD_TICKS)) * settings.number("QUBIC_TICK_MILLISECONDS")
+    delay = min(MAX_DELAY_SECONDS, max(1, ceil(until / 1000), 2 ** min(looks - 2, 6) if looks > 2 else 1))
+    message = {"key": submission.key, "network": submission.network, "seen": max(tick, seen), "looks": looks}
     clients.client("sqs").send_message(
-        QueueUrl=settings.text("LEDGER_WRITER_QUEUE"),
-        MessageBody=json.dumps({"key": submission.key, "network": submission.network, "looks": looks + 1}),
-        DelaySeconds=delay,
+        QueueUrl=settings.text("LEDGER_WRITER_QUEUE"), MessageBody=json.dumps(message), DelaySeconds=delay
     )
 
 
@@ -60,16 +68,15 @@ def _look(it: Submissions, chain: Chain, message: dict[str, Any]) -> None:
     submission = it.get(message["key"])
     if submission is None:
         return
-    unavailable: UnavailableError | None = None
+    seen, tick = int(message.get("seen", 0)), 0
     try:
         it.follow(submission.source)
-    except UnavailableError as error:
-        unavailable = error
-        logger().warning("the network does not answer", extra={"reason": error.message})
+        tick = chain.tick_info().tick
+    except (UnavailableError, LimitError) as error:
+        logger().warning("not followed", extra={"source": submission.source, "reason": error.message})
     submission = it.get(submission.key) or submission
     if submission.is_open:
-        tick = submission.tick if unavailable else chain.tick_info().tick
-        enqueue(submission, tick, int(message.get("looks", 0)))
+        enqueue(submission, tick, seen=seen, looks=int(message.get("looks", 0)))
 
 
 def _follow_all(it: Submissions) -> list[str]:
@@ -77,7 +84,7 @@ def _follow_all(it: Submissions) -> list[str]:
     for identity in it.open_sources():
         try:
             it.follow(identity)
-        except UnavailableError as error:
+        except (UnavailableError, LimitError) as error:
             logger().warning("not followed", extra={"source": identity, "reason": error.message})
             left.append(identity)
     return left

@@ -6,7 +6,10 @@ import json
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
+from unittest.mock import ANY
 
 import boto3
 import pytest
@@ -14,8 +17,9 @@ import pytest
 from qaes.domain.errors import InvalidInputError, LimitError, RefusedError, UnavailableError
 from qaes.domain.qubic.transaction import Transaction, decode
 from qubic import wallets
+from qubic.chain.base import IncludedPage, ProcessedTick
 from qubic.chain.mock import Faults, MockChain
-from qubic.submissions import EXPIRY_MARGIN_TICKS, LEAD_TICKS, Submission, Submissions
+from qubic.submissions import EXPIRY_MARGIN_TICKS, LEAD_TICKS, MIN_LEAD_TICKS, REFUSED_METRIC, Submission, Submissions
 from tests.support.cloud import SEED, Cloud, cloud
 
 SOURCE, DESTINATION, EMPTY = "0x1234567890abcdef", "0xfedcba0987654321", "0xabcdef1234567890"
@@ -208,7 +212,7 @@ def test_a_node_that_fails_after_accepting_has_accepted(ledger, number):
     ledger.chain.set_faults(Faults(fail_after_accepting=1))
     written = ledger.write(number)
     assert written.state == "signed"
-    assert ledger.state(written.key) == "signed"
+    assert ledger.state(written.key) == "broadcast"  # it may be there
     ledger.run(LEAD_TICKS + 2)
     assert ledger.state(written.key) == "confirmed"
     assert len(ledger.on_chain(written.payload)) == 1
@@ -296,15 +300,268 @@ def test_the_same_reference_moves_once_however_often_and_at_once(ledger, number)
     assert ledger.balance(SOURCE) == before - 5
 
 
-def test_a_look_up_at_a_node_that_is_behind_does_not_make_a_transfer_expired(ledger, number, monkeypatch):
+class Replicas(MockChain):
+    """Two nodes behind one address: one knows how far the network is, the other one, which looks up, may be behind."""
+
+    def last_processed_tick(self) -> ProcessedTick:
+        found = super().last_processed_tick()
+        return replace(found, tick=found.tick + self.faults().lag)
+
+
+def behind(ledger: Ledger, ticks: int) -> Ledger:
+    replicas = Ledger(ledger.cloud)
+    replicas.chain = Replicas(
+        genesis=wallets.genesis(), table="ChainTable", clock=ledger.cloud.clock, tick_milliseconds=1000
+    )
+    replicas.it = Submissions(replicas.chain, "LedgerTable")
+    replicas.chain.set_faults(Faults(lag=ticks))
+    return replicas
+
+
+def test_a_node_that_is_behind_does_not_have_a_record_written_twice(ledger, number):
+    written = ledger.write(number)
+    replicas = behind(ledger, 30)
+    replicas.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
+    with pytest.raises(UnavailableError, match="behind"):
+        replicas.follow()
+    assert ledger.it.get(written.key) == replace(written, state="broadcast", version=2, updated_at=ANY)
+    replicas.chain.set_faults(Faults())
+    replicas.follow()
+    assert (ledger.state(written.key), ledger.it.get(written.key).attempt) == ("confirmed", 1)
+    assert len(ledger.on_chain(written.payload)) == 1
+
+
+def test_a_node_that_is_behind_does_not_make_a_transfer_expired(ledger, number):
     moved = ledger.transfer(f"task{number}", 3)
-    with monkeypatch.context() as behind:
-        behind.setattr(ledger.chain, "transaction", lambda txid: None)
-        ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
-        with pytest.raises(UnavailableError, match="the balance shows"):
-            ledger.follow(moved.source)
+    replicas = behind(ledger, 30)
+    replicas.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
+    with pytest.raises(UnavailableError, match="behind"):
+        replicas.follow(moved.source)
+    replicas.chain.set_faults(Faults())
+    replicas.follow(moved.source)
+    assert ledger.state(moved.key) == "confirmed"
+
+
+def test_what_the_look_up_misses_the_list_has(ledger, number, monkeypatch):
+    moved = ledger.transfer(f"task{number}", 3)
+    monkeypatch.setattr(ledger.chain, "transaction", lambda txid: None)
+    ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
     ledger.follow(moved.source)
     assert ledger.state(moved.key) == "confirmed"
+
+
+@contextmanager
+def nothing_is_found(ledger: Ledger) -> Iterator[None]:
+    """Look-ups and lists are of a node that does not know what it should, and the balance of one that does."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger.chain, "transaction", lambda txid: None)
+        patch.setattr(ledger.chain, "transactions", lambda *_: IncludedPage((), 0, 2**31))
+        yield
+
+
+def test_the_balance_has_its_say_too(ledger, number):
+    moved = ledger.transfer(f"task{number}", 3)
+    ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
+    with nothing_is_found(ledger), pytest.raises(UnavailableError, match="the balance shows"):
+        ledger.follow(moved.source)
+    ledger.follow(moved.source)
+    assert ledger.state(moved.key) == "confirmed"
+
+
+def test_a_balance_of_before_the_tick_says_nothing(ledger, number, monkeypatch):
+    ledger.chain.set_faults(Faults(empty_ticks=LEAD_TICKS + 3))
+    moved = ledger.transfer(f"task{number}", 3)
+    ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
+    with monkeypatch.context() as patch:
+        of_before = replace(ledger.chain.balance(moved.source), valid_for_tick=moved.tick - 1)
+        patch.setattr(ledger.chain, "balance", lambda identity: of_before)
+        with pytest.raises(UnavailableError, match="not known yet"):
+            ledger.follow(moved.source)
+    ledger.follow(moved.source)
+    assert ledger.state(moved.key) == "expired"
+
+
+def test_a_wallet_that_is_used_elsewhere_does_not_keep_its_transfer_from_expiring(ledger, number):
+    ledger.chain.set_faults(Faults(drop=1))
+    moved = ledger.transfer(f"task{number}", 3)
+    ledger.pass_ticks(LEAD_TICKS + 1)
+    elsewhere(ledger, SOURCE, 1, moved.tick + 3)
+    ledger.pass_ticks(EXPIRY_MARGIN_TICKS + 2)
+    ledger.follow(moved.source)
+    assert ledger.state(moved.key) == "expired"
+
+
+def test_an_earlier_signature_is_looked_up_before_another_one_follows_it(ledger, number):
+    """A node that did not know the first one had it signed anew; now the second one gets lost."""
+    first = ledger.write(number)
+    ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
+    with nothing_is_found(ledger):
+        ledger.chain.set_faults(Faults(drop=10**6))
+        ledger.follow()
+    second = ledger.it.get(first.key)
+    assert second.attempt == 2
+    ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
+    ledger.follow()
+    found = ledger.it.get(first.key)
+    assert (found.state, found.txid, found.tick, found.encoded) == (
+        "confirmed", first.txid, first.tick, first.encoded,
+    )  # fmt: skip
+    assert found.attempt == 2
+    assert ledger.it.attempt(second.txid).state == "expired"
+    assert ledger.it.attempt(first.txid).state == "confirmed"
+
+
+def test_a_later_run_looks_an_expired_transfer_up_before_it_pays(ledger, number, monkeypatch):
+    before = ledger.balance(SOURCE)
+    first = ledger.transfer(f"task{number}", 5)
+    ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
+    with nothing_is_found(ledger), monkeypatch.context() as patch:
+        at_first = replace(ledger.chain.balance(first.source), latest_outgoing_transfer_tick=0)
+        patch.setattr(ledger.chain, "balance", lambda identity: at_first)
+        ledger.follow(first.source)
+    assert ledger.state(first.key) == "expired"  # every one of its nodes was wrong
+    again = ledger.transfer(f"task{number}", 5, run=2)
+    assert (again.state, again.txid, again.attempt) == ("confirmed", first.txid, 1)
+    assert ledger.balance(SOURCE) == before - 5
+    assert not ledger.it.open_sources()
+
+
+def test_what_moved_nothing_once_is_not_taken_for_what_a_later_run_has_signed(ledger, number):
+    balance = ledger.balance(SOURCE)
+    ledger.chain.set_faults(Faults(drop=1))
+    first = ledger.transfer(f"task{number}", balance)
+    elsewhere(ledger, SOURCE, 1, first.tick - 5)
+    ledger.pass_ticks(LEAD_TICKS - 4)
+    ledger.run(6, first.source)
+    assert ledger.it.get(first.key).error.startswith("moved_nothing")
+    pay(ledger, wallets.service_key(), wallets.demo_key(SOURCE), 1)
+    for run in (2, 3):
+        ledger.chain.set_faults(Faults(empty_ticks=LEAD_TICKS + 3))
+        ledger.transfer(f"task{number}", balance, run=run)
+        ledger.run(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2, first.source)
+        assert (ledger.state(first.key), ledger.it.get(first.key).attempt) == ("expired", run)
+
+
+# Turns
+
+
+def test_a_transfer_whose_turn_comes_after_its_tick_was_never_sent_and_is_signed_for_a_later_one(ledger, number):
+    before = ledger.balance(SOURCE)
+    first, second = ledger.transfer(f"task{number}", 1), ledger.transfer(f"task{number + 1}", 2)
+    ledger.pass_ticks(2 * LEAD_TICKS + 2)  # nobody has looked meanwhile
+    ledger.follow(first.source)
+    assert ledger.state(first.key) == "confirmed"
+    later = ledger.it.get(second.key)
+    assert (later.state, later.attempt) == ("broadcast", 2)
+    assert later.tick > second.tick
+    ledger.run(LEAD_TICKS + 2, first.source)
+    assert ledger.state(second.key) == "confirmed"
+    assert ledger.balance(SOURCE) == before - 3
+
+
+def test_what_would_hardly_get_there_is_not_sent(ledger, number):
+    first, second = ledger.transfer(f"task{number}", 1), ledger.transfer(f"task{number + 1}", 2)
+    ledger.pass_ticks(2 * LEAD_TICKS - MIN_LEAD_TICKS)
+    assert ledger.it.get(second.key).tick - ledger.chain.tick_info().tick == MIN_LEAD_TICKS
+    ledger.pass_ticks(1)
+    ledger.follow(first.source)
+    assert (ledger.state(first.key), ledger.state(second.key)) == ("confirmed", "broadcast")
+    assert ledger.it.get(second.key).attempt == 2
+    ledger.run(2 * LEAD_TICKS, first.source)
+    assert ledger.state(second.key) == "confirmed"
+
+
+def test_the_bytes_of_a_transfer_that_was_not_sent_are_shown_to_nobody(ledger, number):
+    first, second = ledger.transfer(f"task{number}", 1), ledger.transfer(f"task{number + 1}", 2)
+    assert ledger.it.get(second.key).answer()["encoded"] == ""
+    assert ledger.it.get(first.key).answer()["encoded"] != ""  # on its way: no secret any more
+    simulated = ledger.it.simulate_transfer(f"task{number}", source=SOURCE, destination=DESTINATION, amount=1)
+    assert simulated.answer()["encoded"] == ""
+
+
+def test_it_is_written_that_it_is_sent_before_it_is(ledger, number, monkeypatch):
+    seen = []
+    broadcast = ledger.chain.broadcast
+
+    def watched(encoded: bytes) -> str:
+        seen.append(ledger.state(f"hash:{digest(number)}"))
+        return broadcast(encoded)
+
+    monkeypatch.setattr(ledger.chain, "broadcast", watched)
+    ledger.write(number)
+    assert seen == ["broadcast"]
+
+
+def test_a_queue_moves_on_although_look_ups_lag_behind_a_whole_turn(ledger, number):
+    ledger.chain.set_faults(Faults(lag=LEAD_TICKS + 5))
+    written = [ledger.write(number + each) for each in range(4)]
+    ledger.run(14 * LEAD_TICKS)
+    assert [ledger.state(each.key) for each in written] == ["confirmed"] * 4
+    assert [len(ledger.on_chain(each.payload)) for each in written] == [1] * 4
+
+
+def test_following_ends_in_time_and_goes_on_the_next_time(ledger, number):
+    written = [ledger.write(number + each) for each in range(3)]
+    ledger.pass_ticks(LEAD_TICKS + 1)
+    ledger.it.follow(written[0].source, seconds=0)
+    assert [ledger.state(each.key) for each in written] == ["confirmed", "signed", "signed"]
+    ledger.run(3 * LEAD_TICKS)
+    assert [ledger.state(each.key) for each in written] == ["confirmed"] * 3
+
+
+def test_a_tick_that_cannot_be_true_is_not_believed(ledger, number, monkeypatch):
+    with monkeypatch.context() as patch:
+        wrong = replace(ledger.chain.tick_info(), tick=2**31)
+        patch.setattr(ledger.chain, "tick_info", lambda: wrong)
+        with pytest.raises(UnavailableError, match="present tick"):
+            ledger.write(number)
+    tick = ledger.chain.tick_info().tick
+    assert ledger.write(number).tick < tick + 20 * LEAD_TICKS
+
+
+def test_an_empty_wallet_is_told_and_nothing_is_signed_for_it_again_and_again(ledger, number, monkeypatch, capsys):
+    poor = wallets.key_of_seed("p" * 55)
+    monkeypatch.setattr("qubic.submissions.service_key", lambda: poor)
+    monkeypatch.setattr("qubic.wallets.service_key", lambda: poor)
+    written = ledger.write(number)
+    assert REFUSED_METRIC in capsys.readouterr().out
+    ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
+    with pytest.raises(UnavailableError, match="has no balance"):
+        ledger.follow(poor.identity)
+    assert ledger.it.get(written.key).attempt == 1
+    assert REFUSED_METRIC in capsys.readouterr().out
+    rich = wallets.demo_key(SOURCE)
+    pay(ledger, rich, poor, 1)
+    ledger.run(LEAD_TICKS + 2, poor.identity)
+    assert ledger.state(written.key) == "confirmed"
+
+
+def replace_the_service_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = wallets.demo_key(EMPTY)
+    monkeypatch.setattr("qubic.submissions.service_key", lambda: other)
+    monkeypatch.setattr("qubic.wallets.service_key", lambda: other)
+
+
+def test_a_record_whose_key_was_replaced_is_signed_by_the_new_one(ledger, number, monkeypatch):
+    ledger.chain.set_faults(Faults(drop=1))
+    first = ledger.write(number)
+    ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
+    replace_the_service_key(monkeypatch)
+    ledger.follow(first.source)
+    assert ledger.it.get(first.key).error.startswith("no_key")
+    again = ledger.write(number)
+    assert again.source != first.source
+    ledger.run(LEAD_TICKS + 2, again.source)
+    found = ledger.it.get(first.key)
+    assert (found.state, found.attempt, found.txid) == ("confirmed", 2, again.txid)
+
+
+def test_what_the_former_key_has_written_stays_written(ledger, number, monkeypatch):
+    first = ledger.write(number)
+    ledger.run(LEAD_TICKS + 2)
+    replace_the_service_key(monkeypatch)
+    again = ledger.write(number)
+    assert (again.state, again.txid) == ("confirmed", first.txid)
 
 
 def test_a_reference_stands_for_one_transfer(ledger, number):
@@ -349,6 +606,27 @@ def test_what_is_under_way_counts_as_spent(ledger, number):
     assert ledger.balance(EMPTY) == balance - 2 * (balance // 2)
 
 
+def test_what_is_moved_already_does_not_count_twice(ledger, number):
+    pay(ledger, wallets.service_key(), wallets.demo_key(EMPTY), 100)
+    balance = ledger.balance(EMPTY)
+    ledger.transfer(f"task{number}", balance - 10, source=EMPTY)
+    ledger.pass_ticks(LEAD_TICKS + 1)  # it is in its tick, and nobody has looked
+    moved = ledger.transfer(f"task{number}-2", 10, source=EMPTY)
+    ledger.run(2 * LEAD_TICKS, moved.source)
+    assert (ledger.state(moved.key), ledger.balance(EMPTY)) == ("confirmed", 0)
+
+
+def test_a_simulation_says_what_is_not_there_too(ledger, number):
+    terms = {"source": SOURCE, "destination": DESTINATION}
+    assert ledger.it.simulate_transfer(f"task{number}", amount=1, **terms).state == "simulated"
+    with pytest.raises(RefusedError) as refused:
+        ledger.it.simulate_transfer(f"task{number}", amount=ledger.balance(SOURCE) + 1, **terms)
+    assert refused.value.code == "insufficient_balance"
+    with pytest.raises(InvalidInputError):
+        ledger.it.simulate_transfer(f"task{number}", source=SOURCE, destination=SOURCE, amount=1)
+    assert ledger.it.get(f"transfer:task{number}") is None
+
+
 def test_of_many_transfers_at_once_only_what_is_there_is_spent(ledger, number):
     balance = ledger.balance(SOURCE)
     share = balance // 3
@@ -364,12 +642,13 @@ def test_of_many_transfers_at_once_only_what_is_there_is_spent(ledger, number):
     assert sorted(outcomes) == ["insufficient_balance"] * 3 + ["signed"] * 3
     ledger.run(5 * LEAD_TICKS, identity_of(SOURCE))
     assert ledger.balance(SOURCE) == balance - 3 * share
-    # back to where it was, for the tests that follow
-    key = wallets.demo_key(DESTINATION)
-    back = Transaction(
-        key.public_key, wallets.demo_key(SOURCE).public_key, 3 * share, ledger.chain.tick_info().tick + 5
-    ).sign(key.subseed)
-    ledger.chain.broadcast(back.encode())
+    pay(ledger, wallets.demo_key(DESTINATION), wallets.demo_key(SOURCE), 3 * share)  # for the tests that follow
+
+
+def pay(ledger: Ledger, source: wallets.Key, destination: wallets.Key, amount: int) -> None:
+    tick = ledger.chain.tick_info().tick + 5
+    transaction = Transaction(source.public_key, destination.public_key, amount, tick).sign(source.subseed)
+    ledger.chain.broadcast(transaction.encode())
     ledger.pass_ticks(7)
 
 

@@ -7,11 +7,15 @@ from collections.abc import Callable
 from typing import Any
 
 import boto3
+import pytest
+from botocore.client import BaseClient
 from botocore.exceptions import EndpointConnectionError
 
+from qaes.domain.errors import LimitError
 from qubic import wallets
 from qubic.chain.mock import Faults, MockChain
-from qubic.submissions import LEAD_TICKS
+from qubic.submissions import LEAD_TICKS, Submissions
+from qubic.writer import MAX_DELAY_SECONDS
 from tests.support.cloud import SEED, Cloud, cloud
 from tests.support.crashes import crash_at
 
@@ -155,3 +159,80 @@ def test_a_lost_message_is_made_up_for_by_the_schedule():
         it.clock.pass_seconds(LEAD_TICKS + 2)
         assert it.invoke("LedgerWriterFunction", {}) == {"open": []}
         assert it.invoke("LedgerFunction", {"operation": "verify", "hash": digest(1)})["result"]["verified"]
+
+
+def test_what_cannot_be_sent_is_followed_and_what_cannot_be_followed_is_sent(monkeypatch):
+    with cloud(state_machine=False) as it:
+        chain = MockChain(genesis={}, table="ChainTable", clock=it.clock, tick_milliseconds=1000)
+        chain.set_faults(Faults(fail_after_accepting=1))
+        [before] = _messages()
+        it.invoke("LedgerFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        assert sum(_messages()[0].values()) == sum(before.values()) + 1
+        boto3.client("sqs").delete_queue(
+            QueueUrl=boto3.client("sqs").get_queue_url(QueueName="LedgerWriterQueue")["QueueUrl"]
+        )
+        it.clock.pass_seconds(LEAD_TICKS + 2)
+        it.invoke("LedgerWriterFunction", {})
+        written = it.invoke("LedgerFunction", {"operation": "write", "hash": digest(2), "metadata": {}})["result"]
+        it.clock.pass_seconds(LEAD_TICKS + 2)
+        assert _on_chain(it, bytes.fromhex(digest(2))) == [written["txid"]]
+
+
+def _sent(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Collect what is put into the queue: `{delay, key, network, seen, looks}`."""
+    sent = []
+    call = BaseClient._make_api_call
+
+    def watched(client: Any, operation: str, arguments: Any) -> Any:
+        if operation == "SendMessage":
+            sent.append(json.loads(arguments["MessageBody"]) | {"delay": arguments["DelaySeconds"]})
+        return call(client, operation, arguments)
+
+    monkeypatch.setattr(BaseClient, "_make_api_call", watched)
+    return sent
+
+
+def test_pauses_grow_while_ticks_stand_still_and_are_short_again_when_they_come(monkeypatch):
+    with cloud(state_machine=False) as it:
+        sent = _sent(monkeypatch)
+        it.invoke("LedgerFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        assert [each["delay"] for each in sent] == [LEAD_TICKS + 2]
+        chain = MockChain(genesis={}, table="ChainTable", clock=it.clock, tick_milliseconds=1000)
+        chain.set_faults(Faults(paused=True))
+
+        def look() -> int:
+            message = {name: value for name, value in sent[-1].items() if name != "delay"}
+            record = {"messageId": "m", "body": json.dumps(message), "eventSource": "aws:sqs"}
+            assert it.invoke("LedgerWriterFunction", {"Records": [record]}) == {"batchItemFailures": []}
+            it.clock.pass_seconds(sent[-1]["delay"])
+            return int(sent[-1]["delay"])
+
+        pauses = [look() for _ in range(10)]
+        assert pauses == sorted(pauses)
+        assert (pauses[0], pauses[-1]) == (LEAD_TICKS + 2, MAX_DELAY_SECONDS)
+        chain.set_faults(Faults())
+        it.clock.pass_seconds(5)
+        assert look() < LEAD_TICKS  # ticks come: there are so many left
+
+
+def test_a_limit_on_one_source_does_not_keep_the_others_waiting(monkeypatch):
+    with cloud(state_machine=False) as it:
+        it.invoke("LedgerFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        terms = {
+            "operation": "transfer", "reference": "task#step_1", "source": SOURCE, "run": 1,
+            "destination": DESTINATION, "amount": 1, "action_type": "transfer_funds",
+        }  # fmt: skip
+        it.invoke("LedgerFunction", terms)
+        it.clock.pass_seconds(LEAD_TICKS + 2)
+        follow = Submissions.follow
+
+        def busy(self: Submissions, identity: str, **arguments: Any) -> None:
+            follow(self, identity, **arguments)
+            raise LimitError("the ledger has too much to write at the moment")
+
+        monkeypatch.setattr(Submissions, "follow", busy)
+        assert len(it.invoke("LedgerWriterFunction", {})["open"]) == 2
+        assert it.invoke("LedgerFunction", {"operation": "verify", "hash": digest(1)})["result"]["verified"]
+        assert it.invoke("LedgerWriterFunction", {"Records": [_record(f"hash:{digest(1)}")]}) == {
+            "batchItemFailures": []
+        }
