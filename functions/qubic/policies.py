@@ -37,7 +37,6 @@ from qaes.domain.errors import (
 from qaes.domain.ids import now, timestamp
 from qaes.domain.policy import DEFAULT_RULES, Policy, PolicyDocument, Rule, policy_id_of, policy_of, version_of
 from qubic.items import ChangedError, Item, Items, attempts, item_key
-from qubic.submissions import EXPIRY_MARGIN_TICKS
 from qubic.wallets import service_key
 
 if TYPE_CHECKING:
@@ -49,6 +48,7 @@ REFUSED_METRIC = "PolicyRefused"
 LOOK_AGAIN_SECONDS = 60
 """How long a process relies on it that HEAD names the newest version that has been in force."""
 _MAX_VERSION = 10**9 - 1
+_PAGE = 100
 
 Status = Literal["proposed", "approved", "anchoring", "in_force", "superseded", "rejected"]
 
@@ -225,12 +225,14 @@ class Policies:
             raise UnavailableError(f"version {number} of the policy is missing")
         record = _record(item)
         submission = self._submissions.get(_submission_key(number))
-        if submission is not None and submission.state != "confirmed":
+        if submission is not None and submission.is_open:
             return
         try:
             if submission is None:
                 self._submit(record, _text(item))
                 return
+            if submission.state != "confirmed":
+                raise _AlteredError(f"its transaction is {submission.state}: {submission.error}")  # noqa: TRY301
             self._good(number, item, submission)
         except _AlteredError as error:
             self._report(number, error)
@@ -272,7 +274,9 @@ class Policies:
             raise UnavailableError(
                 "the first version of the policy is not on the ledger yet: it is in force once it is confirmed there"
             )
-        raise UnavailableError("the first version of the policy was altered, and no other can take its place")
+        raise UnavailableError(
+            "the first version of the policy was altered, or its transaction failed, and no other can take its place"
+        )
 
     def _create_first(self, head: _Head) -> None:
         document = PolicyDocument.write(DEFAULT_RULES, version=1)
@@ -327,13 +331,18 @@ class Policies:
 
     def _check_included(self, transaction: Transaction) -> None:
         """Check that the network has it, whatever the table says. Raises as `_good`."""
+        from qaes.domain.qubic.identity import encode_identity
+
         chain = self._submissions.chain
         if chain.transaction(transaction.id) is not None:
             return
-        if chain.last_processed_tick().tick < transaction.tick + EXPIRY_MARGIN_TICKS:
+        # A node that is behind must not set the policy back: the list says itself up to which tick it goes.
+        page = chain.transactions(encode_identity(transaction.source), transaction.tick, transaction.tick, 0, _PAGE)
+        if any(each.txid == transaction.id for each in page.transactions):
+            return
+        if page.valid_for_tick < transaction.tick or page.total > len(page.transactions):
             raise UnavailableError("the network does not tell yet whether it has the policy's transaction")
-        if chain.transaction(transaction.id) is None:  # now that its tick has passed for certain
-            raise _AlteredError("the network does not have its transaction")
+        raise _AlteredError("the network does not have its transaction")
 
     def _report(self, version: int, error: _AlteredError) -> None:
         logger().error("policy refused", extra={"version": version, "reason": str(error)})

@@ -26,10 +26,11 @@ from qaes.domain.errors import (
 )
 from qaes.domain.policy import DEFAULT_RULES, DENIED, PolicyDocument, Rule
 from qaes.domain.qubic.identity import encode_identity
-from qaes.domain.qubic.transaction import decode
+from qaes.domain.qubic.transaction import Transaction, decode
 from qubic import policies as module
 from qubic import service
 from qubic.chain import chain
+from qubic.chain.base import Included, IncludedPage
 from qubic.chain.mock import Faults, MockChain
 from qubic.policies import Policies, PolicyVersion
 from qubic.submissions import Submissions
@@ -686,6 +687,36 @@ def test_the_network_is_asked_once_for_each_version(
     assert asked == [store.get(2).txid]
 
 
+def listed(*transactions: Transaction, more: int = 0, ahead: int = 0) -> Callable[..., IncludedPage]:
+    found = tuple(Included(each, 0, money_flew=False) for each in transactions)
+    return lambda _, identity, first, last, *__: IncludedPage(found, len(found) + more, last + ahead)
+
+
+@pytest.mark.parametrize(
+    ("page", "version"),
+    [({}, 1), ({"ahead": -1}, None), ({"more": 1}, None), ({"has": True}, 2)],
+    ids=["not there", "behind", "not all", "there"],
+)
+def test_a_look_up_that_finds_nothing_is_not_believed_alone(
+    aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch, page: dict[str, Any], version: int | None
+) -> None:
+    publish(aws, store)
+    store.in_force()
+    first = next(good for known, good in module._verified.items() if known[2] == 1)
+    forget()
+    module._verified["LedgerTable", "mock", 1, first.policy.policy_id.rpartition("-")[2]] = first
+    submission = store._submissions.get("policy:2")
+    assert submission is not None
+    has = (decode(submission.encoded),) if page.pop("has", False) else ()
+    monkeypatch.setattr(MockChain, "transaction", lambda *_: None)
+    monkeypatch.setattr(MockChain, "transactions", listed(*has, **page))
+    if version is None:
+        with pytest.raises(UnavailableError, match="does not tell yet"):
+            store.in_force()
+    else:
+        assert store.in_force().version == version
+
+
 # A seed that was replaced
 
 
@@ -719,6 +750,24 @@ def test_former_identities_that_are_none(
     monkeypatch.setenv("QUBIC_FORMER_IDENTITIES", identities)
     with pytest.raises(settings.SettingsError, match="QUBIC_FORMER_IDENTITIES"):
         store.in_force()
+
+
+def test_a_version_that_was_on_its_way_when_the_seed_was_replaced(
+    aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can sign it anew: it is given up, and does not stand in the way of the next."""
+    chain().set_faults(Faults(drop=1000))  # type: ignore[attr-defined]
+    store.propose(RULES, subject="olivia")
+    store.approve(2, subject="oscar", four_eyes=True)
+    aws.clock.pass_seconds(60)
+    former = replace_seed()
+    monkeypatch.setenv("QUBIC_FORMER_IDENTITIES", former)
+    aws.parameters["QubicFormerIdentities"] = former
+    chain().set_faults(Faults())  # type: ignore[attr-defined]
+    aws.invoke("LedgerWriterFunction", {})
+    assert store.get(2).status == "rejected"
+    assert "its transaction is failed: no_key" in store.get(2).reason
+    assert store.in_force().version == 1
 
 
 # HEAD that was rolled back
