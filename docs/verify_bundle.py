@@ -315,8 +315,7 @@ class Story:
             types = {"format": int, "version": int, "rules": dict}
             document = members(parse_canonical(text, "policy", hash_), types, "policy", hash_)
             need(document["format"] == 1, "policy", "a document of another format", hash_)
-            self.policies[f"policy-v{document['version']}-{hash_[:12]}"] = document | {"hash": hash_}
-        need(len(self.policies) == len(policies), "policy", "two documents of one id")
+            self.policies[f"policy-v{document['version']}-{hash_}"] = document
         self.unused = set(self.policies)
         self.request: dict[str, Any] = {}
         self.policy: dict[str, Any] = {}  # the pinned decision
@@ -828,7 +827,7 @@ def report(
         f"entries   {len(entries)}, of which {anchored} are in the anchored log",
         f"anchor    as of size {anchor['size']}, number {anchor['sequence']}, tick {anchor['tick']}: {anchor['txid']}",
         f"network   {bundle['network']}",
-        *(f"policy    {name}, SHA-256 {each['hash']}" for name, each in story.policies.items()),
+        *(f"policy    {each}" for each in story.policies or ["none was looked at"]),
         f"approved  by {', '.join(story.approvers) or 'nobody'}",
         *(f"ran       {each}" for each in story.effects or ["nothing"]),
         *([f"UNKNOWN   what became of {begun['step_id']} {begun['type']}, which was begun"] if begun else []),
