@@ -192,6 +192,14 @@ def node_hash(left: bytes, right: bytes) -> bytes:
     return hashlib.sha256(b"\x01" + left + right).digest()
 
 
+def root_of(leaves: list[bytes]) -> bytes:
+    """The root of a tree (RFC 6962, section 2.1): what is left is the largest power of two below its size."""
+    if len(leaves) == 1:
+        return leaves[0]
+    left = 1 << (len(leaves) - 1).bit_length() - 1
+    return node_hash(root_of(leaves[:left]), root_of(leaves[left:]))
+
+
 def root_by(leaf: bytes, index: int, size: int, proof: list[bytes], where: str) -> bytes:
     """The root to which an inclusion proof leads (RFC 9162, section 2.1.3.2)."""
     need(0 <= index < size, "index", f"a log of {size} has no entry {index}", where)
@@ -289,6 +297,10 @@ def moment(text: str, where: str) -> float:
         raise Failed("text", "not a time", where) from None
 
 
+def place_of(entry: dict[str, Any]) -> tuple[int, str, str]:
+    return entry["step_index"], entry["step_id"], entry["step_type"]
+
+
 def planned(request: dict[str, Any], policy: dict[str, Any]) -> list[list[Any]]:
     """Id, type and parameters of the steps that a request makes; there are no other types of steps."""
     parameters, action = request["parameters"], policy["action_type"]
@@ -332,8 +344,8 @@ class Story:
         need(kind in KINDS, "text", "there is no such kind", where)
         by, *statuses = KINDS[kind]
         need(by in (None, entry["actor"]) and entry["status"] in statuses, "text", "no such actor or status", where)
-        place = (entry["step_index"], entry["step_id"], entry["step_type"])
-        need(kind.startswith(("approval_", "step_")) or place == (-1, "", kind), "text", "it is about no step", where)
+        of_step = kind.startswith(("approval_", "step_"))
+        need(of_step or place_of(entry) == (-1, "", kind), "text", "it is about no step", where)
         first = kind == "task_started"
         need(first != bool(self.request), "text", "the first entry, and no other, is the task's start", where)
         time = moment(entry["timestamp"], where)
@@ -412,15 +424,16 @@ class Story:
         index, steps = entry["step_index"], self.plan.get("steps", [])
         need(0 <= index < len(steps), check, "the plan has no such step", entry["where"])
         need(index == self.done, check, "out of order, or a second time", entry["where"])
-        named = (entry["step_id"], entry["step_type"]) == (steps[index]["step_id"], steps[index]["type"])
+        named = place_of(entry) == (index, steps[index]["step_id"], steps[index]["type"])
         need(named, check, "not the plan's step", entry["where"])
         return dict(steps[index])
 
     def _ask(self, entry: dict[str, Any], where: str) -> None:
         asked = members(entry["input"], ASKED, "approval", where)
         step = self._step(entry, "approval")
+        before = self._approval_of(entry).get("state")
         # Approved already: a policy that became stricter since wants more people.
-        need(self.approval.get("state") in (None, "approved"), "approval", "another one is open, or was a no", where)
+        need(before in (None, "approved"), "approval", "another one is open, or was a no", where)
         need(asked["plan_hash"] == self.plan_hash, "approval", "asked for another plan", where)
         need(asked["step_hash"] == sha256(canonical(step)), "approval", "asked for another step", where)
         need(asked["policy_id"] == self.policy["policy_id"], "approval", "under another policy", where)
@@ -428,8 +441,11 @@ class Story:
         limit = self.policy.get("expires_after")
         open_for = moment(asked["expires_at"], where) - moment(entry["timestamp"], where)
         need(limit is None or open_for <= limit, "approval", "open for longer than the policy says", where)
-        self.approval = {"state": "pending", "asked": asked, "by": []}
+        self.approval = {"state": "pending", "asked": asked, "by": [], "step": place_of(entry)}
         self._said(entry)
+
+    def _approval_of(self, entry: dict[str, Any]) -> dict[str, Any]:
+        return self.approval if self.approval.get("step") == place_of(entry) else {}
 
     def _said(self, entry: dict[str, Any]) -> None:
         said = members(entry["output"], {"status": str, "actor": str}, "output", entry["where"])
@@ -437,9 +453,10 @@ class Story:
         need(alike, "output", "the entry says something else", entry["where"])
 
     def _of_approval(self, entry: dict[str, Any], state: str) -> None:
-        asked = self.approval.get("state") == state and same(entry["input"], self.approval["asked"])
+        # The step may have succeeded since: an execution before this one had begun it.
+        approval = self._approval_of(entry)
+        asked = approval.get("state") == state and same(entry["input"], approval["asked"])
         need(asked, "approval", "nobody was asked this", entry["where"])
-        self._step(entry, "approval")
         self._said(entry)
 
     def _close(self, entry: dict[str, Any], where: str) -> None:
@@ -476,7 +493,7 @@ class Story:
         need(said["step_hash"] == sha256(canonical(step)), "step", "another step was begun", where)
         need(said["run"] == self.run, "step", "begun for another run", where)
         need(self.run not in (self.failed_in, self.claim.get("run")), "step", "begun a second time", where)
-        policy, approval = self._decision(entry["output"], where), self.approval
+        policy, approval = self._decision(entry["output"], where), self._approval_of(entry)
         need(policy["allowed"], "step", "begun though the policy in force did not allow it", where)
         need(approval.get("state") in (None, "approved"), "step", "begun without its approval", where)
         by, of_round = approval.get("by", []), approval["asked"]["round"] if approval else None
@@ -723,7 +740,7 @@ def check_whole_log(prefix: str, bundle: dict[str, Any], anchor: dict[str, Any],
     except (ValueError, IndexError):
         raise Failed("whole log", "its checkpoint is none", prefix) from None
     need(size >= anchor["size"], "whole log", f"its checkpoint, of size {size}, is older than the anchor", prefix)
-    stack: list[tuple[int, bytes]] = []
+    leaves: list[bytes] = []
     found: list[bytes] = []
     data = b""
     for at in range(size):
@@ -733,16 +750,10 @@ def check_whole_log(prefix: str, bundle: dict[str, Any], anchor: dict[str, Any],
         text, data = data[2 : 2 + length], data[2 + length :]
         if f'"task_id":"{bundle["task_id"]}"'.encode() in text:
             found.append(text)
-        width, hash_ = 1, leaf_hash(text)
-        while stack and stack[-1][0] == width:
-            width, hash_ = 2 * width, node_hash(stack.pop()[1], hash_)
-        stack.append((width, hash_))
-        for end, expected, what in ((anchor["size"], anchor["root"], "anchored"), (size, newest, "newest")):
-            if at + 1 == end:
-                for _, left in reversed(stack[:-1]):
-                    hash_ = node_hash(left, hash_)
-                need(hash_ == expected, "whole log", f"its entries have another root than the {what} one", prefix)
-                hash_ = stack[-1][1]
+        leaves.append(leaf_hash(text))
+    anchored_root = root_of(leaves[: anchor["size"]])
+    need(anchored_root == anchor["root"], "whole log", "its entries have another root than the anchored one", prefix)
+    need(root_of(leaves) == newest, "whole log", "its entries have another root than its checkpoint", prefix)
     texts = [each["text"].encode() for each in bundle["entries"]]
     one_chain = all(f'"seq":{number},'.encode() in text for number, text in enumerate(found, start=1))
     these = one_chain and len(found) >= anchored and found[: len(texts)] == texts[: len(found)]

@@ -377,6 +377,12 @@ def confirmed_late() -> Trail:
     return trail.end("cancelled", "alice").finish(2)
 
 
+def confirmed_while_asked() -> Trail:
+    """A transfer of the execution before is confirmed while people are asked anew: their answer comes too late."""
+    trail = approved().begin(2).end("failed").retry().ask(2).decide(2, "bob", True, 1).finish(2)
+    return trail.decide(2, "carol", True, 2).end("completed")
+
+
 def settled_by_a_retry() -> Trail:
     """The retry finds that what an execution before it has handed in was made: nobody is asked again."""
     trail = approved().begin(2).end("failed").retry().end("failed").retry()
@@ -415,6 +421,7 @@ STORIES = {
     "expired and retried": expired_and_retried,
     "cancelled": cancelled,
     "confirmed late": confirmed_late,
+    "confirmed while asked": confirmed_while_asked,
     "settled by a retry": settled_by_a_retry,
     "refused and retried": refused_and_retried,
     "under a stricter policy": under_a_stricter_policy,

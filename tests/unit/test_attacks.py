@@ -656,7 +656,7 @@ def swapped_plan() -> Trail:
     kept, trail.plan = trail.plan, trail.plan.model_copy(update={"steps": tuple(steps)})
     _, fields = trail.of_step(2)
     parameters, trail.plan = trail.plan.steps[2].parameters, kept
-    return trail.record("step_executed", "worker", "succeeded", parameters, {}, **fields)
+    return trail.record("step_executed", "worker", "succeeded", parameters, moved(), **fields)
 
 
 def lax_plan() -> Trail:
@@ -690,6 +690,17 @@ def with_step(at: int, **changes: Any) -> Trail:
     steps = list(built.steps)
     steps[at] = steps[at].model_copy(update=changes)
     return trail.build(steps=tuple(steps))
+
+
+def told(trail: Trail, **changes: Any) -> Trail:
+    """The last entry says something else."""
+    text, input_, output = trail.entries[-1]
+    trail.entries[-1] = (canonical_json(json.loads(text) | changes), input_, output)
+    return trail
+
+
+def approved_of(trail: Trail, index: int) -> Trail:
+    return trail.ask(index).decide(index, "bob", True, 1).decide(index, "carol", True, 2)
 
 
 def moved(**changes: Any) -> dict[str, Any]:
@@ -926,6 +937,8 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
     "begun again after it was refused": (lambda: monitoring().finish(0, {"error": "x"}, "failed").begin(0), "step"),
     "begun for another run": (lambda: monitoring().begin(0, run=2), "step"),
     "another step begun": (lambda: monitoring().begin(0, step_hash="0" * 64), "step"),
+    "begun under another step's name": (lambda: told(monitoring().begin(0), step_id="step_9"), "step"),
+    "begun as a step of another type": (lambda: told(planned().begin(2), step_type="policy_check"), "step"),
     "begun out of order": (lambda: monitoring().begin(1), "step"),
     "begun with another approval": (lambda: approved(planned()).begin(2, approval=2), "step"),
     "begun with an approval that nobody gave": (lambda: monitoring(2).begin(2, approval=1), "step"),
@@ -940,6 +953,18 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
         "step",
     ),
     "begun while somebody is asked": (lambda: monitoring(2).ask(2, required=1).begin(2), "step"),
+    "the approval of another step": (
+        lambda: (
+            approved_of(Trail().start().check_policy().build().execute(0).begin(1), 1).finish(1).begin(2, approval=1)
+        ),
+        "step",
+    ),
+    "the approval of another step, not named": (
+        lambda: (
+            approved_of(Trail().start().check_policy().build().execute(0).begin(1), 1).finish(1).begin(2, approval=None)
+        ),
+        "step",
+    ),
     "asked until somebody says yes": (lambda: planned().ask(2).decide(2, "bob", False, 0).ask(2), "approval"),
     "asked about a step that is done": (lambda: monitoring(2).ask(1, required=1), "approval"),
     "a reminder of another step": (
@@ -1007,6 +1032,18 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
     "a plan that looks at another wallet": (lambda: with_step(0, parameters={"wallet_address": TARGET}), "plan"),
     "another amount was moved": (
         lambda: approved(planned()).execute(2, moved(amount=999)),
+        "step",
+    ),
+    "another instruction was written": (
+        lambda: (
+            Trail("paint", rules=RULES | {"paint": RULES["monitoring"]})
+            .start()
+            .check_policy()
+            .build()
+            .execute(0)
+            .execute(1)
+            .execute(2, {"txid": "x", "tick": 1, "task_type": "paint", "instruction_hash": "0" * 64})
+        ),
         "step",
     ),
     "nothing is said of what was moved": (lambda: approved(planned()).execute(2, {"ok": True}), "step"),
