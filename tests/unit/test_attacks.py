@@ -938,7 +938,7 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
     "begun for another run": (lambda: monitoring().begin(0, run=2), "step"),
     "another step begun": (lambda: monitoring().begin(0, step_hash="0" * 64), "step"),
     "begun under another step's name": (lambda: told(monitoring().begin(0), step_id="step_9"), "step"),
-    "begun as a step of another type": (lambda: told(planned().begin(2), step_type="policy_check"), "step"),
+    "begun as a step of another type": (lambda: told(approved(planned()).begin(2), step_type="policy_check"), "step"),
     "begun out of order": (lambda: monitoring().begin(1), "step"),
     "begun with another approval": (lambda: approved(planned()).begin(2, approval=2), "step"),
     "begun with an approval that nobody gave": (lambda: monitoring(2).begin(2, approval=1), "step"),
