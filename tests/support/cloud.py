@@ -8,6 +8,7 @@ nothing else. The mock network's clock is the tests' own: its ticks pass when no
 
 from __future__ import annotations
 
+import copy
 import importlib
 import io
 import json
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -28,6 +30,7 @@ import jsonata
 from botocore.client import BaseClient
 from moto import mock_aws
 from moto.awslambda_simple.models import LambdaSimpleBackend
+from moto.core.base_backend import BackendDict
 from moto.stepfunctions.parser.asl.jsonata import jsonata as moto_jsonata
 
 from qaes.adapters import clients
@@ -35,6 +38,7 @@ from tests.support import template
 
 SEED = "qaestestseedthatsignsforthetestsandisworthnothingatallx"
 PARAMETERS = {"Stage": "local", "ApprovalTimeoutSeconds": "60", "RetryIntervalSeconds": "1", "RetryMaxAttempts": "2"}
+SNAPSHOT_SECONDS = 30
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "test",
     "AWS_SECRET_ACCESS_KEY": "test",
@@ -320,35 +324,101 @@ def cloud(
             response_headers["x-amz-function-error"] = "Unhandled"
             return json.dumps({"errorType": type(error).__name__, "errorMessage": str(error)}).encode()
 
-    config: Any = {"stepfunctions": {"execute_state_machine": True}, "lambda": {"use_docker": False}}
+    config: Any = {
+        "stepfunctions": {"execute_state_machine": True},
+        "lambda": {"use_docker": False},
+        "core": {"reset_boto3_session": False},
+    }
     with (
         patch.dict(os.environ, _every_variable() | CREDENTIALS),
         mock_aws(config=config),
+        patch("boto3.DEFAULT_SESSION", _session()),
         patch.object(LambdaSimpleBackend, "invoke", invoke),
         patch.object(moto_jsonata, "_eval_jsonata", evaluate),
         patch.object(BaseClient, "_make_api_call", _one_at_a_time),
         patch.dict(MockChain.__init__.__kwdefaults__, {"clock": it.clock}),
     ):
         clients.reset()
-        _create_tables()
-        _create_functions()
-        for name in template.resources("AWS::SecretsManager::Secret"):
-            boto3.client("secretsmanager").create_secret(Name=name, SecretString=SEED)
-        for name in template.resources("AWS::SQS::Queue"):
-            boto3.client("sqs").create_queue(QueueName=name)
-        if state_machine:
-            it.machine_arn = _create_state_machine(it.parameters)
+        _fill(it, state_machine=state_machine, policy=policy)
         try:
-            if policy:
-                it.invoke("LedgerWriterFunction", {})
-                it.settle()
-                it.invocations.clear()
             if state_machine:
                 it.start_time()
             yield it
         finally:
             it.close()
             clients.reset()
+
+
+@cache
+def _session() -> boto3.Session:
+    """One for all tests, whose credentials are the same: each new one reads botocore's models from the disk anew."""
+    return boto3.Session(
+        CREDENTIALS["AWS_ACCESS_KEY_ID"], CREDENTIALS["AWS_SECRET_ACCESS_KEY"], region_name=template.REGION
+    )
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """What a fresh cloud has; `places` says where in moto each of `backends` belongs."""
+
+    places: list[tuple[BackendDict[Any], str, str]]
+    backends: list[Any]
+    machine_arn: str
+    shard: str
+    moment: datetime
+    made: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def of(cls, it: Cloud) -> _Snapshot:
+        found = [
+            ((services, account, region), backend)
+            for services in BackendDict._instances
+            if services.service_name != "sqs"  # it has locks, which cannot be copied
+            for account, region, backend in services.iter_backends()
+        ]
+        places, backends = zip(*found, strict=True)
+        return cls(list(places), copy.deepcopy(list(backends)), it.machine_arn, it._shard, it.clock.moment)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether its moment is still as good as the present one, which the mock network's clock begins with."""
+        return time.monotonic() - self.made < SNAPSHOT_SECONDS
+
+    def restore(self, it: Cloud) -> None:
+        it.machine_arn, it._shard, it.clock.moment = self.machine_arn, self.shard, self.moment
+        # Copied in one go: one service's backend has references to another's.
+        for (services, account, region), backend in zip(self.places, copy.deepcopy(self.backends), strict=True):
+            dict.__setitem__(services[account], region, backend)
+
+
+_snapshots: dict[tuple[Any, ...], _Snapshot] = {}
+
+
+def _fill(it: Cloud, *, state_machine: bool, policy: bool) -> None:
+    """Create what the template has, half a second's work, or put a copy there of what was created for an earlier test."""
+    key = (state_machine, policy, *sorted(it.parameters.items()))
+    known = _snapshots.get(key)
+    if known and known.is_new:
+        known.restore(it)
+        _create_queues()
+        return
+    _create_queues()
+    _create_tables()
+    _create_functions()
+    for name in template.resources("AWS::SecretsManager::Secret"):
+        boto3.client("secretsmanager").create_secret(Name=name, SecretString=SEED)
+    if state_machine:
+        it.machine_arn = _create_state_machine(it.parameters)
+    if policy:
+        it.invoke("LedgerWriterFunction", {})
+        it.settle()
+        it.invocations.clear()
+    _snapshots[key] = _Snapshot.of(it)
+
+
+def _create_queues() -> None:
+    for name in template.resources("AWS::SQS::Queue"):
+        boto3.client("sqs").create_queue(QueueName=name)
 
 
 def _create_functions() -> None:
