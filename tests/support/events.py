@@ -37,6 +37,10 @@ _FUNCTIONS = {
     "audit/sequence": "SequencerFunction",
     "audit/anchor": "AnchorFunction",
     "qubic/ledger": "LedgerFunction",
+    "qubic/ledger_transfer": "LedgerTransferFunction",
+    "qubic/ledger_transfer_state": "LedgerFunction",
+    "qubic/ledger_write": "LedgerTransferFunction",
+    "qubic/ledger_submit_anchor": "LedgerAnchorFunction",
     "qubic/writer": "LedgerWriterFunction",
 }
 
