@@ -1198,8 +1198,15 @@ def test_an_old_bundle_does_not_pass_for_the_present_one(tmp_path: Path) -> None
 
 
 def test_a_log_that_is_older_or_another_than_the_anchored_one(tmp_path: Path) -> None:
-    log = Log()
-    bundle = transferred().bundle(log=log)
+    log, trail = Log(), transferred()
+    bundle = trail.bundle(log=log)
+    with pytest.raises(verifier.Failed, match="older than the anchor"):
+        verify(bundle, log=log.write(tmp_path / "older", len(log.texts) - 1))
+    another = Log()
+    another.append("an entry that the anchored log has not")
+    trail.bundle(log=another)  # the task's entries are all in it
+    with pytest.raises(verifier.Failed, match="another root than the anchored one"):
+        verify(bundle, log=another.write(tmp_path / "another"))
     good = log.write(tmp_path)
     note = (tmp_path / "checkpoint").read_bytes()
     assert verify(bundle, log=good)
