@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import gzip
+import re
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, Path, Query, Response
+from fastapi import Depends, Path, Query, Request, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -298,9 +300,12 @@ def get_audit(task_id: TaskId, who: Reader) -> AuditAnswer:
 
 
 class TileResponse(Response):
-    """Hashes or entries, one after the other."""
+    """Hashes or entries, one after the other. What has a token keeps them for itself."""
 
     media_type = "application/octet-stream"
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content, headers={"cache-control": f"private, {tlog.IMMUTABLE}"})
 
 
 _OCTETS: dict[int | str, dict[str, Any]] = {
@@ -317,30 +322,30 @@ def get_signed_checkpoint(_who: Reader) -> str:
 
 
 @app.get("/log/tile/entries/{a}", response_class=TileResponse, responses=_OCTETS)
-def get_entries(_who: Auditor, a: Group) -> Response:
+def get_entries(_who: Auditor, request: Request, a: Group) -> Response:
     """The texts of 256 entries, each after its length in two bytes (C2SP tlog-tiles).
 
     Ask for it with `Accept: application/octet-stream`; otherwise API Gateway sends base64.
     """
-    return TileResponse(tlog.entries_tile(Log(), AuditStore(), (a,)))
+    return _entries(request, (a,))
 
 
 @app.get("/log/tile/entries/{a}/{b}", response_class=TileResponse, responses=_OCTETS)
-def get_entries_2(_who: Auditor, a: Group, b: Group) -> Response:
+def get_entries_2(_who: Auditor, request: Request, a: Group, b: Group) -> Response:
     """The same, of a tile from number 1000 on, or of the log's last tile: `/log/tile/entries/000.p/7`."""
-    return TileResponse(tlog.entries_tile(Log(), AuditStore(), (a, b)))
+    return _entries(request, (a, b))
 
 
 @app.get("/log/tile/entries/{a}/{b}/{c}", response_class=TileResponse, include_in_schema=False)
-def get_entries_3(_who: Auditor, a: Group, b: Group, c: Group) -> Response:
+def get_entries_3(_who: Auditor, request: Request, a: Group, b: Group, c: Group) -> Response:
     """The same, deeper."""
-    return TileResponse(tlog.entries_tile(Log(), AuditStore(), (a, b, c)))
+    return _entries(request, (a, b, c))
 
 
 @app.get("/log/tile/entries/{a}/{b}/{c}/{d}", response_class=TileResponse, include_in_schema=False)
-def get_entries_4(_who: Auditor, a: Group, b: Group, c: Group, d: Group) -> Response:
+def get_entries_4(_who: Auditor, request: Request, a: Group, b: Group, c: Group, d: Group) -> Response:
     """The same, deeper."""
-    return TileResponse(tlog.entries_tile(Log(), AuditStore(), (a, b, c, d)))
+    return _entries(request, (a, b, c, d))
 
 
 @app.get("/log/tile/{level}/{a}", response_class=TileResponse, responses=_OCTETS)
@@ -371,6 +376,28 @@ def get_tile_4(_who: Reader, level: Level, a: Group, b: Group, c: Group, d: Grou
 
 
 handler = make_handler(app)
+
+
+def _entries(request: Request, groups: tuple[str, ...]) -> Response:
+    answer = TileResponse(tlog.entries_tile(Log(), AuditStore(), groups))
+    answer.headers["vary"] = "Accept-Encoding"
+    # Only to a client that gets bytes at all: API Gateway would call base64 text gzip.
+    takes_bytes = request.headers.get("accept", "").partition(",")[0].partition(";")[0].strip() == answer.media_type
+    if takes_bytes and takes_gzip(request.headers.get("accept-encoding", "")):
+        answer.body = gzip.compress(bytes(answer.body), 6, mtime=0)
+        answer.headers["content-encoding"] = "gzip"
+        answer.headers["content-length"] = str(len(answer.body))
+    return answer
+
+
+def takes_gzip(accept_encoding: str) -> bool:
+    """Whether an Accept-Encoding names gzip, or everything, without forbidding it (RFC 9110, 12.5.3)."""
+    weights = {}
+    for each in accept_encoding.lower().split(","):
+        coding, _, parameter = each.partition(";")
+        weights[coding.strip()] = parameter.replace(" ", "")
+    weight = weights.get("gzip", weights.get("*"))
+    return weight is not None and re.fullmatch(r"q=0(\.0{0,3})?", weight) is None
 
 
 def _may_see(who: Caller, task_id: str) -> bool:

@@ -29,7 +29,7 @@ from tests.handlers.test_audit_recorder import (
 )
 from tests.support import template
 from tests.support.cloud import PARAMETERS, Cloud, Context, cloud
-from tests.support.trail import anchor, anchor_all, log, new_recorder, put_entries, sequence_all
+from tests.support.trail import ORIGIN, anchor, anchor_all, log, new_recorder, put_entries, sequence_all
 
 Get = Callable[..., tuple[int, dict[str, Any]]]
 
@@ -487,7 +487,7 @@ def test_the_checkpoint_is_that_of_the_newest_anchor(get: Get, recorded: str) ->
     assert (answer["statusCode"], answer["isBase64Encoded"], answer["body"]) == (200, False, body["note"])
     assert headers["content-type"].startswith("text/plain")
     said = parse_checkpoint(verify_note(answer["body"], body["verifier_key"]))
-    assert (said.origin, said.size, said.root.hex()) == ("qaes", 4, body["anchor"]["root"])
+    assert (said.origin, said.size, said.root.hex()) == (ORIGIN, 4, body["anchor"]["root"])
 
 
 def test_the_log_of_one_size_begins_with_that_of_another(get: Get, aws: Cloud, recorded: str) -> None:
