@@ -292,7 +292,7 @@ class Story:
         self.request: dict[str, Any] = {}
         self.policy: dict[str, Any] = {}
         self.plan: dict[str, Any] = {}
-        self.plan_hash = self.ended = ""
+        self.plan_hash = self.ended = self.retried_by = ""
         self.approval: dict[str, Any] = {}
         self.done, self.run = 0, 1
         self.approvers: list[str] = []
@@ -311,8 +311,12 @@ class Story:
             need(entry["policy_id"] == self.policy.get("policy_id", ""), "policy", "not the pinned policy", where)
         need(entry["plan_hash"] == self.plan_hash, "plan", "not the hash of the task's plan", where)
         if kind in ("task_started", "plan_built", "task_retried", "task_ended"):
-            request = members(entry["input"], REQUEST, "input", where)
-            need(first or same(request, self.request), "input", "not the request that was made", where)
+            given, made = members(entry["input"], {}, "input", where), self.request
+            if kind in ("task_retried", "task_ended") and "request_hash" in given:
+                given, made = {"hash": given["request_hash"]}, {"hash": sha256(canonical(made))}
+            else:
+                members(given, REQUEST, "input", where)
+            need(first or same(given, made), "input", "not the request that was made", where)
         if kind in APPROVAL_ENDS:
             self._of_approval(entry, APPROVAL_ENDS[kind][0])
             self.approval["state"] = APPROVAL_ENDS[kind][1]
@@ -407,6 +411,7 @@ class Story:
         for name in ("plan_hash", "step_hash"):
             need(said[name] == asked[name], "approval", f"decided on another {name}", where)
         need(who != self.request["requester"], "four eyes", "decided by the requester", where)
+        need(who != self.retried_by, "four eyes", "decided by who had it run again", where)
         need(who not in by, "approval", "the same person twice", where)
         need(said["decided_at"] == entry["timestamp"], "approval", "at another time", where)
         in_time = moment(said["decided_at"], where) < moment(asked["expires_at"], where)
@@ -459,6 +464,7 @@ class Story:
         run = members(entry["output"], {"run": int}, "output", where)["run"]
         need(run == self.run + 1, "output", "not the next execution", where)
         self.ended, self.run, self.approval = "", run, {}
+        self.retried_by = entry["actor"]
 
     def _end(self, entry: dict[str, Any], where: str) -> None:
         said = members(entry["output"], {"status": str}, "output", where)["status"]
