@@ -286,8 +286,7 @@ class Story:
             types = {"format": int, "version": int, "rules": dict}
             document = members(parse_canonical(text, "policy", hash_), types, "policy", hash_)
             need(document["format"] == 1, "policy", "a document of another format", hash_)
-            self.policies[f"policy-v{document['version']}-{hash_[:12]}"] = document
-        need(len(self.policies) == len(policies), "policy", "two documents of one id")
+            self.policies[f"policy-v{document['version']}-{hash_}"] = document
         self.unused = set(self.policies)
         self.request: dict[str, Any] = {}
         self.policy: dict[str, Any] = {}

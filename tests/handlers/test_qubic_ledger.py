@@ -197,7 +197,7 @@ def test_policy_balance_health_and_a_missing_transaction(call: Call) -> None:
     assert (policy["version"], set(policy["rules"])) == (1, {"monitoring", "transaction", "transfer_funds"})
     document = call("policy_document", policy_id=policy["policy_id"])["result"]
     assert document["hash"] == decode(base64.b64decode(document["encoded"])).payload.hex()
-    assert code(call("policy_document", policy_id="policy-v9-000000000000")) == "not_found"
+    assert code(call("policy_document", policy_id=f"policy-v9-{'0' * 64}")) == "not_found"
     balance = call("balance", address="0X" + RICH[2:])["result"]
     assert (balance["address"], balance["balance"]) == (RICH, 1000)
     assert call("balance", address=ZERO)["result"]["balance"] == 0

@@ -304,11 +304,14 @@ def cloud(
 
     Where there is a state machine, ticks pass by themselves; elsewhere `settle` lets them.
     """
+    from qubic import policies
     from qubic.chain.mock import MockChain
     from qubic.wallets import service_key
 
     it = Cloud(parameters=parameters or {})
     service_key.cache_clear()
+    policies._verified.clear()  # of tables of the same name, which are gone
+    policies._seen.clear()
 
     def invoke(
         backend: Any, function_name: str, qualifier: Any, body: Any, headers: Any, response_headers: Any
