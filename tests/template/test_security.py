@@ -254,6 +254,12 @@ def test_another_origin_is_another_deployment(template: Any) -> None:
         assert template.resources[name]["Properties"]["AlwaysDeploy"] is True
 
 
+def test_a_log_that_is_anchored_in_public_has_a_name_of_its_own(template: Any) -> None:
+    assert refusals(template, QubicNetwork="mainnet") == {"MainnetNamesItsLog"}
+    assert refusals(template, QubicNetwork="mainnet", LogId="acme-payments") == set()
+    assert refusals(template) == set()
+
+
 def test_every_origin_is_never_allowed_in_prod(template: Any) -> None:
     assert refusals(template, Stage="prod", CorsAllowOrigin="*", **ISSUER) == {"NotEveryOriginInProd"}
     assert refusals(template, Stage="prod", CorsAllowOrigin=ORIGIN, **ISSUER) == set()
