@@ -293,6 +293,7 @@ class Story:
         self.plan: dict[str, Any] = {}
         self.plan_hash = self.ended = self.retried_by = ""
         self.approval: dict[str, Any] = {}
+        self.approved_before: dict[int, dict[str, Any]] = {}  # by execution, until the step has run
         self.done, self.run = 0, 1
         self.approvers: list[str] = []
 
@@ -430,8 +431,12 @@ class Story:
         need(entry["step_index"] == self.done, "step", "out of order, or a second time", where)
         need(entry["status"] in ("succeeded", "failed"), "step", "neither succeeded nor failed", where)
         approval, self.approval = self.approval, {} if self.approval.get("step") == self.done else self.approval
+        before, self.approved_before = self.approved_before, {}
         if entry["status"] == "failed":
             return
+        if step["type"] == "onchain_action" and isinstance(entry["output"], dict) and "run" in entry["output"]:
+            # An execution before this one has handed the transfer in, under what was approved then.
+            approval = before.get(members(entry["output"], {"run": int}, "output", where)["run"], {})
         if step["requires_approval"] or self._must_ask(step):
             approved = approval.get("state") == "approved" and approval["step"] == self.done
             need(approved, "step", "ran without its approval", where)
@@ -462,6 +467,8 @@ class Story:
         need(self.ended in ("failed", "expired"), "end", "only what failed or expired is retried", where)
         run = members(entry["output"], {"run": int}, "output", where)["run"]
         need(run == self.run + 1, "output", "not the next execution", where)
+        if self.approval.get("state") == "approved":
+            self.approved_before[self.run] = self.approval
         self.ended, self.run, self.approval = "", run, {}
         self.retried_by = entry["actor"]
 

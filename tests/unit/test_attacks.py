@@ -683,6 +683,30 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
         "step",
     ),
     "an approval kept over a retry": (lambda: approved(planned()).end("failed").retry().execute(2), "step"),
+    "handed in by an execution in which nobody had approved it": (
+        lambda: approved(planned()).end("failed").retry().end("failed").retry().execute(2, {"run": 2}),
+        "step",
+    ),
+    "handed in before, and that had failed": (
+        lambda: (
+            approved(planned())
+            .end("failed")
+            .retry()
+            .execute(2, {"error": "expired"}, "failed")
+            .end("failed")
+            .retry()
+            .execute(2, {"run": 1})
+        ),
+        "step",
+    ),
+    "handed in by the execution that has not ended yet, and nobody was asked": (
+        lambda: planned().execute(2, {"run": 1}),
+        "step",
+    ),
+    "handed in by no execution": (
+        lambda: approved(planned()).end("failed").retry().execute(2, {"run": "1"}),
+        "output",
+    ),
     "a step runs twice": (lambda: planned().execute(1), "step"),
     "a step is left out": (lambda: Trail().start().check_policy().build().execute(1), "step"),
     "a transfer runs twice": (lambda: transfer().execute(2), "step"),

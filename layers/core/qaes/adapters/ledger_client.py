@@ -9,6 +9,9 @@ from qaes.adapters import clients, settings
 from qaes.domain.errors import RefusedError, UnavailableError
 from qaes.domain.policy import Policy
 
+CALL_SECONDS = 30
+"""No call takes longer: to connect, and to wait for the ledger's function. Who has less time left begins none."""
+
 
 class LedgerClient:
     """Asks the qubic service's function.
