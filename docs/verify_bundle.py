@@ -291,11 +291,12 @@ class Story:
         self.request: dict[str, Any] = {}
         self.policy: dict[str, Any] = {}
         self.plan: dict[str, Any] = {}
-        self.plan_hash = self.ended = self.retried_by = ""
+        self.plan_hash = self.ended = ""
         self.approval: dict[str, Any] = {}
         self.approved_before: dict[int, dict[str, Any]] = {}  # by execution, until the step has run
         self.done, self.run = 0, 1
         self.approvers: list[str] = []
+        self.retried_by = ""  # who asked for this execution, if it is not the first
 
     def tell(self, entry: dict[str, Any], output_text: str) -> None:
         kind, where = entry["kind"], entry["where"]
