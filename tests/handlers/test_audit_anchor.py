@@ -136,7 +136,7 @@ def test_a_ledger_that_is_down_leaves_the_same_anchor_for_the_next_call(aws: Clo
     def down(event: Any) -> None:
         raise RuntimeError("down")
 
-    aws.faults["LedgerFunction"] = down
+    aws.faults["LedgerAnchorFunction"] = down
     with pytest.raises(UnavailableError):
         anchor(aws)
     sealed = log().anchoring()
@@ -208,7 +208,7 @@ def test_calls_at_the_same_time_seal_and_confirm_once(aws: Cloud, ledger: Ledger
     """Each of two reads before the other writes: the second finds the first one's anchor, and takes it on."""
     ledger.confirms_at_once = True
     grow(aws)
-    slow = Anchorer(log(), LedgerClient("LedgerFunction"), log_id=LOG_ID, origin=ORIGIN)
+    slow = Anchorer(log(), LedgerClient("LedgerAnchorFunction"), log_id=LOG_ID, origin=ORIGIN)
     before = slow._log.anchoring()
     grown = log().head()
     anchor(aws)

@@ -105,7 +105,8 @@ def ends_of_the_transfer(task_id: str) -> list[str]:
 def asked(aws: Cloud) -> Counter[str]:
     """How often each operation of the ledger was asked for."""
     operations: Counter[str] = Counter()
-    aws.faults["LedgerFunction"] = lambda event: operations.update([event["operation"]])
+    for function in ("LedgerFunction", "LedgerTransferFunction"):
+        aws.faults[function] = lambda event: operations.update([event["operation"]])
     return operations
 
 
@@ -636,7 +637,7 @@ def test_the_late_end_of_an_earlier_attempt_is_not_taken_for_this_ones(
         if event["operation"] == "transfer":
             raise ConnectionError("down")
 
-    aws.faults["LedgerFunction"] = down
+    aws.faults["LedgerTransferFunction"] = down
     with pytest.raises(UnavailableError):
         submit(aws, task_id)
     claimed = record_of(store, task_id)
@@ -644,7 +645,7 @@ def test_the_late_end_of_an_earlier_attempt_is_not_taken_for_this_ones(
     assert aws.invoke("TransferEndedFunction", ended(task_id, "expired")) == {"batchItemFailures": []}
     reconcile(aws)
     assert record_of(store, task_id) == claimed
-    del aws.faults["LedgerFunction"]
+    del aws.faults["LedgerTransferFunction"]
     assert submit(aws, task_id)["status"] == "submitted"
     aws.invoke("TransferEndedFunction", ended(task_id, "expired"))
     assert record_of(store, task_id) == claimed

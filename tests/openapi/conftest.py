@@ -103,7 +103,7 @@ def prepared(aws: Cloud, operation: Operation) -> dict[str, str]:
         aws.clock.pass_seconds(300)
         return {}
     if operation.id == "get_transaction":
-        return {"txid": LedgerClient("LedgerFunction").write("a" * 64, {})["txid"]}
+        return {"txid": LedgerClient("LedgerTransferFunction").write("a" * 64, {})["txid"]}
     if "{version}" in operation.path:
         based_on = qubic("GET", "/policy", **OTTO).body["policy_id"]
         proposed = qubic("POST", "/policy", {"based_on": based_on, "rules": {}}, **OTTO)

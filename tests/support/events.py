@@ -38,6 +38,10 @@ _FUNCTIONS = {
     "audit/anchor": "AnchorFunction",
     "audit/public": "PublicLogFunction",
     "qubic/ledger": "LedgerFunction",
+    "qubic/ledger_transfer": "LedgerTransferFunction",
+    "qubic/ledger_transfer_state": "LedgerFunction",
+    "qubic/ledger_write": "LedgerTransferFunction",
+    "qubic/ledger_submit_anchor": "LedgerAnchorFunction",
     "qubic/writer": "LedgerWriterFunction",
 }
 
