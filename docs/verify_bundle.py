@@ -296,6 +296,7 @@ class Story:
         self.approved_before: dict[int, dict[str, Any]] = {}  # by execution, until the step has run
         self.done, self.run = 0, 1
         self.approvers: list[str] = []
+        self.retried_by = ""  # who asked for this execution, if it is not the first
 
     def tell(self, entry: dict[str, Any], output_text: str) -> None:
         kind, where = entry["kind"], entry["where"]
@@ -311,8 +312,12 @@ class Story:
             need(entry["policy_id"] == self.policy.get("policy_id", ""), "policy", "not the pinned policy", where)
         need(entry["plan_hash"] == self.plan_hash, "plan", "not the hash of the task's plan", where)
         if kind in ("task_started", "plan_built", "task_retried", "task_ended"):
-            request = members(entry["input"], REQUEST, "input", where)
-            need(first or same(request, self.request), "input", "not the request that was made", where)
+            given, made = members(entry["input"], {}, "input", where), self.request
+            if kind in ("task_retried", "task_ended") and "request_hash" in given:
+                given, made = {"hash": given["request_hash"]}, {"hash": sha256(canonical(made))}
+            else:
+                members(given, REQUEST, "input", where)
+            need(first or same(given, made), "input", "not the request that was made", where)
         if kind in APPROVAL_ENDS:
             self._of_approval(entry, APPROVAL_ENDS[kind][0])
             self.approval["state"] = APPROVAL_ENDS[kind][1]
@@ -407,6 +412,7 @@ class Story:
         for name in ("plan_hash", "step_hash"):
             need(said[name] == asked[name], "approval", f"decided on another {name}", where)
         need(who != self.request["requester"], "four eyes", "decided by the requester", where)
+        need(who != self.retried_by, "four eyes", "decided by who had it run again", where)
         need(who not in by, "approval", "the same person twice", where)
         need(said["decided_at"] == entry["timestamp"], "approval", "at another time", where)
         in_time = moment(said["decided_at"], where) < moment(asked["expires_at"], where)
@@ -465,6 +471,7 @@ class Story:
         if self.approval.get("state") == "approved":
             self.approved_before[self.run] = self.approval
         self.ended, self.run, self.approval = "", run, {}
+        self.retried_by = entry["actor"]
 
     def _end(self, entry: dict[str, Any], where: str) -> None:
         said = members(entry["output"], {"status": str}, "output", where)["status"]

@@ -13,7 +13,7 @@ from qaes.domain import planning
 from qaes.domain.anchor import ANCHOR_INPUT_TYPE, AnchorPayload, log_id_bytes
 from qaes.domain.audit import GENESIS, build_entry, entry_text
 from qaes.domain.bundle import TrailEntry, build_bundle
-from qaes.domain.canonical import canonical_json, salted_hash
+from qaes.domain.canonical import canonical_json, hash_of, salted_hash
 from qaes.domain.ids import parse_timestamp, timestamp
 from qaes.domain.merkle import leaf_digest, leaf_hash
 from qaes.domain.models import Event, Plan, Step
@@ -214,14 +214,18 @@ class Trail:
                 result = self.decision().model_dump(mode="json") | {"pinned": True}
         return self.record("step_executed", "worker", status, step.parameters, result, **fields)
 
-    def retry(self) -> Trail:
+    def retry(self, who: str = "alice") -> Trail:
         self.run += 1
         output = {"run": self.run, "idempotency_key": None}
-        return self.record("task_retried", "alice", "executing" if self.plan else "pending", self.request, output)
+        status = "executing" if self.plan else "pending"
+        return self.record("task_retried", who, status, self.request_again(), output)
+
+    def request_again(self) -> dict[str, Any]:
+        return {"request_hash": hash_of(self.request)}
 
     def end(self, status: str, actor: str = "execution") -> Trail:
         output = {"status": status, "reason": None, "failed_step": None, "idempotency_key": None}
-        return self.record("task_ended", actor, status, self.request, output)
+        return self.record("task_ended", actor, status, self.request_again(), output)
 
     def bundle(
         self,
