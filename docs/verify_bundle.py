@@ -338,6 +338,7 @@ class Story:
         self.done, self.run, self.failed_in, self.version, self.newest = 0, 1, 0, 0, 0.0
         self.approvers: list[str] = []
         self.effects: list[str] = []
+        self.retried_by = ""  # who asked for this execution, if it is not the first
 
     def tell(self, entry: dict[str, Any], output_text: str) -> None:
         kind, where = entry["kind"], entry["where"]
@@ -361,8 +362,12 @@ class Story:
             need(entry["policy_id"] == self.policy.get("policy_id", ""), "policy", "not the pinned policy", where)
         need(entry["plan_hash"] == self.plan_hash, "plan", "not the hash of the task's plan", where)
         if kind in ("task_started", "plan_built", "task_retried", "task_ended"):
-            request = members(entry["input"], REQUEST, "input", where)
-            need(first or same(request, self.request), "input", "not the request that was made", where)
+            given, made = members(entry["input"], {}, "input", where), self.request
+            if kind in ("task_retried", "task_ended") and "request_hash" in given:
+                given, made = {"hash": given["request_hash"]}, {"hash": sha256(canonical(made))}
+            else:
+                members(given, REQUEST, "input", where)
+            need(first or same(given, made), "input", "not the request that was made", where)
         tellers = {
             "task_started": self._start, "policy_checked": self._policy, "plan_built": self._plan,
             "approval_requested": self._ask, "approval_decided": self._decide, "step_started": self._claim,
@@ -474,6 +479,7 @@ class Story:
         for name in ("plan_hash", "step_hash"):
             need(said[name] == asked[name], "approval", f"decided on another {name}", where)
         need(who != self.request["requester"], "four eyes", "decided by the requester", where)
+        need(who != self.retried_by, "four eyes", "decided by who had it run again", where)
         need(who not in by, "approval", "the same person twice", where)
         need(said["decided_at"] == entry["timestamp"], "approval", "at another time", where)
         in_time = moment(said["decided_at"], where) < moment(asked["expires_at"], where)
@@ -554,6 +560,7 @@ class Story:
         need(run == self.run + 1, "output", "not the next execution", where)
         need(entry["status"] == ("executing" if self.plan else "pending"), "output", "another status", where)
         self.ended, self.run, self.approval = "", run, {}
+        self.retried_by = entry["actor"]
 
     def _end(self, entry: dict[str, Any], where: str) -> None:
         said = members(entry["output"], {"status": str}, "output", where)["status"]

@@ -285,6 +285,7 @@ class Cloud:
             self._build()
             self._wait_for_aws(aws)
             self._deploy()
+        door.log_api_id = self.outputs.get("PublicLogApiId")
         door.api_id = self.outputs["ApiId"]
         self._wait_for_health()
 
@@ -350,6 +351,7 @@ class Cloud:
             "JwtAudience": AUDIENCE,
             "JwksUrl": f"http://127.0.0.1:{self.ports.http}{KEYS_PATH}",
             "QubicTickMilliseconds": str(TICK_MILLISECONDS),
+            "PublicLog": "true",
         }
         parameters |= THROTTLING | dict(self.parameters)
         # sam takes an empty value only in quotes
@@ -366,6 +368,8 @@ class Cloud:
         }
         template = formation.get_template(StackName=STACK, TemplateStage="Processed")["TemplateBody"]
         complete(self.client("apigateway"), self.outputs["ApiId"], template, parameters)
+        if public := self.outputs.get("PublicLogApiId"):
+            complete(self.client("apigateway"), public, template, parameters, "PublicLogApi")
 
     def _sam(self, command: str, *arguments: str) -> None:
         log = self.directory / f"sam-{command}.log"

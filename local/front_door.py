@@ -1,8 +1,8 @@
 """The front door of the local cloud: one address for the API, and the issuer's keys.
 
 It passes each request on to the API's stage on the local AWS, whose own address has an id in it that changes with
-each deployment, and answers `/.well-known/jwks.json` itself. With `AUTH_MODE=stub` it adds the header that API
-Gateway asks for before it calls the authorizer at all.
+each deployment, and answers `/.well-known/jwks.json` itself. What begins with `/public/` goes to the public log's API.
+With `AUTH_MODE=stub` it adds the header that API Gateway asks for before it calls the authorizer at all.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 KEYS_PATH = "/.well-known/jwks.json"
+PUBLIC = "/public/"
 STUB_CREDENTIAL = "Bearer stub"
 MAX_BODY_BYTES = 10 * 1024 * 1024  # API Gateway's own limit
 UPSTREAM_TIMEOUT_SECONDS = 60
@@ -68,6 +69,7 @@ class FrontDoor:
 
     def __init__(self, port: int, aws_port: int, key_set: dict[str, Any], *, stub: bool) -> None:
         self.api_id: str | None = None  # known once the template is deployed; until then the answer is 503
+        self.log_api_id: str | None = None  # of the public log, if the stack has one
         handler = type("Handler", (_Handler,), {"door": self})
         self._aws_port = aws_port
         self._keys = json.dumps(key_set).encode()
@@ -101,14 +103,15 @@ class FrontDoor:
             return _problem(400, "The path has a line break in it.")
         if self.api_id is None:
             return _problem(503, "The template is not deployed yet.")
+        passed_on, api_id = upstream_headers(headers, stub=self._stub), self.api_id
+        if path.startswith(PUBLIC) and self.log_api_id is not None:
+            api_id, path = self.log_api_id, path[len(PUBLIC) - 1 :]
+            # To AWS "*/*" as a binary type is also what a client takes who does not say so; to the local AWS it is not.
+            if "accept" not in {name.lower() for name in passed_on}:
+                passed_on["Accept"] = "*/*"
         connection = http.client.HTTPConnection("127.0.0.1", self._aws_port, timeout=UPSTREAM_TIMEOUT_SECONDS)
         try:
-            connection.request(
-                method,
-                f"/_aws/execute-api/{self.api_id}/v1{path}",
-                body=body or None,
-                headers=upstream_headers(headers, stub=self._stub),
-            )
+            connection.request(method, f"/_aws/execute-api/{api_id}/v1{path}", body=body or None, headers=passed_on)
             response = connection.getresponse()
             content = response.read()
         except (OSError, http.client.HTTPException) as error:

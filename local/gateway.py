@@ -13,7 +13,9 @@ RESPONSES = "x-amazon-apigateway-gateway-responses"
 LIMITS = {"throttlingRateLimit": "throttling/rateLimit", "throttlingBurstLimit": "throttling/burstLimit"}
 
 
-def complete(gateway: Any, api_id: str, template: Mapping[str, Any], parameters: Mapping[str, str]) -> None:
+def complete(
+    gateway: Any, api_id: str, template: Mapping[str, Any], parameters: Mapping[str, str], name: str = "Api"
+) -> None:
     """Give the API and its stage what they have on AWS.
 
     Parameters
@@ -26,9 +28,11 @@ def complete(gateway: Any, api_id: str, template: Mapping[str, Any], parameters:
         The stack's template after SAM's transformation.
     parameters : dict
         The stack's parameters.
+    name : str
+        The API's name in the template.
     """
     resources = template["Resources"]
-    put_responses(gateway, api_id, resources["Api"]["Properties"]["Body"][RESPONSES], parameters)
+    put_responses(gateway, api_id, resources[name]["Properties"]["Body"][RESPONSES], parameters)
     stage = gateway.get_stage(restApiId=api_id, stageName="v1")
     limits = [
         {"op": "replace", "path": f"{route}/{name}", "value": str(settings[limit])}

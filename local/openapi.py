@@ -41,10 +41,10 @@ DESCRIPTION = (
 ERRORS = {
     "400": "The body is not JSON, or the request cannot be read.",
     "401": "No valid bearer token.",
-    "403": "The caller's roles do not allow it, or it is the caller's own task.",
+    "403": "The caller's roles do not allow it, or it is the caller's own task, or one that they had run again.",
     "404": "There is no such thing, or the caller may not see it.",
     "409": "The present state does not allow it; `task_status` says what it is.",
-    "413": "The body is too large.",
+    "413": "The body is too large; or the bundle, to be sent.",
     "415": "The body is not application/json.",
     "422": "A field is not acceptable; `errors` names it.",
     "429": "Too many requests, or too many open tasks; `Retry-After` says when to come back.",
@@ -152,6 +152,7 @@ def _errors(path: str, method: str, operation: Document, *, secured: bool) -> li
     found = ["429", "500"]
     found += ["401", "403", "503"] if secured else []
     found += ["400", "413", "415", "422"] if "requestBody" in operation else []
+    found += ["413"] if path.endswith("/bundle") else []
     found += ["422"] if operation.get("parameters") else []
     found += ["404"] if "{" in path or path in NOT_FOUND_WITHOUT_AN_ID else []
     names = {parameter["name"] for parameter in operation.get("parameters", [])}
@@ -349,7 +350,24 @@ No token, or one that is not the issuer's, has expired or is for somebody else: 
 | auditor | read every task, audit entry and proof |
 | operator | all of those, write to the ledger, propose a policy, and approve one that another operator proposed |
 
-A task that the caller may not see is 404, as one that is not there. Nobody decides on their own task, whatever their roles.
+A task that the caller may not see is 404, as one that is not there. Nobody decides on their own task, nor on one that they have retried, whatever
+their roles. A task is retried at most 20 times. A bundle shows what the trail's hashes hide: to who asked for the task, and to auditors.
+
+## The log, for its own kind of clients
+
+Clients of transparency logs ([C2SP tlog-tiles](https://c2sp.org/tlog-tiles)) read the log under a prefix: `<prefix>/checkpoint`, and
+`<prefix>/tile/<level>/<index>[.p/<width>]`. There are two.
+
+- `ApiUrl` and `/log`: with a token; entries too (`/log/tile/entries/…`), for auditors. Ask for tiles with `Accept: application/octet-stream`: API Gateway sends
+  base64 to who does not say so. Entries are compressed for who sends `Accept-Encoding: gzip`.
+- The stack's output `PublicLogUrl` (locally `http://localhost:8000/public/log`): for everybody, without any header, where the operator has set `PublicLog=true`.
+  Checkpoint and tiles of hashes, as far as they are anchored. A hash is over a text with 128 random bits, and says nothing about it.
+  **Entries are not public**: they name people and tasks. So a client that only follows and proves (a monitor of the tree, a witness, who holds a leaf
+  hash) has all it needs; one that reads every entry needs a token and the first prefix. `LogThrottlingRate` and `LogThrottlingBurst` are its limits.
+
+A tile never changes and may be kept for ever, by everybody where it is public; a checkpoint for 5 seconds. The checkpoint's origin, and the name of its key, is the parameter
+`LogOrigin`; without it, the first prefix without `https://`. The key is `verifier_key` of `GET /audit/log/checkpoint`; get it from elsewhere if
+you do not trust the server.
 
 ## Once, and once only
 

@@ -221,6 +221,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "answer": {
             "task_id": PLANNED_TASK,
             "logs": [],
+            "next_cursor": None,
             "qubic_txid": None,
             "chain": {"verified": True, "entries": 0, "sequenced": 0, "anchored": 0, "head": None, "broken": None},
             "network": "mock",

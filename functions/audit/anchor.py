@@ -38,10 +38,11 @@ _ROUNDS = 3
 class Anchorer:
     """Brings the newest anchor forward, and seals the next."""
 
-    def __init__(self, log: Log, ledger: LedgerClient, *, log_id: str) -> None:
+    def __init__(self, log: Log, ledger: LedgerClient, *, log_id: str, origin: str) -> None:
         self._log = log
         self._ledger = ledger
         self._log_id = log_id
+        self._origin = origin
 
     def advance(self) -> Anchoring | None:
         """Do what can be done now; return the newest anchor as it is then, None before the first.
@@ -101,8 +102,8 @@ class Anchorer:
     def _anchor(self, sealed: Anchoring, answer: dict[str, Any]) -> Anchor:
         payload = decode(sealed.payload)
         encoded = checked_transaction(sealed.payload, answer)
-        text = checkpoint_text(self._log_id, payload.size, payload.root)
-        note, verifier = sign_checkpoint(text, self._log_id)
+        text = checkpoint_text(self._origin, payload.size, payload.root)
+        note, verifier = sign_checkpoint(text, self._origin)
         return Anchor(
             sequence=payload.sequence,
             size=payload.size,
@@ -173,7 +174,7 @@ def _tell_age(newest: Anchoring | None) -> None:
 
 
 def sign_checkpoint(text: str, name: str) -> tuple[str, str]:
-    """Sign a checkpoint as a note under the log's name; return the note, and the key to verify it with.
+    """Sign a checkpoint as a note under the log's origin; return the note, and the key to verify it with.
 
     The private key is made of a secret that this function's role alone may read, and which is not kept.
     """
@@ -184,7 +185,7 @@ def sign_checkpoint(text: str, name: str) -> tuple[str, str]:
 
 def anchorer() -> Anchorer:
     """Make the anchorer of this function's environment."""
-    return Anchorer(Log(), LedgerClient(), log_id=settings.text("LOG_ID"))
+    return Anchorer(Log(), LedgerClient(), log_id=settings.text("LOG_ID"), origin=settings.text("LOG_ORIGIN"))
 
 
 @logger().inject_lambda_context

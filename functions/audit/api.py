@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import base64
+import gzip
+import json
+import re
 from functools import cache
 from typing import Annotated, Any, Literal
 
-from fastapi import Depends, Path, Query, Response
+from fastapi import Depends, Path, Query, Request, Response
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
+from starlette.exceptions import HTTPException
 
 from audit import tlog
 from audit.evidence import CHECKS, LogStatus, Match, Trail, find_matches, read_trail
@@ -28,6 +32,10 @@ from qaes.domain.tiles import consistency_proof, inclusion_proof
 READERS = ("auditor", "approver", "operator")
 """Roles that may read every task's trail; a requester reads that of their own tasks."""
 MAX_SIZE = 2**53 - 1
+MAX_PAGE = 1000
+"""Most entries of a trail in one answer: some 1.5 MB."""
+MAX_ANSWER_BYTES = 5_500_000
+"""Lambda sends at most 6 MB, in which a text's quotes and line breaks are escaped once more."""
 UNREADABLE = "unreadable"
 """Stands for what the text of an entry no longer says, because it was altered."""
 STATEMENT = {
@@ -92,10 +100,14 @@ class ChainState(_Answer):
 
 
 class AuditAnswer(_Answer):
-    """A task's trail, oldest entry first; `qubic_txid` is the newest transaction."""
+    """A task's trail, oldest entry first; with `next_cursor`, unless these are the last.
+
+    `qubic_txid` is the newest transaction. It and `chain` are about the whole trail.
+    """
 
     task_id: str
     logs: list[LogEntry]
+    next_cursor: str | None
     qubic_txid: str | None
     chain: ChainState
     network: str
@@ -247,7 +259,10 @@ def get_log_consistency(
 
 @app.get("/audit/{task_id}/bundle")
 def get_bundle(task_id: TaskId, who: BundleReader) -> Bundle:
-    """All that the offline verifier needs: entries, what their hashes are over, proofs, the anchor, the policy."""
+    """All that the offline verifier needs: entries, what their hashes are over, proofs, the anchor, the policy.
+
+    413 when it is larger than an answer may be; the trail can be read by pages even so.
+    """
     if not is_task_id(task_id):
         raise NotFoundError("no such task", field="task_id")
     task = TaskStore().get_task(task_id)
@@ -269,12 +284,31 @@ def get_bundle(task_id: TaskId, who: BundleReader) -> Bundle:
         prove=lambda index, size: inclusion_proof(index, size, tile),
         policies=_policies(entries),
     )
-    return Bundle.model_validate(bundle)
+    found = Bundle.model_validate(bundle)
+    if len(json.dumps(found.model_dump_json())) > MAX_ANSWER_BYTES:
+        raise HTTPException(
+            413, f"The bundle is larger than an answer may be: read GET /audit/{task_id}?limit=100, page by page."
+        )
+    return found
 
 
 @app.get("/audit/{task_id}")
-def get_audit(task_id: TaskId, who: Reader) -> AuditAnswer:
+def get_audit(
+    task_id: TaskId,
+    who: Reader,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = MAX_PAGE,
+    cursor: Annotated[
+        str | None,
+        Query(
+            max_length=6,
+            description="`next_cursor` of the page before",
+            json_schema_extra={"pattern": "^[1-9][0-9]{0,5}$"},
+        ),
+    ] = None,
+) -> AuditAnswer:
     """The trail of a task, and whether it holds."""
+    if cursor is not None and not re.fullmatch(r"[1-9][0-9]{0,5}", cursor, re.ASCII):
+        raise InvalidInputError("not a cursor of this trail", field="cursor")
     if not is_task_id(task_id):
         raise NotFoundError("no such task", field="task_id")
     if not _may_see(who, task_id):
@@ -283,9 +317,13 @@ def get_audit(task_id: TaskId, who: Reader) -> AuditAnswer:
     if not trail.entries and not trail.indexes:
         TaskStore().get_task(task_id)  # nothing on record: not yet, or there is no such task
     newest = trail.anchors[max(trail.anchors)] if trail.anchors else None
+    # A cursor is the number of the page's last entry: entries are only added, so no page changes.
+    left = [entry for entry in trail.entries if entry.seq > int(cursor or 0)]
+    page = left[:limit]
     return AuditAnswer(
         task_id=task_id,
-        logs=[_log(task_id, entry, trail) for entry in trail.entries],
+        logs=[_log(task_id, entry, trail) for entry in page],
+        next_cursor=str(page[-1].seq) if len(left) > limit else None,
         qubic_txid=newest.txid if newest else None,
         chain=_chain(trail),
         network=_network(newest),
@@ -317,30 +355,30 @@ def get_signed_checkpoint(_who: Reader) -> str:
 
 
 @app.get("/log/tile/entries/{a}", response_class=TileResponse, responses=_OCTETS)
-def get_entries(_who: Auditor, a: Group) -> Response:
+def get_entries(_who: Auditor, request: Request, a: Group) -> Response:
     """The texts of 256 entries, each after its length in two bytes (C2SP tlog-tiles).
 
     Ask for it with `Accept: application/octet-stream`; otherwise API Gateway sends base64.
     """
-    return TileResponse(tlog.entries_tile(Log(), AuditStore(), (a,)))
+    return _entries(request, (a,))
 
 
 @app.get("/log/tile/entries/{a}/{b}", response_class=TileResponse, responses=_OCTETS)
-def get_entries_2(_who: Auditor, a: Group, b: Group) -> Response:
+def get_entries_2(_who: Auditor, request: Request, a: Group, b: Group) -> Response:
     """The same, of a tile from number 1000 on, or of the log's last tile: `/log/tile/entries/000.p/7`."""
-    return TileResponse(tlog.entries_tile(Log(), AuditStore(), (a, b)))
+    return _entries(request, (a, b))
 
 
 @app.get("/log/tile/entries/{a}/{b}/{c}", response_class=TileResponse, include_in_schema=False)
-def get_entries_3(_who: Auditor, a: Group, b: Group, c: Group) -> Response:
+def get_entries_3(_who: Auditor, request: Request, a: Group, b: Group, c: Group) -> Response:
     """The same, deeper."""
-    return TileResponse(tlog.entries_tile(Log(), AuditStore(), (a, b, c)))
+    return _entries(request, (a, b, c))
 
 
 @app.get("/log/tile/entries/{a}/{b}/{c}/{d}", response_class=TileResponse, include_in_schema=False)
-def get_entries_4(_who: Auditor, a: Group, b: Group, c: Group, d: Group) -> Response:
+def get_entries_4(_who: Auditor, request: Request, a: Group, b: Group, c: Group, d: Group) -> Response:
     """The same, deeper."""
-    return TileResponse(tlog.entries_tile(Log(), AuditStore(), (a, b, c, d)))
+    return _entries(request, (a, b, c, d))
 
 
 @app.get("/log/tile/{level}/{a}", response_class=TileResponse, responses=_OCTETS)
@@ -349,28 +387,55 @@ def get_tile(_who: Reader, level: Level, a: Group) -> Response:
 
     Ask for it with `Accept: application/octet-stream`; otherwise API Gateway sends base64.
     """
-    return TileResponse(tlog.hash_tile(Log(), level, (a,)))
+    return _tile(tlog.hash_tile(Log(), level, (a,)))
 
 
 @app.get("/log/tile/{level}/{a}/{b}", response_class=TileResponse, responses=_OCTETS)
 def get_tile_2(_who: Reader, level: Level, a: Group, b: Group) -> Response:
     """The same, of a tile from number 1000 on, or of a tile that is not full: `/log/tile/0/000.p/7`."""
-    return TileResponse(tlog.hash_tile(Log(), level, (a, b)))
+    return _tile(tlog.hash_tile(Log(), level, (a, b)))
 
 
 @app.get("/log/tile/{level}/{a}/{b}/{c}", response_class=TileResponse, include_in_schema=False)
 def get_tile_3(_who: Reader, level: Level, a: Group, b: Group, c: Group) -> Response:
     """The same, deeper."""
-    return TileResponse(tlog.hash_tile(Log(), level, (a, b, c)))
+    return _tile(tlog.hash_tile(Log(), level, (a, b, c)))
 
 
 @app.get("/log/tile/{level}/{a}/{b}/{c}/{d}", response_class=TileResponse, include_in_schema=False)
 def get_tile_4(_who: Reader, level: Level, a: Group, b: Group, c: Group, d: Group) -> Response:
     """The same, deeper."""
-    return TileResponse(tlog.hash_tile(Log(), level, (a, b, c, d)))
+    return _tile(tlog.hash_tile(Log(), level, (a, b, c, d)))
 
 
 handler = make_handler(app)
+
+
+def _tile(content: bytes) -> Response:
+    """What cannot change; who has a token for it keeps it for themselves."""
+    return TileResponse(content, headers={"cache-control": f"private, {tlog.IMMUTABLE}"})
+
+
+def _entries(request: Request, groups: tuple[str, ...]) -> Response:
+    answer = _tile(tlog.entries_tile(Log(), AuditStore(), groups))
+    answer.headers["vary"] = "Accept-Encoding"
+    # Only to a client that gets bytes at all: API Gateway would call base64 text gzip.
+    takes_bytes = request.headers.get("accept", "").partition(",")[0].partition(";")[0].strip() == answer.media_type
+    if takes_bytes and takes_gzip(request.headers.get("accept-encoding", "")):
+        answer.body = gzip.compress(bytes(answer.body), 6, mtime=0)
+        answer.headers["content-encoding"] = "gzip"
+        answer.headers["content-length"] = str(len(answer.body))
+    return answer
+
+
+def takes_gzip(accept_encoding: str) -> bool:
+    """Whether an Accept-Encoding names gzip, or everything, without forbidding it (RFC 9110, 12.5.3)."""
+    weights = {}
+    for each in accept_encoding.lower().split(","):
+        coding, _, parameter = each.partition(";")
+        weights[coding.strip()] = parameter.replace(" ", "")
+    weight = weights.get("gzip", weights.get("*"))
+    return weight is not None and re.fullmatch(r"q=0(\.0{0,3})?", weight) is None
 
 
 def _may_see(who: Caller, task_id: str) -> bool:

@@ -1,6 +1,7 @@
 """The log as C2SP's tlog-tiles has it: signed checkpoint, tiles of hashes, tiles of entries.
 
-Existing clients of transparency logs read these paths under the prefix `/log/`.
+Existing clients of transparency logs read these paths under the prefix `/log/`: with a token (`audit.api`), and where
+the operator has made the log public, without one (`audit.public_log`).
 """
 
 from __future__ import annotations
@@ -9,7 +10,12 @@ from audit.log import CorruptLogError, Log
 from audit.store import AuditStore
 from qaes.domain.errors import InvalidInputError, NotFoundError
 from qaes.domain.merkle import HASH_BYTES
-from qaes.domain.tiles import TILE_WIDTH, parse_tile_path
+from qaes.domain.tiles import TILE_WIDTH, parse_tile_path, tile_width
+
+IMMUTABLE = "max-age=31536000, immutable"
+"""How long a tile keeps: a path names level, index and width, and what it named once it names for ever."""
+CHECKPOINT_SECONDS = 5
+"""How old a checkpoint may be that a cache gives out."""
 
 
 def checkpoint(log: Log) -> str:
@@ -18,6 +24,15 @@ def checkpoint(log: Log) -> str:
     if newest is None:
         raise NotFoundError("no checkpoint of the log has been anchored yet")
     return newest.note
+
+
+def anchored_tile(log: Log, level: str, groups: tuple[str, ...]) -> bytes:
+    """The hashes of a tile, as `hash_tile`, if the newest checkpoint has them: before that they are not published."""
+    found, index, width = _parse("/".join(("tile", level, *groups)))
+    newest = log.newest_anchor()
+    if newest is None or not isinstance(found, int) or tile_width(found, index, newest.size) < width:
+        raise NotFoundError("there is no such tile, or it is not as wide yet", field="path")
+    return hash_tile(log, level, groups)
 
 
 def hash_tile(log: Log, level: str, groups: tuple[str, ...]) -> bytes:

@@ -274,7 +274,10 @@ def decide(
     response: Response,
     idempotency_key: IdempotencyKey = None,
 ) -> DecisionAnswer:
-    """Approve or reject what the task waits for, once; 409 when it waits for nothing. Never one's own task."""
+    """Approve or reject what the task waits for, once; 409 when it waits for nothing.
+
+    Never one's own task, nor one that oneself has retried.
+    """
     store = TaskStore()
     task = _visible(store, task_id, caller)
     if caller.four_eyes and caller.subject == task.requester:
@@ -286,6 +289,7 @@ def decide(
             subject=caller.subject,
             reason=body.reason,
             plan_hash=body.plan_hash,
+            four_eyes=caller.four_eyes,
             idempotency=_idempotency(caller, idempotency_key, f"approve {task_id}", body.model_dump()),
         )
     except ReplayedError as replayed:

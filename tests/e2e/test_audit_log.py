@@ -13,7 +13,8 @@ import pytest
 
 from qaes.domain.merkle import root_of
 from qaes.domain.note import parse_checkpoint, verify_note
-from tests.e2e.conftest import ROOT, Api, fsck
+from tests.e2e.conftest import MONITORING, ROOT, Api, fsck
+from tests.support import tlog_client
 
 OCTETS = {"Accept": "application/octet-stream"}
 
@@ -74,6 +75,47 @@ def test_clients_of_logs_read_checkpoint_and_tiles(api: Api, anchored: str) -> N
     first = entries[2 : 2 + int.from_bytes(entries[:2], "big")]
     assert json.loads(first)["log_id"] == "qaes"
     assert api("requester", "GET", f"/log/tile/entries/{width}", **OCTETS).status_code == 403
+
+
+def test_a_stock_client_reads_the_public_log(api: Api, anchored: str, waiting: Callable[..., str]) -> None:
+    """No token, no Accept header: it verifies inclusion and consistency from the tiles alone."""
+    prefix = f"{api.cloud.url}/public/log"
+    key = api("auditor", "GET", "/audit/log/checkpoint").json()["verifier_key"]
+    before = tlog_client.Log(tlog_client.over_http(prefix), key)
+    assert before.origin == f"{api.cloud.outputs['ApiId']}.execute-api.us-east-1.amazonaws.com/v1/log"
+    for entry in api("auditor", "GET", f"/audit/{anchored}").json()["logs"]:
+        leaf, index = bytes.fromhex(entry["leaf"]), entry["index"]
+        assert tlog_client.includes(leaf, index, before.size, before.inclusion(index), before.root)
+    task_id = api.start(MONITORING)
+    api.wait(task_id)
+    api.trail(task_id)
+    after = tlog_client.Log(tlog_client.over_http(prefix), key)
+    assert after.size > before.size
+    proof = after.consistency(before.size)
+    assert tlog_client.extends(before.size, before.root, after.size, after.root, proof)
+
+
+def test_the_public_log_has_no_entries_and_says_what_may_be_kept(api: Api, anchored: str) -> None:
+    kept = {
+        "/public/log/checkpoint": (200, "public, max-age=5"),
+        "/public/log/tile/0/000.p/1": (200, "public, max-age=31536000, immutable"),
+        "/public/log/tile/entries/000.p/1": (404, "no-store"),
+        f"/public/audit/{anchored}": (404, "no-store"),
+    }
+    for path, expected in kept.items():
+        answer = api(None, "GET", path)
+        assert (answer.status_code, answer.headers["cache-control"]) == expected, path
+    assert api(None, "GET", "/log/checkpoint").status_code == 401
+    assert api(None, "GET", "/log/tile/0/000.p/1").status_code == 401
+
+
+def test_entries_are_compressed_for_who_takes_that(api: Api, anchored: str) -> None:
+    answer = api("auditor", "GET", "/log/tile/entries/000.p/8", **OCTETS, Accept_Encoding="gzip")
+    assert (answer.status_code, answer.headers["content-encoding"]) == (200, "gzip")
+    plain = api("auditor", "GET", "/log/tile/entries/000.p/8", **OCTETS, Accept_Encoding="identity")
+    assert "content-encoding" not in plain.headers
+    assert plain.content == answer.content
+    assert answer.headers["cache-control"] == plain.headers["cache-control"] == "private, max-age=31536000, immutable"
 
 
 def test_fsck_finds_nothing(api: Api, anchored: str) -> None:

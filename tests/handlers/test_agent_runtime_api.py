@@ -134,7 +134,7 @@ def test_a_transfer_that_the_ledger_may_still_make_has_not_failed_with_its_task(
     task_id, plan = planned(store)
     for index in range(2):
         run(store, task_id, index)
-    store.claim_step(task_id, 2, plan.steps[2], None)
+    store.claim_step(task_id, 2, plan.steps[2], None, run=1, current=plan.policy)
     end(store, task_id, "failed")
     assert plan.steps[2].type == "onchain_action"
     assert steps(status_of(api, task_id)) == ["succeeded", "succeeded", "running"]

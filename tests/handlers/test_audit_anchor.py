@@ -21,7 +21,7 @@ from qaes.domain.qubic import transaction as qubic
 from tests.handlers.test_audit_recorder import task_with
 from tests.support.cloud import Cloud, cloud
 from tests.support.ledger import SUBSEED, Ledger
-from tests.support.trail import LOG_ID, anchor, deliver, entry_items, log, new_recorder
+from tests.support.trail import LOG_ID, ORIGIN, anchor, deliver, entry_items, log, new_recorder
 
 
 @pytest.fixture
@@ -77,7 +77,8 @@ def test_the_checkpoint_is_signed_by_a_key_that_readers_can_pin(aws: Cloud, ledg
     anchor(aws)
     [one] = confirmed()
     said = parse_checkpoint(verify_note(one.note, one.verifier_key))
-    assert (said.origin, said.size, said.root) == (LOG_ID, 3, one.root)
+    assert (said.origin, said.size, said.root) == (ORIGIN, 3, one.root)
+    assert one.verifier_key.startswith(f"{ORIGIN}+")
     secret = boto3.client("secretsmanager").get_secret_value(SecretId="LogSigningKey")["SecretString"]
     assert secret not in str(one)
 
@@ -207,7 +208,7 @@ def test_calls_at_the_same_time_seal_and_confirm_once(aws: Cloud, ledger: Ledger
     """Each of two reads before the other writes: the second finds the first one's anchor, and takes it on."""
     ledger.confirms_at_once = True
     grow(aws)
-    slow = Anchorer(log(), LedgerClient("LedgerAnchorFunction"), log_id=LOG_ID)
+    slow = Anchorer(log(), LedgerClient("LedgerAnchorFunction"), log_id=LOG_ID, origin=ORIGIN)
     before = slow._log.anchoring()
     grown = log().head()
     anchor(aws)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,14 +11,18 @@ from typing import Any
 import boto3
 import pytest
 
+from audit.api import MAX_PAGE
 from audit.evidence import CHECKS, MATCHES
 from audit.store import AuditStore, StoredEntry
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_store import MAX_RETRIES, TaskStore
+from qaes.domain import planning
 from qaes.domain.audit import GENESIS
-from qaes.domain.canonical import canonical_json, salted_hash
-from qaes.domain.ids import new_task_id
+from qaes.domain.canonical import canonical_json, hash_of, salted_hash
+from qaes.domain.errors import ConflictError
+from qaes.domain.ids import new_plan_id, new_task_id
 from qaes.domain.merkle import leaf_digest, leaf_hash, verify_consistency, verify_inclusion
 from qaes.domain.note import parse_checkpoint, verify_note
+from qaes.domain.policy import Rule, policy_of
 from tests.handlers.test_audit_recorder import (
     EVENTS,
     OTHER_HASH,
@@ -27,9 +32,11 @@ from tests.handlers.test_audit_recorder import (
     start_task,
     task_with,
 )
+from tests.handlers.test_task_store import new_task
 from tests.support import template
+from tests.support.bundles import policy_text
 from tests.support.cloud import PARAMETERS, Cloud, Context, cloud
-from tests.support.trail import anchor, anchor_all, log, new_recorder, put_entries, sequence_all
+from tests.support.trail import ORIGIN, anchor, anchor_all, log, new_recorder, put_entries, sequence_all
 
 Get = Callable[..., tuple[int, dict[str, Any]]]
 
@@ -52,9 +59,18 @@ def call_api(event: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
-def request(path: str, *, roles: str = "auditor", subject: str | None = "carol", **query: Any) -> dict[str, Any]:
+def request(
+    path: str,
+    *,
+    roles: str = "auditor",
+    subject: str | None = "carol",
+    headers: dict[str, str] | None = None,
+    **query: Any,
+) -> dict[str, Any]:
     """Call the API, and return API Gateway's answer as it is."""
     event = json.loads((EVENTS / "api_get.json").read_text())
+    if headers is not None:
+        event |= {"headers": headers, "multiValueHeaders": {name: [value] for name, value in headers.items()}}
     event |= {"path": path, "resource": path, "queryStringParameters": {k: str(v) for k, v in query.items()} or None}
     event["multiValueQueryStringParameters"] = {k: [str(v)] for k, v in query.items()} or None
     event["requestContext"] |= {"path": f"/v1{path}", "resourcePath": path}
@@ -156,6 +172,32 @@ def test_a_task_whose_events_are_not_on_record_yet_has_an_empty_trail(get: Get) 
     assert body["chain"] == {
         "verified": True, "entries": 0, "sequenced": 0, "anchored": 0, "head": None, "broken": None,
     }  # fmt: skip
+
+
+def test_a_trail_is_read_by_pages_and_its_chain_is_that_of_the_whole(get: Get, recorded: str) -> None:
+    whole = get(f"/audit/{recorded}")[1]
+    assert whole["next_cursor"] is None
+    found, cursor = [], {}
+    for length in (3, 1):
+        status, page = get(f"/audit/{recorded}", limit=3, **cursor)
+        assert (status, len(page["logs"]), page["chain"], page["qubic_txid"]) == (
+            200, length, whole["chain"], whole["qubic_txid"],
+        )  # fmt: skip
+        found += page["logs"]
+        cursor = {"cursor": page["next_cursor"]}
+    assert (found, cursor["cursor"]) == (whole["logs"], None)
+    assert get(f"/audit/{recorded}", limit=4)[1]["next_cursor"] is None, "there is no empty last page"
+    assert get(f"/audit/{recorded}", cursor=4)[1]["logs"] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("limit", 0), ("limit", MAX_PAGE + 1), ("limit", "x"), ("cursor", "0"), ("cursor", "-1"), ("cursor", "x"),
+     ("cursor", "1e3"), ("cursor", "\u0661"), ("cursor", "1234567")],
+)  # fmt: skip
+def test_what_is_no_page_is_refused(get: Get, recorded: str, name: str, value: Any) -> None:
+    status, body = get(f"/audit/{recorded}", **{name: value})
+    assert (status, body["errors"][0]["field"]) == (422, name)
 
 
 @pytest.mark.parametrize("roles", ["auditor", "operator", "approver", "requester auditor"])
@@ -431,6 +473,50 @@ def test_a_bundle_discloses_what_the_hashes_are_over(get: Get, aws: Cloud) -> No
     assert [each["index"] for each in bundle["entries"]] == [0, 1]
 
 
+def test_who_retries_as_often_as_they_may_still_gets_the_bundle(get: Get, aws: Cloud) -> None:
+    """The largest request, of what is escaped most often, and every retry fails at the step that holds all of it."""
+    store = TaskStore("TasksTable")
+    task = new_task().model_copy(update={"task_type": "salaries", "parameters": {"note": '"' * 16_000}})
+    policy = policy_of(policy_text({"salaries": Rule(allowed=True, requires_approval=False, risk_level="low")}))
+    analysis, decision = planning.analyze("salaries", policy), policy.decide("salaries")
+    task, _ = store.start_task(task)
+    store.begin_planning(task.task_id)
+    store.record_policy(task.task_id, analysis, decision)
+    plan = planning.build_plan(
+        plan_id=new_plan_id(), task_id=task.task_id, created_at=task.created_at, task_type="salaries",
+        description=task.description, parameters=task.parameters, analysis=analysis, policy=decision,
+    )  # fmt: skip
+    store.save_plan(task.task_id, plan)
+    store.begin_execution(task.task_id)
+    for run in range(1, MAX_RETRIES + 2):
+        running = store.claim_step(task.task_id, 1, plan.steps[1], None, run=run, current=decision)
+        store.finish_step(task.task_id, running, result=None, error="no")
+        store.end_task(task.task_id, "failed", actor="execution", reason="r" * 2000, failed_step="step_2")
+        if store.get_task(task.task_id).run <= MAX_RETRIES:
+            store.retry(task.task_id, subject="alice")
+    with pytest.raises(ConflictError, match="at most 20 times"):
+        store.retry(task.task_id, subject="alice")
+    new_recorder().drain(task.task_id)
+    anchor_all(aws)
+    answer = request(f"/audit/{task.task_id}/bundle")
+    assert answer["statusCode"] == 200
+    assert len(json.dumps(answer)) < 6 * 2**20
+    bundle = json.loads(answer["body"])
+    again = [json.loads(each["input"]) for each in bundle["entries"] if '"kind":"task_ended"' in each["text"]]
+    assert again == [{"request_hash": hash_of(task.request())}] * (MAX_RETRIES + 1)
+
+
+def test_a_bundle_that_is_too_large_to_send_says_where_its_trail_is(
+    get: Get, recorded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = len(json.dumps(request(f"/audit/{recorded}/bundle")["body"]))
+    for most, status in ((size, 200), (size - 1, 413)):
+        monkeypatch.setattr("audit.api.MAX_ANSWER_BYTES", most)
+        found, body = get(f"/audit/{recorded}/bundle")
+        assert found == status
+    assert f"/audit/{recorded}?limit=" in body["detail"]
+
+
 def test_a_bundle_before_the_anchor_has_no_proofs(get: Get, aws: Cloud) -> None:
     task_id = task_with(2)
     assert get(f"/audit/{task_id}/bundle")[0] == 404
@@ -487,7 +573,7 @@ def test_the_checkpoint_is_that_of_the_newest_anchor(get: Get, recorded: str) ->
     assert (answer["statusCode"], answer["isBase64Encoded"], answer["body"]) == (200, False, body["note"])
     assert headers["content-type"].startswith("text/plain")
     said = parse_checkpoint(verify_note(answer["body"], body["verifier_key"]))
-    assert (said.origin, said.size, said.root.hex()) == ("qaes", 4, body["anchor"]["root"])
+    assert (said.origin, said.size, said.root.hex()) == (ORIGIN, 4, body["anchor"]["root"])
 
 
 def test_the_log_of_one_size_begins_with_that_of_another(get: Get, aws: Cloud, recorded: str) -> None:
@@ -530,6 +616,37 @@ def test_tiles_are_those_of_the_log(get: Get, recorded: str) -> None:
         texts.append(content[2 : 2 + size].decode())
         content = content[2 + size :]
     assert texts == [entry.text for entry in entries(recorded)]
+
+
+@pytest.mark.parametrize(
+    ("accept", "encoding", "compressed"),
+    [
+        ("application/octet-stream", "gzip", True), ("application/octet-stream, */*", "br;q=1, GZIP ; q=0.5", True),
+        ("application/octet-stream", "*", True), ("application/octet-stream", "gzip;q=0", False),
+        ("application/octet-stream", "gzip;q=0.00, *", False), ("application/octet-stream", "identity", False),
+        ("application/octet-stream", None, False), ("*/*", "gzip", False), (None, "gzip", False),
+    ],
+)  # fmt: skip
+def test_entries_are_compressed_for_who_takes_that(
+    get: Get, recorded: str, accept: str | None, encoding: str | None, compressed: bool
+) -> None:
+    sent = {name: value for name, value in {"Accept": accept, "Accept-Encoding": encoding}.items() if value}
+    answer = request("/log/tile/entries/000.p/4", headers=sent)
+    headers = {name.lower(): value for name, value in answer["headers"].items()}
+    assert (headers["vary"], headers.get("content-encoding")) == ("Accept-Encoding", "gzip" if compressed else None)
+    content = base64.b64decode(answer["body"])
+    plain = octets("/log/tile/entries/000.p/4")
+    assert (gzip.decompress(content) if compressed else content) == plain
+
+
+def test_a_tile_may_be_kept_by_who_asked_for_it_and_nothing_else_may(get: Get, recorded: str) -> None:
+    def kept(path: str) -> str:
+        return {name.lower(): value for name, value in request(path)["headers"].items()}["cache-control"]
+
+    for path in ("/log/tile/0/000.p/4", "/log/tile/entries/000.p/4"):
+        assert kept(path) == "private, max-age=31536000, immutable"
+    for path in ("/log/tile/0/000", "/log/checkpoint", f"/audit/{recorded}"):
+        assert kept(path) == "no-store"
 
 
 def test_full_and_deep_tiles(get: Get, aws: Cloud) -> None:

@@ -14,7 +14,7 @@ import pytest
 from qaes.adapters import task_store
 from qaes.adapters.executions import Executions
 from qaes.adapters.ledger_client import LedgerClient
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_store import MAX_RETRIES, TaskStore
 from qaes.domain.ids import now, parse_timestamp
 from qaes.domain.policy import Policy
 from tests.handlers.test_gateway import DOWN, MONITOR, NO, SOURCE, TRANSFER, YES, executions, start, start_waiting
@@ -231,6 +231,38 @@ def test_what_has_ended_is_not_cancelled_and_only_some_of_it_is_retried(
     assert (answer.status, answer.body["task_status"]) == (409, outcome)
     answer = api("POST", f"/task/{task_id}/retry")
     assert answer.status == (202 if outcome in {"failed", "expired"} else 409)
+
+
+def test_who_retried_a_task_of_somebody_else_does_not_decide_on_it(api: Api, store: TaskStore) -> None:
+    task_id, plan = planned(store)
+    store.end_task(task_id, "failed", actor="test", reason="so")
+    assert api("POST", f"/task/{task_id}/retry", **OLIVIA).status == 202
+    store.request_approval(task_id, 2, plan.steps[2], "token-2", 60)
+    for body in (YES, {"approved": False, "reason": "no"}):
+        answer = api("POST", f"/task/{task_id}/approve", body, **OLIVIA)
+        assert (answer.status, answer.body["detail"]) == (403, "nobody decides on what they had run again")
+    assert store.open_approval(task_id) is not None
+    assert api("POST", f"/task/{task_id}/approve", YES, **BOB).status == 200
+
+
+def test_who_retried_it_before_somebody_else_did_may_decide(api: Api, store: TaskStore) -> None:
+    task_id, plan = planned(store)
+    for caller in (OLIVIA, {}):
+        store.end_task(task_id, "failed", actor="test", reason="so")
+        assert api("POST", f"/task/{task_id}/retry", **caller).status == 202
+    store.request_approval(task_id, 2, plan.steps[2], "token-2", 60)
+    assert api("POST", f"/task/{task_id}/approve", YES, **OLIVIA).status == 200
+
+
+def test_a_task_is_not_retried_without_end(api: Api, store: TaskStore) -> None:
+    task_id, _ = planned(store)
+    for _ in range(MAX_RETRIES):
+        store.end_task(task_id, "failed", actor="test", reason="so")
+        store.retry(task_id, subject="alice")
+    store.end_task(task_id, "failed", actor="test", reason="so")
+    answer = api("POST", f"/task/{task_id}/retry")
+    assert (answer.status, answer.body["task_status"]) == (409, "failed")
+    assert f"at most {MAX_RETRIES} times" in answer.body["detail"]
 
 
 def test_a_task_that_runs_is_not_retried(api: Api, store: TaskStore) -> None:

@@ -28,7 +28,8 @@ class Upstream(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"] or 0)).decode()
-        answer = json.dumps({"path": self.path, "body": body, "authorization": self.headers["Authorization"]}).encode()
+        said = {"path": self.path, "body": body, "authorization": self.headers["Authorization"]}
+        answer = json.dumps(said | {"accept": self.headers["Accept"]}).encode()
         self.send_response(202)
         self.send_header("X-Correlation-Id", "abc")
         self.send_header("Content-Length", str(len(answer)))
@@ -80,6 +81,16 @@ def test_a_request_reaches_the_stage(door, stub):
     assert (response.status, response.headers["X-Correlation-Id"]) == (202, "abc")
     assert (said["path"], said["body"]) == ("/_aws/execute-api/api1/v1/task/start?a=b%20c", "body")
     assert said["authorization"] == (STUB_CREDENTIAL if stub else None)
+
+
+def test_the_public_log_is_an_api_of_its_own_and_takes_who_says_nothing_for_one_who_takes_bytes(door):
+    assert ask(door, "GET", "/public/log/checkpoint")[1]["path"] == "/_aws/execute-api/api1/v1/public/log/checkpoint"
+    door.log_api_id = "log1"
+    said = ask(door, "GET", "/public/log/checkpoint")[1]
+    assert (said["path"], said["accept"]) == ("/_aws/execute-api/log1/v1/log/checkpoint", "*/*")
+    assert ask(door, "GET", "/public/log/checkpoint", headers={"accept": "text/plain"})[1]["accept"] == "text/plain"
+    said = ask(door, "GET", "/log/checkpoint")[1]
+    assert (said["path"], said["accept"]) == ("/_aws/execute-api/api1/v1/log/checkpoint", None)
 
 
 def test_a_token_is_passed_on_in_either_mode(door):

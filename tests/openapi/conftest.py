@@ -54,12 +54,12 @@ OPERATIONS = [
 
 
 def routes() -> dict[str, str]:
-    """`METHOD path` → function, of the template."""
+    """`METHOD path` → function, of the template; the public log is another API."""
     return {
         f"{event['Properties']['Method']} {event['Properties']['Path']}": name
         for name, body in template.resources("AWS::Serverless::Function").items()
         for event in body["Properties"].get("Events", {}).values()
-        if event["Type"] == "Api"
+        if event["Type"] == "Api" and event["Properties"]["RestApiId"] == {"Ref": "Api"}
     }
 
 

@@ -116,7 +116,12 @@ class Api:
         found = {name.lower(): value for name, value in (answer.get("headers") or {}).items()}
         for name, values in (answer.get("multiValueHeaders") or {}).items():
             found[name.lower()] = ", ".join(values)
-        assert (found["x-content-type-options"], found["cache-control"]) == ("nosniff", "no-store")
+        kept = (
+            "private, max-age=31536000, immutable"
+            if found["content-type"] == "application/octet-stream"
+            else "no-store"
+        )
+        assert (found["x-content-type-options"], found["cache-control"]) == ("nosniff", kept)
         assert found["x-correlation-id"]
         if found["content-type"] == "application/octet-stream" or found["content-type"].startswith("text/plain"):
             assert answer["isBase64Encoded"] == (found["content-type"] == "application/octet-stream")

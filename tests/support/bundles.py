@@ -286,15 +286,19 @@ class Trail:
             return sent | {"task_type": self.request["task_type"], "instruction_hash": hash_of(instruction)}
         return {"ok": True, "balance": 1000, "rate": 0.1}
 
-    def retry(self) -> Trail:
+    def retry(self, who: str = "alice") -> Trail:
         self.run += 1
         self.round = None
         output = {"run": self.run, "idempotency_key": None}
-        return self.record("task_retried", "alice", "executing" if self.plan else "pending", self.request, output)
+        status = "executing" if self.plan else "pending"
+        return self.record("task_retried", who, status, self.request_again(), output)
+
+    def request_again(self) -> dict[str, Any]:
+        return {"request_hash": hash_of(self.request)}
 
     def end(self, status: str, actor: str = "execution") -> Trail:
         output = {"status": status, "reason": None, "failed_step": None, "idempotency_key": None}
-        return self.record("task_ended", actor, status, self.request, output)
+        return self.record("task_ended", actor, status, self.request_again(), output)
 
     def bundle(
         self,

@@ -36,6 +36,7 @@ _FUNCTIONS = {
     "audit/record_events": "RecordEventsFunction",
     "audit/sequence": "SequencerFunction",
     "audit/anchor": "AnchorFunction",
+    "audit/public": "PublicLogFunction",
     "qubic/ledger": "LedgerFunction",
     "qubic/ledger_transfer": "LedgerTransferFunction",
     "qubic/ledger_transfer_state": "LedgerFunction",
@@ -87,8 +88,13 @@ def check(case: str, answer: Any) -> None:
     assert _EXPECTED[known](answer), answer
 
 
-NOT_JSON = {"audit/api_signed_checkpoint", "audit/api_entries_tile", "audit/api_hash_tile"}
-_WHEN_ANCHORED = {"audit/api_log_checkpoint", "audit/api_signed_checkpoint"}
+NOT_JSON = {
+    "audit/api_signed_checkpoint", "audit/api_entries_tile", "audit/api_hash_tile", "audit/public_checkpoint",
+    "audit/public_hash_tile",
+}  # fmt: skip
+_WHEN_ANCHORED = {
+    "audit/api_log_checkpoint", "audit/api_signed_checkpoint", "audit/public_checkpoint", "audit/public_hash_tile",
+}  # fmt: skip
 """Found only when the ledger has confirmed an anchor, which takes some ticks."""
 
 _EXPECTED: dict[str, Callable[[Any], bool]] = {

@@ -18,6 +18,8 @@ from qaes.domain.models import Event
 from tests.support.cloud import Cloud
 
 LOG_ID = "qaes"
+ORIGIN = "Api.execute-api.us-east-1.amazonaws.com/v1/log"
+"""Of the log's checkpoints, where the deployer names none."""
 
 
 def new_recorder() -> Recorder:

@@ -247,6 +247,12 @@ def test_the_firewall_stands_before_the_apis_stage_where_it_is_asked_for(templat
     association = template.resources["WebAclAssociation"]["Properties"]
     assert association["WebACLArn"] == {"Fn::GetAtt": ["WebAcl", "Arn"]}
     assert association["ResourceArn"]["Fn::Sub"].endswith("/restapis/${Api}/stages/${Api.Stage}")
+    assert set(of_condition(template, "PublicLogHasWaf")) == {"PublicLogWebAclAssociation"}
+    public = template.resources["PublicLogWebAclAssociation"]["Properties"]["ResourceArn"]["Fn::Sub"]
+    assert public.endswith("/restapis/${PublicLogApi}/stages/${PublicLogApi.Stage}")
+    assert holds("PublicLogHasWaf", EnableWaf="true", PublicLog="true")
+    assert not holds("PublicLogHasWaf", EnableWaf="true")
+    assert not holds("PublicLogHasWaf", PublicLog="true")
     assert not holds("HasWaf")
     assert holds("HasWaf", EnableWaf="true")
     config = tomllib.loads((Path(__file__).parents[2] / "samconfig.toml").read_text())
@@ -303,14 +309,23 @@ def test_there_is_no_second_stage_beside_the_one_with_limits_log_and_firewall(mo
     """By itself, SAM makes a stage named Stage too, through which the same functions are reached without them."""
     resources = deployed(monkeypatch).values()
     stages = [body["Properties"] for body in resources if body["Type"] == "AWS::ApiGateway::Stage"]
-    assert [stage["StageName"] for stage in stages] == ["v1"]
-    [deployment] = [body["Properties"] for body in resources if body["Type"] == "AWS::ApiGateway::Deployment"]
-    assert "StageName" not in deployment
+    found = {stage["RestApiId"]["Ref"]: stage["StageName"] for stage in stages}
+    assert (found, len(stages)) == ({"Api": "v1", "PublicLogApi": "v1"}, 2)
+    deployments = [body["Properties"] for body in resources if body["Type"] == "AWS::ApiGateway::Deployment"]
+    assert len(deployments) == 2
+    assert not [each for each in deployments if "StageName" in each]
 
 
 def test_another_origin_is_another_deployment(template: Any) -> None:
     """Or a new value of the parameter would never reach the stage: SAM compares the template, not its parameters."""
-    assert template.resources["Api"]["Properties"]["AlwaysDeploy"] is True
+    for name in ("Api", "PublicLogApi"):
+        assert template.resources[name]["Properties"]["AlwaysDeploy"] is True
+
+
+def test_a_log_that_is_anchored_in_public_has_a_name_of_its_own(template: Any) -> None:
+    assert refusals(template, QubicNetwork="mainnet") == {"MainnetNamesItsLog"}
+    assert refusals(template, QubicNetwork="mainnet", LogId="acme-payments") == set()
+    assert refusals(template) == set()
 
 
 def test_every_origin_is_never_allowed_in_prod(template: Any) -> None:
@@ -354,6 +369,7 @@ def headers_of(response: dict[str, Any], **parameters: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def responses(template: Any) -> dict[str, Any]:
     found: dict[str, Any] = template.resources["Api"]["Properties"]["GatewayResponses"]
+    assert template.resources["PublicLogApi"]["Properties"]["GatewayResponses"] == found
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,13 @@ ROUTES = {
         "GET /log/tile/{level}/{a}/{b}/{c}/{d}",
         "GET /audit/health",
     },
+    "PublicLogFunction": {
+        "GET /log/checkpoint",
+        "GET /log/tile/{level}/{a}",
+        "GET /log/tile/{level}/{a}/{b}",
+        "GET /log/tile/{level}/{a}/{b}/{c}",
+        "GET /log/tile/{level}/{a}/{b}/{c}/{d}",
+    },
     "QubicApiFunction": {
         "GET /policy",
         "POST /policy",
@@ -96,6 +104,7 @@ OWNERS = {
         "SequencerFunction",
         "AnchorFunction",
         "AuditApiFunction",
+        "PublicLogFunction",
     },
 }
 
@@ -155,15 +164,61 @@ def test_the_routes_are_those_of_the_contract(template: Any) -> None:
 
 def test_only_health_and_the_documentation_are_open(template: Any) -> None:
     assert template.resources["Api"]["Properties"]["Auth"]["DefaultAuthorizer"] == "TokenAuthorizer"
-    for function in template.functions.values():
+    for name, function in template.functions.items():
         for event in function.get("Events", {}).values():
-            if event["Type"] == "Api":
+            if event["Type"] == "Api" and name != "PublicLogFunction":
+                assert event["Properties"]["RestApiId"] == {"Ref": "Api"}
                 is_open = event["Properties"].get("Auth", {}).get("Authorizer") == "NONE"
                 assert is_open == (event["Properties"]["Path"] in OPEN_ROUTES), event["Properties"]["Path"]
 
 
-def test_the_api_is_throttled_and_logged(template: Any) -> None:
-    api = template.resources["Api"]["Properties"]
+def test_the_log_is_public_only_where_it_is_asked_for_and_then_without_its_entries(template: Any) -> None:
+    assert template.parameters["PublicLog"]["Default"] == "false"
+    for name in ("PublicLogApi", "PublicLogFunction", "PublicLogLogs"):
+        assert template.resources[name]["Condition"] == "LogIsPublic"
+    assert template.document["Conditions"]["LogIsPublic"] == {"Fn::Equals": [{"Ref": "PublicLog"}, "true"]}
+    for event in template.functions["PublicLogFunction"]["Events"].values():
+        assert event["Properties"]["RestApiId"] == {"Ref": "PublicLogApi"}
+    assert not [route for route in ROUTES["PublicLogFunction"] if "entries" in route]
+
+
+def test_the_public_log_reads_tiles_and_anchors_and_nothing_that_names_a_task(template: Any) -> None:
+    [statement] = template.statements("PublicLogFunction")
+    assert statement["Effect"] == "Allow"
+    assert set(statement["Action"]) == {"dynamodb:GetItem", "dynamodb:Query"}
+    assert statement["Resource"] == [{"Fn::GetAtt": ["AuditLogTable", "Arn"]}]
+    assert statement["Condition"] == {"ForAllValues:StringLike": {"dynamodb:LeadingKeys": ["TILE#*", "ANCHOR"]}}
+
+
+def test_the_public_log_takes_every_client_for_one_that_takes_bytes(template: Any) -> None:
+    assert template.resources["PublicLogApi"]["Properties"]["BinaryMediaTypes"] == ["*/*"]
+    # There it would break the preflight, to which SAM cannot give a contentHandling.
+    assert "*/*" not in template.resources["Api"]["Properties"]["BinaryMediaTypes"]
+
+
+def test_two_stacks_logs_have_two_origins(template: Any) -> None:
+    given, named, own = template.functions["AnchorFunction"]["Environment"]["Variables"]["LOG_ORIGIN"]["Fn::If"]
+    assert (given, named) == ("HasLogOrigin", {"Ref": "LogOrigin"})
+    assert own == {"Fn::Sub": "${Api}.execute-api.${AWS::Region}.${AWS::URLSuffix}/v1/log"}
+
+
+@pytest.mark.parametrize(
+    ("origin", "taken"),
+    [
+        ("", True), ("log.example.com", True), ("log.example.com/qaes", True), ("localhost:8000/public/log", True),
+        ("https://log.example.com", False), ("log.example.com/", False), ("a b", False), ("a+b", False),
+        ("a\nb", False),
+    ],
+)  # fmt: skip
+def test_the_origin_is_an_address_without_its_scheme(template: Any, origin: str, taken: bool) -> None:
+    parameter = template.parameters["LogOrigin"]
+    assert bool(re.fullmatch(parameter["AllowedPattern"], origin)) == taken
+    assert parameter["MaxLength"] <= 255
+
+
+@pytest.mark.parametrize("name", ["Api", "PublicLogApi"])
+def test_the_api_is_throttled_and_logged(template: Any, name: str) -> None:
+    api = template.resources[name]["Properties"]
     for settings in api["MethodSettings"]:
         assert {"ThrottlingRateLimit", "ThrottlingBurstLimit"} <= settings.keys()
         assert settings["DataTraceEnabled"] is False

@@ -72,6 +72,31 @@ def fails(bundle: dict[str, Any], **options: Any) -> tuple[str, str]:
 # What holds
 
 
+def test_an_end_and_a_retry_name_the_request_by_its_hash_or_show_it() -> None:
+    """Shown, as it was recorded before."""
+
+    class Shown(Trail):
+        def request_again(self) -> dict[str, Any]:
+            return self.request
+
+    class Another(Trail):
+        def request_again(self) -> dict[str, Any]:
+            return {"request_hash": sha256_hex("another")}
+
+    assert verify(Shown().start().end("failed").retry().end("failed").bundle())
+    assert fails(Another().start().end("failed").bundle()) == ("input", "entry 2")
+    assert fails(Another().start().end("failed").retry().bundle()) == ("input", "entry 2")
+
+
+def test_who_had_a_task_run_again_does_not_approve_it() -> None:
+    def trail(retried_by: str) -> Trail:
+        found = Trail().start().check_policy().build().execute(0).execute(1).end("failed").retry(retried_by)
+        return found.ask(2).decide(2, "bob", True, 1).decide(2, "carol", True, 2)
+
+    assert verify(trail("olivia").bundle(), open_=True)
+    assert fails(trail("carol").bundle(), open_=True)[0] == "four eyes"
+
+
 @pytest.mark.parametrize("name", STORIES)
 def test_what_is_recorded_is_accepted(name: str) -> None:
     bundle = STORIES[name]().bundle()

@@ -63,7 +63,6 @@ _STATUS: tuple[tuple[type[QaesError], int], ...] = (
 )
 _HEADERS = {
     "x-content-type-options": "nosniff",
-    "cache-control": "no-store",
     "strict-transport-security": "max-age=31536000; includeSubDomains",
 }
 _EXPOSED_HEADERS = "Idempotent-Replay,Retry-After,X-Correlation-Id"
@@ -493,6 +492,7 @@ class _Edge:
             if message["type"] == "http.response.start":
                 headers = MutableHeaders(scope=message)
                 headers.update(_HEADERS)
+                headers.setdefault("cache-control", "no-store")  # only what can never change says otherwise
                 if headers.get("content-type") == "application/octet-stream":
                     # Bytes leave Lambda as base64, and a client that takes no octets gets them so: another length.
                     del headers["content-length"]

@@ -20,7 +20,14 @@ from typing import Any
 from qaes.adapters import clients, metrics, settings
 from qaes.adapters.task_items import UNDER_WAY, Idempotency, Item, TaskItems, is_counter, plan_item, task_item
 from qaes.domain.canonical import SALT_LETTERS, canonical_json, hash_of, salted_hash
-from qaes.domain.errors import ConcurrentUpdateError, ConflictError, LimitError, NotFoundError, UnavailableError
+from qaes.domain.errors import (
+    ConcurrentUpdateError,
+    ConflictError,
+    ForbiddenError,
+    LimitError,
+    NotFoundError,
+    UnavailableError,
+)
 from qaes.domain.ids import now, parse_timestamp, timestamp
 from qaes.domain.models import (
     RETRYABLE,
@@ -40,6 +47,8 @@ from qaes.domain.models import (
 )
 from qaes.domain.policy import PolicyDecision
 
+MAX_RETRIES = 20
+"""How often a task may be retried: its trail, and the bundle of it, stay small enough to be sent."""
 _ATTEMPTS = 8
 _PREVIEW_SECONDS = 30 * 24 * 3600
 
@@ -315,6 +324,7 @@ class TaskStore:
         subject: str,
         reason: str,
         plan_hash: str | None = None,
+        four_eyes: bool = True,
         idempotency: Idempotency | None = None,
     ) -> Approval:
         """Commit a person's decision, once. Delivering it, when it was the last that was needed, comes after.
@@ -327,6 +337,8 @@ class TaskStore:
         ConflictError
             The task waits for no approval (any more), with its status and who decided; this person has approved
             already; or `plan_hash` is not what would be approved.
+        ForbiddenError
+            With `four_eyes`: it was this person who had the task run again.
         ReplayedError
             The decision was taken earlier, under the same idempotency key.
         """
@@ -336,6 +348,8 @@ class TaskStore:
             approval = self.open_approval(task_id)
             if task.status != "waiting_approval" or approval is None:
                 raise self._not_waiting(task)
+            if four_eyes and subject == task.retried_by:
+                raise ForbiddenError("nobody decides on what they had run again")
             moment = now()
             if moment >= parse_timestamp(approval.expires_at):
                 raise ConflictError("the approval has expired", task_status="expired")
@@ -632,7 +646,7 @@ class TaskStore:
         Raises
         ------
         ConflictError
-            The task has not ended, or in a way that no retry takes back.
+            The task has not ended, or in a way that no retry takes back, or has been retried `MAX_RETRIES` times.
         LimitError, ReplayedError
             As in `start_task` and `decide`.
         """
@@ -640,16 +654,21 @@ class TaskStore:
         def change(task: Task) -> _Change | None:
             if task.status not in RETRYABLE:
                 raise ConflictError("only a task that failed or expired can be retried", task_status=task.status)
+            if task.run > MAX_RETRIES:
+                raise ConflictError(
+                    f"a task is retried at most {MAX_RETRIES} times: start another", task_status=task.status
+                )
             status: Status = "executing" if task.plan_id else "pending"
             fields = {
-                "status": status, "run": task.run + 1, "reason": None, "failed_step": None, "waiting_until": None,
+                "status": status, "run": task.run + 1, "retried_by": subject, "reason": None, "failed_step": None,
+                "waiting_until": None,
             }  # fmt: skip
             event = _event(
                 task,
                 "task_retried",
                 subject,
                 status,
-                task.request(),
+                _request_again(task),
                 {"run": task.run + 1, "idempotency_key": _key_hash(idempotency)},
             )
             kept = self._keep(idempotency, lifecycle_answer(task_id, status))
@@ -688,7 +707,7 @@ class TaskStore:
                 "task_ended",
                 actor,
                 outcome,
-                task.request(),
+                _request_again(task),
                 final | {"idempotency_key": _key_hash(idempotency)},
                 timestamp=moment,
                 detail=reason,
@@ -855,6 +874,11 @@ def _new_salt() -> str:
 def _key_hash(idempotency: Idempotency | None) -> str | None:
     """What stands for the caller's key: nobody can use it from here."""
     return hash_of([idempotency.subject, idempotency.key]) if idempotency else None
+
+
+def _request_again(task: Task) -> dict[str, Any]:
+    """The request, by its hash: it stands in the trail's first entry, and an end and a retry may be many."""
+    return {"request_hash": hash_of(task.request())}
 
 
 def _event(task: Task, kind: EventKind, actor: str, status: str, input_: Any, output: Any, **more: Any) -> Event:

@@ -95,7 +95,8 @@ class Plan(Model):
 class Task(Model):
     """A task as its item has it; `version` guards each write, `events` counts the events, `run` the executions.
 
-    `salt` keeps what the task's audit entries hash from being guessed; only the task's bundle shows it.
+    `retried_by` asked for the present execution, if it is not the first. `salt` keeps what the task's audit entries
+    hash from being guessed; only the task's bundle shows it.
     """
 
     task_id: str
@@ -104,6 +105,7 @@ class Task(Model):
     description: str
     parameters: dict[str, Any]
     requester: str
+    retried_by: str | None = None
     created_at: str
     updated_at: str
     plan_id: str | None = None
