@@ -153,19 +153,20 @@ def get_transaction(txid: Annotated[str, Path(json_schema_extra={"pattern": "^[a
 def health(response: Response) -> LedgerHealthy | LedgerUnhealthy:
     """Healthy when the network answers, a policy is in force, and the wallet that signs records has a balance."""
     it = submissions()
-    failing, detail = "network", ""
+    failing = "network"
     try:
         tick = it.chain.tick_info().tick
         failing = "policy"
         policy = policies().in_force()
         failing = "wallet"
-        if not it.chain.balance(service_key().identity).balance:
-            raise UnavailableError("the service's wallet has no balance: the network takes nothing of it")
+        balance = it.chain.balance(service_key().identity).balance
+        detail = "" if balance else "the service's wallet has no balance: the network takes nothing of it"
+    except UnavailableError as error:
+        detail = error.message
+    if not detail:
         return LedgerHealthy(
             network=it.chain.network, status="healthy", service="qubic", tick=tick, policy_id=policy.policy_id
         )
-    except UnavailableError as error:
-        detail = error.message
     response.status_code = 503
     return LedgerUnhealthy(
         network=it.chain.network, status="unhealthy", service="qubic", failing=[failing], detail=detail
