@@ -132,10 +132,12 @@ class Api:
 def fsck(cloud: Cloud) -> subprocess.CompletedProcess[str]:
     """Check the audit log, all of it, as `make fsck` does."""
     tables = {
+        "TASKS_TABLE": "TasksTable",
         "AUDIT_ENTRIES_TABLE": "AuditEntriesTable",
         "AUDIT_LOG_TABLE": "AuditLogTable",
         "LEDGER_FUNCTION": "LedgerFunction",
         "SEQUENCER_FUNCTION": "SequencerFunction",
+        "RECORDER_FUNCTION": "RecordAuditFunction",
     }
     return subprocess.run(
         [sys.executable, "-m", "local.fsck", "--settle", "60"],

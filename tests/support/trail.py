@@ -21,7 +21,7 @@ LOG_ID = "qaes"
 
 
 def new_recorder() -> Recorder:
-    return Recorder(Outbox("TasksTable"), store(), log_id=LOG_ID)
+    return Recorder(outbox(), store(), log_id=LOG_ID)
 
 
 def new_sequencer() -> Sequencer:
@@ -30,6 +30,10 @@ def new_sequencer() -> Sequencer:
 
 def store() -> AuditStore:
     return AuditStore("AuditEntriesTable", "AuditLogTable")
+
+
+def outbox() -> Outbox:
+    return Outbox("TasksTable")
 
 
 def log() -> Log:
