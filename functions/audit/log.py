@@ -7,12 +7,14 @@ TILE#level#index / TILE      up to 256 hashes: only wider than it is
 task id / INDEX#seq          the index of the task's entry, and its leaf hash: once
 LOG / ANCHORING              the newest anchor, sealed (in flight) or confirmed: after the one that was read
 ANCHOR / SIZE#size           a confirmed anchor: once
+SWEEP / SWEPT                how far the sweeper has looked, and what was behind then
 
 All reads are consistent.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -112,6 +114,14 @@ class Anchor:
     note: str
     verifier_key: str
     confirmed_at: str
+
+
+@dataclass(frozen=True)
+class Swept:
+    """Up to when the sweeper has looked at events, and the tasks of which one, by its number, was not in the log."""
+
+    through: str
+    behind: dict[str, int]
 
 
 class Log:
@@ -363,6 +373,19 @@ class Log:
     def anchors(self) -> Iterable[Anchor]:
         """Read all confirmed anchors, in order."""
         return map(_anchor, self._all("ANCHOR", "SIZE#"))
+
+    # The sweeper's list
+
+    def swept(self) -> Swept | None:
+        """Read how far the sweeper has looked; None when it never has."""
+        item = self._get("SWEEP", "SWEPT")
+        return Swept(item["through"]["S"], json.loads(item["behind"]["S"])) if item else None
+
+    def record_swept(self, swept: Swept) -> None:
+        """Write how far it has looked."""
+        item = key("SWEEP", "SWEPT") | {"through": {"S": swept.through}, "behind": {"S": json.dumps(swept.behind)}}
+        with asking():
+            clients.client("dynamodb").put_item(TableName=self._table, Item=item)
 
     # DynamoDB
 

@@ -60,7 +60,7 @@ FUNCTIONS = (
     "ValidatePlanFunction", "CheckComplianceFunction", "EndTaskFunction", "RequestApprovalFunction",
     "ReconcilerFunction", "ExecuteStepFunction", "RecordAuditFunction", "RecordEventsFunction", "LedgerFunction",
     "SequencerFunction", "AnchorFunction", "LedgerWriterFunction", "AwaitConfirmationFunction",
-    "TransferEndedFunction",
+    "TransferEndedFunction", "AuditSweeperFunction",
 )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ _FUNCTIONS = {
     "audit/record_events": "RecordEventsFunction",
     "audit/sequence": "SequencerFunction",
     "audit/anchor": "AnchorFunction",
+    "audit/sweep": "AuditSweeperFunction",
     "qubic/ledger": "LedgerFunction",
     "qubic/writer": "LedgerWriterFunction",
 }
@@ -101,6 +102,7 @@ _EXPECTED: dict[str, Callable[[Any], bool]] = {
     "record_events": lambda it: it["batchItemFailures"] == [],
     "sequence_task": lambda it: it == {"broken": []},
     "sequence_entries": lambda it: it == {"batchItemFailures": []},
+    "sweep": lambda it: it["behind"] >= 0,
     "anchor": lambda it: it["sequence"] >= 0 and it["size"] > 0,
     "ledger": lambda it: it["ok"] is True,
     "writer_queue": lambda it: it == {"batchItemFailures": []},

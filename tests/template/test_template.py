@@ -87,12 +87,19 @@ QUBIC = {"LedgerFunction", "LedgerWriterFunction", "QubicApiFunction"}
 OWNERS = {
     "LedgerTable": QUBIC,
     "ChainTable": QUBIC,
-    "AuditEntriesTable": {"RecordAuditFunction", "RecordEventsFunction", "SequencerFunction", "AuditApiFunction"},
+    "AuditEntriesTable": {
+        "RecordAuditFunction",
+        "RecordEventsFunction",
+        "SequencerFunction",
+        "AuditSweeperFunction",
+        "AuditApiFunction",
+    },
     "AuditLogTable": {
         "RecordAuditFunction",
         "RecordEventsFunction",
         "SequencerFunction",
         "AnchorFunction",
+        "AuditSweeperFunction",
         "AuditApiFunction",
     },
 }
