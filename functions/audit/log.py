@@ -88,13 +88,14 @@ class Indexed:
 
 @dataclass(frozen=True)
 class Anchoring:
-    """The newest anchor: `sealed` until its transaction is confirmed."""
+    """The newest anchor: `sealed` until its transaction is confirmed. `network` is empty in older tables."""
 
     sequence: int
     size: int
     payload: bytes
     sealed_at: str
     state: Literal["sealed", "confirmed"]
+    network: str = ""
 
 
 @dataclass(frozen=True)
@@ -311,7 +312,12 @@ class Log:
             return None
         state: Any = item["state"]["S"]
         return Anchoring(
-            int(item["sequence"]["N"]), int(item["size"]["N"]), item["payload"]["B"], item["sealed_at"]["S"], state
+            int(item["sequence"]["N"]),
+            int(item["size"]["N"]),
+            item["payload"]["B"],
+            item["sealed_at"]["S"],
+            state,
+            item.get("network", {}).get("S", ""),
         )
 
     def seal(self, sealed: Anchoring, *, after: Anchoring | None) -> bool:
@@ -461,6 +467,7 @@ def _anchoring_item(anchoring: Anchoring, state: str) -> Item:
         "payload": {"B": anchoring.payload},
         "sealed_at": {"S": anchoring.sealed_at},
         "state": {"S": state},
+        "network": {"S": anchoring.network},
     }
 
 
