@@ -74,6 +74,15 @@ def test_a_day_late_is_not_too_late(aws: Cloud) -> None:
     check_in_log(task_id)
 
 
+def test_an_event_that_the_index_shows_late_is_found(aws: Cloud) -> None:
+    """Its timestamp is from before the last look."""
+    assert sweep() == Outcome([], [], 0)
+    task_id = start_task()
+    swept = log().swept()
+    assert swept is not None and swept.through > timestamp(now())
+    assert sweep(3 * MINUTE).to_record == [task_id]
+
+
 def test_what_is_young_is_left_to_the_streams(aws: Cloud) -> None:
     start_task()
     assert sweep(timedelta(0)) == Outcome([], [], 0)
