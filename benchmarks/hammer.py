@@ -24,7 +24,7 @@ from typing import Any
 
 from audit.log import Anchor, Log
 from audit.store import EntryKey
-from local.cloud import Cloud
+from local.cloud import Cloud, LocalCloudError
 from local.fsck import settled, show
 from qaes.adapters import clients
 from qaes.adapters.task_items import TaskItems
@@ -288,7 +288,7 @@ def main() -> int:
         if not arguments.proofs_only:
             print()
             _hammer_a_cloud(arguments)
-    except (HammerError, ProofError, QaesError) as error:
+    except (HammerError, LocalCloudError, ProofError, QaesError) as error:
         print(f"FAILED: {error}", file=sys.stderr)
         return 1
     return 0
