@@ -126,8 +126,8 @@ def watch(
     last = time.monotonic()
     indexed: list[tuple[EntryKey, float]] = []
     anchored = 0
-    missing: set[EntryKey] = set()
-    while writer.is_alive() or missing or anchored < len(indexed):
+    while True:
+        writing = writer.is_alive()
         head = log.head()
         if head.integrated > begin + len(indexed):
             fresh = log.leaves(begin + len(indexed), head.integrated - begin - len(indexed))
@@ -139,13 +139,16 @@ def watch(
             covered = indexed[anchored : newest.size - begin]
             figures.to_anchor += [last - started[key] for key, _ in covered if key in started]
             anchored += len(covered)
-        missing = started.keys() - {key for key, _ in indexed} if not writer.is_alive() else set()
+        if not writing and anchored == len(indexed) and started.keys() <= {key for key, _ in indexed}:
+            break
         if time.monotonic() - last > patience:
             there = f"{len(started)} events are written, {len(indexed)} in the log, {anchored} anchored"
             raise HammerError(f"nothing has come for {patience:.0f} s: {there}")
         time.sleep(0.2)
     # A look may have come before `started` had the entry: the writer says it after the table has it.
     figures.to_index = [moment - started[key] for key, moment in indexed if key in started]
+    if not figures.to_index:
+        raise HammerError("no event could be written")
     figures.seconds = max(moment for key, moment in indexed if key in started) - min(started.values())
     figures.entries = len(started)
 
