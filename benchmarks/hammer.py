@@ -11,6 +11,7 @@ may at the median.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import os
 import statistics
@@ -91,8 +92,17 @@ def _p99(values: list[float]) -> float:
     return statistics.quantiles(values, n=100)[98] if len(values) > 1 else max(values, default=0)
 
 
-def write_events(tasks: int, events: int, workers: int, started: dict[EntryKey, float]) -> None:
-    """Write the events of `tasks` tasks, from as many threads as there are workers; `started` says when."""
+def write_events(tasks: int, events: int, workers: int, rate: float, started: dict[EntryKey, float]) -> None:
+    """Write the events of `tasks` tasks, from as many threads as there are workers; `started` says when.
+
+    At most `rate` events a second, all in all; 0: as fast as it goes.
+    """
+    turns, begin = itertools.count(), time.monotonic()
+
+    def wait_for_turn() -> None:
+        due = begin + next(turns) / rate if rate else 0
+        time.sleep(max(0.0, due - time.monotonic()))
+
     items = TaskItems(os.environ["TASKS_TABLE"])
     salt = "0" * 32
 
@@ -107,6 +117,7 @@ def write_events(tasks: int, events: int, workers: int, started: dict[EntryKey, 
                 output_hash=salted_hash(salt, [task_id, number]),
                 timestamp=timestamp(now()),
             )
+            wait_for_turn()
             moment = time.monotonic()
             clients.client("dynamodb").put_item(**items.event(task_id, number, event)["Put"])
             started[task_id, number] = moment
@@ -199,7 +210,7 @@ def stored_bytes() -> int:
     return total
 
 
-def hammer(tasks: int, events: int, workers: int, patience: float) -> Figures:
+def hammer(tasks: int, events: int, workers: int, rate: float, patience: float) -> Figures:
     """Load the log of the environment's tables, and verify all of it."""
     log, figures = Log(), Figures(writers=workers)
     started: dict[EntryKey, float] = {}
@@ -207,7 +218,7 @@ def hammer(tasks: int, events: int, workers: int, patience: float) -> Figures:
     begin = time.monotonic()
 
     def write() -> None:
-        write_events(tasks, events, workers, started)
+        write_events(tasks, events, workers, rate, started)
         figures.written_in = time.monotonic() - begin
 
     writer = threading.Thread(target=write, daemon=True)
@@ -272,6 +283,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tasks", type=int, default=50)
     parser.add_argument("--events", type=int, default=20, help="of each task (20)")
     parser.add_argument("--workers", type=int, default=4, help="threads that write (4)")
+    parser.add_argument("--rate", type=float, default=0, help="events a second, all in all (0: as fast as it goes)")
     parser.add_argument("--patience", type=float, default=300, help="seconds in which something must have come (300)")
     parser.add_argument(
         "--median", type=float, default=MEDIAN_SECONDS_TO_INDEX, help="seconds to an index at the median (10; 0: any)"
@@ -310,7 +322,7 @@ def _hammer_a_cloud(arguments: argparse.Namespace) -> None:
             }
             os.environ.update({name: cloud.resources[resource] for name, resource in names.items()})
             clients.reset()
-            figures = hammer(arguments.tasks, arguments.events, arguments.workers, arguments.patience)
+            figures = hammer(arguments.tasks, arguments.events, arguments.workers, arguments.rate, arguments.patience)
             print(table(("the log under load, on the local AWS", ""), figures.rows()), flush=True)
             report = settled(60, log_id="qaes")
             print(f"\n{show(report)}", flush=True)
