@@ -286,14 +286,14 @@ class Story:
             types = {"format": int, "version": int, "rules": dict}
             document = members(parse_canonical(text, "policy", hash_), types, "policy", hash_)
             need(document["format"] == 1, "policy", "a document of another format", hash_)
-            self.policies[f"policy-v{document['version']}-{hash_[:12]}"] = document
-        need(len(self.policies) == len(policies), "policy", "two documents of one id")
+            self.policies[f"policy-v{document['version']}-{hash_}"] = document
         self.unused = set(self.policies)
         self.request: dict[str, Any] = {}
         self.policy: dict[str, Any] = {}
         self.plan: dict[str, Any] = {}
         self.plan_hash = self.ended = ""
         self.approval: dict[str, Any] = {}
+        self.approved_before: dict[int, dict[str, Any]] = {}  # by execution, until the step has run
         self.done, self.run = 0, 1
         self.approvers: list[str] = []
 
@@ -426,8 +426,12 @@ class Story:
         need(entry["step_index"] == self.done, "step", "out of order, or a second time", where)
         need(entry["status"] in ("succeeded", "failed"), "step", "neither succeeded nor failed", where)
         approval, self.approval = self.approval, {} if self.approval.get("step") == self.done else self.approval
+        before, self.approved_before = self.approved_before, {}
         if entry["status"] == "failed":
             return
+        if step["type"] == "onchain_action" and isinstance(entry["output"], dict) and "run" in entry["output"]:
+            # An execution before this one has handed the transfer in, under what was approved then.
+            approval = before.get(members(entry["output"], {"run": int}, "output", where)["run"], {})
         if step["requires_approval"] or self._must_ask(step):
             approved = approval.get("state") == "approved" and approval["step"] == self.done
             need(approved, "step", "ran without its approval", where)
@@ -458,6 +462,8 @@ class Story:
         need(self.ended in ("failed", "expired"), "end", "only what failed or expired is retried", where)
         run = members(entry["output"], {"run": int}, "output", where)["run"]
         need(run == self.run + 1, "output", "not the next execution", where)
+        if self.approval.get("state") == "approved":
+            self.approved_before[self.run] = self.approval
         self.ended, self.run, self.approval = "", run, {}
 
     def _end(self, entry: dict[str, Any], where: str) -> None:

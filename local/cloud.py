@@ -454,7 +454,7 @@ class Cloud:
         _write_private(WORK / "aws.env", [*lines, *(f"export {name}='{value}'" for name, value in wanted.items())])
 
     def write_sam_files(self, directory: Path = WORK) -> Path:
-        """Let `sam local invoke --config-file` run functions on this local AWS; return the configuration file.
+        """Let `sam local … --config-file` run functions on this local AWS; return the configuration file.
 
         It comes with `sam-env.json`: what the functions have in their environment here, and the address at which a
         container reaches the local AWS. That way is open from now on.
@@ -475,13 +475,17 @@ class Cloud:
         configuration = directory / "sam.toml"
         parameters = [f"PythonRuntime=python3.{sys.version_info.minor}", "Stage=local", f"AuthMode={self.auth_mode}"]
         lines = [
-            "# For sam local invoke FUNCTION --config-file: the functions as `make up` has built and deployed them.",
+            "# For sam local invoke FUNCTION (or start-lambda) --config-file: the functions as `make up` has built and",
+            "# deployed them.",
             "version = 0.1",
-            "[default.local_invoke.parameters]",
-            f"parameter_overrides = {json.dumps(parameters)}",
-            f"env_vars = {json.dumps(str(variables))}",
-            f"layer_cache_basedir = {json.dumps(str(WORK / 'sam-layers'))}",
         ]
+        for command in ("local_invoke", "local_start_lambda"):
+            lines += [
+                f"[default.{command}.parameters]",
+                f"parameter_overrides = {json.dumps(parameters)}",
+                f"env_vars = {json.dumps(str(variables))}",
+                f"layer_cache_basedir = {json.dumps(str(WORK / 'sam-layers'))}",
+            ]
         _write_private(configuration, lines)
         return configuration
 

@@ -9,7 +9,7 @@ from local.seed import PLAN, PLANNED_TASK
 HASH = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 TXID = "qepeyezutyuvpavhngoaggqfoxikrrkzmhqfzygkjyzqpwgkcrrsvhzbklbe"
 MOMENT = "2026-11-23T12:00:00.000Z"
-POLICY_ID = "policy-v1-949c5e3405e9"
+POLICY_ID = "policy-v1-949c5e3405e9ec1bfed6e3aa5af387b51199dce905e56a0e3000ca9294058036"
 WALLET, OTHER = "0x1234567890abcdef", "0xfedcba0987654321"
 STATEMENT = "The mock ledger is run by the operator of this system: its transactions prove nothing to an outsider."
 RULE = {
@@ -25,7 +25,7 @@ RULE = {
 LIMITED_RULE = RULE | {"approvals": 2, "max_amount": 500, "daily_limit": 2000, "allowed_addresses": [OTHER]}
 PROPOSED = {
     "version": 2,
-    "policy_id": "policy-v2-9f86d081884c",
+    "policy_id": f"policy-v2-{HASH}",
     "status": "proposed",
     "hash": HASH,
     "based_on": POLICY_ID,

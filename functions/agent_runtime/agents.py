@@ -12,13 +12,14 @@ from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
+from qaes.adapters import transfers
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import TASK_ID, logger
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import compliance, planning
 from qaes.domain.compliance import Verdict
 from qaes.domain.errors import RefusedError
-from qaes.domain.models import Model, Outcome, Step, Task
+from qaes.domain.models import CONFIRMED_LATER, Model, Outcome, Step, Task
 from qaes.domain.policy import PolicyDecision
 
 
@@ -59,10 +60,19 @@ def _done_before(store: TaskStore, task: Task) -> set[int]:
 
 @logger().inject_lambda_context(correlation_id_path=TASK_ID)
 def check_compliance(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """Compliance agent. `{task_id, step_index}` → `{verdict, reason}`; asked again after an approval."""
+    """Compliance agent. `{task_id, step_index}` → `{verdict, reason}`; asked again after an approval.
+
+    What an attempt before has handed in is not decided on again. If it has ended without moving anything, that is put
+    on record first: what is asked for after that is for another attempt.
+    """
     store, step_index = TaskStore(), int(event["step_index"])
     task = store.get_task(event["task_id"])
     plan = store.plan_of(task)
+    record = store.step(task.task_id, step_index)
+    if record is not None and record.type in CONFIRMED_LATER:
+        compliance.check_same_plan(task, plan)
+        if transfers.settle(store, LedgerClient(), task, record).let_through:
+            return compliance.go_on(task, plan).model_dump(mode="json")
     current = LedgerClient().policy().decide(plan.analysis.action_type)
     approval = store.latest_approval(task.task_id, step_index)
     verdict = compliance.decide(task, plan, step_index, current, approval)
@@ -73,11 +83,11 @@ def check_compliance(event: dict[str, Any], context: LambdaContext) -> dict[str,
 
 def _reserve(task: Task, step: Step, current: PolicyDecision) -> Verdict | None:
     """Have the ledger reserve what a transfer will spend; a verdict when it refuses. Once for each step."""
-    if step.type != "onchain_action" or not current.limits_transfers:
+    if step.type not in CONFIRMED_LATER or not current.limits_transfers:
         return None
     try:
         LedgerClient().reserve(
-            reference=f"{task.task_id}#{step.step_id}",
+            reference=transfers.reference_of(task.task_id, step.step_id),
             source=step.parameters["from_address"],
             destination=step.parameters["to_address"],
             amount=step.parameters["amount"],

@@ -20,7 +20,7 @@ from qaes.adapters.http import (
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.errors import NotFoundError
 from qaes.domain.ids import is_task_id
-from qaes.domain.models import TERMINAL, Status, Step, StepRecord, StepStatus, StepType, Task
+from qaes.domain.models import CONFIRMED_LATER, TERMINAL, Status, Step, StepRecord, StepStatus, StepType, Task
 
 app = create_app("agent-runtime")
 handler = make_handler(app)
@@ -79,8 +79,9 @@ def get_status(
 
 def _state(task: Task, index: int, step: Step, record: StepRecord | None) -> StepState:
     status: StepStatus | Literal["waiting_approval", "skipped"] = "pending"
-    # A worker that died leaves its step as it was; the task has ended all the same.
-    interrupted = record is not None and record.status == "running" and task.status in TERMINAL
+    # A worker that died leaves its step as it was; the task has ended all the same. A transfer may still happen.
+    died = record is not None and record.status == "running" and record.type not in CONFIRMED_LATER
+    interrupted = died and task.status in TERMINAL
     if record is not None:
         status = "failed" if interrupted else record.status
     elif task.status in TERMINAL:

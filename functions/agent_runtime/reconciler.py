@@ -1,21 +1,22 @@
 """The reconciler: no task is left behind, whatever crashed.
 
 Runs every minute and when an execution's status changes. It starts what was written and not started, delivers a
-decision that was committed and not delivered, wakes who waits for a transfer that has ended, reminds of an approval and
-closes it when its time is over, and ends a task whose execution has ended without saying so. Each minute it tells how
-old the oldest open approval is.
+decision that was committed and not delivered, reminds of an approval and closes it when its time is over, and ends a
+task whose execution has ended without saying so. It puts on record how transfers have ended, those of ended tasks too,
+and wakes who waits for them. Each minute it tells how old the oldest open approval is.
 """
 
 from __future__ import annotations
 
 import json
+import random
 from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from qaes.adapters import metrics
-from qaes.adapters.executions import Executions, wake
-from qaes.adapters.ledger_client import LedgerClient
+from qaes.adapters import metrics, transfers
+from qaes.adapters.executions import Executions
+from qaes.adapters.ledger_client import CALL_SECONDS, LedgerClient
 from qaes.adapters.logs import logger
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.errors import NotFoundError
@@ -52,7 +53,7 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
         except Exception:  # noqa: BLE001 one task that cannot be helped now must not keep the others waiting
             logger().exception("could not reconcile", extra={"task_id": task.task_id})
     metrics.open_approvals(ages)
-    return {"reconciled": reconciled}
+    return {"reconciled": list(dict.fromkeys(reconciled + _settle_transfers(store, context)))}
 
 
 def reconcile(task: Task, store: TaskStore, executions: Executions) -> bool:
@@ -98,14 +99,35 @@ def _deliver(task: Task, store: TaskStore, executions: Executions) -> bool:
 
 
 def _wake(task: Task, store: TaskStore) -> bool:
-    """Wake an execution that waits for a transfer whose end nobody has told it."""
+    """Wake an execution that waits for a step that is finished: whoever has finished it did not come to tell."""
     if task.status != "executing" or task.current_step is None:
         return False
-    token, record = store.waiter(task.task_id, task.current_step), store.step(task.task_id, task.current_step)
-    if token is None or record is None or record.status != "running":
-        return False
-    state = LedgerClient().transfer_state(f"{task.task_id}#{record.step_id}")["state"]
-    return state not in {"signed", "broadcast"} and wake(token, {"state": state})
+    record = store.step(task.task_id, task.current_step)
+    return record is not None and transfers.tell(store, task, record)
+
+
+def _settle_transfers(store: TaskStore, context: LambdaContext) -> list[str]:
+    """Put on record how transfers have ended whose end nobody has told; returns the tasks whose step is finished now.
+
+    In any order, so that those which the ledger is slow to answer for do not keep the others waiting for ever.
+    """
+    under_way, settled = store.transfers_under_way(GRACE_SECONDS), []
+    random.shuffle(under_way)
+    for task_id, record in under_way:
+        if context.get_remaining_time_in_millis() < CALL_SECONDS * 1000:
+            logger().warning("no time left to ask the ledger: the others are asked for next time")
+            break
+        try:
+            task, newest = store.get_task(task_id), store.step(task_id, record.step_index)
+            if newest is None or newest.status != "running":
+                continue  # the index is behind
+            ended = transfers.settle(store, LedgerClient(), task, newest).record
+            if ended.status != "running":
+                settled.append(task_id)
+                transfers.tell(store, task, ended)
+        except Exception:  # noqa: BLE001 as above
+            logger().exception("could not settle a transfer", extra={"task_id": task_id})
+    return settled
 
 
 def _execution_changed(store: TaskStore, detail: dict[str, Any]) -> list[str]:

@@ -1,4 +1,7 @@
-"""The ledger for the other services: one function, invoked directly, that does the named operation.
+"""The ledger for the other services: functions that are invoked directly, and do the named operation.
+
+Who may invoke a function may have it do all that it does. So there are three, each with its LEDGER_OPERATIONS: one
+reads, one moves money and writes hashes, one writes the audit log's anchors.
 
 `{"operation": NAME, ...}` gives `{"ok": true, "result": {...}}`, or `{"ok": false, "error": {"code", "message"}}` when
 the ledger refuses and would refuse again. What may go well at another time raises.
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from uuid import uuid4
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
@@ -50,13 +54,17 @@ def handler(event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
 
 
 def _perform(operation: object, arguments: Arguments) -> Result:
-    if not isinstance(operation, str) or operation not in _OPERATIONS:
-        raise RefusedError("unknown_operation", "the ledger has no such operation")
+    if not isinstance(operation, str) or operation not in _OPERATIONS or operation not in _operations_here():
+        raise RefusedError("unknown_operation", "this function of the ledger has no such operation")
     perform, names = _OPERATIONS[operation]
     if set(arguments) != names:
         raise InvalidInputError(f"{operation} takes {', '.join(sorted(names)) or 'nothing'}")
     it = submissions()
     return {"network": it.chain.network} | perform(it, arguments)
+
+
+def _operations_here() -> list[str]:
+    return settings.text("LEDGER_OPERATIONS").split(",")
 
 
 def _refused(operation: object, code: str, message: str) -> dict[str, Any]:
@@ -79,31 +87,44 @@ def _balance(it: Submissions, arguments: Arguments) -> Result:
 
 
 def _reserve(it: Submissions, arguments: Arguments) -> Result:
-    limits.reserve_for(policies().in_force(), Wallets(it.chain.network), arguments, submissions=it)
+    limits.reserve_for(
+        policies().in_force(),
+        Wallets(it.chain.network),
+        arguments,
+        submissions=it,
+        only_check=_only_simulates(it),
+    )
     return {"reference": arguments["reference"]}
 
 
 def _transfer(it: Submissions, arguments: Arguments) -> Result:
     terms = {name: arguments[name] for name in ("reference", "source", "destination", "amount")}
     _check_terms(arguments)
-    if it.chain.network != "mock" and settings.optional("ALLOW_TRANSFERS") != "true":
+    if _only_simulates(it):
         existing = it.get(f"transfer:{terms['reference']}")  # sent while it was allowed: that is what there is to say
         return (existing or it.simulate_transfer(**terms)).answer()
+    wallets, call = Wallets(it.chain.network), uuid4().hex
 
     def allow() -> None:
-        limits.reserve_for(policies().in_force(), Wallets(it.chain.network), arguments, submissions=it)
+        limits.reserve_for(policies().in_force(), wallets, arguments, submissions=it, call=call)
 
     try:
-        return it.submit_transfer(**terms, run=arguments["run"], allow=allow).answer()
-    except RefusedError:
-        if it.get(f"transfer:{terms['reference']}") is None:
-            limits.release(terms["reference"])  # the compliance agent had reserved it, and it will not be spent
+        transfer = it.submit_transfer(**terms, run=arguments["run"], allow=allow)
+    except (RefusedError, InvalidInputError):
+        # The compliance agent had it reserved, or `allow` has; a call that is cut off here leaves it for an hour.
+        limits.release_refused(wallets, arguments, submissions=it, call=call)
         raise
+    if transfer.state == "confirmed":
+        limits.count_found(wallets, transfer)
+    return transfer.answer()
+
+
+def _only_simulates(it: Submissions) -> bool:
+    return it.chain.network != "mock" and settings.optional("ALLOW_TRANSFERS") != "true"
 
 
 def _check_terms(arguments: Arguments) -> None:
-    if not isinstance(arguments["reference"], str):
-        raise InvalidInputError("the reference is text", field="reference")
+    limits.check_reference(arguments["reference"])
     for name in ("amount", "run"):
         if type(arguments[name]) is not int:
             raise InvalidInputError(f"the {name} is a whole number", field=name)

@@ -15,6 +15,8 @@ VERSION#<number>    `text`, the document, never changed; `record`, what became o
 from __future__ import annotations
 
 import base64
+import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,17 +26,29 @@ from pydantic import BaseModel, ConfigDict, Field
 from qaes.adapters import clients, metrics, settings
 from qaes.adapters.logs import logger
 from qaes.domain.canonical import sha256_hex
-from qaes.domain.errors import ConflictError, ForbiddenError, NotFoundError, RefusedError, UnavailableError
+from qaes.domain.errors import (
+    ConflictError,
+    ForbiddenError,
+    LimitError,
+    NotFoundError,
+    RefusedError,
+    UnavailableError,
+)
 from qaes.domain.ids import now, timestamp
 from qaes.domain.policy import DEFAULT_RULES, Policy, PolicyDocument, Rule, policy_id_of, policy_of, version_of
 from qubic.items import ChangedError, Item, Items, attempts, item_key
+from qubic.wallets import service_key
 
 if TYPE_CHECKING:
+    from qaes.domain.qubic.transaction import Transaction
     from qubic.submissions import Submission, Submissions
 
 INPUT_TYPE = 0x5150
 REFUSED_METRIC = "PolicyRefused"
+LOOK_AGAIN_SECONDS = 60
+"""How long a process relies on it that HEAD names the newest version that has been in force."""
 _MAX_VERSION = 10**9 - 1
+_PAGE = 100
 
 Status = Literal["proposed", "approved", "anchoring", "in_force", "superseded", "rejected"]
 
@@ -75,8 +89,27 @@ class _AlteredError(Exception):
     """What is stored of a version is not what the ledger has."""
 
 
-_verified: dict[tuple[str, str, int, str], Policy] = {}
-"""The texts whose transaction was checked by this process, by table, network, version and hash."""
+@dataclass(frozen=True)
+class _Good:
+    """A version that is what the ledger has, by the transaction of that id."""
+
+    policy: Policy
+    txid: str
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """The newest version that this process has found good in force; until when it relies on HEAD at `revision`."""
+
+    in_force: int = 0
+    revision: int = 0
+    until: float = 0
+
+
+_verified: dict[tuple[str, str, int, str], _Good] = {}
+"""The texts whose transaction this process has found on the chain, by table, network, version and hash."""
+_seen: dict[tuple[str, str], _Seen] = {}
+"""By table and network."""
 
 
 class Policies:
@@ -106,19 +139,63 @@ class Policies:
         Raises
         ------
         UnavailableError
-            No version is on the ledger yet, or none is as it is there.
+            No version is on the ledger yet, or none is as it is there; a newer one than HEAD's has been in force; the
+            network, which this process has not asked of that version yet, does not answer.
         """
-        head = self._head()
+        head = self._trusted_head()
         if not head.in_force:
             head = self._begin()
         for version in range(head.in_force, 0, -1):
             item = self._item(version)
             if version == head.in_force or (item is not None and _record(item).status == "superseded"):
                 try:
-                    return self._good(version, item)
+                    policy = self._good(version, item).policy
                 except _AlteredError as error:
                     self._report(version, error)
+                else:
+                    self._remember(in_force=version)
+                    return policy
         raise UnavailableError("no version of the policy is what the ledger has: nothing is allowed")
+
+    def _trusted_head(self) -> _Head:
+        """Read HEAD. Raises UnavailableError when it was rolled back: an older policy would be in force quietly."""
+        for _ in attempts():
+            seen = _seen.get((self._table, self.network), _Seen())  # before HEAD, which never goes back
+            head = self._head()
+            looked = head.revision == seen.revision and time.monotonic() < seen.until
+            if looked and head.in_force >= seen.in_force:
+                return head
+            newer = self._newer(head, seen)
+            if newer is None:
+                self._remember(revision=head.revision, until=time.monotonic() + LOOK_AGAIN_SECONDS)
+                return head
+            if self._head() == head:  # nobody has put that version in force in between
+                logger().error("policy rolled back", extra={"version": newer, "in_force": head.in_force})
+                metrics.count_one(REFUSED_METRIC)
+                raise UnavailableError(
+                    f"version {newer} of the policy has been in force or handed in, and the table says that version "
+                    f"{head.in_force} is the newest in force: nothing is allowed"
+                )
+        raise UnavailableError("others are changing the policy at the moment")
+
+    def _newer(self, head: _Head, seen: _Seen) -> int | None:
+        """Find a version that came after HEAD's: it has been in force, or is on the ledger without HEAD's knowing."""
+        if seen.in_force > head.in_force:
+            return seen.in_force
+        records = {record.version: record for record in self._records(_version_sk(head.in_force + 1))}
+        # An item may be missing, and its submission be there still: gaps and the next number are looked at, too.
+        for version in range(head.in_force + 1, max(records, default=head.in_force) + 2):
+            status = records[version].status if version in records else None
+            if status in {"in_force", "superseded"}:
+                return version
+            if version != head.approved and status != "rejected" and self._submissions.get(_submission_key(version)):
+                return version
+        return None
+
+    def _remember(self, **changes: Any) -> None:
+        place = (self._table, self.network)
+        seen = _seen.get(place, _Seen())
+        _seen[place] = replace(seen, **changes | {"in_force": max(seen.in_force, changes.get("in_force", 0))})
 
     def settle(self) -> None:
         """Bring the version that is on its way forward, and put it in force when the ledger has it.
@@ -146,14 +223,16 @@ class Policies:
         item = self._item(number)
         if item is None:
             raise UnavailableError(f"version {number} of the policy is missing")
-        submission = self._submissions.get(_submission_key(number))
-        if submission is None:
-            self._submit(_record(item), _text(item))
-            return
-        if submission.state != "confirmed":
-            return
         record = _record(item)
+        submission = self._submissions.get(_submission_key(number))
+        if submission is not None and submission.is_open:
+            return
         try:
+            if submission is None:
+                self._submit(record, _text(item))
+                return
+            if submission.state != "confirmed":
+                raise _AlteredError(f"its transaction is {submission.state}: {submission.error}")  # noqa: TRY301
             self._good(number, item, submission)
         except _AlteredError as error:
             self._report(number, error)
@@ -182,19 +261,22 @@ class Policies:
     def _begin(self) -> _Head:
         """Nothing is in force: bring version 1 forward. Raises UnavailableError while it is on its way."""
         self.settle()
+        submission = self._submissions.get(_submission_key(1))
+        if submission is not None:
+            if submission.is_open:
+                self._submissions.follow(submission.source)
+                submission = self._submissions.get(_submission_key(1))
+            self.settle()
         head = self._head()
         if head.in_force:
             return head
-        submission = self._submissions.get(_submission_key(head.approved))
-        if submission is not None and submission.state != "confirmed":
-            self._submissions.follow(submission.source)
-            self.settle()
-            head = self._head()
-        if not head.in_force:
+        if submission is not None and submission.is_open:
             raise UnavailableError(
                 "the first version of the policy is not on the ledger yet: it is in force once it is confirmed there"
             )
-        return head
+        raise UnavailableError(
+            "the first version of the policy was altered, or its transaction failed, and no other can take its place"
+        )
 
     def _create_first(self, head: _Head) -> None:
         document = PolicyDocument.write(DEFAULT_RULES, version=1)
@@ -203,35 +285,64 @@ class Policies:
         self._write(head, replace(head, newest=1, approved=1), self._put(first, document.text()))
 
     def _submit(self, record: PolicyVersion, text: str) -> None:
+        """Hand the hash in. Raises _AlteredError unless the text is the one that was approved."""
         if sha256_hex(text) != record.hash:
-            # It would be anchored in the place of what was approved.
-            self._report(record.version, _AlteredError("its text is not what was approved"))
-            raise UnavailableError(f"version {record.version} of the policy is not what was approved")
-        self._submissions.submit_record(
-            _submission_key(record.version),
-            bytes.fromhex(record.hash),
-            kind="policy",
-            input_type=INPUT_TYPE,
-            metadata={"policy_id": record.policy_id, "version": record.version},
-        )
+            raise _AlteredError("its text is not what was approved")  # and would be anchored in its place
+        try:
+            self._submissions.submit_record(
+                _submission_key(record.version),
+                bytes.fromhex(record.hash),
+                kind="policy",
+                input_type=INPUT_TYPE,
+                metadata={"policy_id": record.policy_id, "version": record.version},
+            )
+        except LimitError as error:
+            raise UnavailableError(error.message) from error
 
-    def _good(self, version: int, item: Item | None, submission: Submission | None = None) -> Policy:
-        """Return the version's policy. Raises _AlteredError unless its text is the one that the ledger has."""
+    def _good(self, version: int, item: Item | None, submission: Submission | None = None) -> _Good:
+        """Return the version's policy; a `submission` that is given is checked, even if another was before.
+
+        Raises
+        ------
+        _AlteredError
+            Its text is not the one that the ledger has.
+        UnavailableError
+            The network has to be asked, and does not tell.
+        """
         if item is None:
             raise _AlteredError("it is missing")
         text = _text(item)
         hash_ = sha256_hex(text)
         known = (self._table, self.network, version, hash_)
-        if known not in _verified:
-            _check_anchor(hash_, submission or self._submissions.get(_submission_key(version)))
-            try:
-                policy = policy_of(text)
-            except ValueError as error:
-                raise _AlteredError("its text is no policy document") from error
-            if policy.version != version:
-                raise _AlteredError("its text is that of another version")
-            _verified[known] = policy
-        return _verified[known]
+        good = _verified.get(known)
+        if good is None or submission is not None:
+            transaction = _check_anchor(hash_, submission or self._confirmed(version))
+            if good is None or good.txid != transaction.id:
+                good = _Good(_policy_of_version(version, text), transaction.id)
+                self._check_included(transaction)
+                _verified[known] = good
+        return good
+
+    def _confirmed(self, version: int) -> Submission:
+        submission = self._submissions.get(_submission_key(version))
+        if submission is None or submission.state != "confirmed":
+            raise _AlteredError("no transaction with it is confirmed")
+        return submission
+
+    def _check_included(self, transaction: Transaction) -> None:
+        """Check that the network has it, whatever the table says. Raises as `_good`."""
+        from qaes.domain.qubic.identity import encode_identity
+
+        chain = self._submissions.chain
+        if chain.transaction(transaction.id) is not None:
+            return
+        # A node that is behind must not set the policy back: the list says itself up to which tick it goes.
+        page = chain.transactions(encode_identity(transaction.source), transaction.tick, transaction.tick, 0, _PAGE)
+        if any(each.txid == transaction.id for each in page.transactions):
+            return
+        if page.valid_for_tick < transaction.tick or page.total > len(page.transactions):
+            raise UnavailableError("the network does not tell yet whether it has the policy's transaction")
+        raise _AlteredError("the network does not have its transaction")
 
     def _report(self, version: int, error: _AlteredError) -> None:
         logger().error("policy refused", extra={"version": version, "reason": str(error)})
@@ -380,13 +491,17 @@ class Policies:
     def list(self, limit: int = 20, before: int | None = None) -> list[PolicyVersion]:
         """List versions, newest first; `before` leaves out that one and those that are newer."""
         newest = _version_sk(before - 1 if before is not None else _MAX_VERSION)
+        return [self._shown(record) for record in self._records(_version_sk(0), newest, limit)]
+
+    def _records(self, oldest: str, newest: str = "VERSION#~", limit: int | None = None) -> Iterator[PolicyVersion]:
+        """Read what became of the versions between these keys, newest first."""
         pages = clients.client("dynamodb").get_paginator("query")
         found = pages.paginate(
             TableName=self._table,
             KeyConditionExpression="pk = :pk AND sk BETWEEN :oldest AND :newest",
             ExpressionAttributeValues={
                 ":pk": {"S": self._pk},
-                ":oldest": {"S": _version_sk(0)},
+                ":oldest": {"S": oldest},
                 ":newest": {"S": newest},
             },
             ExpressionAttributeNames={"#record": "record"},
@@ -395,7 +510,7 @@ class Policies:
             ConsistentRead=True,
             PaginationConfig={"MaxItems": limit, "PageSize": limit},
         )
-        return [self._shown(_record(item)) for page in found for item in page["Items"]]
+        return (_record(item) for page in found for item in page["Items"])
 
     def document(self, policy_id: str) -> dict[str, Any]:
         """Return the text of a version that is or was in force, and what anchors it.
@@ -408,19 +523,20 @@ class Policies:
             No version of that id has come into force.
         RefusedError
             `policy_altered`: it is not what the ledger has.
+        UnavailableError
+            The network, which this process has not asked of that version yet, does not answer.
         """
         version = version_of(policy_id)
         item = self._item(version) if version else None
         if version is None or item is None or _record(item).status not in {"in_force", "superseded"}:
             raise NotFoundError("no such policy has come into force", field="policy_id")
-        submission = self._submissions.get(_submission_key(version))
         try:
-            _check_anchor(sha256_hex(_text(item)), submission)
-            good = self._good(version, item, submission)
+            submission = self._confirmed(version)
+            good = self._good(version, item, submission).policy
         except _AlteredError as error:
             self._report(version, error)
             raise RefusedError("policy_altered", f"version {version} of the policy: {error}") from error
-        if good.policy_id != policy_id or submission is None:
+        if good.policy_id != policy_id:
             raise NotFoundError("no such policy has come into force", field="policy_id")
         return {
             "policy_id": policy_id,
@@ -489,23 +605,52 @@ class Policies:
         self._items.write(self._items.put_after(head, before.revision, "revision"), *writes)
 
 
-def _check_anchor(hash_: str, submission: Submission | None) -> None:
-    """Check that a confirmed transaction has just this hash. Raises _AlteredError."""
+def _own_identities() -> frozenset[str]:
+    """The identities that policies are anchored by: the service's own, and those that it had before."""
+    from qaes.domain.qubic.identity import decode_identity
+
+    former = frozenset(each.strip() for each in settings.optional("QUBIC_FORMER_IDENTITIES").split(",") if each.strip())
+    for identity in former:
+        try:
+            decode_identity(identity)
+        except ValueError as error:
+            raise settings.SettingsError(f"QUBIC_FORMER_IDENTITIES: {identity[:60]}: {error}") from None
+    return former | {service_key().identity}
+
+
+def _check_anchor(hash_: str, submission: Submission) -> Transaction:
+    """Check that its transaction is the service's own and has just this hash; return it. Raises _AlteredError.
+
+    Who can write the table can write a transaction of their own there: it is the signature that counts, and whose.
+    """
     from qaes.domain.qubic.identity import encode_identity
     from qaes.domain.qubic.transaction import decode
 
-    if submission is None or submission.state != "confirmed":
-        raise _AlteredError("no transaction with it is confirmed")
     try:
         transaction = decode(submission.encoded)
     except ValueError as error:
         raise _AlteredError("its transaction cannot be read") from error
     if transaction.payload != bytes.fromhex(hash_) or transaction.input_type != INPUT_TYPE:
         raise _AlteredError("its text is not the one whose hash the ledger has")
-    if transaction.id != submission.txid or encode_identity(transaction.source) != submission.source:
+    if transaction.id != submission.txid:
         raise _AlteredError("its transaction is not the one that is confirmed")
+    if encode_identity(transaction.source) not in _own_identities():
+        raise _AlteredError("its transaction is not the service's")
+    if transaction.destination != transaction.source or transaction.amount:
+        raise _AlteredError("its transaction is no record of the service's: it goes to another, or moves money")
     if not transaction.is_signed_by_source():
         raise _AlteredError("its transaction is not signed by its source")
+    return transaction
+
+
+def _policy_of_version(version: int, text: str) -> Policy:
+    try:
+        policy = policy_of(text)
+    except ValueError as error:
+        raise _AlteredError("its text is no policy document") from error
+    if policy.version != version:
+        raise _AlteredError("its text is that of another version")
+    return policy
 
 
 def _new_record(document: PolicyDocument, moment: str) -> PolicyVersion:

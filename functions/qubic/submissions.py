@@ -424,6 +424,7 @@ class Submissions:
         be called again.
         """
         end = time.monotonic() + seconds
+        attempts_at_first: dict[str, int] = {}
         for _ in range(4 * MAX_OPEN):
             source = self._source(identity)
             if not source.open:
@@ -432,6 +433,8 @@ class Submissions:
             submission = self.get(head.key)
             if submission is None:
                 raise UnavailableError("a submission is missing")  # written with its place, in one transaction
+            if submission.attempt > attempts_at_first.setdefault(submission.key, submission.attempt) + 1:
+                raise UnavailableError("what was just signed is late again: the network's ticks are not to be trusted")
             try:
                 if not submission.is_open:
                     self._on_closed(submission)

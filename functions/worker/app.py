@@ -1,4 +1,8 @@
-"""The worker: runs one step, whose effect happens once however often it is called."""
+"""The worker: runs one step, whose effect happens once however often it is called.
+
+A transfer takes two states. SubmitTransfer (`submit`) hands it in, and is the only one that does; ExecuteStep finds out
+what became of it, when the ledger has told.
+"""
 
 from __future__ import annotations
 
@@ -6,89 +10,117 @@ from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
+from qaes.adapters import transfers
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import TASK_ID, logger
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import compliance
 from qaes.domain.errors import ConflictError, RefusedError, UnavailableError
-from qaes.domain.models import TERMINAL, Step, StepRecord, Task
-from worker.steps import CONFIRMED_LATER, RUN, StepContext, Submitted, onchain_action
+from qaes.domain.models import CONFIRMED_LATER, TERMINAL, Plan, StepRecord, Task
+from qaes.domain.policy import Policy
+from worker.steps import RUN, StepContext, Submitted
+
+
+class NotConfirmedYetError(UnavailableError):
+    """The execution was woken before the transfer's end: the state machine knows it by this name, and waits again."""
 
 
 @logger().inject_lambda_context(correlation_id_path=TASK_ID)
 def execute_step(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """`{task_id, step_index}` → `{step_id, status, result, error, attempt}`; `submitted`: to be asked again later."""
-    return run_step(TaskStore(), LedgerClient(), str(event["task_id"]), int(event["step_index"]))
+    """`{task_id, step_index, submit?}` → `{step_id, status, result, error, attempt}`.
+
+    With `submit` a transfer is handed in, and `status` is `submitted`: then the ledger has the word. Without, the
+    answer is how the transfer ended; NotConfirmedYetError is raised when it has not.
+    """
+    store, ledger = TaskStore(), LedgerClient()
+    task_id, step_index = str(event["task_id"]), int(event["step_index"])
+    record, task = store.step(task_id, step_index), store.get_task(task_id)
+    plan = store.plan_of(task)
+    if plan.steps[step_index].type in CONFIRMED_LATER and event.get("submit") is not True:
+        return _answer(_outcome(store, ledger, task, record))
+    return _answer(run_step(store, ledger, task, plan, step_index, record))
 
 
-def run_step(store: TaskStore, ledger: LedgerClient, task_id: str, step_index: int) -> dict[str, Any]:
-    """Run a step, or find out what became of it.
+def _outcome(store: TaskStore, ledger: LedgerClient, task: Task, record: StepRecord | None) -> StepRecord:
+    """What became of a transfer; nothing is done for it here."""
+    if record is None:
+        raise ConflictError("this transfer was never handed in", task_status=task.status)
+    settled = transfers.settle(store, ledger, task, record)
+    if settled.record.status == "running":
+        raise NotConfirmedYetError("the ledger has not told what became of the transfer")
+    return settled.record
+
+
+def run_step(
+    store: TaskStore, ledger: LedgerClient, task: Task, plan: Plan, step_index: int, record: StepRecord | None
+) -> StepRecord:
+    """Run a step; `record` is what an attempt before has left. What it returns is `running` for a transfer under way.
 
     A refusal is a value (`failed`); only what may work when tried again is raised. The intent is recorded, and the
     approval consumed, before the step acts; the effect carries (task, step) as its reference, so that the ledger
     answers a repetition from its record.
     """
-    record, task = store.step(task_id, step_index), store.get_task(task_id)
     if record is not None and not record.may_run(task):
-        return _answer(record)
-    plan = store.plan_of(task)
-    step = plan.steps[step_index]
+        return record
+    compliance.check_same_plan(task, plan)
     if task.status in TERMINAL:
-        return _after_the_end(store, ledger, task, record, step)
+        raise ConflictError(f"the task has ended: {task.status}", task_status=task.status)
+    step, replaces = plan.steps[step_index], None
+    if step.type in CONFIRMED_LATER and record is not None and record.run < task.run:
+        # What an execution before this one has handed in was let through then: its end is this step's, whatever it is.
+        settled = transfers.settle(store, ledger, task, record)
+        if settled.under_way or settled.record != record:
+            return settled.record
+        before = transfers.state_of(ledger, task.task_id, step.step_id) if record.status == "failed" else None
+        replaces = before["txid"] if before else None
     policy = ledger.policy()
-    if record is None or record.status == "failed":
-        # The claim is the commit point: a later attempt finds out what happened, whatever the policy says by then.
-        approval = store.latest_approval(task_id, step_index)
-        current = policy.decide(plan.analysis.action_type)
-        try:
-            compliance.check_may_act(task, plan, step_index, current, approval)
-        except RefusedError as refusal:
-            refused = store.claim_step(task_id, step_index, step, None)
-            if refused.attempt > (record.attempt if record else 0) + 1:
-                raise UnavailableError("another attempt is at work on this step") from refusal
-            return _answer(store.finish_step(task_id, refused, result=None, error=refusal.message))
-        consumed = approval if compliance.needs_approval(step, current) else None
-    else:
-        consumed = None
-    # A step that waits for its outcome is asked again and again: that is not another attempt.
-    if record is None or record.status != "running" or record.run != task.run or step.type not in CONFIRMED_LATER:
-        record = store.claim_step(task_id, step_index, step, consumed)
-    if record.status != "running":
-        return _answer(record)
-    reference = reference_of(task_id, step.step_id)
+    claimed = _claim(store, task, plan, step_index, record, policy, replaces)
+    if claimed.status != "running":
+        return claimed
+    reference = transfers.reference_of(task.task_id, step.step_id)
     step_context = StepContext(reference, ledger, policy, plan.analysis.action_type, task.run)
     try:
         result = RUN[step.type](step.parameters, step_context)
     except RefusedError as refusal:
-        return _answer(store.finish_step(task_id, record, result=None, error=f"{refusal.code}: {refusal.message}"))
+        if step.type in CONFIRMED_LATER and transfers.settle(store, ledger, task, claimed).under_way:
+            return claimed  # it was handed in by a call whose answer was lost, and that is not refused any more
+        error = f"{refusal.code}: {refusal.message}"
+        return store.finish_step(task.task_id, claimed, result=None, error=error)
     if isinstance(result, Submitted):
-        return _answer(record) | {"status": "submitted"}
-    return _answer(store.finish_step(task_id, record, result=result, error=None))
+        return claimed
+    return store.finish_step(task.task_id, claimed, result=result, error=None)
 
 
-def _after_the_end(
-    store: TaskStore, ledger: LedgerClient, task: Task, record: StepRecord | None, step: Step
-) -> dict[str, Any]:
-    """Put on record what became of a transfer whose task has ended meanwhile; nothing is done for it any more."""
-    if record is None or record.status != "running" or step.type not in CONFIRMED_LATER:
-        raise ConflictError(f"the task has ended: {task.status}", task_status=task.status)
+def _claim(
+    store: TaskStore,
+    task: Task,
+    plan: Plan,
+    step_index: int,
+    record: StepRecord | None,
+    policy: Policy,
+    replaces: str | None,
+) -> StepRecord:
+    """Record the intent to act, if the step may run.
+
+    The claim is the commit point: a later attempt of the same execution finds out what happened, whatever the policy
+    says by then.
+    """
+    step = plan.steps[step_index]
+    begun = record is not None and record.status == "running"
+    if begun and record is not None and step.type in CONFIRMED_LATER and record.run == task.run:
+        return record  # to hand it in again is not another attempt
+    if begun and step.type not in CONFIRMED_LATER:
+        return store.claim_step(task.task_id, step_index, step, None)
+    approval = store.latest_approval(task.task_id, step_index)
+    current = policy.decide(plan.analysis.action_type)
     try:
-        state = ledger.transfer_state(reference_of(task.task_id, step.step_id))
-    except RefusedError:
-        state = {"state": "failed", "error": "not_submitted: the task ended before"}
-    if state["state"] in {"signed", "broadcast"}:
-        return _answer(record) | {"status": "submitted"}
-    if state["state"] == "confirmed":
-        return _answer(
-            store.finish_step(task.task_id, record, result=onchain_action.result_of(step.parameters, state), error=None)
-        )
-    return _answer(store.finish_step(task.task_id, record, result=None, error=str(state["error"])))
-
-
-def reference_of(task_id: str, step_id: str) -> str:
-    """What the ledger knows a step's effect by."""
-    return f"{task_id}#{step_id}"
+        compliance.check_may_act(task, plan, step_index, current, approval)
+    except RefusedError as refusal:
+        return store.refuse_step(task.task_id, step_index, step, record, refusal.message)
+    consumed = approval if compliance.needs_approval(step, current) else None
+    return store.claim_step(task.task_id, step_index, step, consumed, replaces=replaces)
 
 
 def _answer(record: StepRecord) -> dict[str, Any]:
-    return record.model_dump(mode="json", include={"step_id", "status", "result", "error", "attempt"})
+    answer = record.model_dump(mode="json", include={"step_id", "status", "result", "error", "attempt"})
+    return answer | ({"status": "submitted"} if record.status == "running" else {})

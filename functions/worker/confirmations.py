@@ -1,7 +1,8 @@
 """Waiting for the ledger: the state AwaitConfirmation leaves its task token here; the end of a transfer wakes it.
 
-Who comes first does not matter: who leaves a token looks whether the transfer has ended already, and the ledger's
-stream tells of its end at least once. What both miss, the reconciler finds.
+First the end is put on record, then the execution is woken, if it still waits. Who comes first does not matter: who
+leaves a token looks whether the transfer has ended already, and the ledger's stream tells of its end at least once.
+What both miss, the reconciler finds.
 """
 
 from __future__ import annotations
@@ -10,32 +11,29 @@ from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from qaes.adapters.executions import wake
-from qaes.adapters.ledger_client import LedgerClient
+from qaes.adapters import settings, transfers
+from qaes.adapters.ledger_client import CALL_SECONDS, LedgerClient
 from qaes.adapters.logs import TASK_ID, logger
 from qaes.adapters.task_store import TaskStore
-from qaes.domain.errors import NotFoundError
-from qaes.domain.models import TERMINAL, Task
-from worker.app import reference_of, run_step
+from qaes.domain.errors import ConflictError, NotFoundError
+from qaes.domain.models import Task
 
-OPEN = {"signed", "broadcast"}
 _PREFIX = "transfer:"
 
 
 @logger().inject_lambda_context(correlation_id_path=TASK_ID)
 def await_confirmation(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """`{task_id, step_index, task_token}` → `{state}` of the transfer; the token is kept, and told nobody."""
-    store, step_index = TaskStore(), int(event["step_index"])
+    store, ledger, step_index = TaskStore(), LedgerClient(), int(event["step_index"])
     task = store.get_task(str(event["task_id"]))
-    step = store.plan_of(task).steps[step_index]
-    store.put_waiter(task.task_id, step_index, str(event["task_token"]))
+    limit = settings.number("CONFIRMATION_TIMEOUT_SECONDS")
+    store.put_waiter(task.task_id, step_index, str(event["task_token"]), expires_in=limit)
     record = store.step(task.task_id, step_index)
-    state = "ended"
-    if record is None or record.status == "running":
-        state = LedgerClient().transfer_state(reference_of(task.task_id, step.step_id))["state"]
-    if state not in OPEN:
-        wake(str(event["task_token"]), {"state": state})
-    return {"state": state}
+    if record is None:
+        raise ConflictError("this transfer was never handed in", task_status=task.status)
+    settled = transfers.settle(store, ledger, task, record)
+    transfers.tell(store, task, settled.record)
+    return {"state": "under_way" if settled.under_way else settled.record.status}
 
 
 @logger().inject_lambda_context
@@ -46,17 +44,22 @@ def transfer_ended(event: dict[str, Any], context: LambdaContext) -> dict[str, A
         change = record["dynamodb"]
         image = change.get("NewImage", {})
         key, state = image.get("key", {}).get("S", ""), image.get("state", {}).get("S", "")
-        if not key.startswith(_PREFIX) or state in OPEN:
+        if not key.startswith(_PREFIX) or state in transfers.OPEN:
+            continue
+        if context.get_remaining_time_in_millis() < CALL_SECONDS * 1000:
+            logger().warning("no time left to ask the ledger: it is delivered again", extra={"transfer": key})
+            failed.append(change["SequenceNumber"])
             continue
         try:
-            _ended(key.removeprefix(_PREFIX), state)
+            _ended(key.removeprefix(_PREFIX))
         except Exception:  # noqa: BLE001 - whatever it is, it is logged, and delivered again
             logger().exception("could not tell", extra={"transfer": key})
             failed.append(change["SequenceNumber"])
     return {"batchItemFailures": [{"itemIdentifier": number} for number in failed]}
 
 
-def _ended(reference: str, state: str) -> None:
+def _ended(reference: str) -> None:
+    """Finish the step's record, and wake who waits. An event may come late, or again: how it stands now counts."""
     store = TaskStore()
     task_id, _, step_id = reference.partition("#")
     try:
@@ -65,20 +68,11 @@ def _ended(reference: str, state: str) -> None:
         logger().warning("a transfer of no known task", extra={"reference": reference})
         return
     step_index = _index_of(store, task, step_id)
-    if step_index is None:
+    record = store.step(task_id, step_index) if step_index is not None else None
+    if record is None:
+        logger().warning("a transfer of no step that was begun", extra={"reference": reference})
         return
-    if task.status in TERMINAL:
-        # Cancelled, say, while it was under way: what was done is put on record all the same.
-        record = store.step(task_id, step_index)
-        if record is not None and record.status == "running":
-            run_step(store, LedgerClient(), task_id, step_index)
-        return
-    # An event may come late, or again: what counts is how the transfer stands now.
-    if LedgerClient().transfer_state(reference)["state"] in OPEN:
-        return
-    token = store.waiter(task_id, step_index)
-    if token is not None:
-        wake(token, {"state": state})
+    transfers.tell(store, task, transfers.settle(store, LedgerClient(), task, record).record)
 
 
 def _index_of(store: TaskStore, task: Task, step_id: str) -> int | None:

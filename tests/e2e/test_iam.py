@@ -52,7 +52,16 @@ def _refused(call: Callable[..., Any], **arguments: Any) -> None:
     assert raised.value.response["Error"]["Code"] in DENIED, raised.value
 
 
-QUBIC = {"LedgerFunction", "LedgerWriterFunction", "QubicApiFunction"}
+MAY_INVOKE = {
+    "LedgerFunction": {
+        "PlannerApiFunction", "AnalyzeTaskFunction", "CheckPolicyFunction", "CheckComplianceFunction",
+        "ReconcilerFunction", "ExecuteStepFunction", "AwaitConfirmationFunction", "TransferEndedFunction",
+        "WorkerApiFunction", "AuditApiFunction",
+    },
+    "LedgerTransferFunction": {"CheckComplianceFunction", "ExecuteStepFunction"},
+    "LedgerAnchorFunction": {"AnchorFunction"},
+}  # fmt: skip
+QUBIC = {*MAY_INVOKE, "LedgerWriterFunction", "QubicApiFunction"}
 WRITERS_OF_THE_TRAIL = {"RecordAuditFunction", "RecordEventsFunction"}
 FUNCTIONS = (
     "GatewayFunction", "PlannerApiFunction", "AgentRuntimeApiFunction", "WorkerApiFunction", "AuditApiFunction",
@@ -60,7 +69,7 @@ FUNCTIONS = (
     "ValidatePlanFunction", "CheckComplianceFunction", "EndTaskFunction", "RequestApprovalFunction",
     "ReconcilerFunction", "ExecuteStepFunction", "RecordAuditFunction", "RecordEventsFunction", "LedgerFunction",
     "SequencerFunction", "AnchorFunction", "LedgerWriterFunction", "AwaitConfirmationFunction",
-    "TransferEndedFunction", "AuditSweeperFunction",
+    "TransferEndedFunction", "LedgerTransferFunction", "LedgerAnchorFunction", "AuditSweeperFunction",
 )  # fmt: skip
 
 
@@ -124,6 +133,20 @@ def test_the_qubic_service_deletes_nothing_and_leaves_its_key_alone(
     secrets = session(function).client("secretsmanager", endpoint_url=local_cloud.endpoint)
     _refused(secrets.put_secret_value, SecretId=local_cloud.resources["QubicSeed"], SecretString="x")
     assert secrets.get_secret_value(SecretId=local_cloud.resources["QubicSeed"])["SecretString"].isalpha()
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_each_role_invokes_what_it_needs_of_the_ledger_and_nothing_else(
+    local_cloud: Cloud, session: Callable[[str], boto3.Session], function: str
+) -> None:
+    client = session(function).client("lambda", endpoint_url=local_cloud.endpoint)
+    for ledger, callers in MAY_INVOKE.items():
+        call = {"FunctionName": local_cloud.resources[ledger], "Payload": json.dumps({"operation": "none"})}
+        if function not in callers:
+            _refused(client.invoke, **call)
+            continue
+        answer = json.loads(client.invoke(**call)["Payload"].read())
+        assert answer["error"]["code"] == "unknown_operation"
 
 
 STARTERS = {"GatewayFunction", "ReconcilerFunction"}

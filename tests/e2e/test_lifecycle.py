@@ -41,7 +41,7 @@ def test_a_failed_task_is_retried_from_the_step_that_failed(api: Api, waiting: C
         "run": 1,
     }
     deadline = time.monotonic() + 60
-    while api.invoke("LedgerFunction", gift)["result"]["state"] != "confirmed":
+    while api.invoke("LedgerTransferFunction", gift)["result"]["state"] != "confirmed":
         assert time.monotonic() < deadline
         time.sleep(0.5)
     answer = api("requester", "POST", f"/task/{task_id}/retry")

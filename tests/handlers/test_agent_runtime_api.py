@@ -123,6 +123,16 @@ def test_a_step_whose_worker_died_has_failed_with_the_task(api: Api, store: Task
     assert (body["steps"][0]["error"], body["reason"]) == (reason, reason)
 
 
+def test_a_transfer_that_the_ledger_may_still_make_has_not_failed_with_its_task(api: Api, store: TaskStore) -> None:
+    task_id, plan = planned(store)
+    for index in range(2):
+        run(store, task_id, index)
+    store.claim_step(task_id, 2, plan.steps[2], None)
+    end(store, task_id, "failed")
+    assert plan.steps[2].type == "onchain_action"
+    assert steps(status_of(api, task_id)) == ["succeeded", "succeeded", "running"]
+
+
 def test_steps_that_a_task_did_not_come_to_are_skipped(api: Api, store: TaskStore) -> None:
     outcomes: tuple[Outcome, ...] = ("denied", "rejected", "expired", "failed")
     for outcome in outcomes:

@@ -143,7 +143,7 @@ def test_a_log_is_anchored_on_one_network_only(aws: Cloud, ledger: Ledger, capsy
     grow(aws)
     anchor(aws)
     aws.parameters["QubicNetwork"] = "mainnet"
-    asked = aws.invocations["LedgerFunction"]
+    asked = aws.invocations["LedgerAnchorFunction"]
     assert stopped(aws) == "another_network", "while it is in flight"
     aws.parameters.clear()
     ledger.confirm()
@@ -153,7 +153,7 @@ def test_a_log_is_anchored_on_one_network_only(aws: Cloud, ledger: Ledger, capsy
     capsys.readouterr()
     assert stopped(aws) == "another_network", "and after that"
     assert '"AnchorStopped":[1.0]' in capsys.readouterr().out
-    assert aws.invocations["LedgerFunction"] == asked + 1, "the other network is told nothing"
+    assert aws.invocations["LedgerAnchorFunction"] == asked + 1, "the other network is told nothing"
     aws.parameters.clear()
     assert anchor(aws)["sequence"] == 1
 
@@ -242,7 +242,7 @@ def test_a_ledger_that_is_down_leaves_the_same_anchor_for_the_next_call(aws: Clo
     def down(event: Any) -> None:
         raise RuntimeError("down")
 
-    aws.faults["LedgerFunction"] = down
+    aws.faults["LedgerAnchorFunction"] = down
     with pytest.raises(UnavailableError):
         anchor(aws)
     sealed = log().anchoring()
@@ -312,7 +312,7 @@ def test_calls_at_the_same_time_seal_and_confirm_once(aws: Cloud, ledger: Ledger
     """Each of two reads before the other writes: the second finds the first one's anchor, and takes it on."""
     ledger.confirms_at_once = True
     grow(aws)
-    slow = Anchorer(log(), LedgerClient("LedgerFunction"), log_id=LOG_ID, network="mock")
+    slow = Anchorer(log(), LedgerClient("LedgerAnchorFunction"), log_id=LOG_ID, network="mock")
     before = slow._log.anchoring()
     grown = log().head()
     anchor(aws)

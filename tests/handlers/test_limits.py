@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import boto3
@@ -15,11 +15,13 @@ from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
 from qaes.domain.policy import DEFAULT_RULES, Policy, Rule
+from qaes.domain.qubic.identity import encode_identity
 from qubic import limits as module
 from qubic import service
-from qubic.limits import Limits, day_of, reserve_for
+from qubic.chain.mock import Faults
+from qubic.limits import Limits, day_of, release_refused, reserve_for
 from qubic.submissions import Submissions
-from qubic.wallets import DEMO_BALANCES, Wallets, demo_key
+from qubic.wallets import DEMO_BALANCES, Wallets, demo_key, service_key
 from tests.handlers.test_task_store import TRANSFER, waiting
 from tests.support.api import set_environment
 from tests.support.cloud import Cloud, cloud
@@ -228,19 +230,50 @@ def test_an_allowed_address_is_so_in_any_spelling(aws: Cloud, spelled: str, allo
 def test_an_address_that_the_network_does_not_know_is_nobodys(aws: Cloud) -> None:
     """On the real network the older addresses mean nothing: neither as a destination, nor as an allowed one."""
     wallets = Wallets("mainnet")
-    identity = demo_key(EMPTY).identity
+    identity, source = demo_key(EMPTY).identity, service_key().identity
     with pytest.raises(RefusedError) as caught:
-        reserve_for(policy(allowed_addresses=(EMPTY,)), wallets, terms(destination=identity))
+        reserve_for(policy(allowed_addresses=(EMPTY,)), wallets, terms(source=source, destination=identity))
     assert caught.value.code == "address_not_allowed"
     with pytest.raises(RefusedError) as caught:
-        reserve_for(policy(allowed_addresses=(EMPTY,)), wallets, terms())
+        reserve_for(policy(allowed_addresses=(EMPTY,)), wallets, terms(source=source))
     assert caught.value.code == "invalid_address"
-    reserve_for(policy(allowed_addresses=(EMPTY, identity)), wallets, terms(destination=identity))
+    allowed = policy(allowed_addresses=(EMPTY, identity))
+    reserve_for(allowed, wallets, terms(source=source, destination=identity))
 
 
-def test_without_a_daily_limit_nothing_is_reserved(limits: Limits) -> None:
-    reserve_for(policy(max_amount=50), WALLETS, terms())
-    assert limits.get("task_1#step_3") is None
+def test_without_a_daily_limit_it_is_counted_and_a_limit_that_is_set_later_has_it_in(limits: Limits) -> None:
+    reserve_for(policy(max_amount=50), WALLETS, terms(), clock=at(23))
+    reserve_for(policy(max_amount=50), WALLETS, terms(reference="b"), clock=at(23))
+    assert limits.spent(RICH, DAY) == 100
+    with pytest.raises(RefusedError) as caught:
+        reserve_for(policy(daily_limit=149), WALLETS, terms(reference="c"), clock=at(23))
+    assert caught.value.code == "over_daily_limit"
+    reserve_for(policy(daily_limit=150), WALLETS, terms(reference="c"), clock=at(23))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"destination": RICH}, InvalidInputError),
+        ({"destination": demo_key(RICH).identity}, InvalidInputError),
+        ({"destination": "0x12"}, InvalidInputError),
+        ({"reference": "x" * 3000}, InvalidInputError),
+        ({"reference": 7}, InvalidInputError),
+        ({"source": encode_identity(bytes(32))}, RefusedError),
+    ],
+    ids=["itself", "itself, spelled otherwise", "no address", "long reference", "no reference", "no key"],
+)
+def test_what_could_not_be_signed_reserves_nothing(aws: Cloud, changes: dict[str, Any], error: type) -> None:
+    with pytest.raises(error):
+        reserve_for(policy(daily_limit=100), WALLETS, terms(**changes), submissions=service.submissions())
+    assert reservations() == []
+
+
+def test_what_is_only_simulated_reserves_nothing(limits: Limits) -> None:
+    reserve_for(policy(daily_limit=60), WALLETS, terms(), only_check=True)
+    assert reservations() == []
+    with pytest.raises(RefusedError):
+        reserve_for(policy(max_amount=49), WALLETS, terms(), only_check=True)
 
 
 def test_a_day_is_one_of_utc(limits: Limits) -> None:
@@ -266,11 +299,9 @@ def test_a_transfer_that_was_signed_is_not_asked_about_again(limits: Limits) -> 
     assert limits.spent(RICH, NEXT_DAY) == 50
 
 
-def test_a_later_run_of_an_expired_transfer_reserves_for_its_next_attempt(
-    aws: Cloud, limits: Limits, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(Submissions, "_send", lambda *_: None)  # it never reaches the network
+def test_a_later_run_of_an_expired_transfer_reserves_for_its_next_attempt(aws: Cloud, limits: Limits) -> None:
     it = service.submissions()
+    it.chain.set_faults(Faults(drop=1))  # type: ignore[attr-defined]  # it is sent, and never gets there
     reserve_for(policy(daily_limit=60), WALLETS, terms(), submissions=it, clock=at(23))
     it.submit_transfer("task_1#step_3", source=RICH, destination=EMPTY, amount=50)
     aws.settle()
@@ -281,6 +312,129 @@ def test_a_later_run_of_an_expired_transfer_reserves_for_its_next_attempt(
     reserve_for(policy(daily_limit=60), WALLETS, terms(), submissions=it, clock=at(23))
     module.release("task_1#step_3", attempt=expired.attempt)  # told once more, late
     assert limits.spent(RICH, DAY) == 50
+
+
+def test_what_may_have_moved_keeps_its_reservation_and_needs_no_other(
+    aws: Cloud, limits: Limits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fate = ("failed", "moved_unknown: the wallet's key is used elsewhere, too")
+    monkeypatch.setattr(Submissions, "_moved", lambda *_: fate)
+    it = service.submissions()
+    reserve_for(policy(daily_limit=60), WALLETS, terms(), submissions=it, clock=at(23))
+    it.submit_transfer("task_1#step_3", source=RICH, destination=EMPTY, amount=50)
+    aws.settle()
+    assert limits.spent(RICH, DAY) == 50
+    reserve_for(policy(daily_limit=60), WALLETS, terms(), submissions=it, clock=at(24))
+    release_refused(WALLETS, terms(), submissions=it, call="x")
+    assert (limits.spent(RICH, DAY), limits.spent(RICH, NEXT_DAY)) == (50, 0)
+    again = it.submit_transfer("task_1#step_3", source=RICH, destination=EMPTY, amount=50, run=2)
+    assert (again.state, again.attempt) == ("failed", 1)
+
+
+# What nobody signs
+
+
+def later(seconds: int) -> Callable[[], datetime]:
+    return lambda: datetime(2026, 11, 23, 12, tzinfo=UTC) + timedelta(seconds=seconds)
+
+
+def test_what_nobody_signed_for_an_hour_makes_room_for_others(limits: Limits) -> None:
+    """The task was cancelled after the compliance agent had it reserved, say."""
+    it = service.submissions()
+
+    def ask(reference: str, seconds: int) -> None:
+        reserve_for(policy(daily_limit=60), WALLETS, terms(reference=reference), submissions=it, clock=later(seconds))
+
+    ask("a", 0)
+    with pytest.raises(RefusedError):
+        ask("b", 3599)
+    ask("b", 3600)
+    assert limits.spent(RICH, DAY) == 50
+    with pytest.raises(RefusedError):
+        ask("a", 3601)  # it has lost its place
+    limits.release("b")
+    ask("a", 3601)
+    assert limits.spent(RICH, DAY) == 50
+
+
+def test_what_is_asked_for_again_or_is_about_to_be_signed_keeps_its_place(limits: Limits) -> None:
+    it = service.submissions()
+
+    def ask(reference: str, seconds: int, **changes: Any) -> None:
+        reserve_for(
+            policy(daily_limit=60), WALLETS, terms(reference=reference), submissions=it, clock=later(seconds), **changes
+        )
+
+    ask("a", 0)
+    ask("a", 3700)
+    with pytest.raises(RefusedError):
+        ask("b", 3800)
+    ask("a", 3900, call="signs now")
+    with pytest.raises(RefusedError):
+        ask("b", 3900 + 3599)
+    ask("b", 3900 + 3600)
+
+
+def test_what_was_signed_keeps_its_place_however_old_it_is(limits: Limits) -> None:
+    it = service.submissions()
+    reserve_for(policy(daily_limit=60), WALLETS, terms(), submissions=it, clock=later(0))
+    it.submit_transfer("task_1#step_3", source=RICH, destination=EMPTY, amount=50)
+    for _ in range(2):
+        with pytest.raises(RefusedError):
+            reserve_for(
+                policy(daily_limit=60), WALLETS, terms(reference="b"), submissions=it, clock=later(4 * 3600)
+            )  # fmt: skip
+        assert limits.spent(RICH, DAY) == 50
+    assert holds() == []  # nobody looks at it again
+
+
+def test_the_list_of_what_is_not_signed_yet_does_not_grow_for_ever(
+    limits: Limits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "MANY_HOLDS", 2)
+    it = service.submissions()
+    for number in range(4):
+        reserve_for(policy(), WALLETS, terms(reference=f"{number}", amount=1), submissions=it, clock=later(number))
+        it.submit_transfer(f"{number}", source=RICH, destination=EMPTY, amount=1)
+        assert len(holds()) <= 3
+    assert limits.spent(RICH, DAY) == 4
+
+
+def holds() -> list[str]:
+    found = boto3.client("dynamodb").scan(TableName="LedgerTable")["Items"]
+    return [each for item in found if "holds" in item for each in item["holds"]["SS"]]
+
+
+def reservations() -> list[str]:
+    found = boto3.client("dynamodb").scan(TableName="LedgerTable")["Items"]
+    return [item["pk"]["S"] for item in found if item["pk"]["S"].startswith(("RESERVATION#", "SPENT#"))]
+
+
+# Refused, while another call is about to sign
+
+
+def test_a_refused_call_leaves_what_another_one_may_be_about_to_sign(limits: Limits) -> None:
+    limits.reserve("a", RICH, 60, 100, DAY)
+    limits.reserve("a", RICH, 60, 100, DAY, call="one")
+    limits.release("a", refused="two")  # refused before it was let through
+    limits.reserve("a", RICH, 60, 100, DAY, call="two")
+    limits.release("a", refused="two")
+    assert limits.spent(RICH, DAY) == 60
+    limits.release("a", refused="one")
+    assert limits.spent(RICH, DAY) == 0
+    # The next one is let through anew.
+    assert limits.reserve("a", RICH, 60, 100, DAY, call="three").signing == {"three"}
+    assert limits.spent(RICH, DAY) == 60
+
+
+def test_a_refused_call_gives_back_nothing_of_other_terms(limits: Limits) -> None:
+    it = service.submissions()
+    reserve_for(policy(), WALLETS, terms(), submissions=it, clock=at(23))
+    for changes in ({"amount": 51}, {"source": POOR}, {"source": "0x12"}):
+        release_refused(WALLETS, terms(**changes), submissions=it, call="x")
+    assert limits.spent(RICH, DAY) == 50
+    release_refused(WALLETS, terms(), submissions=it, call="x")
+    assert limits.spent(RICH, DAY) == 0
 
 
 # As the other services ask
@@ -295,7 +449,7 @@ def publish(aws: Cloud, **limits: Any) -> None:
 
 def test_the_ledgers_operation(aws: Cloud) -> None:
     publish(aws, max_amount=50, daily_limit=80)
-    client = LedgerClient("LedgerFunction")
+    client = LedgerClient("LedgerTransferFunction")
     client.reserve(**terms())
     client.reserve(**terms())
     for changes, code in (
@@ -359,6 +513,6 @@ def test_a_ledger_that_does_not_answer_lets_nothing_run(aws: Cloud) -> None:
         if event["operation"] == "reserve":
             raise RuntimeError("down")
 
-    aws.faults["LedgerFunction"] = down
+    aws.faults["LedgerTransferFunction"] = down
     with pytest.raises(UnavailableError):
         aws.invoke("CheckComplianceFunction", {"task_id": task_id, "step_index": 2})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,15 +15,26 @@ import boto3
 import pytest
 from botocore.client import BaseClient
 
-from qaes.domain.errors import ConflictError, ForbiddenError, NotFoundError, RefusedError, UnavailableError
+from qaes.adapters import settings
+from qaes.domain.errors import (
+    ConflictError,
+    ForbiddenError,
+    LimitError,
+    NotFoundError,
+    RefusedError,
+    UnavailableError,
+)
 from qaes.domain.policy import DEFAULT_RULES, DENIED, PolicyDocument, Rule
-from qaes.domain.qubic.transaction import decode
+from qaes.domain.qubic.identity import encode_identity
+from qaes.domain.qubic.transaction import Transaction, decode
 from qubic import policies as module
 from qubic import service
 from qubic.chain import chain
+from qubic.chain.base import Included, IncludedPage
+from qubic.chain.mock import Faults, MockChain
 from qubic.policies import Policies, PolicyVersion
 from qubic.submissions import Submissions
-from qubic.wallets import demo_key, service_key
+from qubic.wallets import Key, demo_key, service_key
 from tests.support.api import items, set_environment
 from tests.support.cloud import Cloud, cloud
 
@@ -34,7 +46,6 @@ OTHER_RULES = DEFAULT_RULES | {"transaction": DENIED}
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     set_environment("QubicApiFunction", monkeypatch)
-    monkeypatch.setattr(module, "_verified", {})
 
 
 @pytest.fixture
@@ -86,6 +97,25 @@ def alter(pk: str, sk: str, **attributes: Any) -> None:
 
 def alter_text(version: int, text: str) -> None:
     alter("POLICY#mock", f"VERSION#{version:09d}", text={"S": text})
+
+
+def remove(pk: str, sk: str) -> None:
+    boto3.client("dynamodb").delete_item(TableName=TABLE, Key={"pk": {"S": pk}, "sk": {"S": sk}})
+
+
+def alter_record(version: int, **changes: Any) -> None:
+    record = service.policies().get(version).model_copy(update=changes)
+    alter("POLICY#mock", f"VERSION#{version:09d}", record={"S": record.model_dump_json()})
+
+
+def alter_head(**numbers: int) -> None:
+    alter("POLICY#mock", "HEAD", **{name: {"N": str(number)} for name, number in numbers.items()})
+
+
+def forget() -> None:
+    """Be another process from now on."""
+    module._verified.clear()
+    module._seen.clear()
 
 
 def submissions_of_policies() -> list[str]:
@@ -160,13 +190,13 @@ def test_a_document_is_proven_by_its_transaction(aws: Cloud, store: Policies) ->
     assert transaction.is_signed_by_source()
     assert (transaction.id, transaction.tick) == (found["txid"], found["tick"])
     assert transaction.source == service_key().public_key
-    assert found["policy_id"] == f"policy-v2-{transaction.payload.hex()[:12]}"
+    assert found["policy_id"] == f"policy-v2-{transaction.payload.hex()}"
     assert PolicyDocument.read(found["text"]).rules == RULES
     first = store.document(store.get(1).policy_id)
     assert (first["version"], first["hash"]) == (1, store.get(1).hash)
 
 
-@pytest.mark.parametrize("policy_id", ["", "policy-v1-000000000000", "policy-v9-0123456789ab", "nonsense"])
+@pytest.mark.parametrize("policy_id", ["", f"policy-v1-{'0' * 64}", f"policy-v9-{'0' * 64}", "nonsense"])
 def test_a_document_that_there_is_none_of(store: Policies, policy_id: str) -> None:
     with pytest.raises(NotFoundError):
         store.document(policy_id)
@@ -328,16 +358,19 @@ def confirm_silently(aws: Cloud) -> None:
 # What fails half-way
 
 
+@pytest.mark.parametrize("error", [UnavailableError, LimitError])
 def test_an_approval_that_could_not_be_submitted_is_by_the_writer(
-    aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch
+    aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     def busy(*_: Any, **__: Any) -> None:
-        raise UnavailableError("the ledger is busy")
+        raise error("the ledger is busy")
 
     store.propose(RULES, subject="olivia")
     with monkeypatch.context() as patch:
         patch.setattr(Submissions, "submit_record", busy)
         assert store.approve(2, subject="oscar", four_eyes=True).status == "approved"
+        with pytest.raises(UnavailableError, match="busy"):
+            store.settle()
     aws.invoke("LedgerWriterFunction", {})
     assert store.get(2).status == "anchoring"
     aws.settle()
@@ -445,17 +478,44 @@ def test_a_rejected_version_is_never_fallen_back_to(aws: Cloud, store: Policies)
 
 
 def test_a_document_altered_before_it_is_submitted_never_is(
-    aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch
+    aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store.propose(RULES, subject="olivia")
     with monkeypatch.context() as patch:
         patch.setattr(Policies, "_submit", lambda *_: None)
         store.approve(2, subject="oscar", four_eyes=True)
     alter_text(2, looser(2))
-    with pytest.raises(UnavailableError, match="not what was approved"):
-        store.settle()
+    capsys.readouterr()
+    store.settle()
+    assert '"PolicyRefused":[1.0]' in capsys.readouterr().out
     assert "policy:2 SUBMISSION" not in submissions_of_policies()
+    assert (store.get(2).status, store.get(2).reason) == ("rejected", "its text is not what was approved")
     assert store.in_force().version == 1
+    # And it does not stand in the way of the next.
+    assert publish(aws, store, OTHER_RULES).version == 3
+    assert store.in_force().version == 3
+
+
+@pytest.mark.parametrize("confirmed", [False, True])
+def test_nothing_takes_the_place_of_a_first_version_that_was_altered(
+    environment: None, monkeypatch: pytest.MonkeyPatch, confirmed: bool
+) -> None:
+    with cloud(state_machine=False, policy=False) as aws:
+        with monkeypatch.context() as patch:
+            if not confirmed:
+                patch.setattr(Policies, "_submit", lambda *_: None)
+            service.policies().settle()
+        text = service.policies().read(1)[1]
+        alter_text(1, looser(1))
+        aws.settle()
+        for _ in range(2):
+            with pytest.raises(UnavailableError, match="was altered"):
+                service.policies().in_force()
+        assert submissions_of_policies() == ["policy:1 ATTEMPT#000001", "policy:1 SUBMISSION"] * confirmed
+        alter_text(1, text)  # which is how it is mended
+        service.policies().settle()
+        aws.settle()
+        assert service.policies().in_force().version == 1
 
 
 def test_a_document_altered_before_its_approval_cannot_be_approved(store: Policies) -> None:
@@ -478,39 +538,403 @@ def test_a_document_altered_while_it_is_anchored_does_not_come_into_force(aws: C
     assert store.in_force().version == 3
 
 
-def forged(pretended: bytes, **changes: Any) -> dict[str, Any]:
-    """Attributes of a submission whose transaction was changed."""
-    original = decode(pretended)
-    other = demo_key("0x1234567890abcdef")
-    if changes.pop("by_us", False):
-        transaction = replace(original, **changes).sign(service_key().subseed)
-    elif changes.pop("by_another", False):
-        transaction = replace(original, source=other.public_key, destination=other.public_key, **changes)
-        transaction = transaction.sign(other.subseed)
-    else:
-        transaction = replace(original, **changes)
-    return {"encoded": {"B": transaction.encode()}, "txid": {"S": transaction.id}}
+OTHER = demo_key("0x1234567890abcdef")
+
+
+def forge(
+    aws: Cloud, *, sign: Key | None = None, include: bool = True, text: str | None = None, **changes: Any
+) -> None:
+    """Have version 2 anchored by a transaction that was changed, as somebody could who may write the ledger's table."""
+    submission = Submissions(chain()).get("policy:2")
+    assert submission is not None
+    transaction = replace(decode(submission.encoded), tick=chain().tick_info().tick + 5)
+    if text is not None:
+        alter_text(2, text)
+        transaction = replace(transaction, payload=hashlib.sha256(text.encode()).digest())
+    transaction = replace(transaction, **changes)
+    if sign is not None:
+        if sign is OTHER:
+            transaction = replace(transaction, source=OTHER.public_key, destination=OTHER.public_key)
+        transaction = transaction.sign(sign.subseed)
+    if include:
+        chain().broadcast(transaction.encode())
+    aws.clock.pass_seconds(30)
+    assert (chain().transaction(transaction.id) is not None) == include
+    alter(
+        "SUBMISSION#mock#policy:2",
+        "SUBMISSION",
+        encoded={"B": transaction.encode()},
+        txid={"S": transaction.id},
+        tick={"N": str(transaction.tick)},
+        source={"S": encode_identity(transaction.source)},
+        destination={"S": encode_identity(transaction.destination)},
+    )
+    forget()
+
+
+def test_a_transaction_like_the_original_is_as_good(aws: Cloud, store: Policies) -> None:
+    """What the tests below change makes the difference."""
+    publish(aws, store)
+    forge(aws, sign=service_key())
+    assert store.in_force().version == 2
+
+
+def test_a_transaction_of_another_key_anchors_nothing(aws: Cloud, store: Policies) -> None:
+    """With all that belongs to it: the network has it, and the table calls it the submission's."""
+    publish(aws, store)
+    forge(aws, sign=OTHER, text=looser(2))
+    assert store.in_force().version == 1
 
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"payload": hashlib.sha256(looser(2).encode()).digest()},
-        {"payload": hashlib.sha256(looser(2).encode()).digest(), "by_another": True},
-        {"by_another": True},
-        {"input_type": 0x5148, "by_us": True},
-        {"tick": 5},
-    ],
+    [{"input_type": 0x5148}, {"destination": OTHER.public_key}, {"destination": OTHER.public_key, "amount": 1}],
+    ids=["input type", "destination", "amount"],
 )
-def test_a_forged_transaction_anchors_nothing(aws: Cloud, store: Policies, changes: dict[str, Any]) -> None:
+def test_another_transaction_of_the_service_anchors_nothing(
+    aws: Cloud, store: Policies, changes: dict[str, Any]
+) -> None:
     publish(aws, store)
-    module._verified.clear()
+    forge(aws, sign=service_key(), **changes)
+    assert store.in_force().version == 1
+
+
+def test_an_amount_to_the_service_itself_is_no_record(aws: Cloud, store: Policies) -> None:
+    publish(aws, store)
+    forge(aws, sign=service_key(), amount=1)
+    assert store.in_force().version == 1
+
+
+def test_a_transaction_without_a_signature_anchors_nothing(
+    aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even if a node says that the network has it."""
+    publish(aws, store)
+    forge(aws, text=looser(2), include=False)
+    monkeypatch.setattr(MockChain, "transaction", lambda *_: object())
+    assert store.in_force().version == 1
+
+
+def test_a_signed_transaction_that_the_network_does_not_have_anchors_nothing(aws: Cloud, store: Policies) -> None:
+    """Such as an attempt whose tick passed without it, for which another was signed."""
+    publish(aws, store)
+    forge(aws, sign=service_key(), include=False)
+    assert store.in_force().version == 1
+    with pytest.raises(RefusedError, match="the network does not have"):
+        store.document(store.get(2).policy_id)
+
+
+def test_a_document_is_not_given_with_a_transaction_that_the_network_does_not_have(aws: Cloud, store: Policies) -> None:
+    """Though this process knows the version, by the right one."""
+    publish(aws, store)
+    store.in_force()
+    verified = dict(module._verified)
+    forge(aws, sign=service_key(), include=False)
+    module._verified.update(verified)
+    assert store.in_force().version == 2
+    with pytest.raises(RefusedError, match="the network does not have"):
+        store.document(store.get(2).policy_id)
+
+
+# The network is asked
+
+
+def test_what_the_network_does_not_tell_yet_is_neither_good_nor_bad(aws: Cloud, store: Policies) -> None:
+    publish(aws, store)
+    store.in_force()
+    chain().set_faults(Faults(lag=1000))  # type: ignore[attr-defined]
+    assert store.in_force().version == 2  # known to this process
+    forget()
+    with pytest.raises(UnavailableError, match="does not tell yet"):
+        store.in_force()
+    chain().set_faults(Faults())  # type: ignore[attr-defined]
+    assert store.in_force().version == 2
+
+
+def test_a_network_that_does_not_answer(aws: Cloud, store: Policies) -> None:
+    publish(aws, store)
+    store.in_force()
+    chain().set_faults(Faults(fail_requests=1000))  # type: ignore[attr-defined]
+    assert store.in_force().version == 2  # known to this process
+    forget()
+    with pytest.raises(UnavailableError, match="does not answer"):  # and not the version before it
+        store.in_force()
+
+
+def test_what_the_table_alone_calls_confirmed_does_not_come_into_force(aws: Cloud, store: Policies) -> None:
+    store.propose(RULES, subject="olivia")
+    store.approve(2, subject="oscar", four_eyes=True)
+    alter("SUBMISSION#mock#policy:2", "SUBMISSION", state={"S": "confirmed"})
+    with pytest.raises(UnavailableError, match="does not tell yet"):
+        store.settle()
+    assert (store.in_force().version, store.get(2).status) == (1, "anchoring")
+    aws.clock.pass_seconds(60)  # and it was sent: so it is there after all
+    store.settle()
+    assert store.in_force().version == 2
+
+
+def test_the_network_is_asked_once_for_each_version(
+    aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(aws, store)
+    forget()
+    asked: list[str] = []
+    original = MockChain.transaction
+    monkeypatch.setattr(MockChain, "transaction", lambda self, txid: (asked.append(txid), original(self, txid))[1])
+    for _ in range(3):
+        service.policies().in_force()
+        store.document(store.get(2).policy_id)
+    assert asked == [store.get(2).txid]
+
+
+def listed(*transactions: Transaction, more: int = 0, ahead: int = 0) -> Callable[..., IncludedPage]:
+    found = tuple(Included(each, 0, money_flew=False) for each in transactions)
+    return lambda _, identity, first, last, *__: IncludedPage(found, len(found) + more, last + ahead)
+
+
+@pytest.mark.parametrize(
+    ("page", "version"),
+    [({}, 1), ({"ahead": -1}, None), ({"more": 1}, None), ({"has": True}, 2)],
+    ids=["not there", "behind", "not all", "there"],
+)
+def test_a_look_up_that_finds_nothing_is_not_believed_alone(
+    aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch, page: dict[str, Any], version: int | None
+) -> None:
+    publish(aws, store)
+    store.in_force()
+    first = next(good for known, good in module._verified.items() if known[2] == 1)
+    forget()
+    module._verified["LedgerTable", "mock", 1, first.policy.policy_id.rpartition("-")[2]] = first
     submission = store._submissions.get("policy:2")
     assert submission is not None
-    alter("SUBMISSION#mock#policy:2", "SUBMISSION", **forged(submission.encoded, **changes))
-    if "payload" in changes:
-        alter_text(2, looser(2))
+    has = (decode(submission.encoded),) if page.pop("has", False) else ()
+    monkeypatch.setattr(MockChain, "transaction", lambda *_: None)
+    monkeypatch.setattr(MockChain, "transactions", listed(*has, **page))
+    if version is None:
+        with pytest.raises(UnavailableError, match="does not tell yet"):
+            store.in_force()
+    else:
+        assert store.in_force().version == version
+
+
+# A seed that was replaced
+
+
+def replace_seed() -> str:
+    """Return the identity that the service had until now."""
+    before = service_key().identity
+    secret = settings.text("QUBIC_SEED_SECRET")
+    boto3.client("secretsmanager").put_secret_value(SecretId=secret, SecretString="abcde" * 11)
+    service_key.cache_clear()
+    assert service_key().identity != before
+    return before
+
+
+def test_what_a_former_identity_anchored_stays_in_force(
+    aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(aws, store)
+    former = replace_seed()
+    forget()
+    with pytest.raises(UnavailableError, match="nothing is allowed"):
+        store.in_force()
+    monkeypatch.setenv("QUBIC_FORMER_IDENTITIES", f"{OTHER.identity}, {former}")
+    assert store.in_force().version == 2
+
+
+@pytest.mark.parametrize("identities", ["A" * 59 + "B", "x", "A" * 60 + ";"])
+def test_former_identities_that_are_none(
+    aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch, identities: str
+) -> None:
+    forget()
+    monkeypatch.setenv("QUBIC_FORMER_IDENTITIES", identities)
+    with pytest.raises(settings.SettingsError, match="QUBIC_FORMER_IDENTITIES"):
+        store.in_force()
+
+
+def test_a_version_that_was_on_its_way_when_the_seed_was_replaced(
+    aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can sign it anew: it is given up, and does not stand in the way of the next."""
+    chain().set_faults(Faults(drop=1000))  # type: ignore[attr-defined]
+    store.propose(RULES, subject="olivia")
+    store.approve(2, subject="oscar", four_eyes=True)
+    aws.clock.pass_seconds(60)
+    former = replace_seed()
+    monkeypatch.setenv("QUBIC_FORMER_IDENTITIES", former)
+    aws.parameters["QubicFormerIdentities"] = former
+    chain().set_faults(Faults())  # type: ignore[attr-defined]
+    aws.invoke("LedgerWriterFunction", {})
+    assert store.get(2).status == "rejected"
+    assert "its transaction is failed: no_key" in store.get(2).reason
     assert store.in_force().version == 1
+
+
+# HEAD that was rolled back
+
+
+def rolled_back(store: Policies, capsys: pytest.CaptureFixture[str]) -> bool:
+    capsys.readouterr()
+    try:
+        assert store.in_force().version == 1
+    except UnavailableError as error:
+        assert "has been in force" in error.message  # noqa: PT017
+        assert '"PolicyRefused":[1.0]' in capsys.readouterr().out
+        return True
+    return False
+
+
+def lose_item() -> None:
+    remove("POLICY#mock", "VERSION#000000002")
+
+
+def lose_submission() -> None:
+    remove("SUBMISSION#mock#policy:2", "SUBMISSION")
+
+
+def lose_record() -> None:
+    alter_record(2, status="proposed")
+
+
+@pytest.mark.parametrize(
+    "also", [(), (lose_item,), (lose_record,), (lose_submission,)], ids=["head", "item", "record", "submission"]
+)
+def test_a_head_that_was_rolled_back_is_refused(
+    aws: Cloud, store: Policies, capsys: pytest.CaptureFixture[str], also: tuple[Callable[[], None], ...]
+) -> None:
+    publish(aws, store)
+    forget()
+    for lose in also:
+        lose()
+    alter_head(in_force=1)
+    for _ in range(2):
+        assert rolled_back(store, capsys)
+    for attempt in (
+        lambda: store.propose(OTHER_RULES, subject="olivia"),
+        lambda: store.approve(2, subject="otto", four_eyes=True),
+    ):
+        with pytest.raises((UnavailableError, ConflictError, NotFoundError)):
+            attempt()
+    alter_head(in_force=2)  # which is how it is mended
+    if not also:
+        assert store.in_force().version == 2
+
+
+def test_a_head_that_was_removed(aws: Cloud, store: Policies, capsys: pytest.CaptureFixture[str]) -> None:
+    forget()
+    remove("POLICY#mock", "HEAD")
+    assert rolled_back(store, capsys)
+
+
+def test_a_submission_whose_version_is_missing_is_found(
+    aws: Cloud, store: Policies, capsys: pytest.CaptureFixture[str]
+) -> None:
+    publish(aws, store)
+    publish(aws, store, OTHER_RULES)
+    store.propose(RULES, subject="olivia")
+    for lose in (lose_item, lose_submission, lambda: remove("POLICY#mock", "VERSION#000000003")):
+        lose()
+    alter_head(in_force=1)
+    forget()
+    assert rolled_back(store, capsys)
+
+
+def test_a_process_remembers_what_was_in_force(aws: Cloud, store: Policies, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever else was rolled back with HEAD."""
+    publish(aws, store)
+    store.in_force()
+    lose_item()
+    lose_submission()
+    alter_head(in_force=1)
+    assert rolled_back(store, capsys)
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["changed", "as it was"])
+def test_a_process_that_has_not_seen_the_newer_version(
+    aws: Cloud,
+    store: Policies,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    later: bool,
+) -> None:
+    """It looks again when HEAD is another, and after a minute even if it is the same."""
+    store.in_force()
+    seen = dict(module._seen)
+    [head] = [item for item in items(TABLE) if item["sk"]["S"] == "HEAD"]
+    publish(aws, store)
+    module._seen.clear()
+    module._seen.update(seen)
+    if later:
+        boto3.client("dynamodb").put_item(TableName=TABLE, Item=head)
+        assert not rolled_back(store, capsys)
+        now = time.monotonic()
+        monkeypatch.setattr(time, "monotonic", lambda: now + module.LOOK_AGAIN_SECONDS)
+    else:
+        alter_head(in_force=1)
+    assert rolled_back(store, capsys)
+
+
+def test_a_version_that_is_confirmed_and_not_settled_yet_is_no_rollback(aws: Cloud, store: Policies) -> None:
+    store.propose(RULES, subject="olivia")
+    store.approve(2, subject="oscar", four_eyes=True)
+    confirm_silently(aws)
+    forget()
+    assert store.in_force().version == 1
+    store.settle()
+    assert store.in_force().version == 2
+
+
+def test_proposals_and_what_was_rejected_are_no_rollback(aws: Cloud, store: Policies) -> None:
+    store.propose(OTHER_RULES, subject="olivia")
+    store.approve(2, subject="oscar", four_eyes=True)
+    alter_text(2, looser(2))
+    aws.settle()
+    assert (store.get(2).status, store.propose(RULES, subject="olivia").version) == ("rejected", 3)
+    forget()
+    assert store.in_force().version == 1
+
+
+def test_a_version_that_comes_into_force_at_that_moment_is_no_rollback(
+    aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Between reading HEAD and looking for what is newer."""
+    store.propose(RULES, subject="olivia")
+    store.approve(2, subject="oscar", four_eyes=True)
+    confirm_silently(aws)
+    forget()
+    original = Policies._records
+
+    def settled(self: Policies, *arguments: Any) -> Any:
+        monkeypatch.setattr(Policies, "_records", original)
+        service.policies().settle()
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Policies, "_records", settled)
+    assert store.in_force().version == 2
+    assert "PolicyRefused" not in capsys.readouterr().out
+
+
+def test_reading_what_is_in_force_takes_two_reads(aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch) -> None:
+    publish(aws, store)
+    calls: list[str] = []
+    original = BaseClient._make_api_call
+
+    def counted(self: Any, operation: str, arguments: Any) -> Any:
+        if arguments.get("TableName") == TABLE:
+            calls.append(operation)
+        return original(self, operation, arguments)
+
+    monkeypatch.setattr(BaseClient, "_make_api_call", counted)
+    forget()
+    store.in_force()
+    # What came after HEAD's version, whether the next one was handed in, and this one's submission.
+    assert sorted(calls) == ["GetItem"] * 4 + ["Query"]
+    calls.clear()
+    store.in_force()
+    assert calls == ["GetItem"] * 2
+
+
+# What stands in for what was confirmed
 
 
 def test_bytes_that_are_not_the_transaction_of_that_id(aws: Cloud, store: Policies) -> None:

@@ -10,7 +10,6 @@ import pytest
 
 from local.openapi_examples import EXAMPLES
 from qaes.domain.policy import DEFAULT_RULES
-from qubic import policies
 from tests.support.api import ALICE, BOB, CAROL, OLIVIA, Answer, Api, named, set_environment
 from tests.support.cloud import Cloud, cloud
 
@@ -24,7 +23,6 @@ ADDRESS = "0xfedcba0987654321"
 @pytest.fixture
 def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     set_environment("QubicApiFunction", monkeypatch)
-    monkeypatch.setattr(policies, "_verified", {})
     with cloud(state_machine=False) as it:
         yield it
 

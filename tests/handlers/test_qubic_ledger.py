@@ -4,22 +4,41 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import boto3
 import pytest
 from botocore.exceptions import ClientError
 
+from qaes.adapters.ledger_client import LedgerClient
+from qaes.adapters.settings import SettingsError
+from qaes.domain.errors import RefusedError
+from qaes.domain.policy import DEFAULT_RULES
 from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.qubic.transaction import decode
+from qubic import ledger, service
+from qubic.chain.base import IncludedPage
 from qubic.chain.mock import FIRST_TICK, Faults, MockChain
+from qubic.ledger import _OPERATIONS
+from qubic.submissions import Submissions
 from qubic.wallets import DEMO_BALANCES, genesis
-from tests.support.cloud import Cloud, cloud
+from tests.support.cloud import PARAMETERS, Cloud, Context, cloud
+from tests.support.cloud import _environment as function_environment
+from tests.support.template import environment
 
 RICH, POOR, EMPTY = DEMO_BALANCES
 ZERO = encode_identity(bytes(32))
 HASH = "ab" * 32
+LEDGER_FUNCTIONS = ("LedgerFunction", "LedgerTransferFunction", "LedgerAnchorFunction")
 Call = Callable[..., dict[str, Any]]
+
+
+def function_for(operation: Any) -> str:
+    changing = {"transfer": "LedgerTransferFunction", "reserve": "LedgerTransferFunction"}
+    changing |= {"write": "LedgerTransferFunction", "submit_anchor": "LedgerAnchorFunction"}
+    return changing.get(operation, "LedgerFunction") if isinstance(operation, str) else "LedgerFunction"
 
 
 @pytest.fixture
@@ -31,7 +50,7 @@ def aws() -> Iterator[Cloud]:
 @pytest.fixture
 def call(aws: Cloud) -> Call:
     def send(operation: Any, **arguments: Any) -> dict[str, Any]:
-        answer: dict[str, Any] = aws.invoke("LedgerFunction", {"operation": operation, **arguments})
+        answer: dict[str, Any] = aws.invoke(function_for(operation), {"operation": operation, **arguments})
         return answer
 
     return send
@@ -84,6 +103,7 @@ def test_a_transfer_that_nobody_asked_for_has_no_state(call: Call) -> None:
         ({"run": "1"}, "invalid_input"),
         ({"reference": ""}, "invalid_input"),
         ({"reference": 7}, "invalid_input"),
+        ({"reference": "x" * 3000}, "invalid_input"),
         ({"source": "0x12"}, "invalid_address"),
         ({"destination": ZERO[:-1] + "Z"}, "invalid_address"),
         ({"destination": RICH}, "invalid_address"),
@@ -96,6 +116,162 @@ def test_a_transfer_that_nobody_asked_for_has_no_state(call: Call) -> None:
 def test_what_is_refused_leaves_nothing(call: Call, transfer: Call, changes: dict[str, Any], expected: str) -> None:
     assert code(transfer(**changes)) == expected
     assert code(call("transfer_state", reference="task#step_3")) == "not_found"
+    items = boto3.client("dynamodb").scan(TableName="LedgerTable")["Items"]
+    assert sum(int(item["spent"]["N"]) for item in items if item["sk"]["S"] == "SPENT") == 0
+
+
+# What a refused transfer gives back
+
+
+@pytest.fixture
+def limited(aws: Cloud) -> Callable[[], int]:
+    """A policy with a daily limit; what RICH and POOR have spent of it."""
+    rule = DEFAULT_RULES["transfer_funds"].model_copy(update={"daily_limit": 1000})
+    with function_environment(environment("LedgerFunction", PARAMETERS)):
+        store = service.policies()
+        store.propose(DEFAULT_RULES | {"transfer_funds": rule}, subject="olivia")
+        store.approve(2, subject="oscar", four_eyes=True)
+    aws.settle()
+
+    def spent() -> int:
+        found = boto3.client("dynamodb").scan(TableName="LedgerTable")["Items"]
+        return sum(int(item["spent"]["N"]) for item in found if item["sk"]["S"] == "SPENT")
+
+    return spent
+
+
+@pytest.fixture
+def reserve(call: Call) -> Call:
+    def send(**changes: Any) -> dict[str, Any]:
+        terms = {
+            "reference": "task#step_3", "source": RICH, "destination": EMPTY, "amount": 10,
+            "action_type": "transfer_funds",
+        }  # fmt: skip
+        return call("reserve", **terms | changes)
+
+    return send
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"destination": RICH}, "invalid_address"),
+        ({"destination": "0x12"}, "invalid_address"),
+        ({"action_type": "burn"}, "not_allowed"),
+    ],
+)
+def test_a_refused_transfer_gives_back_what_was_reserved_for_it(
+    limited: Callable[[], int], reserve: Call, transfer: Call, changes: dict[str, Any], expected: str
+) -> None:
+    assert reserve()["ok"]
+    assert limited() == 10
+    assert code(transfer(**changes)) == expected
+    assert limited() == 0
+
+
+def test_a_transfer_that_is_refused_when_it_is_tried_again_gives_back_that_attempts(
+    aws: Cloud, limited: Callable[[], int], reserve: Call, transfer: Call, call: Call
+) -> None:
+    chain = MockChain(genesis=genesis(), table="ChainTable", clock=aws.clock, tick_milliseconds=1000)
+    chain.set_faults(Faults(drop=1))  # it is sent, and never gets there
+    assert transfer(source=POOR, amount=300)["ok"]
+    assert limited() == 300
+    aws.settle()
+    assert call("transfer_state", reference="task#step_3")["result"]["state"] == "expired"
+    assert limited() == 0
+    assert reserve(source=POOR, amount=300)["ok"]
+    assert transfer(reference="other", source=POOR, amount=300)["ok"]
+    aws.settle()
+    assert limited() == 600
+    assert code(transfer(source=POOR, amount=300, run=2)) == "insufficient_balance"
+    assert limited() == 300
+
+
+def refuse(*_: Any) -> None:
+    raise RefusedError("insufficient_balance", "the source's balance is too small")
+
+
+@pytest.mark.parametrize("point", ["_check_balance", "_sign"], ids=["before it is let through", "after"])
+def test_a_twin_that_is_refused_takes_nothing_from_the_one_that_signs(
+    aws: Cloud,
+    limited: Callable[[], int],
+    reserve: Call,
+    transfer: Call,
+    monkeypatch: pytest.MonkeyPatch,
+    point: str,
+) -> None:
+    """Two calls for one transfer; one is refused while the other is on its way to its signature."""
+    real, twins = getattr(Submissions, point), []
+
+    def meanwhile(it: Submissions, *arguments: Any) -> Any:
+        if not twins:
+            twins.append("")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Submissions, "_check_balance", refuse)
+                twins[0] = code(transfer())
+        return real(it, *arguments)
+
+    monkeypatch.setattr(Submissions, point, meanwhile)
+    assert reserve()["ok"]
+    assert transfer()["result"]["state"] == "signed"
+    assert twins == ["insufficient_balance"]
+    assert limited() == 10
+    aws.settle()
+    assert limited() == 10
+
+
+def test_the_last_of_two_that_are_refused_gives_it_back(
+    limited: Callable[[], int], reserve: Call, transfer: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    depth: list[int] = []
+
+    def refused_late(*arguments: Any) -> None:
+        depth.append(limited())
+        if len(depth) == 1:
+            assert code(transfer()) == "insufficient_balance"
+            depth.append(limited())
+        refuse()
+
+    monkeypatch.setattr(Submissions, "_sign", refused_late)
+    assert reserve()["ok"]
+    assert code(transfer()) == "insufficient_balance"
+    assert depth == [10, 10, 10]
+    assert limited() == 0
+
+
+def test_a_transfer_that_was_given_up_and_is_found_after_all_counts(
+    aws: Cloud, limited: Callable[[], int], transfer: Call
+) -> None:
+    """Whoever asked the network was told that it is nowhere; a later run looks again before it pays."""
+    first = transfer()["result"]
+    real = MockChain.balance
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MockChain, "transaction", lambda *_: None)
+        patch.setattr(MockChain, "transactions", lambda *_: IncludedPage((), 0, 2**31))
+        patch.setattr(MockChain, "balance", lambda it, who: replace(real(it, who), latest_outgoing_transfer_tick=0))
+        aws.settle()
+    assert limited() == 0
+    found = transfer(run=2)["result"]
+    assert (found["state"], found["txid"]) == ("confirmed", first["txid"])
+    assert limited() == 10
+    assert transfer(run=2)["result"]["state"] == "confirmed"
+    assert limited() == 10
+
+
+def test_a_call_that_was_cut_off_leaves_its_reservation(
+    limited: Callable[[], int], transfer: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have signed: nobody knows whether the write went through."""
+
+    def cut_off(*_: Any) -> None:
+        raise ClientError({"Error": {"Code": "RequestTimeout"}}, "TransactWriteItems")
+
+    monkeypatch.setattr(Submissions, "_sign", cut_off)
+    with pytest.raises(ClientError):
+        transfer()
+    monkeypatch.setattr(Submissions, "_check_balance", refuse)
+    assert code(transfer()) == "insufficient_balance"
+    assert limited() == 10
 
 
 def test_another_transfer_under_the_same_reference_is_refused(transfer: Call) -> None:
@@ -106,14 +282,13 @@ def test_another_transfer_under_the_same_reference_is_refused(transfer: Call) ->
 def test_on_a_real_network_a_transfer_is_only_shown_unless_it_is_allowed(
     aws: Cloud, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qubic import ledger, wallets
+    from qubic import wallets
 
     class Real(MockChain):
         network = "mainnet"
 
     real = Real(genesis=genesis(), table="ChainTable", clock=aws.clock, tick_milliseconds=1000)
     monkeypatch.setattr("qubic.service.chain", lambda: real)
-    monkeypatch.setattr(ledger, "policies", lambda: pytest.fail("a simulation reserves nothing"))
     service = wallets.service_key().identity
     terms = {
         "reference": "task#step_3", "source": service, "destination": ZERO, "amount": 1,
@@ -122,6 +297,11 @@ def test_on_a_real_network_a_transfer_is_only_shown_unless_it_is_allowed(
     shown = call("transfer", **terms)["result"]
     assert (shown["state"], shown["network"]) == ("simulated", "mainnet")
     assert (len(shown["txid"]), shown["encoded"]) == (60, "")
+    with pytest.raises(Exception, match="not on the ledger yet"):
+        call("policy")
+    aws.settle()
+    assert call("reserve", **{name: each for name, each in terms.items() if name != "run"})["ok"]
+    assert not [item for item in boto3.client("dynamodb").scan(TableName="LedgerTable")["Items"] if "spent" in item]
     assert code(call("transfer_state", reference="task#step_3")) == "not_found"
     assert code(call("transfer", **terms | {"source": RICH})) == "invalid_address"
     assert code(call("transfer", **terms | {"source": ZERO, "destination": service})) == "no_key"
@@ -187,6 +367,50 @@ def test_an_unknown_operation_is_refused(call: Call, operation: Any) -> None:
     assert code(call(operation)) == "unknown_operation"
 
 
+@pytest.mark.parametrize("function", LEDGER_FUNCTIONS)
+def test_a_function_does_what_is_its_own_and_nothing_else(aws: Cloud, function: str) -> None:
+    own = set()
+    for operation in _OPERATIONS:
+        with suppress(Exception):  # operations without arguments may do their work; the others say which they take
+            answer = aws.invoke(function, {"operation": operation, "nothing": "takes this"})
+            if code(answer) != "unknown_operation":
+                own.add(operation)
+    assert own == {operation for operation in _OPERATIONS if function_for(operation) == function}
+
+
+def test_a_function_that_is_told_of_no_operations_does_none(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in environment("LedgerFunction", PARAMETERS).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LEDGER_OPERATIONS", "")
+    with pytest.raises(SettingsError, match="LEDGER_OPERATIONS"):
+        ledger.handler({"operation": "health"}, Context())
+    monkeypatch.setenv("LEDGER_OPERATIONS", "health_check")
+    assert code(ledger.handler({"operation": "health"}, Context())) == "unknown_operation"
+
+
+@pytest.mark.parametrize(
+    ("asked", "missing"),
+    [
+        (lambda client: client.policy(), "LEDGER_FUNCTION"),
+        (lambda client: client.write(HASH, {}), "LEDGER_TRANSFER_FUNCTION"),
+        (lambda client: client.submit_anchor(log_id="qaes", sequence=0, payload="00"), "LEDGER_ANCHOR_FUNCTION"),
+    ],
+)
+def test_a_caller_that_has_not_the_name_of_a_function_is_told_so(
+    aws: Cloud, monkeypatch: pytest.MonkeyPatch, asked: Callable[[LedgerClient], Any], missing: str
+) -> None:
+    for name, function in (
+        ("LEDGER_FUNCTION", "LedgerFunction"),
+        ("LEDGER_TRANSFER_FUNCTION", "LedgerTransferFunction"),
+        ("LEDGER_ANCHOR_FUNCTION", "LedgerAnchorFunction"),
+    ):
+        monkeypatch.setenv(name, function)
+    asked(LedgerClient())
+    monkeypatch.setenv(missing, "")
+    with pytest.raises(SettingsError, match=missing):
+        asked(LedgerClient())
+
+
 @pytest.mark.parametrize("arguments", [{}, {"address": RICH, "more": 1}])
 def test_missing_and_further_arguments_are_refused(call: Call, arguments: dict[str, Any]) -> None:
     assert code(call("balance", **arguments)) == "invalid_input"
@@ -197,7 +421,7 @@ def test_policy_balance_health_and_a_missing_transaction(call: Call) -> None:
     assert (policy["version"], set(policy["rules"])) == (1, {"monitoring", "transaction", "transfer_funds"})
     document = call("policy_document", policy_id=policy["policy_id"])["result"]
     assert document["hash"] == decode(base64.b64decode(document["encoded"])).payload.hex()
-    assert code(call("policy_document", policy_id="policy-v9-000000000000")) == "not_found"
+    assert code(call("policy_document", policy_id=f"policy-v9-{'0' * 64}")) == "not_found"
     balance = call("balance", address="0X" + RICH[2:])["result"]
     assert (balance["address"], balance["balance"]) == (RICH, 1000)
     assert call("balance", address=ZERO)["result"]["balance"] == 0

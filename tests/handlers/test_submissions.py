@@ -509,6 +509,15 @@ def test_following_ends_in_time_and_goes_on_the_next_time(ledger, number):
     assert [ledger.state(each.key) for each in written] == ["confirmed"] * 3
 
 
+def test_ticks_that_differ_from_call_to_call_have_nothing_signed_over_and_over(ledger, number, monkeypatch):
+    first, second = ledger.write(number), ledger.write(number + 1)
+    ledger.pass_ticks(2 * LEAD_TICKS + 2)
+    monkeypatch.setattr(ledger.it, "_send", lambda submission: submission.key == first.key)  # late, whatever it names
+    with pytest.raises(UnavailableError, match="late again"):
+        ledger.follow()
+    assert ledger.it.get(second.key).attempt <= 3
+
+
 def test_a_tick_that_cannot_be_true_is_not_believed(ledger, number, monkeypatch):
     with monkeypatch.context() as patch:
         wrong = replace(ledger.chain.tick_info(), tick=2**31)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
+import boto3
 import pytest
 
+from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import planning
 from qaes.domain.canonical import hash_of
+from qaes.domain.errors import ConflictError, RefusedError, UnavailableError
 from qaes.domain.ids import new_plan_id, timestamp
 from qaes.domain.ids import now as moment
-from qaes.domain.models import Plan
+from qaes.domain.models import Plan, StepRecord
 from qaes.domain.policy import Policy
 from qubic.chain.mock import Faults, MockChain
 from tests.handlers.test_task_store import new_task
-from tests.support.cloud import Cloud, call, cloud
+from tests.support.cloud import Cloud, Context, call, cloud
+from worker.app import NotConfirmedYetError
 
 SOURCE, DESTINATION = "0x1234567890abcdef", "0xfedcba0987654321"
 TRANSFER = {"wallet_address": SOURCE, "to_address": DESTINATION, "amount": 250}
@@ -65,8 +69,72 @@ def plan_for(store: TaskStore) -> Plans:
 
 
 def run(aws: Cloud, task_id: str, step_index: int) -> dict[str, Any]:
+    """As the state ExecuteStep does."""
     answer: dict[str, Any] = aws.invoke("ExecuteStepFunction", {"task_id": task_id, "step_index": step_index})
     return answer
+
+
+def submit(aws: Cloud, task_id: str) -> dict[str, Any]:
+    """As the state SubmitTransfer does, for the third step."""
+    event = {"task_id": task_id, "step_index": 2, "submit": True}
+    answer: dict[str, Any] = aws.invoke("ExecuteStepFunction", event)
+    return answer
+
+
+def record_of(store: TaskStore, task_id: str) -> StepRecord:
+    record = store.step(task_id, 2)
+    assert record is not None
+    return record
+
+
+def ends_of_the_transfer(task_id: str) -> list[str]:
+    """The statuses of the events that tell how the transfer has ended."""
+    found = boto3.client("dynamodb").query(
+        TableName="TasksTable",
+        KeyConditionExpression="pk = :pk AND begins_with(sk, :event)",
+        ExpressionAttributeValues={":pk": {"S": task_id}, ":event": {"S": "EVENT#"}},
+    )["Items"]
+    return [
+        each["status"]["S"]
+        for each in found
+        if (each["kind"]["S"], each["step_id"]["S"]) == ("step_executed", "step_3")
+    ]
+
+
+@pytest.fixture
+def asked(aws: Cloud) -> Counter[str]:
+    """How often each operation of the ledger was asked for."""
+    operations: Counter[str] = Counter()
+    for function in ("LedgerFunction", "LedgerTransferFunction"):
+        aws.faults[function] = lambda event: operations.update([event["operation"]])
+    return operations
+
+
+@pytest.fixture
+def missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ledger's stream tells nobody."""
+    monkeypatch.setattr("worker.confirmations._ended", lambda reference: None)
+
+
+@pytest.fixture
+def no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent_runtime.reconciler.GRACE_SECONDS", -1)
+
+
+def reconcile(aws: Cloud) -> list[str]:
+    found: list[str] = aws.invoke("ReconcilerFunction", {"detail-type": "Scheduled Event"})["reconciled"]
+    return found
+
+
+def check(aws: Cloud, task_id: str) -> str:
+    """The compliance agent's verdict on the transfer."""
+    return str(aws.invoke("CheckComplianceFunction", {"task_id": task_id, "step_index": 2})["verdict"])
+
+
+def next_run(store: TaskStore, task_id: str) -> None:
+    """The task fails, and somebody retries it."""
+    store.end_task(task_id, "failed", actor="test", reason="the ledger has not confirmed it in time")
+    store.retry(task_id, subject="alice")
 
 
 def approve(store: TaskStore, task_id: str, plan: Plan, step_index: int, *, approved: bool = True) -> None:
@@ -133,19 +201,20 @@ def test_a_generic_action_leaves_a_receipt_on_the_ledger(aws: Cloud, store: Task
 
 
 def test_a_transfer_is_submitted_and_has_succeeded_when_the_ledger_has_confirmed_it(
-    aws: Cloud, store: TaskStore, plan_for: Plans
+    aws: Cloud, store: TaskStore, plan_for: Plans, missed: None
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     submitted = {"step_id": "step_3", "status": "submitted", "result": None, "error": None, "attempt": 1}
-    assert [run(aws, task_id, 2) for _ in range(3)] == [submitted] * 3
+    assert [submit(aws, task_id) for _ in range(3)] == [submitted] * 3
     assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
     aws.settle()
     done = run(aws, task_id, 2)
     assert (done["status"], done["attempt"]) == ("succeeded", 1)
     assert done["result"]["network"] == "mock"
-    assert run(aws, task_id, 2) == done
+    assert run(aws, task_id, 2) == submit(aws, task_id) == done
     assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
+    assert ends_of_the_transfer(task_id) == ["succeeded"]
 
 
 def test_a_transfer_that_expired_has_failed_and_a_retry_of_the_task_makes_it(
@@ -154,22 +223,101 @@ def test_a_transfer_that_expired_has_failed_and_a_retry_of_the_task_makes_it(
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     mock_chain(aws).set_faults(Faults(empty_ticks=30))
-    assert run(aws, task_id, 2)["status"] == "submitted"
+    assert submit(aws, task_id)["status"] == "submitted"
     aws.settle()
     failed = run(aws, task_id, 2)
     assert (failed["status"], failed["error"].split(":")[0]) == ("failed", "expired")
-    assert run(aws, task_id, 2) == failed
+    assert run(aws, task_id, 2) == submit(aws, task_id) == failed
     mock_chain(aws).set_faults(Faults())
-    store.end_task(task_id, "failed", actor="test", reason="expired")
-    store.retry(task_id, subject="alice")
+    next_run(store, task_id)
+    assert check(aws, task_id) == "await_approval"
     approve(store, task_id, plan, 2)
-    assert run(aws, task_id, 2)["status"] == "submitted"
+    assert submit(aws, task_id)["status"] == "submitted"
     aws.settle()
     assert (run(aws, task_id, 2)["status"], balance(DESTINATION)) == ("succeeded", 250)
+    assert ends_of_the_transfer(task_id) == ["failed", "succeeded"]
 
 
 def mock_chain(aws: Cloud) -> MockChain:
     return MockChain(genesis={}, table="ChainTable", clock=aws.clock, tick_milliseconds=1000)
+
+
+# Asking is not acting
+
+
+def test_only_the_state_that_submits_has_the_ledger_make_a_transfer(
+    aws: Cloud, store: TaskStore, plan_for: Plans, asked: Counter[str], missed: None, no_grace: None
+) -> None:
+    """The transfer expires, and a later run would have it signed anew: whoever asks must not."""
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    mock_chain(aws).set_faults(Faults(empty_ticks=30))
+    submit(aws, task_id)
+    aws.settle()
+    mock_chain(aws).set_faults(Faults())
+    next_run(store, task_id)
+    asked.clear()
+    answer = run(aws, task_id, 2)
+    assert (answer["status"], answer["error"].split(":")[0]) == ("failed", "expired")
+    assert asked == {"transfer_state": 1}
+    assert run(aws, task_id, 2) == answer
+    await_confirmation(aws, task_id)
+    reconcile(aws)
+    assert asked == {"transfer_state": 1}
+    aws.settle()
+    assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
+
+
+def test_who_asks_too_early_is_told_so_by_a_name_and_changes_nothing(
+    aws: Cloud, store: TaskStore, plan_for: Plans, asked: Counter[str]
+) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    with pytest.raises(ConflictError, match="never handed in"):
+        run(aws, task_id, 2)
+    approve(store, task_id, plan, 2)
+    submit(aws, task_id)
+    before = record_of(store, task_id)
+    asked.clear()
+    with pytest.raises(NotConfirmedYetError):
+        run(aws, task_id, 2)
+    assert (record_of(store, task_id), asked) == (before, {"transfer_state": 1})
+
+
+def test_a_transfer_that_is_only_simulated_is_finished_at_once(
+    aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger does not keep it: nobody could ask for it later."""
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    simulated = {"state": "simulated", "txid": "x" * 60, "tick": 7, "network": "mainnet", "error": None}
+    monkeypatch.setattr(LedgerClient, "transfer", lambda self, **terms: simulated)
+    answer = submit(aws, task_id)
+    assert (answer["status"], answer["result"]["network"]) == ("succeeded", "mainnet")
+    assert "not sent" in answer["result"]["simulated"]
+    assert run(aws, task_id, 2) == answer
+
+
+def test_a_transfer_whose_handing_in_was_not_answered_is_not_refused_afterwards(
+    aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    transfer = LedgerClient.transfer
+
+    def lost(self: LedgerClient, **terms: Any) -> Any:
+        transfer(self, **terms)
+        raise UnavailableError("the ledger did not answer")
+
+    def refused(self: LedgerClient, **terms: Any) -> Any:
+        raise RefusedError("no_key", "this wallet's key is not here any more")
+
+    monkeypatch.setattr(LedgerClient, "transfer", lost)
+    with pytest.raises(UnavailableError):
+        submit(aws, task_id)
+    monkeypatch.setattr(LedgerClient, "transfer", refused)
+    assert submit(aws, task_id)["status"] == "submitted"
+    aws.settle()
+    assert (run(aws, task_id, 2)["status"], balance(DESTINATION)) == ("succeeded", 250)
 
 
 # Waiting for the ledger
@@ -185,8 +333,7 @@ def await_confirmation(aws: Cloud, task_id: str, token: str = WAITER) -> dict[st
 def woken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tokens that were woken; what Step Functions does with them is tested by the workflow's tests."""
     tokens: list[str] = []
-    for module in ("worker.confirmations", "agent_runtime.reconciler"):
-        monkeypatch.setattr(f"{module}.wake", lambda token, output: tokens.append(token) or True)
+    monkeypatch.setattr("qaes.adapters.transfers.wake", lambda token, output: tokens.append(token) or True)
     return tokens
 
 
@@ -195,98 +342,143 @@ def ended(task_id: str, state: str = "confirmed") -> dict[str, Any]:
     return {"Records": [{"dynamodb": {"NewImage": image, "SequenceNumber": "1"}}]}
 
 
-def test_who_waits_is_woken_by_the_end_of_the_transfer(
-    aws: Cloud, store: TaskStore, plan_for: Plans, woken: list[str]
+def test_the_end_of_a_transfer_is_on_record_before_who_waits_is_woken(
+    aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
-    run(aws, task_id, 2)
-    assert await_confirmation(aws, task_id)["state"] in {"signed", "broadcast"}
+    submit(aws, task_id)
+    woken: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        "qaes.adapters.transfers.wake",
+        lambda token, output: woken.append((token, record_of(store, task_id).status)) or True,
+    )
+    assert await_confirmation(aws, task_id) == {"state": "under_way"}
     assert aws.invoke("TransferEndedFunction", ended(task_id, "broadcast")) == {"batchItemFailures": []}
+    assert aws.invoke("TransferEndedFunction", ended(task_id, "confirmed")) == {"batchItemFailures": []}  # it is not so
     assert woken == []
     aws.settle()  # and with it, the stream's record
-    assert woken == ["a token"]
+    assert woken == [("a token", "succeeded")]
 
 
-def test_who_comes_after_the_end_does_not_wait(aws: Cloud, store: TaskStore, plan_for: Plans, woken: list[str]) -> None:
+def test_who_comes_after_the_end_does_not_wait(
+    aws: Cloud, store: TaskStore, plan_for: Plans, woken: list[str], missed: None
+) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
+    with pytest.raises(ConflictError, match="never handed in"):
+        await_confirmation(aws, task_id)
     approve(store, task_id, plan, 2)
-    run(aws, task_id, 2)
+    submit(aws, task_id)
     aws.settle()
-    assert woken == []
-    assert await_confirmation(aws, task_id) == {"state": "confirmed"}
-    assert woken == ["a token"]
-    run(aws, task_id, 2)
-    assert await_confirmation(aws, task_id, "another") == {"state": "ended"}
+    assert await_confirmation(aws, task_id) == {"state": "succeeded"}
+    assert await_confirmation(aws, task_id, "another") == {"state": "succeeded"}
     assert woken == ["a token", "another"]
+    assert ends_of_the_transfer(task_id) == ["succeeded"]
 
 
-def test_the_newest_token_counts(aws: Cloud, store: TaskStore, plan_for: Plans, woken: list[str]) -> None:
-    task_id, plan = plan_for("transfer_funds", TRANSFER)
-    approve(store, task_id, plan, 2)
-    run(aws, task_id, 2)
-    await_confirmation(aws, task_id, "first")
-    await_confirmation(aws, task_id, "second")
-    aws.settle()
-    assert woken == ["second"]
-
-
-def test_what_a_cancelled_task_has_done_is_put_on_record(
+def test_the_newest_token_counts_and_is_forgotten_when_it_was_used(
     aws: Cloud, store: TaskStore, plan_for: Plans, woken: list[str]
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
-    run(aws, task_id, 2)
+    submit(aws, task_id)
+    await_confirmation(aws, task_id, "first")
+    await_confirmation(aws, task_id, "second")
+    key = {"pk": {"S": task_id}, "sk": {"S": "WAITER#002"}}
+    kept = boto3.client("dynamodb").get_item(TableName="TasksTable", Key=key)["Item"]
+    assert 7000 < int(kept["expires_at_epoch"]["N"]) - moment().timestamp() <= 7201  # when the state gives up
+    store.forget_waiter(task_id, 2, "first")
+    assert store.waiter(task_id, 2) == "second"
+    aws.settle()
+    assert woken == ["second"]
+    assert store.waiter(task_id, 2) is None
+
+
+def test_when_nobody_waits_any_more_the_end_is_on_record_all_the_same(
+    aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    submit(aws, task_id)
+    await_confirmation(aws, task_id)
+    monkeypatch.setattr("qaes.adapters.transfers.wake", lambda token, output: False)
+    aws.settle()
+    assert (record_of(store, task_id).status, store.waiter(task_id, 2)) == ("succeeded", None)
+
+
+@pytest.mark.parametrize("by", ["stream", "reconciler"])
+def test_what_a_cancelled_task_has_done_is_put_on_record_once(
+    aws: Cloud,
+    store: TaskStore,
+    plan_for: Plans,
+    woken: list[str],
+    no_grace: None,
+    monkeypatch: pytest.MonkeyPatch,
+    by: str,
+) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    submit(aws, task_id)
     await_confirmation(aws, task_id)
     store.cancel(task_id, subject="alice", reason="changed my mind")
-    aws.settle()
-    record = store.step(task_id, 2)
-    assert record is not None
-    assert (record.status, balance(DESTINATION), woken) == ("succeeded", 250, [])
-    before = record
+    assert reconcile(aws) == []
+    with monkeypatch.context() as patch:
+        if by == "reconciler":
+            patch.setattr("worker.confirmations._ended", lambda reference: None)
+        aws.settle()
+    assert reconcile(aws) == ([task_id] if by == "reconciler" else [])
+    record = record_of(store, task_id)
+    assert (record.status, balance(DESTINATION), woken, store.waiter(task_id, 2)) == ("succeeded", 250, [], None)
     assert aws.invoke("TransferEndedFunction", ended(task_id)) == {"batchItemFailures": []}
-    assert store.step(task_id, 2) == before
+    assert reconcile(aws) == []
+    assert record_of(store, task_id) == record
+    assert ends_of_the_transfer(task_id) == ["succeeded"]
+    assert store.get_task(task_id).status == "cancelled"
+
+
+def test_a_step_that_waits_for_the_ledger_is_found_without_a_scan_until_it_is_finished(
+    aws: Cloud, store: TaskStore, plan_for: Plans
+) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    run(aws, task_id, 0)
+    assert store.transfers_under_way(-1) == []
+    approve(store, task_id, plan, 2)
+    submit(aws, task_id)
+    assert store.transfers_under_way(-1) == [(task_id, record_of(store, task_id))]
+    assert store.transfers_under_way(60) == []
+    aws.settle()
+    assert store.transfers_under_way(-1) == []
 
 
 def test_a_task_that_was_cancelled_before_its_transfer_was_handed_in_pays_nothing(
-    aws: Cloud, store: TaskStore, plan_for: Plans
+    aws: Cloud, store: TaskStore, plan_for: Plans, no_grace: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     mock_chain(aws).set_faults(Faults(fail_requests=50))
     with pytest.raises(Exception, match="ledger"):
-        run(aws, task_id, 2)  # the intent is on record, the ledger did not answer
+        submit(aws, task_id)  # the intent is on record, the ledger did not answer
     mock_chain(aws).set_faults(Faults())
     store.cancel(task_id, subject="alice", reason="changed my mind")
-    answer = run(aws, task_id, 2)
-    assert (answer["status"], answer["error"].split(":")[0]) == ("failed", "not_submitted")
+    with pytest.raises(ConflictError, match="has ended"):
+        submit(aws, task_id)
+    assert reconcile(aws) == []  # a call may still be at the ledger
+    assert record_of(store, task_id).status == "running"
+    monkeypatch.setattr("qaes.adapters.transfers.LATE_SECONDS", -1)
+    assert reconcile(aws) == [task_id]
+    record = record_of(store, task_id)
+    assert (record.status, str(record.error).split(":")[0]) == ("failed", "not_submitted")
     aws.settle()
     assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
 
 
-def test_the_end_of_a_cancelled_tasks_transfer_never_has_it_signed_anew(
-    aws: Cloud, store: TaskStore, plan_for: Plans
+def test_the_end_of_a_transfer_of_no_task_or_no_begun_step_harms_nobody(
+    aws: Cloud, store: TaskStore, plan_for: Plans, woken: list[str]
 ) -> None:
-    task_id, plan = plan_for("transfer_funds", TRANSFER)
-    approve(store, task_id, plan, 2)
-    mock_chain(aws).set_faults(Faults(empty_ticks=30))
-    run(aws, task_id, 2)
-    store.end_task(task_id, "failed", actor="test", reason="the ledger has not confirmed it in time")
-    store.retry(task_id, subject="alice")
-    approve(store, task_id, plan, 2)
-    assert run(aws, task_id, 2)["status"] == "submitted"  # the second run finds it under way
-    store.cancel(task_id, subject="alice", reason="changed my mind")
-    aws.settle()
-    mock_chain(aws).set_faults(Faults())
-    record = store.step(task_id, 2)
-    assert record is not None
-    assert (record.status, str(record.error).split(":")[0]) == ("failed", "expired")
-    assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
-
-
-def test_the_end_of_a_transfer_of_no_task_harms_nobody(aws: Cloud, woken: list[str]) -> None:
-    assert aws.invoke("TransferEndedFunction", ended("task_none")) == {"batchItemFailures": []}
-    assert woken == []
+    task_id, _ = plan_for("transfer_funds", TRANSFER)
+    for each in ("task_none", task_id):
+        assert aws.invoke("TransferEndedFunction", ended(each)) == {"batchItemFailures": []}
+    assert (woken, store.step(task_id, 2)) == ([], None)
 
 
 def test_an_end_that_cannot_be_told_is_delivered_again(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,45 +486,202 @@ def test_an_end_that_cannot_be_told_is_delivered_again(aws: Cloud, monkeypatch: 
     assert aws.invoke("TransferEndedFunction", ended("task_none")) == {"batchItemFailures": [{"itemIdentifier": "1"}]}
 
 
-def test_the_reconciler_wakes_whom_everybody_missed(
-    aws: Cloud, store: TaskStore, plan_for: Plans, woken: list[str]
+def test_who_has_no_time_left_for_a_call_of_the_ledger_begins_none(
+    aws: Cloud,
+    store: TaskStore,
+    plan_for: Plans,
+    asked: Counter[str],
+    no_grace: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    submit(aws, task_id)
+    asked.clear()
+    monkeypatch.setattr(Context, "get_remaining_time_in_millis", lambda self: 29_000)
+    assert aws.invoke("TransferEndedFunction", ended(task_id)) == {"batchItemFailures": [{"itemIdentifier": "1"}]}
+    assert reconcile(aws) == []
+    assert not asked
+
+
+def test_the_reconciler_finishes_what_everybody_missed_and_wakes_who_waits(
+    aws: Cloud, store: TaskStore, plan_for: Plans, woken: list[str], missed: None, no_grace: None
+) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    submit(aws, task_id)
+    await_confirmation(aws, task_id)
+    assert reconcile(aws) == []
+    aws.settle()
+    assert woken == []
+    assert reconcile(aws) == [task_id]
+    assert (woken, record_of(store, task_id).status) == (["a token"], "succeeded")
+    assert reconcile(aws) == []
+
+
+def test_the_reconciler_wakes_for_who_finished_the_step_and_did_not_come_to_tell(
+    aws: Cloud, store: TaskStore, plan_for: Plans, woken: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from agent_runtime import reconciler
 
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     assert reconciler._wake(store.get_task(task_id), store) is False
-    run(aws, task_id, 2)
+    submit(aws, task_id)
     await_confirmation(aws, task_id)
-    with ledger_function():
-        assert reconciler._wake(store.get_task(task_id), store) is False
+    assert reconciler._wake(store.get_task(task_id), store) is False
+    with monkeypatch.context() as patch:
+        patch.setattr("qaes.adapters.transfers.tell", lambda *arguments: False)
         aws.settle()
-        woken.clear()
-        assert reconciler._wake(store.get_task(task_id), store) is True
-        assert woken == ["a token"]
-        run(aws, task_id, 2)
-        assert reconciler._wake(store.get_task(task_id), store) is False
+    assert (record_of(store, task_id).status, woken) == ("succeeded", [])
+    assert reconciler._wake(store.get_task(task_id), store) is True
+    assert woken == ["a token"]
+    assert reconciler._wake(store.get_task(task_id), store) is False
 
 
-@contextmanager
-def ledger_function() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEDGER_FUNCTION", "LedgerFunction")
-        yield
+# An execution that finds what one before it has handed in
+
+
+@pytest.mark.parametrize("known", ["under way", "confirmed", "on record"])
+def test_a_later_execution_asks_nobody_about_a_transfer_that_was_let_through(
+    aws: Cloud, store: TaskStore, plan_for: Plans, asked: Counter[str], monkeypatch: pytest.MonkeyPatch, known: str
+) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    submit(aws, task_id)
+    next_run(store, task_id)
+    if known != "under way":
+        with monkeypatch.context() as patch:
+            if known == "confirmed":
+                patch.setattr("worker.confirmations._ended", lambda reference: None)
+            aws.settle()
+    asked.clear()
+    assert check(aws, task_id) == "execute"
+    assert submit(aws, task_id)["status"] == ("submitted" if known == "under way" else "succeeded")
+    assert set(asked) <= {"transfer_state"}
+    aws.settle()
+    done = run(aws, task_id, 2)
+    # The first execution handed it in, under what was approved then: the entry says so.
+    assert (done["status"], done["result"]["run"], done["attempt"]) == ("succeeded", 1, 1)
+    assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
+    assert ends_of_the_transfer(task_id) == ["succeeded"]
+
+
+def test_a_later_execution_pays_for_no_other_plan(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    submit(aws, task_id)
+    next_run(store, task_id)
+    step = plan.steps[2]
+    richer = step.model_copy(update={"parameters": step.parameters | {"amount": 999}})
+    swapped = plan.model_copy(update={"steps": (*plan.steps[:2], richer)})
+    item = {"pk": {"S": plan.plan_id}, "sk": {"S": "PLAN"}, "data": {"S": swapped.model_dump_json()}}
+    boto3.client("dynamodb").put_item(TableName="TasksTable", Item=item)
+    for act in (check, submit):
+        with pytest.raises(ConflictError, match="not the one that was recorded"):
+            act(aws, task_id)
+
+
+def test_the_end_of_an_earlier_attempt_is_on_record_before_anybody_is_asked_anew(
+    aws: Cloud, store: TaskStore, plan_for: Plans, missed: None
+) -> None:
+    """Else it could come in after the new approval, and the trail would read as if that one had been used up."""
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    mock_chain(aws).set_faults(Faults(empty_ticks=30))
+    submit(aws, task_id)
+    aws.settle()
+    next_run(store, task_id)
+    assert record_of(store, task_id).status == "running"
+    assert check(aws, task_id) == "await_approval"
+    assert ends_of_the_transfer(task_id) == ["failed"]
+    assert check(aws, task_id) == "await_approval"
+    assert ends_of_the_transfer(task_id) == ["failed"]
+
+
+def test_what_was_never_handed_in_is_decided_on_anew_by_a_later_execution(
+    aws: Cloud, store: TaskStore, plan_for: Plans
+) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    mock_chain(aws).set_faults(Faults(fail_requests=50))
+    with pytest.raises(Exception, match="ledger"):
+        submit(aws, task_id)
+    mock_chain(aws).set_faults(Faults())
+    next_run(store, task_id)
+    assert check(aws, task_id) == "await_approval"
+    assert (submit(aws, task_id)["status"], balance(SOURCE)) == ("failed", 1000)  # the worker looks itself
+    next_run(store, task_id)
+    approve(store, task_id, plan, 2)
+    assert check(aws, task_id) == "execute"
+    assert submit(aws, task_id)["status"] == "submitted"
+    aws.settle()
+    record = record_of(store, task_id)
+    assert (record.status, record.run, balance(DESTINATION)) == ("succeeded", 3, 250)
+
+
+def test_the_late_end_of_an_earlier_attempt_is_not_taken_for_this_ones(
+    aws: Cloud, store: TaskStore, plan_for: Plans, no_grace: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the claim and the handing in, the ledger still tells of the attempt before."""
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    mock_chain(aws).set_faults(Faults(empty_ticks=30))
+    submit(aws, task_id)
+    aws.settle()
+    mock_chain(aws).set_faults(Faults())
+    next_run(store, task_id)
+    approve(store, task_id, plan, 2)
+
+    def down(event: dict[str, Any]) -> None:
+        if event["operation"] == "transfer":
+            raise ConnectionError("down")
+
+    aws.faults["LedgerTransferFunction"] = down
+    with pytest.raises(UnavailableError):
+        submit(aws, task_id)
+    claimed = record_of(store, task_id)
+    assert (claimed.status, claimed.run) == ("running", 2)
+    assert aws.invoke("TransferEndedFunction", ended(task_id, "expired")) == {"batchItemFailures": []}
+    reconcile(aws)
+    assert record_of(store, task_id) == claimed
+    del aws.faults["LedgerTransferFunction"]
+    assert submit(aws, task_id)["status"] == "submitted"
+    aws.invoke("TransferEndedFunction", ended(task_id, "expired"))
+    assert record_of(store, task_id) == claimed
+    aws.settle()
+    assert (record_of(store, task_id).status, balance(DESTINATION)) == ("succeeded", 250)
+    assert ends_of_the_transfer(task_id) == ["failed", "succeeded"]
+
+
+def test_who_was_slow_to_tell_of_an_earlier_attempt_does_not_finish_the_later_one(
+    store: TaskStore, plan_for: Plans
+) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    first = store.claim_step(task_id, 2, plan.steps[2], None)
+    store.finish_step(task_id, first, result=None, error="expired: nothing was moved")
+    next_run(store, task_id)
+    second = store.claim_step(task_id, 2, plan.steps[2], None)
+    assert store.finish_step(task_id, first, result=None, error="expired: nothing was moved") == second
+    assert record_of(store, task_id) == second
+    assert ends_of_the_transfer(task_id) == ["failed"]
+
+
+# What may not run
 
 
 def test_a_transfer_that_nobody_approved_does_not_run_even_when_the_worker_is_called_by_itself(
     aws: Cloud, plan_for: Plans
 ) -> None:
     task_id, _ = plan_for("transfer_funds", TRANSFER)
-    assert run(aws, task_id, 2)["status"] == "failed"
+    assert submit(aws, task_id)["status"] == "failed"
     assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
 
 
 def test_a_transfer_that_was_rejected_does_not_run(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2, approved=False)
-    answer = run(aws, task_id, 2)
+    answer = submit(aws, task_id)
     assert (answer["status"], answer["error"]) == ("failed", "an approver rejected it")
     assert balance(SOURCE) == 1000
 
@@ -342,10 +691,10 @@ def test_a_balance_that_does_not_suffice_is_told_and_moves_nothing(
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER | {"amount": 1001})
     approve(store, task_id, plan, 2)
-    answer = run(aws, task_id, 2)
+    answer = submit(aws, task_id)
     assert answer["status"] == "failed"
     assert "insufficient_balance" in answer["error"]
-    assert run(aws, task_id, 2) == answer
+    assert submit(aws, task_id) == answer
     assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
 
 
@@ -358,7 +707,7 @@ def test_a_refusal_does_not_overrule_an_attempt_that_is_at_work(
     look, first = TaskStore.step, iter([True])
     monkeypatch.setattr(TaskStore, "step", lambda *key: None if next(first, False) else look(*key))
     with pytest.raises(Exception, match="another attempt is at work"):
-        run(aws, task_id, 2)
+        submit(aws, task_id)
     record = store.step(task_id, 2)
     assert record is not None
     assert record.status == "running"

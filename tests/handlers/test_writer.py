@@ -41,9 +41,9 @@ def test_wherever_the_process_dies_a_hash_is_written_once():
 def _hash_is_written_once(it: Cloud, number: int) -> bool:
     write = {"operation": "write", "hash": digest(number), "metadata": {}}
     with crash_at(number, "after") as crash:
-        it.invoke("LedgerFunction", write)
+        it.invoke("LedgerTransferFunction", write)
         _follow(it)
-    it.invoke("LedgerFunction", write)  # whoever asked for it asks again
+    it.invoke("LedgerTransferFunction", write)  # whoever asked for it asks again
     it.settle()
     state = it.invoke("LedgerFunction", {"operation": "verify", "hash": digest(number)})["result"]
     assert state["verified"], (number, crash.calls[-1])
@@ -63,11 +63,11 @@ def _transfer_moves_once_or_not_at_all(it: Cloud, number: int) -> bool:
     }  # fmt: skip
     before = _balance(it, SOURCE)
     with crash_at(number, "after", EndpointConnectionError(endpoint_url="https://dynamodb")) as crash:
-        it.invoke("LedgerFunction", terms)
+        it.invoke("LedgerTransferFunction", terms)
         _follow(it)
-    it.invoke("LedgerFunction", terms)
+    it.invoke("LedgerTransferFunction", terms)
     it.settle()
-    state = it.invoke("LedgerFunction", terms)["result"]["state"]
+    state = it.invoke("LedgerTransferFunction", terms)["result"]["state"]
     assert state in {"confirmed", "expired"}, (number, crash.calls[-1])
     assert before - _balance(it, SOURCE) == (1 if state == "confirmed" else 0), (number, crash.calls[-1])
     return crash.happened
@@ -119,7 +119,7 @@ def _record(key: str, network: str = "mock", looks: int = 1) -> dict[str, Any]:
 
 def test_a_submission_is_looked_at_until_it_is_closed():
     with cloud(state_machine=False) as it:
-        it.invoke("LedgerFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         [before] = _messages()
         event = {"Records": [_record(f"hash:{digest(1)}")]}
         assert it.invoke("LedgerWriterFunction", event) == {"batchItemFailures": []}
@@ -143,7 +143,7 @@ def test_what_cannot_be_followed_is_delivered_again():
 
 def test_while_the_network_is_silent_the_writer_comes_back():
     with cloud(state_machine=False) as it:
-        it.invoke("LedgerFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         chain = MockChain(genesis={}, table="ChainTable", clock=it.clock, tick_milliseconds=1000)
         chain.set_faults(Faults(fail_requests=1))
         [before] = _messages()
@@ -155,7 +155,7 @@ def test_while_the_network_is_silent_the_writer_comes_back():
 
 def test_a_lost_message_is_made_up_for_by_the_schedule():
     with cloud(state_machine=False) as it:
-        it.invoke("LedgerFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         it.clock.pass_seconds(LEAD_TICKS + 2)
         assert it.invoke("LedgerWriterFunction", {}) == {"open": []}
         assert it.invoke("LedgerFunction", {"operation": "verify", "hash": digest(1)})["result"]["verified"]
@@ -166,14 +166,16 @@ def test_what_cannot_be_sent_is_followed_and_what_cannot_be_followed_is_sent(mon
         chain = MockChain(genesis={}, table="ChainTable", clock=it.clock, tick_milliseconds=1000)
         chain.set_faults(Faults(fail_after_accepting=1))
         [before] = _messages()
-        it.invoke("LedgerFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         assert sum(_messages()[0].values()) == sum(before.values()) + 1
         boto3.client("sqs").delete_queue(
             QueueUrl=boto3.client("sqs").get_queue_url(QueueName="LedgerWriterQueue")["QueueUrl"]
         )
         it.clock.pass_seconds(LEAD_TICKS + 2)
         it.invoke("LedgerWriterFunction", {})
-        written = it.invoke("LedgerFunction", {"operation": "write", "hash": digest(2), "metadata": {}})["result"]
+        written = it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(2), "metadata": {}})[
+            "result"
+        ]
         it.clock.pass_seconds(LEAD_TICKS + 2)
         assert _on_chain(it, bytes.fromhex(digest(2))) == [written["txid"]]
 
@@ -195,7 +197,7 @@ def _sent(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_pauses_grow_while_ticks_stand_still_and_are_short_again_when_they_come(monkeypatch):
     with cloud(state_machine=False) as it:
         sent = _sent(monkeypatch)
-        it.invoke("LedgerFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         assert [each["delay"] for each in sent] == [LEAD_TICKS + 2]
         chain = MockChain(genesis={}, table="ChainTable", clock=it.clock, tick_milliseconds=1000)
         chain.set_faults(Faults(paused=True))
@@ -217,12 +219,12 @@ def test_pauses_grow_while_ticks_stand_still_and_are_short_again_when_they_come(
 
 def test_a_limit_on_one_source_does_not_keep_the_others_waiting(monkeypatch):
     with cloud(state_machine=False) as it:
-        it.invoke("LedgerFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         terms = {
             "operation": "transfer", "reference": "task#step_1", "source": SOURCE, "run": 1,
             "destination": DESTINATION, "amount": 1, "action_type": "transfer_funds",
         }  # fmt: skip
-        it.invoke("LedgerFunction", terms)
+        it.invoke("LedgerTransferFunction", terms)
         it.clock.pass_seconds(LEAD_TICKS + 2)
         follow = Submissions.follow
 

@@ -120,4 +120,6 @@ def test_the_authorizer_verifies_a_token(sam: SamLocal) -> None:
 def test_no_container_is_left(sam: SamLocal) -> None:
     for case in events.cases():
         sam.result(case)
+    assert sam.containers(), "the server keeps them"
+    sam.stop()
     assert sam.containers() == []

@@ -8,6 +8,7 @@ nothing else. The mock network's clock is the tests' own: its ticks pass when no
 
 from __future__ import annotations
 
+import copy
 import importlib
 import io
 import json
@@ -15,11 +16,13 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import cache
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -28,6 +31,10 @@ import jsonata
 from botocore.client import BaseClient
 from moto import mock_aws
 from moto.awslambda_simple.models import LambdaSimpleBackend
+from moto.core.base_backend import BackendDict
+from moto.dynamodb import models as moto_dynamodb
+from moto.dynamodb.models import DynamoDBBackend
+from moto.dynamodb.models.table import Table
 from moto.stepfunctions.parser.asl.jsonata import jsonata as moto_jsonata
 
 from qaes.adapters import clients
@@ -35,6 +42,7 @@ from tests.support import template
 
 SEED = "qaestestseedthatsignsforthetestsandisworthnothingatallx"
 PARAMETERS = {"Stage": "local", "ApprovalTimeoutSeconds": "60", "RetryIntervalSeconds": "1", "RetryMaxAttempts": "2"}
+SNAPSHOT_SECONDS = 30
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": "test",
     "AWS_SECRET_ACCESS_KEY": "test",
@@ -77,6 +85,7 @@ logging.getLogger("moto").addHandler(logging.NullHandler())
 _environment_lock = threading.RLock()
 _dynamodb_lock = threading.Lock()
 _make_api_call = BaseClient._make_api_call
+_moto_transact_write_items = DynamoDBBackend.transact_write_items
 
 
 def _one_at_a_time(client: Any, operation: str, arguments: Any) -> Any:
@@ -85,6 +94,37 @@ def _one_at_a_time(client: Any, operation: str, arguments: Any) -> Any:
         return _make_api_call(client, operation, arguments)
     with _dynamodb_lock:
         return _make_api_call(client, operation, arguments)
+
+
+def _transact_write_items(backend: DynamoDBBackend, transact_items: list[dict[str, Any]]) -> None:
+    """What moto does, except for what it keeps to go back to.
+
+    It copies every item of a table, for each of a transaction's items once more: a third of the tests' time. Only what
+    an update changes in place has to be copied; all else is put and taken away as a whole.
+    """
+    updates = [each["Update"] for each in transact_items if "Update" in each]
+
+    def deepcopy(value: Any) -> Any:
+        if not isinstance(value, Table):
+            return copy.deepcopy(value)
+        kept = copy.copy(value)
+        kept.items = defaultdict(
+            dict, {each: found.copy() if isinstance(found, dict) else found for each, found in value.items.items()}
+        )
+        for key in (each["Key"] for each in updates if each["TableName"] == value.name):
+            hash_value, range_value = backend.get_keys_value(value, key)
+            if item := copy.deepcopy(value.get_item(hash_value, range_value)):
+                if value.has_range_key:
+                    kept.items[hash_value][range_value] = item
+                else:
+                    kept.items[hash_value] = item
+        if value.stream_shard:
+            kept.stream_shard = copy.copy(value.stream_shard)
+            kept.stream_shard.items, kept.stream_shard.table = list(value.stream_shard.items), kept
+        return kept
+
+    with patch.object(moto_dynamodb, "copy", SimpleNamespace(deepcopy=deepcopy)):
+        _moto_transact_write_items(backend, transact_items)
 
 
 @contextmanager
@@ -304,11 +344,14 @@ def cloud(
 
     Where there is a state machine, ticks pass by themselves; elsewhere `settle` lets them.
     """
+    from qubic import policies
     from qubic.chain.mock import MockChain
     from qubic.wallets import service_key
 
     it = Cloud(parameters=parameters or {})
     service_key.cache_clear()
+    policies._verified.clear()  # of tables of the same name, which are gone
+    policies._seen.clear()
 
     def invoke(
         backend: Any, function_name: str, qualifier: Any, body: Any, headers: Any, response_headers: Any
@@ -320,35 +363,107 @@ def cloud(
             response_headers["x-amz-function-error"] = "Unhandled"
             return json.dumps({"errorType": type(error).__name__, "errorMessage": str(error)}).encode()
 
-    config: Any = {"stepfunctions": {"execute_state_machine": True}, "lambda": {"use_docker": False}}
+    config: Any = {
+        "stepfunctions": {"execute_state_machine": True},
+        "lambda": {"use_docker": False},
+        "core": {"reset_boto3_session": False},
+    }
     with (
         patch.dict(os.environ, _every_variable() | CREDENTIALS),
         mock_aws(config=config),
+        patch("boto3.DEFAULT_SESSION", _session()),
         patch.object(LambdaSimpleBackend, "invoke", invoke),
+        patch.object(DynamoDBBackend, "transact_write_items", _transact_write_items),
         patch.object(moto_jsonata, "_eval_jsonata", evaluate),
         patch.object(BaseClient, "_make_api_call", _one_at_a_time),
         patch.dict(MockChain.__init__.__kwdefaults__, {"clock": it.clock}),
     ):
         clients.reset()
-        _create_tables()
-        _create_functions()
-        for name in template.resources("AWS::SecretsManager::Secret"):
-            boto3.client("secretsmanager").create_secret(Name=name, SecretString=SEED)
-        for name in template.resources("AWS::SQS::Queue"):
-            boto3.client("sqs").create_queue(QueueName=name)
-        if state_machine:
-            it.machine_arn = _create_state_machine(it.parameters)
+        _fill(it, state_machine=state_machine, policy=policy)
         try:
-            if policy:
-                it.invoke("LedgerWriterFunction", {})
-                it.settle()
-                it.invocations.clear()
             if state_machine:
                 it.start_time()
             yield it
         finally:
             it.close()
             clients.reset()
+
+
+@cache
+def _session() -> boto3.Session:
+    """One for all tests, whose credentials are the same: each new one reads botocore's models from the disk anew."""
+    return boto3.Session(
+        CREDENTIALS["AWS_ACCESS_KEY_ID"], CREDENTIALS["AWS_SECRET_ACCESS_KEY"], region_name=template.REGION
+    )
+
+
+@dataclass(frozen=True)
+class _Snapshot:
+    """What a fresh cloud has; `places` says where in moto each of `backends` belongs."""
+
+    places: list[tuple[BackendDict[Any], str, str]]
+    backends: list[Any]
+    machine_arn: str
+    shard: str
+    moment: datetime
+    made: float = field(default_factory=time.monotonic)
+
+    @classmethod
+    def of(cls, it: Cloud) -> _Snapshot:
+        found = [
+            ((services, account, region), backend)
+            for services in BackendDict._instances
+            if services.service_name != "sqs"  # it has locks, which cannot be copied
+            for account, region, backend in services.iter_backends()
+        ]
+        places, backends = zip(*found, strict=True)
+        return cls(list(places), copy.deepcopy(list(backends)), it.machine_arn, it._shard, it.clock.moment)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether its moment is still as good as the present one, which the mock network's clock begins with."""
+        return time.monotonic() - self.made < SNAPSHOT_SECONDS
+
+    def restore(self, it: Cloud) -> None:
+        it.machine_arn, it._shard, it.clock.moment = self.machine_arn, self.shard, self.moment
+        # Copied in one go: one service's backend has references to another's.
+        for (services, account, region), backend in zip(self.places, copy.deepcopy(self.backends), strict=True):
+            dict.__setitem__(services[account], region, backend)
+
+
+_snapshots: dict[tuple[Any, ...], _Snapshot] = {}
+
+
+def _fill(it: Cloud, *, state_machine: bool, policy: bool) -> None:
+    """Create what the template has, which takes half a second, or put a copy of what an earlier test had there."""
+    from qubic.wallets import service_key
+
+    key = (state_machine, policy, *sorted(it.parameters.items()))
+    known = _snapshots.get(key)
+    if known and known.is_new:
+        known.restore(it)
+        _create_queues()
+        if policy:  # the writer would have run in this process, which keeps the key that it reads
+            with _environment(template.environment("LedgerWriterFunction", PARAMETERS | it.parameters)):
+                service_key()
+        return
+    _create_queues()
+    _create_tables()
+    _create_functions()
+    for name in template.resources("AWS::SecretsManager::Secret"):
+        boto3.client("secretsmanager").create_secret(Name=name, SecretString=SEED)
+    if state_machine:
+        it.machine_arn = _create_state_machine(it.parameters)
+    if policy:
+        it.invoke("LedgerWriterFunction", {})
+        it.settle()
+        it.invocations.clear()
+    _snapshots[key] = _Snapshot.of(it)
+
+
+def _create_queues() -> None:
+    for name in template.resources("AWS::SQS::Queue"):
+        boto3.client("sqs").create_queue(QueueName=name)
 
 
 def _create_functions() -> None:

@@ -1,4 +1,4 @@
-"""What stands for the ledger's function where a test is about what it may answer: anchors, truly signed.
+"""What stands for the ledger's functions where a test is about what it may answer: anchors, truly signed.
 
 The tests of the whole run on the real one.
 """
@@ -20,7 +20,7 @@ SUBSEED = bytes(range(32))
 
 @dataclass
 class Ledger:
-    """Answers `submit_anchor` and `anchor_state` as the ledger's function does; confirms when a test says so."""
+    """Answers `submit_anchor` and `anchor_state` as the ledger's functions do; confirms when a test says so."""
 
     confirms_at_once: bool = True
     submitted: dict[tuple[str, int], Transaction] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Ledger:
         real = aws.invoke
 
         def invoke(function: str, event: Any) -> Any:
-            if function != "LedgerFunction":
+            if function not in {"LedgerFunction", "LedgerAnchorFunction"}:
                 return real(function, event)
             aws.invocations[function] += 1
             if fault := aws.faults.get(function):

@@ -54,12 +54,15 @@ class Template:
         }
 
     def statements(self, name: str) -> list[dict[str, Any]]:
-        """The IAM statements of a function or of the state machine, actions and resources as lists."""
+        """The IAM statements of a function or of the state machine, actions and resources as lists.
+
+        Those under a condition, too.
+        """
         policies = self.resources[name]["Properties"].get("Policies", [])
         return [
             statement | {"Action": _list(statement["Action"]), "Resource": _list(statement["Resource"])}
             for policy in policies
-            for statement in policy["Statement"]
+            for statement in (each["Fn::If"][1] if "Fn::If" in each else each for each in policy["Statement"])
         ]
 
 

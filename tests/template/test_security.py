@@ -15,8 +15,10 @@ from samtranslator.translator.translator import Translator
 
 from qaes.adapters.auth import ROLES
 from qaes.adapters.http import PROBLEM, PROBLEM_SCHEMA
+from qubic.ledger import _OPERATIONS
 from tests.support.template import environment, resolve
 from tests.template.conftest import load_template
+from tests.template.test_template import LEDGER, QUBIC, allowed
 
 ISSUER = {"JwtIssuer": "https://issuer.example", "JwtAudience": "qaes", "JwksUrl": "https://issuer.example/keys"}
 ORIGIN = "https://console.example"
@@ -151,6 +153,72 @@ def test_the_pool_and_its_client_are_outputs(template: Any) -> None:
     assert outputs["UserPoolClientId"]["Value"] == {"Ref": "UserPoolClient"}
     for name in ("UserPoolId", "UserPoolClientId"):
         assert outputs[name]["Condition"] == "HasOwnUserPool"
+
+
+# Who may have the ledger do what
+
+
+def invokes(template: Any) -> dict[str, set[str]]:
+    """Function of the ledger → who may invoke it."""
+    found: dict[str, set[str]] = {name: set() for name in LEDGER}
+    for name in template.functions:
+        for action, resource in allowed(template, name):
+            if action == "lambda:InvokeFunction" and resource["Fn::GetAtt"][0] in LEDGER:
+                found[resource["Fn::GetAtt"][0]].add(name)
+    return found
+
+
+def test_only_the_compliance_agent_and_the_worker_may_have_money_moved(template: Any) -> None:
+    found = invokes(template)
+    assert found["LedgerTransferFunction"] == {"CheckComplianceFunction", "ExecuteStepFunction"}
+    assert found["LedgerAnchorFunction"] == {"AnchorFunction"}
+    assert "AnchorFunction" not in found["LedgerFunction"]
+    # Nothing else invokes them: no route, no event, no state.
+    assert not [name for name in LEDGER if "Events" in template.functions[name]]
+    assert not any(name in str(template.state_machine) for name in LEDGER)
+
+
+@pytest.mark.parametrize(
+    ("variable", "function"),
+    [
+        ("LEDGER_FUNCTION", "LedgerFunction"),
+        ("LEDGER_TRANSFER_FUNCTION", "LedgerTransferFunction"),
+        ("LEDGER_ANCHOR_FUNCTION", "LedgerAnchorFunction"),
+    ],
+)
+def test_who_may_invoke_a_function_of_the_ledger_knows_its_name_and_nobody_else(
+    template: Any, variable: str, function: str
+) -> None:
+    named = {name: environment(name).get(variable) for name in template.functions}
+    assert {name: each for name, each in named.items() if each} == dict.fromkeys(invokes(template)[function], function)
+
+
+def test_each_operation_of_the_ledger_is_one_functions(template: Any) -> None:
+    operations = {name: environment(name)["LEDGER_OPERATIONS"].split(",") for name in LEDGER}
+    assert sorted(each for found in operations.values() for each in found) == sorted(_OPERATIONS)
+    assert set(operations["LedgerTransferFunction"]) == {"transfer", "reserve", "write"}
+    assert operations["LedgerAnchorFunction"] == ["submit_anchor"]
+    assert [name for name in template.functions if "LEDGER_OPERATIONS" in environment(name)] == [
+        name for name in template.functions if name in LEDGER
+    ]
+    assert [name for name in LEDGER if "ALLOW_TRANSFERS" in environment(name)] == ["LedgerTransferFunction"]
+
+
+@pytest.mark.parametrize(("network", "users"), [("mock", QUBIC), ("mainnet", set())])
+def test_the_mock_networks_table_is_nobodys_where_there_is_none(template: Any, network: str, users: set[str]) -> None:
+    found = {
+        name
+        for name, function in template.functions.items()
+        if "table/ChainTable" in str(resolve(function.get("Policies", []), {"QubicNetwork": network}))
+    }
+    assert found == users
+
+
+def test_the_qubic_service_has_no_right_that_it_does_not_use(template: Any) -> None:
+    table = {"Fn::GetAtt": ["LedgerTable", "Arn"]}
+    for name in QUBIC:
+        rights = {action.removeprefix("dynamodb:") for action, resource in allowed(template, name) if resource == table}
+        assert rights == {"GetItem", "PutItem", "UpdateItem", "Query"}, name
 
 
 # Limits

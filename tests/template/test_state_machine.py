@@ -8,6 +8,10 @@ from typing import Any
 
 import pytest
 
+from qaes.adapters import clients
+from qaes.adapters.ledger_client import CALL_SECONDS
+from worker.app import NotConfirmedYetError
+
 DEFINITION = Path(__file__).parents[2] / "statemachine" / "task_execution.asl.json"
 ENDS = {"CompleteTask", "DenyTask", "RejectTask", "ExpireTask", "FailTask"}
 
@@ -58,6 +62,8 @@ def test_a_token_waits_for_its_own_time_and_never_twice(template: Any, states: S
         assert all("States.Timeout" not in retry["ErrorEquals"] for retry in state["Retry"])
     variables = template.functions["RequestApprovalFunction"]["Environment"]["Variables"]
     assert variables["APPROVAL_TIMEOUT_SECONDS"] == {"Ref": "ApprovalTimeoutSeconds"}
+    variables = template.functions["AwaitConfirmationFunction"]["Environment"]["Variables"]
+    assert variables["CONFIRMATION_TIMEOUT_SECONDS"] == {"Ref": "ConfirmationTimeoutSeconds"}
 
 
 def test_every_error_has_an_end(definition: dict[str, Any]) -> None:
@@ -89,7 +95,8 @@ def test_steps_run_one_at_a_time(states: States) -> None:
 @pytest.mark.parametrize("name", ["ExecuteStep", "SubmitTransfer"])
 def test_a_step_that_was_refused_is_never_tried_again(states: States, name: str) -> None:
     first = states[name]["Retry"][0]
-    assert first == {"ErrorEquals": ["States.QueryEvaluationError"], "MaxAttempts": 0}
+    assert "States.QueryEvaluationError" in first["ErrorEquals"]
+    assert first["MaxAttempts"] == 0
     assert "$error(" in states[name]["Output"]
 
 
@@ -97,6 +104,42 @@ def test_a_transfer_is_executed_only_when_the_ledger_has_said_what_became_of_it(
     assert successors(states["SubmitTransfer"]) == {"AwaitConfirmation"}
     assert successors(states["AwaitConfirmation"]) == {"ExecuteStep", "ConfirmationTimedOut"}
     assert "submitted" not in states["ExecuteStep"]["Output"]
+
+
+def test_who_is_woken_too_early_waits_again_and_does_not_poll(states: States) -> None:
+    too_early = NotConfirmedYetError.__name__
+    state = states["ExecuteStep"]
+    assert state["Catch"] == [{"ErrorEquals": [too_early], "Next": "AwaitConfirmation"}]
+    assert too_early in state["Retry"][0]["ErrorEquals"]
+    assert state["Retry"][0]["MaxAttempts"] == 0
+
+
+def test_one_state_alone_hands_a_transfer_in(states: States) -> None:
+    handing_in = {name for name, state in states.items() if "submit" in state.get("Arguments", {}).get("Payload", {})}
+    assert handing_in == {"SubmitTransfer"}
+    assert states["SubmitTransfer"]["Arguments"]["Payload"]["submit"] is True
+
+
+LEDGER_CALLS = {"CheckComplianceFunction": 3, "ExecuteStepFunction": 4, "AwaitConfirmationFunction": 1}
+"""How often one invocation asks the ledger at most, of those that ask and are states."""
+
+
+def test_who_asks_the_ledger_has_the_time_for_it(template: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    common = template.document["Globals"]["Function"]["Timeout"]
+    limit = {name: function.get("Timeout", common) for name, function in template.functions.items()}
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")
+    clients.reset()
+    config = clients.lambda_client().meta.config
+    clients.reset()
+    assert config.retries["total_max_attempts"] == 1, "a call may move money: it is the state that tries again"
+    assert config.read_timeout > limit["LedgerFunction"], "an answer that comes late is an answer"
+    call = config.connect_timeout + config.read_timeout
+    assert call <= CALL_SECONDS
+    for name, calls in LEDGER_CALLS.items():
+        assert limit[name] > calls * CALL_SECONDS, name
+    # These ask as often as there are transfers; with less than a call's time left they stop.
+    for name in ("TransferEndedFunction", "ReconcilerFunction"):
+        assert limit[name] > 3 * CALL_SECONDS, name
 
 
 def test_nothing_runs_without_a_clear_yes(states: States) -> None:

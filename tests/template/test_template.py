@@ -83,7 +83,9 @@ CHANGES = {
     "dynamodb:PartiQLUpdate",
     "dynamodb:PartiQLDelete",
 }
-QUBIC = {"LedgerFunction", "LedgerWriterFunction", "QubicApiFunction"}
+LEDGER = {"LedgerFunction", "LedgerTransferFunction", "LedgerAnchorFunction"}
+"""Those that other services invoke."""
+QUBIC = LEDGER | {"LedgerWriterFunction", "QubicApiFunction"}
 OWNERS = {
     "LedgerTable": QUBIC,
     "ChainTable": QUBIC,

@@ -474,3 +474,9 @@ def test_a_retry_that_was_left_out_is_found_in_the_log(tmp_path: Path) -> None:
 def test_a_result_that_came_in_after_the_end_is_in_order() -> None:
     assert verify(cancelled().bundle())
     assert RULES["monitoring"].allowed
+
+
+def test_a_transfer_that_an_earlier_execution_handed_in_needs_no_approval_of_the_later_one() -> None:
+    trail = Trail().start().check_policy().build().execute(0).execute(1).ask(2)
+    trail.decide(2, "bob", True, 1).decide(2, "carol", True, 2).end("failed").retry().end("failed").retry()
+    assert verify(trail.execute(2, {"ok": True, "run": 1}).end("completed").bundle())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -84,7 +85,7 @@ def test_an_action_without_a_rule_is_denied_and_nothing_is_executed(aws: Cloud, 
     assert kinds(aws, task_id) == ["task_started:pending", "policy_checked:denied", "task_ended:denied"]
 
 
-def test_an_approved_transfer_moves_the_amount_once_in_at_most_24_transitions(
+def test_an_approved_transfer_moves_the_amount_once_in_24_transitions(
     aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any]
 ) -> None:
     task_id = transfer(250)
@@ -94,7 +95,7 @@ def test_an_approved_transfer_moves_the_amount_once_in_at_most_24_transitions(
     aws.wait(task_id, "completed")
     aws.execution(task_id)
     assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
-    assert len(visited(aws, task_id)) <= 24
+    assert len(visited(aws, task_id)) == 24
     assert kinds(aws, task_id)[-4:] == [
         "approval_requested:pending",
         "approval_decided:approved",
@@ -288,11 +289,54 @@ def test_a_transfer_that_the_ledger_says_nothing_of_in_time_is_found_by_the_retr
         assert chain.tick_info().tick  # the network lives; the transfer is under way all the same
         retry(aws, task_id)
         aws.start_time()
-        aws.wait(task_id, "waiting_approval")
-        approval = TaskStore("TasksTable").decide(task_id, approved=True, subject="bob", reason="because")
-        boto3.client("stepfunctions").send_task_success(taskToken=approval.token, output="{}")
         aws.wait(task_id, "completed")
         assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
+        told = kinds(aws, task_id)
+        # Nobody is asked again for what was let through, and cannot be stopped any more.
+        assert told.count("approval_requested:pending") == 1
+        assert told[-4:] == [
+            "task_ended:failed",
+            "task_retried:executing",
+            "step_executed:succeeded",
+            "task_ended:completed",
+        ]
+
+
+def test_an_execution_that_is_woken_too_early_waits_again(
+    aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any]
+) -> None:
+    aws.wait(task_id := transfer(250), "waiting_approval")
+    aws.stop_time()
+    decide(task_id, approved=True)
+    store = TaskStore("TasksTable")
+    woken: set[str] = set()
+    for _ in range(2):
+        token = until(lambda: {store.waiter(task_id, 2)} - woken - {None})
+        boto3.client("stepfunctions").send_task_success(taskToken=token, output="{}")
+        woken.add(token)
+    until(lambda: {store.waiter(task_id, 2)} - woken)
+    aws.start_time()
+    aws.wait(task_id, "completed")
+    aws.execution(task_id)
+    assert visited(aws, task_id)[-9:] == [
+        "SubmitTransfer",
+        *["AwaitConfirmation", "ExecuteStep"] * 3,
+        "RecordAudit",
+        "CompleteTask",
+    ]
+    # Woken too early is no failure that is tried again: three looks, of which two were too early.
+    assert aws.invocations["ExecuteStepFunction"] == 2 + 1 + 3
+    assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
+
+
+def until(look: Callable[[], set[str | None]]) -> str:
+    """Wait until there is something to see."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if found := look():
+            return str(found.pop())
+        time.sleep(0.02)
+    raise AssertionError("nothing came")
 
 
 def network(aws: Cloud) -> MockChain:
@@ -414,4 +458,5 @@ def test_every_state_and_every_catch_was_visited() -> None:
     # A Map's Catch is entered from the state inside it that failed.
     catches |= {("StepDenied", "DenyTask"), ("ApprovalRejected", "RejectTask"), ("ApprovalExpired", "ExpireTask")}
     catches |= {("ExecuteStep", "FailTask")}
+    assert ("ExecuteStep", "AwaitConfirmation") in catches
     assert catches - VISITED == set()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 from qaes.adapters import settings
 from qubic.chain.base import Chain
 
@@ -15,7 +17,13 @@ def chain() -> Chain:
 
         return MockChain(genesis=genesis())
     if network == "mainnet":
-        from qubic.chain.rpc import RpcChain
-
-        return RpcChain(settings.text("QUBIC_RPC_URL"), network=network)
+        return _rpc(settings.text("QUBIC_RPC_URL"), network)
     raise settings.SettingsError(f"QUBIC_NETWORK is mock or mainnet, not {network}")
+
+
+@cache
+def _rpc(url: str, network: str) -> Chain:
+    # One for each process: it keeps its connections, and so the handshakes of TLS.
+    from qubic.chain.rpc import RpcChain
+
+    return RpcChain(url, network=network)

@@ -17,7 +17,4 @@ RUN: dict[StepType, Callable[[dict[str, Any], StepContext], dict[str, Any] | Sub
     "generic_action": generic_action.run,
 }
 
-CONFIRMED_LATER: frozenset[StepType] = frozenset({"onchain_action"})
-"""Steps that are run again when the outcome of their effect is known."""
-
-__all__ = ["CONFIRMED_LATER", "RUN", "StepContext", "Submitted"]
+__all__ = ["RUN", "StepContext", "Submitted"]

@@ -21,7 +21,7 @@ class StepContext:
 
 @dataclass(frozen=True)
 class Submitted:
-    """The effect is under way, and its outcome not known yet: the step is to be run again when it is."""
+    """The effect is under way, and its outcome not known yet: the step is finished when it is."""
 
     txid: str
     tick: int

@@ -1,9 +1,10 @@
-"""onchain_action: moves an amount on the ledger, once."""
+"""onchain_action: hands a transfer to the ledger, once. What becomes of it is for `qaes.adapters.transfers` to ask."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from qaes.adapters.transfers import OPEN, result_of
 from qaes.domain.errors import RefusedError
 from worker.steps.context import StepContext, Submitted
 
@@ -11,9 +12,10 @@ SIMULATED = "signed, not sent: AllowTransfers is not set for this network"
 
 
 def run(parameters: dict[str, Any], context: StepContext) -> dict[str, Any] | Submitted:
-    """`{from_address, to_address, amount}` → `{txid, tick, amount, from_address, to_address, network}`, once confirmed.
+    """`{from_address, to_address, amount}` → `{txid, tick, amount, from_address, to_address, network}`, or `Submitted`.
 
-    Until then `Submitted`. Where transfers are not allowed on a real network, the result says `simulated`.
+    `Submitted` until it is confirmed. Where transfers are not allowed on a real network, the result says `simulated`,
+    and there is nothing to wait for.
 
     Raises
     ------
@@ -30,22 +32,10 @@ def run(parameters: dict[str, Any], context: StepContext) -> dict[str, Any] | Su
         run=context.run,
     )
     state = transfer["state"]
-    if state in {"signed", "broadcast"}:
+    if state in OPEN:
         return Submitted(transfer["txid"], transfer["tick"])
     if state not in {"confirmed", "simulated"}:
         code, _, message = str(transfer["error"] or "").partition(": ")
         raise RefusedError(code or str(state), message or f"the transfer is {state}")
     result = result_of(parameters, transfer)
     return result | {"simulated": SIMULATED} if state == "simulated" else result
-
-
-def result_of(parameters: dict[str, Any], transfer: dict[str, Any]) -> dict[str, Any]:
-    """Tell what a transfer has done, by its state on the ledger."""
-    return {
-        "txid": transfer["txid"],
-        "tick": transfer["tick"],
-        "amount": parameters["amount"],
-        "from_address": parameters["from_address"],
-        "to_address": parameters["to_address"],
-        "network": transfer["network"],
-    }

@@ -9,11 +9,28 @@ from qaes.adapters import clients, settings
 from qaes.domain.errors import RefusedError, UnavailableError
 from qaes.domain.policy import Policy
 
+CALL_SECONDS = 30
+"""No call takes longer: to connect, and to wait for the ledger's function. Who has less time left begins none."""
+
+_FUNCTIONS = {
+    "transfer": "LEDGER_TRANSFER_FUNCTION",
+    "reserve": "LEDGER_TRANSFER_FUNCTION",
+    "write": "LEDGER_TRANSFER_FUNCTION",
+    "submit_anchor": "LEDGER_ANCHOR_FUNCTION",
+}
+"""Which variable names the function that changes something; all that reads is LEDGER_FUNCTION's."""
+
 
 class LedgerClient:
-    """Asks the qubic service's function.
+    """Asks the qubic service's functions: a caller has the names, and the rights, of those that it needs.
 
-    Every method raises RefusedError when the ledger says no, and UnavailableError when it cannot be asked.
+    Every method raises RefusedError when the ledger says no, UnavailableError when it cannot be asked, and
+    SettingsError when the caller has not been told which function to ask.
+
+    Parameters
+    ----------
+    function_name
+        Ask this function, whatever it is. By default the one that the environment names for the operation.
     """
 
     def __init__(self, function_name: str | None = None) -> None:
@@ -99,7 +116,8 @@ class LedgerClient:
         payload = json.dumps({"operation": operation, **arguments})
         try:
             response = clients.lambda_client().invoke(
-                FunctionName=self._function_name or settings.text("LEDGER_FUNCTION"), Payload=payload
+                FunctionName=self._function_name or settings.text(_FUNCTIONS.get(operation, "LEDGER_FUNCTION")),
+                Payload=payload,
             )
             answer = json.loads(response["Payload"].read())
         except (BotoCoreError, ClientError, ValueError) as error:

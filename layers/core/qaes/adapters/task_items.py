@@ -13,9 +13,11 @@ from typing import Any
 
 from qaes.domain.canonical import canonical_json, hash_of
 from qaes.domain.ids import now, timestamp
-from qaes.domain.models import Approval, Event, Plan, StepRecord, Task
+from qaes.domain.models import CONFIRMED_LATER, Approval, Event, Plan, StepRecord, Task
 
 IDEMPOTENCY_SECONDS = 24 * 3600
+UNDER_WAY = "transfer_under_way"
+"""`status_key` of a step that waits for the ledger: the index of tasks by status has it, until it is finished."""
 
 Item = dict[str, Any]
 
@@ -102,6 +104,8 @@ class TaskItems:
             "attempt": {"N": str(record.attempt)},
             "data": {"S": record.model_dump_json()},
         }
+        if record.type in CONFIRMED_LATER and record.status == "running":
+            item |= {"status_key": {"S": UNDER_WAY}, "task_id": {"S": task_id}}
         put = self.put(item, unless_exists=before is None)
         if before is not None:
             still_ours = "#status = :status AND attempt = :attempt"

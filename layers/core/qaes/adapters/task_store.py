@@ -18,7 +18,7 @@ from datetime import timedelta
 from typing import Any
 
 from qaes.adapters import clients, metrics, settings
-from qaes.adapters.task_items import Idempotency, Item, TaskItems, is_counter, plan_item, task_item
+from qaes.adapters.task_items import UNDER_WAY, Idempotency, Item, TaskItems, is_counter, plan_item, task_item
 from qaes.domain.canonical import SALT_LETTERS, canonical_json, hash_of, salted_hash
 from qaes.domain.errors import ConcurrentUpdateError, ConflictError, LimitError, NotFoundError, UnavailableError
 from qaes.domain.ids import now, parse_timestamp, timestamp
@@ -112,16 +112,27 @@ class TaskStore:
 
     def open_tasks(self, status: Status, older_than_seconds: int) -> list[Task]:
         """Tasks in that status that have not changed for so long, oldest first; an eventually consistent read."""
-        limit = timestamp(now() - timedelta(seconds=older_than_seconds))
+        tasks = [Task.model_validate_json(item["data"]["S"]) for item in self._by_status(status)]
+        return [task for task in tasks if task.updated_at < _ago(older_than_seconds)]
+
+    def transfers_under_way(self, older_than_seconds: int) -> list[tuple[str, StepRecord]]:
+        """(task id, record) of each step that was begun so long ago and waits for the ledger; its task may have ended.
+
+        An eventually consistent read.
+        """
+        items = self._by_status(UNDER_WAY)
+        found = [(item["pk"]["S"], StepRecord.model_validate_json(item["data"]["S"])) for item in items]
+        return [(task_id, record) for task_id, record in found if record.started_at < _ago(older_than_seconds)]
+
+    def _by_status(self, status_key: str) -> list[Item]:
         pages = clients.client("dynamodb").get_paginator("query")
         found = pages.paginate(
             TableName=self._table,
             IndexName="by_status",
             KeyConditionExpression="status_key = :status",
-            ExpressionAttributeValues={":status": {"S": status}},
+            ExpressionAttributeValues={":status": {"S": status_key}},
         )
-        tasks = [Task.model_validate_json(item["data"]["S"]) for page in found for item in page["Items"]]
-        return [task for task in tasks if task.updated_at < limit]
+        return [item for page in found for item in page["Items"]]
 
     # Starting and planning
 
@@ -417,10 +428,13 @@ class TaskStore:
 
     # Steps
 
-    def claim_step(self, task_id: str, step_index: int, step: Step, approval: Approval | None) -> StepRecord:
+    def claim_step(
+        self, task_id: str, step_index: int, step: Step, approval: Approval | None, *, replaces: str | None = None
+    ) -> StepRecord:
         """Record the intent to run a step before it acts; its approval is consumed by that, once.
 
         Returns the record: `running` with the number of this attempt, or finished, when an attempt before has ended it.
+        `replaces` is the transaction of an attempt that moved nothing.
         """
         claimed: list[StepRecord] = []
 
@@ -430,24 +444,14 @@ class TaskStore:
                 claimed[:] = [record]
                 return None
             _refuse_ended(task)
-            sk = f"STEP#{step_index:03d}"
             if record is not None and record.status == "running":
-                again = record.model_copy(update={"attempt": record.attempt + 1, "run": task.run})
-                claimed[:] = [again]
-                return _Change(writes=(self._items.put_step(task_id, sk, again, before=record),))
-            first = StepRecord(
-                step_index=step_index,
-                step_id=step.step_id,
-                type=step.type,
-                status="running",
-                attempt=record.attempt + 1 if record else 1,
-                run=task.run,
-                input_hash=hash_of(step.parameters),
-                started_at=timestamp(now()),
-            )
-            claimed[:] = [first]
-            writes = [self._items.put_step(task_id, sk, first, before=record)]
-            if approval is not None:
+                begun = record.model_copy(update={"attempt": record.attempt + 1, "run": task.run})
+            else:
+                begun = _first_record(task, step_index, step, record).model_copy(update={"replaces": replaces})
+            claimed[:] = [begun]
+            writes = [self._items.put_step(task_id, _step_sk(begun), begun, before=record)]
+            twin = record is not None and record.status == "running" and record.run == task.run
+            if approval is not None and not twin:  # else the twin's claim has consumed it
                 writes.append(self._items.consume_approval(task_id, approval))
             return _Change({"current_step": step_index}, (), tuple(writes))
 
@@ -457,61 +461,111 @@ class TaskStore:
     def finish_step(
         self, task_id: str, running: StepRecord, *, result: dict[str, Any] | None, error: str | None
     ) -> StepRecord:
-        """Record how a step ended, once, and tell it; whoever ends it first is believed."""
+        """Record how a step ended, once, and tell it; whoever ends it first is believed.
+
+        An execution that has claimed the step since `running` was read is not told by one before it how it ended: then
+        the record stays as it is.
+        """
         ended: list[StepRecord] = []
 
         def change(task: Task) -> _Change | None:
             record = self.step(task_id, running.step_index)
-            if record is not None and record.status != "running":
+            if record is not None and (record.status != "running" or record.run != running.run):
                 ended[:] = [record]
                 return None
-            moment = now()
-            output = result if error is None else {"error": error}
-            final = (record or running).model_copy(
-                update={
-                    "status": "succeeded" if error is None else "failed",
-                    "result": result,
-                    "error": error,
-                    "output_hash": hash_of(output),
-                    "duration_ms": int((moment - parse_timestamp(running.started_at)).total_seconds() * 1000),
-                }
-            )
+            final, event = self._finished(task, record or running, result, error)
             ended[:] = [final]
-            event = _event(
-                task,
-                "step_executed",
-                "worker",
-                final.status,
-                self.plan_of(task).steps[final.step_index].parameters,
-                output,
-                step_index=final.step_index,
-                step_id=final.step_id,
-                step_type=final.type,
-                timestamp=timestamp(moment),
-                detail=error or "",
-            )
             # A task that has ended in the meantime (cancelled, say) still gets the record of what was done.
-            return _Change(
-                events=(event,),
-                writes=(
-                    self._items.put_step(task_id, f"STEP#{final.step_index:03d}", final, before=record or running),
-                ),
-            )
+            put = self._items.put_step(task_id, _step_sk(final), final, before=record or running)
+            return _Change(events=(event,), writes=(put,))
 
         self._change(task_id, change)
         return ended[0]
 
+    def refuse_step(
+        self, task_id: str, step_index: int, step: Step, before: StepRecord | None, error: str
+    ) -> StepRecord:
+        """Record that a step may not run: it was never begun.
+
+        Raises UnavailableError when another attempt has begun since `before` was read: that one is not overruled.
+        """
+        refused: list[StepRecord] = []
+
+        def change(task: Task) -> _Change | None:
+            record = self.step(task_id, step_index)
+            if record != before:
+                raise UnavailableError("another attempt is at work on this step")
+            _refuse_ended(task)
+            final, event = self._finished(task, _first_record(task, step_index, step, record), None, error)
+            refused[:] = [final]
+            put = self._items.put_step(task_id, _step_sk(final), final, before=record)
+            return _Change({"current_step": step_index}, (event,), (put,))
+
+        self._change(task_id, change)
+        return refused[0]
+
+    def _finished(
+        self, task: Task, begun: StepRecord, result: dict[str, Any] | None, error: str | None
+    ) -> tuple[StepRecord, Event]:
+        moment = now()
+        output = result if error is None else {"error": error}
+        final = begun.model_copy(
+            update={
+                "status": "succeeded" if error is None else "failed",
+                "result": result,
+                "error": error,
+                "output_hash": hash_of(output),
+                "duration_ms": int((moment - parse_timestamp(begun.started_at)).total_seconds() * 1000),
+            }
+        )
+        event = _event(
+            task,
+            "step_executed",
+            "worker",
+            final.status,
+            self.plan_of(task).steps[final.step_index].parameters,
+            output,
+            step_index=final.step_index,
+            step_id=final.step_id,
+            step_type=final.type,
+            timestamp=timestamp(moment),
+            detail=error or "",
+        )
+        return final, event
+
     # Waiting for the ledger
 
-    def put_waiter(self, task_id: str, step_index: int, token: str) -> None:
-        """Keep the token of the state that waits for a step's confirmation; the newest is the one that counts."""
-        item = {"pk": {"S": task_id}, "sk": {"S": f"WAITER#{step_index:03d}"}, "token": {"S": token}}
+    def put_waiter(self, task_id: str, step_index: int, token: str, expires_in: int) -> None:
+        """Keep the token of the state that waits for a step's confirmation; the newest is the one that counts.
+
+        It goes when it was used (`forget_waiter`), or after `expires_in` seconds, when the state has given up.
+        """
+        item = _waiter_key(task_id, step_index) | {
+            "token": {"S": token},
+            "expires_at_epoch": {"N": str(int(time.time()) + expires_in)},
+        }
         clients.client("dynamodb").put_item(TableName=self._table, Item=item)
 
     def waiter(self, task_id: str, step_index: int) -> str | None:
-        """Return the token of the state that waits, or has waited, for a step's confirmation."""
+        """Return the token of the state that waits for a step's confirmation."""
         item = self._get(task_id, f"WAITER#{step_index:03d}")
         return item["token"]["S"] if item else None
+
+    def forget_waiter(self, task_id: str, step_index: int, token: str) -> None:
+        """Delete a token that was used; one that has come since then stays."""
+        from botocore.exceptions import ClientError
+
+        try:
+            clients.client("dynamodb").delete_item(
+                TableName=self._table,
+                Key=_waiter_key(task_id, step_index),
+                ConditionExpression="#token = :token",
+                ExpressionAttributeNames={"#token": "token"},
+                ExpressionAttributeValues={":token": {"S": token}},
+            )
+        except ClientError as error:
+            if error.response["Error"]["Code"] != "ConditionalCheckFailedException":
+                raise
 
     # Ending, and taking an end back
 
@@ -742,9 +796,34 @@ def lifecycle_answer(task_id: str, status: Status) -> dict[str, Any]:
     return {"task_id": task_id, "status": status, "message": message}
 
 
+def _ago(seconds: int) -> str:
+    return timestamp(now() - timedelta(seconds=seconds))
+
+
 def _pause(attempt: int) -> None:
     # Jitter: those who met once do not meet again.
     time.sleep(random.uniform(0.5, 1.5) * 0.02 * 2**attempt)  # noqa: S311 - not for secrets
+
+
+def _step_sk(record: StepRecord) -> str:
+    return f"STEP#{record.step_index:03d}"
+
+
+def _waiter_key(task_id: str, step_index: int) -> Item:
+    return {"pk": {"S": task_id}, "sk": {"S": f"WAITER#{step_index:03d}"}}
+
+
+def _first_record(task: Task, step_index: int, step: Step, before: StepRecord | None) -> StepRecord:
+    return StepRecord(
+        step_index=step_index,
+        step_id=step.step_id,
+        type=step.type,
+        status="running",
+        attempt=before.attempt + 1 if before else 1,
+        run=task.run,
+        input_hash=hash_of(step.parameters),
+        started_at=timestamp(now()),
+    )
 
 
 def _refuse_ended(task: Task) -> None:

@@ -51,6 +51,18 @@ def decide(task: Task, plan: Plan, step_index: int, current: PolicyDecision, app
     return _by_approval(plan, step, current, approval)
 
 
+def go_on(task: Task, plan: Plan) -> Verdict:
+    """The verdict on a step whose transfer was let through by an execution before this one: its end is waited for.
+
+    Nobody is asked again, and no policy: a rejection would not stop it any more. Raises ConflictError as
+    `check_same_plan`.
+    """
+    check_same_plan(task, plan)
+    if task.status in TERMINAL:
+        return Verdict(verdict="denied", reason=f"the task has ended: {task.status}")
+    return Verdict(verdict="execute", reason="its transfer was handed in before, and let through then")
+
+
 def _by_approval(plan: Plan, step: Step, current: PolicyDecision, approval: Approval | None) -> Verdict:
     if approval is None or approval.status == "pending":
         return _ask(plan, current)

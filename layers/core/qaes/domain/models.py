@@ -28,6 +28,9 @@ StepType = Literal["check_balance", "policy_check", "monitor_action", "onchain_a
 EFFECT_TYPES: frozenset[str] = frozenset({"onchain_action", "generic_action"})
 """Step types that change something outside; only these can need an approval."""
 
+CONFIRMED_LATER: frozenset[StepType] = frozenset({"onchain_action"})
+"""Step types whose effect is handed in, and known only later: a transfer."""
+
 StepStatus = Literal["pending", "running", "succeeded", "failed"]
 ApprovalStatus = Literal["pending", "approved", "rejected", "expired", "cancelled"]
 Outcome = Literal["completed", "denied", "rejected", "expired", "failed", "cancelled"]
@@ -133,7 +136,11 @@ class Task(Model):
 
 
 class StepRecord(Model):
-    """What happened to a step. `result` is there when it succeeded, `error` when it failed."""
+    """What happened to a step. `result` is there when it succeeded, `error` when it failed.
+
+    `replaces` is, for a transfer that is attempted anew, the transaction of the attempt before, which moved nothing:
+    its end is not this one's.
+    """
 
     step_index: int
     step_id: str
@@ -147,6 +154,7 @@ class StepRecord(Model):
     error: str | None = None
     started_at: str
     duration_ms: int | None = None
+    replaces: str | None = None
 
     def may_run(self, task: Task) -> bool:
         """Whether it may be attempted: it was not finished, or it failed in an execution before a retry."""

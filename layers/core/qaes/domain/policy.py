@@ -32,7 +32,7 @@ MAX_ADDRESSES = 100
 MAX_RULES = 200
 MAX_DOCUMENT_BYTES = 64 * 1024
 ACTION_TYPE_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
-POLICY_ID_PATTERN = r"^policy-v[1-9][0-9]{0,8}-[0-9a-f]{12}$"
+POLICY_ID_PATTERN = r"^policy-v[1-9][0-9]{0,8}-[0-9a-f]{64}$"
 
 
 @lru_cache(4096)  # a rule is read for each step, and its addresses' checksums are always the same
@@ -208,8 +208,8 @@ class PolicyDocument(BaseModel):
 
 
 def policy_id_of(version: int, hash_: str) -> str:
-    """Name a version by its number and its document's hash."""
-    return f"policy-v{version}-{hash_[:12]}"
+    """Name a version by its number and its document's whole hash: whoever pins the id has pinned the document."""
+    return f"policy-v{version}-{hash_}"
 
 
 def version_of(policy_id: str) -> int | None:

@@ -1,0 +1,101 @@
+"""What became of a step's transfer: the way from the ledger to the step's record, and to who waits for it.
+
+Only the state SubmitTransfer hands a transfer in. Whoever else wants to know asks here, and asking moves nothing.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+from qaes.adapters.executions import wake
+from qaes.adapters.ledger_client import LedgerClient
+from qaes.adapters.task_store import TaskStore
+from qaes.domain.errors import RefusedError
+from qaes.domain.ids import now, parse_timestamp
+from qaes.domain.models import TERMINAL, StepRecord, Task
+
+OPEN: frozenset[str] = frozenset({"signed", "broadcast"})
+"""The states in which a transfer may still happen."""
+
+LATE_SECONDS = 300
+"""So long after its task's end nobody hands a transfer in any more: longer than the worker and the ledger may take."""
+
+
+class Settled(NamedTuple):
+    """A step's record, as it is now, and whether the transfer that it is about is under way."""
+
+    record: StepRecord
+    under_way: bool
+
+    @property
+    def let_through(self) -> bool:
+        """Whether the step's transfer was handed in and may have moved something, or will: nobody is asked again."""
+        return self.under_way or self.record.status == "succeeded"
+
+
+def reference_of(task_id: str, step_id: str) -> str:
+    """What the ledger knows a step's effect by."""
+    return f"{task_id}#{step_id}"
+
+
+def state_of(ledger: LedgerClient, task_id: str, step_id: str) -> dict[str, Any] | None:
+    """How the step's transfer stands, as `LedgerClient.transfer_state`; None when none was handed in."""
+    try:
+        return ledger.transfer_state(reference_of(task_id, step_id))
+    except RefusedError as error:
+        if error.code == "not_found":
+            return None
+        raise
+
+
+def settle(store: TaskStore, ledger: LedgerClient, task: Task, record: StepRecord) -> Settled:
+    """Put the end of a step's transfer on record, if it has one: once, whatever has become of the task.
+
+    A record that is finished stays as it is, and the ledger is not asked. While the transfer is under way nothing is
+    written, nor for the end of an earlier attempt: this one has not reached the ledger then, or never will.
+    """
+    if record.status != "running":
+        return Settled(record, under_way=False)
+    state = state_of(ledger, task.task_id, record.step_id)
+    if state is not None and state["state"] in OPEN:
+        return Settled(record, under_way=True)
+    if state is not None and state["state"] == "confirmed":
+        parameters = store.plan_of(task).steps[record.step_index].parameters
+        result = result_of(parameters, state)
+        if record.run < task.run:
+            result["run"] = record.run  # the execution that handed it in, under what was approved then
+        return Settled(store.finish_step(task.task_id, record, result=result, error=None), under_way=False)
+    if state is not None and state["txid"] != record.replaces:
+        error = str(state["error"] or f"the transfer is {state['state']}")
+        return Settled(store.finish_step(task.task_id, record, result=None, error=error), under_way=False)
+    if task.status in TERMINAL and now() - parse_timestamp(task.updated_at) > timedelta(seconds=LATE_SECONDS):
+        error = str(state["error"]) if state is not None else "not_submitted: the task ended before"
+        return Settled(store.finish_step(task.task_id, record, result=None, error=error), under_way=False)
+    return Settled(record, under_way=False)
+
+
+def tell(store: TaskStore, task: Task, record: StepRecord) -> bool:
+    """Wake who waits for a step that is finished; False when nobody waits. Its token is of no use afterwards.
+
+    What is sent says nothing: the execution reads the record.
+    """
+    token = store.waiter(task.task_id, record.step_index) if record.status != "running" else None
+    if token is None:
+        return False
+    # An execution whose task has ended is stopped, or will be: there is nothing for it to go on with.
+    woken = task.status not in TERMINAL and wake(token, {"status": record.status})
+    store.forget_waiter(task.task_id, record.step_index, token)
+    return woken
+
+
+def result_of(parameters: dict[str, Any], transfer: dict[str, Any]) -> dict[str, Any]:
+    """Tell what a transfer has done, by its state on the ledger."""
+    return {
+        "txid": transfer["txid"],
+        "tick": transfer["tick"],
+        "amount": parameters["amount"],
+        "from_address": parameters["from_address"],
+        "to_address": parameters["to_address"],
+        "network": transfer["network"],
+    }

@@ -1,0 +1,103 @@
+"""Where the tests' cloud does what moto does, and quicker: it is to be the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import boto3
+import pytest
+from botocore.exceptions import ClientError
+
+from tests.support.api import items
+from tests.support.cloud import cloud
+
+LEDGER, TASKS = "LedgerTable", "TasksTable"
+
+
+def item(name: str, **attributes: Any) -> dict[str, Any]:
+    return {"pk": {"S": name}, "sk": {"S": "RECORD"}, **attributes}
+
+
+def put(table: str, name: str, **attributes: Any) -> None:
+    boto3.client("dynamodb").put_item(TableName=table, Item=item(name, **attributes))
+
+
+def streamed() -> list[tuple[str, str]]:
+    streams = boto3.client("dynamodbstreams")
+    [stream] = streams.list_streams(TableName=LEDGER)["Streams"]
+    [shard] = streams.describe_stream(StreamArn=stream["StreamArn"])["StreamDescription"]["Shards"]
+    iterator = streams.get_shard_iterator(
+        StreamArn=stream["StreamArn"], ShardId=shard["ShardId"], ShardIteratorType="TRIM_HORIZON"
+    )["ShardIterator"]
+    records = streams.get_records(ShardIterator=iterator)["Records"]
+    return [(each["eventName"], each["dynamodb"]["Keys"]["pk"]["S"]) for each in records]
+
+
+def transaction(*, passes: bool) -> list[dict[str, Any]]:
+    """A change of each kind, to two tables, and then a condition."""
+    condition = "attribute_exists(pk)" if passes else "attribute_not_exists(pk)"
+    update = "SET deep.deeper = :new, fresh = :new ADD number_ :one"
+    values = {":new": {"S": "new"}, ":one": {"N": "1"}}
+    changed = {"UpdateExpression": update, "ExpressionAttributeValues": values}
+    made = {"UpdateExpression": "SET fresh = :new", "ExpressionAttributeValues": {":new": {"S": "new"}}}
+    return [
+        {"Put": {"TableName": LEDGER, "Item": item("new")}},
+        {"Put": {"TableName": LEDGER, "Item": item("replaced", by={"S": "another"})}},
+        {"Delete": {"TableName": LEDGER, "Key": item("deleted")}},
+        {"Update": {"TableName": LEDGER, "Key": item("updated"), **changed}},
+        {"Update": {"TableName": TASKS, "Key": item("updated"), **changed}},
+        {"Update": {"TableName": TASKS, "Key": item("unknown"), **made}},
+        {"ConditionCheck": {"TableName": TASKS, "Key": item("other"), "ConditionExpression": condition}},
+    ]
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_a_transaction_happens_as_a_whole_or_not_at_all(passes: bool) -> None:
+    with cloud(state_machine=False, policy=False):
+        for table in (LEDGER, TASKS):
+            for name in ("replaced", "deleted", "updated", "other"):
+                put(table, name, deep={"M": {"deeper": {"S": "old"}}}, number_={"N": "1"})
+        before, told = items(LEDGER, TASKS), streamed()
+        client = boto3.client("dynamodb")
+        if passes:
+            client.transact_write_items(TransactItems=transaction(passes=True))
+            assert {each["pk"]["S"] for each in items(LEDGER)} == {"new", "replaced", "updated", "other"}
+            [updated] = [each for each in items(TASKS) if each["pk"]["S"] == "updated"]
+            assert updated["deep"] == {"M": {"deeper": {"S": "new"}}}
+            assert (updated["number_"], updated["fresh"]) == ({"N": "2"}, {"S": "new"})
+            assert sorted(streamed()[len(told) :]) == [
+                ("INSERT", "new"), ("MODIFY", "replaced"), ("MODIFY", "updated"), ("REMOVE", "deleted"),
+            ]  # fmt: skip
+        else:
+            with pytest.raises(ClientError, match="ConditionalCheckFailed"):
+                client.transact_write_items(TransactItems=transaction(passes=False))
+            assert items(LEDGER, TASKS) == before
+            assert streamed() == told
+            put(LEDGER, "later")
+            assert streamed() == [*told, ("INSERT", "later")]
+
+
+def test_a_cloud_has_nothing_of_the_one_before() -> None:
+    def found() -> Any:
+        queues = boto3.client("sqs")
+        url = queues.list_queues()["QueueUrls"][0]
+        waiting = queues.get_queue_attributes(QueueUrl=url, AttributeNames=["ApproximateNumberOfMessages"])
+        return (sorted(items(), key=str), streamed(), waiting["Attributes"], aws.clock.moment, aws.invocations)
+
+    with cloud(state_machine=False) as aws:
+        fresh = found()
+    with cloud(state_machine=False) as aws:
+        assert found() == fresh, "it is a copy"
+        put(LEDGER, "mine")
+        version = next(each for each in items(LEDGER) if each["pk"]["S"] != "mine")
+        boto3.client("dynamodb").update_item(
+            TableName=LEDGER,
+            Key={name: version[name] for name in ("pk", "sk")},
+            UpdateExpression="SET mine = :mine",
+            ExpressionAttributeValues={":mine": {"S": "mine"}},
+        )
+        aws.clock.pass_seconds(100)
+        boto3.client("sqs").send_message(QueueUrl=boto3.client("sqs").list_queues()["QueueUrls"][0], MessageBody="mine")
+        assert found() != fresh
+    with cloud(state_machine=False) as aws:
+        assert found() == fresh
