@@ -10,7 +10,7 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 export SAM_CLI_TELEMETRY := 0
 export AUTH_MODE QAES_PORT QAES_HTTP_PORT SAM_LOCAL_ARGS
 
-.PHONY: help demo up down status logs fsck test e2e browser sam-local check openapi fuzz format requirements bench clean
+.PHONY: help demo up down status logs fsck test e2e browser sam-local check openapi fuzz format requirements bench hammer clean
 
 help:  ## This list
 	@awk -F ' ## ' '/^[a-z0-9-]+:.* ## / { name = $$1; sub(/:.*/, "", name); printf "make %-14s %s\n", name, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -98,6 +98,9 @@ format: $(VENV)/.all-stamp ## Format, and fix what ruff can fix
 
 bench: $(VENV)/.all-stamp ## Measure; writes docs/performance.md
 	@PYTHONPATH=functions:layers/core $(BIN)/python -m benchmarks.run
+
+hammer: $(VENV)/.all-stamp ## Load the audit log of a local AWS of its own, verify every proof, print figures (HAMMER_ARGS)
+	@PYTHONPATH=functions:layers/core $(BIN)/python -m benchmarks.hammer $(HAMMER_ARGS)
 
 clean: ## Remove what was built, installed and logged
 	@if [ -x $(BIN)/python ] && [ -f .local/cloud/lock ]; then $(BIN)/python -m local down; fi

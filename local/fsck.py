@@ -1,7 +1,8 @@
 """Check the audit log, all of it: `python -m local.fsck [--repair]`, in the environment that `.local/aws.env` sets.
 
 Exit status 0: every invariant holds. What is under way gets some seconds to come to rest first. With `--repair`,
-entries that the log has not are handed to the sequencer once more; nothing else is ever repaired.
+events that are not on record are handed to the recorder once more, and entries that the log has not to the sequencer;
+nothing else is ever repaired.
 """
 
 from __future__ import annotations
@@ -10,56 +11,71 @@ import argparse
 import json
 import sys
 import time
+from typing import Any
 
 from audit.fsck import INVARIANTS, Report, fsck
 from audit.log import Log
-from audit.store import AuditStore
+from audit.store import AuditStore, Outbox
 from qaes.adapters import clients, settings
 from qaes.adapters.ledger_client import LedgerClient
 
-UNDER_WAY = {"unsequenced", "head", "index", "tile", "in flight", "anchor"}
+UNDER_WAY = {"unrecorded", "unsequenced", "head", "index", "tile", "in flight", "anchor"}
 """What may not hold for a moment, while the log is written."""
 
 
-def settled(seconds: float, *, log_id: str) -> Report:
+def settled(seconds: float, *, log_id: str, ask_ledger: bool = True) -> Report:
     """Check until everything holds, or what does not is not under way, or the time is over."""
     deadline = time.monotonic() + seconds
     while True:
-        report = fsck(AuditStore(), Log(), LedgerClient(), log_id=log_id)
+        ledger = LedgerClient() if ask_ledger else None
+        report = fsck(AuditStore(), Log(), ledger, log_id=log_id, outbox=Outbox())
         found = {each.invariant for each in report.findings}
         if not found or found - UNDER_WAY or time.monotonic() > deadline:
             return report
         time.sleep(1)
 
 
-def repair(report: Report) -> None:
-    """Hand the tasks whose entries are not in the log to the sequencer."""
-    function = settings.text("SEQUENCER_FUNCTION")
-    for task_id in report.unsequenced:
-        answer = clients.lambda_client().invoke(FunctionName=function, Payload=json.dumps({"task_ids": [task_id]}))
-        print(f"{task_id}: {answer['Payload'].read().decode()}")
+def repair(report: Report, seconds: float, *, log_id: str) -> Report:
+    """Hand what is missing to the recorder, then to the sequencer; return what there is to say afterwards."""
+    if report.unrecorded:
+        for task_id in report.unrecorded:
+            _invoke("RECORDER_FUNCTION", {"task_id": task_id})
+        report = settled(seconds, log_id=log_id)
+    if report.unsequenced:
+        for task_id in report.unsequenced:
+            _invoke("SEQUENCER_FUNCTION", {"task_ids": [task_id]})
+        report = settled(seconds, log_id=log_id)
+    return report
+
+
+def _invoke(function: str, event: dict[str, Any]) -> None:
+    answer = clients.lambda_client().invoke(FunctionName=settings.text(function), Payload=json.dumps(event))
+    print(f"{json.dumps(event)}: {answer['Payload'].read().decode()}")
 
 
 def show(report: Report) -> str:
     """Say what was looked at, and what was found."""
     seen = f"{report.entries} entries of {report.tasks} tasks, {report.size} in the log, {report.tiles} tiles"
     lines = [f"{seen}, {report.anchors} anchors up to {report.anchored}"]
+    if report.erased:
+        lines.append(f"{report.erased} tasks are erased: of these, only the entries are left")
     lines += [f"{each}\n    (it should hold that {INVARIANTS[each.invariant]})" for each in report.findings]
-    lines.append(f"{len(report.findings)} findings" if report.findings else "every invariant holds")
+    if report.not_shown:
+        lines.append(f"and {report.not_shown} more, which are not shown")
+    lines.append(f"{len(report.findings) + report.not_shown} findings" if report.findings else "every invariant holds")
     return "\n".join(lines)
 
 
 def main() -> int:
     """Do what the command line says; return an exit code."""
     parser = argparse.ArgumentParser(prog="python -m local.fsck", description="Check the audit log.")
-    parser.add_argument("--repair", action="store_true", help="hand what is not in the log to the sequencer once more")
+    parser.add_argument("--repair", action="store_true", help="have what is missing recorded and put into the log")
     parser.add_argument("--settle", type=float, default=20, help="seconds that what is under way gets (20)")
     arguments = parser.parse_args()
     log_id = settings.optional("LOG_ID") or "qaes"
     report = settled(arguments.settle, log_id=log_id)
-    if arguments.repair and report.unsequenced:
-        repair(report)
-        report = settled(arguments.settle, log_id=log_id)
+    if arguments.repair:
+        report = repair(report, arguments.settle, log_id=log_id)
     print(show(report))
     return 1 if report.findings else 0
 

@@ -8,6 +8,8 @@ sealed      what will be written is decided and stored. It never changes, so tha
             under two roots, and whoever finds it sealed submits the same bytes under the same key.
 confirmed   the ledger has its transaction for good; this was checked against the transaction's bytes. Only then may the
             next be sealed, which names this one.
+
+What cannot be put right by calling again stops the anchor, with a metric and an alarm: docs/runbook.md says what then.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import logger
 from qaes.adapters.metrics import namespace
 from qaes.domain.anchor import ANCHOR_INPUT_TYPE, AnchorPayload, decode, log_id_bytes
+from qaes.domain.errors import RefusedError
 from qaes.domain.ids import now, parse_timestamp, timestamp
 from qaes.domain.note import checkpoint_text, public_key_of, sign_note, verifier_key
 from qaes.domain.qubic import transaction as qubic
@@ -38,11 +41,12 @@ _ROUNDS = 3
 class Anchorer:
     """Brings the newest anchor forward, and seals the next."""
 
-    def __init__(self, log: Log, ledger: LedgerClient, *, log_id: str, origin: str) -> None:
+    def __init__(self, log: Log, ledger: LedgerClient, *, log_id: str, origin: str, network: str) -> None:
         self._log = log
         self._ledger = ledger
         self._log_id = log_id
         self._origin = origin
+        self._network = network
 
     def advance(self) -> Anchoring | None:
         """Do what can be done now; return the newest anchor as it is then, None before the first.
@@ -52,11 +56,13 @@ class Anchorer:
         UnavailableError
             A table or the ledger did not answer; to be called again.
         RefusedError
-            The ledger has another payload for this anchor: somebody else writes under this log's id.
+            `another_network`: the log's anchors are on one network, and this is another. `key_conflict`: the ledger has
+            another payload for this anchor. `given_up`: the ledger will not write it any more.
         CorruptLogError
             The confirmed transaction is not the one that was sealed.
         """
         newest = self._log.anchoring()
+        self._check_network(newest)
         for _ in range(_ROUNDS):
             if newest is None or newest.state == "confirmed":
                 sealed = self._seal(newest)
@@ -70,6 +76,20 @@ class Anchorer:
                 newest = confirmed
         return newest
 
+    def _check_network(self, newest: Anchoring | None) -> None:
+        """Anchors name each other: a chain that began elsewhere would have no beginning on this network."""
+        if newest is None:
+            return
+        known = newest.network
+        if not known and (last := self._log.newest_anchor()):  # it was sealed before the network was written with it
+            known = last.network
+        if known and known != self._network:
+            raise RefusedError(
+                "another_network",
+                f"the log {self._log_id} is anchored on {known}, and cannot go on on {self._network}: that needs a log "
+                "of another id, with tables of its own",
+            )
+
     def _seal(self, before: Anchoring | None) -> Anchoring | None:
         """Decide what the next anchor says; None when the log has not grown."""
         head = self._log.head()
@@ -82,15 +102,24 @@ class Anchorer:
             if before is None
             else decode(before.payload).next(size=size, root=root)
         )
-        sealed = Anchoring(payload.sequence, size, payload.encode(), timestamp(now()), "sealed")
+        sealed = Anchoring(payload.sequence, size, payload.encode(), timestamp(now()), "sealed", self._network)
         if self._log.seal(sealed, after=before):
             logger().info("sealed", extra={"sequence": sealed.sequence, "size": size})
             return sealed
         return self._log.anchoring()  # somebody else was quicker: theirs counts
 
     def _confirm(self, sealed: Anchoring) -> Anchoring | None:
-        """Submit it, as often as one likes; None while its transaction is under way."""
-        answer = self._ledger.submit_anchor(log_id=self._log_id, sequence=sealed.sequence, payload=sealed.payload.hex())
+        """Submit it, as often as one likes; None while its transaction is under way.
+
+        What the ledger has given up, because its key was replaced, the same call has signed by the new one.
+        """
+        answer = self._submit(sealed)
+        if answer["network"] != self._network:
+            raise CorruptLogError(f"the ledger answers for {answer['network']}, not for {self._network}")
+        if answer["state"] in {"failed", "expired"}:
+            raise RefusedError(
+                "given_up", f"the ledger has given up anchor {sealed.sequence} of {self._log_id}: {answer['error']}"
+            )
         if answer["state"] != "confirmed":
             return None
         anchor = self._anchor(sealed, answer)
@@ -98,6 +127,20 @@ class Anchorer:
             logger().info("confirmed", extra={"sequence": sealed.sequence, "txid": anchor.txid, "tick": anchor.tick})
             _count(anchor)
         return self._log.anchoring()
+
+    def _submit(self, sealed: Anchoring) -> dict[str, Any]:
+        try:
+            return self._ledger.submit_anchor(
+                log_id=self._log_id, sequence=sealed.sequence, payload=sealed.payload.hex()
+            )
+        except RefusedError as error:
+            if error.code != "key_conflict":
+                raise
+            raise RefusedError(
+                error.code,
+                f"the ledger has anchor {sealed.sequence} of {self._log_id} with another payload: the log's table "
+                "was set back to an earlier state, or somebody else writes under this log's id",
+            ) from error
 
     def _anchor(self, sealed: Anchoring, answer: dict[str, Any]) -> Anchor:
         payload = decode(sealed.payload)
@@ -173,6 +216,13 @@ def _tell_age(newest: Anchoring | None) -> None:
         metric.add_dimension("service", "audit")
 
 
+def _tell_stopped(error: RefusedError | CorruptLogError) -> None:
+    code = error.code if isinstance(error, RefusedError) else "corrupt"
+    logger().error("the log is not anchored any more", extra={"code": code, "why": error.message})
+    with single_metric(name="AnchorStopped", unit=MetricUnit.Count, value=1, namespace=namespace()) as metric:
+        metric.add_dimension("service", "audit")
+
+
 def sign_checkpoint(text: str, name: str) -> tuple[str, str]:
     """Sign a checkpoint as a note under the log's origin; return the note, and the key to verify it with.
 
@@ -185,13 +235,23 @@ def sign_checkpoint(text: str, name: str) -> tuple[str, str]:
 
 def anchorer() -> Anchorer:
     """Make the anchorer of this function's environment."""
-    return Anchorer(Log(), LedgerClient(), log_id=settings.text("LOG_ID"), origin=settings.text("LOG_ORIGIN"))
+    return Anchorer(
+        Log(),
+        LedgerClient(),
+        log_id=settings.text("LOG_ID"),
+        origin=settings.text("LOG_ORIGIN"),
+        network=settings.text("QUBIC_NETWORK"),
+    )
 
 
 @logger().inject_lambda_context
 def anchor_log(_event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
     """Take anything: what is to be done is in the tables. Give `{sequence, size, state}` of the newest anchor."""
-    newest = anchorer().advance()
+    try:
+        newest = anchorer().advance()
+    except (RefusedError, CorruptLogError) as error:
+        _tell_stopped(error)
+        raise
     _tell_age(newest)
     if newest is None:
         return {"sequence": None, "size": 0, "state": "none"}

@@ -1,28 +1,32 @@
-"""fsck: walks entries, pointers, log, tiles, indexes and anchors, and names each invariant that does not hold.
+"""fsck: walks events, entries, pointers, log, tiles, indexes and anchors, and names each invariant that does not hold.
 
-It reads everything, and trusts none of it: the tree is computed anew from the entries' texts.
+It reads everything, and trusts none of it: the tree is computed anew from the entries' texts. It reads by the page and
+the hundred, and keeps no more than one task, one tile a level, and 16 bytes for each entry of the log.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections import defaultdict
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 
 from audit.anchor import failed_checks
-from audit.log import Batch, CorruptLogError, Head, Indexed, Log
-from audit.store import AuditStore, StoredEntry
+from audit.log import Batch, Head, Indexed, Leaf, Log
+from audit.store import BATCH_GET, AuditStore, EntryKey, Outbox, Pointer, StoredEntry
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.domain.anchor import AnchorPayload, decode, log_id_bytes
-from qaes.domain.audit import BrokenChainError, verify_chain
+from qaes.domain.audit import AuditEntry, BrokenChainError, build_entry, verify_chain
 from qaes.domain.errors import RefusedError
 from qaes.domain.merkle import EMPTY_ROOT, HASH_BYTES, ProofError, node_hash
+from qaes.domain.models import Event
 from qaes.domain.note import parse_checkpoint, verify_note
 from qaes.domain.qubic import transaction
-from qaes.domain.tiles import appended, tree_root
+from qaes.domain.tiles import TILE_WIDTH, tile_root
 
 INVARIANTS = {
+    "unrecorded": "every event of a task is on record as an entry",
+    "event": "an entry says what its event says, and no event is missing",
     "chain": "the entries of a task have their hashes, name each other, and none is missing",
     "pointer": "an entry is found by its leaf hash, and by the hashes of its input and output",
     "unsequenced": "every entry has an index in the log",
@@ -31,12 +35,18 @@ INVARIANTS = {
     "twice": "no entry is in the log twice, and the entries of a task are there in order",
     "head": "the head has the size and root of the last batch, and all of it is integrated",
     "tile": "each tile has the hashes of the tree, all of them and no others",
-    "anchor": "anchors are numbered from 0, grow, name the one before, and have the root of the tree",
+    "anchor": "anchors are numbered from 0, grow, name the one before, on one network, and have the root of the tree",
     "transaction": "an anchor's transaction carries its payload, and is signed by who is named",
     "note": "an anchor's checkpoint is signed, and says its size and root",
     "in flight": "at most one anchor is in flight, and it is the next",
     "ledger": "the ledger has confirmed each anchor's transaction",
 }
+MOST_FINDINGS = 10_000
+"""What is found beyond is counted only."""
+
+_TILES_AT_ONCE = 50
+_MARK_BYTES = 16
+_COVERED = bytes(_MARK_BYTES)
 
 
 @dataclass(frozen=True)
@@ -53,161 +63,298 @@ class Finding:
 
 @dataclass
 class Report:
-    """What was looked at, and what does not hold."""
+    """What was looked at, and what does not hold.
+
+    `erased` counts the tasks whose items were deleted, and of which only the entries are left.
+    """
 
     tasks: int = 0
     entries: int = 0
+    erased: int = 0
     size: int = 0
     tiles: int = 0
     anchors: int = 0
     anchored: int = 0
     findings: list[Finding] = field(default_factory=list)
+    not_shown: int = 0
+
+    @property
+    def unrecorded(self) -> list[str]:
+        """The tasks with events that are not on record: the recorder takes each as `{"task_id": ...}`."""
+        return self._tasks_of("unrecorded")
 
     @property
     def unsequenced(self) -> list[str]:
         """The tasks with entries that the log has not: the sequencer takes them as `{"task_ids": [...]}`."""
-        found = (each.where.partition(" ")[0] for each in self.findings if each.invariant == "unsequenced")
-        return sorted(set(found))
+        return self._tasks_of("unsequenced")
+
+    def _tasks_of(self, invariant: str) -> list[str]:
+        return sorted({each.where.partition(" ")[0] for each in self.findings if each.invariant == invariant})
+
+
+class _Tree:
+    """The log's tree while its leaves come in: its root so far, and each tile when it is complete."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._subtrees: list[tuple[int, bytes]] = []
+        self._tiles: list[tuple[int, bytearray]] = []
+
+    def add(self, leaf: bytes) -> Iterator[tuple[int, int, bytes]]:
+        """Add a leaf; gives (level, index, content) of the tiles that are full with it."""
+        self.size += 1
+        size, hash_ = 1, leaf
+        while self._subtrees and self._subtrees[-1][0] == size:
+            hash_ = node_hash(self._subtrees.pop()[1], hash_)
+            size *= 2
+        self._subtrees.append((size, hash_))
+        return self._add_to_tile(0, leaf)
+
+    def _add_to_tile(self, level: int, hash_: bytes) -> Iterator[tuple[int, int, bytes]]:
+        if level == len(self._tiles):
+            self._tiles.append((0, bytearray()))
+        index, content = self._tiles[level]
+        content += hash_
+        if len(content) == TILE_WIDTH * HASH_BYTES:
+            full = bytes(content)
+            self._tiles[level] = (index + 1, bytearray())
+            yield level, index, full
+            yield from self._add_to_tile(level + 1, tile_root(full))
+
+    def unfinished(self) -> list[tuple[int, int, bytes]]:
+        """The last tile of each level; and, empty, the one after it, and the first above the top."""
+        rest: list[tuple[int, int, bytes]] = []
+        for level, (index, content) in enumerate(self._tiles):
+            rest.append((level, index, bytes(content)))
+            if content:
+                rest.append((level, index + 1, b""))
+        return [*rest, (len(self._tiles), 0, b"")]
+
+    @property
+    def root(self) -> bytes:
+        if not self._subtrees:
+            return EMPTY_ROOT
+        root = self._subtrees[-1][1]
+        for _, left in reversed(self._subtrees[:-1]):
+            root = node_hash(left, root)
+        return root
 
 
 class Fsck:
-    """Checks one log; without a ledger, that part is left out."""
+    """Checks one log; without a ledger or an outbox, that part is left out."""
 
-    def __init__(self, store: AuditStore, log: Log, ledger: LedgerClient | None, *, log_id: str) -> None:
+    def __init__(
+        self, store: AuditStore, log: Log, ledger: LedgerClient | None, *, log_id: str, outbox: Outbox | None = None
+    ) -> None:
         self._store = store
         self._log = log
         self._ledger = ledger
+        self._outbox = outbox
         self._log_id = log_id
         self._report = Report()
+        self._places = bytearray()
+        """A mark for each place in the log, of what is there; zeros once the entry is found that belongs there."""
+        self._misplaced: dict[EntryKey, tuple[StoredEntry, Indexed | None]] = {}
+        self._pointers: list[tuple[str, Pointer]] = []
+        self._tiles: dict[tuple[int, int], bytes] = {}
 
     def run(self) -> Report:
         """Look at everything; nothing is written."""
         # The log first: what is recorded meanwhile has no place in it, and is told as such.
         head, anchors_before = self._log.head(), self._log.anchoring()
-        batches = list(self._log.batches())
-        placed = self._check_batches(head, batches)
-        entries = self._entries()
-        self._check_entries(entries, placed)
-        leaves = [each.hash for batch in batches for each in batch.leaves]
-        roots = self._check_tiles(leaves, head)
-        for batch in batches:
-            if roots.get(batch.size) != batch.root:
-                self._tell("batch", f"batch {batch.start}", "its root is not that of the tree")
+        roots: dict[int, bytes | None] = {each.size: None for each in self._log.anchors()}
+        self._check_log(head, roots)
+        if self._outbox is not None:
+            self._check_recorded(self._outbox)
+        for task_id, trail in self._store.trails():
+            self._check_trail(task_id, trail)
+        self._check_pointers()
+        self._check_places()
         self._check_anchors(roots)
         if anchors_before is not None:
             self._check_in_flight(anchors_before.sequence)
         return self._report
 
     def _tell(self, invariant: str, where: str, what: str) -> None:
-        self._report.findings.append(Finding(invariant, where, what))
-
-    # Entries
-
-    def _entries(self) -> dict[str, list[StoredEntry]]:
-        found: dict[str, list[StoredEntry]] = defaultdict(list)
-        for task_id, entry in self._store.everything():
-            found[task_id].append(entry)
-        for entries in found.values():
-            entries.sort(key=lambda entry: entry.seq)
-        self._report.tasks = len(found)
-        self._report.entries = sum(map(len, found.values()))
-        return found
-
-    def _check_entries(
-        self, entries: dict[str, list[StoredEntry]], placed: dict[tuple[str, int], tuple[int, str]]
-    ) -> None:
-        for task_id, trail in entries.items():
-            try:
-                verify_chain([(each.text, each.leaf) for each in trail], log_id=self._log_id, task_id=task_id)
-            except BrokenChainError as error:
-                self._tell("chain", f"{task_id} {error.seq}", error.message)
-            indexes = self._log.task_indexes(task_id)
-            for entry in trail:
-                self._check_pointers(task_id, entry)
-                self._check_index(task_id, entry, indexes.get(entry.seq), placed.get((task_id, entry.seq)))
-        there = {(task_id, each.seq) for task_id, trail in entries.items() for each in trail}
-        for task_id, seq in placed.keys() - there:
-            self._tell("index", f"{task_id} {seq}", "the log has it, and it is gone")
-
-    def _check_pointers(self, task_id: str, entry: StoredEntry) -> None:
-        said = entry.parsed()
-        hashes = [(entry.leaf, "leaf")]
-        hashes += [(said.input_hash, "input"), (said.output_hash, "output")] if said else []
-        for hash_, role in hashes:
-            if hash_ and not self._store.has_pointer(hash_, task_id, entry.seq, role):
-                self._tell("pointer", f"{task_id} {entry.seq}", f"its {role} hash does not lead to it")
-
-    def _check_index(
-        self, task_id: str, entry: StoredEntry, indexed: Indexed | None, placed: tuple[int, str] | None
-    ) -> None:
-        where = f"{task_id} {entry.seq}"
-        if placed is None:
-            self._tell("unsequenced", where, "it has no place in the log")
-            if indexed is not None:
-                self._tell("index", where, f"it has the index {indexed.index}, where the log has it not")
-        elif indexed is None:
-            self._tell("index", where, "its index is not written")
-        elif (indexed.index, indexed.leaf) != placed or indexed.leaf != entry.leaf:
-            self._tell("index", where, "index, place and leaf hash are not the same")
+        if len(self._report.findings) < MOST_FINDINGS:
+            self._report.findings.append(Finding(invariant, where, what))
+        else:
+            self._report.not_shown += 1
 
     # The log
 
-    def _check_batches(self, head: Head, batches: list[Batch]) -> dict[tuple[str, int], tuple[int, str]]:
-        placed: dict[tuple[str, int], tuple[int, str]] = {}
-        last: dict[str, int] = defaultdict(int)
-        size = 0
-        for batch in batches:
-            if batch.start != size:
-                self._tell("batch", f"batch {batch.start}", f"it should begin at {size}")
-            for index, each in enumerate(batch.leaves, start=batch.start):
-                if each.key in placed:
-                    self._tell("twice", f"{each.task_id} {each.seq}", f"it is at {placed[each.key][0]} and {index}")
-                elif each.seq != last[each.task_id] + 1:
-                    self._tell("twice", f"{each.task_id} {each.seq}", f"it follows entry {last[each.task_id]}")
-                placed.setdefault(each.key, (index, each.leaf))
-                last[each.task_id] = max(last[each.task_id], each.seq)
-            size = batch.size
-        if (head.size, head.root) != (size, batches[-1].root if batches else EMPTY_ROOT):
-            self._tell("head", "HEAD", f"its size or root are not those of the last batch, which ends at {size}")
+    def _check_log(self, head: Head, roots: dict[int, bytes | None]) -> None:
+        """Go through all batches, and compare them, tiles and head with the tree; fills in the `roots` asked for."""
+        tree, last = _Tree(), EMPTY_ROOT
+        for batch in self._log.batches():
+            self._check_batch(batch, tree, roots)
+            last = batch.root
+        for level, index, content in tree.unfinished():
+            self._check_tile(level, index, content)
+        self._compare_tiles()
+        self._report.size = tree.size
+        if (head.size, head.root) != (tree.size, last):
+            self._tell("head", "HEAD", f"its size or root are not those of the last batch, which ends at {tree.size}")
+        elif head.root != tree.root:
+            self._tell("head", "HEAD", "its root is not that of the tree")
         if (head.integrated, head.integrated_root) != (head.size, head.root):
             self._tell("head", "HEAD", f"only {head.integrated} of {head.size} are integrated")
-        self._report.size = size
-        return placed
 
-    def _check_tiles(self, leaves: list[bytes], head: Head) -> dict[int, bytes]:
-        """Compare the stored tiles with those of the tree; returns its root at each size."""
-        computed = _tiles(leaves)
-        for (level, index), content in computed.items():
-            stored = self._log.stored_tile(level, index)
-            if stored != content:
-                found = f"{len(stored) // HASH_BYTES} hashes" if content.startswith(stored) else "other hashes"
-                self._tell("tile", f"tile {level}/{index}", f"it has {found}")
-        for level, count in itertools.groupby(sorted(computed), key=lambda tile: tile[0]):
-            after = max(index for _, index in count) + 1
-            if self._log.stored_tile(level, after):
-                self._tell("tile", f"tile {level}/{after}", "there is no such tile in the tree")
-        self._report.tiles = len(computed)
+    def _check_batch(self, batch: Batch, tree: _Tree, roots: dict[int, bytes | None]) -> None:
+        if batch.start != tree.size:
+            self._tell("batch", f"batch {batch.start}", f"it should begin at {tree.size}")
+        for each in batch.leaves:
+            self._places += _mark(each)
+            for level, index, content in tree.add(each.hash):
+                self._check_tile(level, index, content)
+            if tree.size in roots:
+                roots[tree.size] = tree.root
+        if tree.root != batch.root:
+            self._tell("batch", f"batch {batch.start}", "its root is not that of the tree")
 
-        def read(level: int, index: int, width: int) -> bytes:
-            return computed[level, index][: width * HASH_BYTES]
+    def _check_tile(self, level: int, index: int, content: bytes) -> None:
+        self._tiles[level, index] = content
+        self._report.tiles += bool(content)
+        if len(self._tiles) == _TILES_AT_ONCE:
+            self._compare_tiles()
 
-        if leaves and tree_root(len(leaves), read) != head.root:
-            self._tell("head", "HEAD", "its root is not that of the tree")
-        return dict(_roots(leaves))
+    def _compare_tiles(self) -> None:
+        stored = self._log.stored_tiles(list(self._tiles))
+        for place, content in self._tiles.items():
+            found = stored.get(place, b"")
+            if found == content:
+                continue
+            what = f"it has {len(found) // HASH_BYTES} hashes" if content.startswith(found) else "it has other hashes"
+            self._tell("tile", f"tile {place[0]}/{place[1]}", what if content else "there is no such tile in the tree")
+        self._tiles.clear()
+
+    # Events and entries
+
+    def _check_recorded(self, outbox: Outbox) -> None:
+        """Look for events without an entry: by the number of each task's last event, since numbers have no gaps."""
+        wanted: dict[str, int] = {}
+        for task_id, last_event, said in outbox.tasks():
+            if said is not None and said != last_event:
+                self._tell("event", f"{task_id} {said}", f"the task counts {said} events, the last is {last_event}")
+            wanted[task_id] = max(last_event, said or 0)
+            if len(wanted) == BATCH_GET:
+                self._check_last_entries(wanted)
+                wanted = {}
+        self._check_last_entries(wanted)
+
+    def _check_last_entries(self, wanted: dict[str, int]) -> None:
+        found = self._store.texts(list(wanted.items()))
+        for task_id, number in wanted.items():
+            if number and (task_id, number) not in found:
+                last = self._store.last_entry(task_id)
+                seq = last.seq + 1 if last else 1
+                # What the log has was on record: it is gone, which is told below, and must not be recorded once more.
+                if (task_id, seq) not in self._log.indexes([(task_id, seq)]):
+                    self._tell("unrecorded", f"{task_id} {seq}", f"events {seq} to {number} have no entries")
+
+    def _check_trail(self, task_id: str, trail: list[StoredEntry]) -> None:
+        self._report.tasks += 1
+        self._report.entries += len(trail)
+        try:
+            verify_chain([(each.text, each.leaf) for each in trail], log_id=self._log_id, task_id=task_id)
+        except BrokenChainError as error:
+            self._tell("chain", f"{task_id} {error.seq}", error.message)
+        events = dict(self._outbox.events_after(task_id, 0)) if self._outbox is not None else {}
+        self._report.erased += self._outbox is not None and not events
+        indexes, before = self._log.task_indexes(task_id), -1
+        for entry in trail:
+            said = entry.parsed()
+            if events and said is not None:
+                self._check_event(task_id, said, entry.seq, events.get(entry.seq))
+            self._want_pointers(task_id, entry, said)
+            before = self._check_index(task_id, entry, indexes.get(entry.seq), before)
+        for seq in indexes.keys() - {entry.seq for entry in trail}:
+            self._tell("index", f"{task_id} {seq}", "it has an index, and is not there")
+
+    def _check_event(self, task_id: str, said: AuditEntry, seq: int, event: Event | None) -> None:
+        if event is None:
+            self._tell("event", f"{task_id} {seq}", "there is no such event")
+            return
+        expected = build_entry(event, log_id=said.log_id, task_id=said.task_id, seq=said.seq, prev=said.prev)
+        recorded, happened = said.model_dump(exclude={"nonce"}), expected.model_dump(exclude={"nonce"})
+        if other := [name for name in happened if recorded[name] != happened[name]]:
+            self._tell("event", f"{task_id} {seq}", f"entry and event say something else: {', '.join(other)}")
+
+    def _want_pointers(self, task_id: str, entry: StoredEntry, said: AuditEntry | None) -> None:
+        self._pointers.append((entry.leaf, Pointer(task_id, entry.seq, "leaf")))
+        if said is not None and said.input_hash:
+            self._pointers.append((said.input_hash, Pointer(task_id, entry.seq, "input")))
+        if said is not None and said.output_hash:
+            self._pointers.append((said.output_hash, Pointer(task_id, entry.seq, "output")))
+        if len(self._pointers) >= BATCH_GET:
+            self._check_pointers()
+
+    def _check_pointers(self) -> None:
+        found = self._store.pointers_there(self._pointers)
+        for hash_, pointer in self._pointers:
+            if (hash_, pointer) not in found:
+                where = f"{pointer.task_id} {pointer.seq}"
+                self._tell("pointer", where, f"its {pointer.role} hash does not lead to it")
+        self._pointers.clear()
+
+    def _check_index(self, task_id: str, entry: StoredEntry, indexed: Indexed | None, before: int) -> int:
+        """Compare index and place; returns the index, to be compared with the next one's."""
+        index = indexed.index if indexed else len(self._places)
+        place = slice(index * _MARK_BYTES, (index + 1) * _MARK_BYTES)
+        there = self._places[place] == _mark(Leaf(task_id, entry.seq, entry.leaf))
+        if indexed is None or not there or indexed.leaf != entry.leaf:
+            self._misplaced[task_id, entry.seq] = (entry, indexed)
+            return before
+        self._places[place] = _COVERED
+        if index < before:
+            self._tell("twice", f"{task_id} {entry.seq}", f"it is at {index}, and the entry before at {before}")
+        return index
+
+    def _check_places(self) -> None:
+        """Whatever is left: entries that are not where their index says, and places without their entry."""
+        if self._places.strip(b"\0"):
+            for batch in self._log.batches():
+                self._check_batch_places(batch)
+        for (task_id, seq), (_, indexed) in self._misplaced.items():
+            self._tell("unsequenced", f"{task_id} {seq}", "it has no place in the log")
+            if indexed is not None:
+                self._tell("index", f"{task_id} {seq}", f"it has the index {indexed.index}, where the log has it not")
+
+    def _check_batch_places(self, batch: Batch) -> None:
+        left = {
+            index: each
+            for index, each in enumerate(batch.leaves, start=batch.start)
+            if self._places[index * _MARK_BYTES : (index + 1) * _MARK_BYTES] not in (_COVERED, b"")
+        }
+        there = self._store.texts([each.key for each in left.values()])
+        for index, each in left.items():
+            where = f"{each.task_id} {each.seq}"
+            _, indexed = self._misplaced.pop(each.key, (None, None))
+            if indexed is not None:
+                self._tell("index", where, f"index, place ({index}) and leaf hash are not the same")
+            elif each.key not in there:
+                self._tell("index", where, "the log has it, and it is gone")
+            elif each.key in self._log.indexes([each.key]):
+                self._tell("twice", where, f"it is at {index}, too")
+            else:
+                self._tell("index", where, "its index is not written")
 
     # Anchors
 
-    def _check_anchors(self, roots: dict[int, bytes]) -> None:
+    def _check_anchors(self, roots: dict[int, bytes | None]) -> None:
         before: AnchorPayload | None = None
-        for sequence, anchor in enumerate(self._log.anchors()):
+        network = ""
+        # As many as there were: what is confirmed meanwhile may have a size that the log has got since.
+        for sequence, anchor in enumerate(islice(self._log.anchors(), len(roots))):
             where = f"anchor {anchor.sequence}"
             self._report.anchors, self._report.anchored = sequence + 1, anchor.size
             try:
                 payload = decode(anchor.payload)
+                root = roots.get(anchor.size) or b""
                 expected = (
-                    AnchorPayload(log_id_bytes(self._log_id), anchor.size, roots.get(anchor.size, b""))
+                    AnchorPayload(log_id_bytes(self._log_id), anchor.size, root)
                     if before is None
-                    else before.next(size=anchor.size, root=roots.get(anchor.size, b""))
+                    else before.next(size=anchor.size, root=root)
                 )
             except ProofError as error:
                 self._tell("anchor", where, error.message)
@@ -216,6 +363,9 @@ class Fsck:
             kept = (anchor.sequence, anchor.size, anchor.root, anchor.previous)
             if payload != expected or kept != (sequence, payload.size, payload.root, payload.previous):
                 self._tell("anchor", where, "number, size, root or the one before it are not what they should be")
+            if network not in ("", anchor.network):
+                self._tell("anchor", where, f"it is on {anchor.network}, and the one before on {network}")
+            network = anchor.network
             try:
                 found = transaction.decode(anchor.encoded)
                 failed = failed_checks(found, anchor.payload, txid=anchor.txid, tick=anchor.tick, source=anchor.source)
@@ -264,28 +414,13 @@ class Fsck:
             self._tell("in flight", f"anchor {newest.sequence + 1}", "the ledger has one that was never sealed")
 
 
-def _tiles(leaves: list[bytes]) -> dict[tuple[int, int], bytes]:
-    def nothing(level: int, index: int, width: int) -> bytes:
-        raise CorruptLogError(f"tile {level}/{index} of an empty log")
-
-    return appended(0, leaves, nothing)
+def _mark(leaf: Leaf) -> bytes:
+    """What tells a place apart from all others: the entry and its leaf hash, shortened."""
+    return hashlib.sha256(f"{leaf.task_id} {leaf.seq} {leaf.leaf}".encode()).digest()[:_MARK_BYTES]
 
 
-def _roots(leaves: list[bytes]) -> Iterator[tuple[int, bytes]]:
-    """The root at each size: complete subtrees from the left, and what they add up to."""
-    stack: list[tuple[int, bytes]] = []
-    for count, leaf in enumerate(leaves, start=1):
-        size, hash_ = 1, leaf
-        while stack and stack[-1][0] == size:
-            hash_ = node_hash(stack.pop()[1], hash_)
-            size *= 2
-        stack.append((size, hash_))
-        root = stack[-1][1]
-        for _, left in reversed(stack[:-1]):
-            root = node_hash(left, root)
-        yield count, root
-
-
-def fsck(store: AuditStore, log: Log, ledger: LedgerClient | None, *, log_id: str) -> Report:
+def fsck(
+    store: AuditStore, log: Log, ledger: LedgerClient | None, *, log_id: str, outbox: Outbox | None = None
+) -> Report:
     """Check the log, and tell what does not hold."""
-    return Fsck(store, log, ledger, log_id=log_id).run()
+    return Fsck(store, log, ledger, log_id=log_id, outbox=outbox).run()

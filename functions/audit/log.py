@@ -7,12 +7,14 @@ TILE#level#index / TILE      up to 256 hashes: only wider than it is
 task id / INDEX#seq          the index of the task's entry, and its leaf hash: once
 LOG / ANCHORING              the newest anchor, sealed (in flight) or confirmed: after the one that was read
 ANCHOR / SIZE#size           a confirmed anchor: once
+SWEEP / SWEPT                how far the sweeper has looked, and what was behind then
 
 All reads are consistent.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -86,13 +88,14 @@ class Indexed:
 
 @dataclass(frozen=True)
 class Anchoring:
-    """The newest anchor: `sealed` until its transaction is confirmed."""
+    """The newest anchor: `sealed` until its transaction is confirmed. `network` is empty in older tables."""
 
     sequence: int
     size: int
     payload: bytes
     sealed_at: str
     state: Literal["sealed", "confirmed"]
+    network: str = ""
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,14 @@ class Anchor:
     note: str
     verifier_key: str
     confirmed_at: str
+
+
+@dataclass(frozen=True)
+class Swept:
+    """Up to when the sweeper has looked at events, and the tasks of which one, by its number, was not in the log."""
+
+    through: str
+    behind: dict[str, int]
 
 
 class Log:
@@ -175,13 +186,13 @@ class Log:
         if before is None:
             return []
         found: list[Leaf] = []
-        batch = _batch(before)
-        while batch.start < first + count:
-            found += batch.leaves[max(0, first - batch.start) : first + count - batch.start]
-            after = self._get("LOG", f"BATCH#{batch.size:012d}")
-            if after is None:
+        end = int(before["sk"]["S"].partition("#")[2])
+        # Batches may be of one entry each: they are read by the page, not one by one.
+        for batch in map(_batch, self._between("LOG", before["sk"]["S"], f"BATCH#{first + count - 1:012d}")):
+            if batch.start != end:
                 break
-            batch = _batch(after)
+            found += batch.leaves[max(0, first - batch.start) : first + count - batch.start]
+            end = batch.size
         return found
 
     def record_integrated(self, batch: Batch) -> None:
@@ -211,14 +222,22 @@ class Log:
 
     def stored_tile(self, level: int, index: int) -> bytes:
         """Read a tile as wide as it is; empty when there is none."""
-        item = self._get(f"TILE#{level:02d}#{index:012d}", "TILE")
+        item = self._get(*_tile_key(level, index))
         return bytes(item["hashes"]["B"]) if item else b""
+
+    def stored_tiles(self, places: Sequence[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
+        """Read many tiles, by (level, index), as wide as they are; those that are not there are left out."""
+        found: dict[tuple[int, int], bytes] = {}
+        for item in get_many(self._table, [key(*_tile_key(*place)) for place in places]):
+            _, level, index = item["pk"]["S"].split("#")
+            found[int(level), int(index)] = bytes(item["hashes"]["B"])
+        return found
 
     def widen_tile(self, level: int, index: int, content: bytes) -> None:
         """Write a tile, unless it is as wide already."""
         wider_than_stored = "attribute_not_exists(pk) OR width < :width"
         width = {"N": str(len(content) // HASH_BYTES)}
-        item = key(f"TILE#{level:02d}#{index:012d}", "TILE") | {"width": width, "hashes": {"B": content}}
+        item = key(*_tile_key(level, index)) | {"width": width, "hashes": {"B": content}}
         try:
             with asking():
                 clients.client("dynamodb").put_item(
@@ -293,7 +312,12 @@ class Log:
             return None
         state: Any = item["state"]["S"]
         return Anchoring(
-            int(item["sequence"]["N"]), int(item["size"]["N"]), item["payload"]["B"], item["sealed_at"]["S"], state
+            int(item["sequence"]["N"]),
+            int(item["size"]["N"]),
+            item["payload"]["B"],
+            item["sealed_at"]["S"],
+            state,
+            item.get("network", {}).get("S", ""),
         )
 
     def seal(self, sealed: Anchoring, *, after: Anchoring | None) -> bool:
@@ -356,6 +380,19 @@ class Log:
         """Read all confirmed anchors, in order."""
         return map(_anchor, self._all("ANCHOR", "SIZE#"))
 
+    # The sweeper's list
+
+    def swept(self) -> Swept | None:
+        """Read how far the sweeper has looked; None when it never has."""
+        item = self._get("SWEEP", "SWEPT")
+        return Swept(item["through"]["S"], json.loads(item["behind"]["S"])) if item else None
+
+    def record_swept(self, swept: Swept) -> None:
+        """Write how far it has looked."""
+        item = key("SWEEP", "SWEPT") | {"through": {"S": swept.through}, "behind": {"S": json.dumps(swept.behind)}}
+        with asking():
+            clients.client("dynamodb").put_item(TableName=self._table, Item=item)
+
     # DynamoDB
 
     def _put_new(self, item: Item) -> Item:
@@ -381,12 +418,15 @@ class Log:
         return next(iter(found["Items"]), None)
 
     def _all(self, pk: str, prefix: str) -> Iterable[Item]:
+        return self._between(pk, prefix, f"{prefix}~")
+
+    def _between(self, pk: str, first: str, last: str) -> Iterable[Item]:
         pages = clients.client("dynamodb").get_paginator("query")
         with asking():
             for page in pages.paginate(
                 TableName=self._table,
-                KeyConditionExpression="pk = :pk AND begins_with(sk, :prefix)",
-                ExpressionAttributeValues={":pk": {"S": pk}, ":prefix": {"S": prefix}},
+                KeyConditionExpression="pk = :pk AND sk BETWEEN :first AND :last",
+                ExpressionAttributeValues={":pk": {"S": pk}, ":first": {"S": first}, ":last": {"S": last}},
                 ConsistentRead=True,
             ):
                 yield from page["Items"]
@@ -394,6 +434,10 @@ class Log:
 
 def _refused(error: ClientError) -> bool:
     return str(error.response["Error"]["Code"]) == "ConditionalCheckFailedException"
+
+
+def _tile_key(level: int, index: int) -> tuple[str, str]:
+    return f"TILE#{level:02d}#{index:012d}", "TILE"
 
 
 def _index_key(task_id: str, seq: int) -> Item:
@@ -423,6 +467,7 @@ def _anchoring_item(anchoring: Anchoring, state: str) -> Item:
         "payload": {"B": anchoring.payload},
         "sealed_at": {"S": anchoring.sealed_at},
         "state": {"S": state},
+        "network": {"S": anchoring.network},
     }
 
 

@@ -5,10 +5,13 @@ All reads are consistent. A call that AWS did not answer, or that it was too bus
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date, timedelta
+from itertools import groupby
 from typing import Any, Literal
 
 from botocore.exceptions import BotoCoreError, ClientError
@@ -72,14 +75,60 @@ class Pointer:
 class Outbox:
     """The events of tasks, written by the execution side; only read here."""
 
+    # Names that an item has beside those of its event.
+    _NOT_OF_THE_EVENT = frozenset({"pk", "sk", "day"})
+
     def __init__(self, table: str | None = None) -> None:
         self._table = table or settings.text("TASKS_TABLE")
 
     def events_after(self, task_id: str, seq: int) -> Iterator[tuple[int, Event]]:
         """Read the events after number `seq` as (number, event), in order."""
         for item in _range(self._table, task_id, "EVENT", seq + 1, _LAST):
-            fields = {name: _value(value) for name, value in item.items() if name not in {"pk", "sk"}}
+            fields = {name: _value(value) for name, value in item.items() if name not in self._NOT_OF_THE_EVENT}
             yield _number(item), Event.model_validate(fields)
+
+    def written(self, first: str, last: str) -> Iterator[tuple[str, str, int]]:
+        """Find the events with a timestamp from `first` to `last`, as (timestamp, task, number), the oldest first.
+
+        From an index, which is a moment behind, and has no event that was written before there was that index.
+        """
+        day, end = date.fromisoformat(first[:10]), date.fromisoformat(last[:10])
+        pages = clients.client("dynamodb").get_paginator("query")
+        while day <= end:
+            with asking():
+                for page in pages.paginate(
+                    TableName=self._table,
+                    IndexName="by_day",
+                    KeyConditionExpression="#day = :day AND #timestamp BETWEEN :first AND :last",
+                    ExpressionAttributeNames={"#day": "day", "#timestamp": "timestamp"},
+                    ExpressionAttributeValues={
+                        ":day": {"S": day.isoformat()}, ":first": {"S": first}, ":last": {"S": last},
+                    },
+                ):  # fmt: skip
+                    for item in page["Items"]:
+                        yield item["timestamp"]["S"], item["pk"]["S"], _number(item)
+            day += timedelta(days=1)
+
+    def tasks(self) -> Iterator[tuple[str, int, int | None]]:
+        """Read all tasks as (task, number of its last event, how many it says it has); for fsck.
+
+        What it says is None where only events are there.
+        """
+        scanned = _scan(
+            self._table,
+            ProjectionExpression="pk, sk, #data",
+            FilterExpression="sk = :task OR begins_with(sk, :event)",
+            ExpressionAttributeNames={"#data": "data"},
+            ExpressionAttributeValues={":task": {"S": "TASK"}, ":event": {"S": "EVENT#"}},
+        )
+        for task_id, items in groupby(scanned, lambda item: str(item["pk"]["S"])):
+            last, said = 0, None
+            for item in items:
+                if item["sk"]["S"] == "TASK":
+                    said = int(json.loads(item["data"]["S"])["events"])
+                else:
+                    last = max(last, _number(item))
+            yield task_id, last, said
 
 
 class AuditStore:
@@ -108,13 +157,13 @@ class AuditStore:
         found = get_many(self._entries, [key(task_id, f"ENTRY#{seq:06d}") for task_id, seq in keys])
         return {(item["pk"]["S"], _number(item)): item["text"]["S"] for item in found}
 
-    def everything(self) -> Iterator[tuple[str, StoredEntry]]:
-        """Read all entries of all tasks, with the task of each; for fsck, which no role of the stack runs."""
-        pages = clients.client("dynamodb").get_paginator("scan")
-        with asking():
-            for page in pages.paginate(TableName=self._entries, ConsistentRead=True):
-                for item in page["Items"]:
-                    yield item["pk"]["S"], entry_of(item)
+    def trails(self) -> Iterator[tuple[str, list[StoredEntry]]]:
+        """Read all tasks' entries, task by task, each in order; for fsck, which no role of the stack runs.
+
+        A scan gives the items of one partition key one after the other, sorted.
+        """
+        for task_id, items in groupby(_scan(self._entries), lambda item: str(item["pk"]["S"])):
+            yield task_id, [entry_of(item) for item in items]
 
     def last_entry(self, task_id: str) -> StoredEntry | None:
         """Read the task's newest entry."""
@@ -130,9 +179,12 @@ class AuditStore:
         stored = StoredEntry(entry.seq, text, leaf_hash(text))
         attributes = {"text": {"S": text}, "leaf": {"S": stored.leaf}}
         writes = [self._put_new(self._entries, key(entry.task_id, f"ENTRY#{entry.seq:06d}") | attributes)]
-        for hash_, role in ((stored.leaf, "leaf"), (entry.input_hash, "input"), (entry.output_hash, "output")):
+        roles: tuple[tuple[str, Role], ...] = (
+            (stored.leaf, "leaf"), (entry.input_hash, "input"), (entry.output_hash, "output"),
+        )  # fmt: skip
+        for hash_, role in roles:
             if hash_:
-                pointer = key(f"HASH#{hash_}", f"{entry.task_id}#{entry.seq:06d}#{role}")
+                pointer = key(*_pointer_key(hash_, Pointer(entry.task_id, entry.seq, role)))
                 writes.append({"Put": {"TableName": self._log, "Item": pointer}})
         for attempt in range(_ATTEMPTS):
             if transact(writes):
@@ -160,13 +212,11 @@ class AuditStore:
                     task_id, seq, role = item["sk"]["S"].split("#")
                     yield Pointer(task_id, int(seq), role)
 
-    def has_pointer(self, hash_: str, task_id: str, seq: int, role: str) -> bool:
-        """Tell whether the hash leads to that entry."""
-        with asking():
-            found = clients.client("dynamodb").get_item(
-                TableName=self._log, Key=key(f"HASH#{hash_}", f"{task_id}#{seq:06d}#{role}"), ConsistentRead=True
-            )
-        return "Item" in found
+    def pointers_there(self, wanted: Sequence[tuple[str, Pointer]]) -> set[tuple[str, Pointer]]:
+        """Tell which of the hashes lead to their entries."""
+        keys = {_pointer_key(*each): each for each in wanted}
+        found = get_many(self._log, [key(*each) for each in keys])
+        return {keys[item["pk"]["S"], item["sk"]["S"]] for item in found}
 
     # DynamoDB
 
@@ -254,6 +304,17 @@ def _newest(table: str, pk: str, kind: str) -> Item | None:
             Limit=1,
         )
     return next(iter(found["Items"]), None)
+
+
+def _scan(table: str, **options: Any) -> Iterator[Item]:
+    pages = clients.client("dynamodb").get_paginator("scan")
+    with asking():
+        for page in pages.paginate(TableName=table, ConsistentRead=True, **options):
+            yield from page["Items"]
+
+
+def _pointer_key(hash_: str, pointer: Pointer) -> tuple[str, str]:
+    return f"HASH#{hash_}", f"{pointer.task_id}#{pointer.seq:06d}#{pointer.role}"
 
 
 def key(pk: str, sk: str) -> Item:

@@ -14,6 +14,7 @@ from qubic import policy_api, rpc
 from qubic.hashes import check_hash, hash_state, write_hash
 from qubic.service import policies, submissions
 from qubic.submissions import State
+from qubic.wallets import service_key
 
 app = create_app("qubic")
 EVERY_ROLE = require("requester", "approver", "auditor")
@@ -75,7 +76,7 @@ class TransactionAnswer(_Answer):
     timestamp: str
     metadata: dict[str, Any]
     block_height: int
-    encoded: str
+    encoded: str = Field(description="in base64; empty for a transfer that was not sent yet")
     state: State
     source: str
     destination: str
@@ -83,7 +84,7 @@ class TransactionAnswer(_Answer):
 
 
 class LedgerHealthy(_Answer):
-    """The network and the service's table answer, and a policy is in force."""
+    """The network and the service's table answer, a policy is in force, and the wallet that signs has a balance."""
 
     status: Literal["healthy"]
     service: str
@@ -92,7 +93,7 @@ class LedgerHealthy(_Answer):
 
 
 class LedgerUnhealthy(_Answer):
-    """The part that does not answer, named."""
+    """The part that fails, named: `network`, `policy` or `wallet`."""
 
     status: Literal["unhealthy"]
     service: str
@@ -150,18 +151,22 @@ def get_transaction(txid: Annotated[str, Path(json_schema_extra={"pattern": "^[a
 
 @app.get("/qubic/health", responses={503: {"model": LedgerUnhealthy}}, operation_id="qubic_health", openapi_extra=OPEN)
 def health(response: Response) -> LedgerHealthy | LedgerUnhealthy:
-    """Healthy when the network answers and a policy is in force."""
+    """Healthy when the network answers, a policy is in force, and the wallet that signs records has a balance."""
     it = submissions()
-    failing, detail = "network", ""
+    failing = "network"
     try:
         tick = it.chain.tick_info().tick
         failing = "policy"
         policy = policies().in_force()
+        failing = "wallet"
+        balance = it.chain.balance(service_key().identity).balance
+        detail = "" if balance else "the service's wallet has no balance: the network takes nothing of it"
+    except UnavailableError as error:
+        detail = error.message
+    if not detail:
         return LedgerHealthy(
             network=it.chain.network, status="healthy", service="qubic", tick=tick, policy_id=policy.policy_id
         )
-    except UnavailableError as error:
-        detail = error.message
     response.status_code = 503
     return LedgerUnhealthy(
         network=it.chain.network, status="unhealthy", service="qubic", failing=[failing], detail=detail

@@ -16,7 +16,9 @@ import httpx
 import pytest
 
 from local.cloud import Cloud
+from local.fsck import settled, show
 from local.tokens import PEOPLE
+from qaes.adapters import clients
 
 ROOT = Path(__file__).resolve().parents[2]
 APPROVAL_SECONDS = 20
@@ -129,24 +131,58 @@ class Api:
         return [item for page in pages.paginate(TableName=name, **condition) for item in page["Items"]]
 
 
-def fsck(cloud: Cloud) -> subprocess.CompletedProcess[str]:
-    """Check the audit log, all of it, as `make fsck` does."""
-    tables = {
+def audit_environment(cloud: Cloud) -> dict[str, str]:
+    """What `local.fsck` finds the audit by, as in `.local/aws.env`."""
+    names = {
+        "TASKS_TABLE": "TasksTable",
         "AUDIT_ENTRIES_TABLE": "AuditEntriesTable",
         "AUDIT_LOG_TABLE": "AuditLogTable",
         "LEDGER_FUNCTION": "LedgerFunction",
         "SEQUENCER_FUNCTION": "SequencerFunction",
+        "RECORDER_FUNCTION": "RecordAuditFunction",
     }
+    return cloud.environment | {name: cloud.resources[resource] for name, resource in names.items()}
+
+
+def fsck(cloud: Cloud) -> subprocess.CompletedProcess[str]:
+    """Check the audit log, all of it, as `make fsck` does."""
     return subprocess.run(
         [sys.executable, "-m", "local.fsck", "--settle", "60"],
         cwd=ROOT,
-        env=cloud.environment
-        | {name: cloud.resources[resource] for name, resource in tables.items()}
-        | {"PYTHONPATH": "functions:layers/core:."},
+        env=audit_environment(cloud) | {"PYTHONPATH": "functions:layers/core:."},
         capture_output=True,
         text=True,
         check=False,
     )
+
+
+_checked_at: dict[str, int] = {}
+"""How many items the tables had when fsck last found nothing."""
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_broken(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test fsck finds nothing in the log, if anything was added; the ledger is asked at the end."""
+    yield
+    if "local_cloud" not in request.fixturenames:
+        return
+    cloud: Cloud = request.getfixturevalue("local_cloud")
+    dynamodb = cloud.client("dynamodb")
+
+    def items() -> dict[str, int]:
+        tables = (cloud.resources[name] for name in ("TasksTable", "AuditEntriesTable", "AuditLogTable"))
+        return {table: dynamodb.describe_table(TableName=table)["Table"]["ItemCount"] for table in tables}
+
+    if items() == _checked_at:
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in audit_environment(cloud).items():
+            patch.setenv(name, value)
+        clients.reset()
+        report = settled(60, log_id="qaes", ask_ledger=False)
+    clients.reset()
+    assert report.findings == [], show(report)
+    _checked_at.update(items())
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,7 @@ FUNCTIONS = (
     "ValidatePlanFunction", "CheckComplianceFunction", "EndTaskFunction", "RequestApprovalFunction",
     "ReconcilerFunction", "ExecuteStepFunction", "RecordAuditFunction", "RecordEventsFunction", "LedgerFunction",
     "SequencerFunction", "AnchorFunction", "LedgerWriterFunction", "AwaitConfirmationFunction",
-    "TransferEndedFunction", "LedgerTransferFunction", "LedgerAnchorFunction",
+    "TransferEndedFunction", "LedgerTransferFunction", "LedgerAnchorFunction", "AuditSweeperFunction",
 )  # fmt: skip
 
 

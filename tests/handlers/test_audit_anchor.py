@@ -11,6 +11,7 @@ import boto3
 import pytest
 
 from audit.anchor import Anchorer
+from audit.fsck import fsck
 from audit.log import Anchor, CorruptLogError
 from qaes.adapters import clients
 from qaes.adapters.ledger_client import LedgerClient
@@ -19,9 +20,11 @@ from qaes.domain.errors import QaesError, RefusedError, UnavailableError
 from qaes.domain.note import parse_checkpoint, verify_note
 from qaes.domain.qubic import transaction as qubic
 from tests.handlers.test_audit_recorder import task_with
-from tests.support.cloud import Cloud, cloud
+from tests.support import template
+from tests.support.cloud import PARAMETERS, Cloud, cloud
+from tests.support.cloud import _environment as function_environment
 from tests.support.ledger import SUBSEED, Ledger
-from tests.support.trail import LOG_ID, ORIGIN, anchor, deliver, entry_items, log, new_recorder
+from tests.support.trail import LOG_ID, ORIGIN, anchor, deliver, entry_items, log, new_recorder, store
 
 
 @pytest.fixture
@@ -130,6 +133,110 @@ def test_the_first_anchor_for_an_index_is_found(aws: Cloud, ledger: Ledger) -> N
 # What goes wrong
 
 
+def stopped(aws: Cloud) -> str:
+    """Have the anchor called, which must refuse; tells why."""
+    with pytest.raises(RefusedError) as caught:
+        anchor(aws)
+    return caught.value.code
+
+
+def test_a_log_is_anchored_on_one_network_only(aws: Cloud, ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
+    grow(aws)
+    anchor(aws)
+    aws.parameters["QubicNetwork"] = "mainnet"
+    asked = aws.invocations["LedgerAnchorFunction"]
+    assert stopped(aws) == "another_network", "while it is in flight"
+    aws.parameters.clear()
+    ledger.confirm()
+    anchor(aws)
+    grow(aws)
+    aws.parameters["QubicNetwork"] = "mainnet"
+    capsys.readouterr()
+    assert stopped(aws) == "another_network", "and after that"
+    assert '"AnchorStopped":[1.0]' in capsys.readouterr().out
+    assert aws.invocations["LedgerAnchorFunction"] == asked + 1, "the other network is told nothing"
+    aws.parameters.clear()
+    assert anchor(aws)["sequence"] == 1
+
+
+def test_the_network_of_a_log_of_an_earlier_day_is_that_of_its_anchors(aws: Cloud, ledger: Ledger) -> None:
+    ledger.confirms_at_once = True
+    grow(aws)
+    anchor(aws)
+    boto3.client("dynamodb").update_item(
+        TableName="AuditLogTable",
+        Key={"pk": {"S": "LOG"}, "sk": {"S": "ANCHORING"}},
+        UpdateExpression="REMOVE network",
+    )
+    aws.parameters["QubicNetwork"] = "mainnet"
+    assert stopped(aws) == "another_network"
+    aws.parameters.clear()
+    grow(aws)
+    assert anchor(aws)["size"] == 4
+
+
+def test_a_ledger_of_another_network_is_not_believed(aws: Cloud, ledger: Ledger) -> None:
+    ledger.confirms_at_once = True
+    ledger.network = "mainnet"
+    grow(aws)
+    with pytest.raises(CorruptLogError, match="mainnet"):
+        anchor(aws)
+    assert confirmed() == []
+
+
+def test_what_the_ledger_has_given_up_for_good_is_said(aws: Cloud, ledger: Ledger) -> None:
+    grow(aws)
+    anchor(aws)
+    ledger.falsify = {"state": "failed", "error": "no_key: this service does not hold the key"}
+    assert stopped(aws) == "given_up"
+    ledger.falsify = {}
+    ledger.confirm()
+    assert anchor(aws)["state"] == "confirmed"
+
+
+def test_a_new_key_takes_over_the_anchor_that_the_former_left(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the real ledger: the former key's transaction missed its tick, and nobody can sign for it any more."""
+    from qubic import wallets
+    from qubic.chain import chain
+    from qubic.chain.mock import Faults
+
+    grow(aws)
+    with function_environment(template.environment("LedgerFunction", PARAMETERS)):
+        chain().set_faults(Faults(drop=1))
+    assert anchor(aws)["state"] == "sealed"
+    sealed = log().anchoring()
+    with function_environment(template.environment("LedgerFunction", PARAMETERS)):
+        former = wallets.service_key()
+        successor = wallets.demo_key("0x1234567890abcdef")
+    for module in ("qubic.submissions", "qubic.wallets"):
+        monkeypatch.setattr(f"{module}.service_key", lambda: successor)
+    aws.settle()
+    assert anchor(aws)["state"] == "sealed", "the same, signed by the successor"
+    aws.settle()
+    assert anchor(aws)["state"] == "confirmed"
+    [one] = confirmed()
+    assert (one.source, former.identity != successor.identity) == (successor.identity, True)
+    assert sealed is not None and sealed.payload == one.payload
+    assert fsck(store(), log(), LedgerClient("LedgerFunction"), log_id=LOG_ID).findings == []
+
+
+def test_a_log_table_that_was_set_back_is_told_from_the_ledger(aws: Cloud, ledger: Ledger) -> None:
+    ledger.confirms_at_once = True
+    grow(aws)
+    anchor(aws)
+    client = boto3.client("dynamodb")
+    kept = client.scan(TableName="AuditLogTable")["Items"]
+    grow(aws, 2)
+    anchor(aws)
+    for item in client.scan(TableName="AuditLogTable")["Items"]:
+        client.delete_item(TableName="AuditLogTable", Key={name: item[name] for name in ("pk", "sk")})
+    for item in kept:
+        client.put_item(TableName="AuditLogTable", Item=item)
+    grow(aws, 3)  # what had a place is forgotten, and somebody else gets it
+    assert stopped(aws) == "key_conflict"
+    assert [each.size for each in confirmed()] == [2]
+
+
 def test_a_ledger_that_is_down_leaves_the_same_anchor_for_the_next_call(aws: Cloud, ledger: Ledger) -> None:
     grow(aws)
 
@@ -155,9 +262,7 @@ def test_another_payload_under_this_logs_id_stops_everything(aws: Cloud, ledger:
     other = dataclasses.replace(ledger.submitted[LOG_ID, 0], payload=b"another", signature=b"")
     ledger.submitted[LOG_ID, 0] = other.sign(SUBSEED)
     ledger.confirm()
-    with pytest.raises(RefusedError) as caught:
-        anchor(aws)
-    assert caught.value.code == "key_conflict"
+    assert stopped(aws) == "key_conflict"
     assert confirmed() == []
 
 
@@ -208,7 +313,7 @@ def test_calls_at_the_same_time_seal_and_confirm_once(aws: Cloud, ledger: Ledger
     """Each of two reads before the other writes: the second finds the first one's anchor, and takes it on."""
     ledger.confirms_at_once = True
     grow(aws)
-    slow = Anchorer(log(), LedgerClient("LedgerAnchorFunction"), log_id=LOG_ID, origin=ORIGIN)
+    slow = Anchorer(log(), LedgerClient("LedgerAnchorFunction"), log_id=LOG_ID, origin=ORIGIN, network="mock")
     before = slow._log.anchoring()
     grown = log().head()
     anchor(aws)

@@ -28,7 +28,7 @@ from tests.handlers.test_audit_recorder import start_task, stream_event
 from tests.support import template
 from tests.support.cloud import PARAMETERS, Cloud, cloud
 from tests.support.cloud import _environment as function_environment
-from tests.support.trail import entry_items, log, store, stream_of
+from tests.support.trail import entry_items, log, outbox, store, stream_of
 
 EVENTS = 2
 EACH = 8
@@ -108,9 +108,9 @@ def on_network(txid: str) -> bool:
         return chain().transaction(txid) is not None
 
 
-def empty_the_log() -> None:
+def empty_the_tables() -> None:
     client = boto3.client("dynamodb")
-    for table in ("AuditEntriesTable", "AuditLogTable"):
+    for table in ("TasksTable", "AuditEntriesTable", "AuditLogTable"):
         for page in client.get_paginator("scan").paginate(TableName=table):
             for item in page["Items"]:
                 client.delete_item(TableName=table, Key={"pk": item["pk"], "sk": item["sk"]})
@@ -141,7 +141,7 @@ def run(aws: Cloud, task_id: str, saboteur: Saboteur | None) -> None:
 
 
 def check(aws: Cloud, task_id: str, log_id: str, where: str) -> None:
-    report = fsck(store(), log(), LedgerClient("LedgerFunction"), log_id=log_id)
+    report = fsck(store(), log(), LedgerClient("LedgerFunction"), log_id=log_id, outbox=outbox())
     assert [str(each) for each in report.findings] == [], where
     assert (report.entries, report.size, report.anchored) == (EVENTS, EVENTS, EVENTS), where
     assert [entry.seq for entry in store().entries(task_id)] == list(range(1, EVENTS + 1)), where
@@ -160,7 +160,7 @@ def fail_once(aws: Cloud, at: int, after: bool, error: Callable[[str], Exception
     """Have call number `at` fail, deliver everything again, and check; returns which call it was, if there is one."""
     log_id = f"log-{at}"
     aws.parameters["LogId"] = log_id
-    empty_the_log()
+    empty_the_tables()
     task_id = start_task()
     TaskStore("TasksTable").end_task(task_id, "failed", actor="execution", reason="a test")
     saboteur = Saboteur(at, after, error)
@@ -217,5 +217,5 @@ def test_a_flaw_would_be_found(aws: Cloud) -> None:
     boto3.client("dynamodb").delete_item(
         TableName="AuditLogTable", Key={"pk": {"S": task_id}, "sk": {"S": "INDEX#000001"}}
     )
-    report = fsck(store(), log(), LedgerClient("LedgerFunction"), log_id="flawed")
+    report = fsck(store(), log(), LedgerClient("LedgerFunction"), log_id="flawed", outbox=outbox())
     assert [each.invariant for each in report.findings] == ["index"]

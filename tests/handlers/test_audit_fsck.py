@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import patch
 
 import boto3
 import pytest
+from botocore.client import BaseClient
 
 from audit.fsck import INVARIANTS, Report, fsck
 from audit.log import Anchor, Batch, Leaf
@@ -15,9 +17,20 @@ from local.fsck import repair, settled, show
 from qaes.adapters import clients
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.domain.tiles import appended, tree_root
-from tests.handlers.test_audit_recorder import task_with
+from tests.handlers.test_audit_recorder import add_events, end_task, start_task, task_with
 from tests.support.cloud import Cloud, cloud
-from tests.support.trail import anchor, anchor_all, deliver, entry_items, log, new_recorder, sequence_all, store
+from tests.support.trail import (
+    anchor,
+    anchor_all,
+    deliver,
+    entry_items,
+    log,
+    new_recorder,
+    outbox,
+    put_entries,
+    sequence_all,
+    store,
+)
 
 
 @pytest.fixture
@@ -40,7 +53,7 @@ def sound(aws: Cloud) -> str:
 
 
 def check() -> Report:
-    return fsck(store(), log(), LedgerClient("LedgerFunction"), log_id="qaes")
+    return fsck(store(), log(), LedgerClient("LedgerFunction"), log_id="qaes", outbox=outbox())
 
 
 def found() -> set[str]:
@@ -76,8 +89,15 @@ def test_an_empty_log_is_sound(aws: Cloud) -> None:
     assert check().findings == []
 
 
-ENTRIES, LOG, NEWEST = "AuditEntriesTable", "AuditLogTable", "SIZE#000000000005"
-BROKEN: dict[str, tuple[set[str], Callable[[str], None]]] = {
+def renamed(batch: Batch) -> str:
+    return "\n".join(f"task_x {each.seq} {each.leaf}" for each in batch.leaves)
+
+
+TASKS, ENTRIES, LOG, NEWEST = "TasksTable", "AuditEntriesTable", "AuditLogTable", "SIZE#000000000005"
+BROKEN: dict[str, tuple[set[str], Callable[[str], Any]]] = {
+    "event not recorded": ({"unrecorded"}, lambda task: add_events(task, 4, 4)),
+    "event altered": ({"event"}, lambda task: change(TASKS, task, "EVENT#000002", actor={"S": "mallory"})),
+    "event gone": ({"event"}, lambda task: remove(TASKS, task, "EVENT#000002")),
     "entry altered": ({"chain"}, lambda task: change(ENTRIES, task, "ENTRY#000002", text={"S": "{}"})),
     "entry with another hash": (
         {"chain", "index", "pointer"},
@@ -89,11 +109,26 @@ BROKEN: dict[str, tuple[set[str], Callable[[str], None]]] = {
         {"pointer"},
         lambda task: remove(LOG, f"HASH#{next(store().entries(task)).leaf}", f"{task}#000001#leaf"),
     ),
+    "index of no entry": (
+        {"index"},
+        lambda task: boto3.client("dynamodb").put_item(
+            TableName=LOG,
+            Item={"pk": {"S": task}, "sk": {"S": "INDEX#000009"}, "index": {"N": "9"}, "leaf": {"S": "f" * 64}},
+        ),
+    ),
+    "two entries change places": (
+        {"index"},
+        lambda task: [change(LOG, task, f"INDEX#{seq:06d}", index={"N": str(2 - seq)}) for seq in (1, 2)],
+    ),
     "index gone": ({"index"}, lambda task: remove(LOG, task, "INDEX#000001")),
     "another index": ({"index"}, lambda task: change(LOG, task, "INDEX#000001", index={"N": "2"})),
     "batch gone": (
         {"head", "tile", "anchor", "unsequenced", "index"},
         lambda _: remove(LOG, "LOG", "BATCH#000000000003"),
+    ),
+    "batch with other names": (
+        {"index", "unsequenced"},
+        lambda _: change(LOG, "LOG", "BATCH#000000000000", leaves={"S": renamed(next(iter(log().batches())))}),
     ),
     "another root of a batch": ({"batch"}, lambda _: change(LOG, "LOG", "BATCH#000000000000", root={"B": b"x" * 32})),
     "another root of the head": ({"head"}, lambda _: change(LOG, "LOG", "HEAD", root={"B": b"x" * 32})),
@@ -103,12 +138,15 @@ BROKEN: dict[str, tuple[set[str], Callable[[str], None]]] = {
         {"tile"},
         lambda _: change(LOG, "TILE#00#000000000000", "TILE", hashes={"B": log().tile(0, 0, 2)}),
     ),
+    "tile above the top": ({"tile"}, lambda _: log().widen_tile(1, 0, b"x" * 32)),
+    "tile gone": ({"tile"}, lambda _: remove(LOG, "TILE#00#000000000000", "TILE")),
     "tile too many": ({"tile"}, lambda _: log().widen_tile(0, 1, b"x" * 32)),
     "another root of an anchor": (
         {"anchor", "note"},
         lambda _: change(LOG, "ANCHOR", "SIZE#000000000003", root={"B": b"x" * 32}),
     ),
     "anchor gone": ({"anchor"}, lambda _: remove(LOG, "ANCHOR", "SIZE#000000000003")),
+    "anchor on another network": ({"anchor"}, lambda _: change(LOG, "ANCHOR", NEWEST, network={"S": "mainnet"})),
     "newest anchor gone": ({"in flight"}, lambda _: remove(LOG, "ANCHOR", NEWEST)),
     "payload of another": (
         {"anchor", "transaction", "in flight"},
@@ -143,22 +181,92 @@ def test_an_entry_that_is_there_twice_is_named(sound: str, aws: Cloud) -> None:
     assert "twice" in found()
 
 
-def test_what_is_not_in_the_log_is_handed_to_the_sequencer(
-    aws: Cloud, sound: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, value in {
-        "AUDIT_ENTRIES_TABLE": ENTRIES, "AUDIT_LOG_TABLE": LOG, "LEDGER_FUNCTION": "LedgerFunction",
-        "SEQUENCER_FUNCTION": "SequencerFunction",
-    }.items():  # fmt: skip
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {"TASKS_TABLE": TASKS, "AUDIT_ENTRIES_TABLE": ENTRIES, "AUDIT_LOG_TABLE": LOG}
+    names |= {"RECORDER_FUNCTION": "RecordAuditFunction", "SEQUENCER_FUNCTION": "SequencerFunction"}
+    for name, value in (names | {"LEDGER_FUNCTION": "LedgerFunction"}).items():
         monkeypatch.setenv(name, value)
-    task_id = task_with(2)
-    new_recorder().drain(task_id)
+
+
+def test_what_is_missing_is_handed_to_recorder_and_sequencer(
+    aws: Cloud, sound: str, environment: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unsequenced, unrecorded = start_task(), start_task()
+    new_recorder().drain(unsequenced)
+    end_task(unrecorded)
     report = settled(0, log_id="qaes")
-    assert ({each.invariant for each in report.findings}, report.unsequenced) == ({"unsequenced"}, [task_id])
-    assert "unsequenced" in show(report)
-    repair(report)
-    assert "broken" in capsys.readouterr().out
-    assert settled(0, log_id="qaes").findings == []
+    assert ({each.invariant for each in report.findings}, report.unsequenced, report.unrecorded) == (
+        {"unsequenced", "unrecorded"},
+        [unsequenced],
+        [unrecorded],
+    )
+    assert "unsequenced" in show(report) and "unrecorded" in show(report)
+    after = repair(report, 0, log_id="qaes")
+    assert after.findings == []
+    assert capsys.readouterr().out.count("broken") == 2
+    assert [entry.seq for entry in store().entries(unrecorded)] == [1, 2]
+
+
+def test_the_end_of_a_task_that_nobody_recorded_is_found(aws: Cloud) -> None:
+    task_id = start_task()
+    new_recorder().drain(task_id)
+    end_task(task_id)
+    sequence_all(aws)
+    report = check()
+    assert [(each.invariant, each.where) for each in report.findings] == [("unrecorded", f"{task_id} 2")]
+
+
+def test_a_last_event_that_is_gone_is_missed(aws: Cloud) -> None:
+    task_id = start_task()
+    end_task(task_id)
+    remove(TASKS, task_id, "EVENT#000002")
+    assert found() == {"event", "unrecorded"}
+
+
+def test_a_task_that_was_erased_is_no_finding(aws: Cloud, sound: str) -> None:
+    client = boto3.client("dynamodb")
+    for item in client.scan(TableName=TASKS)["Items"]:
+        if item["pk"]["S"] == sound:
+            client.delete_item(TableName=TASKS, Key={"pk": item["pk"], "sk": item["sk"]})
+    report = check()
+    assert (report.findings, report.erased) == ([], 1)
+    assert "1 tasks are erased" in show(report)
+
+
+def test_what_is_found_beyond_the_most_is_counted(aws: Cloud, sound: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("audit.fsck.MOST_FINDINGS", 1)
+    for seq in (1, 2):
+        remove(LOG, sound, f"INDEX#{seq:06d}")
+    report = check()
+    assert (len(report.findings), report.not_shown) == (1, 1)
+    assert "2 findings" in show(report)
+
+
+def test_tiles_of_every_level_are_compared(aws: Cloud) -> None:
+    put_entries(600)
+    sequence_all(aws)
+    looked_at = fsck(store(), log(), None, log_id="qaes")
+    assert {each.invariant for each in looked_at.findings} == {"pointer"}  # put_entries writes none
+    assert (looked_at.size, looked_at.tiles) == (600, 4)
+    change(LOG, "TILE#01#000000000000", "TILE", hashes={"B": b"x" * 64})
+    assert "tile" in {each.invariant for each in fsck(store(), log(), None, log_id="qaes").findings}
+
+
+def test_it_reads_by_the_page_and_not_by_the_entry(aws: Cloud) -> None:
+    """A few requests for a task, however many entries it has, and a few for 256 places."""
+    for _ in range(2):
+        new_recorder().drain(task_with(40))
+    sequence_all(aws)
+    call, reads = BaseClient._make_api_call, []
+
+    def counting(client: Any, operation: str, arguments: Any) -> Any:
+        reads.append(operation)
+        return call(client, operation, arguments)
+
+    with patch.object(BaseClient, "_make_api_call", counting):
+        assert check().findings == []
+    assert len(reads) < 25, reads
 
 
 def test_an_anchor_in_flight_is_no_finding(aws: Cloud, sound: str) -> None:

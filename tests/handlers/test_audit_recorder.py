@@ -19,6 +19,7 @@ from botocore.client import BaseClient
 from audit.recorder import Recorder
 from audit.store import AuditStore, Outbox, StoredEntry
 from qaes.adapters import clients
+from qaes.adapters.task_items import TaskItems, task_item
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.audit import BrokenChainError, verify_chain
 from qaes.domain.errors import UnavailableError
@@ -76,11 +77,10 @@ def add_events(task_id: str, first: int, last: int) -> None:
             step_type="check_balance",
             timestamp=timestamp(now()),
         )
-        item: dict[str, Any] = {"pk": {"S": task_id}, "sk": {"S": f"EVENT#{number:06d}"}} | {
-            name: {"N": str(value)} if isinstance(value, int) else {"S": value}
-            for name, value in event.model_dump(mode="json").items()
-        }
-        boto3.client("dynamodb").put_item(TableName="TasksTable", Item=item)
+        boto3.client("dynamodb").put_item(**TaskItems("TasksTable").event(task_id, number, event)["Put"])
+    task = TaskStore("TasksTable").get_task(task_id)
+    counted = task_item(task.model_copy(update={"events": max(last, task.events)}))
+    boto3.client("dynamodb").put_item(TableName="TasksTable", Item=counted)
 
 
 def task_with(events: int) -> str:

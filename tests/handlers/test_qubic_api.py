@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -115,6 +116,14 @@ def test_health_needs_the_network_and_a_policy(aws: Cloud, request_: Request) ->
     status, body = request_("GET", "/qubic/health")
     assert (status, body["status"], body["failing"]) == (503, "unhealthy", ["network"])
     assert body["detail"]
+
+
+def test_without_a_balance_the_service_is_not_healthy(request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert request_("GET", "/qubic/health")[0] == 200
+    balance = MockChain.balance
+    monkeypatch.setattr(MockChain, "balance", lambda self, identity: replace(balance(self, identity), balance=0))
+    status, body = request_("GET", "/qubic/health")
+    assert (status, body["failing"]) == (503, ["wallet"])
 
 
 def test_without_a_policy_in_force_the_service_is_not_healthy() -> None:

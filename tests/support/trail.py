@@ -23,7 +23,7 @@ ORIGIN = "Api.execute-api.us-east-1.amazonaws.com/v1/log"
 
 
 def new_recorder() -> Recorder:
-    return Recorder(Outbox("TasksTable"), store(), log_id=LOG_ID)
+    return Recorder(outbox(), store(), log_id=LOG_ID)
 
 
 def new_sequencer() -> Sequencer:
@@ -32,6 +32,10 @@ def new_sequencer() -> Sequencer:
 
 def store() -> AuditStore:
     return AuditStore("AuditEntriesTable", "AuditLogTable")
+
+
+def outbox() -> Outbox:
+    return Outbox("TasksTable")
 
 
 def log() -> Log:

@@ -97,12 +97,19 @@ QUBIC = LEDGER | {"LedgerWriterFunction", "QubicApiFunction"}
 OWNERS = {
     "LedgerTable": QUBIC,
     "ChainTable": QUBIC,
-    "AuditEntriesTable": {"RecordAuditFunction", "RecordEventsFunction", "SequencerFunction", "AuditApiFunction"},
+    "AuditEntriesTable": {
+        "RecordAuditFunction",
+        "RecordEventsFunction",
+        "SequencerFunction",
+        "AuditSweeperFunction",
+        "AuditApiFunction",
+    },
     "AuditLogTable": {
         "RecordAuditFunction",
         "RecordEventsFunction",
         "SequencerFunction",
         "AnchorFunction",
+        "AuditSweeperFunction",
         "AuditApiFunction",
         "PublicLogFunction",
     },
@@ -292,10 +299,64 @@ def test_only_the_recorder_puts_audit_entries(template: Any) -> None:
     assert writers == {"RecordAuditFunction", "RecordEventsFunction"}
 
 
+def table_policy(template: Any, table: str) -> list[dict[str, Any]]:
+    """What a table's own policy denies to everyone, the account's administrators too; the local AWS has none of it."""
+    policy = template.resources[table]["Properties"]["ResourcePolicy"]["PolicyDocument"]["Statement"]
+    assert all((each["Effect"], each["Principal"], each["Resource"]) == ("Deny", "*", "*") for each in policy)
+    return list(policy)
+
+
+AUDITS_ROLES = {
+    "RecordAuditFunction": "recorder",
+    "RecordEventsFunction": "recorder",
+    "SequencerFunction": "sequencer",
+    "AnchorFunction": "anchor",
+    "AuditSweeperFunction": "sweeper",
+}
+
+
+def arn_of_roles(name: str) -> dict[str, str]:
+    return {"Fn::Sub": f"arn:${{AWS::Partition}}:iam::${{AWS::AccountId}}:role/${{AWS::StackName}}/{name}/*"}
+
+
+def test_the_roles_that_write_the_audits_tables_are_known_by_their_paths(template: Any) -> None:
+    """A table's policy cannot name a role that names the table: the path is what both know."""
+    paths = {name: each["RolePath"]["Fn::Sub"] for name, each in template.functions.items() if "RolePath" in each}
+    assert paths == {function: f"/${{AWS::StackName}}/{name}/" for function, name in AUDITS_ROLES.items()}
+    for name in template.functions:
+        puts = {str(resource) for action, resource in allowed(template, name) if action == "dynamodb:PutItem"}
+        writes_the_audit = any("AuditEntriesTable" in each or "AuditLogTable" in each for each in puts)
+        assert writes_the_audit == (name in AUDITS_ROLES), name
+
+
+def test_nobody_but_the_recorder_puts_an_entry_whatever_their_own_policy_says(template: Any) -> None:
+    _, put = table_policy(template, "AuditEntriesTable")
+    assert set(put["Action"]) == {"dynamodb:PutItem", "dynamodb:PartiQLInsert"}
+    assert put["Condition"] == {"ArnNotLike": {"aws:PrincipalArn": arn_of_roles("recorder")}}
+
+
+def test_the_log_is_written_by_the_audits_roles_each_in_its_own_partitions(template: Any) -> None:
+    delete, put, update, *partitions = table_policy(template, "AuditLogTable")
+    assert set(delete["Action"]) == CHANGES - {"dynamodb:UpdateItem"} | {"dynamodb:PartiQLInsert"}
+    assert "Condition" not in delete
+    roles = [arn_of_roles(name) for name in ("recorder", "sequencer", "anchor", "sweeper")]
+    assert (put["Action"], put["Condition"]) == (["dynamodb:PutItem"], {"ArnNotLike": {"aws:PrincipalArn": roles}})
+    only_sequencer = {"ArnNotLike": {"aws:PrincipalArn": arn_of_roles("sequencer")}}
+    assert (update["Action"], update["Condition"]) == (["dynamodb:UpdateItem"], only_sequencer)
+    keys = {"recorder": ["HASH#*"], "sequencer": ["LOG", "TILE#*", "task_*"], "anchor": ["LOG", "ANCHOR"]}
+    for each, (name, leading) in zip(partitions, (keys | {"sweeper": ["SWEEP"]}).items(), strict=True):
+        assert set(each["Action"]) == {"dynamodb:PutItem", "dynamodb:UpdateItem"}
+        assert each["Condition"] == {
+            "ArnLike": {"aws:PrincipalArn": arn_of_roles(name)},
+            "ForAnyValue:StringNotLike": {"dynamodb:LeadingKeys": leading},
+        }
+
+
 def test_nobody_changes_audit_entries(template: Any) -> None:
     entries = {"Fn::GetAtt": ["AuditEntriesTable", "Arn"]}
-    [everyone] = template.resources["AuditEntriesTable"]["Properties"]["ResourcePolicy"]["PolicyDocument"]["Statement"]
+    everyone, _ = table_policy(template, "AuditEntriesTable")
     assert (everyone["Effect"], everyone["Principal"], set(everyone["Action"])) == ("Deny", "*", CHANGES)
+    assert "Condition" not in everyone
     for name in OWNERS["AuditEntriesTable"]:
         denied = [each for each in template.statements(name) if each["Effect"] == "Deny"]
         assert [(set(each["Action"]), each["Resource"]) for each in denied] == [(CHANGES, [entries])], name

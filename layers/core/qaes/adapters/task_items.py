@@ -64,7 +64,8 @@ class TaskItems:
             for name, value in event.model_dump(mode="json").items()
         }
         key = {"pk": {"S": task_id}, "sk": {"S": f"EVENT#{number:06d}"}}
-        return self.put(key | attributes, unless_exists=True)
+        # By its day the audit's sweeper finds it, if the stream has not brought it.
+        return self.put(key | attributes | {"day": {"S": event.timestamp[:10]}}, unless_exists=True)
 
     def put_approval(self, task_id: str, approval: Approval, status_before: str | None) -> Item:
         item = {

@@ -1,0 +1,149 @@
+"""The audit's sweeper: nothing is left in the outbox, or out of the log, because a stream gave up on it.
+
+Every minute it looks at what has happened since it last looked: the events of an index that has nothing else, each once
+or twice, and never at all tasks. What has a place in the log is done with. What has an entry only is handed to the
+sequencer, what has none to the recorder; both find what is there already, so the stream may come later and do no harm.
+A task stays on the sweeper's list until all that it was listed for is in the log; how many do is told as a metric.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from itertools import islice
+from typing import Any
+
+from aws_lambda_powertools.metrics import MetricUnit, single_metric
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from audit.log import Log, Swept
+from audit.store import AuditStore, EntryKey, Outbox
+from qaes.adapters import clients, settings
+from qaes.adapters.logs import logger
+from qaes.adapters.metrics import namespace
+from qaes.domain.ids import now, parse_timestamp, timestamp
+
+GRACE = timedelta(seconds=60)
+"""What is younger is left to the streams."""
+OVERLAP = timedelta(minutes=2)
+"""So far back it looks again: an index is a moment behind, and clocks are not all the same."""
+FIRST_LOOK = timedelta(days=7)
+"""Where it begins when it has never looked."""
+CHUNK = 500
+"""Events that are looked at together."""
+MOST_EVENTS = 5_000
+"""New ones in one run; the next one goes on from there."""
+MOST_BEHIND = 1_000
+"""Tasks on its list, beyond which it looks no further: first these have to be helped."""
+MOST_HANDED = 100
+"""Tasks that are handed to each, recorder and sequencer, in one run."""
+
+HandOver = Callable[[list[str]], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run found: the tasks that were handed to the recorder and to the sequencer, and how many are behind."""
+
+    to_record: list[str]
+    to_sequence: list[str]
+    behind: int
+
+
+class Sweeper:
+    """Finds what the streams have not brought, and hands it over."""
+
+    def __init__(self, outbox: Outbox, store: AuditStore, log: Log, *, record: HandOver, sequence: HandOver) -> None:
+        self._outbox = outbox
+        self._store = store
+        self._log = log
+        self._record = record
+        self._sequence = sequence
+
+    def sweep(self, moment: datetime) -> Outcome:
+        """Look at what was written until shortly before `moment`, and at what was behind before.
+
+        Raises
+        ------
+        UnavailableError
+            A table did not answer; to be called again.
+        """
+        before = self._log.swept() or Swept(timestamp(moment - FIRST_LOOK), {})
+        through, behind = before.through, self._behind(before.behind)
+        for last, found in self._written(through, timestamp(moment - GRACE)):
+            through = max(through, last)
+            for task_id, number in self._behind(found).items():
+                behind[task_id] = max(number, behind.get(task_id, 0))
+            if len(behind) >= MOST_BEHIND:
+                break
+        recorded = self._store.texts(list(behind.items()))
+        to_record = [task_id for task_id, number in behind.items() if (task_id, number) not in recorded][:MOST_HANDED]
+        to_sequence = [task_id for task_id, number in behind.items() if (task_id, number) in recorded][:MOST_HANDED]
+        if to_record:
+            self._record(to_record)
+        if to_sequence:
+            self._sequence(to_sequence)
+        # Who had their turn goes to the end: what cannot be helped must not keep others from being.
+        handed = {*to_record, *to_sequence}
+        ordered = sorted(behind.items(), key=lambda each: each[0] in handed)
+        # A list belongs to its `through`: whichever of two runs at the same time stores its own, nothing is missed.
+        self._log.record_swept(Swept(through, dict(ordered)))
+        return Outcome(to_record, to_sequence, len(behind))
+
+    def _written(self, through: str, last: str) -> Iterator[tuple[str, dict[str, int]]]:
+        """Chunks of events, as (up to when, the last number of each task); after all of them, up to `last`."""
+        events = self._outbox.written(timestamp(parse_timestamp(through) - OVERLAP), last)
+        new = 0
+        while chunk := list(islice(events, CHUNK)):
+            found: dict[str, int] = {}
+            for written_at, task_id, number in chunk:
+                found[task_id] = max(number, found.get(task_id, 0))
+                new += written_at > through
+            yield chunk[-1][0], found
+            if new >= MOST_EVENTS:
+                return
+        yield last, {}
+
+    def _behind(self, found: dict[str, int]) -> dict[str, int]:
+        """Those of the events, as {task: number}, that have no place in the log."""
+        keys: list[EntryKey] = list(found.items())
+        there = self._log.indexes(keys)
+        return {task_id: number for task_id, number in keys if (task_id, number) not in there}
+
+
+def _record(tasks: list[str]) -> None:
+    for task_id in tasks:
+        _invoke("RECORDER_FUNCTION", {"task_id": task_id})
+
+
+def _sequence(tasks: list[str]) -> None:
+    _invoke("SEQUENCER_FUNCTION", {"task_ids": tasks})
+
+
+def _invoke(function: str, event: dict[str, Any]) -> None:
+    """Hand over, and not wait: what became of it is seen at the next run."""
+    clients.lambda_client().invoke(
+        FunctionName=settings.text(function), InvocationType="Event", Payload=json.dumps(event)
+    )
+
+
+def _count(outcome: Outcome) -> None:
+    with single_metric(
+        name="TasksBehindInAudit", unit=MetricUnit.Count, value=outcome.behind, namespace=namespace()
+    ) as metric:
+        metric.add_dimension("service", "audit")
+
+
+@logger().inject_lambda_context
+def sweep(_event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
+    """Take anything, give `{"recorded": [task ids], "sequenced": [task ids], "behind": n}`: what was handed over."""
+    found = Sweeper(Outbox(), AuditStore(), Log(), record=_record, sequence=_sequence).sweep(now())
+    _count(found)
+    if found.behind:
+        logger().warning(
+            "not in the log yet",
+            extra={"to_record": found.to_record, "to_sequence": found.to_sequence, "behind": found.behind},
+        )
+    return {"recorded": found.to_record, "sequenced": found.to_sequence, "behind": found.behind}

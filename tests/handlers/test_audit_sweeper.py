@@ -1,0 +1,208 @@
+"""The sweeper on moto: what no stream has brought gets into the log, once, however late; and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
+from typing import Any
+from unittest.mock import patch
+
+import boto3
+import pytest
+from botocore.client import BaseClient
+
+from audit import sweeper
+from audit.sweeper import Outcome, Sweeper
+from qaes.adapters import clients
+from qaes.domain.ids import now, parse_timestamp, timestamp
+from tests.handlers.test_audit_fsck import check
+from tests.handlers.test_audit_recorder import add_events, check_complete, end_task, start_task, stream_event, task_with
+from tests.support.cloud import Cloud, cloud
+from tests.support.trail import deliver, entry_items, log, new_recorder, outbox, sequence_all, store
+
+MINUTE = timedelta(minutes=1)
+
+
+@pytest.fixture
+def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
+    with cloud(state_machine=False, policy=False) as it:
+        clients.client("dynamodb")
+        clients.lambda_client()
+        monkeypatch.setenv("RECORDER_FUNCTION", "RecordAuditFunction")
+        monkeypatch.setenv("SEQUENCER_FUNCTION", "SequencerFunction")
+        yield it
+
+
+def sweep(after: timedelta = 2 * MINUTE) -> Outcome:
+    """A run so long from now."""
+    one = Sweeper(outbox(), store(), log(), record=sweeper._record, sequence=sweeper._sequence)
+    return one.sweep(now() + after)
+
+
+def check_in_log(*tasks: str) -> None:
+    """All that happened to them is on record and in the log, once."""
+    report = check()
+    assert [str(each) for each in report.findings] == []
+    assert (report.tasks, report.size) == (len(tasks), report.entries)
+
+
+def test_what_no_stream_has_brought_is_recorded_and_sequenced(aws: Cloud) -> None:
+    task_id = start_task()
+    new_recorder().drain(task_id)
+    sequence_all(aws)
+    end_task(task_id)  # nobody tells the recorder
+    assert sweep() == Outcome([task_id], [], 1)
+    assert sweep(3 * MINUTE) == Outcome([], [task_id], 1)
+    assert sweep(4 * MINUTE) == Outcome([], [], 0)
+    check_complete(task_id, 2)
+    check_in_log(task_id)
+
+
+def test_a_task_that_nobody_ever_recorded_is_found(aws: Cloud) -> None:
+    tasks = [task_with(3), start_task()]
+    for minutes in (2, 3):
+        sweep(minutes * MINUTE)
+    check_in_log(*tasks)
+
+
+def test_a_day_late_is_not_too_late(aws: Cloud) -> None:
+    assert sweep() == Outcome([], [], 0)
+    task_id = task_with(2)
+    assert sweep(timedelta(days=1)).to_record == [task_id]
+    assert sweep(timedelta(days=2)).to_sequence == [task_id]
+    check_in_log(task_id)
+
+
+def test_an_event_that_the_index_shows_late_is_found(aws: Cloud) -> None:
+    """Its timestamp is from before the last look."""
+    assert sweep() == Outcome([], [], 0)
+    task_id = start_task()
+    swept = log().swept()
+    assert swept is not None and swept.through > timestamp(now())
+    assert sweep(3 * MINUTE).to_record == [task_id]
+
+
+def test_what_is_young_is_left_to_the_streams(aws: Cloud) -> None:
+    start_task()
+    assert sweep(timedelta(0)) == Outcome([], [], 0)
+    assert store().last_entry(start_task()) is None
+
+
+def test_what_is_in_the_log_costs_one_look_and_nobody_is_called(aws: Cloud) -> None:
+    for _ in range(12):
+        new_recorder().drain(task_with(2))
+    sequence_all(aws)
+    call, calls = BaseClient._make_api_call, []
+
+    def counting(client: Any, operation: str, arguments: Any) -> Any:
+        calls.append(operation)
+        return call(client, operation, arguments)
+
+    aws.invocations.clear()
+    with patch.object(BaseClient, "_make_api_call", counting):
+        assert sweep() == Outcome([], [], 0)
+        first = list(calls)
+        assert sweep(10 * MINUTE) == Outcome([], [], 0)
+        calls.clear()
+        assert sweep(11 * MINUTE) == Outcome([], [], 0)
+    assert not aws.invocations
+    days = sweeper.FIRST_LOOK.days + 1
+    assert (first.count("BatchGetItem"), first.count("Query") <= days + 1) == (1, True), first
+    assert set(calls) == {"GetItem", "PutItem", "Query"}, "later it looks at what came since"
+
+
+def test_the_stream_may_come_at_the_same_time_and_later(aws: Cloud) -> None:
+    task_id = task_with(4)
+    with ThreadPoolExecutor(3) as pool:
+        runs = [
+            pool.submit(sweep),
+            pool.submit(aws.invoke, "RecordEventsFunction", stream_event(task_id, events=4)[0]),
+            pool.submit(sweep),
+        ]
+        for each in runs:
+            each.result()
+    check_complete(task_id, 4)
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(sweep, 3 * MINUTE), pool.submit(deliver, aws, entry_items(task_id))]
+        for each in runs:
+            each.result()
+    assert aws.invoke("RecordEventsFunction", stream_event(task_id, events=4)[0]) == {"batchItemFailures": []}
+    assert deliver(aws, entry_items(task_id)) == []
+    check_in_log(task_id)
+
+
+def test_what_cannot_be_recorded_stays_on_the_list_and_keeps_nobody_waiting(
+    aws: Cloud, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweeper, "MOST_HANDED", 1)
+    bad = start_task()
+    boto3.client("dynamodb").delete_item(TableName="TasksTable", Key={"pk": {"S": bad}, "sk": {"S": "EVENT#000001"}})
+    add_events(bad, 2, 2)
+    good = task_with(2)
+    for minutes in range(2, 6):
+        found = sweep(minutes * MINUTE)
+    assert (found.behind, found.to_record) == (1, [bad])
+    swept = log().swept()
+    assert swept is not None and swept.behind == {bad: 2}
+    check_complete(good, 2)
+    assert {each.key[0] for batch in log().batches() for each in batch.leaves} == {good}
+
+
+def test_a_recorder_that_does_not_answer_leaves_everything_for_the_next_run(aws: Cloud) -> None:
+    task_id = start_task()
+
+    def down(_: Any) -> None:
+        raise RuntimeError("down")
+
+    aws.faults["RecordAuditFunction"] = down
+    assert sweep().behind == 1
+    with patch.object(sweeper, "_invoke", side_effect=RuntimeError("throttled")), pytest.raises(RuntimeError):
+        sweep(3 * MINUTE)
+    aws.faults.clear()
+    for minutes in (4, 5):
+        sweep(minutes * MINUTE)
+    check_in_log(task_id)
+
+
+def test_many_events_are_looked_at_in_several_runs(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeper, "CHUNK", 2)
+    monkeypatch.setattr(sweeper, "MOST_EVENTS", 4)
+    begin = now()
+    tasks = [start_task() for _ in range(7)]
+    sweep()
+    swept = log().swept()
+    assert swept is not None and parse_timestamp(swept.through) < begin + MINUTE, "it is not through with all of them"
+    # The index has them by the millisecond: the overlap brings back what had the same one as the last that was seen.
+    for minutes in range(3, 8):
+        sweep(minutes * MINUTE)
+    check_in_log(*tasks)
+
+
+def test_a_long_list_is_worked_off_before_it_gets_longer(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeper, "CHUNK", 1)
+    monkeypatch.setattr(sweeper, "MOST_BEHIND", 2)
+    tasks = [start_task() for _ in range(5)]
+    assert sweep().behind == 2
+    for minutes in range(3, 12):
+        sweep(minutes * MINUTE)
+    check_in_log(*tasks)
+
+
+def test_of_two_runs_at_once_either_may_store_what_it_saw(aws: Cloud) -> None:
+    """The one that began earlier stores last: what the other has seen is looked at again."""
+    begin: datetime = now()
+    early = Sweeper(outbox(), store(), log(), record=lambda _: None, sequence=lambda _: None)
+    task_id = start_task()
+    assert sweep(timedelta(days=1)).behind == 1
+    assert early.sweep(begin).behind == 1  # it finds the other's list
+    from audit.log import Swept
+
+    log().record_swept(Swept(timestamp(begin - MINUTE), {}))
+    assert sweep().to_sequence == [task_id]
+    check_in_log(task_id)
+
+
+def test_the_function_says_how_many_are_behind(aws: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
+    assert aws.invoke("AuditSweeperFunction", {}) == {"recorded": [], "sequenced": [], "behind": 0}
+    assert '"TasksBehindInAudit":[0.0]' in capsys.readouterr().out
