@@ -70,6 +70,7 @@ FUNCTIONS = (
     "ReconcilerFunction", "ExecuteStepFunction", "RecordAuditFunction", "RecordEventsFunction", "LedgerFunction",
     "SequencerFunction", "AnchorFunction", "LedgerWriterFunction", "AwaitConfirmationFunction",
     "TransferEndedFunction", "LedgerTransferFunction", "LedgerAnchorFunction", "AuditSweeperFunction",
+    "PublicLogFunction",
 )  # fmt: skip
 
 
