@@ -16,6 +16,7 @@ in the reservation's `signing`, and only a refusal of its own takes it out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
@@ -198,6 +199,14 @@ class Limits:
                 elif left != before.signing:
                     self._items.write(self._put(replace(before, signing=left, version=before.version + 1), before))
             except ChangedError:
+                if self._sum(before.source, before.day)[0] >= before.amount:
+                    continue
+                # The sum was set back: there is nothing to give back, however often it is tried.
+                logger().error("spent is less than what is held", extra={"reference": reference, "day": before.day})
+                released = replace(before, state="released", signing=frozenset(), version=before.version + 1)
+                with suppress(ChangedError):
+                    self._items.write(self._put(released, before))
+                    return
                 continue
             return
         raise UnavailableError("others are spending from the same wallet at the moment")
@@ -235,7 +244,8 @@ class Limits:
                     continue  # somebody asks for it just now
                 found = True
         if done:
-            self._items.write(self._strike(wallet, day, done))
+            with suppress(ChangedError):  # others spend at the moment: the next one strikes them
+                self._items.write(self._strike(wallet, day, done))
         return found
 
     def get(self, reference: str) -> Reservation | None:

@@ -228,8 +228,8 @@ class Policies:
         if submission is not None and submission.is_open:
             return
         try:
-            if submission is None:
-                self._submit(record, _text(item))
+            if submission is None or (submission.state == "failed" and submission.error.startswith("no_key")):
+                self._submit(record, _text(item))  # by the key that the service has now
                 return
             if submission.state != "confirmed":
                 raise _AlteredError(f"its transaction is {submission.state}: {submission.error}")  # noqa: TRY301

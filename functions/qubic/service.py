@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from qaes.adapters import settings
+from qaes.adapters.logs import logger
 from qubic import limits, writer
 from qubic.chain import chain
 from qubic.policies import Policies
@@ -10,7 +12,15 @@ from qubic.submissions import Submission, Submissions
 
 def submissions() -> Submissions:
     """Make the submissions to the chain of QUBIC_NETWORK, each followed by the writer."""
-    return Submissions(chain(), on_signed=writer.enqueue, on_closed=_closed)
+    network = chain()
+    return Submissions(
+        network, on_signed=writer.enqueue, on_closed=_closed, sends_transfers=sends_transfers(network.network)
+    )
+
+
+def sends_transfers(network: str) -> bool:
+    """Tell whether money may be moved on a network: on the mock always, elsewhere where ALLOW_TRANSFERS says so."""
+    return network == "mock" or settings.optional("ALLOW_TRANSFERS") == "true"
 
 
 def policies() -> Policies:
@@ -21,6 +31,9 @@ def policies() -> Policies:
 def _closed(submission: Submission) -> None:
     """What has to follow the end of a submission; called at least once."""
     if submission.kind == "policy" and submission.state == "confirmed":
-        policies().settle()
+        try:
+            policies().settle()
+        except Exception:  # noqa: BLE001 what is wrong with a policy is told, and must not keep the queue waiting
+            logger().exception("policy not settled")  # the schedule tries it each minute
     if submission.kind == "transfer" and submission.state != "confirmed" and "moved_unknown" not in submission.error:
         limits.release(submission.metadata["reference"], attempt=submission.attempt)

@@ -57,14 +57,16 @@ LEAD_TICKS = 15
 """How far ahead the named tick is (Qubic's documents: 15 to 20), and how far the ticks of one source are apart."""
 MIN_LEAD_TICKS = 3
 """What has fewer ticks left when its turn comes is not sent any more: it would hardly get there."""
-MAX_TICKS_AHEAD = 100_000
+MAX_TICKS_AHEAD = 2_000
 """A present tick so far beyond what look-ups know is not believed: a source's ticks only go up."""
 EXPIRY_MARGIN_TICKS = 5
 """Absent counts only so many ticks after the named one: nodes behind one address may not all be at the same tick."""
 MAX_OPEN = 100
 """Most open submissions of one source; beyond, the ledger is busy."""
 MAX_OPEN_HASHES = 50
-"""Beyond so many, no further hashes: policy and anchors have to find a place."""
+"""Beyond so many, no further hashes, nor transfers of the service's own wallet: policy and anchors find a place."""
+KEPT_BALANCE = 1
+"""What the service's own wallet keeps, in QU: the network takes nothing of a source without any balance."""
 FOLLOW_SECONDS = 5.0
 """How long a request follows a source's queue: what is left is the writer's."""
 MAX_METADATA_BYTES = 4096
@@ -171,6 +173,8 @@ class Submissions:
         Told of each new submission, once it is stored: somebody has to follow it.
     on_closed
         Told of each submission that is not open any more; at least once, before anything else of its source goes on.
+    sends_transfers
+        False: a transfer that was not sent yet is not sent any more.
     """
 
     def __init__(
@@ -180,6 +184,7 @@ class Submissions:
         *,
         on_signed: Callable[[Submission], None] = lambda _: None,
         on_closed: Callable[[Submission], None] = lambda _: None,
+        sends_transfers: bool = True,
     ) -> None:
         self.chain = chain
         self._network = chain.network
@@ -188,6 +193,7 @@ class Submissions:
         self._wallets = Wallets(chain.network)
         self._on_signed = on_signed
         self._on_closed = on_closed
+        self._sends_transfers = sends_transfers
 
     # Handing in
 
@@ -321,7 +327,8 @@ class Submissions:
                 if before is not None and before.state == "expired" and self._close_if_found(before):
                     continue
                 source = self._source(wanted.source)
-                limit = MAX_OPEN_HASHES if wanted.kind == "hash" else MAX_OPEN
+                may_wait = wanted.kind == "hash" or (wanted.amount and wanted.source == service_key().identity)
+                limit = MAX_OPEN_HASHES if may_wait else MAX_OPEN
                 if len(source.open) >= limit:
                     raise LimitError("the ledger has too much to write at the moment", max_open=limit)
                 if wanted.amount:
@@ -360,9 +367,19 @@ class Submissions:
         return source
 
     def _available(self, source: _Source) -> tuple[int, int]:
-        """Return the balance, and what of it is not promised. What has its tick behind it, is in the balance."""
+        """Return the balance, and what of it is not promised.
+
+        What was sent and has its tick behind it is in the balance, or moves nothing; only the first can be that far.
+        """
         found = self.chain.balance(source.identity)
-        promised = sum(place.amount for place in source.open if place.tick > found.valid_for_tick)
+        promised = sum(place.amount for place in source.open)
+        if source.identity == service_key().identity:
+            promised += KEPT_BALANCE
+        if source.open:
+            head = _head(source)
+            submission = self.get(head.key) if head.tick <= found.valid_for_tick else None
+            if submission is not None and submission.tick == head.tick and submission.state != "signed":
+                promised -= head.amount
         return found.balance, found.balance - promised
 
     def _sign(self, wanted: Submission, key: Key, before: Submission | None, source: _Source) -> Submission:
@@ -410,7 +427,7 @@ class Submissions:
         with _left_to_the_writer(signed):
             self._on_signed(signed)
         with _left_to_the_writer(signed):
-            if alone:
+            if alone and (signed.kind != "transfer" or self._sends_transfers):
                 self._send(signed)
             else:
                 self.follow(signed.source, seconds=FOLLOW_SECONDS)
@@ -425,33 +442,43 @@ class Submissions:
         """
         end = time.monotonic() + seconds
         attempts_at_first: dict[str, int] = {}
-        for _ in range(4 * MAX_OPEN):
+        for look in range(4 * MAX_OPEN):
+            if look and time.monotonic() > end:
+                return
             source = self._source(identity)
             if not source.open:
                 return
-            head = min(source.open, key=lambda place: place.tick)
+            head = _head(source)
             submission = self.get(head.key)
             if submission is None:
                 raise UnavailableError("a submission is missing")  # written with its place, in one transaction
             if submission.attempt > attempts_at_first.setdefault(submission.key, submission.attempt) + 1:
                 raise UnavailableError("what was just signed is late again: the network's ticks are not to be trusted")
             try:
-                if not submission.is_open:
-                    self._on_closed(submission)
-                    self._items.write(
-                        self._put_source(replace(source, open=tuple(each for each in source.open if each != head)))
-                    )
-                elif not self._decide(submission, source):
+                if not self._bring_forward(submission, head, source):
                     return
             except ChangedError:
                 pass  # somebody else brings it forward at the same time
-            if time.monotonic() > end:
-                return
         raise UnavailableError("others are writing to the ledger at the moment")
+
+    def _bring_forward(self, submission: Submission, head: _Place, source: _Source) -> bool:
+        """Take the next step with the first of a queue; False when there is none yet."""
+        if submission.is_open and submission.source == source.identity:
+            if submission.tick != head.tick:
+                return True  # signed anew since the queue was read: it is not the first any more
+            return self._decide(submission, source)
+        if not submission.is_open:
+            self._on_closed(submission)
+        self._items.write(self._put_source(replace(source, open=tuple(each for each in source.open if each != head))))
+        return True
 
     def _decide(self, submission: Submission, source: _Source) -> bool:
         """Find out the fate of what is in flight; False when there is none yet."""
         if submission.state == "signed":
+            if submission.kind == "transfer" and not self._sends_transfers:
+                # No byte of it has left: that it moves nothing is certain.
+                self._close(submission, "expired", "expired: transfers are not allowed any more, nothing was moved")
+                return True
             if self._send(submission):
                 return False
             self._sign_anew(submission, source)
@@ -658,6 +685,11 @@ def _left_to_the_writer(signed: Submission) -> Iterator[None]:
         yield
     except (UnavailableError, LimitError, ChangedError, BotoCoreError, ClientError) as error:
         logger().warning("not sent yet", extra={"submission": signed.key, "error": type(error).__name__})
+
+
+def _head(source: _Source) -> _Place:
+    """Tell whose turn it is in a queue that is not empty."""
+    return min(source.open, key=lambda place: place.tick)
 
 
 def _transaction(wanted: Submission, key: Key, tick: int) -> Transaction:

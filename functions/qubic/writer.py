@@ -7,6 +7,7 @@ minute, whatever is open is looked at as well: a message may have been lost betw
 from __future__ import annotations
 
 import json
+import random
 from math import ceil
 from typing import Any
 
@@ -15,11 +16,12 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 from qaes.adapters import clients, settings
 from qaes.adapters.logs import logger
 from qaes.domain.errors import LimitError, UnavailableError
-from qubic.chain.base import Chain
-from qubic.submissions import LEAD_TICKS, Submission, Submissions
+from qubic.submissions import FOLLOW_SECONDS, LEAD_TICKS, Submission, Submissions
 
 MAX_DELAY_SECONDS = 60
 """Longest pause between two looks: ticks may stand still for an hour."""
+SECONDS_FOR_A_SOURCE = 18
+"""A source is begun with so much time left: the network may answer slowly, and what is cut off is done once more."""
 
 
 def enqueue(submission: Submission, tick: int = 0, *, seen: int = 0, looks: int = 0) -> None:
@@ -43,48 +45,69 @@ def enqueue(submission: Submission, tick: int = 0, *, seen: int = 0, looks: int 
 
 
 @logger().inject_lambda_context
-def handler(event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
+def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Take a batch of the queue, give `{"batchItemFailures"}`; take a schedule's event, give `{"open": [keys]}`."""
     from qubic.service import policies, submissions
 
     it = submissions()
     if "Records" not in event:
-        left = _follow_all(it)  # first: whatever is wrong with a policy must not keep the others waiting
-        policies().settle()
-        return {"open": left}
-    failed = []
-    for record in event["Records"]:
         try:
-            _look(it, it.chain, json.loads(record["body"]))
+            return {"open": _follow_all(it, context)}
+        finally:
+            policies().settle()  # last: whatever is wrong with a policy must not keep the others waiting
+    failed: list[dict[str, str]] = []
+    followed: dict[str, int] = {}
+    for record in event["Records"]:
+        if not _has_time(context):
+            failed.append({"itemIdentifier": record["messageId"]})
+            continue
+        try:
+            _look(it, json.loads(record["body"]), followed)
         except Exception:  # noqa: BLE001 - whatever it is, it is logged, and delivered again
             logger().exception("could not follow", extra={"body": record["body"]})
             failed.append({"itemIdentifier": record["messageId"]})
     return {"batchItemFailures": failed}
 
 
-def _look(it: Submissions, chain: Chain, message: dict[str, Any]) -> None:
-    if message["network"] != chain.network:
+def _has_time(context: LambdaContext) -> bool:
+    return context.get_remaining_time_in_millis() >= SECONDS_FOR_A_SOURCE * 1000
+
+
+def _look(it: Submissions, message: dict[str, Any], followed: dict[str, int]) -> None:
+    """Look at a submission, and have it looked at again if it is open; `followed`: sources, and the tick it was then.
+
+    A source is followed once for all messages of a batch.
+    """
+    if message["network"] != it.chain.network:
         return  # of another network, which this stack was on before: nobody here can find out
     submission = it.get(message["key"])
     if submission is None:
         return
-    seen, tick = int(message.get("seen", 0)), 0
-    try:
-        it.follow(submission.source)
-        tick = chain.tick_info().tick
-    except (UnavailableError, LimitError) as error:
-        logger().warning("not followed", extra={"source": submission.source, "reason": error.message})
-    submission = it.get(submission.key) or submission
-    if submission.is_open:
-        enqueue(submission, tick, seen=seen, looks=int(message.get("looks", 0)))
-
-
-def _follow_all(it: Submissions) -> list[str]:
-    left = []
-    for identity in it.open_sources():
+    source = submission.source
+    if source not in followed:
+        followed[source] = 0
         try:
-            it.follow(identity)
+            it.follow(source, seconds=FOLLOW_SECONDS)
+            followed[source] = it.chain.tick_info().tick
         except (UnavailableError, LimitError) as error:
-            logger().warning("not followed", extra={"source": identity, "reason": error.message})
+            logger().warning("not followed", extra={"source": source, "reason": error.message})
+        submission = it.get(submission.key) or submission
+    if submission.is_open:
+        enqueue(submission, followed[source], seen=int(message.get("seen", 0)), looks=int(message.get("looks", 0)))
+
+
+def _follow_all(it: Submissions, context: LambdaContext) -> list[str]:
+    """Follow every source that has something open, in any order; return those that are left."""
+    identities = it.open_sources()
+    random.shuffle(identities)  # none is always the last
+    left = []
+    for identity in identities:
+        try:
+            if not _has_time(context):
+                left.append(identity)
+                continue
+            it.follow(identity, seconds=FOLLOW_SECONDS)
+        except Exception:  # noqa: BLE001 whatever it is, it must not keep the others waiting
+            logger().exception("not followed", extra={"source": identity})
             left.append(identity)
     return left

@@ -755,7 +755,7 @@ def test_former_identities_that_are_none(
 def test_a_version_that_was_on_its_way_when_the_seed_was_replaced(
     aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody can sign it anew: it is given up, and does not stand in the way of the next."""
+    """The key that the service has now signs it."""
     chain().set_faults(Faults(drop=1000))  # type: ignore[attr-defined]
     store.propose(RULES, subject="olivia")
     store.approve(2, subject="oscar", four_eyes=True)
@@ -764,10 +764,38 @@ def test_a_version_that_was_on_its_way_when_the_seed_was_replaced(
     monkeypatch.setenv("QUBIC_FORMER_IDENTITIES", former)
     aws.parameters["QubicFormerIdentities"] = former
     chain().set_faults(Faults())  # type: ignore[attr-defined]
+    fund(aws, service_key())
     aws.invoke("LedgerWriterFunction", {})
-    assert store.get(2).status == "rejected"
-    assert "its transaction is failed: no_key" in store.get(2).reason
-    assert store.in_force().version == 1
+    aws.settle()
+    aws.invoke("LedgerWriterFunction", {})
+    assert store.in_force().version == 2
+    assert store.document(store.in_force().policy_id)["source"] == service_key().identity
+
+
+def test_the_first_version_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The likely first day on a real network: a wallet with a balance takes the place of the one that was made."""
+    with cloud(state_machine=False, policy=False) as aws:
+        set_environment("QubicApiFunction", monkeypatch)
+        chain().set_faults(Faults(drop=1000))  # type: ignore[attr-defined]
+        with pytest.raises(UnavailableError):
+            service.policies().in_force()
+        aws.clock.pass_seconds(60)
+        former = replace_seed()
+        monkeypatch.setenv("QUBIC_FORMER_IDENTITIES", former)
+        aws.parameters["QubicFormerIdentities"] = former
+        chain().set_faults(Faults())  # type: ignore[attr-defined]
+        fund(aws, service_key())
+        aws.invoke("LedgerWriterFunction", {})
+        aws.settle()
+        assert service.policies().in_force().version == 1
+
+
+def fund(aws: Cloud, key: Key) -> None:
+    rich = demo_key("0x1234567890abcdef")
+    tick = chain().tick_info().tick + 5
+    chain().broadcast(Transaction(rich.public_key, key.public_key, 10, tick).sign(rich.subseed).encode())
+    aws.clock.pass_seconds(6)
+    assert chain().balance(key.identity).balance == 10
 
 
 # HEAD that was rolled back

@@ -19,7 +19,15 @@ from qaes.domain.qubic.transaction import Transaction, decode
 from qubic import wallets
 from qubic.chain.base import IncludedPage, ProcessedTick
 from qubic.chain.mock import Faults, MockChain
-from qubic.submissions import EXPIRY_MARGIN_TICKS, LEAD_TICKS, MIN_LEAD_TICKS, REFUSED_METRIC, Submission, Submissions
+from qubic.submissions import (
+    EXPIRY_MARGIN_TICKS,
+    LEAD_TICKS,
+    MAX_TICKS_AHEAD,
+    MIN_LEAD_TICKS,
+    REFUSED_METRIC,
+    Submission,
+    Submissions,
+)
 from tests.support.cloud import SEED, Cloud, cloud
 
 SOURCE, DESTINATION, EMPTY = "0x1234567890abcdef", "0xfedcba0987654321", "0xabcdef1234567890"
@@ -518,9 +526,92 @@ def test_ticks_that_differ_from_call_to_call_have_nothing_signed_over_and_over(l
     assert ledger.it.get(second.key).attempt <= 3
 
 
+def test_who_has_read_the_queue_before_its_first_was_signed_anew_sends_nothing_out_of_turn(ledger, number, monkeypatch):
+    moved = [ledger.transfer(f"task{number}-{each}", 1) for each in range(3)]
+    ledger.pass_ticks(2 * LEAD_TICKS - 1)
+    for _ in range(2):  # the first one is confirmed and gone, the second one is late
+        ledger.it.follow(moved[0].source, seconds=0)
+    twin, get, met = Submissions(ledger.chain, "LedgerTable"), ledger.it.get, []
+
+    def met_by_a_twin(key: str) -> Submission | None:
+        if not met:
+            met.append(key)
+            twin.follow(moved[0].source)
+        return get(key)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger.it, "get", met_by_a_twin)
+        ledger.follow(moved[0].source)
+    assert met == [moved[1].key]
+    assert [ledger.state(each.key) for each in moved].count("broadcast") == 1
+    ledger.run(5 * LEAD_TICKS, moved[0].source)
+    assert [ledger.state(each.key) for each in moved] == ["confirmed"] * 3
+
+
+def test_what_is_promised_stays_promised_when_its_turn_comes_late(ledger, number):
+    pay(ledger, wallets.service_key(), wallets.demo_key(EMPTY), 50)
+    balance = ledger.balance(EMPTY)
+    moved = [
+        ledger.transfer(f"task{number}-{part}", amount, source=EMPTY) for part, amount in enumerate((1, balance - 1))
+    ]
+    ledger.pass_ticks(2 * LEAD_TICKS + 3)  # nobody follows
+    with pytest.raises(RefusedError) as refused:
+        ledger.transfer(f"task{number}-2", 1, source=EMPTY)
+    assert refused.value.code == "insufficient_balance"
+    ledger.run(4 * LEAD_TICKS, moved[0].source)
+    assert [ledger.state(each.key) for each in moved] == ["confirmed"] * 2
+    pay(ledger, wallets.demo_key(DESTINATION), wallets.demo_key(EMPTY), balance)
+
+
+def test_the_service_s_own_wallet_is_not_emptied_and_keeps_places_for_its_records(ledger, number, monkeypatch):
+    service = wallets.service_key().identity
+    with pytest.raises(RefusedError) as refused:
+        ledger.transfer(f"task{number}", ledger.balance(service), source=service)
+    assert refused.value.code == "insufficient_balance"
+    monkeypatch.setattr("qubic.submissions.MAX_OPEN_HASHES", 2)
+    for part in range(2):
+        ledger.transfer(f"task{number}-{part}", 1, source=service)
+    with pytest.raises(LimitError):
+        ledger.transfer(f"task{number}-2", 1, source=service)
+    ledger.it.submit_record(f"policy:{number}", b"text", kind="policy", metadata={})
+    for part in range(3):
+        ledger.transfer(f"task{number}-{part + 3}", 1)  # other wallets have a queue of their own
+    ledger.run(5 * LEAD_TICKS)
+
+
+def test_a_transfer_that_waits_is_not_sent_when_transfers_are_not_allowed_any_more(ledger, number):
+    before = ledger.balance(SOURCE)
+    sent, waits = ledger.transfer(f"task{number}", 1), ledger.transfer(f"task{number + 1}", 2)
+    closed: list[Submission] = []
+    it = Submissions(ledger.chain, "LedgerTable", on_closed=closed.append, sends_transfers=False)
+    ledger.pass_ticks(LEAD_TICKS + 1)
+    it.follow(sent.source)
+    assert [ledger.state(each.key) for each in (sent, waits)] == ["confirmed", "expired"]
+    assert "not allowed any more" in ledger.it.get(waits.key).error
+    assert [each.key for each in closed] == [sent.key, waits.key]
+    ledger.run(3 * LEAD_TICKS, sent.source)
+    assert ledger.balance(SOURCE) == before - 1
+
+
+def test_a_place_that_another_wallet_has_taken_over_is_given_up(ledger, number, monkeypatch):
+    """The key was replaced; who found that ended before the place was out of the queue."""
+    ledger.chain.set_faults(Faults(drop=1))
+    first = ledger.write(number)
+    ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
+    replace_the_service_key(monkeypatch)
+    pay(ledger, wallets.demo_key(SOURCE), wallets.demo_key(EMPTY), 1)
+    ledger.it.follow(first.source, seconds=0)
+    assert [place.key for place in ledger.it._source(first.source).open] == [first.key]
+    again = ledger.write(number)
+    ledger.follow(first.source)
+    assert not ledger.it._source(first.source).open
+    ledger.run(LEAD_TICKS + 2, again.source)
+    assert (ledger.state(first.key), ledger.it.get(first.key).txid) == ("confirmed", again.txid)
+
+
 def test_a_tick_that_cannot_be_true_is_not_believed(ledger, number, monkeypatch):
     with monkeypatch.context() as patch:
-        wrong = replace(ledger.chain.tick_info(), tick=2**31)
+        wrong = replace(ledger.chain.tick_info(), tick=ledger.chain.tick_info().tick + MAX_TICKS_AHEAD + 10)
         patch.setattr(ledger.chain, "tick_info", lambda: wrong)
         with pytest.raises(UnavailableError, match="present tick"):
             ledger.write(number)

@@ -9,9 +9,9 @@ from typing import Any
 import boto3
 import pytest
 from botocore.client import BaseClient
-from botocore.exceptions import EndpointConnectionError
+from botocore.exceptions import ClientError, EndpointConnectionError
 
-from qaes.domain.errors import LimitError
+from qaes.domain.errors import LimitError, UnavailableError
 from qubic import wallets
 from qubic.chain.mock import Faults, MockChain
 from qubic.submissions import LEAD_TICKS, Submissions
@@ -215,6 +215,84 @@ def test_pauses_grow_while_ticks_stand_still_and_are_short_again_when_they_come(
         chain.set_faults(Faults())
         it.clock.pass_seconds(5)
         assert look() < LEAD_TICKS  # ticks come: there are so many left
+
+
+TRANSFER = {
+    "operation": "transfer", "reference": "task#step_1", "source": SOURCE, "run": 1,
+    "destination": DESTINATION, "amount": 1, "action_type": "transfer_funds",
+}  # fmt: skip
+
+
+def test_a_batch_follows_each_source_once(monkeypatch):
+    with cloud(state_machine=False) as it:
+        for number in (1, 2, 3):
+            it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(number), "metadata": {}})
+        followed = _followed(monkeypatch)
+        sent = _sent(monkeypatch)
+        records = [_record(f"hash:{digest(number)}") for number in (1, 2, 3)]
+        assert it.invoke("LedgerWriterFunction", {"Records": records}) == {"batchItemFailures": []}
+        assert len(followed) == 1
+        assert [each["key"] for each in sent] == [f"hash:{digest(number)}" for number in (1, 2, 3)]
+
+
+def _followed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    followed = []
+    follow = Submissions.follow
+
+    def watched(self: Submissions, identity: str, **arguments: Any) -> None:
+        followed.append(identity)
+        follow(self, identity, **arguments)
+
+    monkeypatch.setattr(Submissions, "follow", watched)
+    return followed
+
+
+def test_what_there_is_no_time_for_is_delivered_again_and_not_begun(monkeypatch):
+    with cloud(state_machine=False) as it:
+        it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        followed, sent = _followed(monkeypatch), _sent(monkeypatch)
+        monkeypatch.setattr("tests.support.cloud.Context.get_remaining_time_in_millis", lambda self: 5_000)
+        record = _record(f"hash:{digest(1)}")
+        assert it.invoke("LedgerWriterFunction", {"Records": [record]}) == {
+            "batchItemFailures": [{"itemIdentifier": record["messageId"]}]
+        }
+        assert it.invoke("LedgerWriterFunction", {})["open"] == [wallets.key_of_seed(SEED).identity]
+        assert (followed, sent) == ([], [])
+
+
+def test_whatever_happens_to_one_source_the_others_are_followed_and_the_policy_is_settled(monkeypatch):
+    with cloud(state_machine=False) as it:
+        it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        it.invoke("LedgerTransferFunction", TRANSFER)
+        follow, seen, settled = Submissions.follow, [], []
+
+        def throttled(self: Submissions, identity: str, **arguments: Any) -> None:
+            seen.append(identity)
+            if len(seen) == 1:
+                raise ClientError({"Error": {"Code": "ThrottlingException"}}, "TransactWriteItems")
+            follow(self, identity, **arguments)
+
+        monkeypatch.setattr(Submissions, "follow", throttled)
+        monkeypatch.setattr("qubic.policies.Policies.settle", lambda self: settled.append(1))
+        assert it.invoke("LedgerWriterFunction", {}) == {"open": seen[:1]}
+        assert (len(seen), settled) == (2, [1])
+
+
+def test_what_is_wrong_with_a_policy_does_not_keep_a_queue_waiting(monkeypatch, caplog):
+    with cloud(state_machine=False, policy=False) as it:
+        it.invoke("LedgerWriterFunction", {})  # hands version 1 in
+        it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+
+        def broken(self: Any) -> None:
+            raise UnavailableError("version 1 of the policy is missing")
+
+        monkeypatch.setattr("qubic.policies.Policies.settle", broken)
+        for _ in range(2):
+            it.clock.pass_seconds(LEAD_TICKS + 2)
+            with pytest.raises(UnavailableError):
+                it.invoke("LedgerWriterFunction", {})
+        assert it.invoke("LedgerFunction", {"operation": "verify", "hash": digest(1)})["result"]["verified"]
+        assert "policy not settled" in caplog.text
 
 
 def test_a_limit_on_one_source_does_not_keep_the_others_waiting(monkeypatch):
