@@ -337,7 +337,7 @@ class Story:
         self.claim: dict[str, Any] = {}  # the step that was begun, and whose outcome is not on record
         self.done, self.run, self.failed_in, self.version, self.newest = 0, 1, 0, 0, 0.0
         self.approvers: list[str] = []
-        self.effects: list[str] = []
+        self.effects: list[str] = []  # what ran, failed, or was refused
         self.retried_by = ""  # who asked for this execution, if it is not the first
 
     def tell(self, entry: dict[str, Any], output_text: str) -> None:
@@ -498,7 +498,7 @@ class Story:
         said, step = members(entry["input"], CLAIM, "step", where), self._step(entry, "step")
         need(said["step_hash"] == sha256(canonical(step)), "step", "another step was begun", where)
         need(said["run"] == self.run, "step", "begun for another run", where)
-        need(self.run not in (self.failed_in, self.claim.get("run")), "step", "begun a second time", where)
+        need(not self._tried(), "step", "begun a second time", where)
         policy, approval = self._decision(entry["output"], where), self._approval_of(entry)
         need(policy["allowed"], "step", "begun though the policy in force did not allow it", where)
         need(approval.get("state") in (None, "approved"), "step", "begun without its approval", where)
@@ -510,7 +510,12 @@ class Story:
         if step["type"] == "onchain_action":
             for each in (self.policy, policy):
                 self._within_limits(step["parameters"], each, where)
-        self.claim, self.approval = {"run": self.run, "by": by, "step": step}, {}
+        self.claim, self.approval = {"run": self.run, "step": step}, {}
+        self.approvers += [each for each in by if each not in self.approvers]
+
+    def _tried(self) -> bool:
+        """Whether this execution has begun the step, or was refused it."""
+        return self.run in (self.failed_in, self.claim.get("run"))
 
     def _within_limits(self, moved: dict[str, Any], policy: dict[str, Any], where: str) -> None:
         amount, allowed = moved.get("amount"), policy.get("allowed_addresses")
@@ -521,21 +526,30 @@ class Story:
         need(known, "step", "moves money to where the policy does not allow", where)
 
     def _outcome(self, entry: dict[str, Any], where: str) -> None:
-        """What became of a step that was begun; or that it was not begun, being refused: then nothing was done."""
-        step, output = self._step(entry, "step"), entry["output"]
+        """What became of a step that was begun; or that this execution did not begin it, being refused."""
+        step, output, name = self._step(entry, "step"), entry["output"], " ".join(place_of(entry)[1:])
         need(same(entry["input"], step["parameters"]), "step", "ran with other parameters", where)
-        need(bool(self.claim) or not self.ended, "end", "it goes on after its end", where)
-        claim, self.claim = self.claim or {"run": self.run}, {}
         if entry["status"] == "failed":
-            self.failed_in = claim["run"]
+            error = members(output, {"error": str}, "output", where)["error"]
+            if output.get("begun") is False:
+                # What an execution before this one has begun may still have an outcome.
+                need(not self.ended, "end", "it goes on after its end", where)
+                need(not self._tried(), "step", "refused, and it was begun, or refused, already", where)
+                self.failed_in = self.run
+                self.effects.append(f"refused   {name}: {error}")
+                return
+        need(bool(self.claim) or not self.ended, "end", "it goes on after its end", where)
+        need(bool(self.claim), "step", "ran, and was never begun", where)
+        claim, self.claim = self.claim, {}
+        if entry["status"] == "failed":
+            self.failed_in = max(self.failed_in, claim["run"])
+            self.effects.append(f"failed    {name}: {error}")
             return
-        need("by" in claim, "step", "ran, and was never begun", where)
-        self.approvers += claim["by"]
         done = ""
         if step["type"] == "onchain_action":
             members(output, {"txid": str, "network": str}, "step", where)
-            for name, value in step["parameters"].items():
-                need(name in output and same(output[name], value), "step", f"moved with another {name}", where)
+            for each, value in step["parameters"].items():
+                need(each in output and same(output[each], value), "step", f"moved with another {each}", where)
             # An execution before this one may have begun it, under what was approved then.
             of_its_run = same(output.get("run", claim["run"]), claim["run"])
             need(of_its_run, "step", "not handed in by the execution that began it", where)
@@ -551,7 +565,7 @@ class Story:
             seen = members(output, {"pinned": bool}, "policy", where)
             pinned, decision = seen.pop("pinned"), self._decision(seen, where)
             need(pinned == (decision["policy_id"] == self.policy["policy_id"]), "policy", "pinned or not?", where)
-        self.effects.append(f"{step['step_id']} {step['type']}{done}")
+        self.effects.append(f"ran       {name}{done}")
         self.done += 1
 
     def _retry(self, entry: dict[str, Any], where: str) -> None:
@@ -847,7 +861,7 @@ def report(
         f"network   {bundle['network']}",
         *(f"policy    {each}" for each in story.policies or ["none was looked at"]),
         f"approved  by {', '.join(story.approvers) or 'nobody'}",
-        *(f"ran       {each}" for each in story.effects or ["nothing"]),
+        *(story.effects or ["ran       nothing"]),
         *([f"UNKNOWN   what became of {begun['step_id']} {begun['type']}, which was begun"] if begun else []),
         f"ended     {story.ended or 'not yet, or its end was left out'}",
         *(f"NOT ANCHORED YET, worth nothing so far: {each['where']}, {each['kind']}" for each in entries[anchored:]),

@@ -928,13 +928,31 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
     "begun after it failed": (lambda: approved(planned()).end("failed").begin(2), "end"),
     "carried out after it was cancelled": (lambda: approved(planned()).end("cancelled", "alice").finish(2), "end"),
     "carried out after it was denied": (lambda: monitoring().end("denied").finish(0), "end"),
-    "refused after its end": (lambda: monitoring().end("failed").finish(0, {"error": "x"}, "failed"), "end"),
+    "refused after its end": (lambda: monitoring().end("failed").refuse(0), "end"),
+    "failed, and never begun": (lambda: monitoring().finish(0, {"error": "x"}, "failed"), "step"),
+    "refused, and it was begun": (lambda: approved(planned()).begin(2).refuse(2), "step"),
+    "refused twice": (lambda: monitoring().refuse(0).refuse(0), "step"),
+    "refused after it failed": (lambda: monitoring().execute(0, {"error": "x"}, "failed").refuse(0), "step"),
+    "failed, and it does not say why": (lambda: monitoring().execute(0, {}, "failed"), "output"),
+    "refused, not in a word": (lambda: monitoring().finish(0, {"error": "x", "begun": 0}, "failed"), "step"),
     "two outcomes after the end": (lambda: cancelled().finish(2), "end"),
     "the outcome of a transfer twice": (lambda: confirmed_late().finish(2), "step"),
     "carried out, and never begun": (lambda: approved(planned()).finish(2), "step"),
     "begun twice": (lambda: monitoring().begin(0).begin(0), "step"),
     "begun again after it failed": (lambda: monitoring().execute(0, {"error": "x"}, "failed").begin(0), "step"),
-    "begun again after it was refused": (lambda: monitoring().finish(0, {"error": "x"}, "failed").begin(0), "step"),
+    "begun again after it was refused": (lambda: monitoring().refuse(0).begin(0), "step"),
+    "begun again after a refusal, with an older one open": (
+        lambda: approved(approved(planned()).begin(2).end("failed").retry().refuse(2)).begin(2),
+        "step",
+    ),
+    "begun again after a refusal, and the older one has failed": (
+        lambda: (
+            approved(approved(planned()).begin(2).end("failed").retry().refuse(2))
+            .finish(2, {"error": "expired"}, "failed")
+            .begin(2)
+        ),
+        "step",
+    ),
     "begun for another run": (lambda: monitoring().begin(0, run=2), "step"),
     "another step begun": (lambda: monitoring().begin(0, step_hash="0" * 64), "step"),
     "begun under another step's name": (lambda: told(monitoring().begin(0), step_id="step_9"), "step"),
@@ -1156,6 +1174,29 @@ def test_a_transfer_whose_outcome_is_cut_off() -> None:
     assert caught(cut) == ("complete", "entry 17")
     assert any(line.startswith("UNKNOWN   what became of step_3 onchain_action") for line in verify(cut, open_=True))
     assert not any(line.startswith("UNKNOWN") for line in verify(bundle))
+
+
+def test_a_refusal_does_not_hide_what_an_execution_before_it_has_begun() -> None:
+    """Begun in the first execution, refused in the second: money may have moved all the same."""
+    trail = approved(planned()).begin(2).end("failed").retry().refuse(2)
+    late = deepcopy(trail).end("failed").finish(2)
+    bundle = trail.end("denied").bundle()
+    assert caught(bundle) == ("complete", "entry 15")
+    report = verify(bundle, open_=True)
+    assert "UNKNOWN   what became of step_3 onchain_action, which was begun" in report
+    assert "refused   step_3 onchain_action: an approver rejected it" in report
+    assert "approved  by bob, carol" in report
+    assert any(line.startswith("ran       step_3 onchain_action: 100 QU") for line in verify(late.bundle()))
+
+
+def test_the_report_says_what_was_begun_and_failed_and_who_had_approved_it() -> None:
+    """That it failed does not say that no money moved."""
+    error = "moved_unknown: look the transaction up"
+    report = verify(approved(planned()).execute(2, {"error": error}, "failed").end("failed").bundle())
+    assert f"failed    step_3 onchain_action: {error}" in report and "approved  by bob, carol" in report
+    unknown = verify(approved(planned()).begin(2).end("failed").bundle(), open_=True)
+    assert "approved  by bob, carol" in unknown
+    assert "ran       nothing" in verify(monitoring().end("failed").bundle())
 
 
 def bundle_at(log: Log, trail: Trail, size: int) -> dict[str, Any]:
