@@ -337,6 +337,7 @@ class Story:
         self.claim: dict[str, Any] = {}  # the step that was begun, and whose outcome is not on record
         self.done, self.run, self.failed_in, self.version, self.newest = 0, 1, 0, 0, 0.0
         self.approvers: list[str] = []
+        self.notes: list[str] = []
         self.effects: list[str] = []  # what ran, failed, or was refused
         self.retried_by = ""  # who asked for this execution, if it is not the first
 
@@ -391,13 +392,15 @@ class Story:
         need(entry["status"] == said, "policy", f"the policy says {said}", where)
 
     def _decision(self, value: Any, where: str) -> dict[str, Any]:
-        """Recompute a decision from the document that it names. No older version is in force after a newer one."""
+        """Recompute a decision from the document that it names."""
         decision, action = members(value, DECISION, "policy", where), self.analysis["action_type"]
         members({**dict.fromkeys(LIMITS), **decision}, LIMITS, "policy", where)
         need(decision["policy_id"] in self.policies, "policy", "its document is not in the bundle", where)
         self.unused.discard(decision["policy_id"])
         document = self.policies[decision["policy_id"]]
-        need(document["version"] >= self.version, "policy", "an older version than before", where)
+        if document["version"] < self.version:  # the last good one, when the newest has been altered; or a lie
+            again = f"version {document['version']} after {self.version} ({where})"
+            self.notes.append(f"NOTE      an older version of the policy was in force again: {again}")
         self.version, rule = document["version"], document["rules"].get(action)
         given = {name: each for name, each in decision.items() if name not in ("policy_id", "action_type")}
         # An action type without a rule is denied.
@@ -860,6 +863,7 @@ def report(
         f"anchor    as of size {anchor['size']}, number {anchor['sequence']}, tick {anchor['tick']}: {anchor['txid']}",
         f"network   {bundle['network']}",
         *(f"policy    {each}" for each in story.policies or ["none was looked at"]),
+        *story.notes,
         f"approved  by {', '.join(story.approvers) or 'nobody'}",
         *(story.effects or ["ran       nothing"]),
         *([f"UNKNOWN   what became of {begun['step_id']} {begun['type']}, which was begun"] if begun else []),
