@@ -362,13 +362,12 @@ class Story:
         else:
             need(entry["policy_id"] == self.policy.get("policy_id", ""), "policy", "not the pinned policy", where)
         need(entry["plan_hash"] == self.plan_hash, "plan", "not the hash of the task's plan", where)
-        if kind in ("task_started", "plan_built", "task_retried", "task_ended"):
-            given, made = members(entry["input"], {}, "input", where), self.request
-            if kind in ("task_retried", "task_ended") and "request_hash" in given:
-                given, made = {"hash": given["request_hash"]}, {"hash": sha256(canonical(made))}
-            else:
-                members(given, REQUEST, "input", where)
-            need(first or same(given, made), "input", "not the request that was made", where)
+        if kind in ("task_started", "plan_built"):
+            given = members(entry["input"], REQUEST, "input", where)
+            need(first or same(given, self.request), "input", "not the request that was made", where)
+        if kind in ("task_retried", "task_ended"):
+            given = members(entry["input"], {"request_hash": str}, "input", where)
+            need(given["request_hash"] == sha256(canonical(self.request)), "input", "of another request", where)
         tellers = {
             "task_started": self._start, "policy_checked": self._policy, "plan_built": self._plan,
             "approval_requested": self._ask, "approval_decided": self._decide, "step_started": self._claim,

@@ -914,7 +914,7 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
     "what was completed is retried": (lambda: transferred().retry(), "end"),
     "a retry out of count": (lambda: setattr_(planned().end("failed"), run=3).retry(), "output"),
     "another end than recorded": (
-        lambda: planned().record("task_ended", "execution", "failed", Trail().request, {"status": "cancelled"}),
+        lambda: told(planned().end("failed"), status="cancelled"),
         "output",
     ),
     "another request than made": (
@@ -1096,7 +1096,7 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
         "policy",
     ),
     "a retry that starts over": (
-        lambda: planned().end("failed").record("task_retried", "alice", "pending", Trail().request, {"run": 2}),
+        lambda: told(planned().end("failed").retry(), status="pending"),
         "output",
     ),
     "started twice": (lambda: Trail().start().start(), "text"),

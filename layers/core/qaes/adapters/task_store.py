@@ -734,8 +734,6 @@ class TaskStore:
         for attempt in range(_ATTEMPTS):
             self._replay(idempotency)
             task = self.get_task(task_id)
-            if not task.salt:  # it was stored before tasks had one
-                task = task.model_copy(update={"salt": _new_salt()})
             try:
                 change = decide(task)
             except ConflictError:
