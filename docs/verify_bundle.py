@@ -181,7 +181,7 @@ def check_chain(bundle: dict[str, Any], log_id: str) -> list[dict[str, Any]]:
     return entries
 
 
-# The log and its anchor (RFC 6962, RFC 9162) --------------------------------------------------------------------------
+# The log and its anchor (RFC 6962) ------------------------------------------------------------------------------------
 
 
 def leaf_hash(data: bytes) -> bytes:
@@ -201,20 +201,16 @@ def root_of(leaves: list[bytes]) -> bytes:
 
 
 def root_by(leaf: bytes, index: int, size: int, proof: list[bytes], where: str) -> bytes:
-    """The root to which an inclusion proof leads (RFC 9162, section 2.1.3.2)."""
+    """The root to which an inclusion proof leads (RFC 6962, section 2.1.1): its last hash is the other half's root."""
     need(0 <= index < size, "index", f"a log of {size} has no entry {index}", where)
-    fn, sn, r = index, size - 1, leaf
-    for p in proof:
-        need(sn > 0, "proof", "the proof is too long", where)
-        if fn & 1 or fn == sn:
-            r = node_hash(p, r)
-            while not fn & 1 and fn:
-                fn, sn = fn >> 1, sn >> 1
-        else:
-            r = node_hash(r, p)
-        fn, sn = fn >> 1, sn >> 1
-    need(sn == 0, "proof", "the proof is too short", where)
-    return r
+    if size == 1:
+        need(not proof, "proof", "the proof is too long", where)
+        return leaf
+    need(bool(proof), "proof", "the proof is too short", where)
+    left, (*rest, other) = 1 << (size - 1).bit_length() - 1, proof
+    if index < left:
+        return node_hash(root_by(leaf, index, left, rest, where), other)
+    return node_hash(other, root_by(leaf, index - left, size - left, rest, where))
 
 
 def check_anchor(bundle: dict[str, Any], log_id: str, identity: str) -> dict[str, Any]:
@@ -266,20 +262,20 @@ def check_inclusion(bundle: dict[str, Any], entries: list[dict[str, Any]], ancho
 
 SKEW = 300  # seconds: functions have clocks of their own; by more than that no entry is older than one before it
 NEEDS_APPROVAL = ("onchain_action", "generic_action", "monitor_action")
-KINDS = {  # kind: by whom (None: a person, or the part that ended it), and what an entry's status may be
-    "task_started": (None, "pending"),
-    "policy_checked": ("planner", "allowed", "denied"),
-    "plan_built": ("planner", "planned"),
-    "approval_requested": ("compliance", "pending"),
-    "approval_decided": (None, "approved", "rejected"),
-    "approval_reminder": ("reconciler", "pending"),
-    "approval_expired": ("compliance", "expired"),
-    "approval_cancelled": ("compliance", "cancelled"),
-    "approval_undeliverable": (None, "undeliverable"),
-    "step_started": ("worker", "running"),
-    "step_executed": ("worker", "succeeded", "failed"),
-    "task_retried": (None, "pending", "executing"),
-    "task_ended": (None, "completed", "denied", "rejected", "expired", "failed", "cancelled"),
+KINDS = {  # kind: who checks it, by whom it is (None: a person, or the part that ended it), what its status may be
+    "task_started": ("_start", None, "pending"),
+    "policy_checked": ("_policy", "planner", "allowed", "denied"),
+    "plan_built": ("_plan", "planner", "planned"),
+    "approval_requested": ("_ask", "compliance", "pending"),
+    "approval_decided": ("_decide", None, "approved", "rejected"),
+    "approval_reminder": ("_close", "reconciler", "pending"),
+    "approval_expired": ("_close", "compliance", "expired"),
+    "approval_cancelled": ("_close", "compliance", "cancelled"),
+    "approval_undeliverable": ("_close", None, "undeliverable"),
+    "step_started": ("_claim", "worker", "running"),
+    "step_executed": ("_outcome", "worker", "succeeded", "failed"),
+    "task_retried": ("_retry", None, "pending", "executing"),
+    "task_ended": ("_end", None, "completed", "denied", "rejected", "expired", "failed", "cancelled"),
 }
 REQUEST = {"task_id": str, "task_type": str, "description": str, "parameters": dict, "requester": str}
 DECISION = {"policy_id": str, "action_type": str, "allowed": bool, "requires_approval": bool, "approvals": int}
@@ -344,7 +340,7 @@ class Story:
     def tell(self, entry: dict[str, Any], output_text: str) -> None:
         kind, where = entry["kind"], entry["where"]
         need(kind in KINDS, "text", "there is no such kind", where)
-        by, *statuses = KINDS[kind]
+        teller, by, *statuses = KINDS[kind]
         need(by in (None, entry["actor"]) and entry["status"] in statuses, "text", "no such actor or status", where)
         of_step = kind.startswith(("approval_", "step_"))
         need(of_step or place_of(entry) == (-1, "", kind), "text", "it is about no step", where)
@@ -368,12 +364,7 @@ class Story:
         if kind in ("task_retried", "task_ended"):
             given = members(entry["input"], {"request_hash": str}, "input", where)
             need(given["request_hash"] == sha256(canonical(self.request)), "input", "of another request", where)
-        tellers = {
-            "task_started": self._start, "policy_checked": self._policy, "plan_built": self._plan,
-            "approval_requested": self._ask, "approval_decided": self._decide, "step_started": self._claim,
-            "step_executed": self._outcome, "task_retried": self._retry, "task_ended": self._end,
-        }  # fmt: skip
-        tellers.get(kind, self._close)(entry, where)
+        getattr(self, str(teller))(entry, where)
 
     def _start(self, entry: dict[str, Any], where: str) -> None:
         self.request = entry["input"]
@@ -838,17 +829,14 @@ def verify(
     check_transaction(anchor)
     if rpc:
         look_up(rpc, anchor, anchor_identity)
-    lines = report(bundle, anchor, entries, anchored, story)
-    if not network:
-        lines.append(
-            f"NOT CHECKED that the network is {bundle['network']}: the bundle says so, no signature: --network"
-        )
-    if bundle["network"] == "mock":
-        lines.append("NOT PROVED  network: mock! Its operator can make another history: nothing to an outsider.")
-    if not rpc:
-        lines.append("NOT PROVED  that any network has the transaction, and so since when: use --rpc")
-    if not log:
-        lines.append(f"NOT CHECKED what the log has of the task after size {anchor['size']}, or besides: use --log")
+    named, size = bundle["network"], anchor["size"]
+    unproved = [
+        (not network, f"NOT CHECKED that the network is {named}: the bundle says so, no signature: --network"),
+        (named == "mock", "NOT PROVED  network: mock! Its operator can make another history: nothing to an outsider."),
+        (not rpc, "NOT PROVED  that any network has the transaction, and so since when: use --rpc"),
+        (not log, f"NOT CHECKED what the log has of the task after size {size}, or besides: use --log"),
+    ]
+    lines = report(bundle, anchor, entries, anchored, story) + [line for is_so, line in unproved if is_so]
     return lines + ([check_whole_log(log, bundle, anchor, anchored, open_)] if log else [])
 
 
