@@ -181,7 +181,7 @@ def check_chain(bundle: dict[str, Any], log_id: str) -> list[dict[str, Any]]:
     return entries
 
 
-# The log and its anchor (RFC 6962, RFC 9162) --------------------------------------------------------------------------
+# The log and its anchor (RFC 6962) ------------------------------------------------------------------------------------
 
 
 def leaf_hash(data: bytes) -> bytes:
@@ -201,20 +201,16 @@ def root_of(leaves: list[bytes]) -> bytes:
 
 
 def root_by(leaf: bytes, index: int, size: int, proof: list[bytes], where: str) -> bytes:
-    """The root to which an inclusion proof leads (RFC 9162, section 2.1.3.2)."""
+    """The root to which an inclusion proof leads (RFC 6962, section 2.1.1): its last hash is the other half's root."""
     need(0 <= index < size, "index", f"a log of {size} has no entry {index}", where)
-    fn, sn, r = index, size - 1, leaf
-    for p in proof:
-        need(sn > 0, "proof", "the proof is too long", where)
-        if fn & 1 or fn == sn:
-            r = node_hash(p, r)
-            while not fn & 1 and fn:
-                fn, sn = fn >> 1, sn >> 1
-        else:
-            r = node_hash(r, p)
-        fn, sn = fn >> 1, sn >> 1
-    need(sn == 0, "proof", "the proof is too short", where)
-    return r
+    if size == 1:
+        need(not proof, "proof", "the proof is too long", where)
+        return leaf
+    need(bool(proof), "proof", "the proof is too short", where)
+    left, (*rest, other) = 1 << (size - 1).bit_length() - 1, proof
+    if index < left:
+        return node_hash(root_by(leaf, index, left, rest, where), other)
+    return node_hash(other, root_by(leaf, index - left, size - left, rest, where))
 
 
 def check_anchor(bundle: dict[str, Any], log_id: str, identity: str) -> dict[str, Any]:
@@ -266,20 +262,20 @@ def check_inclusion(bundle: dict[str, Any], entries: list[dict[str, Any]], ancho
 
 SKEW = 300  # seconds: functions have clocks of their own; by more than that no entry is older than one before it
 NEEDS_APPROVAL = ("onchain_action", "generic_action", "monitor_action")
-KINDS = {  # kind: by whom (None: a person, or the part that ended it), and what an entry's status may be
-    "task_started": (None, "pending"),
-    "policy_checked": ("planner", "allowed", "denied"),
-    "plan_built": ("planner", "planned"),
-    "approval_requested": ("compliance", "pending"),
-    "approval_decided": (None, "approved", "rejected"),
-    "approval_reminder": ("reconciler", "pending"),
-    "approval_expired": ("compliance", "expired"),
-    "approval_cancelled": ("compliance", "cancelled"),
-    "approval_undeliverable": (None, "undeliverable"),
-    "step_started": ("worker", "running"),
-    "step_executed": ("worker", "succeeded", "failed"),
-    "task_retried": (None, "pending", "executing"),
-    "task_ended": (None, "completed", "denied", "rejected", "expired", "failed", "cancelled"),
+KINDS = {  # kind: who checks it, by whom it is (None: a person, or the part that ended it), what its status may be
+    "task_started": ("_start", None, "pending"),
+    "policy_checked": ("_policy", "planner", "allowed", "denied"),
+    "plan_built": ("_plan", "planner", "planned"),
+    "approval_requested": ("_ask", "compliance", "pending"),
+    "approval_decided": ("_decide", None, "approved", "rejected"),
+    "approval_reminder": ("_close", "reconciler", "pending"),
+    "approval_expired": ("_close", "compliance", "expired"),
+    "approval_cancelled": ("_close", "compliance", "cancelled"),
+    "approval_undeliverable": ("_close", None, "undeliverable"),
+    "step_started": ("_claim", "worker", "running"),
+    "step_executed": ("_outcome", "worker", "succeeded", "failed"),
+    "task_retried": ("_retry", None, "pending", "executing"),
+    "task_ended": ("_end", None, "completed", "denied", "rejected", "expired", "failed", "cancelled"),
 }
 REQUEST = {"task_id": str, "task_type": str, "description": str, "parameters": dict, "requester": str}
 DECISION = {"policy_id": str, "action_type": str, "allowed": bool, "requires_approval": bool, "approvals": int}
@@ -337,13 +333,14 @@ class Story:
         self.claim: dict[str, Any] = {}  # the step that was begun, and whose outcome is not on record
         self.done, self.run, self.failed_in, self.version, self.newest = 0, 1, 0, 0, 0.0
         self.approvers: list[str] = []
-        self.effects: list[str] = []
+        self.notes: list[str] = []
+        self.effects: list[str] = []  # what ran, failed, or was refused
         self.retried_by = ""  # who asked for this execution, if it is not the first
 
     def tell(self, entry: dict[str, Any], output_text: str) -> None:
         kind, where = entry["kind"], entry["where"]
         need(kind in KINDS, "text", "there is no such kind", where)
-        by, *statuses = KINDS[kind]
+        teller, by, *statuses = KINDS[kind]
         need(by in (None, entry["actor"]) and entry["status"] in statuses, "text", "no such actor or status", where)
         of_step = kind.startswith(("approval_", "step_"))
         need(of_step or place_of(entry) == (-1, "", kind), "text", "it is about no step", where)
@@ -361,19 +358,13 @@ class Story:
         else:
             need(entry["policy_id"] == self.policy.get("policy_id", ""), "policy", "not the pinned policy", where)
         need(entry["plan_hash"] == self.plan_hash, "plan", "not the hash of the task's plan", where)
-        if kind in ("task_started", "plan_built", "task_retried", "task_ended"):
-            given, made = members(entry["input"], {}, "input", where), self.request
-            if kind in ("task_retried", "task_ended") and "request_hash" in given:
-                given, made = {"hash": given["request_hash"]}, {"hash": sha256(canonical(made))}
-            else:
-                members(given, REQUEST, "input", where)
-            need(first or same(given, made), "input", "not the request that was made", where)
-        tellers = {
-            "task_started": self._start, "policy_checked": self._policy, "plan_built": self._plan,
-            "approval_requested": self._ask, "approval_decided": self._decide, "step_started": self._claim,
-            "step_executed": self._outcome, "task_retried": self._retry, "task_ended": self._end,
-        }  # fmt: skip
-        tellers.get(kind, self._close)(entry, where)
+        if kind in ("task_started", "plan_built"):
+            given = members(entry["input"], REQUEST, "input", where)
+            need(first or same(given, self.request), "input", "not the request that was made", where)
+        if kind in ("task_retried", "task_ended"):
+            given = members(entry["input"], {"request_hash": str}, "input", where)
+            need(given["request_hash"] == sha256(canonical(self.request)), "input", "of another request", where)
+        getattr(self, str(teller))(entry, where)
 
     def _start(self, entry: dict[str, Any], where: str) -> None:
         self.request = entry["input"]
@@ -391,13 +382,15 @@ class Story:
         need(entry["status"] == said, "policy", f"the policy says {said}", where)
 
     def _decision(self, value: Any, where: str) -> dict[str, Any]:
-        """Recompute a decision from the document that it names. No older version is in force after a newer one."""
+        """Recompute a decision from the document that it names."""
         decision, action = members(value, DECISION, "policy", where), self.analysis["action_type"]
         members({**dict.fromkeys(LIMITS), **decision}, LIMITS, "policy", where)
         need(decision["policy_id"] in self.policies, "policy", "its document is not in the bundle", where)
         self.unused.discard(decision["policy_id"])
         document = self.policies[decision["policy_id"]]
-        need(document["version"] >= self.version, "policy", "an older version than before", where)
+        if document["version"] < self.version:  # the last good one, when the newest has been altered; or a lie
+            again = f"version {document['version']} after {self.version} ({where})"
+            self.notes.append(f"NOTE      an older version of the policy was in force again: {again}")
         self.version, rule = document["version"], document["rules"].get(action)
         given = {name: each for name, each in decision.items() if name not in ("policy_id", "action_type")}
         # An action type without a rule is denied.
@@ -498,7 +491,7 @@ class Story:
         said, step = members(entry["input"], CLAIM, "step", where), self._step(entry, "step")
         need(said["step_hash"] == sha256(canonical(step)), "step", "another step was begun", where)
         need(said["run"] == self.run, "step", "begun for another run", where)
-        need(self.run not in (self.failed_in, self.claim.get("run")), "step", "begun a second time", where)
+        need(not self._tried(), "step", "begun a second time", where)
         policy, approval = self._decision(entry["output"], where), self._approval_of(entry)
         need(policy["allowed"], "step", "begun though the policy in force did not allow it", where)
         need(approval.get("state") in (None, "approved"), "step", "begun without its approval", where)
@@ -510,7 +503,12 @@ class Story:
         if step["type"] == "onchain_action":
             for each in (self.policy, policy):
                 self._within_limits(step["parameters"], each, where)
-        self.claim, self.approval = {"run": self.run, "by": by, "step": step}, {}
+        self.claim, self.approval = {"run": self.run, "step": step}, {}
+        self.approvers += [each for each in by if each not in self.approvers]
+
+    def _tried(self) -> bool:
+        """Whether this execution has begun the step, or was refused it."""
+        return self.run in (self.failed_in, self.claim.get("run"))
 
     def _within_limits(self, moved: dict[str, Any], policy: dict[str, Any], where: str) -> None:
         amount, allowed = moved.get("amount"), policy.get("allowed_addresses")
@@ -521,21 +519,30 @@ class Story:
         need(known, "step", "moves money to where the policy does not allow", where)
 
     def _outcome(self, entry: dict[str, Any], where: str) -> None:
-        """What became of a step that was begun; or that it was not begun, being refused: then nothing was done."""
-        step, output = self._step(entry, "step"), entry["output"]
+        """What became of a step that was begun; or that this execution did not begin it, being refused."""
+        step, output, name = self._step(entry, "step"), entry["output"], " ".join(place_of(entry)[1:])
         need(same(entry["input"], step["parameters"]), "step", "ran with other parameters", where)
-        need(bool(self.claim) or not self.ended, "end", "it goes on after its end", where)
-        claim, self.claim = self.claim or {"run": self.run}, {}
         if entry["status"] == "failed":
-            self.failed_in = claim["run"]
+            error = members(output, {"error": str}, "output", where)["error"]
+            if output.get("begun") is False:
+                # What an execution before this one has begun may still have an outcome.
+                need(not self.ended, "end", "it goes on after its end", where)
+                need(not self._tried(), "step", "refused, and it was begun, or refused, already", where)
+                self.failed_in = self.run
+                self.effects.append(f"refused   {name}: {error}")
+                return
+        need(bool(self.claim) or not self.ended, "end", "it goes on after its end", where)
+        need(bool(self.claim), "step", "ran, and was never begun", where)
+        claim, self.claim = self.claim, {}
+        if entry["status"] == "failed":
+            self.failed_in = max(self.failed_in, claim["run"])
+            self.effects.append(f"failed    {name}: {error}")
             return
-        need("by" in claim, "step", "ran, and was never begun", where)
-        self.approvers += claim["by"]
         done = ""
         if step["type"] == "onchain_action":
             members(output, {"txid": str, "network": str}, "step", where)
-            for name, value in step["parameters"].items():
-                need(name in output and same(output[name], value), "step", f"moved with another {name}", where)
+            for each, value in step["parameters"].items():
+                need(each in output and same(output[each], value), "step", f"moved with another {each}", where)
             # An execution before this one may have begun it, under what was approved then.
             of_its_run = same(output.get("run", claim["run"]), claim["run"])
             need(of_its_run, "step", "not handed in by the execution that began it", where)
@@ -551,7 +558,7 @@ class Story:
             seen = members(output, {"pinned": bool}, "policy", where)
             pinned, decision = seen.pop("pinned"), self._decision(seen, where)
             need(pinned == (decision["policy_id"] == self.policy["policy_id"]), "policy", "pinned or not?", where)
-        self.effects.append(f"{step['step_id']} {step['type']}{done}")
+        self.effects.append(f"ran       {name}{done}")
         self.done += 1
 
     def _retry(self, entry: dict[str, Any], where: str) -> None:
@@ -822,17 +829,14 @@ def verify(
     check_transaction(anchor)
     if rpc:
         look_up(rpc, anchor, anchor_identity)
-    lines = report(bundle, anchor, entries, anchored, story)
-    if not network:
-        lines.append(
-            f"NOT CHECKED that the network is {bundle['network']}: the bundle says so, no signature: --network"
-        )
-    if bundle["network"] == "mock":
-        lines.append("NOT PROVED  network: mock! Its operator can make another history: nothing to an outsider.")
-    if not rpc:
-        lines.append("NOT PROVED  that any network has the transaction, and so since when: use --rpc")
-    if not log:
-        lines.append(f"NOT CHECKED what the log has of the task after size {anchor['size']}, or besides: use --log")
+    named, size = bundle["network"], anchor["size"]
+    unproved = [
+        (not network, f"NOT CHECKED that the network is {named}: the bundle says so, no signature: --network"),
+        (named == "mock", "NOT PROVED  network: mock! Its operator can make another history: nothing to an outsider."),
+        (not rpc, "NOT PROVED  that any network has the transaction, and so since when: use --rpc"),
+        (not log, f"NOT CHECKED what the log has of the task after size {size}, or besides: use --log"),
+    ]
+    lines = report(bundle, anchor, entries, anchored, story) + [line for is_so, line in unproved if is_so]
     return lines + ([check_whole_log(log, bundle, anchor, anchored, open_)] if log else [])
 
 
@@ -846,8 +850,9 @@ def report(
         f"anchor    as of size {anchor['size']}, number {anchor['sequence']}, tick {anchor['tick']}: {anchor['txid']}",
         f"network   {bundle['network']}",
         *(f"policy    {each}" for each in story.policies or ["none was looked at"]),
+        *story.notes,
         f"approved  by {', '.join(story.approvers) or 'nobody'}",
-        *(f"ran       {each}" for each in story.effects or ["nothing"]),
+        *(story.effects or ["ran       nothing"]),
         *([f"UNKNOWN   what became of {begun['step_id']} {begun['type']}, which was begun"] if begun else []),
         f"ended     {story.ended or 'not yet, or its end was left out'}",
         *(f"NOT ANCHORED YET, worth nothing so far: {each['where']}, {each['kind']}" for each in entries[anchored:]),

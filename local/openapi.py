@@ -351,7 +351,7 @@ No token, or one that is not the issuer's, has expired or is for somebody else: 
 | operator | all of those, write to the ledger, propose a policy, and approve one that another operator proposed |
 
 A task that the caller may not see is 404, as one that is not there. Nobody decides on their own task, nor on one that they have retried, whatever
-their roles. A task is retried at most 20 times. A bundle shows what the trail's hashes hide: to who asked for the task, and to auditors.
+their roles. A task is retried at most 20 times. A bundle shows what the trail's hashes hide: to who asked for the task, to auditors and operators.
 
 ## The log, for its own kind of clients
 

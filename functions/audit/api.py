@@ -45,7 +45,7 @@ STATEMENT = {
 
 Reader = Annotated[Caller, Depends(require("requester", *READERS))]
 BundleReader = Annotated[Caller, Depends(require("requester", "auditor"))]
-"""A bundle shows what the hashes hide: to who asked for the task, and to auditors."""
+"""A bundle shows what the hashes hide: to who asked for the task, to auditors and operators."""
 Auditor = Annotated[Caller, Depends(require("auditor"))]
 
 app = create_app("audit")
@@ -261,7 +261,8 @@ def get_log_consistency(
 def get_bundle(task_id: TaskId, who: BundleReader) -> Bundle:
     """All that the offline verifier needs: entries, what their hashes are over, proofs, the anchor, the policy.
 
-    413 when it is larger than an answer may be; the trail can be read by pages even so.
+    413 when it is larger than an answer may be. The trail can be read by pages even so, but they have neither what the
+    hashes are over nor proofs: such a task cannot be checked offline.
     """
     if not is_task_id(task_id):
         raise NotFoundError("no such task", field="task_id")
@@ -287,7 +288,9 @@ def get_bundle(task_id: TaskId, who: BundleReader) -> Bundle:
     found = Bundle.model_validate(bundle)
     if len(json.dumps(found.model_dump_json())) > MAX_ANSWER_BYTES:
         raise HTTPException(
-            413, f"The bundle is larger than an answer may be: read GET /audit/{task_id}?limit=100, page by page."
+            413,
+            f"The bundle is larger than an answer may be. GET /audit/{task_id}?limit=100 has the entries by pages, "
+            "without what their hashes are over and without proofs: the task cannot be checked offline.",
         )
     return found
 

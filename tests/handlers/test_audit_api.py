@@ -514,7 +514,7 @@ def test_a_bundle_that_is_too_large_to_send_says_where_its_trail_is(
         monkeypatch.setattr("audit.api.MAX_ANSWER_BYTES", most)
         found, body = get(f"/audit/{recorded}/bundle")
         assert found == status
-    assert f"/audit/{recorded}?limit=" in body["detail"]
+    assert f"/audit/{recorded}?limit=" in body["detail"] and "cannot be checked offline" in body["detail"]
 
 
 def test_a_bundle_before_the_anchor_has_no_proofs(get: Get, aws: Cloud) -> None:

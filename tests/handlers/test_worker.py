@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -87,16 +88,20 @@ def record_of(store: TaskStore, task_id: str) -> StepRecord:
     return record
 
 
-def ends_of_the_transfer(task_id: str) -> list[str]:
-    """The statuses of the events that tell how the transfer has ended."""
-    found = boto3.client("dynamodb").query(
+def events_of(task_id: str) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = boto3.client("dynamodb").query(
         TableName="TasksTable",
         KeyConditionExpression="pk = :pk AND begins_with(sk, :event)",
         ExpressionAttributeValues={":pk": {"S": task_id}, ":event": {"S": "EVENT#"}},
     )["Items"]
+    return found
+
+
+def ends_of_the_transfer(task_id: str) -> list[str]:
+    """The statuses of the events that tell how the transfer has ended."""
     return [
         each["status"]["S"]
-        for each in found
+        for each in events_of(task_id)
         if (each["kind"]["S"], each["step_id"]["S"]) == ("step_executed", "step_3")
     ]
 
@@ -679,6 +684,11 @@ def test_a_step_that_a_worker_lost_is_decided_on_anew_by_the_next_execution(
     approve(store, task_id, plan, 2, approved=False)
     refused = run(aws, task_id, 2)
     assert (refused["status"], refused["error"]) == ("failed", "an approver rejected it")
+    # The trail tells a refusal from the outcome of what the first execution has begun.
+    [told] = [
+        each for each in events_of(task_id) if (each["kind"]["S"], each["step_id"]["S"]) == ("step_executed", "step_3")
+    ]
+    assert json.loads(told["output"]["S"]) == {"error": "an approver rejected it", "begun": False}
 
 
 def test_a_transfer_that_nobody_approved_does_not_run_even_when_the_worker_is_called_by_itself(

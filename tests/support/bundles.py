@@ -271,6 +271,10 @@ class Trail:
             **fields,
         )
 
+    def refuse(self, index: int, error: str = "an approver rejected it") -> Trail:
+        """Have a step refused: this execution does not begin it."""
+        return self.finish(index, {"error": error, "begun": False}, "failed")
+
     def execute(self, index: int, result: dict[str, Any] | None = None, status: str = "succeeded") -> Trail:
         return self.begin(index).finish(index, result, status)
 
@@ -396,7 +400,7 @@ def settled_by_a_retry() -> Trail:
 def refused_and_retried() -> Trail:
     """A step that was refused was never begun; nor was one that a worker lost, and a retry begins it again."""
     trail = Trail("monitor_wallet", {"wallet_address": WALLET}).start().check_policy().build()
-    trail.finish(0, {"error": "denied"}, "failed").end("failed").retry().begin(0).end("failed").retry()
+    trail.refuse(0).end("failed").retry().begin(0).end("failed").retry()
     return trail.execute(0).execute(1).execute(2).end("completed")
 
 

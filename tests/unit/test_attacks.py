@@ -914,7 +914,7 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
     "what was completed is retried": (lambda: transferred().retry(), "end"),
     "a retry out of count": (lambda: setattr_(planned().end("failed"), run=3).retry(), "output"),
     "another end than recorded": (
-        lambda: planned().record("task_ended", "execution", "failed", Trail().request, {"status": "cancelled"}),
+        lambda: told(planned().end("failed"), status="cancelled"),
         "output",
     ),
     "another request than made": (
@@ -928,13 +928,31 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
     "begun after it failed": (lambda: approved(planned()).end("failed").begin(2), "end"),
     "carried out after it was cancelled": (lambda: approved(planned()).end("cancelled", "alice").finish(2), "end"),
     "carried out after it was denied": (lambda: monitoring().end("denied").finish(0), "end"),
-    "refused after its end": (lambda: monitoring().end("failed").finish(0, {"error": "x"}, "failed"), "end"),
+    "refused after its end": (lambda: monitoring().end("failed").refuse(0), "end"),
+    "failed, and never begun": (lambda: monitoring().finish(0, {"error": "x"}, "failed"), "step"),
+    "refused, and it was begun": (lambda: approved(planned()).begin(2).refuse(2), "step"),
+    "refused twice": (lambda: monitoring().refuse(0).refuse(0), "step"),
+    "refused after it failed": (lambda: monitoring().execute(0, {"error": "x"}, "failed").refuse(0), "step"),
+    "failed, and it does not say why": (lambda: monitoring().execute(0, {}, "failed"), "output"),
+    "refused, not in a word": (lambda: monitoring().finish(0, {"error": "x", "begun": 0}, "failed"), "step"),
     "two outcomes after the end": (lambda: cancelled().finish(2), "end"),
     "the outcome of a transfer twice": (lambda: confirmed_late().finish(2), "step"),
     "carried out, and never begun": (lambda: approved(planned()).finish(2), "step"),
     "begun twice": (lambda: monitoring().begin(0).begin(0), "step"),
     "begun again after it failed": (lambda: monitoring().execute(0, {"error": "x"}, "failed").begin(0), "step"),
-    "begun again after it was refused": (lambda: monitoring().finish(0, {"error": "x"}, "failed").begin(0), "step"),
+    "begun again after it was refused": (lambda: monitoring().refuse(0).begin(0), "step"),
+    "begun again after a refusal, with an older one open": (
+        lambda: approved(approved(planned()).begin(2).end("failed").retry().refuse(2)).begin(2),
+        "step",
+    ),
+    "begun again after a refusal, and the older one has failed": (
+        lambda: (
+            approved(approved(planned()).begin(2).end("failed").retry().refuse(2))
+            .finish(2, {"error": "expired"}, "failed")
+            .begin(2)
+        ),
+        "step",
+    ),
     "begun for another run": (lambda: monitoring().begin(0, run=2), "step"),
     "another step begun": (lambda: monitoring().begin(0, step_hash="0" * 64), "step"),
     "begun under another step's name": (lambda: told(monitoring().begin(0), step_id="step_9"), "step"),
@@ -1004,13 +1022,9 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
         lambda: planned().begin(2, Trail().policy.decide("monitoring")),
         "policy",
     ),
-    "a policy that goes back to an older one": (
-        lambda: in_force(monitoring(), 0, risk_level="high").finish(0).begin(1),
-        "policy",
-    ),
-    "a policy that a step saw, and that is forgotten": (
-        lambda: in_force(monitoring(1), 1, allowed=True, risk_level="high").finish(1),
-        "policy",
+    "a policy that goes back to an older one, which denies it": (
+        lambda: in_force(in_force(monitoring(), 0, risk_level="high").finish(0), 1, version=2, allowed=False),
+        "step",
     ),
     # The plan is what was asked for.
     "a step of a type that there is not": (
@@ -1082,7 +1096,7 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
         "policy",
     ),
     "a retry that starts over": (
-        lambda: planned().end("failed").record("task_retried", "alice", "pending", Trail().request, {"run": 2}),
+        lambda: told(planned().end("failed").retry(), status="pending"),
         "output",
     ),
     "started twice": (lambda: Trail().start().start(), "text"),
@@ -1124,14 +1138,17 @@ def test_an_entry_of_a_form_that_there_is_not(at: int, changes: dict[str, Any]) 
     assert caught(trail.bundle()) == ("text", f"entry {at}")
 
 
-def test_the_denial_that_a_policy_check_saw_is_not_forgotten() -> None:
-    """Version 4 denies, the trail says so, and the next step is begun under version 3."""
+def test_an_older_policy_in_force_again_is_told() -> None:
+    """Version 4 denies, the trail says so, and the next step is begun under version 3: by design, or it is a lie."""
     trail = monitoring(1).begin(1)
     text = policy_text(RULES | {"monitoring": RULES["monitoring"].model_copy(update={"allowed": False})}, version=4)
     trail.later = [text]
     seen = policy_of(text).decide("monitoring").model_dump(mode="json") | {"pinned": False}
-    assert verify(trail.finish(1, seen).bundle(), open_=True)
-    assert caught(trail.begin(2).bundle(), open_=True) == ("policy", "entry 8")
+    assert not [each for each in verify(trail.finish(1, seen).bundle(), open_=True) if each.startswith("NOTE")]
+    note = "NOTE      an older version of the policy was in force again: version 3 after 4 (entry 8)"
+    assert note in verify(trail.begin(2).bundle(), open_=True)
+    begun_under_4 = in_force(monitoring(1), 1, risk_level="high").finish(1)  # and the check saw version 3
+    assert note.replace("entry 8", "entry 7") in verify(begun_under_4.bundle(), open_=True)
 
 
 def test_clocks_may_differ_by_some_minutes() -> None:
@@ -1156,6 +1173,29 @@ def test_a_transfer_whose_outcome_is_cut_off() -> None:
     assert caught(cut) == ("complete", "entry 17")
     assert any(line.startswith("UNKNOWN   what became of step_3 onchain_action") for line in verify(cut, open_=True))
     assert not any(line.startswith("UNKNOWN") for line in verify(bundle))
+
+
+def test_a_refusal_does_not_hide_what_an_execution_before_it_has_begun() -> None:
+    """Begun in the first execution, refused in the second: money may have moved all the same."""
+    trail = approved(planned()).begin(2).end("failed").retry().refuse(2)
+    late = deepcopy(trail).end("failed").finish(2)
+    bundle = trail.end("denied").bundle()
+    assert caught(bundle) == ("complete", "entry 15")
+    report = verify(bundle, open_=True)
+    assert "UNKNOWN   what became of step_3 onchain_action, which was begun" in report
+    assert "refused   step_3 onchain_action: an approver rejected it" in report
+    assert "approved  by bob, carol" in report
+    assert any(line.startswith("ran       step_3 onchain_action: 100 QU") for line in verify(late.bundle()))
+
+
+def test_the_report_says_what_was_begun_and_failed_and_who_had_approved_it() -> None:
+    """That it failed does not say that no money moved."""
+    error = "moved_unknown: look the transaction up"
+    report = verify(approved(planned()).execute(2, {"error": error}, "failed").end("failed").bundle())
+    assert f"failed    step_3 onchain_action: {error}" in report and "approved  by bob, carol" in report
+    unknown = verify(approved(planned()).begin(2).end("failed").bundle(), open_=True)
+    assert "approved  by bob, carol" in unknown
+    assert "ran       nothing" in verify(monitoring().end("failed").bundle())
 
 
 def bundle_at(log: Log, trail: Trail, size: int) -> dict[str, Any]:

@@ -72,20 +72,13 @@ def fails(bundle: dict[str, Any], **options: Any) -> tuple[str, str]:
 # What holds
 
 
-def test_an_end_and_a_retry_name_the_request_by_its_hash_or_show_it() -> None:
-    """Shown, as it was recorded before."""
-
-    class Shown(Trail):
-        def request_again(self) -> dict[str, Any]:
-            return self.request
-
-    class Another(Trail):
-        def request_again(self) -> dict[str, Any]:
-            return {"request_hash": sha256_hex("another")}
-
-    assert verify(Shown().start().end("failed").retry().end("failed").bundle())
-    assert fails(Another().start().end("failed").bundle()) == ("input", "entry 2")
-    assert fails(Another().start().end("failed").retry().bundle()) == ("input", "entry 2")
+@pytest.mark.parametrize("said", [{"request_hash": sha256_hex("another")}, Trail().request, {}])
+def test_an_end_and_a_retry_name_the_request_by_its_hash(said: dict[str, Any]) -> None:
+    ended = Trail().start().end("failed")
+    assert verify(ended.bundle())
+    assert fails(Trail().start().record("task_ended", "execution", "failed", said, {}).bundle()) == ("input", "entry 2")
+    again = ended.record("task_retried", "alice", "pending", said, {"run": 2})
+    assert fails(again.bundle()) == ("input", "entry 3")
 
 
 def test_who_had_a_task_run_again_does_not_approve_it() -> None:

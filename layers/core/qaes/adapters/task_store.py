@@ -516,7 +516,7 @@ class TaskStore:
     def refuse_step(
         self, task_id: str, step_index: int, step: Step, before: StepRecord | None, error: str
     ) -> StepRecord:
-        """Record that a step may not run: it was never begun.
+        """Record that a step may not run: this execution has not begun it, which the event says.
 
         Raises UnavailableError when another attempt has begun since `before` was read: that one is not overruled.
         """
@@ -527,7 +527,8 @@ class TaskStore:
             if record != before:
                 raise UnavailableError("another attempt is at work on this step")
             _refuse_ended(task)
-            final, event = self._finished(task, _first_record(task, step_index, step, record), None, error)
+            never_begun = _first_record(task, step_index, step, record)
+            final, event = self._finished(task, never_begun, None, error, begun=False)
             refused[:] = [final]
             put = self._items.put_step(task_id, _step_sk(final), final, before=record)
             return _Change({"current_step": step_index}, (event,), (put,))
@@ -536,17 +537,17 @@ class TaskStore:
         return refused[0]
 
     def _finished(
-        self, task: Task, begun: StepRecord, result: dict[str, Any] | None, error: str | None
+        self, task: Task, record: StepRecord, result: dict[str, Any] | None, error: str | None, *, begun: bool = True
     ) -> tuple[StepRecord, Event]:
         moment = now()
-        output = result if error is None else {"error": error}
-        final = begun.model_copy(
+        output = result if error is None else {"error": error} | ({} if begun else {"begun": False})
+        final = record.model_copy(
             update={
                 "status": "succeeded" if error is None else "failed",
                 "result": result,
                 "error": error,
                 "output_hash": hash_of(output),
-                "duration_ms": int((moment - parse_timestamp(begun.started_at)).total_seconds() * 1000),
+                "duration_ms": int((moment - parse_timestamp(record.started_at)).total_seconds() * 1000),
             }
         )
         event = _event(
@@ -733,8 +734,6 @@ class TaskStore:
         for attempt in range(_ATTEMPTS):
             self._replay(idempotency)
             task = self.get_task(task_id)
-            if not task.salt:  # it was stored before tasks had one
-                task = task.model_copy(update={"salt": _new_salt()})
             try:
                 change = decide(task)
             except ConflictError:

@@ -1,7 +1,8 @@
 """A task's bundle: all that an offline verifier needs, in one file (docs/audit.md, docs/verify_bundle.py).
 
-There is nothing in it that the verifier does not check: the request, the plan, the approvals and the results are the
-inputs and outputs of the entries, disclosed together with the salt of their hashes, and stand nowhere else.
+There is no value in it that the verifier does not check, but for `network`: the request, the plan,
+the approvals and the results are the inputs and outputs of the entries, disclosed together with the salt of their
+hashes, and stand nowhere else.
 """
 
 from __future__ import annotations
