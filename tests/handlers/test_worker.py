@@ -9,6 +9,7 @@ from typing import Any
 import boto3
 import pytest
 
+from qaes.adapters import transfers
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import planning
@@ -428,7 +429,7 @@ def test_what_a_cancelled_task_has_done_is_put_on_record_once(
         aws.settle()
     assert reconcile(aws) == ([task_id] if by == "reconciler" else [])
     record = record_of(store, task_id)
-    assert (record.status, balance(DESTINATION), woken, store.waiter(task_id, 2)) == ("succeeded", 250, [], None)
+    assert (record.status, balance(DESTINATION), woken, store.waiter(task_id, 2)) == ("succeeded", 250, [WAITER], None)
     assert aws.invoke("TransferEndedFunction", ended(task_id)) == {"batchItemFailures": []}
     assert reconcile(aws) == []
     assert record_of(store, task_id) == record
@@ -537,6 +538,29 @@ def test_the_reconciler_wakes_for_who_finished_the_step_and_did_not_come_to_tell
     assert reconciler._wake(store.get_task(task_id), store) is True
     assert woken == ["a token"]
     assert reconciler._wake(store.get_task(task_id), store) is False
+
+
+def test_an_execution_that_began_to_wait_while_the_ledger_was_asked_is_woken(
+    aws: Cloud, store: TaskStore, plan_for: Plans, woken: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The task had ended when it was read; it was retried since, and the token is the new execution's."""
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    submit(aws, task_id)
+    store.end_task(task_id, "failed", actor="test", reason="the ledger has not confirmed it in time")
+    state_of, retried = transfers.state_of, []
+
+    def slow(*arguments: Any) -> Any:
+        if not retried:
+            retried.append(store.retry(task_id, subject="alice"))
+            store.put_waiter(task_id, 2, "the new one's", expires_in=100)
+        return state_of(*arguments)
+
+    monkeypatch.setattr("qaes.adapters.transfers.state_of", slow)
+    aws.settle()
+    assert retried
+    assert (record_of(store, task_id).status, woken) == ("succeeded", ["the new one's"])
+    assert store.waiter(task_id, 2) is None
 
 
 # An execution that finds what one before it has handed in
