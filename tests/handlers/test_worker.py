@@ -20,6 +20,7 @@ from qaes.domain.ids import now as moment
 from qaes.domain.models import Plan, StepRecord
 from qaes.domain.policy import Policy
 from qubic.chain.mock import Faults, MockChain
+from qubic.submissions import Submissions
 from tests.handlers.test_task_store import new_task
 from tests.support.cloud import Cloud, Context, call, cloud
 from worker.app import NotConfirmedYetError
@@ -316,6 +317,35 @@ def test_a_transfer_whose_handing_in_was_not_answered_is_not_refused_afterwards(
     with pytest.raises(UnavailableError):
         submit(aws, task_id)
     monkeypatch.setattr(LedgerClient, "transfer", refused)
+    assert submit(aws, task_id)["status"] == "submitted"
+    aws.settle()
+    assert (run(aws, task_id, 2)["status"], balance(DESTINATION)) == ("succeeded", 250)
+
+
+def test_a_twin_that_is_refused_does_not_end_the_step_of_the_one_that_signs(
+    aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first call still runs when the state tries again; the balance has changed in between."""
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    sign, twins = Submissions._sign, []
+
+    def refuse(*_: Any) -> None:
+        raise RefusedError("insufficient_balance", "the source's balance is too small")
+
+    def meanwhile(it: Submissions, *arguments: Any) -> Any:
+        if not twins:
+            twins.append("begun")
+            with monkeypatch.context() as patch:
+                patch.setattr(Submissions, "_check_balance", refuse)
+                with pytest.raises(UnavailableError):
+                    submit(aws, task_id)
+            twins.append(record_of(store, task_id).status)
+        return sign(it, *arguments)
+
+    monkeypatch.setattr(Submissions, "_sign", meanwhile)
+    assert submit(aws, task_id)["status"] == "submitted"
+    assert twins == ["begun", "running"]
     assert submit(aws, task_id)["status"] == "submitted"
     aws.settle()
     assert (run(aws, task_id, 2)["status"], balance(DESTINATION)) == ("succeeded", 250)
