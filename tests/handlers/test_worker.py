@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -23,6 +24,7 @@ from qubic.chain.mock import Faults, MockChain
 from qubic.submissions import Submissions
 from tests.handlers.test_task_store import new_task
 from tests.support.cloud import Cloud, Context, call, cloud
+from tests.support.template import resolve, template
 from worker.app import NotConfirmedYetError
 
 SOURCE, DESTINATION = "0x1234567890abcdef", "0xfedcba0987654321"
@@ -510,6 +512,67 @@ def test_the_end_of_a_transfer_of_no_task_or_no_begun_step_harms_nobody(
     for each in ("task_none", task_id):
         assert aws.invoke("TransferEndedFunction", ended(each)) == {"batchItemFailures": []}
     assert (woken, store.step(task_id, 2)) == ([], None)
+
+
+def not_on_record(output: str) -> int:
+    """How often the alarm's metric was told, with the alarm's own namespace and dimensions."""
+    alarm = template()["Resources"]["TransferNotOnRecordAlarm"]["Properties"]
+    wanted = {each["Name"]: each["Value"] for each in alarm["Dimensions"]}
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith('{"_aws"')]
+    found = [
+        {name: line[name] for name in group["Dimensions"][0]} == wanted
+        for line in lines
+        for group in line["_aws"]["CloudWatchMetrics"]
+        if alarm["MetricName"] in line and group["Namespace"] == resolve(alarm["Namespace"])
+    ]
+    assert all(found)
+    return len(found)
+
+
+def test_a_transfer_that_is_confirmed_after_its_step_has_failed_raises_an_alarm_and_a_retry_puts_it_right(
+    aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    terms: dict[str, Any] = {}
+
+    def refused(self: LedgerClient, **given: Any) -> Any:
+        terms.update(given)  # a twin has read the balance before it changed, and is slow
+        raise RefusedError("insufficient_balance", "the source's balance is too small")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LedgerClient, "transfer", refused)
+        assert submit(aws, task_id)["status"] == "failed"
+    store.end_task(task_id, "failed", actor="test", reason="step 3 failed")
+    assert call("LedgerTransferFunction", {"operation": "transfer", **terms})["ok"]
+    assert not_on_record(capsys.readouterr().out) == 0
+    aws.settle()
+    assert (record_of(store, task_id).status, balance(DESTINATION)) == ("failed", 250)
+    assert not_on_record(capsys.readouterr().out) == 1
+
+    store.retry(task_id, subject="alice")
+    approve(store, task_id, plan, 2)
+    submit(aws, task_id)
+    assert run(aws, task_id, 2)["status"] == "succeeded"
+    aws.settle()
+    assert (record_of(store, task_id).status, balance(DESTINATION)) == ("succeeded", 250)
+
+
+def test_no_alarm_is_raised_for_what_is_on_record_or_moved_nothing_but_for_what_was_never_begun(
+    aws: Cloud, store: TaskStore, plan_for: Plans, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    submit(aws, task_id)
+    aws.invoke("TransferEndedFunction", ended(task_id))  # nothing is known of it yet
+    aws.settle()
+    again = ended(task_id)
+    again["Records"][0]["dynamodb"]["NewImage"]["txid"] = {"S": record_of(store, task_id).result["txid"]}
+    aws.invoke("TransferEndedFunction", again)
+    aws.invoke("TransferEndedFunction", ended("task_none", "expired"))
+    assert not_on_record(capsys.readouterr().out) == 0
+    aws.invoke("TransferEndedFunction", ended("task_none"))
+    assert not_on_record(capsys.readouterr().out) == 1
 
 
 def test_an_end_that_cannot_be_told_is_delivered_again(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
