@@ -17,13 +17,17 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from qaes.adapters import settings
 from qaes.adapters.logs import logger
-from qaes.domain.errors import ForbiddenError, InvalidInputError, NotFoundError, RefusedError
+from qaes.domain.errors import ForbiddenError, InvalidInputError, NotFoundError, RefusedError, UnavailableError
+from qaes.domain.ids import now
 from qaes.domain.qubic.identity import check_address
 from qubic import limits
 from qubic.hashes import check_hash, hash_state, write_hash
 from qubic.service import policies, submissions
 from qubic.submissions import Submission, Submissions
 from qubic.wallets import Wallets
+
+SIGNING_SECONDS = 60
+"""Who was let through so long ago has signed, or never will: longer than a call of this function may take."""
 
 Arguments = dict[str, Any]
 Result = dict[str, Any]
@@ -110,13 +114,28 @@ def _transfer(it: Submissions, arguments: Arguments) -> Result:
 
     try:
         transfer = it.submit_transfer(**terms, run=arguments["run"], allow=allow)
-    except (RefusedError, InvalidInputError):
+    except (RefusedError, InvalidInputError) as refusal:
         # The compliance agent had it reserved, or `allow` has; a call that is cut off here leaves it for an hour.
         limits.release_refused(wallets, arguments, submissions=it, call=call)
+        if _is_being_signed(it, wallets, arguments, call):
+            # A refusal is the step's end: nobody would put on record what the other call is about to do.
+            raise UnavailableError("another call is about to sign this transfer") from refusal
         raise
     if transfer.state == "confirmed":
         limits.count_found(wallets, transfer)
     return transfer.answer()
+
+
+def _is_being_signed(it: Submissions, wallets: Wallets, arguments: Arguments, call: str) -> bool:
+    """Tell whether another call was let through to sign this transfer just now, and has not yet."""
+    held = limits.Limits(wallets).get(arguments["reference"])
+    if held is None or held.state != "held" or not held.signing - {call}:
+        return False
+    # `asked_at` is when the newest of them was let through. One that is refused before changes nothing in it.
+    if held.asked_at + SIGNING_SECONDS <= now().timestamp():
+        return False
+    signed = it.get(f"transfer:{arguments['reference']}")
+    return signed is None or signed.attempt < held.attempt
 
 
 def _only_simulates(it: Submissions) -> bool:

@@ -11,14 +11,15 @@ from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from qaes.adapters import settings, transfers
+from qaes.adapters import metrics, settings, transfers
 from qaes.adapters.ledger_client import CALL_SECONDS, LedgerClient
 from qaes.adapters.logs import TASK_ID, logger
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.errors import ConflictError, NotFoundError
-from qaes.domain.models import Task
+from qaes.domain.models import StepRecord, Task
 
 _PREFIX = "transfer:"
+NOT_ON_RECORD_METRIC = "TransferNotOnRecord"
 
 
 @logger().inject_lambda_context(correlation_id_path=TASK_ID)
@@ -51,28 +52,48 @@ def transfer_ended(event: dict[str, Any], context: LambdaContext) -> dict[str, A
             failed.append(change["SequenceNumber"])
             continue
         try:
-            _ended(key.removeprefix(_PREFIX))
+            step = _ended(key.removeprefix(_PREFIX))
+            if state == "confirmed":
+                _check_on_record(step, key, image.get("txid", {}).get("S", ""))
         except Exception:  # noqa: BLE001 - whatever it is, it is logged, and delivered again
             logger().exception("could not tell", extra={"transfer": key})
             failed.append(change["SequenceNumber"])
     return {"batchItemFailures": [{"itemIdentifier": number} for number in failed]}
 
 
-def _ended(reference: str) -> None:
-    """Finish the step's record, and wake who waits. An event may come late, or again: how it stands now counts."""
+def _ended(reference: str) -> StepRecord | None:
+    """Finish the step's record, and wake who waits; the record, if there is one.
+
+    An event may come late, or again: how it stands now counts.
+    """
     store = TaskStore()
     task_id, _, step_id = reference.partition("#")
     try:
         task = store.get_task(task_id)
     except NotFoundError:
         logger().warning("a transfer of no known task", extra={"reference": reference})
-        return
+        return None
     step_index = _index_of(store, task, step_id)
     record = store.step(task_id, step_index) if step_index is not None else None
     if record is None:
         logger().warning("a transfer of no step that was begun", extra={"reference": reference})
+        return None
+    settled = transfers.settle(store, LedgerClient(), task, record)
+    transfers.tell(store, task, settled.record)
+    return settled.record
+
+
+def _check_on_record(record: StepRecord | None, key: str, txid: str) -> None:
+    """Raise the alarm when a confirmed transfer's step has ended otherwise, or was never begun.
+
+    A step's end is told once and is not taken back; so what happened after a refusal that was told too early is for a
+    person to put right. A confirmed transfer stays so: that an event is old does not matter.
+    """
+    if record is not None and (record.status == "running" or (record.result or {}).get("txid") == txid):
         return
-    transfers.tell(store, task, transfers.settle(store, LedgerClient(), task, record).record)
+    status = record.status if record is not None else None
+    logger().error("money has moved, and it is not on record", extra={"transfer": key, "txid": txid, "step": status})
+    metrics.count_one(NOT_ON_RECORD_METRIC)
 
 
 def _index_of(store: TaskStore, task: Task, step_id: str) -> int | None:

@@ -6,6 +6,7 @@ import base64
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import boto3
@@ -14,19 +15,20 @@ from botocore.exceptions import ClientError
 
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.settings import SettingsError
-from qaes.domain.errors import RefusedError
+from qaes.domain.errors import RefusedError, UnavailableError
+from qaes.domain.ids import now
 from qaes.domain.policy import DEFAULT_RULES
 from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.qubic.transaction import decode
 from qubic import ledger, service
 from qubic.chain.base import IncludedPage
 from qubic.chain.mock import FIRST_TICK, Faults, MockChain
-from qubic.ledger import _OPERATIONS
+from qubic.ledger import _OPERATIONS, SIGNING_SECONDS
 from qubic.submissions import Submissions
 from qubic.wallets import DEMO_BALANCES, genesis
 from tests.support.cloud import PARAMETERS, Cloud, Context, cloud
 from tests.support.cloud import _environment as function_environment
-from tests.support.template import environment
+from tests.support.template import environment, resources
 
 RICH, POOR, EMPTY = DEMO_BALANCES
 ZERO = encode_identity(bytes(32))
@@ -191,7 +193,11 @@ def refuse(*_: Any) -> None:
     raise RefusedError("insufficient_balance", "the source's balance is too small")
 
 
-@pytest.mark.parametrize("point", ["_check_balance", "_sign"], ids=["before it is let through", "after"])
+@pytest.mark.parametrize(
+    ("point", "told"),
+    [("_check_balance", "insufficient_balance"), ("_sign", "later")],
+    ids=["before it is let through", "after"],
+)
 def test_a_twin_that_is_refused_takes_nothing_from_the_one_that_signs(
     aws: Cloud,
     limited: Callable[[], int],
@@ -199,8 +205,12 @@ def test_a_twin_that_is_refused_takes_nothing_from_the_one_that_signs(
     transfer: Call,
     monkeypatch: pytest.MonkeyPatch,
     point: str,
+    told: str,
 ) -> None:
-    """Two calls for one transfer; one is refused while the other is on its way to its signature."""
+    """Two calls for one transfer; one is refused while the other is on its way to its signature.
+
+    Once that one is let through, a refusal would be wrong: it would end the step, and then the money moves.
+    """
     real, twins = getattr(Submissions, point), []
 
     def meanwhile(it: Submissions, *arguments: Any) -> Any:
@@ -208,13 +218,16 @@ def test_a_twin_that_is_refused_takes_nothing_from_the_one_that_signs(
             twins.append("")
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(Submissions, "_check_balance", refuse)
-                twins[0] = code(transfer())
+                try:
+                    twins[0] = code(transfer())
+                except UnavailableError:
+                    twins[0] = "later"
         return real(it, *arguments)
 
     monkeypatch.setattr(Submissions, point, meanwhile)
     assert reserve()["ok"]
     assert transfer()["result"]["state"] == "signed"
-    assert twins == ["insufficient_balance"]
+    assert twins == [told]
     assert limited() == 10
     aws.settle()
     assert limited() == 10
@@ -228,7 +241,8 @@ def test_the_last_of_two_that_are_refused_gives_it_back(
     def refused_late(*arguments: Any) -> None:
         depth.append(limited())
         if len(depth) == 1:
-            assert code(transfer()) == "insufficient_balance"
+            with pytest.raises(UnavailableError):
+                transfer()
             depth.append(limited())
         refuse()
 
@@ -270,8 +284,32 @@ def test_a_call_that_was_cut_off_leaves_its_reservation(
     with pytest.raises(ClientError):
         transfer()
     monkeypatch.setattr(Submissions, "_check_balance", refuse)
+    with pytest.raises(UnavailableError, match="about to sign"):
+        transfer()
+    later = now() + timedelta(seconds=SIGNING_SECONDS)
+    monkeypatch.setattr("qubic.ledger.now", lambda: later)
     assert code(transfer()) == "insufficient_balance"
     assert limited() == 10
+
+
+def test_who_was_let_through_is_waited_for_longer_than_a_call_may_take() -> None:
+    assert resources("AWS::Serverless::Function")["LedgerTransferFunction"]["Properties"]["Timeout"] < SIGNING_SECONDS
+
+
+def test_who_was_let_through_for_an_attempt_that_has_ended_is_not_waited_for(
+    aws: Cloud, limited: Callable[[], int], transfer: Call, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in the reservation still: whoever closes an attempt may not have come to give it back."""
+    chain = MockChain(genesis=genesis(), table="ChainTable", clock=aws.clock, tick_milliseconds=1000)
+    chain.set_faults(Faults(drop=1))
+    assert transfer()["ok"]
+    with monkeypatch.context() as patch:
+        patch.setattr("qubic.limits.Limits.release", lambda *_, **__: None)
+        aws.settle()
+    assert call("transfer_state", reference="task#step_3")["result"]["state"] == "expired"
+    assert limited() == 10
+    monkeypatch.setattr(Submissions, "_check_balance", refuse)
+    assert code(transfer(run=2)) == "insufficient_balance"
 
 
 def test_another_transfer_under_the_same_reference_is_refused(transfer: Call) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import boto3
 import pytest
 
+from qaes.adapters import transfers
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import planning
@@ -20,8 +21,10 @@ from qaes.domain.ids import now as moment
 from qaes.domain.models import Plan, StepRecord
 from qaes.domain.policy import Policy
 from qubic.chain.mock import Faults, MockChain
+from qubic.submissions import Submissions
 from tests.handlers.test_task_store import new_task
 from tests.support.cloud import Cloud, Context, call, cloud
+from tests.support.template import resolve, template
 from worker.app import NotConfirmedYetError
 
 SOURCE, DESTINATION = "0x1234567890abcdef", "0xfedcba0987654321"
@@ -325,6 +328,35 @@ def test_a_transfer_whose_handing_in_was_not_answered_is_not_refused_afterwards(
     assert (run(aws, task_id, 2)["status"], balance(DESTINATION)) == ("succeeded", 250)
 
 
+def test_a_twin_that_is_refused_does_not_end_the_step_of_the_one_that_signs(
+    aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first call still runs when the state tries again; the balance has changed in between."""
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    sign, twins = Submissions._sign, []
+
+    def refuse(*_: Any) -> None:
+        raise RefusedError("insufficient_balance", "the source's balance is too small")
+
+    def meanwhile(it: Submissions, *arguments: Any) -> Any:
+        if not twins:
+            twins.append("begun")
+            with monkeypatch.context() as patch:
+                patch.setattr(Submissions, "_check_balance", refuse)
+                with pytest.raises(UnavailableError):
+                    submit(aws, task_id)
+            twins.append(record_of(store, task_id).status)
+        return sign(it, *arguments)
+
+    monkeypatch.setattr(Submissions, "_sign", meanwhile)
+    assert submit(aws, task_id)["status"] == "submitted"
+    assert twins == ["begun", "running"]
+    assert submit(aws, task_id)["status"] == "submitted"
+    aws.settle()
+    assert (run(aws, task_id, 2)["status"], balance(DESTINATION)) == ("succeeded", 250)
+
+
 # Waiting for the ledger
 
 
@@ -433,7 +465,7 @@ def test_what_a_cancelled_task_has_done_is_put_on_record_once(
         aws.settle()
     assert reconcile(aws) == ([task_id] if by == "reconciler" else [])
     record = record_of(store, task_id)
-    assert (record.status, balance(DESTINATION), woken, store.waiter(task_id, 2)) == ("succeeded", 250, [], None)
+    assert (record.status, balance(DESTINATION), woken, store.waiter(task_id, 2)) == ("succeeded", 250, [WAITER], None)
     assert aws.invoke("TransferEndedFunction", ended(task_id)) == {"batchItemFailures": []}
     assert reconcile(aws) == []
     assert record_of(store, task_id) == record
@@ -484,6 +516,67 @@ def test_the_end_of_a_transfer_of_no_task_or_no_begun_step_harms_nobody(
     for each in ("task_none", task_id):
         assert aws.invoke("TransferEndedFunction", ended(each)) == {"batchItemFailures": []}
     assert (woken, store.step(task_id, 2)) == ([], None)
+
+
+def not_on_record(output: str) -> int:
+    """How often the alarm's metric was told, with the alarm's own namespace and dimensions."""
+    alarm = template()["Resources"]["TransferNotOnRecordAlarm"]["Properties"]
+    wanted = {each["Name"]: each["Value"] for each in alarm["Dimensions"]}
+    lines = [json.loads(line) for line in output.splitlines() if line.startswith('{"_aws"')]
+    found = [
+        {name: line[name] for name in group["Dimensions"][0]} == wanted
+        for line in lines
+        for group in line["_aws"]["CloudWatchMetrics"]
+        if alarm["MetricName"] in line and group["Namespace"] == resolve(alarm["Namespace"])
+    ]
+    assert all(found)
+    return len(found)
+
+
+def test_a_transfer_that_is_confirmed_after_its_step_has_failed_raises_an_alarm_and_a_retry_puts_it_right(
+    aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    terms: dict[str, Any] = {}
+
+    def refused(self: LedgerClient, **given: Any) -> Any:
+        terms.update(given)  # a twin has read the balance before it changed, and is slow
+        raise RefusedError("insufficient_balance", "the source's balance is too small")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LedgerClient, "transfer", refused)
+        assert submit(aws, task_id)["status"] == "failed"
+    store.end_task(task_id, "failed", actor="test", reason="step 3 failed")
+    assert call("LedgerTransferFunction", {"operation": "transfer", **terms})["ok"]
+    assert not_on_record(capsys.readouterr().out) == 0
+    aws.settle()
+    assert (record_of(store, task_id).status, balance(DESTINATION)) == ("failed", 250)
+    assert not_on_record(capsys.readouterr().out) == 1
+
+    store.retry(task_id, subject="alice")
+    approve(store, task_id, plan, 2)
+    submit(aws, task_id)
+    assert run(aws, task_id, 2)["status"] == "succeeded"
+    aws.settle()
+    assert (record_of(store, task_id).status, balance(DESTINATION)) == ("succeeded", 250)
+
+
+def test_no_alarm_is_raised_for_what_is_on_record_or_moved_nothing_but_for_what_was_never_begun(
+    aws: Cloud, store: TaskStore, plan_for: Plans, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    submit(aws, task_id)
+    aws.invoke("TransferEndedFunction", ended(task_id))  # nothing is known of it yet
+    aws.settle()
+    again = ended(task_id)
+    again["Records"][0]["dynamodb"]["NewImage"]["txid"] = {"S": record_of(store, task_id).result["txid"]}
+    aws.invoke("TransferEndedFunction", again)
+    aws.invoke("TransferEndedFunction", ended("task_none", "expired"))
+    assert not_on_record(capsys.readouterr().out) == 0
+    aws.invoke("TransferEndedFunction", ended("task_none"))
+    assert not_on_record(capsys.readouterr().out) == 1
 
 
 def test_an_end_that_cannot_be_told_is_delivered_again(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -542,6 +635,29 @@ def test_the_reconciler_wakes_for_who_finished_the_step_and_did_not_come_to_tell
     assert reconciler._wake(store.get_task(task_id), store) is True
     assert woken == ["a token"]
     assert reconciler._wake(store.get_task(task_id), store) is False
+
+
+def test_an_execution_that_began_to_wait_while_the_ledger_was_asked_is_woken(
+    aws: Cloud, store: TaskStore, plan_for: Plans, woken: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The task had ended when it was read; it was retried since, and the token is the new execution's."""
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    submit(aws, task_id)
+    store.end_task(task_id, "failed", actor="test", reason="the ledger has not confirmed it in time")
+    state_of, retried = transfers.state_of, []
+
+    def slow(*arguments: Any) -> Any:
+        if not retried:
+            retried.append(store.retry(task_id, subject="alice"))
+            store.put_waiter(task_id, 2, "the new one's", expires_in=100)
+        return state_of(*arguments)
+
+    monkeypatch.setattr("qaes.adapters.transfers.state_of", slow)
+    aws.settle()
+    assert retried
+    assert (record_of(store, task_id).status, woken) == ("succeeded", ["the new one's"])
+    assert store.waiter(task_id, 2) is None
 
 
 # An execution that finds what one before it has handed in

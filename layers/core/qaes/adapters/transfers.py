@@ -83,8 +83,9 @@ def tell(store: TaskStore, task: Task, record: StepRecord) -> bool:
     token = store.waiter(task.task_id, record.step_index) if record.status != "running" else None
     if token is None:
         return False
-    # An execution whose task has ended is stopped, or will be: there is nothing for it to go on with.
-    woken = task.status not in TERMINAL and wake(token, {"status": record.status})
+    # Whatever `task` says: it may have been retried since it was read, and then the token is the new execution's. One
+    # whose task has ended finds that out by itself.
+    woken = wake(token, {"status": record.status})
     store.forget_waiter(task.task_id, record.step_index, token)
     return woken
 
