@@ -1,4 +1,8 @@
-"""Asking a person: the state AwaitApproval hands its task token to `request_approval` and waits."""
+"""Asking a person: the state AwaitApproval hands its task token to `request_approval` and waits.
+
+When the state is retried (the function's answer was lost), people may have decided in between, and have woken a token
+that nobody waits under any more: the decision is delivered to the new one.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import Any
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from qaes.adapters import settings
+from qaes.adapters.executions import Executions
 from qaes.adapters.logs import TASK_ID, logger
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import compliance
@@ -28,4 +33,6 @@ def request_approval(event: dict[str, Any], context: LambdaContext) -> dict[str,
         min(int(event.get("expires_after") or longest), longest),
         required=int(event.get("approvals") or 1),
     )
+    if approval.status != "pending":
+        Executions.deliver(approval)
     return {"status": approval.status, "expires_at": approval.expires_at}

@@ -10,10 +10,10 @@ from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import TASK_ID, logger
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import planning
-from qaes.domain.errors import InvalidInputError
+from qaes.domain.errors import InvalidInputError, UnavailableError
 from qaes.domain.ids import new_plan_id, now, timestamp
 from qaes.domain.models import Analysis
-from qaes.domain.policy import PolicyDecision
+from qaes.domain.policy import Policy, PolicyDecision, policy_of
 
 
 @logger().inject_lambda_context(correlation_id_path=TASK_ID)
@@ -26,11 +26,27 @@ def analyze_task(event: dict[str, Any], context: LambdaContext) -> dict[str, Any
 
 @logger().inject_lambda_context(correlation_id_path=TASK_ID)
 def check_policy(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """May it be done at all? Pins the policy. `{task_id, analysis}` → `{policy}`."""
-    analysis = Analysis.model_validate(event["analysis"])
-    decision = LedgerClient().policy().decide(analysis.action_type)
-    TaskStore().record_policy(event["task_id"], analysis, decision)
-    return {"policy": decision.model_dump(mode="json")}
+    """May it be done at all? Pins the policy. `{task_id, analysis}` → `{analysis, policy}`, both by the same policy.
+
+    The policy may have changed since the analysis was made. What an attempt, or an execution, before has pinned stays.
+    """
+    store, ledger = TaskStore(), LedgerClient()
+    task = store.get_task(event["task_id"])
+    policy = _pinned(ledger, task.policy_id) if task.policy_id is not None else ledger.policy()
+    decision = policy.decide(Analysis.model_validate(event["analysis"]).action_type)
+    analysis = Analysis(action_type=decision.action_type, risk_level=decision.risk_level)
+    task = store.record_policy(task.task_id, analysis, decision)
+    if task.policy_id not in {None, decision.policy_id}:
+        raise UnavailableError("another attempt has pinned another policy")  # the next attempt goes by that one
+    return {"analysis": analysis.model_dump(mode="json"), "policy": decision.model_dump(mode="json")}
+
+
+def _pinned(ledger: LedgerClient, policy_id: str) -> Policy:
+    """The policy that is on record for the task, by its document: its id names the document's hash."""
+    policy = policy_of(ledger.policy_document(policy_id)["text"])
+    if policy.policy_id != policy_id:
+        raise InvalidInputError("the document is not the one that was pinned", field="policy_id")
+    return policy
 
 
 @logger().inject_lambda_context(correlation_id_path=TASK_ID)
@@ -42,7 +58,7 @@ def build_plan(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     if task.plan_id is not None and task.plan_hash is not None:
         return {"plan_id": task.plan_id, "plan_hash": task.plan_hash}
     if task.policy_id != policy.policy_id:
-        # A retry of CheckPolicy met a newer policy than the one that is pinned and recorded.
+        # It was not pinned (the task had ended); nothing is planned by what is not on record.
         raise InvalidInputError("the plan's policy is not the one that was recorded", field="policy.policy_id")
     plan = planning.build_plan(
         plan_id=new_plan_id(),

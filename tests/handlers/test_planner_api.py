@@ -1,4 +1,4 @@
-"""The planner's routes on moto: a plan that nobody executes, and whose stored plan it is."""
+"""The planner on moto: a plan that nobody executes, whose stored plan it is; and how a policy is pinned."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from typing import Any
 import boto3
 import pytest
 
+from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
+from qaes.domain.errors import InvalidInputError, UnavailableError
 from qaes.domain.ids import is_plan_id, parse_timestamp
+from qaes.domain.policy import Policy, policy_of
 from tests.handlers.test_gateway import BAD, DESTINATION, MONITOR, SOURCE, TRANSFER, UNKNOWN
-from tests.handlers.test_task_store import planned
+from tests.handlers.test_task_store import new_task, planned
 from tests.support.api import ALICE, BOB, CAROL, MALLORY, NOBODY, OLIVIA, Api, items, named
+from tests.support.bundles import policy_text
 from tests.support.cloud import Cloud, cloud
 
 UNKNOWN_PLAN = UNKNOWN.replace("task", "plan")
@@ -162,3 +166,45 @@ def test_health_names_what_does_not_answer(api: Api) -> None:
     assert (answer.status, answer.body["status"], answer.body["failing"]) == (503, "unhealthy", ["ledger"])
     boto3.client("dynamodb").delete_table(TableName="TasksTable")
     assert api("GET", "/planner/health", **NOBODY).body["failing"] == ["tasks_table", "ledger"]
+
+
+# The node that checks the policy
+
+DOCUMENT = policy_text()
+OTHER = policy_of(DOCUMENT)
+
+
+def begun(aws: Cloud, store: TaskStore) -> dict[str, Any]:
+    """What the node gets for a task that has been analyzed."""
+    task, _ = store.start_task(new_task())
+    return {"task_id": task.task_id, **aws.invoke("AnalyzeTaskFunction", {"task_id": task.task_id})}
+
+
+def test_an_attempt_that_was_overtaken_does_not_go_by_another_policy(
+    aws: Cloud, store: TaskStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another attempt pins its policy while this one has read a newer one."""
+    event, policy, overtaken = begun(aws, store), LedgerClient.policy, iter([True])
+    first: list[Any] = []
+
+    def newer(ledger: LedgerClient) -> Policy:
+        if not next(overtaken, False):
+            return policy(ledger)
+        first.append(aws.invoke("CheckPolicyFunction", event))
+        return OTHER
+
+    monkeypatch.setattr(LedgerClient, "policy", newer)
+    with pytest.raises(UnavailableError):
+        aws.invoke("CheckPolicyFunction", event)
+    assert aws.invoke("CheckPolicyFunction", event) == first[0]
+    assert store.get_task(event["task_id"]).policy_id == first[0]["policy"]["policy_id"] != OTHER.policy_id
+
+
+def test_a_document_that_is_not_the_pinned_one_decides_nothing(
+    aws: Cloud, store: TaskStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    event = begun(aws, store)
+    aws.invoke("CheckPolicyFunction", event)
+    monkeypatch.setattr(LedgerClient, "policy_document", lambda *_: {"text": DOCUMENT})
+    with pytest.raises(InvalidInputError, match="pinned"):
+        aws.invoke("CheckPolicyFunction", event)

@@ -153,6 +153,43 @@ def test_waiting_and_token_are_one_write_and_the_newest_token_counts(store: Task
     assert events(task_id).count("approval_requested") == 1
 
 
+@pytest.mark.parametrize("outcome", ["approved", "rejected", "expired"])
+def test_what_was_decided_on_is_not_asked_again_in_the_same_execution(store: TaskStore, outcome: str) -> None:
+    """The state is retried: what counts is the decision, and the token that it is to be delivered to."""
+    task_id, plan = waiting(store, expires_in=0 if outcome == "expired" else 60)
+    if outcome == "expired":
+        store.expire(task_id)
+    else:
+        store.decide(task_id, approved=outcome == "approved", subject="bob", reason="x")
+    before = store.get_task(task_id), events(task_id), store.latest_approval(task_id, 2)
+    again = store.request_approval(task_id, 2, plan.steps[2], "token-2", 60)
+    assert before[2] is not None and again == before[2].model_copy(update={"token": "token-2"})
+    assert store.approvals(task_id) == [again] and again.status == outcome
+    assert (store.get_task(task_id).status, events(task_id)) == (before[0].status, before[1])
+
+
+def test_a_yes_by_fewer_than_are_required_by_now_is_asked_for_anew(store: TaskStore) -> None:
+    task_id, plan = waiting(store)
+    store.decide(task_id, approved=True, subject="bob", reason="x")
+    again = store.request_approval(task_id, 2, plan.steps[2], "token-2", 60, required=2)
+    assert (again.round, again.status, again.required) == (2, "pending", 2)
+    store.decide(task_id, approved=False, subject="carol", reason="x")
+    assert store.request_approval(task_id, 2, plan.steps[2], "token-3", 60, required=3).status == "rejected"
+
+
+def test_an_approval_that_was_used_stays_used_whoever_asks_again(store: TaskStore) -> None:
+    """A call that is answered long afterwards does not write over what has happened since."""
+    task_id, plan = waiting(store)
+    approval = store.decide(task_id, approved=True, subject="bob", reason="x")
+    store.claim_step(task_id, 2, plan.steps[2], approval, run=1, current=plan.policy)
+    with pytest.raises(ConcurrentUpdateError):
+        store.request_approval(task_id, 2, plan.steps[2], "token-2", 60)
+    item = boto3.client("dynamodb").get_item(
+        TableName="TasksTable", Key={"pk": {"S": task_id}, "sk": {"S": "APPROVAL#002#01"}}
+    )["Item"]
+    assert "consumed_at" in item and "token-2" not in item["data"]["S"]
+
+
 def test_of_two_decisions_at_the_same_moment_one_wins(store: TaskStore) -> None:
     task_id, _ = waiting(store)
 

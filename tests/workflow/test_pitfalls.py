@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import boto3
@@ -14,10 +15,11 @@ from qaes.adapters.executions import Executions
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.canonical import canonical_json
 from qaes.domain.errors import InvalidInputError
+from qaes.domain.ids import now
 from qaes.domain.models import Approval
 from qaes.domain.requests import MAX_PARAMETERS_BYTES, TaskRequest
 from tests.handlers.test_task_store import new_task
-from tests.support.cloud import Cloud
+from tests.support.cloud import Cloud, call
 from tests.workflow.conftest import DESTINATION, SOURCE
 from tests.workflow.test_paths import balance, kinds
 
@@ -58,6 +60,53 @@ def test_a_decision_at_the_very_moment_it_is_asked_for_is_not_dropped(
     task_id = transfer(250)
     aws.wait(task_id, "completed")
     assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
+
+
+@pytest.mark.parametrize("delivered_by", ["the retry", "the reconciler"])
+@pytest.mark.parametrize(("outcome", "ends"), [("approved", "completed"), ("rejected", "rejected"), ("expired",) * 2])
+def test_a_decision_before_the_state_that_asks_is_retried_stands(
+    aws: Cloud,
+    transfer: Callable[..., str],
+    monkeypatch: pytest.MonkeyPatch,
+    outcome: str,
+    ends: str,
+    delivered_by: str,
+) -> None:
+    """The approval is written, the function's answer is lost, it is decided on; then the state asks again."""
+    store, losses, undelivered = TaskStore("TasksTable"), iter([True]), list[Approval]()
+
+    def decided_and_lost(event: Any) -> None:
+        if not next(losses, False):
+            return
+        call("RequestApprovalFunction", event, aws.parameters)
+        if outcome == "expired":
+            with pytest.MonkeyPatch.context() as later:
+                later.setattr("qaes.adapters.task_store.now", lambda: now() + timedelta(hours=1))
+                assert store.expire(event["task_id"])
+        else:
+            store.decide(event["task_id"], approved=outcome == "approved", subject="bob", reason="because")
+        raise ConnectionError("the answer was lost")
+
+    aws.faults["RequestApprovalFunction"] = decided_and_lost
+    if delivered_by == "the retry":
+        task_id = transfer(250)
+    else:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Executions, "deliver", lambda approval: bool(undelivered.append(approval)))
+            task_id = transfer(250)
+            deadline = time.monotonic() + 20
+            while not undelivered and time.monotonic() < deadline:
+                time.sleep(0.02)
+        assert store.approvals(task_id) == undelivered
+        monkeypatch.setattr("agent_runtime.reconciler.GRACE_SECONDS", -7200)
+        assert aws.invoke("ReconcilerFunction", {}) == {"reconciled": [task_id]}
+    task = aws.wait(task_id, ends)
+    if outcome == "rejected":
+        assert task["reason"] == "because"
+    assert aws.invocations["RequestApprovalFunction"] == 2
+    assert [approval.status for approval in store.approvals(task_id)] == [outcome]
+    assert kinds(aws, task_id).count("approval_requested:pending") == 1
+    assert balance(DESTINATION) == (250 if outcome == "approved" else 0)
 
 
 def test_the_largest_task_stays_far_within_a_states_limit(aws: Cloud, decide: Callable[..., Approval]) -> None:

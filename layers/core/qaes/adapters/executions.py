@@ -47,7 +47,8 @@ class Executions:
     def _execution(self, task: Task) -> str:
         return f"{self._arn.replace(':stateMachine:', ':execution:')}:{task.execution_name}"
 
-    def deliver(self, approval: Approval) -> bool:
+    @staticmethod
+    def deliver(approval: Approval) -> bool:
         """Resume the execution that waits for this decision; False when it no longer waits (delivered, or too late).
 
         The execution reads the decision from the table: what is sent only wakes it.

@@ -76,8 +76,9 @@ class TaskItems:
         }
         put = self.put(item, unless_exists=status_before is None)
         if status_before is not None:
-            not_decided_yet = "#status = :before"
-            put["Put"]["ConditionExpression"] = not_decided_yet
+            # To put an approval that was used would make it one that was not.
+            as_it_was_and_never_used = "#status = :before AND attribute_not_exists(consumed_at)"
+            put["Put"]["ConditionExpression"] = as_it_was_and_never_used
             put["Put"]["ExpressionAttributeNames"] = {"#status": "status"}
             put["Put"]["ExpressionAttributeValues"] = {":before": {"S": status_before}}
         return put

@@ -273,7 +273,9 @@ class TaskStore:
     ) -> Approval:
         """Ask for an approval: the item that says "waiting" and the one that holds the token are one write.
 
-        Asked again while it is open (the state was retried), the newest token is the one that counts.
+        Asked again in the same execution (the state was retried), the newest token is the one that counts. What was
+        decided in between, or has expired, is returned as it is, and is to be delivered: nobody is asked twice, unless
+        fewer have approved than are `required` by now (a policy that has become stricter).
         """
         asked: list[Approval] = []
 
@@ -281,14 +283,13 @@ class TaskStore:
             _refuse_ended(task)
             plan = self.plan_of(task)
             latest = self.latest_approval(task_id, step_index)
-            if latest is not None and latest.status == "pending" and latest.run == task.run:
+            if latest is not None and latest.run == task.run and not latest.is_too_little(required):
                 approval = latest.model_copy(update={"token": token})
                 asked[:] = [approval]
                 if latest.token == token:
                     return None
-                return _Change(
-                    {"status": "waiting_approval"}, (), (self._items.put_approval(task_id, approval, "pending"),)
-                )
+                fields = {"status": "waiting_approval"} if latest.status == "pending" else {}
+                return _Change(fields, (), (self._items.put_approval(task_id, approval, latest.status),))
             requested = now()
             approval = Approval(
                 step_index=step_index,

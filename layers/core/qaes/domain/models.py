@@ -203,6 +203,10 @@ class Approval(Model):
         """What the last decision gave as its reason."""
         return self.decisions[-1].reason if self.decisions else None
 
+    def is_too_little(self, required: int) -> bool:
+        """Whether it is a yes, by fewer people than are required by now. A no is never asked about again."""
+        return self.status == "approved" and sum(each.approved for each in self.decisions) < required
+
 
 class Event(Model):
     """Something that happened to a task; becomes the audit entry with the same number.

@@ -1,0 +1,113 @@
+"""The policy changes while a task is planned, by the ledger's own documents; a stranger still accepts the bundle."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from qaes.adapters.task_store import TaskStore
+from qaes.domain.models import Approval
+from qaes.domain.policy import DEFAULT_RULES, DENIED, Rule
+from qubic import service
+from tests.handlers.test_audit_api import request
+from tests.support.api import set_environment
+from tests.support.bundles import load_verifier
+from tests.support.cloud import Cloud, call
+from tests.support.trail import LOG_ID, anchor_all
+from tests.workflow.test_paths import kinds, raise_always, retry
+
+LESS_RISKY = Rule(allowed=True, requires_approval=True, risk_level="low")
+
+
+@pytest.fixture(autouse=True)
+def environment(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    for function in ("QubicApiFunction", "AuditApiFunction"):
+        set_environment(function, monkeypatch)
+
+
+def in_force() -> str:
+    return str(call("LedgerFunction", {"operation": "policy"})["result"]["policy_id"])
+
+
+def publish(rule: Rule) -> str:
+    """Another rule for transfers, by a new version; returns its id when it is in force."""
+    policies, before = service.policies(), in_force()
+    proposed = policies.propose(DEFAULT_RULES | {"transfer_funds": rule}, subject="olivia")
+    policies.approve(proposed.version, subject="oscar", four_eyes=True)
+    deadline = time.monotonic() + 20
+    while (now_in_force := in_force()) == before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert now_in_force == proposed.policy_id
+    return now_in_force
+
+
+def verify_bundle(aws: Cloud, task_id: str) -> None:
+    """As a stranger does."""
+    aws.stop_time()
+    aws.drain(task_id)
+    anchor_all(aws)
+    identity = json.loads(request("/audit/log/checkpoint")["body"])["anchor"]["source"]
+    answer = request(f"/audit/{task_id}/bundle")
+    assert answer["statusCode"] == 200
+    load_verifier().verify(answer["body"].encode(), log_id=LOG_ID, anchor_identity=identity, task_id=task_id)
+
+
+def test_analysis_and_decision_are_by_one_policy_when_it_changes_between_two_states(
+    aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Approval]
+) -> None:
+    published: list[str] = []
+
+    def then_changed(_: Any) -> None:
+        if not published:
+            published.append(publish(LESS_RISKY))
+
+    aws.faults["CheckPolicyFunction"] = then_changed
+    task_id = transfer(250)
+    decide(task_id, approved=True)
+    aws.wait(task_id, "completed")
+    store = TaskStore("TasksTable")
+    plan = store.plan_of(store.get_task(task_id))
+    assert [plan.policy.policy_id] == published
+    assert (plan.analysis.risk_level, plan.policy.risk_level) == ("low", "low")
+    verify_bundle(aws, task_id)
+
+
+def failed_before_its_plan(aws: Cloud, transfer: Callable[..., str]) -> str:
+    """A task that has its policy and no plan."""
+    aws.faults["BuildPlanFunction"] = raise_always
+    task_id = transfer(250)
+    aws.wait(task_id, "failed")
+    aws.execution(task_id)
+    aws.faults.clear()
+    return task_id
+
+
+def test_a_retry_without_a_plan_is_planned_by_the_policy_that_is_on_record(
+    aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Approval]
+) -> None:
+    task_id, first = failed_before_its_plan(aws, transfer), in_force()
+    publish(LESS_RISKY)
+    retry(aws, task_id)
+    decide(task_id, approved=True)
+    aws.wait(task_id, "completed")
+    store = TaskStore("TasksTable")
+    plan = store.plan_of(store.get_task(task_id))
+    assert (plan.policy.policy_id, plan.analysis.risk_level) == (first, "high")
+    assert kinds(aws, task_id).count("policy_checked:allowed") == 1
+    verify_bundle(aws, task_id)
+
+
+def test_a_retry_without_a_plan_does_nothing_that_the_policy_in_force_denies(
+    aws: Cloud, transfer: Callable[..., str]
+) -> None:
+    task_id = failed_before_its_plan(aws, transfer)
+    newest = publish(DENIED)
+    retry(aws, task_id)
+    task = aws.wait(task_id, "denied")
+    assert task["reason"] == f"policy {newest} does not allow transfer_funds"
+    assert TaskStore("TasksTable").steps(task_id) == []
+    verify_bundle(aws, task_id)
