@@ -112,7 +112,8 @@ class Outbox:
     def tasks(self) -> Iterator[tuple[str, int, int | None]]:
         """Read all tasks as (task, number of its last event, how many it says it has); for fsck.
 
-        What it says is None where only events are there.
+        What it says is None where only events are there. A scan is no snapshot: what was written meanwhile may be in
+        one of the two and not in the other.
         """
         scanned = _scan(
             self._table,
@@ -125,10 +126,23 @@ class Outbox:
             last, said = 0, None
             for item in items:
                 if item["sk"]["S"] == "TASK":
-                    said = int(json.loads(item["data"]["S"])["events"])
+                    said = _events_said(item)
                 else:
                     last = max(last, _number(item))
             yield task_id, last, said
+
+    def last_event(self, task_id: str) -> int:
+        """Read the number of the task's newest event; 0 where there is none."""
+        item = _newest(self._table, task_id, "EVENT")
+        return _number(item) if item else 0
+
+    def events_said(self, task_id: str) -> int | None:
+        """Read how many events the task says it has; None where there is no task."""
+        with asking():
+            found = clients.client("dynamodb").get_item(
+                TableName=self._table, Key=key(task_id, "TASK"), ConsistentRead=True
+            )
+        return _events_said(found["Item"]) if "Item" in found else None
 
 
 class AuditStore:
@@ -324,6 +338,10 @@ def key(pk: str, sk: str) -> Item:
 
 def _number(item: Item) -> int:
     return int(item["sk"]["S"].partition("#")[2])
+
+
+def _events_said(item: Item) -> int:
+    return int(json.loads(item["data"]["S"])["events"])
 
 
 def _value(attribute: Item) -> str | int:
