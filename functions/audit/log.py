@@ -119,10 +119,14 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Swept:
-    """Up to when the sweeper has looked at events, and the tasks of which one, by its number, was not in the log."""
+    """Up to when the sweeper has looked at events, and the tasks of which one, by its number, was not in the log.
+
+    `since` tells of each of these since when it has been on that list.
+    """
 
     through: str
     behind: dict[str, int]
+    since: dict[str, str]
 
 
 class Log:
@@ -385,11 +389,17 @@ class Log:
     def swept(self) -> Swept | None:
         """Read how far the sweeper has looked; None when it never has."""
         item = self._get("SWEEP", "SWEPT")
-        return Swept(item["through"]["S"], json.loads(item["behind"]["S"])) if item else None
+        if item is None:
+            return None
+        return Swept(item["through"]["S"], json.loads(item["behind"]["S"]), json.loads(item["since"]["S"]))
 
     def record_swept(self, swept: Swept) -> None:
         """Write how far it has looked."""
-        item = key("SWEEP", "SWEPT") | {"through": {"S": swept.through}, "behind": {"S": json.dumps(swept.behind)}}
+        item = key("SWEEP", "SWEPT") | {
+            "through": {"S": swept.through},
+            "behind": {"S": json.dumps(swept.behind)},
+            "since": {"S": json.dumps(swept.since)},
+        }
         with asking():
             clients.client("dynamodb").put_item(TableName=self._table, Item=item)
 

@@ -131,6 +131,15 @@ class Outbox:
                     last = max(last, _number(item))
             yield task_id, last, said
 
+    def there(self, keys: Sequence[EntryKey]) -> set[EntryKey]:
+        """Tell which of the events, by task and number, are there."""
+        found = get_many(
+            self._table,
+            [key(task_id, f"EVENT#{number:06d}") for task_id, number in keys],
+            ProjectionExpression="pk, sk",
+        )
+        return {(item["pk"]["S"], _number(item)) for item in found}
+
     def last_event(self, task_id: str) -> int:
         """Read the number of the task's newest event; 0 where there is none."""
         item = _newest(self._table, task_id, "EVENT")
@@ -260,14 +269,14 @@ def transact(writes: list[Item]) -> bool:
     return True
 
 
-def get_many(table: str, keys: list[Item]) -> Iterator[Item]:
+def get_many(table: str, keys: list[Item], **options: Any) -> Iterator[Item]:
     """Read those of the items that are there, in any order."""
     for start in range(0, len(keys), BATCH_GET):
         left = keys[start : start + BATCH_GET]
         for attempt in range(_ATTEMPTS):
             with asking():
                 answer = clients.client("dynamodb").batch_get_item(
-                    RequestItems={table: {"Keys": left, "ConsistentRead": True}}
+                    RequestItems={table: {"Keys": left, "ConsistentRead": True} | options}
                 )
             yield from answer["Responses"].get(table, [])
             left = answer.get("UnprocessedKeys", {}).get(table, {}).get("Keys", [])
