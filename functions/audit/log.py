@@ -88,14 +88,14 @@ class Indexed:
 
 @dataclass(frozen=True)
 class Anchoring:
-    """The newest anchor: `sealed` until its transaction is confirmed. `network` is empty in older tables."""
+    """The newest anchor: `sealed` until its transaction is confirmed."""
 
     sequence: int
     size: int
     payload: bytes
     sealed_at: str
     state: Literal["sealed", "confirmed"]
-    network: str = ""
+    network: str
 
 
 @dataclass(frozen=True)
@@ -321,7 +321,7 @@ class Log:
             item["payload"]["B"],
             item["sealed_at"]["S"],
             state,
-            item.get("network", {}).get("S", ""),
+            item["network"]["S"],
         )
 
     def seal(self, sealed: Anchoring, *, after: Anchoring | None) -> bool:

@@ -90,7 +90,7 @@ class Outbox:
     def written(self, first: str, last: str) -> Iterator[tuple[str, str, int]]:
         """Find the events with a timestamp from `first` to `last`, as (timestamp, task, number), the oldest first.
 
-        From an index, which is a moment behind, and has no event that was written before there was that index.
+        From an index, which is a moment behind.
         """
         day, end = date.fromisoformat(first[:10]), date.fromisoformat(last[:10])
         pages = clients.client("dynamodb").get_paginator("query")
