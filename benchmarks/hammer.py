@@ -39,8 +39,6 @@ from qaes.domain.qubic import transaction
 from qaes.domain.tiles import TILE_WIDTH, appended, consistency_proof, inclusion_proof
 
 SIZES = (10**2, 10**3, 10**4, 10**5, 10**6)
-
-
 MEDIAN_SECONDS_TO_INDEX = 10.0
 """What the audit trail promises on the local AWS."""
 

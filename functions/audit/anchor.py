@@ -78,16 +78,11 @@ class Anchorer:
 
     def _check_network(self, newest: Anchoring | None) -> None:
         """Anchors name each other: a chain that began elsewhere would have no beginning on this network."""
-        if newest is None:
-            return
-        known = newest.network
-        if not known and (last := self._log.newest_anchor()):  # it was sealed before the network was written with it
-            known = last.network
-        if known and known != self._network:
+        if newest is not None and newest.network != self._network:
             raise RefusedError(
                 "another_network",
-                f"the log {self._log_id} is anchored on {known}, and cannot go on on {self._network}: that needs a log "
-                "of another id, with tables of its own",
+                f"the log {self._log_id} is anchored on {newest.network}, and cannot go on on {self._network}: that "
+                "needs a log of another id, with tables of its own",
             )
 
     def _seal(self, before: Anchoring | None) -> Anchoring | None:

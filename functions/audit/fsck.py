@@ -235,12 +235,23 @@ class Fsck:
         wanted: dict[str, int] = {}
         for task_id, last_event, said in outbox.tasks():
             if said is not None and said != last_event:
-                self._tell("event", f"{task_id} {said}", f"the task counts {said} events, the last is {last_event}")
+                self._check_count(outbox, task_id)
             wanted[task_id] = max(last_event, said or 0)
             if len(wanted) == BATCH_GET:
                 self._check_last_entries(wanted)
                 wanted = {}
         self._check_last_entries(wanted)
+
+    def _check_count(self, outbox: Outbox, task_id: str) -> None:
+        """Look once more at a task whose count and last event differ in the scan, while events may be coming in.
+
+        An event and its count are written at once, so at any moment they are the same: what was the last before the
+        count was read is not above it, and what is the last afterwards not below.
+        """
+        before, said, after = outbox.last_event(task_id), outbox.events_said(task_id), outbox.last_event(task_id)
+        if said is not None and not before <= said <= after:
+            last = before if before > said else after
+            self._tell("event", f"{task_id} {said}", f"the task counts {said} events, the last is {last}")
 
     def _check_last_entries(self, wanted: dict[str, int]) -> None:
         found = self._store.texts(list(wanted.items()))

@@ -88,14 +88,14 @@ class Indexed:
 
 @dataclass(frozen=True)
 class Anchoring:
-    """The newest anchor: `sealed` until its transaction is confirmed. `network` is empty in older tables."""
+    """The newest anchor: `sealed` until its transaction is confirmed."""
 
     sequence: int
     size: int
     payload: bytes
     sealed_at: str
     state: Literal["sealed", "confirmed"]
-    network: str = ""
+    network: str
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,14 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Swept:
-    """Up to when the sweeper has looked at events, and the tasks of which one, by its number, was not in the log."""
+    """Up to when the sweeper has looked at events, and the tasks of which one, by its number, was not in the log.
+
+    `since` tells of each of these since when it has been on that list.
+    """
 
     through: str
     behind: dict[str, int]
+    since: dict[str, str]
 
 
 class Log:
@@ -317,7 +321,7 @@ class Log:
             item["payload"]["B"],
             item["sealed_at"]["S"],
             state,
-            item.get("network", {}).get("S", ""),
+            item["network"]["S"],
         )
 
     def seal(self, sealed: Anchoring, *, after: Anchoring | None) -> bool:
@@ -385,11 +389,17 @@ class Log:
     def swept(self) -> Swept | None:
         """Read how far the sweeper has looked; None when it never has."""
         item = self._get("SWEEP", "SWEPT")
-        return Swept(item["through"]["S"], json.loads(item["behind"]["S"])) if item else None
+        if item is None:
+            return None
+        return Swept(item["through"]["S"], json.loads(item["behind"]["S"]), json.loads(item["since"]["S"]))
 
     def record_swept(self, swept: Swept) -> None:
         """Write how far it has looked."""
-        item = key("SWEEP", "SWEPT") | {"through": {"S": swept.through}, "behind": {"S": json.dumps(swept.behind)}}
+        item = key("SWEEP", "SWEPT") | {
+            "through": {"S": swept.through},
+            "behind": {"S": json.dumps(swept.behind)},
+            "since": {"S": json.dumps(swept.since)},
+        }
         with asking():
             clients.client("dynamodb").put_item(TableName=self._table, Item=item)
 

@@ -176,7 +176,7 @@ def sequencer() -> Sequencer:
 def sequence_entries(event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
     """Take a batch of the entries' stream, give `{"batchItemFailures": [{"itemIdentifier": sequence number}]}`.
 
-    Or take `{"task_ids": [...]}`, which fsck names, and put what is outstanding of those tasks into the log.
+    Or take `{"task_ids": [...]}`, which sweeper or fsck name, and put what is outstanding of those tasks into the log.
     """
     if "task_ids" in event:
         store = AuditStore()

@@ -90,7 +90,7 @@ class Outbox:
     def written(self, first: str, last: str) -> Iterator[tuple[str, str, int]]:
         """Find the events with a timestamp from `first` to `last`, as (timestamp, task, number), the oldest first.
 
-        From an index, which is a moment behind, and has no event that was written before there was that index.
+        From an index, which is a moment behind.
         """
         day, end = date.fromisoformat(first[:10]), date.fromisoformat(last[:10])
         pages = clients.client("dynamodb").get_paginator("query")
@@ -112,7 +112,8 @@ class Outbox:
     def tasks(self) -> Iterator[tuple[str, int, int | None]]:
         """Read all tasks as (task, number of its last event, how many it says it has); for fsck.
 
-        What it says is None where only events are there.
+        What it says is None where only events are there. A scan is no snapshot: what was written meanwhile may be in
+        one of the two and not in the other.
         """
         scanned = _scan(
             self._table,
@@ -125,10 +126,32 @@ class Outbox:
             last, said = 0, None
             for item in items:
                 if item["sk"]["S"] == "TASK":
-                    said = int(json.loads(item["data"]["S"])["events"])
+                    said = _events_said(item)
                 else:
                     last = max(last, _number(item))
             yield task_id, last, said
+
+    def there(self, keys: Sequence[EntryKey]) -> set[EntryKey]:
+        """Tell which of the events, by task and number, are there."""
+        found = get_many(
+            self._table,
+            [key(task_id, f"EVENT#{number:06d}") for task_id, number in keys],
+            ProjectionExpression="pk, sk",
+        )
+        return {(item["pk"]["S"], _number(item)) for item in found}
+
+    def last_event(self, task_id: str) -> int:
+        """Read the number of the task's newest event; 0 where there is none."""
+        item = _newest(self._table, task_id, "EVENT")
+        return _number(item) if item else 0
+
+    def events_said(self, task_id: str) -> int | None:
+        """Read how many events the task says it has; None where there is no task."""
+        with asking():
+            found = clients.client("dynamodb").get_item(
+                TableName=self._table, Key=key(task_id, "TASK"), ConsistentRead=True
+            )
+        return _events_said(found["Item"]) if "Item" in found else None
 
 
 class AuditStore:
@@ -246,14 +269,14 @@ def transact(writes: list[Item]) -> bool:
     return True
 
 
-def get_many(table: str, keys: list[Item]) -> Iterator[Item]:
+def get_many(table: str, keys: list[Item], **options: Any) -> Iterator[Item]:
     """Read those of the items that are there, in any order."""
     for start in range(0, len(keys), BATCH_GET):
         left = keys[start : start + BATCH_GET]
         for attempt in range(_ATTEMPTS):
             with asking():
                 answer = clients.client("dynamodb").batch_get_item(
-                    RequestItems={table: {"Keys": left, "ConsistentRead": True}}
+                    RequestItems={table: {"Keys": left, "ConsistentRead": True} | options}
                 )
             yield from answer["Responses"].get(table, [])
             left = answer.get("UnprocessedKeys", {}).get(table, {}).get("Keys", [])
@@ -324,6 +347,10 @@ def key(pk: str, sk: str) -> Item:
 
 def _number(item: Item) -> int:
     return int(item["sk"]["S"].partition("#")[2])
+
+
+def _events_said(item: Item) -> int:
+    return int(json.loads(item["data"]["S"])["events"])
 
 
 def _value(attribute: Item) -> str | int:

@@ -1,9 +1,11 @@
 """The audit's sweeper: nothing is left in the outbox, or out of the log, because a stream gave up on it.
 
-Every minute it looks at what has happened since it last looked: the events of an index that has nothing else, each once
-or twice, and never at all tasks. What has a place in the log is done with. What has an entry only is handed to the
-sequencer, what has none to the recorder; both find what is there already, so the stream may come later and do no harm.
-A task stays on the sweeper's list until all that it was listed for is in the log; how many do is told as a metric.
+Every minute it looks at what has happened since it last looked: the events of an index that has nothing else, each up
+to three times, and never at all tasks. What has a place in the log is done with. What has an entry only is handed to
+the sequencer, what has none to the recorder; both find what is there already, so the stream may come later and do no
+harm.
+A task stays on the sweeper's list until all that it was listed for is in the log, or erased. Metrics tell how many do,
+apart from these how many have for a day, whom handing over does not help, and how far back the sweeper itself is.
 """
 
 from __future__ import annotations
@@ -37,6 +39,8 @@ MOST_EVENTS = 5_000
 """New ones in one run; the next one goes on from there."""
 MOST_BEHIND = 1_000
 """Tasks on its list, beyond which it looks no further: first these have to be helped."""
+STUCK_AFTER = timedelta(days=1)
+"""Who has been on its list for so long is not merely late: it is counted apart, so that others are seen."""
 MOST_HANDED = 100
 """Tasks that are handed to each, recorder and sequencer, in one run."""
 
@@ -45,11 +49,17 @@ HandOver = Callable[[list[str]], None]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run found: the tasks that were handed to the recorder and to the sequencer, and how many are behind."""
+    """What a run found.
+
+    The tasks that were handed to the recorder and to the sequencer; how many are behind, and which, beside these, have
+    been for too long; the seconds before now up to which it has looked.
+    """
 
     to_record: list[str]
     to_sequence: list[str]
     behind: int
+    stuck: list[str]
+    lag_seconds: int
 
 
 class Sweeper:
@@ -70,7 +80,7 @@ class Sweeper:
         UnavailableError
             A table did not answer; to be called again.
         """
-        before = self._log.swept() or Swept(timestamp(moment - FIRST_LOOK), {})
+        before = self._log.swept() or Swept(timestamp(moment - FIRST_LOOK), {}, {})
         through, behind = before.through, self._behind(before.behind)
         for last, found in self._written(through, timestamp(moment - GRACE)):
             through = max(through, last)
@@ -79,6 +89,8 @@ class Sweeper:
             if len(behind) >= MOST_BEHIND:
                 break
         recorded = self._store.texts(list(behind.items()))
+        for task_id in self._erased([each for each in behind.items() if each not in recorded]):
+            logger().warning("neither event nor entry", extra={"task_id": task_id, "number": behind.pop(task_id)})
         to_record = [task_id for task_id, number in behind.items() if (task_id, number) not in recorded][:MOST_HANDED]
         to_sequence = [task_id for task_id, number in behind.items() if (task_id, number) in recorded][:MOST_HANDED]
         if to_record:
@@ -88,9 +100,12 @@ class Sweeper:
         # Who had their turn goes to the end: what cannot be helped must not keep others from being.
         handed = {*to_record, *to_sequence}
         ordered = sorted(behind.items(), key=lambda each: each[0] in handed)
+        since = {task_id: before.since.get(task_id, timestamp(moment)) for task_id in behind}
         # A list belongs to its `through`: whichever of two runs at the same time stores its own, nothing is missed.
-        self._log.record_swept(Swept(through, dict(ordered)))
-        return Outcome(to_record, to_sequence, len(behind))
+        self._log.record_swept(Swept(through, dict(ordered), since))
+        stuck = [task_id for task_id in behind if since[task_id] <= timestamp(moment - STUCK_AFTER)]
+        lag = int((moment - parse_timestamp(through)).total_seconds())
+        return Outcome(to_record, to_sequence, len(behind) - len(stuck), stuck, lag)
 
     def _written(self, through: str, last: str) -> Iterator[tuple[str, dict[str, int]]]:
         """Chunks of events, as (up to when, the last number of each task); after all of them, up to `last`."""
@@ -112,6 +127,11 @@ class Sweeper:
         there = self._log.indexes(keys)
         return {task_id: number for task_id, number in keys if (task_id, number) not in there}
 
+    def _erased(self, unrecorded: list[EntryKey]) -> list[str]:
+        """Those of the tasks whose event is gone: there is nothing left to record."""
+        there = self._outbox.there(unrecorded)
+        return [task_id for task_id, number in unrecorded if (task_id, number) not in there]
+
 
 def _record(tasks: list[str]) -> None:
     for task_id in tasks:
@@ -130,20 +150,32 @@ def _invoke(function: str, event: dict[str, Any]) -> None:
 
 
 def _count(outcome: Outcome) -> None:
-    with single_metric(
-        name="TasksBehindInAudit", unit=MetricUnit.Count, value=outcome.behind, namespace=namespace()
-    ) as metric:
-        metric.add_dimension("service", "audit")
+    told = (
+        ("TasksBehindInAudit", MetricUnit.Count, outcome.behind),
+        ("TasksStuckInAudit", MetricUnit.Count, len(outcome.stuck)),
+        ("AuditSweepLagSeconds", MetricUnit.Seconds, outcome.lag_seconds),
+    )
+    for name, unit, value in told:
+        with single_metric(name=name, unit=unit, value=value, namespace=namespace()) as metric:
+            metric.add_dimension("service", "audit")
 
 
 @logger().inject_lambda_context
 def sweep(_event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
-    """Take anything, give `{"recorded": [task ids], "sequenced": [task ids], "behind": n}`: what was handed over."""
+    """Take anything, give `{"recorded": [task ids], "sequenced": [task ids], "behind": n, "stuck": n}`.
+
+    The tasks are those that were handed over.
+    """
     found = Sweeper(Outbox(), AuditStore(), Log(), record=_record, sequence=_sequence).sweep(now())
     _count(found)
-    if found.behind:
+    if found.behind or found.stuck:
+        handed = {"to_record": found.to_record, "to_sequence": found.to_sequence}
         logger().warning(
-            "not in the log yet",
-            extra={"to_record": found.to_record, "to_sequence": found.to_sequence, "behind": found.behind},
+            "not in the log yet", extra=handed | {"behind": found.behind, "stuck": found.stuck[:MOST_HANDED]}
         )
-    return {"recorded": found.to_record, "sequenced": found.to_sequence, "behind": found.behind}
+    return {
+        "recorded": found.to_record,
+        "sequenced": found.to_sequence,
+        "behind": found.behind,
+        "stuck": len(found.stuck),
+    }

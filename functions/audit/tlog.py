@@ -6,6 +6,8 @@ the operator has made the log public, without one (`audit.public_log`).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from audit.log import CorruptLogError, Log
 from audit.store import AuditStore
 from qaes.domain.errors import InvalidInputError, NotFoundError
@@ -28,20 +30,16 @@ def checkpoint(log: Log) -> str:
 
 def anchored_tile(log: Log, level: str, groups: tuple[str, ...]) -> bytes:
     """The hashes of a tile, as `hash_tile`, if the newest checkpoint has them: before that they are not published."""
-    found, index, width = _parse("/".join(("tile", level, *groups)))
+    place = _hash_tile_place(level, groups)
     newest = log.newest_anchor()
-    if newest is None or not isinstance(found, int) or tile_width(found, index, newest.size) < width:
-        raise NotFoundError("there is no such tile, or it is not as wide yet", field="path")
-    return hash_tile(log, level, groups)
+    if newest is None or tile_width(place.level, place.index, newest.size) < place.width:
+        raise _no_such_tile()
+    return _hashes(log, place)
 
 
 def hash_tile(log: Log, level: str, groups: tuple[str, ...]) -> bytes:
     """The hashes of a tile. Raises NotFoundError for what is not the path of one, or is wider than the tile."""
-    found, index, width = _parse("/".join(("tile", level, *groups)))
-    content = log.stored_tile(found, index) if isinstance(found, int) else b""
-    if len(content) < width * HASH_BYTES:
-        raise NotFoundError("there is no such tile, or it is not as wide yet", field="path")
-    return content[: width * HASH_BYTES]
+    return _hashes(log, _hash_tile_place(level, groups))
 
 
 def entries_tile(log: Log, store: AuditStore, groups: tuple[str, ...]) -> bytes:
@@ -55,7 +53,7 @@ def entries_tile(log: Log, store: AuditStore, groups: tuple[str, ...]) -> bytes:
     _, index, width = _parse("/".join(("tile", "entries", *groups)))
     leaves = log.leaves(index * TILE_WIDTH, width)
     if len(leaves) < width:
-        raise NotFoundError("there is no such tile, or it is not as wide yet", field="path")
+        raise _no_such_tile()
     texts = store.texts([each.key for each in leaves])
     parts: list[bytes] = []
     for each in leaves:
@@ -64,6 +62,31 @@ def entries_tile(log: Log, store: AuditStore, groups: tuple[str, ...]) -> bytes:
         text = texts[each.key].encode("utf-8")
         parts += [len(text).to_bytes(2, "big"), text]
     return b"".join(parts)
+
+
+@dataclass(frozen=True)
+class _Place:
+    level: int
+    index: int
+    width: int
+
+
+def _hash_tile_place(level: str, groups: tuple[str, ...]) -> _Place:
+    found, index, width = _parse("/".join(("tile", level, *groups)))
+    if not isinstance(found, int):
+        raise _no_such_tile()
+    return _Place(found, index, width)
+
+
+def _hashes(log: Log, place: _Place) -> bytes:
+    content = log.stored_tile(place.level, place.index)
+    if len(content) < place.width * HASH_BYTES:
+        raise _no_such_tile()
+    return content[: place.width * HASH_BYTES]
+
+
+def _no_such_tile() -> NotFoundError:
+    return NotFoundError("there is no such tile, or it is not as wide yet", field="path")
 
 
 def _parse(path: str) -> tuple[int | str, int, int]:

@@ -22,7 +22,7 @@ from qaes.domain.ids import now
 from qaes.domain.qubic.identity import check_address
 from qubic import limits
 from qubic.hashes import check_hash, hash_state, write_hash
-from qubic.service import policies, submissions
+from qubic.service import policies, sends_transfers, submissions
 from qubic.submissions import Submission, Submissions
 from qubic.wallets import Wallets
 
@@ -139,7 +139,7 @@ def _is_being_signed(it: Submissions, wallets: Wallets, arguments: Arguments, ca
 
 
 def _only_simulates(it: Submissions) -> bool:
-    return it.chain.network != "mock" and settings.optional("ALLOW_TRANSFERS") != "true"
+    return not sends_transfers(it.chain.network)
 
 
 def _check_terms(arguments: Arguments) -> None:

@@ -159,22 +159,6 @@ def test_a_log_is_anchored_on_one_network_only(aws: Cloud, ledger: Ledger, capsy
     assert anchor(aws)["sequence"] == 1
 
 
-def test_the_network_of_a_log_of_an_earlier_day_is_that_of_its_anchors(aws: Cloud, ledger: Ledger) -> None:
-    ledger.confirms_at_once = True
-    grow(aws)
-    anchor(aws)
-    boto3.client("dynamodb").update_item(
-        TableName="AuditLogTable",
-        Key={"pk": {"S": "LOG"}, "sk": {"S": "ANCHORING"}},
-        UpdateExpression="REMOVE network",
-    )
-    aws.parameters["QubicNetwork"] = "mainnet"
-    assert stopped(aws) == "another_network"
-    aws.parameters.clear()
-    grow(aws)
-    assert anchor(aws)["size"] == 4
-
-
 def test_a_ledger_of_another_network_is_not_believed(aws: Cloud, ledger: Ledger) -> None:
     ledger.confirms_at_once = True
     ledger.network = "mainnet"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +14,7 @@ from botocore.client import BaseClient
 from audit.fsck import INVARIANTS, Report, fsck
 from audit.log import Anchor, Batch, Leaf
 from audit.sequencer import _over
+from audit.store import Outbox
 from local.fsck import repair, settled, show
 from qaes.adapters import clients
 from qaes.adapters.ledger_client import LedgerClient
@@ -222,6 +224,50 @@ def test_a_last_event_that_is_gone_is_missed(aws: Cloud) -> None:
     end_task(task_id)
     remove(TASKS, task_id, "EVENT#000002")
     assert found() == {"event", "unrecorded"}
+
+
+def test_an_event_that_comes_in_during_the_scan_is_no_finding(aws: Cloud, sound: str) -> None:
+    """A scan is no snapshot: it shows the task as it is after the event, and the events as they were before."""
+    there = outbox().tasks
+
+    def torn(_: Outbox) -> Iterator[tuple[str, int, int | None]]:
+        for task_id, last, said in there():
+            yield task_id, last - (task_id == sound), said
+
+    with patch.object(Outbox, "tasks", torn):
+        assert found() == set()
+
+
+@pytest.mark.parametrize("read", ["last_event", "events_said"])
+def test_an_event_that_comes_in_while_a_task_is_looked_at_again_is_no_finding(
+    aws: Cloud, sound: str, read: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, look = outbox().tasks, getattr(Outbox, read)
+
+    def torn(_: Outbox) -> Iterator[tuple[str, int, int | None]]:
+        yield from ((task_id, last, last + 1) for task_id, last, _ in there() if task_id == sound)
+
+    def and_one_more(self: Outbox, task_id: str) -> Any:
+        answer = look(self, task_id)
+        if coming:
+            number = coming.pop()
+            add_events(task_id, number, number)
+        return answer
+
+    coming = [5, 4]
+    monkeypatch.setattr(Outbox, "tasks", torn)
+    monkeypatch.setattr(Outbox, read, and_one_more)
+    assert "event" not in found()
+    assert coming != [5, 4], "it was not looked at again"
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_a_count_that_is_not_that_of_the_events_is_named(aws: Cloud, sound: str, count: int) -> None:
+    stored = boto3.client("dynamodb").get_item(TableName=TASKS, Key={"pk": {"S": sound}, "sk": {"S": "TASK"}})
+    data = json.loads(stored["Item"]["data"]["S"]) | {"events": count}
+    change(TASKS, sound, "TASK", data={"S": json.dumps(data)})
+    told = [str(each) for each in check().findings if each.invariant == "event"]
+    assert told == [f"event: {sound} {count}: the task counts {count} events, the last is 3"]
 
 
 def test_a_task_that_was_erased_is_no_finding(aws: Cloud, sound: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
@@ -13,15 +14,18 @@ import pytest
 from botocore.client import BaseClient
 
 from audit import sweeper
+from audit.log import Swept
 from audit.sweeper import Outcome, Sweeper
 from qaes.adapters import clients
 from qaes.domain.ids import now, parse_timestamp, timestamp
 from tests.handlers.test_audit_fsck import check
 from tests.handlers.test_audit_recorder import add_events, check_complete, end_task, start_task, stream_event, task_with
 from tests.support.cloud import Cloud, cloud
+from tests.support.template import resolve, template
 from tests.support.trail import deliver, entry_items, log, new_recorder, outbox, sequence_all, store
 
 MINUTE = timedelta(minutes=1)
+TASKS = "TasksTable"
 
 
 @pytest.fixture
@@ -40,6 +44,15 @@ def sweep(after: timedelta = 2 * MINUTE) -> Outcome:
     return one.sweep(now() + after)
 
 
+def outcome(to_record: list[str], to_sequence: list[str], behind: int, *stuck: str) -> Outcome:
+    """Of a run that is through with everything."""
+    return Outcome(to_record, to_sequence, behind, list(stuck), int(sweeper.GRACE.total_seconds()))
+
+
+def down(_: Any) -> None:
+    raise RuntimeError("down")
+
+
 def check_in_log(*tasks: str) -> None:
     """All that happened to them is on record and in the log, once."""
     report = check()
@@ -52,9 +65,9 @@ def test_what_no_stream_has_brought_is_recorded_and_sequenced(aws: Cloud) -> Non
     new_recorder().drain(task_id)
     sequence_all(aws)
     end_task(task_id)  # nobody tells the recorder
-    assert sweep() == Outcome([task_id], [], 1)
-    assert sweep(3 * MINUTE) == Outcome([], [task_id], 1)
-    assert sweep(4 * MINUTE) == Outcome([], [], 0)
+    assert sweep() == outcome([task_id], [], 1)
+    assert sweep(3 * MINUTE) == outcome([], [task_id], 1)
+    assert sweep(4 * MINUTE) == outcome([], [], 0)
     check_complete(task_id, 2)
     check_in_log(task_id)
 
@@ -67,7 +80,7 @@ def test_a_task_that_nobody_ever_recorded_is_found(aws: Cloud) -> None:
 
 
 def test_a_day_late_is_not_too_late(aws: Cloud) -> None:
-    assert sweep() == Outcome([], [], 0)
+    assert sweep() == outcome([], [], 0)
     task_id = task_with(2)
     assert sweep(timedelta(days=1)).to_record == [task_id]
     assert sweep(timedelta(days=2)).to_sequence == [task_id]
@@ -76,7 +89,7 @@ def test_a_day_late_is_not_too_late(aws: Cloud) -> None:
 
 def test_an_event_that_the_index_shows_late_is_found(aws: Cloud) -> None:
     """Its timestamp is from before the last look."""
-    assert sweep() == Outcome([], [], 0)
+    assert sweep() == outcome([], [], 0)
     task_id = start_task()
     swept = log().swept()
     assert swept is not None and swept.through > timestamp(now())
@@ -85,7 +98,7 @@ def test_an_event_that_the_index_shows_late_is_found(aws: Cloud) -> None:
 
 def test_what_is_young_is_left_to_the_streams(aws: Cloud) -> None:
     start_task()
-    assert sweep(timedelta(0)) == Outcome([], [], 0)
+    assert sweep(timedelta(0)) == outcome([], [], 0)
     assert store().last_entry(start_task()) is None
 
 
@@ -101,11 +114,11 @@ def test_what_is_in_the_log_costs_one_look_and_nobody_is_called(aws: Cloud) -> N
 
     aws.invocations.clear()
     with patch.object(BaseClient, "_make_api_call", counting):
-        assert sweep() == Outcome([], [], 0)
+        assert sweep() == outcome([], [], 0)
         first = list(calls)
-        assert sweep(10 * MINUTE) == Outcome([], [], 0)
+        assert sweep(10 * MINUTE) == outcome([], [], 0)
         calls.clear()
-        assert sweep(11 * MINUTE) == Outcome([], [], 0)
+        assert sweep(11 * MINUTE) == outcome([], [], 0)
     assert not aws.invocations
     days = sweeper.FIRST_LOOK.days + 1
     assert (first.count("BatchGetItem"), first.count("Query") <= days + 1) == (1, True), first
@@ -152,9 +165,6 @@ def test_what_cannot_be_recorded_stays_on_the_list_and_keeps_nobody_waiting(
 def test_a_recorder_that_does_not_answer_leaves_everything_for_the_next_run(aws: Cloud) -> None:
     task_id = start_task()
 
-    def down(_: Any) -> None:
-        raise RuntimeError("down")
-
     aws.faults["RecordAuditFunction"] = down
     assert sweep().behind == 1
     with patch.object(sweeper, "_invoke", side_effect=RuntimeError("throttled")), pytest.raises(RuntimeError):
@@ -196,13 +206,87 @@ def test_of_two_runs_at_once_either_may_store_what_it_saw(aws: Cloud) -> None:
     task_id = start_task()
     assert sweep(timedelta(days=1)).behind == 1
     assert early.sweep(begin).behind == 1  # it finds the other's list
-    from audit.log import Swept
-
-    log().record_swept(Swept(timestamp(begin - MINUTE), {}))
+    log().record_swept(Swept(timestamp(begin - MINUTE), {}, {}))
     assert sweep().to_sequence == [task_id]
     check_in_log(task_id)
 
 
+def erase(task_id: str) -> None:
+    client = boto3.client("dynamodb")
+    of_the_task = {":pk": {"S": task_id}}
+    found = client.query(TableName=TASKS, KeyConditionExpression="pk = :pk", ExpressionAttributeValues=of_the_task)
+    for item in found["Items"]:
+        client.delete_item(TableName=TASKS, Key={"pk": item["pk"], "sk": item["sk"]})
+
+
+def test_a_task_that_was_erased_leaves_the_list(aws: Cloud, caplog: pytest.LogCaptureFixture) -> None:
+    aws.faults["RecordAuditFunction"] = down
+    erased, other = task_with(2), start_task()
+    assert sweep().behind == 2
+    erase(erased)
+    found = sweep(3 * MINUTE)
+    assert (found.behind, found.to_record) == (1, [other])
+    assert [(each.task_id, each.number) for each in caplog.records if each.message == "neither event nor entry"] == [
+        (erased, 2)
+    ]
+    swept = log().swept()
+    assert swept is not None and (swept.behind.keys(), swept.since.keys()) == ({other}, {other})
+
+
+def test_what_is_on_record_stays_on_the_list_when_its_events_are_erased(aws: Cloud) -> None:
+    task_id = start_task()
+    new_recorder().drain(task_id)
+    aws.faults["SequencerFunction"] = down
+    assert sweep() == outcome([], [task_id], 1)
+    erase(task_id)
+    assert sweep(3 * MINUTE) == outcome([], [task_id], 1)
+    aws.faults.clear()
+    sweep(4 * MINUTE)
+    assert sweep(5 * MINUTE) == outcome([], [], 0)
+
+
+def test_who_has_been_behind_for_a_day_is_counted_apart_and_does_not_hide_the_next(aws: Cloud) -> None:
+    bad = start_task()
+    boto3.client("dynamodb").delete_item(TableName=TASKS, Key={"pk": {"S": bad}, "sk": {"S": "EVENT#000001"}})
+    add_events(bad, 2, 2)
+    assert sweep() == outcome([bad], [], 1)
+    assert sweep(timedelta(hours=23)) == outcome([bad], [], 1)
+    assert sweep(timedelta(days=1) + 2 * MINUTE) == outcome([bad], [], 0, bad), "it is handed over all the same"
+    add_events(bad, 3, 3)
+    assert sweep(timedelta(days=1) + 3 * MINUTE) == outcome([bad], [], 0, bad), "with more events it is no newer"
+    late = start_task()
+    log().record_swept(Swept(timestamp(now() - MINUTE), {bad: 3}, {bad: timestamp(now() - timedelta(days=2))}))
+    assert sweep() == outcome([bad, late], [], 1, bad)
+
+
+def test_how_far_back_the_sweeper_is_is_told(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeper, "CHUNK", 1)
+    monkeypatch.setattr(sweeper, "MOST_EVENTS", 1)
+    for _ in range(3):
+        new_recorder().drain(start_task())
+    sequence_all(aws)
+    late = sweep(timedelta(hours=1))
+    assert late.behind == 0 and 3590 <= late.lag_seconds <= 3600
+
+
 def test_the_function_says_how_many_are_behind(aws: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
-    assert aws.invoke("AuditSweeperFunction", {}) == {"recorded": [], "sequenced": [], "behind": 0}
-    assert '"TasksBehindInAudit":[0.0]' in capsys.readouterr().out
+    assert aws.invoke("AuditSweeperFunction", {}) == {"recorded": [], "sequenced": [], "behind": 0, "stuck": 0}
+    said = capsys.readouterr().out
+    for name, value in (("TasksBehindInAudit", 0.0), ("TasksStuckInAudit", 0.0), ("AuditSweepLagSeconds", 60.0)):
+        assert f'"{name}":[{value}]' in said
+
+
+def test_the_alarms_look_at_what_the_function_says(aws: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
+    """Name, namespace and dimensions as in the log: an alarm on anything else is silent for ever."""
+    aws.invoke("AuditSweeperFunction", {})
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"_aws"')]
+    told = {
+        (group["Namespace"], metric["Name"], frozenset((name, line[name]) for name in group["Dimensions"][0]))
+        for line in lines
+        for group in line["_aws"]["CloudWatchMetrics"]
+        for metric in group["Metrics"]
+    }
+    for name in ("AuditBehindAlarm", "AuditSweepLateAlarm"):
+        alarm = template()["Resources"][name]["Properties"]
+        dimensions = frozenset((each["Name"], each["Value"]) for each in alarm["Dimensions"])
+        assert (resolve(alarm["Namespace"]), alarm["MetricName"], dimensions) in told, name

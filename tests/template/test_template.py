@@ -233,8 +233,18 @@ def test_the_api_is_throttled_and_logged(template: Any, name: str) -> None:
     assert "authorizationToken" not in api["AccessLogSetting"]["Format"]
 
 
+def test_the_public_log_takes_no_more_than_what_an_account_bears(template: Any) -> None:
+    """Its limits hold on each route: anybody may ask for so much, all the time, at the operator's cost."""
+    function, api = template.functions["PublicLogFunction"], template.resources["PublicLogApi"]["Properties"]
+    [settings] = api["MethodSettings"]
+    assert (settings["ResourcePath"], limits_of(settings)) == ("/*", "Log")
+    routes = [each["Properties"]["Path"] for each in function["Events"].values()]
+    assert len(routes) * int(template.parameters["LogThrottlingRate"]["Default"]) <= 50
+    assert len(routes) * int(template.parameters["LogThrottlingBurst"]["Default"]) <= 100
+
+
 def limits_of(settings: dict[str, Any]) -> str:
-    """`Api`, `Change` or `Open`: by which parameters it is limited."""
+    """`Api`, `Change`, `Open` or `Log`: by which parameters it is limited."""
     [kind] = {
         str(settings[name]["Ref"]).removesuffix(f"Throttling{name.removeprefix('Throttling').removesuffix('Limit')}")
         for name in ("ThrottlingRateLimit", "ThrottlingBurstLimit")
