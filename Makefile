@@ -59,7 +59,7 @@ fsck: $(VENV)/.local-stamp ## Check the audit log of the running local cloud, ev
 
 test: $(VENV)/.all-stamp ## Unit, handler and workflow tests, on moto, with coverage
 	@mkdir -p .local
-	@$(BIN)/python -m pytest -q -n auto --dist worksteal --ignore=tests/e2e --ignore=tests/browser --ignore=tests/sam_local --cov --cov-report=term
+	@$(BIN)/python -m pytest -q -n auto --dist loadgroup --ignore=tests/e2e --ignore=tests/browser --ignore=tests/sam_local --cov --cov-report=term
 
 e2e: $(VENV)/.all-stamp ## The deployed template on a local AWS, with IAM enforced
 	@$(BIN)/python -m pytest -q tests/e2e

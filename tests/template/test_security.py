@@ -201,7 +201,8 @@ def test_each_operation_of_the_ledger_is_one_functions(template: Any) -> None:
     assert [name for name in template.functions if "LEDGER_OPERATIONS" in environment(name)] == [
         name for name in template.functions if name in LEDGER
     ]
-    assert [name for name in LEDGER if "ALLOW_TRANSFERS" in environment(name)] == ["LedgerTransferFunction"]
+    # Whoever may follow a wallet's queue may come upon a transfer that waits there.
+    assert {name for name in template.functions if "ALLOW_TRANSFERS" in environment(name)} == QUBIC
 
 
 @pytest.mark.parametrize(("network", "users"), [("mock", QUBIC), ("mainnet", set())])

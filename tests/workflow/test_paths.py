@@ -17,6 +17,8 @@ from tests.support import template
 from tests.support.cloud import Cloud, call, cloud
 from tests.workflow.conftest import DESTINATION, SOURCE, begin
 
+pytestmark = pytest.mark.xdist_group("paths")  # one process: the last test asks what all the others have visited
+
 VISITED: set[tuple[str, str]] = set()
 """Each pair of states that followed one another."""
 
