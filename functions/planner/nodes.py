@@ -32,12 +32,19 @@ def check_policy(event: dict[str, Any], context: LambdaContext) -> dict[str, Any
     """
     store, ledger = TaskStore(), LedgerClient()
     task = store.get_task(event["task_id"])
+    if task.plan_id is not None:  # a retry goes on with the plan, which has both
+        plan = store.plan_of(task)
+        return _checked(plan.analysis, plan.policy)
     policy = _pinned(ledger, task.policy_id) if task.policy_id is not None else ledger.policy()
     decision = policy.decide(Analysis.model_validate(event["analysis"]).action_type)
     analysis = Analysis(action_type=decision.action_type, risk_level=decision.risk_level)
     task = store.record_policy(task.task_id, analysis, decision)
     if task.policy_id not in {None, decision.policy_id}:
         raise UnavailableError("another attempt has pinned another policy")  # the next attempt goes by that one
+    return _checked(analysis, decision)
+
+
+def _checked(analysis: Analysis, decision: PolicyDecision) -> dict[str, Any]:
     return {"analysis": analysis.model_dump(mode="json"), "policy": decision.model_dump(mode="json")}
 
 
