@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-import boto3
 import pytest
 
 from audit.store import Outbox
@@ -14,7 +13,6 @@ from qaes.adapters.task_items import Idempotency
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.canonical import canonical_json, hash_of, salted_hash
 from qaes.domain.models import Event
-from tests.handlers.test_audit_recorder import start_task
 from tests.handlers.test_task_store import new_task, planned, waiting
 from tests.support.cloud import Cloud, cloud
 
@@ -105,19 +103,3 @@ def test_an_end_a_cancellation_and_a_retry_say_who_and_why(store: TaskStore) -> 
     event, _, cancelled = last(task_id, "task_ended")
     assert (event.actor, cancelled["status"], cancelled["reason"]) == ("olivia", "cancelled", "changed my mind")
     check_hashes(store, task_id)
-
-
-def test_a_task_that_was_stored_without_a_salt_gets_one(store: TaskStore) -> None:
-    task_id = start_task()
-    task = store.get_task(task_id).model_copy(update={"salt": ""})
-    boto3.client("dynamodb").update_item(
-        TableName="TasksTable",
-        Key={"pk": {"S": task_id}, "sk": {"S": "TASK"}},
-        UpdateExpression="SET #data = :data",
-        ExpressionAttributeNames={"#data": "data"},
-        ExpressionAttributeValues={":data": {"S": task.model_dump_json()}},
-    )
-    store.end_task(task_id, "failed", actor="execution", reason="so")
-    salt = store.get_task(task_id).salt
-    event, _, ended = last(task_id, "task_ended")
-    assert event.output_hash == salted_hash(salt, ended)
