@@ -151,7 +151,7 @@ def test_each_role_invokes_what_it_needs_of_the_ledger_and_nothing_else(
 
 
 STARTERS = {"GatewayFunction", "ReconcilerFunction"}
-WAKERS = STARTERS | {"AwaitConfirmationFunction", "TransferEndedFunction"}
+WAKERS = STARTERS | {"AwaitConfirmationFunction", "TransferEndedFunction", "RequestApprovalFunction"}
 
 
 @pytest.mark.parametrize("function", sorted(set(FUNCTIONS) - STARTERS))
