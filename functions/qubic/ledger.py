@@ -26,7 +26,7 @@ from qubic.service import policies, sends_transfers, submissions
 from qubic.submissions import Submission, Submissions
 from qubic.wallets import Wallets
 
-SIGNING_SECONDS = 60
+SIGNING_SECONDS = 30
 """Who was let through so long ago has signed, or never will: longer than a call of this function may take."""
 
 Arguments = dict[str, Any]

@@ -199,21 +199,20 @@ class Limits:
                 elif left != before.signing:
                     self._items.write(self._put(replace(before, signing=left, version=before.version + 1), before))
             except ChangedError:
-                if self._sum(before.source, before.day)[0] >= before.amount:
-                    continue
-                # The sum was set back: there is nothing to give back, however often it is tried.
-                logger().error("spent is less than what is held", extra={"reference": reference, "day": before.day})
-                released = replace(before, state="released", signing=frozenset(), version=before.version + 1)
-                with suppress(ChangedError):
-                    self._items.write(self._put(released, before))
-                    return
                 continue
             return
         raise UnavailableError("others are spending from the same wallet at the moment")
 
     def _release(self, before: Reservation) -> None:
         after = replace(before, state="released", signing=frozenset(), version=before.version + 1)
-        self._items.write(self._put(after, before), self._give_back(before))
+        try:
+            self._items.write(self._put(after, before), self._give_back(before))
+        except ChangedError:
+            if self._sum(before.source, before.day)[0] >= before.amount:
+                raise
+            # The sum was set back: there is nothing to give back, however often it is tried.
+            self._items.write(self._put(after, before))
+            logger().error("spent was less than what was held", extra={"reference": before.reference})
         logger().info("reservation released", extra={"reference": before.reference})
 
     def _idle(self, reservation: Reservation) -> bool:

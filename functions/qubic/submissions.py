@@ -715,12 +715,11 @@ def _check_same(before: Submission, wanted: Submission) -> None:
 def _may_be_repeated(before: Submission, wanted: Submission) -> bool:
     """Tell whether it is known to have had no effect, and may be signed anew.
 
-    A transfer for a later execution of its task; a record whose key was replaced before it was confirmed, by the new
-    one.
+    A transfer for a later execution of its task; a record whose key was not here any more, by the one that is.
     """
     code = before.error.partition(":")[0]
     if wanted.kind != "transfer":
-        return before.state == "failed" and code == "no_key" and wanted.source != before.source
+        return before.state == "failed" and code == "no_key"
     had_no_effect = before.state == "expired" or (before.state == "failed" and code in {"moved_nothing", "no_key"})
     return had_no_effect and wanted.run > before.run
 

@@ -13,13 +13,14 @@ from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from qaes.adapters import clients, settings
+from qaes.adapters import clients, metrics, settings
 from qaes.adapters.logs import logger
 from qaes.domain.errors import LimitError, UnavailableError
 from qubic.submissions import FOLLOW_SECONDS, LEAD_TICKS, Submission, Submissions
 
 MAX_DELAY_SECONDS = 60
 """Longest pause between two looks: ticks may stand still for an hour."""
+STUCK_METRIC = "LedgerStuck"
 SECONDS_FOR_A_SOURCE = 18
 """A source is begun with so much time left: the network may answer slowly, and what is cut off is done once more."""
 
@@ -107,7 +108,11 @@ def _follow_all(it: Submissions, context: LambdaContext) -> list[str]:
                 left.append(identity)
                 continue
             it.follow(identity, seconds=FOLLOW_SECONDS)
+        except (UnavailableError, LimitError) as error:
+            logger().warning("not followed", extra={"source": identity, "reason": error.message})
+            left.append(identity)
         except Exception:  # noqa: BLE001 whatever it is, it must not keep the others waiting
             logger().exception("not followed", extra={"source": identity})
+            metrics.count_one(STUCK_METRIC)
             left.append(identity)
     return left

@@ -180,6 +180,16 @@ def test_the_same_reference_many_times_at_once(aws: Cloud) -> None:
     assert Limits().spent(RICH, DAY) == 100
 
 
+def test_a_sum_that_was_set_back_does_not_keep_a_reservation_from_ending(limits: Limits) -> None:
+    limits.reserve("a", RICH, 60, 100, DAY)
+    key = {"pk": {"S": f"SPENT#mock#{WALLETS.identity(RICH)}#{DAY}"}, "sk": {"S": "SPENT"}}
+    boto3.client("dynamodb").delete_item(TableName="LedgerTable", Key=key)
+    limits.release("a")
+    found = limits.get("a")
+    assert found is not None and found.state == "released"
+    assert limits.spent(RICH, DAY) == 0
+
+
 def test_releases_at_once_give_back_once(aws: Cloud) -> None:
     Limits().reserve("a", RICH, 30, 100, DAY)
     Limits().reserve("b", RICH, 30, 100, DAY)

@@ -656,6 +656,20 @@ def test_a_record_whose_key_was_replaced_is_signed_by_the_new_one(ledger, number
     assert (found.state, found.attempt, found.txid) == ("confirmed", 2, again.txid)
 
 
+def test_a_key_that_came_back_signs_what_nobody_could(ledger, number, monkeypatch):
+    ledger.chain.set_faults(Faults(drop=1))
+    first = ledger.write(number)
+    ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
+    with monkeypatch.context() as away:
+        replace_the_service_key(away)
+        ledger.follow(first.source)
+    assert ledger.it.get(first.key).error.startswith("no_key")
+    again = ledger.write(number)
+    assert (again.source, again.attempt) == (first.source, 2)
+    ledger.run(LEAD_TICKS + 2)
+    assert ledger.state(first.key) == "confirmed"
+
+
 def test_what_the_former_key_has_written_stays_written(ledger, number, monkeypatch):
     first = ledger.write(number)
     ledger.run(LEAD_TICKS + 2)

@@ -15,7 +15,7 @@ from qaes.domain.errors import LimitError, UnavailableError
 from qubic import wallets
 from qubic.chain.mock import Faults, MockChain
 from qubic.submissions import LEAD_TICKS, Submissions
-from qubic.writer import MAX_DELAY_SECONDS
+from qubic.writer import MAX_DELAY_SECONDS, STUCK_METRIC
 from tests.support.cloud import SEED, Cloud, cloud
 from tests.support.crashes import crash_at
 
@@ -260,7 +260,7 @@ def test_what_there_is_no_time_for_is_delivered_again_and_not_begun(monkeypatch)
         assert (followed, sent) == ([], [])
 
 
-def test_whatever_happens_to_one_source_the_others_are_followed_and_the_policy_is_settled(monkeypatch):
+def test_whatever_happens_to_one_source_the_others_are_followed_and_the_policy_is_settled(monkeypatch, capsys):
     with cloud(state_machine=False) as it:
         it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         it.invoke("LedgerTransferFunction", TRANSFER)
@@ -276,6 +276,7 @@ def test_whatever_happens_to_one_source_the_others_are_followed_and_the_policy_i
         monkeypatch.setattr("qubic.policies.Policies.settle", lambda self: settled.append(1))
         assert it.invoke("LedgerWriterFunction", {}) == {"open": seen[:1]}
         assert (len(seen), settled) == (2, [1])
+        assert f'"{STUCK_METRIC}":[1.0]' in capsys.readouterr().out
 
 
 def test_what_is_wrong_with_a_policy_does_not_keep_a_queue_waiting(monkeypatch, caplog):
