@@ -18,16 +18,12 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 from qaes.adapters import settings
 from qaes.adapters.logs import logger
 from qaes.domain.errors import ForbiddenError, InvalidInputError, NotFoundError, RefusedError, UnavailableError
-from qaes.domain.ids import now
 from qaes.domain.qubic.identity import check_address
 from qubic import limits
 from qubic.hashes import check_hash, hash_state, write_hash
-from qubic.service import policies, sends_transfers, submissions
-from qubic.submissions import Submission, Submissions
+from qubic.service import policies, submissions
+from qubic.submissions import Submission, Submissions, check_reference
 from qubic.wallets import Wallets
-
-SIGNING_SECONDS = 30
-"""Who was let through so long ago has signed, or never will: longer than a call of this function may take."""
 
 Arguments = dict[str, Any]
 Result = dict[str, Any]
@@ -96,7 +92,7 @@ def _reserve(it: Submissions, arguments: Arguments) -> Result:
         Wallets(it.chain.network),
         arguments,
         submissions=it,
-        only_check=_only_simulates(it),
+        only_check=not it.sends_transfers,
     )
     return {"reference": arguments["reference"]}
 
@@ -104,7 +100,7 @@ def _reserve(it: Submissions, arguments: Arguments) -> Result:
 def _transfer(it: Submissions, arguments: Arguments) -> Result:
     terms = {name: arguments[name] for name in ("reference", "source", "destination", "amount")}
     _check_terms(arguments)
-    if _only_simulates(it):
+    if not it.sends_transfers:
         existing = it.get(f"transfer:{terms['reference']}")  # sent while it was allowed: that is what there is to say
         return (existing or it.simulate_transfer(**terms)).answer()
     wallets, call = Wallets(it.chain.network), uuid4().hex
@@ -117,7 +113,7 @@ def _transfer(it: Submissions, arguments: Arguments) -> Result:
     except (RefusedError, InvalidInputError) as refusal:
         # The compliance agent had it reserved, or `allow` has; a call that is cut off here leaves it for an hour.
         limits.release_refused(wallets, arguments, submissions=it, call=call)
-        if _is_being_signed(it, wallets, arguments, call):
+        if limits.is_being_signed(wallets, arguments["reference"], submissions=it, call=call):
             # A refusal is the step's end: nobody would put on record what the other call is about to do.
             raise UnavailableError("another call is about to sign this transfer") from refusal
         raise
@@ -126,24 +122,8 @@ def _transfer(it: Submissions, arguments: Arguments) -> Result:
     return transfer.answer()
 
 
-def _is_being_signed(it: Submissions, wallets: Wallets, arguments: Arguments, call: str) -> bool:
-    """Tell whether another call was let through to sign this transfer just now, and has not yet."""
-    held = limits.Limits(wallets).get(arguments["reference"])
-    if held is None or held.state != "held" or not held.signing - {call}:
-        return False
-    # `asked_at` is when the newest of them was let through. One that is refused before changes nothing in it.
-    if held.asked_at + SIGNING_SECONDS <= now().timestamp():
-        return False
-    signed = it.get(f"transfer:{arguments['reference']}")
-    return signed is None or signed.attempt < held.attempt
-
-
-def _only_simulates(it: Submissions) -> bool:
-    return not sends_transfers(it.chain.network)
-
-
 def _check_terms(arguments: Arguments) -> None:
-    limits.check_reference(arguments["reference"])
+    check_reference(arguments["reference"])
     for name in ("amount", "run"):
         if type(arguments[name]) is not int:
             raise InvalidInputError(f"the {name} is a whole number", field=name)

@@ -19,22 +19,21 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from qaes.adapters import settings
 from qaes.adapters.logs import logger
 from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
 from qaes.domain.ids import now
-from qaes.domain.policy import MAX_QU, Policy
+from qaes.domain.policy import Policy
 from qubic.items import ChangedError, Item, Items, attempts, item_key
+from qubic.submissions import Submission, Submissions, check_amount, check_reference
 from qubic.wallets import Wallets
 
-if TYPE_CHECKING:
-    from qubic.submissions import Submission, Submissions
-
-MAX_REFERENCE_CHARACTERS = 256
 IDLE_SECONDS = 3600
 """What was not asked for again for so long is given back, if it was not signed. Far longer than a call can last."""
+SIGNING_SECONDS = 30
+"""Who was let through so long ago has signed, or never will: longer than a call of the ledger's function may take."""
 MANY_HOLDS = 100
 """From so many on, those whose transfer was signed are taken from the list even when there is room."""
 
@@ -232,7 +231,7 @@ class Limits:
             transfer = self._submissions.get(f"transfer:{reference}")
             if held is None or held.state != "held" or held.day != day:
                 done.add(reference)
-            elif transfer is not None and not moved_nothing(transfer):
+            elif transfer is not None and not transfer.moved_nothing:
                 done.add(reference)  # from now on it counts for ever
             elif transfer is not None and transfer.attempt >= held.attempt:
                 continue  # whoever closes it gives it back
@@ -397,13 +396,11 @@ def reserve_for(
             "address_not_allowed",
             f"not among allowed_addresses: policy {policy.policy_id} does not let money go to that address",
         )
-    # What could not be signed holds nothing.
-    if wallets.identity(arguments["destination"], "destination") == wallets.key(arguments["source"]).identity:
-        raise InvalidInputError("source and destination are the same", field="destination")
+    wallets.parties(arguments["source"], arguments["destination"])  # what could not be signed holds nothing
     if only_check:
         return
     transfer = submissions.get(f"transfer:{reference}") if submissions else None
-    if transfer is not None and not moved_nothing(transfer):
+    if transfer is not None and not transfer.moved_nothing:
         return
     try:
         limits.reserve(
@@ -426,7 +423,7 @@ def release_refused(wallets: Wallets, arguments: dict[str, Any], *, submissions:
     """
     reference = arguments["reference"]
     transfer = submissions.get(f"transfer:{reference}")
-    if transfer is not None and not moved_nothing(transfer):
+    if transfer is not None and not transfer.moved_nothing:
         return
     limits = Limits(wallets)
     held = limits.get(reference)
@@ -439,6 +436,18 @@ def release_refused(wallets: Wallets, arguments: dict[str, Any], *, submissions:
     limits.release(reference, attempt=(transfer.attempt if transfer else 0) + 1, refused=call)
 
 
+def is_being_signed(wallets: Wallets, reference: str, *, submissions: Submissions, call: str) -> bool:
+    """Tell whether another call than `call` was let through to sign this transfer just now, and has not yet."""
+    held = Limits(wallets).get(reference)
+    if held is None or held.state != "held" or not held.signing - {call}:
+        return False
+    # `asked_at` is when the newest of them was let through. One that is refused before changes nothing in it.
+    if held.asked_at + SIGNING_SECONDS <= now().timestamp():
+        return False
+    signed = submissions.get(f"transfer:{reference}")
+    return signed is None or signed.attempt < held.attempt
+
+
 def count_found(wallets: Wallets, transfer: Submission, *, clock: Callable[[], datetime] = now) -> None:
     """Count a transfer that was given up as expired, with its reservation, and was found in its tick after all."""
     reference, limits = transfer.metadata["reference"], Limits(wallets, clock=clock)
@@ -447,31 +456,6 @@ def count_found(wallets: Wallets, transfer: Submission, *, clock: Callable[[], d
         limits.reserve(reference, transfer.source, transfer.amount, None, day_of(clock()), attempt=transfer.attempt)
 
 
-def release(reference: str, *, attempt: int | None = None) -> None:
-    """Give back what a transfer that moved nothing had reserved, as `Limits.release`."""
-    Limits().release(reference, attempt=attempt)
-
-
-def moved_nothing(transfer: Submission) -> bool:
-    """Tell whether a transfer has ended, and is known to have moved nothing: it may be asked for anew."""
-    code = transfer.error.partition(":")[0]
-    return transfer.state == "expired" or (transfer.state == "failed" and code in {"moved_nothing", "no_key"})
-
-
 def day_of(moment: datetime) -> str:
     """Return the day of UTC: `2026-11-23`."""
     return moment.astimezone(UTC).date().isoformat()
-
-
-def check_reference(reference: object) -> str:
-    """Return a reference. Raises InvalidInputError."""
-    if not isinstance(reference, str) or not 0 < len(reference) <= MAX_REFERENCE_CHARACTERS:
-        raise InvalidInputError(f"the reference has 1 to {MAX_REFERENCE_CHARACTERS} characters", field="reference")
-    return reference
-
-
-def check_amount(amount: object) -> int:
-    """Return an amount in QU. Raises InvalidInputError."""
-    if isinstance(amount, bool) or not isinstance(amount, int) or not 0 < amount <= MAX_QU:
-        raise InvalidInputError("the amount is a whole number from 1 to 10^15", field="amount")
-    return amount

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from qaes.adapters import settings
 from qaes.adapters.logs import logger
-from qubic import limits, writer
+from qubic import writer
 from qubic.chain import chain
+from qubic.limits import Limits
 from qubic.policies import Policies
 from qubic.submissions import Submission, Submissions
 
@@ -14,13 +15,11 @@ def submissions() -> Submissions:
     """Make the submissions to the chain of QUBIC_NETWORK, each followed by the writer."""
     network = chain()
     return Submissions(
-        network, on_signed=writer.enqueue, on_closed=_closed, sends_transfers=sends_transfers(network.network)
+        network,
+        on_signed=writer.enqueue,
+        on_closed=_closed,
+        sends_transfers=network.network == "mock" or settings.optional("ALLOW_TRANSFERS") == "true",
     )
-
-
-def sends_transfers(network: str) -> bool:
-    """Tell whether money may be moved on a network: on the mock always, elsewhere where ALLOW_TRANSFERS says so."""
-    return network == "mock" or settings.optional("ALLOW_TRANSFERS") == "true"
 
 
 def policies() -> Policies:
@@ -35,5 +34,5 @@ def _closed(submission: Submission) -> None:
             policies().settle()
         except Exception:  # noqa: BLE001 what is wrong with a policy is told, and must not keep the queue waiting
             logger().exception("policy not settled")  # the schedule tries it each minute
-    if submission.kind == "transfer" and submission.state != "confirmed" and "moved_unknown" not in submission.error:
-        limits.release(submission.metadata["reference"], attempt=submission.attempt)
+    if submission.kind == "transfer" and submission.moved_nothing:
+        Limits().release(submission.metadata["reference"], attempt=submission.attempt)

@@ -123,6 +123,12 @@ class Submission:
     def is_open(self) -> bool:
         return self.state in OPEN
 
+    @property
+    def moved_nothing(self) -> bool:
+        """Whether a transfer has ended, and is known to have moved nothing: it may be asked for anew."""
+        code = self.error.partition(":")[0]
+        return self.state == "expired" or (self.state == "failed" and code in {"moved_nothing", "no_key"})
+
     def answer(self) -> dict[str, Any]:
         """Tell what other services may know of it, as JSON.
 
@@ -193,7 +199,7 @@ class Submissions:
         self._wallets = Wallets(chain.network)
         self._on_signed = on_signed
         self._on_closed = on_closed
-        self._sends_transfers = sends_transfers
+        self.sends_transfers = sends_transfers
 
     # Handing in
 
@@ -287,14 +293,9 @@ class Submissions:
     def _wanted_transfer(
         self, reference: str, source: str, destination: str, amount: int, run: int
     ) -> tuple[Submission, Key]:
-        if not 0 < len(reference) <= MAX_REFERENCE_CHARACTERS:
-            raise InvalidInputError(f"the reference has 1 to {MAX_REFERENCE_CHARACTERS} characters", field="reference")
-        if not 0 < amount <= MAX_AMOUNT:
-            raise InvalidInputError("the amount is a whole number from 1 to 10^15", field="amount")
-        to = self._wallets.identity(destination, "destination")
-        key = self._wallets.key(source)
-        if key.identity == to:
-            raise InvalidInputError("source and destination are the same", field="destination")
+        check_reference(reference)
+        check_amount(amount)
+        key, to = self._wallets.parties(source, destination)
         wanted = Submission(
             key=f"transfer:{reference}",
             network=self._network,
@@ -427,7 +428,7 @@ class Submissions:
         with _left_to_the_writer(signed):
             self._on_signed(signed)
         with _left_to_the_writer(signed):
-            if alone and (signed.kind != "transfer" or self._sends_transfers):
+            if alone and (signed.kind != "transfer" or self.sends_transfers):
                 self._send(signed)
             else:
                 self.follow(signed.source, seconds=FOLLOW_SECONDS)
@@ -475,7 +476,7 @@ class Submissions:
     def _decide(self, submission: Submission, source: _Source) -> bool:
         """Find out the fate of what is in flight; False when there is none yet."""
         if submission.state == "signed":
-            if submission.kind == "transfer" and not self._sends_transfers:
+            if submission.kind == "transfer" and not self.sends_transfers:
                 # No byte of it has left: that it moves nothing is certain.
                 self._close(submission, "expired", "expired: transfers are not allowed any more, nothing was moved")
                 return True
@@ -669,6 +670,20 @@ class Submissions:
         return self._items.put_after(item, source.version)
 
 
+def check_reference(reference: object) -> str:
+    """Return a reference. Raises InvalidInputError."""
+    if not isinstance(reference, str) or not 0 < len(reference) <= MAX_REFERENCE_CHARACTERS:
+        raise InvalidInputError(f"the reference has 1 to {MAX_REFERENCE_CHARACTERS} characters", field="reference")
+    return reference
+
+
+def check_amount(amount: object) -> int:
+    """Return an amount in QU. Raises InvalidInputError."""
+    if isinstance(amount, bool) or not isinstance(amount, int) or not 0 < amount <= MAX_AMOUNT:
+        raise InvalidInputError("the amount is a whole number from 1 to 10^15", field="amount")
+    return amount
+
+
 def _checked(metadata: dict[str, Any]) -> dict[str, Any]:
     try:
         size = len(canonical_json(metadata).encode())
@@ -717,11 +732,9 @@ def _may_be_repeated(before: Submission, wanted: Submission) -> bool:
 
     A transfer for a later execution of its task; a record whose key was not here any more, by the one that is.
     """
-    code = before.error.partition(":")[0]
-    if wanted.kind != "transfer":
-        return before.state == "failed" and code == "no_key"
-    had_no_effect = before.state == "expired" or (before.state == "failed" and code in {"moved_nothing", "no_key"})
-    return had_no_effect and wanted.run > before.run
+    if wanted.kind == "transfer":
+        return before.moved_nothing and wanted.run > before.run
+    return before.state == "failed" and before.error.startswith("no_key:")
 
 
 def _changed(submission: Submission, **changes: Any) -> Submission:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from qaes.adapters import clients, settings
-from qaes.domain.errors import RefusedError, UnavailableError
+from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
 from qaes.domain.qubic.identity import check_address, decode_identity, encode_identity, is_identity_shaped
 
 DEMO_BALANCES: Mapping[str, int] = {"0x1234567890abcdef": 1000, "0xabcdef1234567890": 500, "0xfedcba0987654321": 0}
@@ -120,6 +120,21 @@ class Wallets:
         if identity == service_key().identity:
             return service_key()
         raise RefusedError("no_key", "this service does not hold the key of the wallet that is to pay")
+
+    def parties(self, source: str, destination: str) -> tuple[Key, str]:
+        """Return the key that pays, and the identity that is paid.
+
+        Raises
+        ------
+        InvalidInputError
+            One is no address; both are the same wallet.
+        RefusedError
+            As `identity` and `key`.
+        """
+        to, key = self.identity(destination, "destination"), self.key(source)
+        if key.identity == to:
+            raise InvalidInputError("source and destination are the same", field="destination")
+        return key, to
 
 
 def genesis() -> dict[str, int]:

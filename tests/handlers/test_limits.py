@@ -128,8 +128,8 @@ def test_what_is_released_can_be_spent_again_and_is_released_once(limits: Limits
     limits.release("c")
     assert limits.reserve("a", RICH, 60, 100, DAY).state == "held"
     assert limits.spent(RICH, DAY) == 100
-    module.release("nobody")
-    module.release("a")
+    limits.release("nobody")
+    limits.release("a")
     assert limits.spent(RICH, DAY) == 40
 
 
@@ -320,7 +320,7 @@ def test_a_later_run_of_an_expired_transfer_reserves_for_its_next_attempt(aws: C
     assert expired.state == "expired"
     assert limits.spent(RICH, DAY) == 0  # given back by what follows its end
     reserve_for(policy(daily_limit=60), WALLETS, terms(), submissions=it, clock=at(23))
-    module.release("task_1#step_3", attempt=expired.attempt)  # told once more, late
+    limits.release("task_1#step_3", attempt=expired.attempt)  # told once more, late
     assert limits.spent(RICH, DAY) == 50
 
 

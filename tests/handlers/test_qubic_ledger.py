@@ -23,7 +23,8 @@ from qaes.domain.qubic.transaction import decode
 from qubic import ledger, service
 from qubic.chain.base import IncludedPage
 from qubic.chain.mock import FIRST_TICK, Faults, MockChain
-from qubic.ledger import _OPERATIONS, SIGNING_SECONDS
+from qubic.ledger import _OPERATIONS
+from qubic.limits import SIGNING_SECONDS
 from qubic.submissions import Submissions
 from qubic.wallets import DEMO_BALANCES, genesis
 from tests.support.cloud import PARAMETERS, Cloud, Context, cloud
@@ -287,7 +288,7 @@ def test_a_call_that_was_cut_off_leaves_its_reservation(
     with pytest.raises(UnavailableError, match="about to sign"):
         transfer()
     later = now() + timedelta(seconds=SIGNING_SECONDS)
-    monkeypatch.setattr("qubic.ledger.now", lambda: later)
+    monkeypatch.setattr("qubic.limits.now", lambda: later)
     assert code(transfer()) == "insufficient_balance"
     assert limited() == 10
 

@@ -20,6 +20,10 @@ from tests.support.cloud import SEED, Cloud, cloud
 from tests.support.crashes import crash_at
 
 SOURCE, DESTINATION = "0x1234567890abcdef", "0xfedcba0987654321"
+TRANSFER = {
+    "operation": "transfer", "reference": "task#step_1", "source": SOURCE, "run": 1,
+    "destination": DESTINATION, "amount": 1, "action_type": "transfer_funds",
+}  # fmt: skip
 
 
 def digest(number: int) -> str:
@@ -57,10 +61,7 @@ def test_whichever_call_fails_after_its_effect_a_transfer_moves_once_or_not_at_a
 
 
 def _transfer_moves_once_or_not_at_all(it: Cloud, number: int) -> bool:
-    terms = {
-        "operation": "transfer", "reference": f"task_{number}#step_3", "source": SOURCE, "run": 1,
-        "destination": DESTINATION, "amount": 1, "action_type": "transfer_funds",
-    }  # fmt: skip
+    terms = TRANSFER | {"reference": f"task_{number}#step_3"}
     before = _balance(it, SOURCE)
     with crash_at(number, "after", EndpointConnectionError(endpoint_url="https://dynamodb")) as crash:
         it.invoke("LedgerTransferFunction", terms)
@@ -217,12 +218,6 @@ def test_pauses_grow_while_ticks_stand_still_and_are_short_again_when_they_come(
         assert look() < LEAD_TICKS  # ticks come: there are so many left
 
 
-TRANSFER = {
-    "operation": "transfer", "reference": "task#step_1", "source": SOURCE, "run": 1,
-    "destination": DESTINATION, "amount": 1, "action_type": "transfer_funds",
-}  # fmt: skip
-
-
 def test_a_batch_follows_each_source_once(monkeypatch):
     with cloud(state_machine=False) as it:
         for number in (1, 2, 3):
@@ -299,11 +294,7 @@ def test_what_is_wrong_with_a_policy_does_not_keep_a_queue_waiting(monkeypatch, 
 def test_a_limit_on_one_source_does_not_keep_the_others_waiting(monkeypatch):
     with cloud(state_machine=False) as it:
         it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
-        terms = {
-            "operation": "transfer", "reference": "task#step_1", "source": SOURCE, "run": 1,
-            "destination": DESTINATION, "amount": 1, "action_type": "transfer_funds",
-        }  # fmt: skip
-        it.invoke("LedgerTransferFunction", terms)
+        it.invoke("LedgerTransferFunction", TRANSFER)
         it.clock.pass_seconds(LEAD_TICKS + 2)
         follow = Submissions.follow
 
