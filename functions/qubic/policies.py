@@ -18,7 +18,7 @@ import base64
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import BaseModel, ConfigDict, Field
@@ -36,19 +36,16 @@ from qaes.domain.errors import (
 )
 from qaes.domain.ids import now, timestamp
 from qaes.domain.policy import DEFAULT_RULES, Policy, PolicyDocument, Rule, policy_id_of, policy_of, version_of
+from qaes.domain.qubic.identity import decode_identity, encode_identity
+from qaes.domain.qubic.transaction import Transaction, decode
 from qubic.items import ChangedError, Item, Items, attempts, item_key
+from qubic.submissions import INPUT_TYPES, Submission, Submissions
 from qubic.wallets import service_key
 
-if TYPE_CHECKING:
-    from qaes.domain.qubic.transaction import Transaction
-    from qubic.submissions import Submission, Submissions
-
-INPUT_TYPE = 0x5150
 REFUSED_METRIC = "PolicyRefused"
 LOOK_AGAIN_SECONDS = 60
 """How long a process relies on it that HEAD names the newest version that has been in force."""
 _MAX_VERSION = 10**9 - 1
-_PAGE = 100
 
 Status = Literal["proposed", "approved", "anchoring", "in_force", "superseded", "rejected"]
 
@@ -293,7 +290,6 @@ class Policies:
                 _submission_key(record.version),
                 bytes.fromhex(record.hash),
                 kind="policy",
-                input_type=INPUT_TYPE,
                 metadata={"policy_id": record.policy_id, "version": record.version},
             )
         except LimitError as error:
@@ -331,18 +327,14 @@ class Policies:
 
     def _check_included(self, transaction: Transaction) -> None:
         """Check that the network has it, whatever the table says. Raises as `_good`."""
-        from qaes.domain.qubic.identity import encode_identity
-
-        chain = self._submissions.chain
-        if chain.transaction(transaction.id) is not None:
-            return
-        # A node that is behind must not set the policy back: the list says itself up to which tick it goes.
-        page = chain.transactions(encode_identity(transaction.source), transaction.tick, transaction.tick, 0, _PAGE)
-        if any(each.txid == transaction.id for each in page.transactions):
-            return
-        if page.valid_for_tick < transaction.tick or page.total > len(page.transactions):
-            raise UnavailableError("the network does not tell yet whether it has the policy's transaction")
-        raise _AlteredError("the network does not have its transaction")
+        try:  # a node that is behind must not set the policy back
+            is_included = self._submissions.is_included(transaction)
+        except UnavailableError as error:
+            raise UnavailableError(
+                f"the network does not tell yet whether it has the policy's transaction: {error.message}"
+            ) from error
+        if not is_included:
+            raise _AlteredError("the network does not have its transaction")
 
     def _report(self, version: int, error: _AlteredError) -> None:
         logger().error("policy refused", extra={"version": version, "reason": str(error)})
@@ -607,8 +599,6 @@ class Policies:
 
 def _own_identities() -> frozenset[str]:
     """The identities that policies are anchored by: the service's own, and those that it had before."""
-    from qaes.domain.qubic.identity import decode_identity
-
     former = frozenset(each.strip() for each in settings.optional("QUBIC_FORMER_IDENTITIES").split(",") if each.strip())
     for identity in former:
         try:
@@ -623,14 +613,11 @@ def _check_anchor(hash_: str, submission: Submission) -> Transaction:
 
     Who can write the table can write a transaction of their own there: it is the signature that counts, and whose.
     """
-    from qaes.domain.qubic.identity import encode_identity
-    from qaes.domain.qubic.transaction import decode
-
     try:
         transaction = decode(submission.encoded)
     except ValueError as error:
         raise _AlteredError("its transaction cannot be read") from error
-    if transaction.payload != bytes.fromhex(hash_) or transaction.input_type != INPUT_TYPE:
+    if transaction.payload != bytes.fromhex(hash_) or transaction.input_type != INPUT_TYPES["policy"]:
         raise _AlteredError("its text is not the one whose hash the ledger has")
     if transaction.id != submission.txid:
         raise _AlteredError("its transaction is not the one that is confirmed")

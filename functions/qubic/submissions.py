@@ -39,6 +39,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from qaes.adapters import clients, metrics, settings
 from qaes.adapters.logs import logger
+from qaes.domain.anchor import ANCHOR_INPUT_TYPE
 from qaes.domain.canonical import canonical_json
 from qaes.domain.errors import InvalidInputError, LimitError, RefusedError, UnavailableError
 from qaes.domain.ids import now, timestamp
@@ -51,7 +52,7 @@ from qubic.wallets import Key, Wallets, public_key, service_key
 Kind = Literal["hash", "anchor", "policy", "transfer"]
 State = Literal["signed", "broadcast", "confirmed", "expired", "failed", "simulated"]
 OPEN: frozenset[State] = frozenset({"signed", "broadcast"})
-INPUT_TYPES: dict[Kind, int] = {"hash": 0x5148, "anchor": 0x5141, "policy": 0x5150, "transfer": 0}
+INPUT_TYPES: dict[Kind, int] = {"hash": 0x5148, "anchor": ANCHOR_INPUT_TYPE, "policy": 0x5150, "transfer": 0}
 
 LEAD_TICKS = 15
 """How far ahead the named tick is (Qubic's documents: 15 to 20), and how far the ticks of one source are apart."""
@@ -203,9 +204,7 @@ class Submissions:
 
     # Handing in
 
-    def submit_record(
-        self, key: str, payload: bytes, *, kind: Kind, metadata: dict[str, Any], input_type: int | None = None
-    ) -> Submission:
+    def submit_record(self, key: str, payload: bytes, *, kind: Kind, metadata: dict[str, Any]) -> Submission:
         """Write `payload` on the ledger, once for each `key`: amount 0, from the service's identity to itself.
 
         Raises
@@ -228,7 +227,7 @@ class Submissions:
             source=signer.identity,
             destination=signer.identity,
             amount=0,
-            input_type=INPUT_TYPES[kind] if input_type is None else input_type,
+            input_type=INPUT_TYPES[kind],
             payload=payload,
             metadata=_checked(metadata),
             attempt=0,
@@ -633,6 +632,16 @@ class Submissions:
         if found is None or found.txid == txid:
             return found
         return replace(found, state="expired", txid=txid, tick=int(item["tick"]["N"]), encoded=item["encoded"]["B"])
+
+    def is_included(self, transaction: Transaction) -> bool:
+        """Tell whether the network has a transaction in its tick, by id or by its source's list.
+
+        Raises UnavailableError while that cannot be told.
+        """
+        if self.chain.transaction(transaction.id) is not None:
+            return True
+        listed = self._listed(encode_identity(transaction.source), transaction.tick, transaction.tick)
+        return any(each.txid == transaction.id for each in listed)
 
     def open_sources(self) -> list[str]:
         """The identities that have something open."""
