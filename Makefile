@@ -8,9 +8,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 export SAM_CLI_TELEMETRY := 0
-export AUTH_MODE QAES_PORT QAES_HTTP_PORT SAM_LOCAL_ARGS
+export AUTH_MODE QAES_PORT QAES_HTTP_PORT SAM_LOCAL_ARGS ROLE SUBJECT
 
-.PHONY: help demo up down status logs fsck test e2e browser sam-local check openapi fuzz format requirements bench hammer clean
+.PHONY: help demo up down status logs token fsck test e2e browser sam-local check openapi fuzz format requirements bench hammer clean
 
 help:  ## This list
 	@awk -F ' ## ' '/^[a-z0-9-]+:.* ## / { name = $$1; sub(/:.*/, "", name); printf "make %-14s %s\n", name, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +50,9 @@ status: $(VENV)/.local-stamp ## Say whether the local cloud runs
 
 logs: $(VENV)/.local-stamp ## Print what the services of the local cloud logged (TASK=task_…: for one task)
 	@$(BIN)/python -m local logs $(if $(TASK),--task $(TASK))
+
+token: $(VENV)/.local-stamp ## Print a token of the running local cloud (ROLE=operator SUBJECT=oscar)
+	@$(BIN)/python -m local token --role "$$ROLE" --subject "$$SUBJECT"
 
 fsck: $(VENV)/.local-stamp ## Check the audit log of the running local cloud, every entry, tile and anchor (REPAIR=1)
 	@test -f .local/aws.env || { echo "The local cloud does not run: make up" >&2; exit 1; }

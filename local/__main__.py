@@ -1,4 +1,4 @@
-"""`python -m local up | down | run | status | logs | demo`."""
+"""`python -m local up | down | run | status | logs | token | demo`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 
 from local import demo, lifecycle
 from local.cloud import LocalCloudError, Ports, auth_mode
+from local.tokens import TokenRequestError
 
 
 def main() -> int:
@@ -18,6 +19,9 @@ def main() -> int:
     commands.add_parser("run", help="run it in the foreground")
     commands.add_parser("status", help="say whether it runs")
     commands.add_parser("logs", help="print what the services logged").add_argument("--task", help="only for this task")
+    token = commands.add_parser("token", help="print a token")
+    token.add_argument("--role", required=True, help="one role, or several separated by spaces")
+    token.add_argument("--subject", default="", help="who the token is for")
     commands.add_parser("demo", help="run two tasks on a local cloud of their own, and check all that they say")
     arguments = parser.parse_args()
     match arguments.command:
@@ -31,6 +35,8 @@ def main() -> int:
             print(lifecycle.status())
         case "logs":
             lifecycle.logs(arguments.task)
+        case "token":
+            print(lifecycle.token(arguments.role, arguments.subject))
         case "demo":
             return demo.main()
     return 0
@@ -39,5 +45,5 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except LocalCloudError as error:
+    except (LocalCloudError, TokenRequestError) as error:
         sys.exit(str(error))

@@ -35,7 +35,7 @@ import boto3
 from local.front_door import KEYS_PATH, FrontDoor
 from local.gateway import complete
 from local.relay import DESKTOP_HOST, Relay, bridge
-from local.tokens import AUDIENCE, PEOPLE, Issuer
+from local.tokens import AUDIENCE, PEOPLE, SECOND_PEOPLE, Issuer
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / ".local"
@@ -53,7 +53,7 @@ THROTTLING = {
 }
 START_TIMEOUT_SECONDS = 60
 COMMAND_TIMEOUT_SECONDS = 600
-USER_FILES = ("tokens.env", "aws.env", "sam.toml", "sam-env.json")
+USER_FILES = ("tokens.env", "aws.env", "sam.toml", "sam-env.json", "issuer.json")
 """What tells a user's tools of the local cloud, in `.local`, for as long as it runs."""
 HEALTH_PATHS = (
     "/health",
@@ -437,8 +437,10 @@ class Cloud:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def write_shell_files(self) -> None:
-        """Write `.local/tokens.env` and `.local/aws.env`, to be sourced in a shell."""
+        """Write `.local/tokens.env` and `.local/aws.env`, to be sourced in a shell, and the key for `make token`."""
         tokens = [f"export {role.upper()}={self.token(role)}" for role in PEOPLE]
+        tokens += [f"export {role.upper()}2={self.token(role, subject)}" for role, subject in SECOND_PEOPLE.items()]
+        _write_private(WORK / "issuer.json", [self.issuer.export()])
         _write_private(WORK / "tokens.env", ["# Tokens of the local cloud, for 12 hours.", *tokens])
         wanted = {name: value for name, value in self.environment.items() if name.startswith(("AWS_", "SAM_"))} | {
             "API_URL": self.url,

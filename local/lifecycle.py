@@ -21,7 +21,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from local.cloud import ROOT, USER_FILES, WORK, AuthMode, Cloud, LocalCloudError, Ports, Progress, read_json
-from local.tokens import LIFETIME_SECONDS
+from local.tokens import LIFETIME_SECONDS, Issuer
 
 NAME = "cloud"
 DIRECTORY = WORK / NAME
@@ -150,7 +150,7 @@ def run(mode: AuthMode, ports: Ports) -> None:
 def introduction(cloud: Cloud, seconds: float) -> str:
     """Return how to call it."""
     who = '-H "Authorization: Bearer $REQUESTER" '
-    first = "  source .local/tokens.env     # $REQUESTER $APPROVER $AUDITOR $OPERATOR"
+    first = "  source .local/tokens.env     # $REQUESTER $APPROVER $APPROVER2 $AUDITOR $OPERATOR $OPERATOR2"
     if cloud.auth_mode == "stub":
         who, first = "", "  No token needed: who sends none is demo_user, with every role (AUTH_MODE=stub)."
     hours = LIFETIME_SECONDS // 3600
@@ -234,6 +234,15 @@ def status(instance: Instance | None = None) -> str:
     """Return one line."""
     instance = instance or Instance()
     return instance.describe() if instance.runs() else "The local cloud does not run. Start it: make up"
+
+
+def token(role: str, subject: str, path: Path = WORK / "issuer.json") -> str:
+    """Return a token that the running local cloud accepts."""
+    try:
+        issuer = Issuer.restore(path.read_text())
+    except FileNotFoundError:
+        raise LocalCloudError("The local cloud does not run. Start it: make up") from None
+    return issuer.requested_token(role, subject)
 
 
 def logs(task_id: str | None, path: Path = DIRECTORY) -> None:

@@ -335,7 +335,8 @@ The base address is `http://localhost:8000` with `make up`, and the stack's outp
 
 Each request carries `Authorization: Bearer …`, a JWT (RS256 or ES256) whose roles are in the claim `scope` or `cognito:groups`.
 
-- `make up` writes one for each role: `source .local/tokens.env` gives `$REQUESTER`, `$APPROVER`, `$AUDITOR` and `$OPERATOR`.
+- `make up` writes one for each role: `source .local/tokens.env` gives `$REQUESTER`, `$APPROVER`, `$AUDITOR` and `$OPERATOR`,
+  and `$APPROVER2` and `$OPERATOR2` for a second person. `make token ROLE=approver SUBJECT=dave` prints one for anybody else.
 - On AWS, your issuer gives them (`JwtIssuer`, `JwtAudience`, `JwksUrl`), or the stack's own Cognito user pool, if you name no issuer: the README
   has the commands.
 

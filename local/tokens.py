@@ -10,17 +10,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import jwt
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 AUDIENCE = "qaes-local"
 LIFETIME_SECONDS = 12 * 3600
 PEOPLE: Mapping[str, str] = {"requester": "alice", "approver": "bob", "auditor": "carol", "operator": "olivia"}
 """Who has which role; four people, so that nobody is asked to approve their own task."""
+SECOND_PEOPLE: Mapping[str, str] = {"approver": "brian", "operator": "oscar"}
+"""The second person for each role whose decisions can need two people."""
+
+
+class TokenRequestError(ValueError):
+    """The requested token names no known role, or no subject."""
 
 
 @dataclass(frozen=True)
 class Issuer:
-    """Signs tokens with a key of its own, which lives as long as the local cloud and is never written to disk.
+    """Signs tokens with a key of its own, which lives as long as the local cloud.
 
     Parameters
     ----------
@@ -37,6 +44,21 @@ class Issuer:
     def create(cls, url: str) -> Issuer:
         """Make an issuer with a new 2048-bit key."""
         return cls(url, rsa.generate_private_key(public_exponent=65537, key_size=2048))
+
+    def export(self) -> str:
+        """Return the issuer with its private key as JSON, for `restore`."""
+        pem = self.key.private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        return json.dumps({"url": self.url, "key": pem.decode()})
+
+    @classmethod
+    def restore(cls, text: str) -> Issuer:
+        """Return the issuer that `export` described."""
+        description = json.loads(text)
+        key = serialization.load_pem_private_key(description["key"].encode(), password=None)
+        assert isinstance(key, rsa.RSAPrivateKey)
+        return cls(description["url"], key)
 
     @property
     def key_id(self) -> str:
@@ -76,3 +98,25 @@ class Issuer:
             "exp": issued + LIFETIME_SECONDS,
         }
         return jwt.encode(claims, self.key, algorithm="RS256", headers={"kid": self.key_id})
+
+    def requested_token(self, role: str, subject: str = "") -> str:
+        """Return a token for roles and a subject that a user typed.
+
+        Parameters
+        ----------
+        role : str
+            One role, or several separated by spaces.
+        subject : str, optional
+            Who the token is for; for a single role, the person of `PEOPLE` by default.
+
+        Raises
+        ------
+        TokenRequestError
+            If a role is unknown or the subject is missing.
+        """
+        roles = role.split()
+        if not roles or not set(roles) <= set(PEOPLE):
+            raise TokenRequestError(f"ROLE must be one or more of {', '.join(PEOPLE)}, not {role!r}.")
+        if not subject and len(roles) > 1:
+            raise TokenRequestError("Several roles need a SUBJECT: make token ROLE='requester auditor' SUBJECT=dave")
+        return self.token(" ".join(roles), subject=subject or None)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import jwt
 import pytest
 
-from local.tokens import AUDIENCE, LIFETIME_SECONDS, PEOPLE, Issuer
+from local import lifecycle
+from local.cloud import LocalCloudError
+from local.tokens import AUDIENCE, LIFETIME_SECONDS, PEOPLE, SECOND_PEOPLE, Issuer, TokenRequestError
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +47,43 @@ def test_the_published_key_is_public_only(issuer):
     (key,) = issuer.key_set()["keys"]
     assert not {"d", "p", "q", "dp", "dq", "qi"} & key.keys()
     assert (key["alg"], key["use"]) == ("RS256", "sig")
+
+
+def test_token_of_a_second_person_has_another_subject(issuer):
+    for role, subject in SECOND_PEOPLE.items():
+        assert decode(issuer.token(role, subject=subject), issuer)["sub"] not in PEOPLE.values()
+    assert set(SECOND_PEOPLE) <= set(PEOPLE)
+
+
+def test_issuer_signs_the_same_after_export_and_restore(issuer):
+    restored = Issuer.restore(issuer.export())
+    assert restored.key_set() == issuer.key_set()
+    assert decode(restored.token("auditor"), issuer)["sub"] == PEOPLE["auditor"]
+
+
+@pytest.mark.parametrize(
+    ("role", "subject", "expected"),
+    [
+        ("operator", "", ("olivia", "operator")),
+        ("operator", "oscar", ("oscar", "operator")),
+        (" requester  auditor ", "dave", ("dave", "requester auditor")),
+    ],
+)
+def test_make_token_prints_an_accepted_token(issuer, tmp_path, role, subject, expected):
+    path = tmp_path / "issuer.json"
+    path.write_text(issuer.export())
+    claims = decode(lifecycle.token(role, subject, path), issuer)
+    assert (claims["sub"], claims["scope"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("role", "subject", "field"), [("", "", "ROLE"), ("admin", "x", "ROLE"), ("requester auditor", "", "SUBJECT")]
+)
+def test_make_token_names_the_wrong_variable(issuer, role, subject, field):
+    with pytest.raises(TokenRequestError, match=field):
+        issuer.requested_token(role, subject)
+
+
+def test_make_token_says_make_up_when_nothing_runs(tmp_path):
+    with pytest.raises(LocalCloudError, match="make up"):
+        lifecycle.token("operator", "", tmp_path / "issuer.json")
