@@ -57,7 +57,8 @@ class Issuer:
         """Return the issuer that `export` described."""
         description = json.loads(text)
         key = serialization.load_pem_private_key(description["key"].encode(), password=None)
-        assert isinstance(key, rsa.RSAPrivateKey)
+        if not isinstance(key, rsa.RSAPrivateKey):
+            raise TypeError("The local issuer signs with an RSA key.")
         return cls(description["url"], key)
 
     @property
