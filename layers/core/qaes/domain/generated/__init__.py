@@ -1,0 +1,1 @@
+"""Code that a program wrote; each file names the program."""
