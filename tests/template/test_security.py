@@ -126,15 +126,6 @@ def test_only_an_administrator_makes_users_and_passwords_are_strong(template: An
     assert all(password[f"Require{kind}"] for kind in ("Lowercase", "Uppercase", "Numbers", "Symbols"))
 
 
-def test_the_pool_outlives_the_stack_and_cannot_be_deleted_in_prod(template: Any) -> None:
-    """The audit log knows people by its ids."""
-    pool = template.resources["UserPool"]
-    assert (pool["DeletionPolicy"], pool["UpdateReplacePolicy"]) == ("RetainExceptOnCreate", "Retain")
-    protection = pool["Properties"]["DeletionProtection"]
-    assert resolve(protection, {"Stage": "prod"}) == "ACTIVE"
-    assert resolve(protection, {"Stage": "dev"}) == "INACTIVE"
-
-
 def test_the_client_has_no_secret_and_does_not_say_who_exists(template: Any) -> None:
     client = template.resources["UserPoolClient"]["Properties"]
     assert client["GenerateSecret"] is False

@@ -386,12 +386,6 @@ def test_the_qubic_service_alone_reads_its_seed_and_nobody_changes_it(template: 
         ), name
 
 
-def test_what_must_outlive_the_stack_is_retained(template: Any) -> None:
-    for table in OWNERS:
-        assert template.resources[table]["DeletionPolicy"] == "RetainExceptOnCreate"
-        assert template.resources[table]["UpdateReplacePolicy"] == "Retain"
-
-
 def test_tables_are_encrypted_and_recoverable(template: Any) -> None:
     for name, table in template.of_type("AWS::DynamoDB::Table").items():
         assert table["SSESpecification"] == {"SSEEnabled": True}, name

@@ -1,0 +1,96 @@
+"""The documented deployment: `sam deploy` with samconfig.toml's dev section, guided and not, and `sam delete`."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from local.cloud import BUILD, ROOT, Cloud
+
+STACK = "qaes-dev"
+LISTINGS = {
+    "dynamodb": ("list_tables", "TableNames", None),
+    "secretsmanager": ("list_secrets", "SecretList", "ARN"),
+    "logs": ("describe_log_groups", "logGroups", "logGroupName"),
+    "s3": ("list_buckets", "Buckets", "Name"),
+    "sqs": ("list_queues", "QueueUrls", None),
+    "lambda": ("list_functions", "Functions", "FunctionName"),
+    "iam": ("list_roles", "Roles", "RoleName"),
+    "stepfunctions": ("list_state_machines", "stateMachines", "name"),
+    "apigateway": ("get_rest_apis", "items", "id"),
+    "cloudwatch": ("describe_alarms", "MetricAlarms", "AlarmName"),
+}
+
+
+def inventory(cloud: Cloud) -> dict[str, set[str]]:
+    """Return what the account has, by service."""
+    found: dict[str, set[str]] = {}
+    for service, (operation, member, key) in LISTINGS.items():
+        client = cloud.client(service)
+        pages = client.get_paginator(operation).paginate()
+        found[service] = {item[key] if key else item for page in pages for item in page.get(member, [])}
+    pools = cloud.client("cognito-idp").list_user_pools(MaxResults=60)["UserPools"]
+    found["cognito-idp"] = {pool["Id"] for pool in pools}
+    return found
+
+
+class Deployment:
+    """Runs `sam` as documented, with a copy of samconfig.toml that names this machine's Python."""
+
+    def __init__(self, cloud: Cloud, directory: Path) -> None:
+        self.cloud, self.config = cloud, directory / "samconfig.toml"
+        documented = (ROOT / "samconfig.toml").read_text()
+        own = f"PythonRuntime=python3.{sys.version_info.minor}"
+        self.config.write_text(documented.replace("PythonRuntime=python3.13", own))
+        self.before = inventory(cloud)
+
+    def sam(self, *arguments: str, answers: str = "") -> str:
+        """Run sam with these answers on its standard input; return what it printed."""
+        result = subprocess.run(
+            [Path(sys.executable).with_name("sam"), *arguments, "--config-file", self.config, "--config-env", "dev"],
+            input=answers,
+            cwd=ROOT,
+            env=self.cloud.environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert result.returncode == 0, result.stdout[-5000:] + result.stderr[-5000:]
+        return result.stdout
+
+    def left(self) -> dict[str, set[str]]:
+        """Return what the account has now and did not have before."""
+        now = inventory(self.cloud)
+        return {service: new for service, names in now.items() if (new := names - self.before[service])}
+
+
+@pytest.fixture(scope="module")
+def deployment(local_cloud: Cloud, tmp_path_factory: pytest.TempPathFactory) -> Deployment:
+    return Deployment(local_cloud, tmp_path_factory.mktemp("deployment"))
+
+
+def test_guided_deploy_succeeds_with_the_default_answers(deployment: Deployment) -> None:
+    printed = deployment.sam("deploy", "--guided", "--template-file", str(BUILD / "template.yaml"), answers="\n" * 200)
+    assert f"Stack Name [{STACK}]" in printed
+    assert "has no authentication" not in printed
+    [stack] = deployment.cloud.client("cloudformation").describe_stacks(StackName=STACK)["Stacks"]
+    assert stack["StackStatus"] == "CREATE_COMPLETE"
+    assert {"ParameterKey": "Stage", "ParameterValue": "dev"} in stack["Parameters"]
+
+
+def test_deploy_asks_nothing(deployment: Deployment) -> None:
+    printed = deployment.sam("deploy", "--template-file", str(BUILD / "template.yaml"))
+    assert f"stack - {STACK}" in printed
+
+
+def test_delete_of_a_dev_stack_leaves_no_data(deployment: Deployment) -> None:
+    assert {"dynamodb", "secretsmanager", "cognito-idp", "logs"} <= set(deployment.left())
+    deployment.sam("delete", "--no-prompts")
+    left = deployment.left()
+    [role] = left.pop("iam")  # the account's API Gateway setting still names it
+    assert role.startswith(f"{STACK}-ApiGatewayLogsRole-")
+    assert left == {}

@@ -1,0 +1,101 @@
+"""What a deployment asks, what it names, and what the deletion of a stack leaves."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from samcli.commands.deploy.auth_utils import auth_per_resource
+from samcli.lib.providers.sam_stack_provider import SamLocalStackProvider
+
+from tests.support.template import resolve
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGURATION = tomllib.loads((ROOT / "samconfig.toml").read_text())
+
+STATEFUL = {"AWS::DynamoDB::Table", "AWS::SecretsManager::Secret", "AWS::Cognito::UserPool"}
+
+
+@pytest.mark.parametrize("stage", ["local", "dev", "staging", "prod"])
+def test_stack_keeps_its_data_only_in_prod(template: Any, stage: str) -> None:
+    """What holds data, and nothing else but the account's role, outlives a prod stack; nothing outlives the others."""
+    kept = {
+        name: {resolve(body[policy], {"Stage": stage}) for policy in ("DeletionPolicy", "UpdateReplacePolicy")}
+        for name, body in template.resources.items()
+        if "DeletionPolicy" in body and name != "ApiGatewayLogsRole"
+    }
+    stateful = {name for name, body in template.resources.items() if body["Type"] in STATEFUL}
+    assert stateful <= set(kept)
+    keeping = {name for name, policies in kept.items() if policies == {"RetainExceptOnCreate", "Retain"}}
+    deleting = {name for name, policies in kept.items() if policies == {"Delete"}}
+    assert keeping | deleting == set(kept)
+    assert keeping == (stateful if stage == "prod" else set())
+
+
+def test_the_seed_of_a_mainnet_identity_is_kept_in_every_stage(template: Any) -> None:
+    """The identity's balance is real money there."""
+    for stage in ("dev", "staging", "prod"):
+        parameters = {"Stage": stage, "QubicNetwork": "mainnet"}
+        policies = [template.resources["QubicSeed"][name] for name in ("DeletionPolicy", "UpdateReplacePolicy")]
+        assert resolve(policies, parameters) == ["RetainExceptOnCreate", "Retain"]
+
+
+@pytest.mark.parametrize("stage", ["dev", "staging", "prod"])
+def test_only_prod_protects_its_data_from_deletion(template: Any, stage: str) -> None:
+    """A protected table or pool that the stack wants to delete makes the deletion of the stack fail."""
+    for name, body in template.resources.items():
+        for protection in ("DeletionProtection", "DeletionProtectionEnabled"):
+            if protection in body.get("Properties", {}):
+                protected = resolve(body["Properties"][protection], {"Stage": stage}) in {True, "ACTIVE"}
+                retained = resolve(body["DeletionPolicy"], {"Stage": stage}) != "Delete"
+                assert protected == retained == (stage == "prod"), name
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in SAM CLI itself
+def test_guided_deploy_finds_no_function_without_authentication() -> None:
+    """SAM CLI asks for each such function, and the default answer ends the deployment."""
+    stacks, _ = SamLocalStackProvider.get_stacks(str(ROOT / "template.yaml"))
+    checked = auth_per_resource(stacks)
+    assert checked
+    assert [name for name, authenticated in checked if not authenticated] == []
+
+
+def overrides(environment: str, command: str) -> dict[str, str]:
+    """Return the parameters that a section of samconfig.toml sets."""
+    listed = CONFIGURATION[environment][command]["parameters"]["parameter_overrides"]
+    return dict(each.split("=", 1) for each in listed)
+
+
+@pytest.mark.parametrize("environment", ["dev", "staging", "prod"])
+def test_samconfig_names_stack_and_stage(template: Any, environment: str) -> None:
+    section = CONFIGURATION[environment]
+    deploy, build = overrides(environment, "deploy"), overrides(environment, "build")
+    assert section["global"]["parameters"]["stack_name"] == f"qaes-{environment}"
+    assert section["deploy"]["parameters"]["s3_prefix"] == f"qaes-{environment}"
+    assert deploy["Stage"] == environment
+    assert build.items() <= deploy.items()
+    for name, value in deploy.items():
+        assert name in template.parameters
+        assert value in map(str, template.parameters[name].get("AllowedValues", [value]))
+
+
+@pytest.mark.parametrize("environment", ["dev", "staging"])
+def test_samconfig_deploys_without_a_question(environment: str) -> None:
+    assert CONFIGURATION[environment]["deploy"]["parameters"]["confirm_changeset"] is False
+
+
+def test_samconfig_default_is_dev() -> None:
+    default = dict(CONFIGURATION["default"])
+    del default["validate"]
+    assert default == CONFIGURATION["dev"]
+
+
+def test_every_parameter_has_a_group_and_a_description(template: Any) -> None:
+    groups = template.document["Metadata"]["AWS::CloudFormation::Interface"]["ParameterGroups"]
+    grouped = [name for group in groups for name in group["Parameters"]]
+    assert sorted(grouped) == sorted(template.parameters)
+    for name, parameter in template.parameters.items():
+        assert re.fullmatch(r"[A-Z].*[.]", parameter["Description"]), name
