@@ -99,8 +99,8 @@ openapi: $(VENV)/.all-stamp ## Write docs/openapi.json, docs/api.md and what the
 format: $(VENV)/.all-stamp ## Format, and fix what ruff can fix
 	@$(BIN)/ruff check --quiet --fix . && $(BIN)/ruff format --quiet .
 
-bench: $(VENV)/.all-stamp ## Measure; writes docs/performance.md
-	@PYTHONPATH=functions:layers/core $(BIN)/python -m benchmarks.run
+bench: $(VENV)/.all-stamp ## Measure; writes docs/performance.md and .json (ONLY=cost: what a task costs alone)
+	@PYTHONPATH=functions:layers/core $(BIN)/python -m benchmarks.run $(ONLY)
 
 hammer: $(VENV)/.all-stamp ## Load the audit log of a local AWS of its own, verify every proof, print figures (HAMMER_ARGS)
 	@PYTHONPATH=functions:layers/core $(BIN)/python -m benchmarks.hammer $(HAMMER_ARGS)

@@ -1,146 +1,386 @@
-"""What a task costs: transitions, invocations, DynamoDB units and ledger transactions, counted from a run on moto."""
+"""Count what a task consumes, in a run of the deployed definition on moto: `python -m benchmarks.cost`.
+
+A run has phases, which end where the task waits for a person or for the ledger. A stream hands over what a phase has
+written as one batch to each of its listeners. The anchor is counted separately: whole, or shared by a batch's tasks.
+"""
 
 from __future__ import annotations
 
 import json
-import math
-import threading
+import os
+import re
+import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from http import HTTPStatus
+from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import boto3
-from botocore.client import BaseClient
 
-from qaes.adapters.task_store import TaskStore
-from qaes.domain.ids import new_task_id, now, timestamp
-from qaes.domain.models import Task
+from benchmarks.units import Units, metered
+from qaes.adapters.logs import logger
+from tests.support import template
+from tests.support.api import Api
 from tests.support.cloud import Cloud, cloud
-from tests.support.trail import anchor_all, sequence_all
 
+BASELINE = Path(__file__).with_name("baseline.json")
+"""The figures of the workflow with one state for each agent, counted by this same program."""
+
+SHARED_BY = 6
+"""How many tasks share an anchor in the `_shared` figures."""
 PRICES_OF = "2026-11, us-east-1, list prices"
-PRICE = {
-    "state transitions": 25.00e-6,
-    "Lambda invocations": 0.20e-6,
-    "Lambda GB-seconds": 16.6667e-6,
-    "DynamoDB write units": 0.625e-6,
-    "DynamoDB read units": 0.125e-6,
-    "API requests": 3.50e-6,
-}
-SECONDS_A_CALL, GIGABYTES = 0.1, 0.5
+TRANSITION, INVOCATION, API_REQUEST = 25.00e-6, 0.20e-6, 3.50e-6
+GB_SECOND = {"x86_64": 16.6667e-6, "arm64": 13.3334e-6}
+WRITE_UNIT, READ_UNIT = 0.625e-6, 0.125e-6
+LOG_GB, TRACE = 0.50, 5.00e-6
+ALARM_MONTH, SECRET_MONTH, METRIC_MONTH = 0.10, 0.40, 0.30
+MINUTES_A_MONTH = 30 * 24 * 60
+SECONDS_A_CALL = 0.1
+PLATFORM_LINES = {"platform.start": 155, "platform.report": 365}
+"""Bytes of the lines that Lambda itself writes for an invocation, at its system log level INFO."""
+ACCESS_VALUE_BYTES = 24
+"""What API Gateway writes for a variable of the access log's format, on average."""
+
+TASKS: dict[str, dict[str, Any]] = {
+    "monitoring": {
+        "task_type": "monitor_wallet", "description": "Watch the treasury wallet",
+        "wallet_address": "0x1234567890abcdef", "parameters": {"alert_threshold": 500},
+    },
+    "transfer": {
+        "task_type": "transfer_funds", "description": "Pay invoice 4711", "wallet_address": "0x1234567890abcdef",
+        "parameters": {"to_address": "0xfedcba0987654321", "amount": 250},
+    },
+}  # fmt: skip
+ANCHORING = ("AuditLogTable", "LedgerTable")
+"""The tables whose streams belong to the anchor, once the task has ended."""
 
 
 @dataclass
 class Count:
-    """What one task used."""
+    """What was used; `functions` counts the invocations of each."""
 
     transitions: int = 0
-    invocations: int = 0
     write_units: float = 0
     read_units: float = 0
-    ledger_transactions: int = 0
+    log_bytes: float = 0
+    api_requests: int = 0
     functions: Counter[str] = field(default_factory=Counter)
+    operations: Counter[tuple[str, str]] = field(default_factory=Counter)
 
-    def dollars_for_a_million(self, api_requests: int) -> float:
-        """The price of a million such tasks; a call is taken to last 100 ms with 512 MB."""
-        each = (
-            self.transitions * PRICE["state transitions"]
-            + self.invocations * (PRICE["Lambda invocations"] + SECONDS_A_CALL * GIGABYTES * PRICE["Lambda GB-seconds"])
-            + self.write_units * PRICE["DynamoDB write units"]
-            + self.read_units * PRICE["DynamoDB read units"]
-            + api_requests * PRICE["API requests"]
+    @property
+    def invocations(self) -> float:
+        """All invocations, the authorizer's among them."""
+        return sum(self.functions.values())
+
+    @property
+    def dollars(self) -> float:
+        """The price of one, before logs and traces; a call is taken to last 100 ms."""
+        architecture = template.template()["Parameters"]["Architecture"]["Default"]
+        gigabyte_seconds = sum(
+            count * memory_of(name) / 1024 * SECONDS_A_CALL for name, count in self.functions.items()
         )
-        return each * 1_000_000
+        return (
+            self.transitions * TRANSITION
+            + self.invocations * INVOCATION
+            + gigabyte_seconds * GB_SECOND[architecture]
+            + self.write_units * WRITE_UNIT
+            + self.read_units * READ_UNIT
+            + self.api_requests * API_REQUEST
+        )
 
 
-_polling: list[int] = []
+@dataclass
+class TaskCost:
+    """A task's count without the anchor, the anchor's, and the functions that a task's end waits for."""
+
+    task: Count
+    anchor: Count
+    on_path: list[str]
+
+    def figures(self) -> dict[str, Any]:
+        """Return the figures of docs/performance.json: whole, and with a sixth of the anchor in `_shared`."""
+        found: dict[str, Any] = {"transitions": self.task.transitions}
+        for suffix, part in (("", 1.0), ("_shared", 1 / SHARED_BY)):
+            found |= {
+                f"invocations{suffix}": round(self.task.invocations + self.anchor.invocations * part, 1),
+                f"write_units{suffix}": round(self.task.write_units + self.anchor.write_units * part, 1),
+                f"read_units{suffix}": round(self.task.read_units + self.anchor.read_units * part, 1),
+                f"usd_per_million{suffix}": round((self.task.dollars + self.anchor.dollars * part) * 1e6),
+            }
+        found["log_bytes"] = round(self.task.log_bytes + self.anchor.log_bytes / SHARED_BY)
+        found["usd_logs_per_million"] = round(found["log_bytes"] * LOG_GB / 1e9 * 1e6)
+        found["usd_traces_per_million"] = round(self._traces() * TRACE * 1e6)
+        return found | {"functions_on_path": len(self.on_path), "functions": self.on_path}
+
+    def _traces(self) -> float:
+        """One trace for each request, for the execution, and for each batch of a stream, as far as they are sampled."""
+        batches = sum(self.task.functions[name] for name in listeners()) + self.anchor.invocations / SHARED_BY
+        return (self.task.api_requests + 1 + batches) * sampled()
 
 
-def _size(item: Any) -> int:
-    return len(json.dumps(item, default=str))
+def memory_of(function: str) -> int:
+    """Return a function's memory in MB."""
+    properties = template.template()["Resources"][function]["Properties"]
+    return int(properties.get("MemorySize", template.template()["Globals"]["Function"]["MemorySize"]))
+
+
+def listeners() -> set[str]:
+    """Return the functions that listen to a table's stream."""
+    tables = template.resources("AWS::DynamoDB::Table")
+    return {name for table in tables for name in template.stream_listeners(table)}
+
+
+def sampled() -> float:
+    """Return which part of the traces is recorded: all of them at this load, unless the template has a rule."""
+    rules = template.resources("AWS::XRay::SamplingRule").values()
+    rates = [float(template.resolve(rule["Properties"])["SamplingRule"]["FixedRate"]) for rule in rules]
+    return min(rates, default=1.0)
+
+
+def measure(name: str) -> TaskCost:
+    """Run the task `name` of TASKS to its end, a second person approving if asked, and count."""
+    logger().setLevel("ERROR")
+    with cloud() as aws:
+        run = _Run(aws)
+        aws.invoke("LedgerFunction", {"operation": "policy"})
+        run.streams()  # what was there before is nobody's
+        aws.invocations.clear()
+        with metered(run.units), _captured() as written:
+            task_id = run.request("POST", "/task/start", TASKS[name])["task_id"]
+            if name == "transfer":
+                run.wait(task_id, "waiting_approval")
+                run.deliver("TasksTable", "AuditEntriesTable")
+                run.request("GET", f"/task/{task_id}", None, subject="bob", roles="approver")
+                decision = {"approved": True, "reason": "invoice 4711 checked"}
+                run.request("POST", f"/task/{task_id}/approve", decision, subject="bob", roles="approver")
+            run.wait(task_id, "completed")
+            with run.units.not_counted():
+                aws.execution(task_id)
+            on_path = sorted({*aws.invocations, "AuthorizerFunction"} - listeners_of("TasksTable", "AuditEntriesTable"))
+            run.execution_ended(task_id)
+            run.deliver("TasksTable", "AuditEntriesTable")
+            run.request("GET", f"/task/{task_id}", None)
+            task = run.count(written())
+            task.transitions = len(aws.history(task_id))
+            task.log_bytes += run.state_machine_log(task_id)
+            run.anchor()
+            whole = run.count(written())
+        return TaskCost(task, _difference(whole, task), on_path)
+
+
+def listeners_of(*tables: str) -> set[str]:
+    """Return the functions that listen to these tables' streams."""
+    return {name for table in tables for name in template.stream_listeners(table)}
+
+
+class _Run:
+    """One measured run: what API Gateway, the streams and EventBridge do, done here."""
+
+    def __init__(self, aws: Cloud) -> None:
+        self.aws, self.units, self.requests = aws, Units(), 0
+        self.api = Api(aws, "GatewayFunction")
+        self._shards: dict[str, str] = {}
+        waiting_ticks = aws._waiting_ticks  # noqa: SLF001
+
+        def not_counted() -> list[int]:
+            with self.units.not_counted():  # the tests' own look at the ledger, which lets ticks pass
+                return waiting_ticks()
+
+        aws._waiting_ticks = not_counted  # type: ignore[method-assign]  # noqa: SLF001
+
+    def request(self, method: str, path: str, body: Any, **caller: str) -> Any:
+        self.requests += 1
+        self.aws.invocations["AuthorizerFunction"] += 1
+        answer = self.aws.invoke("GatewayFunction", self.api.event(method, path, body, **caller))
+        if answer["statusCode"] >= HTTPStatus.MULTIPLE_CHOICES:
+            raise RuntimeError(f"{method} {path}: {answer}")
+        return json.loads(answer["body"])
+
+    def wait(self, task_id: str, status: str) -> None:
+        with self.units.not_counted():
+            self.aws.wait(task_id, status)
+
+    def streams(self, *tables: str) -> dict[str, list[dict[str, Any]]]:
+        """Return what each table's stream has had since the last time."""
+        client, found = boto3.client("dynamodbstreams"), {}
+        for table in tables or ("TasksTable", "AuditEntriesTable", *ANCHORING):
+            if table not in self._shards:
+                [stream] = client.list_streams(TableName=table)["Streams"]
+                shard = client.describe_stream(StreamArn=stream["StreamArn"])["StreamDescription"]["Shards"][0]
+                self._shards[table] = client.get_shard_iterator(
+                    StreamArn=stream["StreamArn"], ShardId=shard["ShardId"], ShardIteratorType="TRIM_HORIZON"
+                )["ShardIterator"]
+            answer = client.get_records(ShardIterator=self._shards[table])
+            self._shards[table] = answer["NextShardIterator"]
+            found[table] = json.loads(json.dumps(answer["Records"], default=str))
+        return found
+
+    def deliver(self, *tables: str) -> bool:
+        """Hand what is new in each table's stream to its listeners, as one batch; return whether there was anything."""
+        delivered = False
+        for table in tables:
+            records = self.streams(table)[table]
+            for function, patterns in template.stream_listeners(table).items():
+                if batch := [each for each in records if any(template.matches(one, each) for one in patterns)]:
+                    failures = self.aws.invoke(function, {"Records": batch})
+                    if (failures or {}).get("batchItemFailures"):
+                        raise RuntimeError(f"{function}: {failures}")
+                    delivered = True
+        return delivered
+
+    def execution_ended(self, task_id: str) -> None:
+        """Send the event of the execution's end to the functions whose rule matches it."""
+        detail = {"status": "SUCCEEDED", "name": task_id, "input": json.dumps({"task_id": task_id})}
+        event = {"detail-type": "Step Functions Execution Status Change", "detail": detail}
+        for name, body in template.resources("AWS::Serverless::Function").items():
+            for each in body["Properties"].get("Events", {}).values():
+                wanted = each["Properties"].get("Pattern", {}) if each["Type"] == "EventBridgeRule" else {}
+                if "SUCCEEDED" in wanted.get("detail", {}).get("status", []):
+                    self.aws.invoke(name, event)
+
+    def anchor(self) -> None:
+        """Let the log's growth be anchored, and the anchor be confirmed."""
+        self.aws.stop_time()  # from here on the ledger table's stream is delivered by `deliver`
+        self.streams("LedgerTable")
+        for _ in range(10):
+            delivered = self.deliver("AuditLogTable")
+            ticks = self._ticks_pass()
+            if not (self.deliver("LedgerTable") or delivered or ticks):
+                return
+        raise RuntimeError("the anchor does not come to an end")
+
+    def _ticks_pass(self) -> bool:
+        deliver_stream, self.aws._deliver_stream = self.aws._deliver_stream, lambda: None  # type: ignore[method-assign]  # noqa: SLF001
+        try:
+            return bool(self.aws._waiting_ticks()) and self.aws.pass_ticks()  # noqa: SLF001
+        finally:
+            self.aws._deliver_stream = deliver_stream  # type: ignore[method-assign]  # noqa: SLF001
+
+    def count(self, log_bytes: int) -> Count:
+        return Count(
+            write_units=self.units.written,
+            read_units=self.units.read,
+            log_bytes=log_bytes + self._platform_bytes() + self.requests * _access_log_bytes(),
+            api_requests=self.requests,
+            functions=Counter(self.aws.invocations),
+            operations=Counter(self.units.by_operation),
+        )
+
+    def _platform_bytes(self) -> int:
+        each = sum(PLATFORM_LINES.values())
+        return sum(
+            count * each for name, count in self.aws.invocations.items() if _system_log_level(name) in {"INFO", "DEBUG"}
+        )
+
+    def state_machine_log(self, task_id: str) -> int:
+        """Return what the state machine logs of the execution, by its level."""
+        [machine] = template.resources("AWS::Serverless::StateMachine").values()
+        if machine["Properties"]["Logging"]["Level"] != "ALL":
+            return 0
+        arn = f"{self.aws.machine_arn.replace(':stateMachine:', ':execution:')}:{task_id}"
+        pages = boto3.client("stepfunctions").get_paginator("get_execution_history").paginate(executionArn=arn)
+        keep = bool(machine["Properties"]["Logging"].get("IncludeExecutionData"))
+        return sum(_history_line(event, keep) + len(arn) for page in pages for event in page["events"])
+
+
+def _history_line(event: dict[str, Any], keep_data: bool) -> int:
+    body = json.loads(json.dumps(event, default=str))
+    for details in body.values():
+        if isinstance(details, dict) and not keep_data:
+            for name in ("input", "output", "parameters", "inputDetails", "outputDetails"):
+                details.pop(name, None)
+    return len(json.dumps(body))
+
+
+def _system_log_level(function: str) -> str:
+    globals_ = template.template()["Globals"]["Function"].get("LoggingConfig", {})
+    own = template.template()["Resources"][function]["Properties"].get("LoggingConfig", {})
+    return str(template.resolve(globals_ | own).get("SystemLogLevel", "INFO"))
+
+
+def _access_log_bytes() -> int:
+    [*found] = (
+        stage["AccessLogSetting"]["Format"]
+        for stage in (body["Properties"] for body in template.resources("AWS::Serverless::Api").values())
+        if "AccessLogSetting" in stage
+    )
+    return len(re.sub(r"\$context[.\w]+", "x" * ACCESS_VALUE_BYTES, found[0])) if found else 0
+
+
+def _difference(whole: Count, part: Count) -> Count:
+    return Count(
+        write_units=whole.write_units - part.write_units,
+        read_units=whole.read_units - part.read_units,
+        log_bytes=whole.log_bytes - part.log_bytes,
+        functions=whole.functions - part.functions,
+        operations=whole.operations - part.operations,
+    )
 
 
 @contextmanager
-def _metered(count: Count) -> Iterator[None]:
-    """Count DynamoDB's units by its rules: 1 KB a write, 4 KB a consistent read, twice in a transaction."""
-    call = BaseClient._make_api_call  # noqa: SLF001
+def _captured() -> Iterator[Any]:
+    """Take what handlers log, at the level INFO; yields a function that returns how many bytes there are so far."""
+    logger().setLevel("INFO")
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with tempfile.TemporaryFile() as lines:
+        os.dup2(lines.fileno(), 1)
 
-    def metered(client: Any, operation: str, arguments: Any) -> Any:
-        answer = call(client, operation, arguments)
-        if client.meta.service_model.service_name != "dynamodb" or threading.get_ident() in _polling:
-            return answer
-        if "ChainTable" in str(arguments):
-            return answer  # the mock network stands for the world outside
-        if operation == "GetItem":
-            count.read_units += max(1, math.ceil(_size(answer.get("Item", {})) / 4096))
-        elif operation == "Query":
-            size = sum(_size(item) for item in answer["Items"])
-            units = max(1, math.ceil(size / 4096))
-            count.read_units += units if arguments.get("ConsistentRead") else units / 2
-        elif operation in {"PutItem", "UpdateItem"}:
-            count.write_units += max(1, math.ceil(_size(arguments.get("Item", {})) / 1024))
-        elif operation == "TransactWriteItems":
-            for write in arguments["TransactItems"]:
-                [body] = write.values()
-                count.write_units += 2 * max(1, math.ceil(_size(body.get("Item", {})) / 1024))
-        return answer
+        def size() -> int:
+            sys.stdout.flush()
+            return os.fstat(lines.fileno()).st_size
 
-    with patch.object(BaseClient, "_make_api_call", metered):
-        yield
+        try:
+            yield size
+        finally:
+            sys.stdout.flush()
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
-def _ledger_writes(aws: Cloud) -> int:
-    found = boto3.client("dynamodb").scan(TableName="LedgerTable")["Items"]
-    return sum(item["sk"]["S"].startswith("ATTEMPT#") for item in found)
+def idle_dollars_a_month() -> dict[str, float]:
+    """Return what a stack costs that nobody uses: schedules, alarms, secrets and metrics."""
+    architecture = template.template()["Parameters"]["Architecture"]["Default"]
+    calls = dollars = 0.0
+    for name, body in template.resources("AWS::Serverless::Function").items():
+        for event in body["Properties"].get("Events", {}).values():
+            if event["Type"] in {"Schedule", "ScheduleV2"}:
+                expression = template.resolve(event["Properties"])
+                runs = MINUTES_A_MONTH / _minutes(expression.get("Schedule") or expression["ScheduleExpression"])
+                calls += runs
+                dollars += runs * (INVOCATION + memory_of(name) / 1024 * SECONDS_A_CALL * GB_SECOND[architecture])
+    alarms = [*template.resources("AWS::CloudWatch::Alarm").values()]
+    metrics = {body["Properties"]["MetricName"] for body in alarms if "MetricName" in body["Properties"]}
+    return {
+        "scheduled_invocations": round(calls),
+        "schedules": round(dollars, 2),
+        "alarms": round(len(alarms) * ALARM_MONTH, 2),
+        "secrets": round(len(template.resources("AWS::SecretsManager::Secret")) * SECRET_MONTH, 2),
+        "metrics": round(len(metrics) * METRIC_MONTH, 2),
+    }
 
 
-def run(task_type: str, parameters: dict[str, Any]) -> Count:
-    """Run one task to its end on the deployed definition; a second person approves when asked."""
-    count = Count()
-    with cloud() as aws:
-        aws.invoke("LedgerFunction", {"operation": "policy"})
-        aws.invocations.clear()
-        before = _ledger_writes(aws)
-        with _metered(count):
-            moment = timestamp(now())
-            task = Task(
-                task_id=new_task_id(),
-                status="pending",
-                task_type=task_type,
-                description="what does it cost?",
-                parameters=parameters,
-                requester="alice",
-                created_at=moment,
-                updated_at=moment,
-            )
-            store = TaskStore("TasksTable")
-            store.start_task(task)
-            boto3.client("stepfunctions").start_execution(
-                stateMachineArn=aws.machine_arn, name=task.task_id, input=json.dumps({"task_id": task.task_id})
-            )
-            if task_type == "transfer_funds":
-                _wait(aws, task.task_id, "waiting_approval")
-                approval = store.decide(task.task_id, approved=True, subject="bob", reason="ok")
-                boto3.client("stepfunctions").send_task_success(taskToken=approval.token, output="{}")
-            _wait(aws, task.task_id, "completed")
-            aws.execution(task.task_id)
-            aws.drain(task.task_id)  # what the streams would call
-            sequence_all(aws)
-            anchor_all(aws)
-        count.transitions = len(aws.history(task.task_id))
-        count.functions = Counter(aws.invocations)
-        count.invocations = sum(aws.invocations.values())
-        count.ledger_transactions = _ledger_writes(aws) - before
-    return count
+def _minutes(schedule: str) -> float:
+    number, unit = re.fullmatch(r"rate\((\d+) (\w+?)s?\)", schedule).groups()  # type: ignore[union-attr]
+    return int(number) * {"minute": 1, "hour": 60, "day": 24 * 60}[unit]
 
 
-def _wait(aws: Cloud, task_id: str, status: str) -> None:
-    """Wait without counting: what this thread reads meanwhile is not the task's."""
-    _polling.append(threading.get_ident())
-    try:
-        aws.wait(task_id, status)
-    finally:
-        _polling.clear()
+def report() -> dict[str, Any]:
+    """Return `cost` of docs/performance.json."""
+    return {name: measure(name).figures() for name in TASKS} | {"idle_usd_per_month": idle_dollars_a_month()}
+
+
+if __name__ == "__main__":
+    if "--operations" in sys.argv:
+        for name in TASKS:
+            found = measure(name)
+            for part, count in (("task", found.task), ("anchor", found.anchor)):
+                print(f"{name}, {part}: {dict(count.functions)}")
+                for (table, operation), units in sorted(count.operations.items(), key=lambda each: -each[1]):
+                    print(f"  {units:6} {table} {operation}")
+    else:
+        print(json.dumps(report(), indent=2))
