@@ -91,7 +91,6 @@ def _reserve(task: Task, step: Step, current: PolicyDecision) -> Verdict | None:
             source=step.parameters["from_address"],
             destination=step.parameters["to_address"],
             amount=step.parameters["amount"],
-            action_type=current.action_type,
         )
     except RefusedError as error:
         return Verdict(verdict="denied", reason=error.message)

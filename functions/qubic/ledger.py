@@ -57,6 +57,7 @@ def _perform(operation: object, arguments: Arguments) -> Result:
     if not isinstance(operation, str) or operation not in _OPERATIONS or operation not in _operations_here():
         raise RefusedError("unknown_operation", "this function of the ledger has no such operation")
     perform, names = _OPERATIONS[operation]
+    arguments.pop("action_type", None)  # earlier callers named an action: the effect alone names the rule
     if set(arguments) != names:
         raise InvalidInputError(f"{operation} takes {', '.join(sorted(names)) or 'nothing'}")
     it = submissions()
@@ -100,10 +101,12 @@ def _reserve(it: Submissions, arguments: Arguments) -> Result:
 def _transfer(it: Submissions, arguments: Arguments) -> Result:
     terms = {name: arguments[name] for name in ("reference", "source", "destination", "amount")}
     _check_terms(arguments)
+    wallets, call = Wallets(it.chain.network), uuid4().hex
     if not it.sends_transfers:
         existing = it.get(f"transfer:{terms['reference']}")  # sent while it was allowed: that is what there is to say
+        if existing is None:
+            limits.reserve_for(policies().in_force(), wallets, arguments, submissions=it, only_check=True)
         return (existing or it.simulate_transfer(**terms)).answer()
-    wallets, call = Wallets(it.chain.network), uuid4().hex
 
     def allow() -> None:
         limits.reserve_for(policies().in_force(), wallets, arguments, submissions=it, call=call)
@@ -180,7 +183,7 @@ def _health(it: Submissions, _arguments: Arguments) -> Result:
     return {"status": "healthy", "tick": it.chain.tick_info().tick, "policy_id": policy.policy_id}
 
 
-_TRANSFER = {"reference", "source", "destination", "amount", "action_type"}
+_TRANSFER = {"reference", "source", "destination", "amount"}
 _OPERATIONS: dict[str, tuple[Callable[[Submissions, Arguments], Result], set[str]]] = {
     "policy": (_policy, set()),
     "policy_document": (_policy_document, {"policy_id"}),

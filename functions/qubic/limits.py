@@ -27,6 +27,7 @@ from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
 from qaes.domain.ids import now
 from qaes.domain.policy import Policy
 from qubic.items import ChangedError, Item, Items, attempts, item_key
+from qubic.judge import check_allowed
 from qubic.submissions import Submission, Submissions, check_amount, check_reference
 from qubic.wallets import Wallets
 
@@ -271,17 +272,6 @@ class Limits:
         item = self._items.get(self._sum_key(wallet, day), "SPENT") or {}
         return int(item["spent"]["N"]) if item else 0, frozenset(item["holds"]["SS"] if "holds" in item else ())
 
-    def same_wallet(self, address: str, others: tuple[str, ...]) -> bool:
-        """Tell whether an address is that of one of `others`, which may be spelled in another way."""
-        wanted = self._wallets.identity(address, "destination")
-        for other in others:
-            try:
-                if self._wallets.identity(other) == wanted:
-                    return True
-            except RefusedError:
-                continue  # an address that this network does not know is nobody's
-        return False
-
     def _checked(self, reference: object, source: str, amount: object) -> str:
         check_reference(reference)
         check_amount(amount)
@@ -360,12 +350,12 @@ def reserve_for(
 ) -> None:
     """Reserve what a transfer will spend, if the policy allows it: operation `reserve` of the ledger.
 
-    `arguments`: `{reference, source, destination, amount, action_type}`.
+    `arguments`: `{reference, source, destination, amount}`.
 
     Parameters
     ----------
     policy
-        The one in force: its rule for `action_type` decides. Where that has no daily limit, the amount is counted.
+        The one in force: its rule for the transfer's effect decides. Without a daily limit, the amount is counted.
     submissions
         Tell whether the transfer was signed before: then it was let through, and is not asked to fit into another day.
     call
@@ -382,20 +372,8 @@ def reserve_for(
         An argument is not acceptable; source and destination are one wallet.
     """
     limits = Limits(wallets, submissions=submissions, clock=clock)
-    rule = policy.decide(str(arguments["action_type"]))
     reference, amount = check_reference(arguments["reference"]), check_amount(arguments["amount"])
-    if not rule.allowed:
-        raise RefusedError("not_allowed", f"policy {policy.policy_id} does not allow {rule.action_type}")
-    if rule.max_amount is not None and amount > rule.max_amount:
-        raise RefusedError(
-            "over_max_amount",
-            f"over max_amount: policy {policy.policy_id} lets a transfer move at most {rule.max_amount} QU",
-        )
-    if rule.allowed_addresses is not None and not limits.same_wallet(arguments["destination"], rule.allowed_addresses):
-        raise RefusedError(
-            "address_not_allowed",
-            f"not among allowed_addresses: policy {policy.policy_id} does not let money go to that address",
-        )
+    rule = check_allowed(policy, wallets, destination=arguments["destination"], amount=amount)
     wallets.parties(arguments["source"], arguments["destination"])  # what could not be signed holds nothing
     if only_check:
         return

@@ -6,9 +6,11 @@ from qaes.adapters import settings
 from qaes.adapters.logs import logger
 from qubic import writer
 from qubic.chain import chain
+from qubic.judge import check_allowed
 from qubic.limits import Limits
 from qubic.policies import Policies
 from qubic.submissions import Submission, Submissions
+from qubic.wallets import Wallets
 
 
 def submissions() -> Submissions:
@@ -18,6 +20,7 @@ def submissions() -> Submissions:
         network,
         on_signed=writer.enqueue,
         on_closed=_closed,
+        check_transfer=_check_transfer,
         sends_transfers=network.network == "mock" or settings.optional("ALLOW_TRANSFERS") == "true",
     )
 
@@ -25,6 +28,17 @@ def submissions() -> Submissions:
 def policies() -> Policies:
     """Make the policy's store."""
     return Policies(submissions())
+
+
+def _check_transfer(submission: Submission) -> None:
+    """Check a transfer that waits to be sent against the policy in force, by its own terms."""
+    check_allowed(
+        policies().in_force(),
+        Wallets(submission.network),
+        destination=submission.destination,
+        amount=submission.amount,
+        input_type=submission.input_type,
+    )
 
 
 def _closed(submission: Submission) -> None:

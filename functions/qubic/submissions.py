@@ -180,6 +180,9 @@ class Submissions:
         Told of each new submission, once it is stored: somebody has to follow it.
     on_closed
         Told of each submission that is not open any more; at least once, before anything else of its source goes on.
+    check_transfer
+        Called before a transfer that has waited in the queue is sent, or signed for a later tick. Raises RefusedError
+        if the policy does not allow it any more.
     sends_transfers
         False: a transfer that was not sent yet is not sent any more.
     """
@@ -191,6 +194,7 @@ class Submissions:
         *,
         on_signed: Callable[[Submission], None] = lambda _: None,
         on_closed: Callable[[Submission], None] = lambda _: None,
+        check_transfer: Callable[[Submission], None] = lambda _: None,
         sends_transfers: bool = True,
     ) -> None:
         self.chain = chain
@@ -200,6 +204,7 @@ class Submissions:
         self._wallets = Wallets(chain.network)
         self._on_signed = on_signed
         self._on_closed = on_closed
+        self._check_transfer = check_transfer
         self.sends_transfers = sends_transfers
 
     # Handing in
@@ -252,8 +257,8 @@ class Submissions:
     ) -> Submission:
         """Move `amount` QU, once for each `reference`; one that expired is signed anew only for a later `run`.
 
-        `allow` is called before anything is signed, and raises RefusedError to have it left; what was signed once is
-        not asked about again.
+        `allow` is called before anything is signed, and raises RefusedError to have it left. A transfer that waits for
+        its turn is checked again by `check_transfer`; once it was sent, nothing can stop it.
 
         Raises
         ------
@@ -475,9 +480,9 @@ class Submissions:
     def _decide(self, submission: Submission, source: _Source) -> bool:
         """Find out the fate of what is in flight; False when there is none yet."""
         if submission.state == "signed":
-            if submission.kind == "transfer" and not self.sends_transfers:
+            if refusal := self._refusal(submission):
                 # No byte of it has left: that it moves nothing is certain.
-                self._close(submission, "expired", "expired: transfers are not allowed any more, nothing was moved")
+                self._close(submission, "expired", f"expired: {refusal}; nothing was moved")
                 return True
             if self._send(submission):
                 return False
@@ -502,6 +507,18 @@ class Submissions:
         else:
             self._sign_anew(submission, source)
         return True
+
+    def _refusal(self, submission: Submission) -> str:
+        """Return why a transfer that was never sent may not be sent any more; empty if it may."""
+        if submission.kind != "transfer":
+            return ""
+        if not self.sends_transfers:
+            return "transfers are not allowed any more"
+        try:
+            self._check_transfer(submission)
+        except RefusedError as error:
+            return error.message
+        return ""
 
     def _sign_anew(self, submission: Submission, source: _Source) -> None:
         try:

@@ -78,7 +78,7 @@ def run_step(
     if claimed.status != "running":
         return claimed
     reference = transfers.reference_of(task.task_id, step.step_id)
-    step_context = StepContext(reference, ledger, policy, plan.analysis.action_type, task.run)
+    step_context = StepContext(reference, ledger, policy, task.run)
     try:
         result = RUN[step.type](step.parameters, step_context)
     except RefusedError as refusal:

@@ -281,7 +281,7 @@ def test_a_retry_resumes_at_the_step_that_failed_and_both_attempts_are_on_record
     live.aws.wait(task_id, "failed")
     live.aws.execution(task_id)
     ledger = LedgerClient("LedgerTransferFunction")
-    gift = {"source": "0xabcdef1234567890", "destination": SOURCE, "amount": 500, "action_type": "transfer_funds"}
+    gift = {"source": "0xabcdef1234567890", "destination": SOURCE, "amount": 500}
     ledger.transfer(reference="a gift", **gift)
     live.aws.settle()
     executed = live.aws.invocations["ExecuteStepFunction"]

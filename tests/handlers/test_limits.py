@@ -208,7 +208,6 @@ def policy(**limits: Any) -> Policy:
 def terms(**changes: Any) -> dict[str, Any]:
     return {
         "reference": "task_1#step_3", "source": RICH, "destination": EMPTY, "amount": 50,
-        "action_type": "transfer_funds",
     } | changes  # fmt: skip
 
 
@@ -218,7 +217,6 @@ def terms(**changes: Any) -> dict[str, Any]:
         ({"max_amount": 49}, {}, "over_max_amount"),
         ({"daily_limit": 49}, {}, "over_daily_limit"),
         ({"allowed_addresses": (POOR,)}, {}, "address_not_allowed"),
-        ({}, {"action_type": "burn"}, "not_allowed"),
     ],
 )
 def test_what_the_policy_does_not_allow_reserves_nothing(

@@ -63,8 +63,7 @@ def call(aws: Cloud) -> Call:
 def transfer(call: Call) -> Call:
     def send(**changes: Any) -> dict[str, Any]:
         terms = {
-            "reference": "task#step_3", "source": RICH, "destination": EMPTY, "amount": 10,
-            "action_type": "transfer_funds", "run": 1,
+            "reference": "task#step_3", "source": RICH, "destination": EMPTY, "amount": 10, "run": 1,
         }  # fmt: skip
         return call("transfer", **terms | changes)
 
@@ -113,7 +112,6 @@ def test_a_transfer_that_nobody_asked_for_has_no_state(call: Call) -> None:
         ({"amount": 1001}, "insufficient_balance"),
         ({"source": EMPTY, "destination": RICH}, "insufficient_balance"),
         ({"source": ZERO}, "no_key"),
-        ({"action_type": "burn"}, "not_allowed"),
     ],
 )
 def test_what_is_refused_leaves_nothing(call: Call, transfer: Call, changes: dict[str, Any], expected: str) -> None:
@@ -148,7 +146,6 @@ def reserve(call: Call) -> Call:
     def send(**changes: Any) -> dict[str, Any]:
         terms = {
             "reference": "task#step_3", "source": RICH, "destination": EMPTY, "amount": 10,
-            "action_type": "transfer_funds",
         }  # fmt: skip
         return call("reserve", **terms | changes)
 
@@ -160,7 +157,6 @@ def reserve(call: Call) -> Call:
     [
         ({"destination": RICH}, "invalid_address"),
         ({"destination": "0x12"}, "invalid_address"),
-        ({"action_type": "burn"}, "not_allowed"),
     ],
 )
 def test_a_refused_transfer_gives_back_what_was_reserved_for_it(
@@ -330,15 +326,15 @@ def test_on_a_real_network_a_transfer_is_only_shown_unless_it_is_allowed(
     monkeypatch.setattr("qubic.service.chain", lambda: real)
     service = wallets.service_key().identity
     terms = {
-        "reference": "task#step_3", "source": service, "destination": ZERO, "amount": 1,
-        "action_type": "transfer_funds", "run": 1,
+        "reference": "task#step_3", "source": service, "destination": ZERO, "amount": 1, "run": 1,
     }  # fmt: skip
+    for operation, sent in (("transfer", terms), ("policy", {})):  # nothing is shown before a policy allows it
+        with pytest.raises(Exception, match="not on the ledger yet"):
+            call(operation, **sent)
+    aws.settle()
     shown = call("transfer", **terms)["result"]
     assert (shown["state"], shown["network"]) == ("simulated", "mainnet")
     assert (len(shown["txid"]), shown["encoded"]) == (60, "")
-    with pytest.raises(Exception, match="not on the ledger yet"):
-        call("policy")
-    aws.settle()
     assert call("reserve", **{name: each for name, each in terms.items() if name != "run"})["ok"]
     assert not [item for item in boto3.client("dynamodb").scan(TableName="LedgerTable")["Items"] if "spent" in item]
     assert code(call("transfer_state", reference="task#step_3")) == "not_found"

@@ -22,7 +22,7 @@ from tests.support.crashes import crash_at
 SOURCE, DESTINATION = "0x1234567890abcdef", "0xfedcba0987654321"
 TRANSFER = {
     "operation": "transfer", "reference": "task#step_1", "source": SOURCE, "run": 1,
-    "destination": DESTINATION, "amount": 1, "action_type": "transfer_funds",
+    "destination": DESTINATION, "amount": 1,
 }  # fmt: skip
 
 

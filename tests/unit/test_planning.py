@@ -97,6 +97,17 @@ def _changed(**changes: Any) -> Plan:
             ),
             "plan.steps.2",
         ),
+        (
+            plan("monitor_wallet", {}).model_copy(
+                update={
+                    "steps": tuple(
+                        step.model_copy(update={"requires_approval": False})
+                        for step in plan("transfer_funds", TRANSFER).steps
+                    )
+                }
+            ),
+            "plan.steps.2",
+        ),
     ],
 )
 def test_a_plan_that_may_not_be_executed_is_refused_with_the_part_that_is_wrong(bad: Plan, field: str) -> None:

@@ -15,7 +15,6 @@ class StepContext:
     reference: str
     ledger: LedgerClient
     policy: Policy
-    action_type: str
     run: int = 1
 
 

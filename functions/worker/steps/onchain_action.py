@@ -28,7 +28,6 @@ def run(parameters: dict[str, Any], context: StepContext) -> dict[str, Any] | Su
         source=parameters["from_address"],
         destination=parameters["to_address"],
         amount=parameters["amount"],
-        action_type=context.action_type,
         run=context.run,
     )
     state = transfer["state"]

@@ -44,13 +44,11 @@ class LedgerClient:
         """The balance of `address` in QU."""
         return int(self._call("balance", address=address)["balance"])
 
-    def transfer(
-        self, *, reference: str, source: str, destination: str, amount: int, action_type: str, run: int = 1
-    ) -> dict[str, Any]:
+    def transfer(self, *, reference: str, source: str, destination: str, amount: int, run: int = 1) -> dict[str, Any]:
         """Sign and hand in a transfer of `amount` QU, once for each `reference`; its state, as `transfer_state`.
 
         It is under way when this answers, not made. Asked again, the same transfer answers; only when it has expired,
-        and `run` is a later one than before, is it signed anew.
+        and `run` is a later one than before, is it signed anew. The ledger derives the policy's rule from the transfer.
         """
         return self._call(
             "transfer",
@@ -58,7 +56,6 @@ class LedgerClient:
             source=source,
             destination=destination,
             amount=amount,
-            action_type=action_type,
             run=run,
         )
 
@@ -66,20 +63,13 @@ class LedgerClient:
         """`{state, txid, tick, error}` of a transfer; `state` is signed, broadcast, confirmed, expired or failed."""
         return self._call("transfer_state", reference=reference)
 
-    def reserve(self, *, reference: str, source: str, destination: str, amount: int, action_type: str) -> None:
+    def reserve(self, *, reference: str, source: str, destination: str, amount: int) -> None:
         """Reserve `amount` of what the policy lets a wallet spend today, once for each `reference`.
 
-        Raises RefusedError (`over_max_amount`, `over_daily_limit`, `address_not_allowed`) when the policy in force does
-        not allow it.
+        Raises RefusedError (`not_allowed`, `over_max_amount`, `over_daily_limit`, `address_not_allowed`) when the
+        policy in force does not allow it.
         """
-        self._call(
-            "reserve",
-            reference=reference,
-            source=source,
-            destination=destination,
-            amount=amount,
-            action_type=action_type,
-        )
+        self._call("reserve", reference=reference, source=source, destination=destination, amount=amount)
 
     def policy_document(self, policy_id: str) -> dict[str, Any]:
         """`{policy_id, version, text, hash, txid, tick, encoded}`: a version's canonical text, and what anchors it."""

@@ -6,12 +6,12 @@ from typing import Any
 
 from qaes.domain.errors import InvalidInputError
 from qaes.domain.models import EFFECT_TYPES, Analysis, Plan, Step, StepType
-from qaes.domain.policy import Policy, PolicyDecision
+from qaes.domain.policy import TRANSFER_ACTION, Policy, PolicyDecision
 
 ACTION_TYPES = {"monitor_wallet": "monitoring"}
 """Task types whose action type has another name; any other word is its own, denied unless a rule allows it."""
 
-ACTION_STEPS: dict[str, StepType] = {"monitoring": "monitor_action", "transfer_funds": "onchain_action"}
+ACTION_STEPS: dict[str, StepType] = {"monitoring": "monitor_action", TRANSFER_ACTION: "onchain_action"}
 MAX_STEPS = 50
 
 
@@ -100,7 +100,8 @@ def check_plan(plan: Plan, task_id: str) -> None:
     Raises
     ------
     InvalidInputError
-        It is another task's, has no steps or too many, a step id twice, or asks for less approval than its policy.
+        It is another task's, has no steps or too many, a step id twice, or asks for less approval than its policy; or
+        it transfers money under the rule of another action.
     """
     if plan.task_id != task_id:
         raise InvalidInputError("the plan belongs to another task", field="plan.task_id")
@@ -111,5 +112,7 @@ def check_plan(plan: Plan, task_id: str) -> None:
     if not plan.policy.allowed or plan.policy.action_type != plan.analysis.action_type:
         raise InvalidInputError("the pinned policy does not allow this plan", field="plan.policy")
     for number, step in enumerate(plan.steps):
+        if step.type == "onchain_action" and plan.policy.action_type != TRANSFER_ACTION:
+            raise InvalidInputError(f"only a plan for {TRANSFER_ACTION} transfers", field=f"plan.steps.{number}")
         if step_requires_approval(step.type, plan.policy) and not step.requires_approval:
             raise InvalidInputError("the policy asks for an approval here", field=f"plan.steps.{number}")

@@ -31,6 +31,8 @@ MAX_QU = 10**15
 MAX_ADDRESSES = 100
 MAX_RULES = 200
 MAX_DOCUMENT_BYTES = 64 * 1024
+TRANSFER_ACTION = "transfer_funds"
+"""The one action type whose steps move money: its rule judges every transfer, whatever asked for it."""
 ACTION_TYPE_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
 POLICY_ID_PATTERN = r"^policy-v[1-9][0-9]{0,8}-[0-9a-f]{64}$"
 
@@ -97,7 +99,7 @@ DENIED = Rule(allowed=False, requires_approval=True, risk_level="high")
 DEFAULT_RULES = {
     "monitoring": Rule(allowed=True, requires_approval=False, risk_level="low"),
     "transaction": Rule(allowed=True, requires_approval=True, risk_level="medium"),
-    "transfer_funds": Rule(allowed=True, requires_approval=True, risk_level="high"),
+    TRANSFER_ACTION: Rule(allowed=True, requires_approval=True, risk_level="high"),
 }
 """The rules of version 1, which nobody proposed."""
 

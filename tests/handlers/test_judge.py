@@ -1,0 +1,160 @@
+"""A transfer is judged by its effect: no caller can name another action to have it judged by another rule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import boto3
+import pytest
+
+from qaes.adapters.ledger_client import LedgerClient
+from qaes.domain.errors import RefusedError
+from qaes.domain.policy import DEFAULT_RULES, Policy, Rule
+from qubic import service
+from qubic.chain.mock import MockChain
+from qubic.judge import check_allowed
+from qubic.wallets import DEMO_BALANCES, Wallets, genesis
+from tests.support.cloud import PARAMETERS, Cloud, cloud
+from tests.support.cloud import _environment as function_environment
+from tests.support.template import environment
+
+RICH, POOR, EMPTY = DEMO_BALANCES
+ALLOWED = Rule(allowed=True, requires_approval=False, risk_level="low")
+FORBIDDEN = Rule(allowed=False, requires_approval=True, risk_level="high")
+TERMS = {"reference": "task#step_3", "source": RICH, "destination": EMPTY, "amount": 10}
+CLAIMS = ["monitoring", "transaction", "pay_invoice", "transfer_funds", "", None, 7]
+Enforce = Callable[..., None]
+
+
+@pytest.fixture
+def aws() -> Iterator[Cloud]:
+    with cloud(state_machine=False) as it:
+        yield it
+
+
+@pytest.fixture
+def enforce(aws: Cloud) -> Enforce:
+    """Put a policy in force in which every action but a transfer is allowed, without limits."""
+
+    def put(settle: bool = True, **transfer: Any) -> None:
+        rules = DEFAULT_RULES | {"transaction": ALLOWED, "monitoring": ALLOWED, "pay_invoice": ALLOWED}
+        rule = FORBIDDEN.model_copy(update=transfer)
+        with function_environment(environment("LedgerFunction", PARAMETERS)):
+            store = service.policies()
+            proposed = store.propose(rules | {"transfer_funds": rule}, subject="olivia")
+            store.approve(proposed.version, subject="oscar", four_eyes=True)
+        if settle:
+            aws.settle()
+
+    return put
+
+
+def code(answer: dict[str, Any]) -> str:
+    assert answer["ok"] is False, answer
+    return str(answer["error"]["code"])
+
+
+def held() -> list[dict[str, Any]]:
+    items = boto3.client("dynamodb").scan(TableName="LedgerTable")["Items"]
+    kinds = ("RESERVATION#", "SPENT#", "SUBMISSION#mock#transfer")
+    return [item for item in items if item["pk"]["S"].startswith(kinds)]
+
+
+@pytest.mark.parametrize("claim", CLAIMS)
+@pytest.mark.parametrize("operation", ["reserve", "transfer"])
+def test_ledger_refuses_forbidden_transfer_by_any_name(
+    aws: Cloud, enforce: Enforce, operation: str, claim: object
+) -> None:
+    enforce()
+    sent = {"operation": operation, **TERMS, "action_type": claim} | ({"run": 1} if operation == "transfer" else {})
+    assert code(aws.invoke("LedgerTransferFunction", sent)) == "not_allowed"
+    assert held() == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ({"max_amount": 9}, "over_max_amount"),
+        ({"daily_limit": 9}, "over_daily_limit"),
+        ({"allowed_addresses": (POOR,)}, "address_not_allowed"),
+    ],
+)
+@pytest.mark.parametrize("claim", ["monitoring", "transaction"])
+def test_ledger_applies_transfer_limits_by_any_name(
+    aws: Cloud, enforce: Enforce, rule: dict[str, Any], expected: str, claim: str
+) -> None:
+    enforce(allowed=True, **rule)
+    for operation, run in (("reserve", {}), ("transfer", {"run": 1})):
+        sent = {"operation": operation, **TERMS, **run, "action_type": claim}
+        assert code(aws.invoke("LedgerTransferFunction", sent)) == expected
+    assert held() == []
+
+
+@pytest.mark.parametrize("claim", ["monitoring", "transfer_funds"])
+def test_ledger_does_not_simulate_forbidden_transfer(
+    aws: Cloud, enforce: Enforce, monkeypatch: pytest.MonkeyPatch, claim: str
+) -> None:
+    enforce()
+    monkeypatch.setattr(
+        "qubic.service.chain",
+        lambda: MockChain(genesis=genesis(), table="ChainTable", clock=aws.clock, tick_milliseconds=1000),
+    )
+    monkeypatch.setattr("qubic.ledger.submissions", lambda: _without_transfers(service.submissions()))
+    sent = {"operation": "transfer", **TERMS, "run": 1, "action_type": claim}
+    assert code(aws.invoke("LedgerTransferFunction", sent)) == "not_allowed"
+
+
+def _without_transfers(submissions: Any) -> Any:
+    submissions.sends_transfers = False
+    return submissions
+
+
+def test_ledger_never_sends_waiting_transfer_once_forbidden(aws: Cloud, enforce: Enforce) -> None:
+    """The queue holds eight signed transfers. A policy that forbids them comes into force while they wait."""
+    for number in range(8):
+        sent = {"operation": "transfer", **TERMS, "reference": f"task_{number}#step_3", "run": 1}
+        assert aws.invoke("LedgerTransferFunction", sent)["ok"]
+    enforce()
+    states = [_state(aws, f"task_{number}#step_3") for number in range(8)]
+    sent_before = [each for each in states if each["state"] == "confirmed"]
+    refused = [each for each in states if each["state"] == "expired"]
+    assert len(sent_before) + len(refused) == 8
+    assert 1 <= len(sent_before) <= 4
+    assert all("does not allow transfer_funds; nothing was moved" in each["error"] for each in refused)
+    balance = aws.invoke("LedgerFunction", {"operation": "balance", "address": EMPTY})["result"]["balance"]
+    assert balance == 10 * len(sent_before)
+
+
+def _state(aws: Cloud, reference: str) -> dict[str, Any]:
+    answer = aws.invoke("LedgerFunction", {"operation": "transfer_state", "reference": reference})
+    return dict(answer["result"])
+
+
+def test_ledger_keeps_confirming_what_was_sent_before(aws: Cloud, enforce: Enforce) -> None:
+    """What has left this system cannot be recalled: its end is reported as it is."""
+    aws.invoke("LedgerTransferFunction", {"operation": "transfer", **TERMS, "run": 1})
+    assert _state(aws, "task#step_3")["state"] == "broadcast"
+    enforce()
+    assert _state(aws, "task#step_3")["state"] == "confirmed"
+
+
+def test_rule_of_transaction_does_not_judge_transfers(aws: Cloud) -> None:
+    rules = {"transfer_funds": ALLOWED, "transaction": FORBIDDEN}
+    policy = Policy(policy_id="policy-v7-0123456789ab", version=7, rules=rules)
+    rule = check_allowed(policy, Wallets("mock"), destination=EMPTY, amount=10)
+    assert rule.action_type == "transfer_funds"
+
+
+def test_transaction_with_input_type_has_no_rule(aws: Cloud) -> None:
+    policy = Policy(policy_id="policy-v7-0123456789ab", version=7, rules={"transfer_funds": ALLOWED})
+    with pytest.raises(RefusedError) as caught:
+        check_allowed(policy, Wallets("mock"), destination=EMPTY, amount=10, input_type=1)
+    assert caught.value.code == "not_allowed"
+
+
+def test_client_has_no_way_to_name_an_action(aws: Cloud, enforce: Enforce) -> None:
+    enforce()
+    with pytest.raises(RefusedError) as caught:
+        LedgerClient("LedgerTransferFunction").reserve(**TERMS)  # type: ignore[arg-type]
+    assert caught.value.code == "not_allowed"
