@@ -38,6 +38,7 @@ from qaes.domain.ids import now, timestamp
 from qaes.domain.policy import DEFAULT_RULES, Policy, PolicyDocument, Rule, policy_id_of, policy_of, version_of
 from qaes.domain.qubic.identity import decode_identity, encode_identity
 from qaes.domain.qubic.transaction import Transaction, decode
+from qaes.domain.text import same_subject
 from qubic.items import ChangedError, Item, Items, attempts, item_key
 from qubic.submissions import INPUT_TYPES, Submission, Submissions
 from qubic.wallets import service_key
@@ -397,7 +398,7 @@ class Policies:
             head = self._head()
             item = self._existing(version)
             record = _record(item)
-            if four_eyes and record.proposed_by == subject:
+            if four_eyes and record.proposed_by is not None and same_subject(record.proposed_by, subject):
                 raise ForbiddenError("a policy is approved by somebody else than who proposed it")
             if record.approved_by == subject:
                 self._settle_soon()

@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from qaes.adapters import settings
-from qaes.adapters.http import PROBLEM_ANSWER, StrictRoute, require
+from qaes.adapters.http import PROBLEM_ANSWER, require
+from qaes.adapters.strict_input import StrictRoute
 from qaes.domain.errors import (
     ForbiddenError,
     InvalidInputError,

@@ -231,6 +231,12 @@ def test_a_token_within_a_minute_of_its_time_and_for_us_is_taken(
         {"sub": "x" * 257},
         {"sub": "alice\nbob"},
         {"sub": "alice\u202e"},
+        {"sub": " "},
+        {"sub": "alice\ufe0f"},
+        {"sub": "al\u034fice"},
+        {"sub": "\u3164"},
+        {"sub": "alice\u00a0"},
+        {"sub": "alice\ud800"},
     ],
     ids=str,
 )
@@ -242,6 +248,15 @@ def test_a_signed_token_whose_claims_are_not_right_is_refused(
     token = jwt.api_jws.encode(payload, issuer.key, algorithm="RS256", headers={"kid": issuer.key_id})
     with pytest.raises(Exception, match=UNAUTHORIZED):
         authorize(f"Bearer {token}")
+
+
+@pytest.mark.parametrize("subject", [" alice", "alice ", "  alice  "])
+def test_subject_is_trimmed(authorize: Authorize, issuer: Issuer, subject: str) -> None:
+    assert authorize(f"Bearer {signed(issuer, sub=subject)}")["principalId"] == "alice"
+
+
+def test_subject_is_composed(authorize: Authorize, issuer: Issuer) -> None:
+    assert authorize(f"Bearer {signed(issuer, sub='jose' + chr(0x301))}")["principalId"] == "jos\u00e9"
 
 
 def public_pem(issuer: Issuer) -> bytes:

@@ -172,6 +172,14 @@ BAD: dict[str, tuple[Any, int, set[str]]] = {
     "no description": ({"task_type": "x"}, 422, {"description"}),
     "an empty description": ({**MONITOR, "description": ""}, 422, {"description"}),
     "a blank description": ({**MONITOR, "description": " \n"}, 422, {"description"}),
+    "a description that shows nothing": ({**MONITOR, "description": "\u2800"}, 422, {"description"}),
+    "a zero-width space alone": ({**MONITOR, "description": "\u200b"}, 422, {"description"}),
+    "a reordered description": ({**MONITOR, "description": "pay \u202e05\u202c"}, 422, {"description"}),
+    "a description with NUL": ({**MONITOR, "description": "pay\0"}, 422, {"description"}),
+    "an escape sequence": ({**MONITOR, "description": "\x1b[2Jpay"}, 422, {"description"}),
+    "hidden letters in a parameter": ({**MONITOR, "parameters": {"x": [{"y": "\xad"}]}}, 422, {"parameters.x.0.y"}),
+    "hidden letters in a name": ({**MONITOR, "parameters": {"x": {"y\u200b": 1}}}, 422, {"parameters.x"}),
+    "a name of two lines": ({**MONITOR, "parameters": {"a\nb": 1}}, 422, {"parameters"}),
     "an oversized description": ({**MONITOR, "description": "x" * 4001}, 422, {"description"}),
     "a description of another type": ({**MONITOR, "description": 7}, 422, {"description"}),
     "a description that is null": ({**MONITOR, "description": None}, 422, {"description"}),
@@ -258,6 +266,26 @@ def test_a_refusal_does_not_repeat_what_was_sent(api: Api) -> None:
         answer = api("POST", "/task/start", body)
         assert answer.status >= 400
         assert secret not in json.dumps(answer.body)
+
+
+def test_text_of_any_script_and_lines_is_kept_to_the_letter(api: Api, store: TaskStore) -> None:
+    description = "שלם את החשבון\nमैं क्\u200dष\tمی\u200cخواهم 👩🏽\u200d🚀 ❤\ufe0f"  # noqa: RUF001
+    body = {**MONITOR, "description": description, "parameters": {"नाम": "a\r\nb"}}
+    task = store.get_task(start(api, body))
+    assert task.description == description
+    assert task.parameters["नाम"] == "a\r\nb"
+    event = api.event("GET", f"/task/{task.task_id}")
+    raw = api.aws.invoke("GatewayFunction", event)["body"]
+    assert json.loads(raw)["description"] == description
+
+
+def test_text_from_before_the_rules_is_sent_inert(api: Api, store: TaskStore) -> None:
+    hostile = "pay \u202e05\u202c \x9b2J\u200b\U000e0061"
+    task, _ = store.start_task(new_task().model_copy(update={"description": hostile}))
+    raw = api.aws.invoke("GatewayFunction", api.event("GET", f"/task/{task.task_id}"))["body"]
+    assert json.loads(raw)["description"] == hostile
+    assert not [letter for letter in hostile if letter not in "pay 052J" and letter in raw]
+    assert "\\u202e05\\u202c \\u009b2J\\u200b\\udb40\\udc61" in raw
 
 
 def test_who_may_not_start_a_task_is_told_so(api: Api) -> None:

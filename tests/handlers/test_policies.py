@@ -227,6 +227,14 @@ def test_nobody_approves_their_own_proposal(store: Policies) -> None:
     assert store.approve(2, subject="olivia", four_eyes=False).status == "anchoring"
 
 
+@pytest.mark.parametrize("look_alike", ["olivia ", "olivia\ufe0f", "oli\u034fvia", " olivia"])
+def test_proposal_not_approved_by_a_look_alike(store: Policies, look_alike: str) -> None:
+    store.propose(RULES, subject="olivia")
+    with pytest.raises(ForbiddenError):
+        store.approve(2, subject=look_alike, four_eyes=True)
+    assert store.get(2).status == "proposed"
+
+
 def test_the_same_proposal_twice_is_one(store: Policies) -> None:
     first = store.propose(RULES, subject="olivia")
     assert store.propose(RULES, subject="olivia") == first

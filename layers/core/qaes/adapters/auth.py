@@ -11,6 +11,8 @@ from typing import Any
 
 import jwt
 
+from qaes.domain.text import normal_subject
+
 ALGORITHMS = ("RS256", "ES256")
 """Signatures only: neither `none`, nor a shared secret, for which the public key could be taken."""
 
@@ -18,7 +20,6 @@ ROLES = ("requester", "approver", "auditor", "operator")
 LEEWAY_SECONDS = 60
 COOLDOWN_SECONDS = 30
 MAX_TOKEN_LENGTH = 8192
-_MAX_SUBJECT_LENGTH = 256
 
 
 class InvalidTokenError(Exception):
@@ -109,10 +110,12 @@ class TokenVerifier:
 
 
 def _subject(claims: dict[str, Any]) -> str:
+    """Return the subject in its one spelling, so that one person has one name here."""
     subject = claims["sub"]
-    if not isinstance(subject, str) or not 0 < len(subject) <= _MAX_SUBJECT_LENGTH or not subject.isprintable():
-        raise InvalidTokenError("subject")
-    return subject
+    try:
+        return normal_subject(subject)
+    except (ValueError, TypeError) as error:
+        raise InvalidTokenError("subject") from error
 
 
 def _roles(claims: dict[str, Any]) -> tuple[str, ...]:

@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from functools import wraps
 from http import HTTPStatus
-from inspect import iscoroutinefunction
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
@@ -30,6 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qaes.adapters import clients, settings
 from qaes.adapters.logs import logger
+from qaes.adapters.strict_input import StrictRoute, dotted
 from qaes.domain.errors import (
     ConflictError,
     ForbiddenError,
@@ -44,10 +43,6 @@ from qaes.domain.ids import PLAN_ID_PATTERN, TASK_ID_PATTERN
 
 PROBLEM = "application/problem+json"
 BASE_PATH = "/v1"
-MAX_BODY_BYTES = 256 * 1024
-MAX_DEPTH = 32
-MAX_INTEGER = 2**53 - 1
-"""Beyond it JSON's readers disagree about which integer was meant (RFC 8259, section 6)."""
 
 RETRY_AFTER_SECONDS = 1
 _RETRY_AFTER = {429: 30, 503: RETRY_AFTER_SECONDS}
@@ -264,140 +259,6 @@ def state_machine_answers() -> None:
     clients.client("stepfunctions").describe_state_machine(stateMachineArn=settings.text("STATE_MACHINE_ARN"))
 
 
-# JSON as it comes in
-
-
-class _Unacceptable:
-    """Stands in a parsed body for what JSON's grammar lets through and we do not."""
-
-    def __init__(self, reason: str) -> None:
-        self.reason = reason
-
-
-class StrictRoute(APIRoute):
-    """Parses a JSON body by `parse_json`, before the models see it, and runs the endpoint where it is.
-
-    FastAPI hands a plain function to another thread, so that others are served meanwhile. Lambda sends one request at a
-    time: there are no others, and the thread would only cost.
-    """
-
-    def __init__(self, path: str, endpoint: Callable[..., object], **options: Any) -> None:
-        super().__init__(path, endpoint if iscoroutinefunction(endpoint) else _in_this_thread(endpoint), **options)
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handle = super().get_route_handler()
-
-        async def strictly(request: Request) -> Response:
-            if self.body_field is None:
-                return await handle(request)
-            content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-            if content_type != "application/json" and not content_type.endswith("+json"):
-                raise HTTPException(415, "The body must be application/json.")
-            strict = _StrictRequest(request.scope, request.receive)
-            await strict.json()
-            return await handle(strict)
-
-        return strictly
-
-
-def _in_this_thread(endpoint: Callable[..., object]) -> Callable[..., Coroutine[Any, Any, object]]:
-    @wraps(endpoint)
-    async def run(*arguments: object, **named: object) -> object:
-        return endpoint(*arguments, **named)
-
-    return run
-
-
-class _StrictRequest(Request):
-    async def json(self) -> object:
-        if not hasattr(self, "_parsed"):
-            self._parsed = parse_json(await self.body())
-        return self._parsed
-
-
-def parse_json(body: bytes) -> object:
-    """Read a JSON text (RFC 8259), without what different readers read differently; None when it is empty.
-
-    Raises
-    ------
-    HTTPException
-        413 when it is longer than `MAX_BODY_BYTES`, 400 when it is not JSON in UTF-8.
-    InvalidInputError
-        An integer beyond 2^53 - 1, a number that is not finite, a name that stands twice, a lone surrogate, or a
-        nesting deeper than `MAX_DEPTH`; `field` names the place.
-    """
-    if len(body) > MAX_BODY_BYTES:
-        raise HTTPException(413, f"The body is larger than {MAX_BODY_BYTES} bytes.")
-    if not body:
-        return None
-    try:
-        value = json.loads(
-            body.decode("utf-8"),
-            object_pairs_hook=_object,
-            parse_int=_integer,
-            parse_float=_float,
-            parse_constant=lambda _: _Unacceptable("a number must be finite"),
-        )
-    except ValueError as error:
-        raise HTTPException(400, "The body is not JSON.") from error
-    except RecursionError as error:
-        raise InvalidInputError(f"nested deeper than {MAX_DEPTH} levels", field="body") from error
-    for path, reason in _unacceptable(value):
-        raise InvalidInputError(reason, field=_dotted(path))
-    return value
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        found[name] = _Unacceptable("the name stands twice") if name in found else value
-    return found
-
-
-def _integer(text: str) -> int | _Unacceptable:
-    # int() of thousands of digits is slow, and refused by Python beyond 4,300.
-    value = int(text) if len(text) <= 17 else MAX_INTEGER + 1
-    return value if abs(value) <= MAX_INTEGER else _Unacceptable("an integer must not be beyond 2^53 - 1")
-
-
-def _float(text: str) -> float | _Unacceptable:
-    value = float(text)
-    if abs(value) == float("inf"):
-        return _Unacceptable("a number must be finite")
-    # 1e20 is the integer 100000000000000000000 in canonical JSON, and read back as one.
-    if value.is_integer() and abs(value) > MAX_INTEGER:
-        return _Unacceptable("a number without a fraction must not be beyond 2^53 - 1")
-    return value
-
-
-def _unacceptable(value: object) -> Iterator[tuple[tuple[object, ...], str]]:
-    """Find where `value` holds something unacceptable, and what."""
-    left: list[tuple[tuple[object, ...], object]] = [((), value)]
-    while left:
-        path, each = left.pop()
-        if isinstance(each, _Unacceptable):
-            yield path, each.reason
-        elif isinstance(each, str) and not _is_unicode(each):
-            yield path, "not Unicode text: a lone surrogate"
-        elif isinstance(each, dict | list) and len(path) >= MAX_DEPTH:
-            yield path[:2], f"nested deeper than {MAX_DEPTH} levels"
-        elif isinstance(each, dict):
-            for name, inner in each.items():
-                if not _is_unicode(name):
-                    yield path, "a name in it is not Unicode text: a lone surrogate"
-                left.append(((*path, name), inner))
-        elif isinstance(each, list):
-            left.extend(((*path, index), inner) for index, inner in enumerate(each))
-
-
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
-
-
-def _dotted(path: tuple[object, ...]) -> str:
-    return ".".join(str(part) for part in path)[:256] or "body"
-
-
 # Errors as they go out
 
 
@@ -413,7 +274,12 @@ def _problem(
         "instance": quote(scope["path"], safe="/:@!$&'()*+,;=~"),
         "correlation_id": event.get("requestContext", {}).get("requestId", ""),
     }
-    return JSONResponse(body, status, headers, media_type=PROBLEM)
+    return _Problem(body, status, headers, media_type=PROBLEM)
+
+
+class _Problem(JSONResponse):
+    def render(self, content: object) -> bytes:
+        return json.dumps(content).encode()  # ASCII: whatever a message repeats is inert
 
 
 def _event(scope: Scope) -> dict[str, Any]:
@@ -439,7 +305,7 @@ async def _validation_error(request: Request, error: RequestValidationError) -> 
     errors = []
     for each in error.errors():
         where, *path = each["loc"]
-        errors.append({"field": _dotted(tuple(path)) if path else str(where), "message": each["msg"]})
+        errors.append({"field": dotted(tuple(path)) if any(path) else str(where), "message": each["msg"]})
     detail = "; ".join(f"{each['field']}: {each['message']}" for each in errors[:5])
     return _problem(request.scope, 422, detail, errors=errors[:50])
 

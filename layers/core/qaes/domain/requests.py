@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from qaes.domain.canonical import canonical_json
 from qaes.domain.errors import InvalidInputError
 from qaes.domain.qubic.identity import check_address
+from qaes.domain.text import is_blank
 
 MAX_PARAMETERS_BYTES = 32 * 1024
 MAX_AMOUNT = 10**15
@@ -18,7 +19,16 @@ _TRANSFER_NEEDS = ("wallet_address", "to_address", "amount")
 _KNOWN_PARAMETERS = (*_TRANSFER_NEEDS, "alert_threshold")
 """In these, null is as good as absent."""
 
-Description = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=4000)]
+
+def _shows_something(text: str) -> str:
+    if is_blank(text):
+        raise ValueError("shows nothing to its reader")
+    return text
+
+
+Description = Annotated[
+    str, StringConstraints(strip_whitespace=True, min_length=1, max_length=4000), AfterValidator(_shows_something)
+]
 
 
 class TaskRequest(BaseModel):
