@@ -180,7 +180,7 @@ def start_task(
         status="pending",
         task_type=body.task_type,
         description=body.description,
-        parameters=body.resolved(),
+        parameters=body.resolved(settings.text("QUBIC_NETWORK")),
         requester=caller.subject,
         created_at=moment,
         updated_at=moment,

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from fastapi import Depends
 
+from qaes.adapters import settings
 from qaes.adapters.http import Caller, PlanId, add_health, create_app, make_handler, require, tasks_table_answers
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
@@ -32,7 +33,7 @@ def create_plan(body: PlanRequest, caller: Annotated[Caller, Depends(require("re
     store = TaskStore()
     if body.task_id is not None and not _may_see_task(store, body.task_id, caller):
         raise NotFoundError("no such task", field="task_id")
-    parameters = body.resolved()
+    parameters = body.resolved(settings.text("QUBIC_NETWORK"))
     policy = LedgerClient().policy()
     analysis = planning.analyze(body.task_type, policy)
     plan = planning.build_plan(

@@ -7,13 +7,13 @@ trying things out on the mock, and worth nothing.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 
 from qaes.adapters import clients, settings
 from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
+from qaes.domain.qubic.demo import demo_seed
 from qaes.domain.qubic.identity import check_address, decode_identity, encode_identity, is_identity_shaped
 
 DEMO_BALANCES: Mapping[str, int] = {"0x1234567890abcdef": 1000, "0xabcdef1234567890": 500, "0xfedcba0987654321": 0}
@@ -67,8 +67,7 @@ def service_key() -> Key:
 @cache
 def demo_key(address: str) -> Key:
     """Derive the key of a demo wallet, `address` being as the older clients write it."""
-    digest = hashlib.shake_256(b"qaes demo wallet, worth nothing: " + address.encode()).digest(55)
-    return key_of_seed("".join(chr(ord("a") + byte % 26) for byte in digest))
+    return key_of_seed(demo_seed(address))
 
 
 @cache

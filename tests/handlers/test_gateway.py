@@ -15,12 +15,14 @@ from qaes.adapters.executions import Executions
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.errors import QaesError
 from qaes.domain.ids import is_task_id, parse_timestamp
+from qubic.wallets import demo_key
 from tests.handlers.test_task_store import new_task, planned, waiting
 from tests.support.api import ALICE, BOB, CAROL, MALLORY, NOBODY, OLIVIA, Api, items, named, set_environment
 from tests.support.cloud import Cloud, cloud
 
 SOURCE, DESTINATION = "0x1234567890abcdef", "0xfedcba0987654321"
 IDENTITY = "BZBQFLLBNCXEMGLOBHUVFTLUPLVCPQUASSILFABOFFBCADQSSUPNWLZBQEXK"
+SOURCE_IDENTITY = demo_key(SOURCE).identity
 MONITOR = {"task_type": "monitor_wallet", "description": "watch it", "wallet_address": SOURCE}
 NOTE = {"task_type": "note", "description": "x"}
 TRANSFER = {
@@ -210,6 +212,35 @@ BAD: dict[str, tuple[Any, int, set[str]]] = {
     "no wallet": ({**TRANSFER, "wallet_address": None}, 422, {"parameters.wallet_address"}),
     "a transfer without parameters": (
         {"task_type": "transfer_funds", "description": "x"}, 422, {"parameters.wallet_address"},
+    ),
+    "a destination that pays": (
+        {**TRANSFER, "parameters": {"to_address": SOURCE, "amount": 1}}, 422, {"parameters.to_address"},
+    ),
+    "a destination that pays, its prefix in capitals": (
+        {**TRANSFER, "parameters": {"to_address": "0X1234567890abcdef", "amount": 1}}, 422, {"parameters.to_address"},
+    ),
+    "a destination that pays, its digits in capitals": (
+        {**TRANSFER, "parameters": {"to_address": "0x1234567890ABCDEF", "amount": 1}}, 422, {"parameters.to_address"},
+    ),
+    "a destination that pays, by its identity": (
+        {**TRANSFER, "parameters": {"to_address": SOURCE_IDENTITY, "amount": 1}}, 422, {"parameters.to_address"},
+    ),
+    "a destination that pays, by its older address": (
+        {**TRANSFER, "wallet_address": SOURCE_IDENTITY, "parameters": {"to_address": SOURCE, "amount": 1}},
+        422, {"parameters.to_address"},
+    ),
+    "an identity that pays itself": (
+        {**TRANSFER, "wallet_address": IDENTITY, "parameters": {"to_address": IDENTITY, "amount": 1}},
+        422, {"parameters.to_address"},
+    ),
+    "nothing to monitor": ({"task_type": "monitor_wallet", "description": "x"}, 422, {"parameters.wallet_address"}),
+    "nothing to monitor, by the action's name": (
+        {"task_type": "monitoring", "description": "x", "parameters": {"alert_threshold": 5}},
+        422, {"parameters.wallet_address"},
+    ),
+    "null to monitor": (
+        {**MONITOR, "wallet_address": None, "parameters": {"wallet_address": None}},
+        422, {"parameters.wallet_address"},
     ),
     "a negative amount": (transfer("-1"), 422, {"parameters.amount"}),
     "an amount of nothing": (transfer("0"), 422, {"parameters.amount"}),

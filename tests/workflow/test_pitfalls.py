@@ -119,16 +119,16 @@ def test_the_largest_task_stays_far_within_a_states_limit(aws: Cloud, decide: Ca
             "parameters": {"to_address": DESTINATION, "amount": 250, "note": ""},
         }
     )
-    free = MAX_PARAMETERS_BYTES - len(canonical_json(least.resolved()).encode())
+    free = MAX_PARAMETERS_BYTES - len(canonical_json(least.resolved("mock")).encode())
 
     def with_note(letters: int) -> TaskRequest:
         return least.model_copy(update={"parameters": (least.parameters or {}) | {"note": "𝄞" * letters}})
 
     with pytest.raises(InvalidInputError):
-        with_note(free // 4 + 1).resolved()
+        with_note(free // 4 + 1).resolved("mock")
     largest = with_note(free // 4)
     fields = {name: getattr(largest, name) for name in ("task_type", "description")}
-    task = new_task().model_copy(update=fields | {"parameters": largest.resolved()})
+    task = new_task().model_copy(update=fields | {"parameters": largest.resolved("mock")})
     TaskStore("TasksTable").start_task(task)
     Executions(aws.machine_arn).start(task)
     decide(task.task_id, approved=True)

@@ -12,6 +12,11 @@ ACTION_TYPES = {"monitor_wallet": "monitoring"}
 """Task types whose action type has another name; any other word is its own, denied unless a rule allows it."""
 
 ACTION_STEPS: dict[str, StepType] = {"monitoring": "monitor_action", TRANSFER_ACTION: "onchain_action"}
+NEEDS: dict[StepType, tuple[str, ...]] = {
+    "monitor_action": ("wallet_address",),
+    "onchain_action": ("wallet_address", "to_address", "amount"),
+}
+"""The parameters without which an action fails for certain."""
 MAX_STEPS = 50
 
 
@@ -24,6 +29,11 @@ def analyze(task_type: str, policy: Policy) -> Analysis:
 def action_type(task_type: str) -> str:
     """Return what kind of action a task of that type asks for: what the policy has rules for."""
     return ACTION_TYPES.get(task_type, task_type)
+
+
+def action_step(task_type: str) -> StepType:
+    """Return the type of the step that performs a task of that type."""
+    return ACTION_STEPS.get(action_type(task_type), "generic_action")
 
 
 def build_plan(
@@ -78,7 +88,7 @@ def _action_parameters(
     action: StepType, task_type: str, description: str, parameters: dict[str, Any]
 ) -> dict[str, Any]:
     if action == "onchain_action":
-        for field in ("wallet_address", "to_address", "amount"):
+        for field in NEEDS[action]:
             if field not in parameters:
                 raise InvalidInputError(f"a transfer needs {field}", field=f"parameters.{field}")
         return {

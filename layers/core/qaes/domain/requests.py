@@ -6,17 +6,19 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
+from qaes.domain import planning
 from qaes.domain.canonical import canonical_json
 from qaes.domain.errors import InvalidInputError
-from qaes.domain.qubic.identity import check_address
+from qaes.domain.qubic.demo import is_same_wallet
+from qaes.domain.qubic.identity import check_address, is_identity_shaped
 from qaes.domain.text import is_blank
 
 MAX_PARAMETERS_BYTES = 32 * 1024
 MAX_AMOUNT = 10**15
 """In QU: the whole supply is of that order."""
 
-_TRANSFER_NEEDS = ("wallet_address", "to_address", "amount")
-_KNOWN_PARAMETERS = (*_TRANSFER_NEEDS, "alert_threshold")
+_ADDRESSES = ("wallet_address", "to_address")
+_KNOWN_PARAMETERS = (*_ADDRESSES, "amount", "alert_threshold")
 """In these, null is as good as absent."""
 
 
@@ -47,31 +49,40 @@ class TaskRequest(BaseModel):
     )
     parameters: dict[str, Any] | None = Field(None, description="at most 32 KiB of canonical JSON")
 
-    def resolved(self) -> dict[str, Any]:
+    def resolved(self, network: str) -> dict[str, Any]:
         """Check the parameters and bring them into the form in which they are kept, hashed, shown and executed.
+
+        Parameters
+        ----------
+        network
+            The ledger's network. The mock alone has the older clients' addresses.
 
         Raises
         ------
         InvalidInputError
-            A parameter is missing, not of its form, contradicts another, or all of them are too large.
+            A parameter is missing, not of its form, contradicts another, or all of them are too large; or the task can
+            never run: it transfers to the wallet that pays, or names an address that the network does not have.
         """
         parameters = {
             name: value
             for name, value in (self.parameters or {}).items()
             if value is not None or name not in _KNOWN_PARAMETERS
         }
-        for name in ("wallet_address", "to_address"):
+        for name in _ADDRESSES:
             if name in parameters:
-                parameters[name] = check_address(parameters[name], f"parameters.{name}")
+                parameters[name] = _check_address(parameters[name], network, f"parameters.{name}")
         if self.wallet_address is not None:
-            wallet = check_address(self.wallet_address, "wallet_address")
+            wallet = _check_address(self.wallet_address, network, "wallet_address")
             if parameters.setdefault("wallet_address", wallet) != wallet:
                 raise InvalidInputError("differs from parameters.wallet_address", field="wallet_address")
         _check_whole_number(parameters, "amount", 1)
         _check_whole_number(parameters, "alert_threshold", 0)
-        for name in _TRANSFER_NEEDS if self.task_type == "transfer_funds" else ():
+        step = planning.action_step(self.task_type)
+        for name in planning.NEEDS.get(step, ()):
             if name not in parameters:
-                raise InvalidInputError(f"a transfer needs {name}", field=f"parameters.{name}")
+                raise InvalidInputError(f"a task of type {self.task_type} needs {name}", field=f"parameters.{name}")
+        if step == "onchain_action" and is_same_wallet(parameters["wallet_address"], parameters["to_address"]):
+            raise InvalidInputError("is the wallet that pays: a transfer needs another", field="parameters.to_address")
         _check_size(parameters)
         return parameters
 
@@ -80,6 +91,13 @@ class PlanRequest(TaskRequest):
     """A plan as it is asked for, for a task or for none."""
 
     task_id: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+
+
+def _check_address(address: object, network: str, field: str) -> str:
+    checked = check_address(address, field)
+    if network != "mock" and not is_identity_shaped(checked):
+        raise InvalidInputError(f"on {network} an address is an identity of 60 capital letters", field=field)
+    return checked
 
 
 def _check_whole_number(parameters: dict[str, Any], name: str, least: int) -> None:
