@@ -83,7 +83,7 @@ def call(function: str, event: Any, parameters: dict[str, str] | None = None) ->
 logging.getLogger("moto").addHandler(logging.NullHandler())
 
 _environment_lock = threading.RLock()
-_dynamodb_lock = threading.Lock()
+DYNAMODB_LOCK = threading.Lock()
 _make_api_call = BaseClient._make_api_call
 _moto_transact_write_items = DynamoDBBackend.transact_write_items
 
@@ -92,7 +92,7 @@ def _one_at_a_time(client: Any, operation: str, arguments: Any) -> Any:
     """moto's transactions are not atomic among threads, DynamoDB's are: each call to it is made so."""
     if client.meta.service_model.service_name != "dynamodb":
         return _make_api_call(client, operation, arguments)
-    with _dynamodb_lock:
+    with DYNAMODB_LOCK:
         return _make_api_call(client, operation, arguments)
 
 
@@ -372,6 +372,7 @@ def cloud(
         patch.dict(os.environ, _every_variable() | CREDENTIALS),
         mock_aws(config=config),
         patch("boto3.DEFAULT_SESSION", _session()),
+        patch("boto3.client", _client),
         patch.object(LambdaSimpleBackend, "invoke", invoke),
         patch.object(DynamoDBBackend, "transact_write_items", _transact_write_items),
         patch.object(moto_jsonata, "_eval_jsonata", evaluate),
@@ -387,6 +388,17 @@ def cloud(
         finally:
             it.close()
             clients.reset()
+
+
+_clients: dict[tuple[str, str], Any] = {}
+
+
+def _client(service_name: str, *, config: Any = None, **options: Any) -> Any:
+    """Return the one client of a service and configuration: to make one takes longer than most calls."""
+    key = (service_name, repr((sorted(vars(config).items()) if config else None, sorted(options.items()))))
+    if key not in _clients:
+        _clients[key] = _session().client(service_name, config=config, **options)  # type: ignore[call-overload]
+    return _clients[key]
 
 
 @cache
