@@ -3,8 +3,9 @@
 
     python verify_bundle.py bundle.json --log-id qaes --anchor-identity ABC...
 
-Formats and the meaning of each check: docs/audit.md. Exit status 0: all checks held, and the report says what was not
-checked. 1: the first check that failed. 2: called wrongly. Written apart from the program that makes the bundles.
+Formats and rules: docs/audit.md and docs/policy.md, which number each rule (R1 ...); a failure names its rule. Exit
+status 0: all checks held, and the report says what was not checked. 1: the first check that failed. 2: called wrongly.
+Written apart from the program that makes the bundles.
 
 What to trust is given by you: the name of the log and the identity that anchors it. The rest follows, in this order:
 
@@ -26,12 +27,17 @@ import json
 import os
 import re
 import sys
+import unicodedata
 import urllib.error
 import urllib.request
 from datetime import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+
+if sys.version_info < (3, 11):  # noqa: UP036 - this file must parse, and say so, on an older Python too
+    sys.stderr.write(f"verify_bundle.py needs Python 3.11 or later; this is Python {sys.version.split()[0]}\n")
+    sys.exit(2)
 
 TEXTS = (
     "log_id", "task_id", "step_id", "step_type", "kind", "actor", "status", "input_hash", "output_hash", "plan_hash",
@@ -42,23 +48,26 @@ NONE = type(None)
 BUNDLE: dict[str, Any] = dict.fromkeys(("format", "log_id", "network", "task_id", "salt"), str)
 BUNDLE |= {"entries": list, "anchor": (dict, NONE), "policies": dict}
 SENT = {"text": str, "input": str, "output": str, "index": (int, NONE), "proof": (list, NONE)}
+DEPTH = 250
+DEEP = f"nested more than {DEPTH} levels deep"
 FORMS = {
     "hash": r"[0-9a-f]{64}", "salt": r"[0-9a-f]{32}", "time": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z",
-    "task": r"task_[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}",
+    "txid": r"[a-z]{60}", "task": r"task_[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}",
 }  # fmt: skip
 
 
 class Failed(Exception):  # noqa: N818 - it is an answer
-    """A check that does not hold, and where."""
+    """A check that does not hold, and where. `rule` is the rule's number in the documentation and the check's name."""
 
-    def __init__(self, check: str, message: str, where: str = "bundle") -> None:
-        super().__init__(f"FAILED {check} ({where}): {message}")
-        self.check, self.where = check, where
+    def __init__(self, rule: str, message: str, where: str = "bundle") -> None:
+        self.rule, _, self.check = rule.partition(" ")
+        self.where = where
+        super().__init__(f"FAILED {self.check} ({where}): {message} [{self.rule}]")
 
 
-def need(holds: bool, check: str, message: str, where: str = "bundle") -> None:
+def need(holds: bool, rule: str, message: str, where: str = "bundle") -> None:
     if not holds:
-        raise Failed(check, message, where)
+        raise Failed(rule, message, where)
 
 
 def has_form(value: Any, form: str) -> bool:
@@ -72,11 +81,11 @@ def parse(text: str, where: str, *, fractions: bool) -> Any:
     """Read JSON strictly: no duplicate keys, no NaN, no lone surrogates; fractions and exponents only if allowed."""
 
     def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        need(len(dict(pairs)) == len(pairs), "json", "a key stands twice", where)
+        need(len(dict(pairs)) == len(pairs), "R1 json", "a key stands twice", where)
         return dict(pairs)
 
     def fraction(digits: str) -> float:
-        need(fractions and digits[-1].isdigit(), "json", f"{digits} is no integer", where)  # nor NaN, nor Infinity
+        need(fractions and digits[-1].isdigit(), "R1 json", f"{digits} is no integer", where)  # nor NaN, nor Infinity
         return float(digits)
 
     def integer(digits: str) -> float:
@@ -88,8 +97,15 @@ def parse(text: str, where: str, *, fractions: bool) -> Any:
         numbers: dict[str, Any] = {"parse_constant": fraction, "parse_float": fraction, "parse_int": integer}
         value = json.loads(text, object_pairs_hook=members, **numbers)
         json.dumps(value, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise Failed("json", f"not JSON in UTF-8: {type(error).__name__}", where) from None
+    except RecursionError:
+        raise Failed("R2 json", DEEP, where) from None
+    except ValueError as error:
+        raise Failed("R1 json", f"not JSON in UTF-8: {type(error).__name__}", where) from None
+    level = [value]
+    for _ in range(DEPTH):
+        inner = [each.values() if isinstance(each, dict) else each for each in level if isinstance(each, (dict, list))]
+        level = [each for values in inner for each in values]
+    need(not level, "R2 json", DEEP, where)
     return value
 
 
@@ -116,9 +132,9 @@ def same(one: Any, other: Any) -> bool:
     return canonical(one) == canonical(other)
 
 
-def parse_canonical(text: str, check: str, where: str) -> Any:
+def parse_canonical(text: str, rule: str, where: str) -> Any:
     value = parse(text, where, fractions=True)
-    need(canonical(value) == text, check, "not a canonical text", where)
+    need(canonical(value) == text, rule, "not a canonical text", where)
     return value
 
 
@@ -126,13 +142,13 @@ def sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def members(value: Any, types: dict[str, Any], check: str, where: str, *, exactly: bool = False) -> dict[str, Any]:
+def members(value: Any, types: dict[str, Any], rule: str, where: str, *, exactly: bool = False) -> dict[str, Any]:
     """Check that an object has these members, each of its type (a bool is no integer)."""
-    need(isinstance(value, dict), check, "not an object", where)
-    need(not exactly or set(value) == set(types), check, "not exactly the members that belong there", where)
+    need(isinstance(value, dict), rule, "not an object", where)
+    need(not exactly or set(value) == set(types), rule, "not exactly the members that belong there", where)
     for name, kind in types.items():
         kinds = kind if isinstance(kind, tuple) else (kind,)
-        need(name in value and type(value[name]) in kinds, check, f"{name} is missing, or of another type", where)
+        need(name in value and type(value[name]) in kinds, rule, f"{name} is missing, or of another type", where)
     return dict(value)
 
 
@@ -143,38 +159,44 @@ def read_bundle(data: bytes) -> dict[str, Any]:
     try:
         text = data.decode()
     except UnicodeDecodeError:
-        raise Failed("json", "not UTF-8") from None
-    bundle = members(parse(text, "bundle", fractions=False), BUNDLE, "format", "bundle", exactly=True)
-    need(bundle["format"] == "qaes-bundle-1", "format", "not a bundle of this format")
-    need(bundle["network"] in ("mock", "mainnet"), "format", "there is no such network")
-    need(has_form(bundle["salt"], "salt"), "format", "not a salt")
-    need(has_form(bundle["task_id"], "task"), "format", "not the id of a task")
-    need(len(bundle["entries"]) > 0, "format", "there are no entries")
+        raise Failed("R1 json", "not UTF-8") from None
+    value = parse(text, "bundle", fractions=False)
+    if isinstance(value, dict) and "entries" not in value and {"detail", "message"} & set(value):
+        said = canonical({name: value[name] for name in ("detail", "message", "status") if name in value})
+        raise Failed("R3 format", f"an error response of the API, not a bundle: {said[:300]}")
+    bundle = members(value, BUNDLE, "R3 format", "bundle", exactly=True)
+    need(bundle["format"] == "qaes-bundle-1", "R3 format", "not a bundle of this format")
+    need(bundle["network"] in ("mock", "mainnet"), "R3 format", "there is no such network")
+    need(has_form(bundle["salt"], "salt"), "R3 format", "not a salt")
+    need(has_form(bundle["task_id"], "task"), "R3 format", "not the id of a task")
+    need(len(bundle["entries"]) > 0, "R3 format", "there are no entries")
     for number, each in enumerate(bundle["entries"], start=1):
-        members(each, SENT, "format", f"entry {number}", exactly=True)
+        members(each, SENT, "R3 format", f"entry {number}", exactly=True)
     for hash_, document in bundle["policies"].items():
-        need(isinstance(document, str) and sha256(document) == hash_, "policy", "not the document of this hash", hash_)
+        held = isinstance(document, str) and sha256(document) == hash_
+        need(held, "R75 policy", "not the document of this hash", hash_)
     return bundle
 
 
 def check_chain(bundle: dict[str, Any], log_id: str) -> list[dict[str, Any]]:
     """Each entry's text, its place in the task's chain, and what its two hashes are of."""
-    need(bundle["log_id"] == log_id, "log", "of another log than the pinned one")
+    need(bundle["log_id"] == log_id, "R4 log", "of another log than the pinned one")
     prev, entries = "0" * 64, []
     for seq, sent in enumerate(bundle["entries"], start=1):
         where = f"entry {seq}"
-        entry = members(parse_canonical(sent["text"], "text", where), ENTRY, "text", where, exactly=True)
-        need(entry["v"] == 1, "text", "an entry of another version", where)
-        need(entry["log_id"] == log_id, "log", "of another log than the pinned one", where)
-        need(entry["task_id"] == bundle["task_id"], "task", "of another task", where)
-        need(entry["seq"] == seq, "seq", f"its number is {entry['seq']}", where)
-        need(entry["prev"] == prev, "prev", "does not name the entry before", where)
-        need(has_form(entry["nonce"], "salt"), "text", "not a nonce", where)
+        value = parse_canonical(sent["text"], "R7 text", where)
+        entry = members(value, ENTRY, "R7 text", where, exactly=True)
+        need(entry["v"] == 1, "R7 text", "an entry of another version", where)
+        need(has_form(entry["nonce"], "salt"), "R7 text", "not a nonce", where)
+        need(entry["log_id"] == log_id, "R4 log", "of another log than the pinned one", where)
+        need(entry["task_id"] == bundle["task_id"], "R5 task", "of another task", where)
+        need(entry["seq"] == seq, "R8 seq", f"its number is {entry['seq']}", where)
+        need(entry["prev"] == prev, "R9 prev", "does not name the entry before", where)
         for side in ("input", "output"):
-            value = parse_canonical(sent[side], side, where)
+            value = parse_canonical(sent[side], f"R10 {side}", where)
             # The canonical text of the two members is put together from canonical texts.
             salted = sha256('{"salt":"' + bundle["salt"] + '","value":' + sent[side] + "}")
-            need(entry[f"{side}_hash"] == salted, side, f"not what the {side}'s hash is of", where)
+            need(entry[f"{side}_hash"] == salted, f"R10 {side}", f"not what the {side}'s hash is of", where)
             entry[side] = value
         prev = leaf_hash(sent["text"].encode()).hex()
         entries.append(entry | {"where": where, "leaf": bytes.fromhex(prev)})
@@ -202,11 +224,11 @@ def root_of(leaves: list[bytes]) -> bytes:
 
 def root_by(leaf: bytes, index: int, size: int, proof: list[bytes], where: str) -> bytes:
     """The root to which an inclusion proof leads (RFC 6962, section 2.1.1): its last hash is the other half's root."""
-    need(0 <= index < size, "index", f"a log of {size} has no entry {index}", where)
+    need(0 <= index < size, "R15 index", f"a log of {size} has no entry {index}", where)
     if size == 1:
-        need(not proof, "proof", "the proof is too long", where)
+        need(not proof, "R16 proof", "the proof is too long", where)
         return leaf
-    need(bool(proof), "proof", "the proof is too short", where)
+    need(bool(proof), "R16 proof", "the proof is too short", where)
     left, (*rest, other) = 1 << (size - 1).bit_length() - 1, proof
     if index < left:
         return node_hash(root_by(leaf, index, left, rest, where), other)
@@ -215,27 +237,37 @@ def root_by(leaf: bytes, index: int, size: int, proof: list[bytes], where: str) 
 
 def check_anchor(bundle: dict[str, Any], log_id: str, identity: str) -> dict[str, Any]:
     """The transaction, what it carries, and from whom; its signature is checked at the end."""
-    need(bundle["anchor"] is not None, "anchor", "nothing is anchored yet: this proves nothing to anybody")
+    need(bundle["anchor"] is not None, "R11 anchor", "nothing is anchored yet: this proves nothing to anybody")
     types = {"payload": str, "transaction": str, "txid": str, "tick": int}
-    anchor = members(bundle["anchor"], types, "format", "anchor", exactly=True)
+    anchor = members(bundle["anchor"], types, "R3 format", "anchor", exactly=True)
     try:
         sent = base64.b64decode(anchor["transaction"], validate=True)
     except ValueError:
-        raise Failed("anchor", "not base64", "anchor") from None
-    need(base64.b64encode(sent).decode() == anchor["transaction"], "anchor", "not base64 in its one form", "anchor")
-    need(len(sent) == 80 + 93 + 64, "anchor", "not a transaction with an anchor", "anchor")
+        raise Failed("R12 anchor", "not base64", "anchor") from None
+    need(
+        base64.b64encode(sent).decode() == anchor["transaction"],
+        "R12 anchor",
+        "not base64 in its one form",
+        "anchor",
+    )
+    need(len(sent) == 80 + 93 + 64, "R12 anchor", "not a transaction with an anchor", "anchor")
     little = [int.from_bytes(sent[at:end], "little") for at, end in ((64, 72), (72, 76), (76, 78), (78, 80))]
-    need(little == [0, anchor["tick"], 0x5141, 93], "anchor", "not the header of an anchor for this tick", "anchor")
-    need(sent[:32] == sent[32:64], "anchor", "not from an identity to itself", "anchor")
+    need(
+        little == [0, anchor["tick"], 0x5141, 93],
+        "R12 anchor",
+        "not the header of an anchor for this tick",
+        "anchor",
+    )
+    need(sent[:32] == sent[32:64], "R12 anchor", "not from an identity to itself", "anchor")
     payload = sent[80:173]
-    need(payload.hex() == anchor["payload"], "anchor", "the transaction carries another payload", "anchor")
-    need(payload[:5] == b"QAES\x01", "anchor", "not an anchor of this version", "anchor")
-    need(payload[5:13] == hashlib.sha256(log_id.encode()).digest()[:8], "log", "an anchor of another log", "anchor")
-    need(letters(sent[:32]) == identity, "identity", "not from the pinned identity", "anchor")
+    need(payload.hex() == anchor["payload"], "R12 anchor", "the transaction carries another payload", "anchor")
+    need(payload[:5] == b"QAES\x01", "R13 anchor", "not an anchor of this version", "anchor")
+    need(payload[5:13] == hashlib.sha256(log_id.encode()).digest()[:8], "R4 log", "an anchor of another log", "anchor")
+    need(letters(sent[:32]) == identity, "R14 identity", "not from the pinned identity", "anchor")
     size, sequence = int.from_bytes(payload[13:21], "little"), int.from_bytes(payload[85:], "little")
-    need(size > 0, "anchor", "an anchor of an empty log", "anchor")
+    need(size > 0, "R13 anchor", "an anchor of an empty log", "anchor")
     first = payload[53:85] == bytes(32)
-    need(first == (sequence == 0), "anchor", "the first, and no other, has none before", "anchor")
+    need(first == (sequence == 0), "R13 anchor", "the first, and no other, has none before", "anchor")
     return anchor | {"bytes": sent, "size": size, "root": payload[21:53], "sequence": sequence}
 
 
@@ -245,14 +277,19 @@ def check_inclusion(bundle: dict[str, Any], entries: list[dict[str, Any]], ancho
     for number, (sent, entry) in enumerate(zip(bundle["entries"], entries, strict=True)):
         if sent["index"] is None or sent["proof"] is None:
             rest = bundle["entries"][number:]
-            need(all(each["index"] is each["proof"] is None for each in rest), "index", "a gap", entry["where"])
+            need(all(each["index"] is each["proof"] is None for each in rest), "R15 index", "a gap", entry["where"])
             return number
         hashes = all(has_form(each, "hash") for each in sent["proof"])
-        need(hashes, "proof", "not a list of hashes", entry["where"])
+        need(hashes, "R16 proof", "not a list of hashes", entry["where"])
         proof = [bytes.fromhex(each) for each in sent["proof"]]
         root = root_by(entry["leaf"], sent["index"], anchor["size"], proof, entry["where"])
-        need(root == anchor["root"], "proof", "the proof leads to another root than the anchored one", entry["where"])
-        need(sent["index"] > last, "index", "before the entry before it", entry["where"])
+        need(
+            root == anchor["root"],
+            "R16 proof",
+            "the proof leads to another root than the anchored one",
+            entry["where"],
+        )
+        need(sent["index"] > last, "R15 index", "before the entry before it", entry["where"])
         last = sent["index"]
     return len(entries)
 
@@ -261,8 +298,14 @@ def check_inclusion(bundle: dict[str, Any], entries: list[dict[str, Any]], ancho
 
 
 SKEW = 300  # seconds: functions have clocks of their own; by more than that no entry is older than one before it
+LATE = 3600  # seconds after an approval's time in which a step may still begin by it: retries and deliveries take time
+MOST = 10**15  # QU: the supply is of that order
 NEEDS_APPROVAL = ("onchain_action", "generic_action", "monitor_action")
-KINDS = {  # kind: who checks it, by whom it is (None: a person, or the part that ended it), what its status may be
+INVISIBLE = (
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"  # and printable
+)
+PARTS = ("planner", "compliance", "worker", "execution", "reconciler")
+KINDS = {  # kind: who checks it, by whom it is (None: a person, or by its status), what its status may be
     "task_started": ("_start", None, "pending"),
     "policy_checked": ("_policy", "planner", "allowed", "denied"),
     "plan_built": ("_plan", "planner", "planned"),
@@ -271,30 +314,52 @@ KINDS = {  # kind: who checks it, by whom it is (None: a person, or the part tha
     "approval_reminder": ("_close", "reconciler", "pending"),
     "approval_expired": ("_close", "compliance", "expired"),
     "approval_cancelled": ("_close", "compliance", "cancelled"),
-    "approval_undeliverable": ("_close", None, "undeliverable"),
+    "approval_undeliverable": ("_close", "execution", "undeliverable"),
     "step_started": ("_claim", "worker", "running"),
     "step_executed": ("_outcome", "worker", "succeeded", "failed"),
     "task_retried": ("_retry", None, "pending", "executing"),
     "task_ended": ("_end", None, "completed", "denied", "rejected", "expired", "failed", "cancelled"),
 }
+TEXT = (str, NONE)
 REQUEST = {"task_id": str, "task_type": str, "description": str, "parameters": dict, "requester": str}
-DECISION = {"policy_id": str, "action_type": str, "allowed": bool, "requires_approval": bool, "approvals": int}
-LIMITS = dict.fromkeys(("expires_after", "max_amount", "daily_limit"), (int, NONE))
 ASKED = {"plan_hash": str, "step_hash": str, "policy_id": str, "round": int, "required": int, "expires_at": str}
-DECIDED = {"approved": bool, "approvals": int, "decided_at": str, "plan_hash": str, "step_hash": str}
-CLAIM = {"step_hash": str, "run": int, "approval": (int, NONE)}
+DECIDED = {"approved": bool, "reason": str, "approvals": int, "decided_at": str, "plan_hash": str, "step_hash": str}
+CLAIM = {"step_hash": str, "run": int, "attempt": int, "approval": (int, NONE)}
+RULE = {"allowed": bool, "requires_approval": bool, "risk_level": str}
+RANGES = {"approvals": 10, "expires_after": 2_592_000, "max_amount": MOST, "daily_limit": MOST}
+LIMITS: dict[str, Any] = dict.fromkeys(("expires_after", "max_amount", "daily_limit"), (int, NONE))
+LIMITS |= {"approvals": int, "allowed_addresses": (list, NONE)}
+ABSENT: dict[str, Any] = dict.fromkeys(LIMITS) | {"approvals": 1}
+DENIED = {"allowed": False, "requires_approval": True, "risk_level": "high"}
 
 
 def moment(text: str, where: str) -> float:
     try:
-        need(has_form(text, "time"), "text", "not a time", where)
+        need(has_form(text, "time"), "R27 text", "not a time", where)
         return datetime.fromisoformat(text).timestamp()
     except ValueError:
-        raise Failed("text", "not a time", where) from None
+        raise Failed("R27 text", "not a time", where) from None
 
 
 def place_of(entry: dict[str, Any]) -> tuple[int, str, str]:
     return entry["step_index"], entry["step_id"], entry["step_type"]
+
+
+def read_document(text: str, hash_: str) -> dict[str, Any]:
+    """A policy document, each rule in its full form."""
+    rule, types = "R76 policy", {"format": int, "version": int, "rules": dict}
+    document = members(parse_canonical(text, rule, hash_), types, rule, hash_)
+    need(document["format"] == 1 and document["version"] > 0, rule, "of another format, or no version", hash_)
+    for action, given in document["rules"].items():
+        full = members(ABSENT | members(given, RULE, rule, hash_), LIMITS, rule, hash_)
+        numbers = all(full[name] is None or 0 < full[name] <= most for name, most in RANGES.items())
+        where_to, (most, a_day) = full["allowed_addresses"], (full["max_amount"], full["daily_limit"])
+        texts = where_to is None or all(isinstance(each, str) for each in where_to)
+        once = where_to is None or (texts and 1 <= len(set(where_to)) == len(where_to) <= 100)
+        good = numbers and once and (most or 0) <= (a_day or MOST) and full["risk_level"] in ("low", "medium", "high")
+        need(good, rule, f"the rule for {action} has a value that no rule may have", hash_)
+        document["rules"][action] = full
+    return document
 
 
 def planned(request: dict[str, Any], policy: dict[str, Any]) -> list[list[Any]]:
@@ -315,103 +380,141 @@ def planned(request: dict[str, Any], policy: dict[str, Any]) -> list[list[Any]]:
 
 
 class Story:
-    """What the entries tell, one after the other; each may only tell what follows from those before."""
+    """What the entries tell, one after the other; each may only tell what follows from those before.
 
-    def __init__(self, policies: dict[str, str]) -> None:
-        self.policies: dict[str, dict[str, Any]] = {}
-        for hash_, text in policies.items():
-            types = {"format": int, "version": int, "rules": dict}
-            document = members(parse_canonical(text, "policy", hash_), types, "policy", hash_)
-            need(document["format"] == 1, "policy", "a document of another format", hash_)
-            self.policies[f"policy-v{document['version']}-{hash_}"] = document
-        self.unused = set(self.policies)
+    No value in it is changed in place: a copy of its attributes is a copy of its state.
+    """
+
+    def __init__(self, policies: dict[str, str], network: str = "") -> None:
+        self.network = network
+        documents = {hash_: read_document(text, hash_) for hash_, text in policies.items()}
+        self.policies = {f"policy-v{each['version']}-{hash_}": each for hash_, each in documents.items()}
+        one_each = len({each["version"] for each in documents.values()}) == len(documents)
+        need(one_each, "R77 policy", "two documents of one version")
+        self.unused = frozenset(self.policies)
         self.request: dict[str, Any] = {}
+        self.analysis: dict[str, Any] = {}
         self.policy: dict[str, Any] = {}  # the pinned decision
         self.plan: dict[str, Any] = {}
         self.plan_hash = self.ended = ""
         self.approval: dict[str, Any] = {}  # of this run, not used yet
+        self.rounds: dict[int, int] = {}  # by step, the round of the newest approval that was asked for
         self.claim: dict[str, Any] = {}  # the step that was begun, and whose outcome is not on record
-        self.done, self.run, self.failed_in, self.version, self.newest = 0, 1, 0, 0, 0.0
-        self.approvers: list[str] = []
-        self.notes: list[str] = []
-        self.effects: list[str] = []  # what ran, failed, or was refused
-        self.retried_by = ""  # who asked for this execution, if it is not the first
+        self.done, self.run, self.failed_in, self.rejected_in, self.version, self.newest = 0, 1, 0, 0, 0, 0.0
+        self.askers: tuple[str, ...] = ()  # who started the task, or had it run again
+        self.approvers: tuple[str, ...] = ()
+        self.agents: tuple[str, ...] = ()  # lines of the report, as the next four
+        self.notes: tuple[str, ...] = ()
+        self.rejections: tuple[str, ...] = ()
+        self.effects: tuple[str, ...] = ()  # what ran, failed, or was refused
+        self.lost: tuple[str, ...] = ()  # transfers that were begun, and begun anew without an outcome
 
     def tell(self, entry: dict[str, Any], output_text: str) -> None:
         kind, where = entry["kind"], entry["where"]
-        need(kind in KINDS, "text", "there is no such kind", where)
+        need(kind in KINDS, "R23 text", "there is no such kind", where)
         teller, by, *statuses = KINDS[kind]
-        need(by in (None, entry["actor"]) and entry["status"] in statuses, "text", "no such actor or status", where)
+        need(by in (None, entry["actor"]) and entry["status"] in statuses, "R23 text", "no such actor or status", where)
         of_step = kind.startswith(("approval_", "step_"))
-        need(of_step or place_of(entry) == (-1, "", kind), "text", "it is about no step", where)
+        need(of_step or place_of(entry) == (-1, "", kind), "R24 text", "it is about no step", where)
         first = kind == "task_started"
-        need(first != bool(self.request), "text", "the first entry, and no other, is the task's start", where)
+        need(first != bool(self.request), "R29 text", "the first entry, and no other, is the task's start", where)
         time = moment(entry["timestamp"], where)
-        need(time > self.newest - SKEW, "time", "long before an entry before it", where)
+        need(time > self.newest - SKEW, "R28 time", "long before an entry before it", where)
         self.newest = max(self.newest, time)
-        need(not self.ended or kind in ("task_retried", "step_executed"), "end", "it goes on after its end", where)
+        open_ = not self.ended or kind in ("task_retried", "step_executed")
+        need(open_, "R30 end", "it goes on after its end", where)
         if kind == "plan_built":
-            need(not self.plan, "plan", "a second plan", where)
+            need(not self.plan, "R36 plan", "a second plan", where)
             self.plan_hash = sha256(output_text)
         if kind == "policy_checked":
-            need(not self.policy, "policy", "a second decision", where)
+            need(not self.policy, "R35 policy", "a second decision", where)
         else:
-            need(entry["policy_id"] == self.policy.get("policy_id", ""), "policy", "not the pinned policy", where)
-        need(entry["plan_hash"] == self.plan_hash, "plan", "not the hash of the task's plan", where)
+            pinned = entry["policy_id"] == self.policy.get("policy_id", "")
+            need(pinned, "R35 policy", "not the pinned policy", where)
+        need(entry["plan_hash"] == self.plan_hash, "R36 plan", "not the hash of the task's plan", where)
         if kind in ("task_started", "plan_built"):
-            given = members(entry["input"], REQUEST, "input", where)
-            need(first or same(given, self.request), "input", "not the request that was made", where)
+            given = members(entry["input"], REQUEST, "R31 input", where)
+            need(first or same(given, self.request), "R31 input", "not the request that was made", where)
         if kind in ("task_retried", "task_ended"):
-            given = members(entry["input"], {"request_hash": str}, "input", where)
-            need(given["request_hash"] == sha256(canonical(self.request)), "input", "of another request", where)
+            given = members(entry["input"], {"request_hash": str}, "R31 input", where)
+            of_it = given["request_hash"] == sha256(canonical(self.request))
+            need(of_it, "R31 input", "of another request", where)
         getattr(self, str(teller))(entry, where)
+
+    def _person(self, entry: dict[str, Any]) -> str:
+        """The person who is an entry's actor, in the one form in which two names are compared."""
+        visible = "".join(each for each in entry["actor"] if each.isprintable() and not re.match(INVISIBLE, each))
+        name = unicodedata.normalize("NFC", visible).strip()
+        need(name not in ("", *PARTS), "R25 text", "not done by a person", entry["where"])
+        return name
+
+    def _agent(self, entry: dict[str, Any], side: str, did: str) -> None:
+        """Report the program through which a person did something, if there was one."""
+        agent = entry[side].get("agent")
+        good = agent is None or (isinstance(agent, str) and agent != "")
+        need(good, f"R34 {side}", "the agent has no name", entry["where"])
+        self.agents += (f"agent     {agent} {did} for {entry['actor']}",) if agent else ()
 
     def _start(self, entry: dict[str, Any], where: str) -> None:
         self.request = entry["input"]
-        need(entry["actor"] == self.request["requester"], "input", "not started by the requester", where)
-        need(self.request["task_id"] == entry["task_id"], "task", "a request of another task", where)
+        started = entry["actor"] == self.request["requester"]
+        need(started, "R32 input", "not started by the requester", where)
+        said = members(entry["output"], {"task_id": str}, "R33 task", where)
+        of_it = self.request["task_id"] == said["task_id"] == entry["task_id"]
+        need(of_it, "R33 task", "a request of another task", where)
+        self.askers = (self._person(entry),)
+        self._agent(entry, "input", "started it")
 
     def _policy(self, entry: dict[str, Any], where: str) -> None:
-        self.analysis = members(entry["input"], {"action_type": str, "risk_level": str}, "policy", where)
+        types = {"action_type": str, "risk_level": str}
+        self.analysis = members(entry["input"], types, "R80 policy", where)
         action, asked = self.analysis["action_type"], self.request["task_type"]
-        need(action == {"monitor_wallet": "monitoring"}.get(asked, asked), "policy", "another action type", where)
+        follows = action == {"monitor_wallet": "monitoring"}.get(asked, asked)
+        need(follows, "R80 policy", "another action type", where)
         self.policy = self._decision(entry["output"], where)
-        need(self.policy.get("risk_level") == self.analysis["risk_level"], "policy", "another risk", where)
-        need(entry["policy_id"] == self.policy["policy_id"], "policy", "not the policy that decided", where)
+        need(self.policy["risk_level"] == self.analysis["risk_level"], "R80 policy", "another risk", where)
+        decided = entry["policy_id"] == self.policy["policy_id"]
+        need(decided, "R35 policy", "not the policy that decided", where)
         said = "allowed" if self.policy["allowed"] else "denied"
-        need(entry["status"] == said, "policy", f"the policy says {said}", where)
+        need(entry["status"] == said, "R81 policy", f"the policy says {said}", where)
 
     def _decision(self, value: Any, where: str) -> dict[str, Any]:
         """Recompute a decision from the document that it names."""
-        decision, action = members(value, DECISION, "policy", where), self.analysis["action_type"]
-        members({**dict.fromkeys(LIMITS), **decision}, LIMITS, "policy", where)
-        need(decision["policy_id"] in self.policies, "policy", "its document is not in the bundle", where)
-        self.unused.discard(decision["policy_id"])
+        types, action = {"policy_id": str, "action_type": str}, self.analysis["action_type"]
+        decision = ABSENT | members(value, types, "R79 policy", where)
+        known = decision["policy_id"] in self.policies
+        need(known, "R78 policy", "its document is not in the bundle", where)
+        self.unused -= {decision["policy_id"]}
         document = self.policies[decision["policy_id"]]
         if document["version"] < self.version:  # the last good one, when the newest has been altered; or a lie
             again = f"version {document['version']} after {self.version} ({where})"
-            self.notes.append(f"NOTE      an older version of the policy was in force again: {again}")
-        self.version, rule = document["version"], document["rules"].get(action)
-        given = {name: each for name, each in decision.items() if name not in ("policy_id", "action_type")}
+            self.notes += (f"NOTE      an older version of the policy was in force again: {again}",)
+        self.version = document["version"]
         # An action type without a rule is denied.
-        follows = not decision["allowed"] if rule is None else same(given, rule)
-        need(follows and decision["action_type"] == action, "policy", "not what the document's rule says", where)
+        rule = document["rules"].get(action, ABSENT | DENIED)
+        follows = same(decision, rule | {"policy_id": decision["policy_id"], "action_type": action})
+        need(follows, "R79 policy", "not what the document's rule says", where)
         return decision
 
     def _plan(self, entry: dict[str, Any], where: str) -> None:
         types: dict[str, Any] = {"task_id": str, "analysis": dict, "policy": dict, "steps": list}
-        plan = members(entry["output"], types, "plan", where)
-        need(bool(self.policy) and self.policy["allowed"], "plan", "no policy has allowed it", where)
-        need(plan["task_id"] == entry["task_id"], "plan", "of another task", where)
-        need(same(plan["policy"], self.policy), "plan", "under another policy", where)
-        need(same(plan["analysis"], self.analysis), "plan", "under another analysis", where)
+        plan = members(entry["output"], types, "R37 plan", where)
+        need(bool(self.policy) and self.policy["allowed"], "R82 plan", "no policy has allowed it", where)
+        need(plan["task_id"] == entry["task_id"], "R37 plan", "of another task", where)
+        need(same(ABSENT | plan["policy"], self.policy), "R37 plan", "under another policy", where)
+        need(same(plan["analysis"], self.analysis), "R37 plan", "under another analysis", where)
         types = {"step_id": str, "type": str, "requires_approval": bool, "parameters": dict}
-        steps = [members(step, types, "plan", where) for step in plan["steps"]]
+        steps = [members(step, types, "R38 plan", where) for step in plan["steps"]]
         for step in steps:
             asks = step["requires_approval"] or not self._must_ask(step, self.policy)
-            need(asks, "plan", f"{step['step_id']} asks for no approval", where)
+            need(asks, "R83 plan", f"{step['step_id']} asks for no approval", where)
         made = [[step["step_id"], step["type"], step["parameters"]] for step in steps]
-        need(same(made, planned(self.request, self.policy)), "plan", "not the steps that were asked for", where)
+        need(same(made, planned(self.request, self.policy)), "R38 plan", "not the steps that were asked for", where)
+        for moved in (step["parameters"] for step in steps if step["type"] == "onchain_action"):
+            whole = type(moved["amount"]) is int and 0 < moved["amount"] <= MOST
+            need(whole, "R39 plan", "the amount is no whole number from 1 to 10^15", where)
+            named = all(moved[each] and isinstance(moved[each], str) for each in ("from_address", "to_address"))
+            need(named, "R39 plan", "a transfer without an address", where)
         self.plan = plan
 
     def _must_ask(self, step: dict[str, Any], policy: dict[str, Any]) -> bool:
@@ -420,41 +523,45 @@ class Story:
     def _step(self, entry: dict[str, Any], check: str) -> dict[str, Any]:
         """The plan's step that an entry is about; steps come in their order, each until it has succeeded."""
         index, steps = entry["step_index"], self.plan.get("steps", [])
-        need(0 <= index < len(steps), check, "the plan has no such step", entry["where"])
-        need(index == self.done, check, "out of order, or a second time", entry["where"])
+        need(0 <= index < len(steps), f"R40 {check}", "the plan has no such step", entry["where"])
+        need(index == self.done, f"R40 {check}", "out of order, or a second time", entry["where"])
         named = place_of(entry) == (index, steps[index]["step_id"], steps[index]["type"])
-        need(named, check, "not the plan's step", entry["where"])
+        need(named, f"R40 {check}", "not the plan's step", entry["where"])
         return dict(steps[index])
 
     def _ask(self, entry: dict[str, Any], where: str) -> None:
-        asked = members(entry["input"], ASKED, "approval", where)
-        step = self._step(entry, "approval")
-        before = self._approval_of(entry).get("state")
+        asked = members(entry["input"], ASKED, "R41 approval", where)
+        step, before = self._step(entry, "approval"), self.approval
+        given = len(before["by"]) if before.get("step") == place_of(entry) else 0
         # Approved already: a policy that became stricter since wants more people.
-        need(before in (None, "approved"), "approval", "another one is open, or was a no", where)
-        need(asked["plan_hash"] == self.plan_hash, "approval", "asked for another plan", where)
-        need(asked["step_hash"] == sha256(canonical(step)), "approval", "asked for another step", where)
-        need(asked["policy_id"] == self.policy["policy_id"], "approval", "under another policy", where)
-        need(asked["required"] >= self.policy["approvals"], "approval", "too few are asked", where)
-        limit = self.policy.get("expires_after")
+        ended = before.get("state", "approved") != "approved" or self.rejected_in == self.run
+        need(not ended, "R42 approval", "another one is open, or was a no, or came to nothing", where)
+        need(asked["required"] > given, "R42 approval", "as many have approved already", where)
+        need(not self._tried(), "R43 approval", "the step was begun, refused, or has failed already", where)
+        need(asked["plan_hash"] == self.plan_hash, "R41 approval", "asked for another plan", where)
+        need(asked["step_hash"] == sha256(canonical(step)), "R41 approval", "asked for another step", where)
+        need(asked["policy_id"] == self.policy["policy_id"], "R41 approval", "under another policy", where)
+        next_round = self.rounds.get(entry["step_index"], 0) + 1
+        need(asked["round"] == next_round, "R44 approval", f"not round {next_round} of its step", where)
+        need(asked["required"] >= self.policy["approvals"], "R84 approval", "too few are asked", where)
+        limit = self.policy["expires_after"]
         open_for = moment(asked["expires_at"], where) - moment(entry["timestamp"], where)
-        need(limit is None or open_for <= limit, "approval", "open for longer than the policy says", where)
-        self.approval = {"state": "pending", "asked": asked, "by": [], "step": place_of(entry)}
+        need(open_for > 0, "R85 approval", "expired before it was asked for", where)
+        need(limit is None or open_for <= limit, "R85 approval", "open for longer than the policy says", where)
+        self.rounds = self.rounds | {entry["step_index"]: next_round}
+        self.approval = {"state": "pending", "asked": asked, "by": (), "step": place_of(entry)}
         self._said(entry)
 
-    def _approval_of(self, entry: dict[str, Any]) -> dict[str, Any]:
-        return self.approval if self.approval.get("step") == place_of(entry) else {}
-
     def _said(self, entry: dict[str, Any]) -> None:
-        said = members(entry["output"], {"status": str, "actor": str}, "output", entry["where"])
+        said = members(entry["output"], {"status": str, "actor": str}, "R45 output", entry["where"])
         alike = (said["status"], said["actor"]) == (entry["status"], entry["actor"])
-        need(alike, "output", "the entry says something else", entry["where"])
+        need(alike, "R45 output", "the entry says something else", entry["where"])
 
     def _of_approval(self, entry: dict[str, Any], state: str) -> None:
         # The step may have succeeded since: an execution before this one had begun it.
-        approval = self._approval_of(entry)
+        approval = self.approval if self.approval.get("step") == place_of(entry) else {}
         asked = approval.get("state") == state and same(entry["input"], approval["asked"])
-        need(asked, "approval", "nobody was asked this", entry["where"])
+        need(asked, "R46 approval", "nobody was asked this", entry["where"])
         self._said(entry)
 
     def _close(self, entry: dict[str, Any], where: str) -> None:
@@ -462,123 +569,160 @@ class Story:
         self._of_approval(entry, "approved" if entry["kind"] == "approval_undeliverable" else "pending")
         if entry["kind"] == "approval_expired":
             over = moment(entry["timestamp"], where) > moment(self.approval["asked"]["expires_at"], where) - SKEW
-            need(over, "time", "it had not expired", where)
-        self.approval["state"] = entry["status"]
+            need(over, "R47 time", "it had not expired", where)
+        self.approval = self.approval | {"state": entry["status"]}
 
     def _decide(self, entry: dict[str, Any], where: str) -> None:
         self._of_approval(entry, "pending")
-        asked, by, who = self.approval["asked"], self.approval["by"], entry["actor"]
-        said = members(entry["output"], DECIDED, "approval", where)
+        asked, by, who = self.approval["asked"], self.approval["by"], self._person(entry)
+        said = members(entry["output"], DECIDED, "R48 approval", where)
         for name in ("plan_hash", "step_hash"):
-            need(said[name] == asked[name], "approval", f"decided on another {name}", where)
-        need(who != self.request["requester"], "four eyes", "decided by the requester", where)
-        need(who != self.retried_by, "four eyes", "decided by who had it run again", where)
-        need(who not in by, "approval", "the same person twice", where)
-        need(said["decided_at"] == entry["timestamp"], "approval", "at another time", where)
+            need(said[name] == asked[name], "R48 approval", f"decided on another {name}", where)
+        need(said.get("agent") is None, "R50 four eyes", "decided by a program", where)
+        need(who not in self.askers, "R49 four eyes", "decided by who started it or had it run again", where)
+        need(who not in by, "R51 approval", "the same person twice", where)
+        need(said["decided_at"] == entry["timestamp"], "R52 approval", "at another time", where)
         in_time = moment(said["decided_at"], where) < moment(asked["expires_at"], where)
-        need(in_time, "approval", "decided after it had expired", where)
-        need(entry["status"] == ("approved" if said["approved"] else "rejected"), "approval", "neither nor", where)
-        if not said["approved"]:
-            self.approval["state"] = "rejected"
-            return
-        by.append(who)
-        need(said["approvals"] == len(by), "approval", "not as many have approved", where)
-        if len(by) >= asked["required"]:
-            self.approval["state"] = "approved"
+        need(in_time, "R52 approval", "decided after it had expired", where)
+        yes = said["approved"]
+        need(entry["status"] == ("approved" if yes else "rejected"), "R48 approval", "neither nor", where)
+        by += (who,) if yes else ()
+        need(said["approvals"] == len(by), "R53 approval", "not as many have approved", where)
+        state = "approved" if len(by) >= asked["required"] else "pending"
+        if not yes:
+            state, self.rejected_in = "rejected", self.run
+            place = " ".join(place_of(entry)[1:])
+            self.rejections += (f"rejected  {place} by {entry['actor']}, in run {self.run}: {said['reason']}",)
+        self.approval = self.approval | {"state": state, "by": by}
 
     def _claim(self, entry: dict[str, Any], where: str) -> None:
         """A step is begun, once in a run: by the policy in force now and the pinned one, with what both ask for."""
-        said, step = members(entry["input"], CLAIM, "step", where), self._step(entry, "step")
-        need(said["step_hash"] == sha256(canonical(step)), "step", "another step was begun", where)
-        need(said["run"] == self.run, "step", "begun for another run", where)
-        need(not self._tried(), "step", "begun a second time", where)
-        policy, approval = self._decision(entry["output"], where), self._approval_of(entry)
-        need(policy["allowed"], "step", "begun though the policy in force did not allow it", where)
-        need(approval.get("state") in (None, "approved"), "step", "begun without its approval", where)
-        by, of_round = approval.get("by", []), approval["asked"]["round"] if approval else None
-        need(said["approval"] == of_round, "step", "by another approval than the one that was given", where)
+        said, step = members(entry["input"], CLAIM, "R54 step", where), self._step(entry, "step")
+        need(said["step_hash"] == sha256(canonical(step)), "R54 step", "another step was begun", where)
+        need(said["run"] == self.run and said["attempt"] > 0, "R54 step", "begun for another run", where)
+        need(not self._tried(), "R55 step", "begun a second time", where)
+        policy, approval = self._decision(entry["output"], where), self.approval
+        need(policy["allowed"], "R87 step", "begun though the policy in force did not allow it", where)
+        held = approval.get("state", "approved") == "approved" and self.rejected_in != self.run
+        need(held, "R56 step", "begun without its approval", where)
+        approval = approval if approval.get("step") == place_of(entry) else {}
+        by, of_round = approval.get("by", ()), approval["asked"]["round"] if approval else None
+        need(said["approval"] == of_round, "R57 step", "by another approval than the one that was given", where)
+        if approval:
+            late = moment(entry["timestamp"], where) - moment(approval["asked"]["expires_at"], where) >= LATE
+            need(not late, "R58 step", "begun long after its approval had expired", where)
         if step["requires_approval"] or self._must_ask(step, policy):
-            required = max(1, self.policy["approvals"], policy["approvals"])
-            need(len(by) >= required, "step", "begun without its approval", where)
+            required = max(self.policy["approvals"], policy["approvals"])
+            need(len(by) >= required, "R88 step", "begun without its approval", where)
         if step["type"] == "onchain_action":
             for each in (self.policy, policy):
                 self._within_limits(step["parameters"], each, where)
+        if self.claim and step["type"] == "onchain_action":
+            self.lost += (self.unknown(),)
         self.claim, self.approval = {"run": self.run, "step": step}, {}
-        self.approvers += [each for each in by if each not in self.approvers]
+        self.approvers += tuple(each for each in by if each not in self.approvers)
+
+    def unknown(self) -> str:
+        step, run = self.claim["step"], self.claim["run"]
+        return (
+            f"UNKNOWN   what became of {step['step_id']} {step['type']}, which was begun in run {run}: outcome unknown"
+        )
 
     def _tried(self) -> bool:
         """Whether this execution has begun the step, or was refused it."""
         return self.run in (self.failed_in, self.claim.get("run"))
 
     def _within_limits(self, moved: dict[str, Any], policy: dict[str, Any], where: str) -> None:
-        amount, allowed = moved.get("amount"), policy.get("allowed_addresses")
-        for limit in (policy.get("max_amount"), policy.get("daily_limit")):
-            within = limit is None or (type(amount) is int and 0 < amount <= limit)
-            need(within, "step", "moves more than the policy allows", where)
-        known = allowed is None or (isinstance(allowed, list) and moved.get("to_address") in allowed)
-        need(known, "step", "moves money to where the policy does not allow", where)
+        most = min(policy[limit] or MOST for limit in ("max_amount", "daily_limit"))
+        need(moved["amount"] <= most, "R89 step", "moves more than the policy allows", where)
+        known = moved["to_address"] in (policy["allowed_addresses"] or [moved["to_address"]])
+        need(known, "R90 step", "moves money to where the policy does not allow", where)
 
     def _outcome(self, entry: dict[str, Any], where: str) -> None:
         """What became of a step that was begun; or that this execution did not begin it, being refused."""
-        step, output, name = self._step(entry, "step"), entry["output"], " ".join(place_of(entry)[1:])
-        need(same(entry["input"], step["parameters"]), "step", "ran with other parameters", where)
-        if entry["status"] == "failed":
-            error = members(output, {"error": str}, "output", where)["error"]
-            if output.get("begun") is False:
-                # What an execution before this one has begun may still have an outcome.
-                need(not self.ended, "end", "it goes on after its end", where)
-                need(not self._tried(), "step", "refused, and it was begun, or refused, already", where)
-                self.failed_in = self.run
-                self.effects.append(f"refused   {name}: {error}")
-                return
-        need(bool(self.claim) or not self.ended, "end", "it goes on after its end", where)
-        need(bool(self.claim), "step", "ran, and was never begun", where)
+        step, name = self._step(entry, "step"), " ".join(place_of(entry)[1:])
+        need(same(entry["input"], step["parameters"]), "R59 step", "ran with other parameters", where)
+        output, failed = members(entry["output"], {}, "R60 output", where), entry["status"] == "failed"
+        error = members(output, {"error": str}, "R60 output", where)["error"] if failed else ""
+        need(type(output.get("begun", False)) is bool, "R61 step", "begun is neither true nor false", where)
+        if failed and output.get("begun") is False:
+            # What an execution before this one has begun may still have an outcome.
+            need(not self.ended, "R30 end", "it goes on after its end", where)
+            need(not self._tried(), "R62 step", "refused, and it was begun, or refused, already", where)
+            self.failed_in = self.run
+            self.effects += (f"refused   {name}: {error}",)
+            return
+        need(bool(self.claim) or not self.ended, "R30 end", "it goes on after its end", where)
+        need(bool(self.claim), "R63 step", "ran, and was never begun", where)
         claim, self.claim = self.claim, {}
-        if entry["status"] == "failed":
+        if failed:
             self.failed_in = max(self.failed_in, claim["run"])
-            self.effects.append(f"failed    {name}: {error}")
+            self.effects += (f"failed    {name}: {error}",)
             return
         done = ""
+        if step["type"] in ("onchain_action", "generic_action"):
+            members(output, {"txid": str, "tick": int}, "R64 step", where)
+            sent = has_form(output["txid"], "txid") and output["tick"] > 0
+            need(sent, "R64 step", "no transaction's id, or no tick", where)
         if step["type"] == "onchain_action":
-            members(output, {"txid": str, "network": str}, "step", where)
+            members(output, {"network": str}, "R65 step", where)
+            need(output["network"] == self.network, "R65 step", "on another network than the bundle's", where)
             for each, value in step["parameters"].items():
-                need(each in output and same(output[each], value), "step", f"moved with another {each}", where)
+                need(each in output and same(output[each], value), "R66 step", f"moved with another {each}", where)
             # An execution before this one may have begun it, under what was approved then.
             of_its_run = same(output.get("run", claim["run"]), claim["run"])
-            need(of_its_run, "step", "not handed in by the execution that began it", where)
+            need(of_its_run, "R67 step", "not handed in by the execution that began it", where)
+            why = output.get("simulated", "sent")
+            need(isinstance(why, str) and why != "", "R68 step", "simulated, and it does not say why", where)
             done = ": {amount} QU from {from_address} to {to_address}, transaction {txid}, {network}".format(**output)
             done += ", NOT SENT, only simulated" if "simulated" in output else ""
         if step["type"] == "generic_action":
-            members(output, {"txid": str, "instruction_hash": str}, "step", where)
+            members(output, {"instruction_hash": str}, "R69 step", where)
             instruction = {"reference": f"{entry['task_id']}#{step['step_id']}", "instruction": step["parameters"]}
             alike = output["instruction_hash"] == sha256(canonical(instruction))
-            need(alike, "step", "the hash of another instruction", where)
-            done = f": instruction {output['instruction_hash']} written in {output['txid']}"
+            need(alike, "R69 step", "the hash of another instruction", where)
+            # The ledger may have signed the record again since.
+            done = f": instruction {output['instruction_hash']} submitted as {output['txid']}"
         if step["type"] == "policy_check":
-            seen = members(output, {"pinned": bool}, "policy", where)
+            seen = members(output, {"pinned": bool}, "R86 policy", where)
             pinned, decision = seen.pop("pinned"), self._decision(seen, where)
-            need(pinned == (decision["policy_id"] == self.policy["policy_id"]), "policy", "pinned or not?", where)
-        self.effects.append(f"ran       {name}{done}")
-        self.done += 1
+            need(pinned == (decision["policy_id"] == self.policy["policy_id"]), "R86 policy", "pinned or not?", where)
+        self.effects += (f"ran       {name}{done}",)
+        self.done, self.failed_in = self.done + 1, 0
 
     def _retry(self, entry: dict[str, Any], where: str) -> None:
-        need(self.ended in ("failed", "expired"), "end", "only what failed or expired is retried", where)
-        run = members(entry["output"], {"run": int}, "output", where)["run"]
-        need(run == self.run + 1, "output", "not the next execution", where)
-        need(entry["status"] == ("executing" if self.plan else "pending"), "output", "another status", where)
+        need(self.ended in ("failed", "expired"), "R70 end", "only what failed or expired is retried", where)
+        run = members(entry["output"], {"run": int}, "R71 output", where)["run"]
+        need(run == self.run + 1, "R71 output", "not the next execution", where)
+        status = "executing" if self.plan else "pending"
+        need(entry["status"] == status, "R71 output", "another status", where)
         self.ended, self.run, self.approval = "", run, {}
-        self.retried_by = entry["actor"]
+        self.askers += (self._person(entry),)
+        self._agent(entry, "output", f"retried it (run {run})")
 
     def _end(self, entry: dict[str, Any], where: str) -> None:
-        said = members(entry["output"], {"status": str}, "output", where)["status"]
-        need(said == entry["status"], "output", "the entry says something else", where)
-        all_done = bool(self.plan) and self.done == len(self.plan["steps"])
-        state = self.approval.get("state")
+        types = {"status": str, "reason": TEXT, "failed_step": TEXT}
+        output = members(entry["output"], types, "R72 output", where)
+        said, steps = output["status"], self.plan.get("steps", [])
+        need(said == entry["status"], "R72 output", "the entry says something else", where)
+        broken = output["failed_step"] in (None, *(each["step_id"] for each in steps))
+        need(broken, "R72 output", "the plan has no such step", where)
+        if said == "cancelled":
+            self._person(entry)
+            self._agent(entry, "output", "cancelled it")
+        else:
+            by = ("execution", "reconciler") if said in ("failed", "rejected") else ("execution",)
+            need(entry["actor"] in by, "R26 text", f"{said} by an actor that cannot end a task so", where)
+        all_done = bool(steps) and self.done == len(steps)
+        if self.rejected_in == self.run:
+            # What an execution before this one had begun may have been done all the same.
+            passed = said == "rejected" or (said == "completed" and all_done)
+            need(passed, "R73 end", f"a person had rejected it, and it ended {said}", where)
         leads_there = {
-            "completed": all_done, "rejected": state == "rejected", "expired": state == "expired",
-            "denied": not all_done, "failed": True, "cancelled": True,
+            "completed": all_done, "rejected": self.rejected_in == self.run, "denied": not all_done,
+            "expired": self.approval.get("state") == "expired", "failed": True, "cancelled": True,
         }  # fmt: skip
-        need(leads_there[said], "end", f"nothing led to the end {said}", where)
+        need(leads_there[said], "R74 end", f"nothing led to the end {said}", where)
         self.ended = said
 
 
@@ -704,8 +848,8 @@ def is_signed(public_key: bytes, digest: bytes, signature: bytes) -> bool:
 
 def check_transaction(anchor: dict[str, Any]) -> None:
     sent = anchor["bytes"]
-    need(letters(k12(sent)).lower() == anchor["txid"], "txid", "not the id of these bytes", "anchor")
-    need(is_signed(sent[:32], k12(sent[:-64]), sent[-64:]), "signature", "not signed by the source", "anchor")
+    need(letters(k12(sent)).lower() == anchor["txid"], "R17 txid", "not the id of these bytes", "anchor")
+    need(is_signed(sent[:32], k12(sent[:-64]), sent[-64:]), "R18 signature", "not signed by the source", "anchor")
 
 
 # Over the network, if asked -------------------------------------------------------------------------------------------
@@ -741,9 +885,9 @@ def look_up(rpc: str, anchor: dict[str, Any], identity: str) -> None:
             "signature": base64.b64decode(found["signature"]) == anchor["bytes"][173:],
         }
     except (*UNREADABLE, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Failed("rpc", f"the node does not have it: {error}", "anchor") from None
+        raise Failed("R20 rpc", f"the node does not have it: {error}", "anchor") from None
     for name, each in alike.items():
-        need(each, "rpc", f"the node has another {name}", "anchor")
+        need(each, "R20 rpc", f"the node has another {name}", "anchor")
 
 
 def check_whole_log(prefix: str, bundle: dict[str, Any], anchor: dict[str, Any], anchored: int, open_: bool) -> str:
@@ -752,8 +896,8 @@ def check_whole_log(prefix: str, bundle: dict[str, Any], anchor: dict[str, Any],
     try:
         size, newest = int(note[1]), base64.b64decode(note[2], validate=True)
     except (ValueError, IndexError):
-        raise Failed("whole log", "its checkpoint is none", prefix) from None
-    need(size >= anchor["size"], "whole log", f"its checkpoint, of size {size}, is older than the anchor", prefix)
+        raise Failed("R21 whole log", "its checkpoint is none", prefix) from None
+    need(size >= anchor["size"], "R21 whole log", f"its checkpoint, of size {size}, is older than the anchor", prefix)
     leaves: list[bytes] = []
     found: list[bytes] = []
     data = b""
@@ -766,14 +910,24 @@ def check_whole_log(prefix: str, bundle: dict[str, Any], anchor: dict[str, Any],
             found.append(text)
         leaves.append(leaf_hash(text))
     anchored_root = root_of(leaves[: anchor["size"]])
-    need(anchored_root == anchor["root"], "whole log", "its entries have another root than the anchored one", prefix)
-    need(root_of(leaves) == newest, "whole log", "its entries have another root than its checkpoint", prefix)
+    need(
+        anchored_root == anchor["root"],
+        "R21 whole log",
+        "its entries have another root than the anchored one",
+        prefix,
+    )
+    need(root_of(leaves) == newest, "R21 whole log", "its entries have another root than its checkpoint", prefix)
     texts = [each["text"].encode() for each in bundle["entries"]]
     one_chain = all(f'"seq":{number},'.encode() in text for number, text in enumerate(found, start=1))
     these = one_chain and len(found) >= anchored and found[: len(texts)] == texts[: len(found)]
-    need(these, "whole log", "it has other entries of the task than the bundle", prefix)
+    need(these, "R21 whole log", "it has other entries of the task than the bundle", prefix)
     later = max(0, len(found) - len(texts))
-    need(open_ or not later, "later", f"{later} entries of the task follow in the log: ask for a newer bundle", prefix)
+    need(
+        open_ or not later,
+        "R22 later",
+        f"{later} entries of the task follow in the log: ask for a newer bundle",
+        prefix,
+    )
     follow = f"LATER: {later} entries of the task follow" if later else "the task has these entries and no others"
     return f"log       as of size {size}, root {newest.hex()}: {follow}"
 
@@ -799,7 +953,7 @@ def read(prefix: str, *names: str) -> bytes:
             failed = f"{name}: {error}"
             if getattr(error, "code", 404) != 404:
                 break
-    raise Failed("whole log", f"cannot be read: {failed}", prefix)
+    raise Failed("R21 whole log", f"cannot be read: {failed}", prefix)
 
 
 # All together ---------------------------------------------------------------------------------------------------------
@@ -811,21 +965,21 @@ def verify(
 ) -> list[str]:  # fmt: skip
     """Check a bundle; the report's lines. Raises Failed with the first check that does not hold."""
     bundle = read_bundle(data)
-    need(task_id in (None, bundle["task_id"]), "task", "not the task that was asked for")
-    need(network in (None, bundle["network"]), "network", f"it says {bundle['network']}")
+    need(task_id in (None, bundle["task_id"]), "R5 task", "not the task that was asked for")
+    need(network in (None, bundle["network"]), "R6 network", f"it says {bundle['network']}")
     entries = check_chain(bundle, log_id)
     anchor = check_anchor(bundle, log_id, anchor_identity)
     anchored = check_inclusion(bundle, entries, anchor)
-    story = Story(bundle["policies"])
+    story = Story(bundle["policies"], bundle["network"])
     for sent, entry in zip(bundle["entries"], entries, strict=True):
         story.tell(entry, sent["output"])
-    need(not story.unused, "policy", "a document that nothing refers to")
+    need(not story.unused, "R78 policy", "a document that nothing refers to")
     if not open_:
         last, begun = entries[-1]["where"], story.claim.get("step", {})
-        need(anchored == len(entries), "complete", "not anchored yet (--open accepts that)", f"entry {anchored + 1}")
-        need(bool(story.ended), "complete", "the task's end is missing (--open accepts that)", last)
-        known = begun.get("type") != "onchain_action"
-        need(known, "complete", "what became of the transfer is missing (--open accepts that)", last)
+        rest, known = f"entry {anchored + 1}", begun.get("type") != "onchain_action"
+        need(anchored == len(entries), "R19 complete", "not anchored yet (--open accepts that)", rest)
+        need(bool(story.ended), "R19 complete", "the task's end is missing (--open accepts that)", last)
+        need(known, "R19 complete", "what became of the transfer is missing (--open accepts that)", last)
     check_transaction(anchor)
     if rpc:
         look_up(rpc, anchor, anchor_identity)
@@ -843,17 +997,19 @@ def verify(
 def report(
     bundle: dict[str, Any], anchor: dict[str, Any], entries: list[dict[str, Any]], anchored: int, story: Story
 ) -> list[str]:
-    begun = story.claim.get("step")
+    unknown = (*story.lost, *([story.unknown()] if story.claim else ()))
     return [
         f"task      {bundle['task_id']}, asked for by {story.request['requester']}",
+        *story.agents,
         f"entries   {len(entries)}, of which {anchored} are in the anchored log",
         f"anchor    as of size {anchor['size']}, number {anchor['sequence']}, tick {anchor['tick']}: {anchor['txid']}",
         f"network   {bundle['network']}",
         *(f"policy    {each}" for each in story.policies or ["none was looked at"]),
         *story.notes,
+        *story.rejections,
         f"approved  by {', '.join(story.approvers) or 'nobody'}",
         *(story.effects or ["ran       nothing"]),
-        *([f"UNKNOWN   what became of {begun['step_id']} {begun['type']}, which was begun"] if begun else []),
+        *unknown,
         f"ended     {story.ended or 'not yet, or its end was left out'}",
         *(f"NOT ANCHORED YET, worth nothing so far: {each['where']}, {each['kind']}" for each in entries[anchored:]),
     ]

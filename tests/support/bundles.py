@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -47,6 +49,21 @@ def load_verifier() -> ModuleType:
     sys.modules["verify_bundle"] = module
     spec.loader.exec_module(module)
     return module
+
+
+@contextmanager
+def not_enforced(verifier: ModuleType, number: str) -> Iterator[None]:
+    """Let the verifier pass over one rule of docs/audit.md or docs/policy.md."""
+    enforced = verifier.need
+
+    def need(holds: bool, rule: str, message: str, where: str = "bundle") -> None:
+        enforced(holds or rule.split(maxsplit=1)[0] == number, rule, message, where)
+
+    verifier.need = need  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        verifier.need = enforced  # type: ignore[attr-defined]
 
 
 def policy_text(rules: dict[str, Rule] = RULES, version: int = 3) -> str:
@@ -135,6 +152,7 @@ class Trail:
         parameters: dict[str, Any] | None = None,
         rules: dict[str, Rule] = RULES,
         log_id: str = LOG_ID,
+        agent: str | None = None,
     ) -> None:
         self.log_id = log_id
         self.policy_text = policy_text(rules)
@@ -145,7 +163,7 @@ class Trail:
             "description": "Zürich \u2013 pay the \U0001f9fe\x7f\x01",
             "parameters": parameters or TRANSFER,
             "requester": "alice",
-        }
+        } | ({"agent": agent} if agent else {})
         self.plan: Plan | None = None
         self.policy_id = ""
         self.entries: list[tuple[str, str, str]] = []
@@ -245,8 +263,8 @@ class Trail:
 
     def close(self, kind: str, index: int, actor: str = "compliance") -> Trail:
         _, fields = self.of_step(index)
-        if kind == "approval_reminder":
-            actor = "reconciler"
+        if kind in ("approval_reminder", "approval_undeliverable"):
+            actor = "reconciler" if kind == "approval_reminder" else "execution"
         if kind == "approval_expired":
             self.moment = parse_timestamp(self.asked["expires_at"])
         status = "pending" if kind == "approval_reminder" else kind.removeprefix("approval_")
@@ -290,18 +308,18 @@ class Trail:
             return sent | {"task_type": self.request["task_type"], "instruction_hash": hash_of(instruction)}
         return {"ok": True, "balance": 1000, "rate": 0.1}
 
-    def retry(self, who: str = "alice") -> Trail:
+    def retry(self, who: str = "alice", **more: Any) -> Trail:
         self.run += 1
         self.round = None
-        output = {"run": self.run, "idempotency_key": None}
+        output = {"run": self.run, "idempotency_key": None} | more
         status = "executing" if self.plan else "pending"
         return self.record("task_retried", who, status, self.request_again(), output)
 
     def request_again(self) -> dict[str, Any]:
         return {"request_hash": hash_of(self.request)}
 
-    def end(self, status: str, actor: str = "execution") -> Trail:
-        output = {"status": status, "reason": None, "failed_step": None, "idempotency_key": None}
+    def end(self, status: str, actor: str = "execution", **more: Any) -> Trail:
+        output = {"status": status, "reason": None, "failed_step": None, "idempotency_key": None} | more
         return self.record("task_ended", actor, status, self.request_again(), output)
 
     def bundle(
@@ -421,6 +439,39 @@ def instructed() -> Trail:
     return trail.ask(1, required=1).decide(1, "bob", True, 1).execute(1).end("completed")
 
 
+def undeliverable_and_retried() -> Trail:
+    """Approved, and the execution did not hear of it in time: that is no rejection."""
+    trail = approved().close("approval_undeliverable", 2).end("failed").retry("olivia")
+    return trail.ask(2).decide(2, "bob", True, 1).decide(2, "carol", True, 2).execute(2).end("completed")
+
+
+def rejected_after_it_was_handed_in() -> Trail:
+    """A transfer of the first run is confirmed while people are asked anew, and one of them rejects it."""
+    trail = approved().begin(2).end("failed").retry().ask(2).decide(2, "dave", False, 0)
+    return trail.finish(2, trail.result(trail.of_step(2)[0]) | {"run": 1})
+
+
+def rejected_and_confirmed() -> Trail:
+    return rejected_after_it_was_handed_in().end("completed")
+
+
+def confirmed_and_rejected() -> Trail:
+    return rejected_after_it_was_handed_in().end("rejected")
+
+
+def begun_and_lost() -> Trail:
+    """A transfer that never reached the ledger, and is begun again by the retry."""
+    trail = approved().begin(2).end("failed").retry().ask(2)
+    return trail.decide(2, "bob", True, 1).decide(2, "carol", True, 2).execute(2).end("completed")
+
+
+def by_an_agent() -> Trail:
+    """A program asks in a person's name; people decide."""
+    trail = Trail(agent="client-7").start().check_policy().build().execute(0).execute(1).end("failed")
+    trail.retry(agent="client-8").ask(2).decide(2, "bob", True, 1, agent=None).close("approval_cancelled", 2)
+    return trail.end("cancelled", "alice", agent="client-9")
+
+
 STORIES = {
     "transferred": transferred,
     "rejected": rejected,
@@ -434,4 +485,9 @@ STORIES = {
     "refused and retried": refused_and_retried,
     "under a stricter policy": under_a_stricter_policy,
     "instructed": instructed,
+    "undeliverable and retried": undeliverable_and_retried,
+    "rejected and confirmed": rejected_and_confirmed,
+    "confirmed and rejected": confirmed_and_rejected,
+    "begun and lost": begun_and_lost,
+    "by an agent": by_an_agent,
 }
