@@ -119,7 +119,7 @@ class TaskSummary(BaseModel):
 
 
 class TaskPage(BaseModel):
-    """Tasks, newest first; with `next_cursor`, unless this is the last page."""
+    """Tasks, newest first; with `next_cursor`, unless this is the last page. A page before it may be short."""
 
     tasks: list[TaskSummary]
     next_cursor: str | None

@@ -1,21 +1,27 @@
 """Tasks by page, newest first: what the API's lists and an approver's inbox show.
 
-A cursor is the last task's id, and ids grow with time: whatever happens between two pages, no page shows a task of the
-one before, and none is left out because others came or went.
+A cursor is a task's id, and ids grow with time: whatever happens between two pages, no page shows a task of the one
+before, and none is left out because others came or went. Nor because its status changed: the ids on a page come from
+one key of one index (docs/adr/0026).
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Iterator
+import random
+import time
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, get_args
+from typing import Any
 
 from qaes.adapters import clients, settings
+from qaes.domain.errors import UnavailableError
 from qaes.domain.models import Status, Task
 
-STATUSES: tuple[Status, ...] = get_args(Status)
+MAX_EVALUATED = 1000
+"""So many tasks are looked through for one page of a requester's tasks in one status; then the page is short."""
+EVALUATED_AT_ONCE = 250
+_READS = 6
+
+Item = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -27,45 +33,40 @@ class Page:
 
 
 def list_tasks(*, status: Status | None, requester: str | None, limit: int, before: str | None) -> Page:
-    """Return the newest `limit` tasks older than the task `before`; eventually consistent.
+    """Return the newest `limit` tasks older than the task `before`; which there are is an eventually consistent read.
 
     Parameters
     ----------
     status : str, optional
-        Only those in this status.
+        Only those in this status. With a requester, a page may have fewer tasks than there are, and lead on.
     requester : str, optional
         Only those of this subject.
     limit : int
-        At most so many.
+        At most so many, and at most 100.
     before : str, optional
         Id of the last task of the page before.
+
+    Raises
+    ------
+    UnavailableError
+        DynamoDB kept leaving out some of the page's tasks.
     """
     if requester is not None:
-        found = _query("by_requester", "requester_key", requester, before, limit, status)
+        found, cursor = _query("by_requester", "requester_key", requester, before, limit, status)
     elif status is not None:
-        found = _query("by_status", "status_key", status, before, limit)
+        found, cursor = _query("by_status", "status_key", status, before, limit)
     else:
-        # There is no index over all tasks, which would put all writes on one key: ten statuses are ten short queries.
-        each = (_query("by_status", "status_key", every, before, limit) for every in STATUSES)
-        found = _once(heapq.merge(*each, key=lambda task: task.task_id, reverse=True))
-    tasks = list(islice(found, limit + 1))
-    more = len(tasks) > limit
-    return Page(tasks[:limit], tasks[limit - 1].task_id if more else None)
-
-
-def _once(tasks: Iterator[Task]) -> Iterator[Task]:
-    """One that changed its status between two queries is in both answers."""
-    last = None
-    for task in tasks:
-        if task.task_id != last:
-            yield task
-        last = task.task_id
+        keys, cursor = _query("by_kind", "sk", "TASK", before, limit)
+        found = _read([{name: key[name] for name in ("pk", "sk")} for key in keys])
+    return Page([Task.model_validate_json(item["data"]["S"]) for item in found], cursor)
 
 
 def _query(
     index: str, key: str, value: str, before: str | None, limit: int, status: Status | None = None
-) -> Iterator[Task]:
-    condition, values = f"{key} = :value", {":value": {"S": value}}
+) -> tuple[list[Item], str | None]:
+    """Return at most `limit` items of an index, newest first, and the cursor that leads on."""
+    names, values = {"#key": key}, {":value": {"S": value}}
+    condition = "#key = :value"
     if before is not None:
         condition += " AND task_id < :before"
         values[":before"] = {"S": before}
@@ -73,14 +74,41 @@ def _query(
         "TableName": settings.text("TASKS_TABLE"),
         "IndexName": index,
         "KeyConditionExpression": condition,
+        "ExpressionAttributeNames": names,
         "ExpressionAttributeValues": values,
         "ScanIndexForward": False,
+        "Limit": limit + 1,
     }
     if status is not None:
-        arguments["FilterExpression"] = "status_key = :status"
+        arguments |= {"FilterExpression": "status_key = :status", "Limit": EVALUATED_AT_ONCE}
         values[":status"] = {"S": status}
-    else:
-        arguments["PaginationConfig"] = {"PageSize": limit + 1}
-    for page in clients.client("dynamodb").get_paginator("query").paginate(**arguments):
-        for item in page["Items"]:
-            yield Task.model_validate_json(item["data"]["S"])
+    found: list[Item] = []
+    evaluated, last = 0, None
+    while True:
+        answer = clients.client("dynamodb").query(**arguments)
+        found += answer["Items"]
+        evaluated += answer["ScannedCount"]
+        last = answer.get("LastEvaluatedKey")
+        if len(found) > limit:
+            return found[:limit], found[limit - 1]["task_id"]["S"]
+        if last is None:
+            return found, None
+        if evaluated >= MAX_EVALUATED:
+            return found, last["task_id"]["S"]
+        arguments["ExclusiveStartKey"] = last
+
+
+def _read(keys: list[Item]) -> list[Item]:
+    """Read the items of these keys, in their order, each as it stands: one that an index names is there."""
+    table = settings.text("TASKS_TABLE")
+    found: dict[str, Item] = {}
+    left = keys
+    for attempt in range(_READS):
+        if not left:
+            return [found[key["pk"]["S"]] for key in keys if key["pk"]["S"] in found]
+        if attempt:
+            time.sleep(random.uniform(0, 0.05 * 2**attempt))  # noqa: S311 - jitter
+        answer = clients.client("dynamodb").batch_get_item(RequestItems={table: {"Keys": left, "ConsistentRead": True}})
+        found |= {item["pk"]["S"]: item for item in answer["Responses"].get(table, [])}
+        left = answer.get("UnprocessedKeys", {}).get(table, {}).get("Keys", [])
+    raise UnavailableError("the tasks of this page could not be read")

@@ -1,0 +1,186 @@
+"""Lists while tasks change: each is on the pages once, whenever and in whichever direction its status changes."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, get_args
+
+import boto3
+import pytest
+
+from qaes.adapters import clients, task_list
+from qaes.adapters.task_items import task_item
+from qaes.adapters.task_list import list_tasks
+from qaes.domain.errors import UnavailableError
+from qaes.domain.models import Status, Task
+from tests.handlers.test_task_store import new_task
+from tests.support.api import set_environment
+from tests.support.cloud import Cloud, cloud
+
+STATUSES: tuple[Status, ...] = get_args(Status)
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
+    set_environment("GatewayFunction", monkeypatch)
+    with cloud(state_machine=False, policy=False) as it:
+        # A client of the test's own writes: the one that the list reads with is being watched.
+        monkeypatch.setattr(sys.modules[__name__], "writer", boto3.client("dynamodb"))
+        yield it
+
+
+writer: Any = None
+
+
+def put(task: Task) -> Task:
+    """Write a task as it stands."""
+    writer.put_item(TableName="TasksTable", Item=task_item(task))
+    return task
+
+
+def made(count: int, requester: str = "alice") -> list[Task]:
+    """Tasks of every status, newest first."""
+    tasks = sorted((new_task(requester) for _ in range(count)), key=lambda task: task.task_id, reverse=True)
+    return [put(task.model_copy(update={"status": STATUSES[n % len(STATUSES)]})) for n, task in enumerate(tasks)]
+
+
+@contextmanager
+def between_calls(act: Callable[[], object]) -> Iterator[list[str]]:
+    """Do something after each call that a list makes to DynamoDB; yields the names of the calls."""
+    with answered(lambda _, answer: (act(), answer)[1]) as calls:
+        yield calls
+
+
+@contextmanager
+def answered(change: Callable[[str, Any], Any]) -> Iterator[list[str]]:
+    """Change the answers that the list's client gets; yields the names of the calls."""
+    client: Any = clients.client("dynamodb")
+    real, calls = client._make_api_call, []
+
+    def call(name: str, arguments: Any) -> Any:
+        answer = real(name, arguments)
+        calls.append(name)
+        return change(name, answer)
+
+    client._make_api_call = call
+    try:
+        yield calls
+    finally:
+        del client._make_api_call
+
+
+def pages(limit: int, status: Status | None = None, requester: str | None = None) -> list[Task]:
+    """Every task of every page."""
+    found, cursor, turns = [], None, 0
+    while True:
+        page = list_tasks(status=status, requester=requester, limit=limit, before=cursor)
+        assert len(page.tasks) <= limit
+        found += page.tasks
+        cursor, turns = page.cursor, turns + 1
+        assert turns < 100
+        if cursor is None:
+            return found
+
+
+def mover(tasks: list[Task], step: Callable[[int], int]) -> Callable[[], None]:
+    """Move each task from its status to another."""
+    now = {task.task_id: task for task in tasks}
+
+    def move() -> None:
+        for task_id, task in now.items():
+            status = STATUSES[step(STATUSES.index(task.status)) % len(STATUSES)]
+            now[task_id] = put(task.model_copy(update={"status": status, "version": task.version + 1}))
+
+    return move
+
+
+DIRECTIONS: dict[str, Callable[[int], int]] = {
+    "forward": lambda at: at + 1,
+    "back": lambda at: at - 1,
+    "two forward": lambda at: at + 2,
+    "there and back": lambda at: at + 1 if at % 2 == 0 else at - 1,
+}
+
+
+@pytest.mark.parametrize("limit", [3, 12, 100])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_list_has_each_task_once_while_all_move(table: Cloud, direction: str, limit: int) -> None:
+    tasks = made(12)
+    with between_calls(mover(tasks, DIRECTIONS[direction])) as calls:
+        found = pages(limit)
+    assert [task.task_id for task in found] == [task.task_id for task in tasks]
+    assert calls
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_list_has_each_task_once_while_some_move(table: Cloud, seed: int) -> None:
+    chance = random.Random(seed)  # noqa: S311
+    tasks = made(12)
+    with between_calls(mover(tasks, lambda _: chance.randrange(len(STATUSES)))):
+        found = pages(chance.choice([2, 4, 12, 13]))
+    assert [task.task_id for task in found] == [task.task_id for task in tasks]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("status", [None, "executing", "waiting_approval"])
+def test_own_list_has_each_task_once_while_others_move(table: Cloud, direction: str, status: Status | None) -> None:
+    still, moving = made(10), made(10)
+    made(5, "mallory")
+    with between_calls(mover(moving, DIRECTIONS[direction])):
+        found = Counter(task.task_id for task in pages(7, status, "alice"))
+    assert not [task_id for task_id, times in found.items() if times > 1]
+    if status is None:
+        assert set(found) == {task.task_id for task in still + moving}
+    assert {task.task_id for task in still if status in (None, task.status)} <= set(found)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_inbox_has_a_waiting_task_once_while_others_move(table: Cloud, direction: str) -> None:
+    still, moving = made(10), made(10)
+    with between_calls(mover(moving, DIRECTIONS[direction])):
+        found = Counter(task.task_id for task in pages(2, "waiting_approval"))
+    assert not [task_id for task_id, times in found.items() if times > 1]
+    assert {task.task_id for task in still if task.status == "waiting_approval"} <= set(found)
+
+
+def test_list_costs_one_query_and_one_read_of_its_page(table: Cloud) -> None:
+    made(30)
+    with between_calls(lambda: None) as calls:
+        list_tasks(status=None, requester=None, limit=20, before=None)
+    assert calls == ["Query", "BatchGetItem"]
+
+
+def test_filtered_page_is_short_when_too_many_do_not_match(table: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pages of a requester's list with a status are bounded: a page may be empty, and leads on."""
+    monkeypatch.setattr(task_list, "MAX_EVALUATED", 4)
+    monkeypatch.setattr(task_list, "EVALUATED_AT_ONCE", 2)
+    tasks = made(25)
+    with between_calls(lambda: None) as calls:
+        page = list_tasks(status="cancelled", requester="alice", limit=20, before=None)
+    assert (page.tasks, calls) == ([], ["Query", "Query"])
+    assert page.cursor == tasks[3].task_id
+    wanted = [task.task_id for task in tasks if task.status == "cancelled"]
+    assert [task.task_id for task in pages(20, "cancelled", "alice")] == wanted
+
+
+def test_list_is_unavailable_when_a_page_is_never_read_whole(table: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(3)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+
+    def unprocessed(name: str, answer: Any) -> Any:
+        if name != "BatchGetItem":
+            return answer
+        items = answer["Responses"]["TasksTable"]
+        keys = [{"pk": item["pk"], "sk": item["sk"]} for item in items[1:]]
+        left = {"TasksTable": {"Keys": keys}} if keys else {}
+        return answer | {"Responses": {"TasksTable": items[:1]}, "UnprocessedKeys": left}
+
+    with answered(unprocessed):
+        assert len(pages(3)) == 3, "what is left over is read again"
+        made(30)
+        with pytest.raises(UnavailableError):
+            list_tasks(status=None, requester=None, limit=30, before=None)
