@@ -62,11 +62,15 @@ def _done_before(store: TaskStore, task: Task) -> set[int]:
 def check_compliance(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Compliance agent. `{task_id, step_index}` → `{verdict, reason}`; asked again after an approval.
 
-    What an attempt before has handed in is not decided on again. If it has ended without moving anything, that is put
-    on record first: what is asked for after that is for another attempt.
+    A rejection comes first: no plan has to be read for it, and no ledger has to answer. What an attempt before has
+    handed in is not decided on again. If it has ended without moving anything, that is put on record first: what is
+    asked for after that is for another attempt.
     """
     store, step_index = TaskStore(), int(event["step_index"])
     task = store.get_task(event["task_id"])
+    approval = store.latest_approval(task.task_id, step_index)
+    if rejection := compliance.rejection(task, approval):
+        return rejection.model_dump(mode="json")
     plan = store.plan_of(task)
     record = store.step(task.task_id, step_index)
     if record is not None and record.type in CONFIRMED_LATER:
@@ -74,7 +78,6 @@ def check_compliance(event: dict[str, Any], context: LambdaContext) -> dict[str,
         if transfers.settle(store, LedgerClient(), task, record).let_through:
             return compliance.go_on(task, plan).model_dump(mode="json")
     current = LedgerClient().policy().decide(plan.analysis.action_type)
-    approval = store.latest_approval(task.task_id, step_index)
     verdict = compliance.decide(task, plan, step_index, current, approval)
     if verdict.verdict == "execute":
         verdict = _reserve(task, plan.steps[step_index], current) or verdict
@@ -100,7 +103,7 @@ def _reserve(task: Task, step: Step, current: PolicyDecision) -> Verdict | None:
 REASONS: dict[Outcome, str] = {
     "completed": "",
     "denied": "policy {policy_id} does not allow {action_type}",
-    "rejected": "an approver rejected it",
+    "rejected": compliance.REJECTED,
     "expired": "nobody decided in time",
     "failed": "a step failed",
     "cancelled": "it was cancelled",
@@ -134,9 +137,6 @@ def end_task(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
         error = end.error or {}
         reason = reason.format(policy_id=task.policy_id, action_type=planning.action_type(task.task_type))
         reason = error.get("Cause") or reason if error.get("Error") == "StepDenied" else reason
-    elif end.outcome == "rejected":
-        approvals = store.approvals(task.task_id)
-        reason = approvals[-1].reason or reason if approvals else reason
     ended = store.end_task(
         task.task_id,
         end.outcome,

@@ -19,7 +19,10 @@ from qaes.domain import compliance
 
 @logger().inject_lambda_context(correlation_id_path=TASK_ID)
 def request_approval(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """`{task_id, step_index, task_token, approvals?, expires_after?}` → stored, for people to see (without token)."""
+    """`{task_id, step_index, task_token, execution?, approvals?, expires_after?}` → stored for people to see.
+
+    Nobody sees the token. Raises ConflictError when `execution` is not the task's: its token would wake nobody.
+    """
     store, step_index = TaskStore(), int(event["step_index"])
     task = store.get_task(event["task_id"])
     plan = store.plan_of(task)
@@ -32,6 +35,7 @@ def request_approval(event: dict[str, Any], context: LambdaContext) -> dict[str,
         event["task_token"],
         min(int(event.get("expires_after") or longest), longest),
         required=int(event.get("approvals") or 1),
+        execution=event.get("execution"),
     )
     if approval.status != "pending":
         Executions.deliver(approval)

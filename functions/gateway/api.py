@@ -276,7 +276,7 @@ def decide(
 ) -> DecisionAnswer:
     """Approve or reject what the task waits for, once; 409 when it waits for nothing.
 
-    Never one's own task, nor one that oneself has retried.
+    Nobody decides on a task that they have started or retried, in any run.
     """
     store = TaskStore()
     task = _visible(store, task_id, caller)
@@ -308,7 +308,10 @@ def cancel(
     body: CancelRequest | None = None,
     idempotency_key: IdempotencyKey = None,
 ) -> LifecycleAnswer:
-    """Cancel a task that has not ended; 409 when it has. What a step has done by then stays done, and on record."""
+    """Cancel a task that has not ended; 409 when it has, or when an approver has rejected it.
+
+    What a step has done by then stays done, and on record.
+    """
     store = TaskStore()
     _changeable(store, task_id, caller)
     reason = body.reason if body else ""
@@ -336,7 +339,7 @@ def retry(
 ) -> LifecycleAnswer:
     """Run a task on that failed or expired, from the step that did not succeed; any other is 409.
 
-    What needs an approval is asked for again.
+    What needs an approval is asked for again. A task that an approver has rejected is never run again.
     """
     store = TaskStore()
     _changeable(store, task_id, caller)

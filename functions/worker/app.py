@@ -13,7 +13,7 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 from qaes.adapters import transfers
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import TASK_ID, logger
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_store import TaskStore, refuse_other_execution
 from qaes.domain import compliance
 from qaes.domain.errors import ConflictError, RefusedError, UnavailableError
 from qaes.domain.models import CONFIRMED_LATER, TERMINAL, Plan, StepRecord, Task
@@ -27,7 +27,7 @@ class NotConfirmedYetError(UnavailableError):
 
 @logger().inject_lambda_context(correlation_id_path=TASK_ID)
 def execute_step(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """`{task_id, step_index, submit?}` → `{step_id, status, result, error, attempt}`.
+    """`{task_id, step_index, submit?, execution?}` → `{step_id, status, result, error, attempt}`.
 
     With `submit` a transfer is handed in, and `status` is `submitted`: then the ledger has the word. Without, the
     answer is how the transfer ended; NotConfirmedYetError is raised when it has not.
@@ -35,6 +35,7 @@ def execute_step(event: dict[str, Any], context: LambdaContext) -> dict[str, Any
     store, ledger = TaskStore(), LedgerClient()
     task_id, step_index = str(event["task_id"]), int(event["step_index"])
     record, task = store.step(task_id, step_index), store.get_task(task_id)
+    refuse_other_execution(task, event.get("execution"))
     plan = store.plan_of(task)
     if plan.steps[step_index].type in CONFIRMED_LATER and event.get("submit") is not True:
         return _answer(_outcome(store, ledger, task, record))
@@ -115,7 +116,7 @@ def _claim(
     try:
         compliance.check_may_act(task, plan, step_index, current, approval)
     except RefusedError as refusal:
-        return store.refuse_step(task.task_id, step_index, step, record, refusal.message)
+        return store.refuse_step(task.task_id, step_index, step, record, refusal.message, run=task.run)
     # Who was asked in this execution has approved it, whether that was needed or not.
     consumed = approval if approval is not None and approval.run == task.run else None
     return store.claim_step(task.task_id, step_index, step, consumed, run=task.run, current=current, replaces=replaces)

@@ -14,7 +14,7 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 from qaes.adapters import metrics, settings, transfers
 from qaes.adapters.ledger_client import CALL_SECONDS, LedgerClient
 from qaes.adapters.logs import TASK_ID, logger
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_store import TaskStore, refuse_other_execution
 from qaes.domain.errors import ConflictError, NotFoundError
 from qaes.domain.models import StepRecord, Task
 
@@ -24,11 +24,12 @@ NOT_ON_RECORD_METRIC = "TransferNotOnRecord"
 
 @logger().inject_lambda_context(correlation_id_path=TASK_ID)
 def await_confirmation(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """`{task_id, step_index, task_token}` → `{state}` of the transfer; the token is kept, and told nobody."""
+    """`{task_id, step_index, task_token, execution?}` → `{state}` of the transfer; nobody sees the token."""
     store, ledger, step_index = TaskStore(), LedgerClient(), int(event["step_index"])
     task = store.get_task(str(event["task_id"]))
+    refuse_other_execution(task, event.get("execution"))
     limit = settings.number("CONFIRMATION_TIMEOUT_SECONDS")
-    store.put_waiter(task.task_id, step_index, str(event["task_token"]), expires_in=limit)
+    store.put_waiter(task.task_id, step_index, str(event["task_token"]), expires_in=limit, run=task.run)
     record = store.step(task.task_id, step_index)
     if record is None:
         raise ConflictError("this transfer was never handed in", task_status=task.status)

@@ -245,15 +245,6 @@ def test_who_retried_a_task_of_somebody_else_does_not_decide_on_it(api: Api, sto
     assert api("POST", f"/task/{task_id}/approve", YES, **BOB).status == 200
 
 
-def test_who_retried_it_before_somebody_else_did_may_decide(api: Api, store: TaskStore) -> None:
-    task_id, plan = planned(store)
-    for caller in (OLIVIA, {}):
-        store.end_task(task_id, "failed", actor="test", reason="so")
-        assert api("POST", f"/task/{task_id}/retry", **caller).status == 202
-    store.request_approval(task_id, 2, plan.steps[2], "token-2", 60)
-    assert api("POST", f"/task/{task_id}/approve", YES, **OLIVIA).status == 200
-
-
 def test_a_task_is_not_retried_without_end(api: Api, store: TaskStore) -> None:
     task_id, _ = planned(store)
     for _ in range(MAX_RETRIES):

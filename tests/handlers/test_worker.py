@@ -650,7 +650,7 @@ def test_an_execution_that_began_to_wait_while_the_ledger_was_asked_is_woken(
     def slow(*arguments: Any) -> Any:
         if not retried:
             retried.append(store.retry(task_id, subject="alice"))
-            store.put_waiter(task_id, 2, "the new one's", expires_in=100)
+            store.put_waiter(task_id, 2, "the new one's", expires_in=100, run=2)
         return state_of(*arguments)
 
     monkeypatch.setattr("qaes.adapters.transfers.state_of", slow)

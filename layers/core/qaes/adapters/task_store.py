@@ -20,6 +20,7 @@ from typing import Any
 from qaes.adapters import clients, metrics, settings
 from qaes.adapters.task_items import UNDER_WAY, Idempotency, Item, TaskItems, is_counter, plan_item, task_item
 from qaes.domain.canonical import SALT_LETTERS, canonical_json, hash_of, salted_hash
+from qaes.domain.compliance import REJECTED
 from qaes.domain.errors import (
     ConcurrentUpdateError,
     ConflictError,
@@ -269,18 +270,30 @@ class TaskStore:
     # Approvals
 
     def request_approval(
-        self, task_id: str, step_index: int, step: Step, token: str, expires_in: int, *, required: int = 1
+        self,
+        task_id: str,
+        step_index: int,
+        step: Step,
+        token: str,
+        expires_in: int,
+        *,
+        required: int = 1,
+        execution: str | None = None,
     ) -> Approval:
         """Ask for an approval: the item that says "waiting" and the one that holds the token are one write.
 
         Asked again in the same execution (the state was retried), the newest token is the one that counts. What was
         decided in between, or has expired, is returned as it is, and is to be delivered: nobody is asked twice, unless
         fewer have approved than are `required` by now (a policy that has become stricter).
+
+        Raises ConflictError when the task has ended, or `execution` is not its execution (any more): a token of an
+        execution before a retry wakes nobody, and never replaces the token of the present one.
         """
         asked: list[Approval] = []
 
         def change(task: Task) -> _Change | None:
             _refuse_ended(task)
+            refuse_other_execution(task, execution)
             plan = self.plan_of(task)
             latest = self.latest_approval(task_id, step_index)
             if latest is not None and latest.run == task.run and not latest.is_too_little(required):
@@ -339,7 +352,7 @@ class TaskStore:
             The task waits for no approval (any more), with its status and who decided; this person has approved
             already; or `plan_hash` is not what would be approved.
         ForbiddenError
-            With `four_eyes`: it was this person who had the task run again.
+            With `four_eyes`: this person has started the task, or has retried it, in whatever run.
         ReplayedError
             The decision was taken earlier, under the same idempotency key.
         """
@@ -347,9 +360,11 @@ class TaskStore:
 
         def change(task: Task) -> _Change | None:
             approval = self.open_approval(task_id)
-            if task.status != "waiting_approval" or approval is None:
+            if task.status != "waiting_approval" or approval is None or approval.run != task.run:
                 raise self._not_waiting(task)
-            if four_eyes and subject == task.retried_by:
+            if four_eyes and subject == task.requester:
+                raise ForbiddenError("nobody decides on their own task")
+            if four_eyes and subject in task.retriers:
                 raise ForbiddenError("nobody decides on what they had run again")
             moment = now()
             if moment >= parse_timestamp(approval.expires_at):
@@ -471,8 +486,7 @@ class TaskStore:
                 claimed[:] = [record]
                 return None
             _refuse_ended(task)
-            if task.run != run:
-                raise ConflictError("another execution of the task has begun", task_status=task.status)
+            _refuse_other_run(task, run)
             if record is not None and record.status == "running":
                 begun = record.model_copy(update={"attempt": record.attempt + 1, "run": task.run})
             else:
@@ -515,11 +529,16 @@ class TaskStore:
         return ended[0]
 
     def refuse_step(
-        self, task_id: str, step_index: int, step: Step, before: StepRecord | None, error: str
+        self, task_id: str, step_index: int, step: Step, before: StepRecord | None, error: str, *, run: int
     ) -> StepRecord:
         """Record that a step may not run: this execution has not begun it, which the event says.
 
-        Raises UnavailableError when another attempt has begun since `before` was read: that one is not overruled.
+        Raises
+        ------
+        UnavailableError
+            Another attempt has begun since `before` was read: that one is not overruled.
+        ConflictError
+            The task has ended, or another execution of it than `run` has begun, which may yet run the step.
         """
         refused: list[StepRecord] = []
 
@@ -528,6 +547,7 @@ class TaskStore:
             if record != before:
                 raise UnavailableError("another attempt is at work on this step")
             _refuse_ended(task)
+            _refuse_other_run(task, run)
             never_begun = _first_record(task, step_index, step, record)
             final, event = self._finished(task, never_begun, None, error, begun=False)
             refused[:] = [final]
@@ -568,16 +588,29 @@ class TaskStore:
 
     # Waiting for the ledger
 
-    def put_waiter(self, task_id: str, step_index: int, token: str, expires_in: int) -> None:
-        """Keep the token of the state that waits for a step's confirmation; the newest is the one that counts.
+    def put_waiter(self, task_id: str, step_index: int, token: str, expires_in: int, *, run: int) -> None:
+        """Keep the token of the state that waits for a step's confirmation; the newest of a run is the one that counts.
 
-        It goes when it was used (`forget_waiter`), or after `expires_in` seconds, when the state has given up.
+        It goes when it was used (`forget_waiter`), or after `expires_in` seconds, when the state has given up. Raises
+        ConflictError when a later run than `run` waits: its token is not replaced.
         """
-        item = _waiter_key(task_id, step_index) | {
+        step_functions_waits = _waiter_key(task_id, step_index) | {
             "token": {"S": token},
+            "run": {"N": str(run)},
             "expires_at_epoch": {"N": str(int(time.time()) + expires_in)},
         }
-        clients.client("dynamodb").put_item(TableName=self._table, Item=item)
+        dynamodb = clients.client("dynamodb")
+        no_later_run_waits = "attribute_not_exists(#run) OR #run <= :run"
+        try:
+            dynamodb.put_item(
+                TableName=self._table,
+                Item=step_functions_waits,
+                ConditionExpression=no_later_run_waits,
+                ExpressionAttributeNames={"#run": "run"},
+                ExpressionAttributeValues={":run": {"N": str(run)}},
+            )
+        except dynamodb.exceptions.ConditionalCheckFailedException as error:
+            raise ConflictError("another execution of the task has begun") from error
 
     def waiter(self, task_id: str, step_index: int) -> str | None:
         """Return the token of the state that waits for a step's confirmation."""
@@ -627,11 +660,18 @@ class TaskStore:
     def cancel(self, task_id: str, *, subject: str, reason: str, idempotency: Idempotency | None = None) -> Task:
         """End a task because a person wants it. Stopping its execution comes after.
 
-        Raises ConflictError when it has ended already, ReplayedError as `decide` does.
+        Raises
+        ------
+        ConflictError
+            It has ended already; or an approver has rejected it, and it ends as that.
+        ReplayedError
+            As in `decide`.
         """
 
         def change(task: Task) -> _Change | None:
             _refuse_ended(task)
+            if (rejected := _rejected(self._asked_in_this_run(task))) is not None:
+                raise _rejected_already(task, rejected)
             ending = self._ending(task, "cancelled", subject, reason, None, idempotency)
             kept = self._keep(idempotency, lifecycle_answer(task_id, "cancelled"))
             return _Change(ending.task, ending.events, (*ending.writes, *kept))
@@ -648,7 +688,8 @@ class TaskStore:
         Raises
         ------
         ConflictError
-            The task has not ended, or in a way that no retry takes back, or has been retried `MAX_RETRIES` times.
+            The task has not ended, or in a way that no retry takes back, or has been retried `MAX_RETRIES` times; or an
+            approver has rejected it, in whatever run.
         LimitError, ReplayedError
             As in `start_task` and `decide`.
         """
@@ -656,14 +697,17 @@ class TaskStore:
         def change(task: Task) -> _Change | None:
             if task.status not in RETRYABLE:
                 raise ConflictError("only a task that failed or expired can be retried", task_status=task.status)
+            # A rejected task ends as that. Those of the time when it could end otherwise are not retried either.
+            if (rejected := _rejected(self.approvals(task_id))) is not None:
+                raise _rejected_already(task, rejected)
             if task.run > MAX_RETRIES:
                 raise ConflictError(
                     f"a task is retried at most {MAX_RETRIES} times: start another", task_status=task.status
                 )
             status: Status = "executing" if task.plan_id else "pending"
             fields = {
-                "status": status, "run": task.run + 1, "retried_by": subject, "reason": None, "failed_step": None,
-                "waiting_until": None,
+                "status": status, "run": task.run + 1, "retriers": tuple(dict.fromkeys((*task.retriers, subject))),
+                "reason": None, "failed_step": None, "waiting_until": None,
             }  # fmt: skip
             event = _event(
                 task,
@@ -690,8 +734,12 @@ class TaskStore:
         moment = timestamp(now())
         events: list[Event] = []
         writes: list[Item] = [self._items.count_open(task.requester, -1, None)]
-        last = self._last_approval(task, outcome)
-        if last is not None and last.status == "pending":
+        asked = self._asked_in_this_run(task)
+        last, rejected = asked[-1] if asked else None, _rejected(asked)
+        if rejected is not None:
+            # Whatever else has gone wrong since, and whoever ends it: nobody passes over a no.
+            outcome, reason, failed_step = "rejected", rejected.reason or REJECTED, None
+        elif last is not None and last.status == "pending":
             closed, told = self._close(task, last, "expired" if outcome == "expired" else "cancelled", moment)
             writes += closed
             events += told
@@ -700,8 +748,6 @@ class TaskStore:
             outcome, reason = "failed", "the approval could not be delivered in time"
             step = self.plan_of(task).steps[last.step_index]
             events.append(_approval_event(task, "approval_undeliverable", actor, "undeliverable", last, step, moment))
-        elif last is not None and outcome == "expired" and last.status == "rejected":
-            outcome, reason = "rejected", last.reason or "rejected"
         final = {"status": outcome, "reason": reason or None, "failed_step": failed_step}
         events.append(
             _event(
@@ -717,11 +763,8 @@ class TaskStore:
         )
         return _Change(final | {"waiting_until": None}, tuple(events), tuple(writes))
 
-    def _last_approval(self, task: Task, outcome: Outcome) -> Approval | None:
-        """The approval that this end of the task has something to do with."""
-        if task.status != "waiting_approval" and outcome != "expired":
-            return None
-        return next((each for each in reversed(self.approvals(task.task_id)) if each.run == task.run), None)
+    def _asked_in_this_run(self, task: Task) -> list[Approval]:
+        return [approval for approval in self.approvals(task.task_id) if approval.run == task.run]
 
     # DynamoDB
 
@@ -865,6 +908,30 @@ def _first_record(task: Task, step_index: int, step: Step, before: StepRecord | 
 def _refuse_ended(task: Task) -> None:
     if task.status in TERMINAL:
         raise ConflictError(f"the task has ended: {task.status}", task_status=task.status)
+
+
+def refuse_other_execution(task: Task, execution: str | None) -> None:
+    """Raise ConflictError unless `execution` is the task's; None is one from before executions gave their name."""
+    if execution not in {None, task.execution_name}:
+        raise ConflictError("another execution of the task has begun", task_status=task.status)
+
+
+def _refuse_other_run(task: Task, run: int) -> None:
+    if task.run != run:
+        raise ConflictError("another execution of the task has begun", task_status=task.status)
+
+
+def _rejected(approvals: list[Approval]) -> Approval | None:
+    return next((approval for approval in approvals if approval.status == "rejected"), None)
+
+
+def _rejected_already(task: Task, rejected: Approval) -> ConflictError:
+    return ConflictError(
+        "an approver has rejected the task: start another one",
+        task_status=task.status,
+        decided_by=rejected.decided_by,
+        decision="rejected",
+    )
 
 
 def _new_salt() -> str:

@@ -10,6 +10,8 @@ from qaes.domain.planning import step_requires_approval
 from qaes.domain.policy import PolicyDecision
 from qaes.domain.qubic.identity import check_address
 
+REJECTED = "an approver rejected it"
+
 
 class Verdict(Model):
     """The compliance agent's answer, a value that the state machine chooses by."""
@@ -36,6 +38,8 @@ def decide(task: Task, plan: Plan, step_index: int, current: PolicyDecision, app
     another execution of the task (a retry). Once somebody was asked, their answer counts, even if by now no policy
     would ask.
     """
+    if rejected := rejection(task, approval):
+        return rejected
     check_same_plan(task, plan)
     step = plan.steps[step_index]
     if approval is not None and approval.run != task.run:
@@ -48,6 +52,16 @@ def decide(task: Task, plan: Plan, step_index: int, current: PolicyDecision, app
         if refusal := refusal_by_limits(step, policy):
             return Verdict(verdict="denied", reason=refusal)
     return _by_approval(plan, step, current, approval)
+
+
+def rejection(task: Task, approval: Approval | None) -> Verdict | None:
+    """Return the verdict on a step whose approval was rejected in this execution; None if it was not.
+
+    Nothing else counts then: neither the plan, the policies nor the ledger can let the step run.
+    """
+    if approval is None or approval.run != task.run or approval.status != "rejected":
+        return None
+    return Verdict(verdict="rejected", reason=REJECTED)
 
 
 def go_on(task: Task, plan: Plan) -> Verdict:
@@ -78,8 +92,6 @@ def _by_approval(plan: Plan, step: Step, current: PolicyDecision, approval: Appr
 def _not_approved(plan: Plan, current: PolicyDecision, approval: Approval) -> Verdict:
     if approval.status == "pending":
         return _ask(plan, current)
-    if approval.status == "rejected":
-        return Verdict(verdict="rejected", reason="an approver rejected it")
     if approval.status == "expired":
         return Verdict(verdict="expired", reason="nobody decided in time")
     return Verdict(verdict="denied", reason=f"the approval was {approval.status}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from qaes.domain.canonical import hash_of
 from qaes.domain.policy import PolicyDecision, RiskLevel
@@ -95,8 +95,8 @@ class Plan(Model):
 class Task(Model):
     """A task as its item has it; `version` guards each write, `events` counts the events, `run` the executions.
 
-    `retried_by` asked for the present execution, if it is not the first. `salt` keeps what the task's audit entries
-    hash from being guessed; only the task's bundle shows it.
+    `retriers` are all the people who have retried the task, in any run. `salt` keeps what the task's audit entries hash
+    from being guessed; only the task's bundle shows it.
     """
 
     task_id: str
@@ -105,7 +105,7 @@ class Task(Model):
     description: str
     parameters: dict[str, Any]
     requester: str
-    retried_by: str | None = None
+    retriers: tuple[str, ...] = ()
     created_at: str
     updated_at: str
     plan_id: str | None = None
@@ -121,6 +121,16 @@ class Task(Model):
     version: int = 0
     events: int = 0
     salt: str = Field(default="", repr=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_retried_by(cls, data: Any) -> Any:
+        """Read an item of the time when a task named its last retrier alone."""
+        if isinstance(data, dict) and "retried_by" in data:
+            data = dict(data)
+            if (last := data.pop("retried_by")) is not None:
+                data.setdefault("retriers", (last,))
+        return data
 
     @property
     def execution_name(self) -> str:
