@@ -41,7 +41,7 @@ DESCRIPTION = (
 ERRORS = {
     "400": "The body is not JSON, or the request cannot be read.",
     "401": "No valid bearer token.",
-    "403": "The caller's roles do not allow it, or it is the caller's own task, or one that they had run again.",
+    "403": "The caller's roles do not allow it, or it is the caller's own task, or one that they had run again; or only a person may do it, and an agent calls.",
     "404": "There is no such thing, or the caller may not see it.",
     "409": "The present state does not allow it; `task_status` says what it is.",
     "413": "The body is too large; or the bundle, to be sent.",
@@ -120,7 +120,7 @@ def problem_schema() -> Document:
 def _operation(app: FastAPI, service: str, path: str, method: str, operation: Document) -> Document:
     from fastapi.routing import APIRoute
 
-    from qaes.adapters.http import roles_of
+    from qaes.adapters.http import is_deciding, roles_of
 
     [route] = [
         route
@@ -135,6 +135,9 @@ def _operation(app: FastAPI, service: str, path: str, method: str, operation: Do
         done["security"] = []
     else:
         done["x-roles"] = list(roles)
+        if is_deciding(route):
+            done["x-deciding"] = True
+            done["description"] += " For people alone: an agent's token gets 403."
         done["description"] += f"\n\nWho may: {', '.join(roles)}."
     for key in ("parameters", "requestBody"):
         if key in operation:
@@ -333,7 +336,8 @@ The base address is `http://localhost:8000` with `make up`, and the stack's outp
 
 ## A token
 
-Each request carries `Authorization: Bearer …`, a JWT (RS256 or ES256) whose roles are in the claim `scope` or `cognito:groups`.
+Each request carries `Authorization: Bearer …`, a JWT (RS256 or ES256) whose roles are in the claims that the parameter `RoleClaims` names, by default
+`scope` and `cognito:groups`.
 
 - `make up` writes one for each role: `source .local/tokens.env` gives `$REQUESTER`, `$APPROVER`, `$AUDITOR` and `$OPERATOR`,
   and `$APPROVER2` and `$OPERATOR2` for a second person. `make token ROLE=approver SUBJECT=dave` prints one for anybody else.
@@ -352,7 +356,8 @@ No token, or one that is not the issuer's, has expired or is for somebody else: 
 | operator | all of those, write to the ledger, propose a policy, and approve one that another operator proposed |
 
 A task that the caller may not see is 404, as one that is not there. Nobody decides on their own task, nor on one that they have retried, whatever
-their roles. A task is retried at most 20 times. A bundle shows what the trail's hashes hide: to who asked for the task, to auditors and operators.
+their roles. Agents are not people: a token that the issuer has given to one of the clients in `AgentClientIds` has the role requester alone, whatever it claims, and gets
+403 from every operation that decides. What an agent has started, retried or cancelled says so, by its client's id (`agent`). A task is retried at most 20 times. A bundle shows what the trail's hashes hide: to who asked for the task, to auditors and operators.
 
 ## The log, for its own kind of clients
 

@@ -59,6 +59,7 @@ SUMMARY = {
     "task_type": "transfer_funds",
     "description": "pay invoice 4711",
     "requester": "alice",
+    "agent": None,
     "created_at": MOMENT,
     "updated_at": MOMENT,
     "requires_approval": True,

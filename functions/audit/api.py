@@ -66,6 +66,7 @@ class LogEntry(_Answer):
     seq: int
     kind: str
     actor: str
+    agent: str | None = Field(description="the client of the agent that acted for `actor`; null when a person did")
     step_index: int
     step_type: str
     input_hash: str
@@ -320,12 +321,13 @@ def get_audit(
     if not trail.entries and not trail.indexes:
         TaskStore().get_task(task_id)  # nothing on record: not yet, or there is no such task
     newest = trail.anchors[max(trail.anchors)] if trail.anchors else None
+    agents = Outbox().agents(task_id)
     # A cursor is the number of the page's last entry: entries are only added, so no page changes.
     left = [entry for entry in trail.entries if entry.seq > int(cursor or 0)]
     page = left[:limit]
     return AuditAnswer(
         task_id=task_id,
-        logs=[_log(task_id, entry, trail) for entry in page],
+        logs=[_log(task_id, entry, trail, agents.get(entry.seq)) for entry in page],
         next_cursor=str(page[-1].seq) if len(left) > limit else None,
         qubic_txid=newest.txid if newest else None,
         chain=_chain(trail),
@@ -527,7 +529,7 @@ def _chain(trail: Trail) -> ChainState:
     )
 
 
-def _log(task_id: TaskId, stored: StoredEntry, trail: Trail) -> LogEntry:
+def _log(task_id: TaskId, stored: StoredEntry, trail: Trail, agent: str | None) -> LogEntry:
     said = stored.parsed()
     indexed, anchor = trail.indexes.get(stored.seq), trail.anchors.get(stored.seq)
     return LogEntry(
@@ -535,6 +537,7 @@ def _log(task_id: TaskId, stored: StoredEntry, trail: Trail) -> LogEntry:
         seq=stored.seq,
         kind=said.kind if said else UNREADABLE,
         actor=said.actor if said else "",
+        agent=agent,
         step_index=said.step_index if said else -1,
         step_type=said.step_type if said else UNREADABLE,
         input_hash=said.input_hash if said else "",

@@ -87,6 +87,14 @@ class Outbox:
             fields = {name: _value(value) for name, value in item.items() if name not in self._NOT_OF_THE_EVENT}
             yield _number(item), Event.model_validate(fields)
 
+    def agents(self, task_id: str) -> dict[int, str]:
+        """Read which agents acted: the ids of their clients, by the event's number.
+
+        An event that was altered has none here: the task's bundle shows what is wrong with it.
+        """
+        found = {_number(item): _agent_of(item) for item in _range(self._table, task_id, "EVENT", 1, _LAST)}
+        return {seq: agent for seq, agent in found.items() if agent is not None}
+
     def written(self, first: str, last: str) -> Iterator[tuple[str, str, int]]:
         """Find the events with a timestamp from `first` to `last`, as (timestamp, task, number), the oldest first.
 
@@ -347,6 +355,20 @@ def key(pk: str, sk: str) -> Item:
 
 def _number(item: Item) -> int:
     return int(item["sk"]["S"].partition("#")[2])
+
+
+_AGENT_STANDS_IN = {"task_started": "input", "task_retried": "output", "task_ended": "output"}
+
+
+def _agent_of(event: Item) -> str | None:
+    """Find the agent in what an event's hashes are over."""
+    side = _AGENT_STANDS_IN.get(str(event.get("kind", {}).get("S")), "")
+    try:
+        said = json.loads(str(event.get(side, {}).get("S")))
+    except (ValueError, RecursionError):
+        return None
+    agent = said.get("agent") if isinstance(said, dict) else None
+    return agent if isinstance(agent, str) else None
 
 
 def _events_said(item: Item) -> int:

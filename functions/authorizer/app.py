@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from qaes.adapters import settings
-from qaes.adapters.auth import ROLES, Identity, InvalidTokenError, TokenVerifier
+from qaes.adapters.auth import ROLE_CLAIMS, ROLES, Identity, InvalidTokenError, TokenVerifier
 
 # Not the services' logger: every request waits for this function, and Powertools takes longer to import than all of it.
 logger = logging.getLogger("authorizer")
@@ -18,7 +18,7 @@ STUB = Identity("demo_user", ROLES)
 
 
 def handler(event: dict[str, Any], context: object) -> dict[str, Any]:
-    """Answer API Gateway with a policy and the caller, `{principalId, context: {roles, auth_mode}}`.
+    """Answer API Gateway with a policy and the caller, `{principalId, context: {roles, auth_mode, agent?}}`.
 
     Raises
     ------
@@ -46,7 +46,15 @@ def _verifier() -> TokenVerifier:
         issuer=settings.text("JWT_ISSUER"),
         audience=settings.text("JWT_AUDIENCE"),
         jwks_url=settings.text("JWKS_URL"),
+        agents=_listed("AGENT_CLIENT_IDS"),
+        role_claims=_listed("ROLE_CLAIMS") or ROLE_CLAIMS,
     )
+
+
+def _listed(name: str) -> tuple[str, ...]:
+    """Read the texts of a setting that stand between commas."""
+    texts = (text.strip() for text in (settings.optional(name) or "").split(","))
+    return tuple(text for text in texts if text)
 
 
 def _bearer_token(event: dict[str, Any]) -> str:
@@ -59,11 +67,14 @@ def _bearer_token(event: dict[str, Any]) -> str:
 def _allow(identity: Identity, mode: str, method_arn: str) -> dict[str, Any]:
     """Let the caller reach every route of the API's stage: which of them they may use, the services decide by role."""
     api, stage, *_ = method_arn.split("/")
+    context = {"roles": " ".join(identity.roles), "auth_mode": mode}
+    if identity.agent is not None:
+        context["agent"] = identity.agent
     return {
         "principalId": identity.subject,
         "policyDocument": {
             "Version": "2012-10-17",
             "Statement": [{"Action": "execute-api:Invoke", "Effect": "Allow", "Resource": f"{api}/{stage}/*"}],
         },
-        "context": {"roles": " ".join(identity.roles), "auth_mode": mode},
+        "context": context,
     }

@@ -52,6 +52,11 @@ IdempotencyKey = Annotated[
 REPLAY = "Idempotent-Replay"
 
 
+Agent = Annotated[
+    str | None, Field(description="the client of the agent that asked for the task; null when a person did")
+]
+
+
 class StartAnswer(BaseModel):
     """The task is recorded; it runs by itself."""
 
@@ -95,6 +100,7 @@ class TaskAnswer(BaseModel):
     task_type: str
     description: str
     requester: str
+    agent: Agent
     created_at: str
     updated_at: str
     plan_id: str | None
@@ -112,6 +118,7 @@ class TaskSummary(BaseModel):
     task_type: str
     description: str
     requester: str
+    agent: Agent
     created_at: str
     updated_at: str
     requires_approval: bool
@@ -182,6 +189,7 @@ def start_task(
         description=body.description,
         parameters=body.resolved(settings.text("QUBIC_NETWORK")),
         requester=caller.subject,
+        agent=caller.agent,
         created_at=moment,
         updated_at=moment,
     )
@@ -231,6 +239,7 @@ def get_task(
         task_type=task.task_type,
         description=task.description,
         requester=task.requester,
+        agent=task.agent,
         created_at=task.created_at,
         updated_at=task.updated_at,
         plan_id=task.plan_id,
@@ -270,7 +279,7 @@ def get_tasks(
 def decide(
     task_id: TaskId,
     body: DecisionRequest,
-    caller: Annotated[Caller, Depends(require("approver"))],
+    caller: Annotated[Caller, Depends(require("approver", deciding=True))],
     response: Response,
     idempotency_key: IdempotencyKey = None,
 ) -> DecisionAnswer:
@@ -319,6 +328,7 @@ def cancel(
         task = store.cancel(
             task_id,
             subject=caller.subject,
+            agent=caller.agent,
             reason=reason or f"cancelled by {caller.subject}",
             idempotency=_idempotency(caller, idempotency_key, f"cancel {task_id}", {"reason": reason}),
         )
@@ -347,6 +357,7 @@ def retry(
         task = store.retry(
             task_id,
             subject=caller.subject,
+            agent=caller.agent,
             max_open=settings.number("MAX_OPEN_TASKS"),
             idempotency=_idempotency(caller, idempotency_key, f"retry {task_id}", {}),
         )

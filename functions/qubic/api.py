@@ -104,7 +104,7 @@ class LedgerUnhealthy(_Answer):
 policy_api.add_policy_routes(app)
 
 
-@app.post("/write", dependencies=[Depends(require("operator"))])
+@app.post("/write", dependencies=[Depends(require("operator", deciding=True))])
 def write(body: WriteRequest) -> WriteAnswer:
     """Write a hash on the ledger, once for ever: the second time answers with the same transaction. Operators only."""
     it = submissions()

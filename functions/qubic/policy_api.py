@@ -12,7 +12,7 @@ from qaes.domain.policy import POLICY_ID_PATTERN, Rule, Rules
 from qubic.policies import Policies, PolicyVersion
 
 EVERY_ROLE = require("requester", "approver", "auditor")
-Operator = Annotated[Caller, Depends(require("operator"))]
+Operator = Annotated[Caller, Depends(require("operator", deciding=True))]
 Version = Annotated[int, Path(ge=1, lt=10**9)]
 
 

@@ -36,6 +36,7 @@ from qubic.chain.mock import MAX_PAGE, Faults, MockChain
 
 EVERY_ROLE = require("requester", "approver", "auditor")
 OPERATORS = require("operator")
+DECIDING = require("operator", deciding=True)
 
 INVALID_ARGUMENT, NOT_FOUND, UNIMPLEMENTED, UNAVAILABLE = 3, 5, 12, 14
 """gRPC's codes. "Not found" is said of a transaction alone: whoever reads it takes the transaction for absent."""
@@ -275,7 +276,7 @@ def tick_info() -> TickInfoAnswer:
 
 
 @router.post(
-    "/live/v1/broadcast-transaction", operation_id="rpc_broadcast_transaction", dependencies=[Depends(OPERATORS)]
+    "/live/v1/broadcast-transaction", operation_id="rpc_broadcast_transaction", dependencies=[Depends(DECIDING)]
 )
 def broadcast_transaction(body: BroadcastRequest) -> BroadcastAnswer:
     """Hand in a signed transaction; the answer confirms nothing. Operators only."""
@@ -369,7 +370,7 @@ def get_faults() -> Faults:
     return _switches().faults()
 
 
-@switches.put("/mock/faults", operation_id="put_mock_faults", dependencies=[Depends(OPERATORS)])
+@switches.put("/mock/faults", operation_id="put_mock_faults", dependencies=[Depends(DECIDING)])
 def put_faults(body: Faults) -> Faults:
     """Let these things go wrong in the mock network from now on, and nothing else. Operators, local stage alone."""
     it = _switches()

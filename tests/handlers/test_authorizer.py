@@ -96,11 +96,15 @@ Authorize = Callable[[str | None], dict[str, Any]]
 @pytest.fixture
 def authorize(keys: KeyServer, issuer: Issuer) -> Authorize:
     """Ask the template's authorizer about an `Authorization` header."""
-    parameters = {"AuthMode": "jwt", "JwtIssuer": issuer.url, "JwtAudience": AUDIENCE, "JwksUrl": keys.url}
+    return asking(issuer, keys)
+
+
+def asking(issuer: Issuer, keys: KeyServer, **parameters: str) -> Authorize:
+    given = {"AuthMode": "jwt", "JwtIssuer": issuer.url, "JwtAudience": AUDIENCE, "JwksUrl": keys.url} | parameters
 
     def ask(header: str | None) -> dict[str, Any]:
         event = {"type": "TOKEN", "methodArn": f"{API}/GET/task/1", "authorizationToken": header}
-        answer: dict[str, Any] = call("AuthorizerFunction", event, parameters)
+        answer: dict[str, Any] = call("AuthorizerFunction", event, given)
         return answer
 
     return ask
@@ -173,7 +177,8 @@ def test_a_token_signed_with_an_elliptic_curve_is_taken(authorize: Authorize, ke
         ({"scope": "openid requester", "cognito:groups": ["approver", "staff"]}, "requester approver"),
         ({"scope": "admin root Operator operators"}, ""),
         ({"scope": None}, ""),
-        ({"scope": ["operator"], "cognito:groups": "operator"}, ""),
+        ({"scope": ["operator"], "cognito:groups": {"operator": True}}, ""),
+        ({"scope": "", "roles": ["operator"], "groups": ["operator"]}, ""),
         ({"scope": None, "cognito:groups": [1, None, {"operator": 1}, "requester"]}, "requester"),
         ({"scope": "operator\trequester"}, ""),
     ],
@@ -182,6 +187,107 @@ def test_roles_are_the_known_words_among_scopes_and_groups(
     authorize: Authorize, issuer: Issuer, changes: dict[str, Any], expected: str
 ) -> None:
     assert roles(authorize(f"Bearer {signed(issuer, **changes)}")) == expected
+
+
+@pytest.mark.parametrize(
+    ("claim", "value", "expected"),
+    [
+        ("roles", ["approver", "auditor"], "approver auditor"),
+        ("groups", ["approver"], "approver"),
+        ("https://qaes.example/roles", ["operator"], "operator"),
+        ("roles", "approver", "approver"),
+        ("roles", "no approver", ""),  # one name, not two
+        ("roles", "approver,operator", ""),
+        ("roles", [], ""),
+        ("roles", [["operator"], {"operator": True}, "auditor", None, 1, True], "auditor"),
+        ("roles", {"operator": True}, ""),
+        ("roles", {"roles": ["operator"]}, ""),
+        ("roles", [{"name": "operator"}], ""),
+        ("roles", True, ""),
+        ("roles", 7, ""),
+        ("roles", None, ""),
+        ("roles", ["Operator", "OPERATOR", " operator", "operator ", "operators", "\u043eperator"], ""),
+        ("cognito:groups", ["operator"], ""),  # a claim that is not named names no role
+    ],
+    ids=str,
+)
+def test_roles_come_from_the_claims_that_are_named(
+    issuer: Issuer, keys: KeyServer, claim: str, value: Any, expected: str
+) -> None:
+    authorize = asking(issuer, keys, RoleClaims="scope,roles,groups,https://qaes.example/roles")
+    assert roles(authorize(f"Bearer {signed(issuer, scope='openid', **{claim: value})}")) == expected
+
+
+def test_roles_of_several_claims_are_added_up(issuer: Issuer, keys: KeyServer) -> None:
+    authorize = asking(issuer, keys, RoleClaims="roles,groups,scope")
+    token = signed(issuer, scope="requester", roles=["auditor"], groups="approver")
+    assert roles(authorize(f"Bearer {token}")) == "requester approver auditor"
+
+
+# Agents
+
+AGENTS = {"AgentClientIds": "crm-agent,https://agents.example/7"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"client_id": "crm-agent"},
+        {"azp": "crm-agent"},
+        {"azp": "crm-agent", "client_id": "a-portal"},
+        {"client_id": "crm-agent", "azp": "a-portal"},
+        {"cid": "crm-agent"},
+        {"appid": "crm-agent"},
+        {"azp": "crm-agent", "scope": None},
+        {"azp": "crm-agent", "scope": "operator approver", "cognito:groups": ["operator"]},
+        {"aud": None, "token_use": "access", "client_id": "crm-agent"},
+    ],
+    ids=str,
+)
+def test_an_agent_has_the_role_requester_alone(issuer: Issuer, keys: KeyServer, changes: dict[str, Any]) -> None:
+    answer = asking(issuer, keys, **AGENTS)(f"Bearer {signed(issuer, **({'scope': 'operator'} | changes))}")
+    assert answer["principalId"] == "alice"
+    assert answer["context"] == {"roles": "requester", "auth_mode": "jwt", "agent": "crm-agent"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"client_id": "a-portal", "azp": "a-portal"},
+        {"azp": "crm-agent-2"},
+        {"azp": "CRM-agent"},
+        {"azp": " crm-agent"},
+        {"azp": ""},
+        {"cid": 7, "appid": ["crm-agent"]},
+        {"sub": "crm-agent"},
+    ],
+    ids=str,
+)
+def test_other_clients_are_people(issuer: Issuer, keys: KeyServer, changes: dict[str, Any]) -> None:
+    answer = asking(issuer, keys, **AGENTS)(f"Bearer {signed(issuer, **({'scope': 'operator'} | changes))}")
+    assert answer["context"] == {"roles": "operator", "auth_mode": "jwt"}
+
+
+@pytest.mark.parametrize("claim", ["client_id", "azp"])
+@pytest.mark.parametrize("value", [["crm-agent"], {"id": "crm-agent"}, 7, True, [], {}], ids=str)
+def test_a_client_that_is_no_text_is_refused(issuer: Issuer, keys: KeyServer, claim: str, value: Any) -> None:
+    """It could be an agent's: nobody can say."""
+    token = signed(issuer, **{claim: value})
+    with pytest.raises(Exception, match=UNAUTHORIZED):
+        asking(issuer, keys, **AGENTS)(f"Bearer {token}")
+
+
+@pytest.mark.parametrize("listed", ["", "another,and-another", " , ,"])
+def test_without_agents_a_client_is_a_person(issuer: Issuer, keys: KeyServer, listed: str) -> None:
+    answer = asking(issuer, keys, AgentClientIds=listed)(f"Bearer {signed(issuer, azp='crm-agent')}")
+    assert "agent" not in answer["context"]
+
+
+def test_a_foreign_client_of_the_pool_is_still_refused(issuer: Issuer, keys: KeyServer) -> None:
+    token = signed(issuer, aud=None, token_use="access", client_id="somebody-else")
+    with pytest.raises(Exception, match=UNAUTHORIZED):
+        asking(issuer, keys, **AGENTS)(f"Bearer {token}")
 
 
 @pytest.mark.parametrize(

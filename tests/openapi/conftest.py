@@ -35,6 +35,10 @@ class Operation:
         return self.content.get("x-roles")
 
     @property
+    def deciding(self) -> bool:
+        return self.content.get("x-deciding", False) is True
+
+    @property
     def example(self) -> Any:
         return self.content.get("requestBody", {}).get("content", {}).get("application/json", {}).get("example")
 

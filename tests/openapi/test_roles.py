@@ -58,6 +58,25 @@ def test_who_may_do_what(operation: Operation, own: bool, ask: Callable[..., Ans
         assert answer.status == expected(operation, role, own=own), (role, answer)
 
 
+AN_AGENT_MAY_CHANGE = {"start_task", "create_plan", "cancel", "retry"}
+"""Every other operation that changes anything is for people: `require(…, deciding=True)`."""
+READS_BY_POST = {"rpc_transaction", "rpc_transactions"}
+
+
+def test_what_an_agent_may_not_change_is_for_people() -> None:
+    changing = {operation.id for operation in SECURED if operation.method != "GET"} - READS_BY_POST
+    assert {operation.id for operation in SECURED if operation.deciding} == changing - AN_AGENT_MAY_CHANGE
+
+
+@pytest.mark.parametrize("operation", SECURED, ids=lambda operation: operation.id)
+def test_what_an_agent_with_every_role_gets(operation: Operation, ask: Callable[..., Answer]) -> None:
+    answer = ask(operation, subject="alice", roles=" ".join(ROLES), agent="crm-agent")
+    if operation.deciding:
+        assert answer.status == 403 and answer.body["detail"].startswith("only a person can do this")
+    else:
+        assert answer.status == expected(operation, "requester", own=True), answer
+
+
 def test_all_the_roles_together_do_not_let_anybody_decide_on_their_own_task(ask: Callable[..., Answer]) -> None:
     [decide] = [operation for operation in OPERATIONS if operation.id == "decide"]
     answer = ask(decide, subject="alice", roles=" ".join(ROLES))

@@ -92,6 +92,7 @@ class Api:
         subject: str | None = "alice",
         roles: str = "requester",
         auth_mode: str = "jwt",
+        agent: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> dict[str, Any]:
         """API Gateway's event; without a `subject` no authorizer has vouched for anybody."""
@@ -102,6 +103,8 @@ class Api:
         event["requestContext"]["authorizer"] = (
             {"principalId": subject, "roles": roles, "auth_mode": auth_mode} if subject is not None else None
         )
+        if agent is not None:
+            event["requestContext"]["authorizer"]["agent"] = agent
         event["headers"] = event["headers"] | {"Content-Type": "application/json"} | (headers or {})
         event["multiValueHeaders"] = {name: [value] for name, value in event["headers"].items()}
         if isinstance(body, bytes):

@@ -6,6 +6,7 @@ Imported by the authorizer, which every request waits for: nothing here needs bo
 from __future__ import annotations
 
 import time
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,13 @@ ALGORITHMS = ("RS256", "ES256")
 """Signatures only: neither `none`, nor a shared secret, for which the public key could be taken."""
 
 ROLES = ("requester", "approver", "auditor", "operator")
+ROLE_CLAIMS = ("scope", "cognito:groups")
+"""The claims that name roles, where a deployment does not choose others."""
+AGENT_ROLES = ("requester",)
+"""The roles of an agent, whatever its token claims: agents are not people, and decide nothing."""
+_CLIENT_CLAIMS = ("client_id", "azp", "cid", "appid")
+"""Where issuers name the client that a token was issued to: RFC 9068, OpenID Connect, Okta, Entra ID."""
+
 LEEWAY_SECONDS = 60
 COOLDOWN_SECONDS = 30
 MAX_TOKEN_LENGTH = 8192
@@ -32,10 +40,11 @@ class KeysUnavailableError(Exception):
 
 @dataclass(frozen=True)
 class Identity:
-    """Who is calling, and in which of `ROLES`."""
+    """Who is calling, and in which of `ROLES`; `agent` is the client that calls, if it is an agent's."""
 
     subject: str
     roles: tuple[str, ...]
+    agent: str | None = None
 
 
 class _Keys(jwt.PyJWKClient):
@@ -59,13 +68,24 @@ class _Keys(jwt.PyJWKClient):
 class TokenVerifier:
     """Verifies tokens of one issuer for one audience.
 
-    Keys are kept for five minutes. A key id that is not among them causes one new fetch, and no other within half a
-    minute: made-up key ids are not a way to have the issuer flooded.
+    `agents` are the issuer's clients that are agents, `role_claims` the claims that name roles. Keys are kept for five
+    minutes. A key id that is not among them causes one new fetch, and no other within half a minute: made-up key ids
+    are not a way to have the issuer flooded.
     """
 
-    def __init__(self, *, issuer: str, audience: str, jwks_url: str) -> None:
+    def __init__(
+        self,
+        *,
+        issuer: str,
+        audience: str,
+        jwks_url: str,
+        agents: Collection[str] = (),
+        role_claims: Sequence[str] = ROLE_CLAIMS,
+    ) -> None:
         self._issuer = issuer
         self._audience = audience
+        self._agents = frozenset(agents)
+        self._role_claims = tuple(role_claims)
         self._keys = _Keys(jwks_url, timeout=3, lifespan=300, cooldown_duration=COOLDOWN_SECONDS)
 
     def verify(self, token: str) -> Identity:
@@ -74,7 +94,7 @@ class TokenVerifier:
         Raises
         ------
         InvalidTokenError
-            Form, algorithm, key, signature, issuer, audience, time or subject is not right.
+            Form, algorithm, key, signature, issuer, audience, time, subject or client is not right.
         KeysUnavailableError
             The issuer did not answer, or with something that holds no keys.
         """
@@ -97,16 +117,27 @@ class TokenVerifier:
         if claims.get("token_use", "access") != "access":
             # Cognito's ID tokens have the client as their audience, and tell it who signed in: no key to the API.
             raise InvalidTokenError("token use")
-        if not self._is_for_us(claims):
+        agent = self._agent(claims)
+        if not self._is_for_us(claims, agent):
             raise InvalidTokenError("audience")
-        return Identity(_subject(claims), _roles(claims))
+        return Identity(_subject(claims), AGENT_ROLES if agent else _roles(claims, self._role_claims), agent)
 
-    def _is_for_us(self, claims: dict[str, Any]) -> bool:
+    def _is_for_us(self, claims: dict[str, Any], agent: str | None) -> bool:
         if "aud" in claims:
             audience = claims["aud"]
             return self._audience in (audience if isinstance(audience, list) else [audience])
         # Cognito's access tokens have no audience, but the client that they were issued to.
-        return claims.get("token_use") == "access" and claims.get("client_id") == self._audience
+        return claims.get("token_use") == "access" and claims.get("client_id") in {self._audience, agent} - {None}
+
+    def _agent(self, claims: dict[str, Any]) -> str | None:
+        """Find the agent's client that the token was issued to.
+
+        A client that is no text is refused: nobody could say whether it is an agent's.
+        """
+        if not all(isinstance(claims.get(claim), str | None) for claim in ("client_id", "azp")):
+            raise InvalidTokenError("client")
+        named = (claims.get(claim) for claim in _CLIENT_CLAIMS)
+        return next((client for client in named if isinstance(client, str) and client in self._agents), None)
 
 
 def _subject(claims: dict[str, Any]) -> str:
@@ -118,10 +149,19 @@ def _subject(claims: dict[str, Any]) -> str:
         raise InvalidTokenError("subject") from error
 
 
-def _roles(claims: dict[str, Any]) -> tuple[str, ...]:
-    """Find the known roles among the scopes and groups of a token."""
-    scope, groups = claims.get("scope"), claims.get("cognito:groups")
-    named = set(scope.split(" ")) if isinstance(scope, str) else set()
-    if isinstance(groups, list):
-        named.update(group for group in groups if isinstance(group, str))
+def _roles(claims: dict[str, Any], role_claims: Sequence[str]) -> tuple[str, ...]:
+    """Find the known roles among the names in a token's role claims."""
+    named = {name for claim in role_claims for name in _names(claim, claims.get(claim))}
     return tuple(role for role in ROLES if role in named)
+
+
+def _names(claim: str, value: object) -> list[str]:
+    """Read the names in a claim: the words of a scope; of any other claim the texts of a list, or the one text.
+
+    Only a scope is split at spaces (RFC 6749, section 3.3): a group called "no operator" is not two groups. Whatever
+    is nested deeper, or is of another type, names nothing.
+    """
+    if claim == "scope":
+        return value.split(" ") if isinstance(value, str) else []
+    names = value if isinstance(value, list) else [value]
+    return [name for name in names if isinstance(name, str)]

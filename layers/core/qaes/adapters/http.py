@@ -27,6 +27,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qaes.adapters import clients, settings
+from qaes.adapters.auth import AGENT_ROLES
 from qaes.adapters.logs import logger
 from qaes.adapters.strict_input import StrictRoute, dotted
 from qaes.domain.errors import (
@@ -127,11 +128,20 @@ def make_handler(app: FastAPI) -> Callable[[dict[str, Any], LambdaContext], dict
 
 @dataclass(frozen=True)
 class Caller:
-    """Who calls, as the authorizer verified; `four_eyes` is off in the local stage's stub mode alone."""
+    """Who calls, as the authorizer verified; `four_eyes` is off in the local stage's stub mode alone.
+
+    `agent` is the client of an agent (`AgentClientIds`) that calls, None when a person calls. It has the roles of an
+    agent alone, whatever roles it comes with.
+    """
 
     subject: str
     roles: frozenset[str]
     four_eyes: bool = True
+    agent: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.agent is not None:
+            object.__setattr__(self, "roles", frozenset(AGENT_ROLES))
 
     def has(self, *roles: str) -> bool:
         """Whether the caller has one of `roles`; an operator has all of them."""
@@ -153,19 +163,28 @@ def caller(request: Request) -> Caller:
     if not isinstance(subject, str) or not subject:
         raise HTTPException(401, "A valid bearer token is needed.", {"WWW-Authenticate": "Bearer"})
     roles = frozenset(str(context.get("roles", "")).split())
-    return Caller(subject, roles, four_eyes=context.get("auth_mode") != "stub")
+    agent = context.get("agent")
+    four_eyes = context.get("auth_mode") != "stub"
+    return Caller(subject, roles, four_eyes, agent=str(agent) if agent is not None else None)
 
 
-def require(*roles: str) -> Callable[[Request], Coroutine[Any, Any, Caller]]:
-    """Make a dependency: the caller, who must have one of `roles`; 403 otherwise."""
+def require(*roles: str, deciding: bool = False) -> Callable[[Request], Coroutine[Any, Any, Caller]]:
+    """Make a dependency: the caller, who must have one of `roles`; 403 otherwise.
+
+    A `deciding` operation is for people: an agent gets 403, whatever its roles. Each operation that changes anything
+    is deciding, but for those that tests/openapi/test_roles.py lists as an agent's.
+    """
 
     async def one_of(request: Request) -> Caller:
         found = caller(request)
+        if deciding and found.agent is not None:
+            raise ForbiddenError("only a person can do this: the token was issued to an agent", agent=found.agent)
         if not found.has(*roles):
             raise ForbiddenError(f"this needs the role {' or '.join(roles)}")
         return found
 
     one_of.roles = roles  # type: ignore[attr-defined] # for the API's document, which so cannot say anything else
+    one_of.deciding = deciding  # type: ignore[attr-defined] # likewise
     return one_of
 
 
@@ -195,6 +214,11 @@ def roles_of(route: APIRoute) -> tuple[str, ...] | None:
         if roles is not None:
             return tuple(role for role in ROLES if role in roles or role == "operator")
     raise LookupError(f"{route.path} does not say who may call it")
+
+
+def is_deciding(route: APIRoute) -> bool:
+    """Whether `route` is for people alone (`require(…, deciding=True)`)."""
+    return any(getattr(dependency.call, "deciding", False) for dependency in route.dependant.dependencies)
 
 
 # Health

@@ -45,6 +45,7 @@ from qaes.domain.models import (
     Step,
     StepRecord,
     Task,
+    by_agent,
 )
 from qaes.domain.policy import PolicyDecision
 
@@ -657,8 +658,16 @@ class TaskStore:
 
         return self._change(task_id, change)
 
-    def cancel(self, task_id: str, *, subject: str, reason: str, idempotency: Idempotency | None = None) -> Task:
-        """End a task because a person wants it. Stopping its execution comes after.
+    def cancel(
+        self,
+        task_id: str,
+        *,
+        subject: str,
+        reason: str,
+        agent: str | None = None,
+        idempotency: Idempotency | None = None,
+    ) -> Task:
+        """End a task because somebody wants it, or their `agent`. Stopping its execution comes after.
 
         Raises
         ------
@@ -672,14 +681,20 @@ class TaskStore:
             _refuse_ended(task)
             if (rejected := _rejected(self._asked_in_this_run(task))) is not None:
                 raise _rejected_already(task, rejected)
-            ending = self._ending(task, "cancelled", subject, reason, None, idempotency)
+            ending = self._ending(task, "cancelled", subject, reason, None, idempotency, agent)
             kept = self._keep(idempotency, lifecycle_answer(task_id, "cancelled"))
             return _Change(ending.task, ending.events, (*ending.writes, *kept))
 
         return self._change(task_id, change, idempotency)
 
     def retry(
-        self, task_id: str, *, subject: str, max_open: int | None = None, idempotency: Idempotency | None = None
+        self,
+        task_id: str,
+        *,
+        subject: str,
+        agent: str | None = None,
+        max_open: int | None = None,
+        idempotency: Idempotency | None = None,
     ) -> Task:
         """Take back the end of a task that failed or expired: it goes on at the step that did not succeed.
 
@@ -715,7 +730,7 @@ class TaskStore:
                 subject,
                 status,
                 _request_again(task),
-                {"run": task.run + 1, "idempotency_key": _key_hash(idempotency)},
+                {"run": task.run + 1, "idempotency_key": _key_hash(idempotency), **by_agent(agent)},
             )
             kept = self._keep(idempotency, lifecycle_answer(task_id, status))
             return _Change(fields, (event,), (self._items.count_open(task.requester, 1, max_open), *kept))
@@ -730,6 +745,7 @@ class TaskStore:
         reason: str,
         failed_step: str | None,
         idempotency: Idempotency | None = None,
+        agent: str | None = None,
     ) -> _Change:
         moment = timestamp(now())
         events: list[Event] = []
@@ -756,7 +772,7 @@ class TaskStore:
                 actor,
                 outcome,
                 _request_again(task),
-                final | {"idempotency_key": _key_hash(idempotency)},
+                final | {"idempotency_key": _key_hash(idempotency), **by_agent(agent)},
                 timestamp=moment,
                 detail=reason,
             )

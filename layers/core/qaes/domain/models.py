@@ -95,8 +95,9 @@ class Plan(Model):
 class Task(Model):
     """A task as its item has it; `version` guards each write, `events` counts the events, `run` the executions.
 
-    `retriers` are all the people who have retried the task, in any run. `salt` keeps what the task's audit entries hash
-    from being guessed; only the task's bundle shows it.
+    `agent` is the client of the agent that asked for the task, None when a person did. `retriers` are all the people
+    who have retried it, in any run. `salt` keeps what the task's audit entries hash from being guessed; only the task's
+    bundle shows it.
     """
 
     task_id: str
@@ -105,6 +106,7 @@ class Task(Model):
     description: str
     parameters: dict[str, Any]
     requester: str
+    agent: str | None = None
     retriers: tuple[str, ...] = ()
     created_at: str
     updated_at: str
@@ -138,14 +140,23 @@ class Task(Model):
         return self.task_id if self.run == 1 else f"{self.task_id}-{self.run}"
 
     def request(self) -> dict[str, Any]:
-        """What was asked for: the part of the task that the requester wrote, and who they are."""
+        """What was asked for: the part of the task that the requester wrote, and who they are.
+
+        Without an agent it has no member `agent`: its hash is that of the time before there were any.
+        """
         return {
             "task_id": self.task_id,
             "task_type": self.task_type,
             "description": self.description,
             "parameters": self.parameters,
             "requester": self.requester,
+            **by_agent(self.agent),
         }
+
+
+def by_agent(agent: str | None) -> dict[str, Any]:
+    """The member `agent` of what is recorded: there is none when a person has done it."""
+    return {} if agent is None else {"agent": agent}
 
 
 class StepRecord(Model):
