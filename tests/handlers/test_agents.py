@@ -166,7 +166,7 @@ def test_an_agent_sees_and_changes_its_own_tasks_alone(api: Api, store: TaskStor
     assert store.get_task(other).status == "pending"
 
 
-def test_whose_agent_has_started_a_task_does_not_decide_on_it(api: Api, store: TaskStore) -> None:
+def test_decide_returns_403_to_the_person_an_agent_acts_for(api: Api, store: TaskStore) -> None:
     task_id = start(api, **AGENT)
     for roles in ("approver", EVERY_ROLE):
         assert api("POST", f"/task/{task_id}/approve", YES, subject="alice", roles=roles).status == 403

@@ -616,7 +616,7 @@ def test_nobody_decides_on_their_own_task_whatever_their_roles(api: Api, store: 
     for roles in ("approver", "requester approver", "requester approver auditor operator", "operator"):
         for body in (YES, NO):
             answer = api("POST", f"/task/{task_id}/approve", body, subject="alice", roles=roles)
-            assert (answer.status, answer.body["detail"]) == (403, "nobody decides on their own task")
+            assert (answer.status, answer.body["detail"]) == (403, "you cannot decide on a task that you started")
     assert items("TasksTable") == before
 
 

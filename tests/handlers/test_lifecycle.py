@@ -240,7 +240,7 @@ def test_who_retried_a_task_of_somebody_else_does_not_decide_on_it(api: Api, sto
     store.request_approval(task_id, 2, plan.steps[2], "token-2", 60)
     for body in (YES, {"approved": False, "reason": "no"}):
         answer = api("POST", f"/task/{task_id}/approve", body, **OLIVIA)
-        assert (answer.status, answer.body["detail"]) == (403, "nobody decides on what they had run again")
+        assert (answer.status, answer.body["detail"]) == (403, "you cannot decide on a task that you retried")
     assert store.open_approval(task_id) is not None
     assert api("POST", f"/task/{task_id}/approve", YES, **BOB).status == 200
 

@@ -48,6 +48,7 @@ from qaes.domain.models import (
     by_agent,
 )
 from qaes.domain.policy import PolicyDecision
+from qaes.domain.text import same_subject
 
 MAX_RETRIES = 20
 """How often a task may be retried: its trail, and the bundle of it, stay small enough to be sent."""
@@ -360,13 +361,11 @@ class TaskStore:
         decided: list[Approval] = []
 
         def change(task: Task) -> _Change | None:
+            if four_eyes:
+                _refuse_involved(task, subject)
             approval = self.open_approval(task_id)
             if task.status != "waiting_approval" or approval is None or approval.run != task.run:
                 raise self._not_waiting(task)
-            if four_eyes and subject == task.requester:
-                raise ForbiddenError("nobody decides on their own task")
-            if four_eyes and subject in task.retriers:
-                raise ForbiddenError("nobody decides on what they had run again")
             moment = now()
             if moment >= parse_timestamp(approval.expires_at):
                 raise ConflictError("the approval has expired", task_status="expired")
@@ -374,7 +373,7 @@ class TaskStore:
                 raise ConflictError(
                     "the plan is not the one that was decided on", field="plan_hash", plan_hash=approval.plan_hash
                 )
-            if any(each.subject == subject for each in approval.decisions):
+            if any(same_subject(each.subject, subject) for each in approval.decisions):
                 raise ConflictError("this person has approved already", task_status=task.status, decided_by=subject)
             decisions = (
                 *approval.decisions,
@@ -924,6 +923,14 @@ def _first_record(task: Task, step_index: int, step: Step, before: StepRecord | 
 def _refuse_ended(task: Task) -> None:
     if task.status in TERMINAL:
         raise ConflictError(f"the task has ended: {task.status}", task_status=task.status)
+
+
+def _refuse_involved(task: Task, subject: str) -> None:
+    """Raise ForbiddenError if this person has started the task, or has retried it in any run."""
+    if same_subject(subject, task.requester):
+        raise ForbiddenError("you cannot decide on a task that you started")
+    if any(same_subject(subject, retrier) for retrier in task.retriers):
+        raise ForbiddenError("you cannot decide on a task that you retried")
 
 
 def refuse_other_execution(task: Task, execution: str | None) -> None:
