@@ -1,0 +1,36 @@
+"""A task of an agent, from its start to the bundle that a stranger accepts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import pytest
+
+from audit.store import Outbox
+from qaes.adapters.executions import Executions
+from qaes.adapters.task_store import TaskStore
+from qaes.domain.models import Approval
+from tests.handlers.test_task_store import new_task
+from tests.support.api import set_environment
+from tests.support.cloud import Cloud
+from tests.workflow.test_policy_changes import verify_bundle
+
+
+def test_the_bundle_of_an_agent_s_task_verifies(
+    aws: Cloud, decide: Callable[..., Approval], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for function in ("QubicApiFunction", "AuditApiFunction"):
+        set_environment(function, monkeypatch)
+    task, _ = TaskStore("TasksTable").start_task(new_task().model_copy(update={"agent": "crm-agent"}))
+    Executions(aws.machine_arn).start(task)
+    decide(task.task_id, approved=True)
+    aws.wait(task.task_id, "completed")
+    aws.execution(task.task_id)
+    requests = [
+        json.loads(event.input)
+        for _, event in Outbox("TasksTable").events_after(task.task_id, 0)
+        if event.kind in {"task_started", "plan_built"}
+    ]
+    assert requests == [task.request()] * 2 and task.request()["agent"] == "crm-agent"
+    verify_bundle(aws, task.task_id)
