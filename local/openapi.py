@@ -346,6 +346,25 @@ Each request carries `Authorization: Bearer …`, a JWT (RS256 or ES256) whose r
 
 No token, or one that is not the issuer's, has expired or is for somebody else: 401. Clocks may differ by 60 seconds.
 
+## The examples
+
+The commands below use the tokens of `make up`, and the ids of a transfer that waits for its approval. These set them:
+
+```bash
+source .local/tokens.env
+TASK=$(curl -s "http://localhost:8000/task/start" -H "Authorization: Bearer $REQUESTER" -H 'Content-Type: application/json' -d '{
+  "task_type": "transfer_funds", "description": "pay the invoice", "wallet_address": "0x1234567890abcdef",
+  "parameters": {"to_address": "0xfedcba0987654321", "amount": 1}}' | python3 -c 'import json, sys; print(json.load(sys.stdin)["task_id"])')
+until curl -s "http://localhost:8000/task/$TASK" -H "Authorization: Bearer $APPROVER" | grep -q '"waiting_approval"'; do sleep 1; done
+while curl -s "http://localhost:8000/audit/$TASK" -H "Authorization: Bearer $AUDITOR" | grep -q '"qubic_txid": *null'; do sleep 1; done
+PLAN=$(curl -s "http://localhost:8000/task/$TASK" -H "Authorization: Bearer $REQUESTER" \\
+  | python3 -c 'import json, sys; print(json.load(sys.stdin)["plan_id"])')
+HASH=$(curl -s "http://localhost:8000/audit/$TASK" -H "Authorization: Bearer $AUDITOR" \\
+  | python3 -c 'import json, sys; print(json.load(sys.stdin)["logs"][0]["input_hash"])')
+TXID=$(curl -s "http://localhost:8000/audit/$TASK" -H "Authorization: Bearer $AUDITOR" \\
+  | python3 -c 'import json, sys; print(json.load(sys.stdin)["qubic_txid"])')
+```
+
 ## Roles
 
 | role | may |
@@ -382,6 +401,10 @@ you do not trust the server.
 """
 
 
+VARIABLES = {"task_id": "$TASK", "plan_id": "$PLAN", "hash": "$HASH", "txid": "$TXID"}
+"""What the guide's first commands set, for the parameters of paths."""
+
+
 def guide(found: Document) -> str:
     """Render the document as Markdown, each operation with an example."""
     parts = [INTRODUCTION]
@@ -406,15 +429,18 @@ def _chapter(path: str, method: str, operation: Document) -> str:
     for each in operation.get("parameters", []):
         if "example" in each:
             if each["in"] == "path":
-                url = url.replace(f"{{{each['name']}}}", str(each["example"]))
+                value = VARIABLES.get(each["name"], each["example"])
+                url = url.replace(f"{{{each['name']}}}", str(value))
             elif each["in"] == "query":
                 query.append(f"{each['name']}={each['example']}")
             else:
-                headers.append(f"  -H '{each['name']}: {each['example']}'")
-    url = f"'http://localhost:8000{url}{'?' + '&'.join(query) if query else ''}'"
+                # A key is for one request: another task's has another key.
+                value = f"{path.rpartition('/')[2]}-$TASK" if "{task_id}" in path else each["example"]
+                headers.append(f'  -H "{each["name"]}: {value}"')
+    url = f'"http://localhost:8000{url}{"?" + "&".join(query) if query else ""}"'
     if roles:
         headers.insert(0, f'  -H "Authorization: Bearer ${roles.split(",")[0].rstrip(".").upper()}"')
-    lines = [f"curl -s {'-X POST ' if method == 'post' else ''}{url}", *headers]
+    lines = [f"curl -s {'' if method == 'get' else f'-X {method.upper()} '}{url}", *headers]
     example = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("example")
     if example is not None:
         lines += ["  -H 'Content-Type: application/json'", f"  -d '{json.dumps(example)}'"]
