@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import jwt
 import pytest
 
 from local.cloud import BUILD, ROOT, Cloud
+from tests.e2e.test_shell_blocks import SHELLS, blocks
 
 STACK = "qaes-dev"
 LISTINGS = {
@@ -85,6 +89,32 @@ def test_guided_deploy_succeeds_with_the_default_answers(deployment: Deployment)
 def test_deploy_asks_nothing(deployment: Deployment) -> None:
     printed = deployment.sam("deploy", "--template-file", str(BUILD / "template.yaml"))
     assert f"stack - {STACK}" in printed
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_readme_makes_a_user_and_a_token(deployment: Deployment, shell: str) -> None:
+    """The README's commands, pasted into an interactive shell."""
+    for program in (shell, "aws"):
+        if not shutil.which(program):
+            pytest.skip(f"{program} is not installed")
+    [block] = [block for block in blocks("README.md") if block.startswith("POOL=")]
+    result = subprocess.run(
+        SHELLS[shell],
+        input=f"set -e\n{block}\nprintf 'pool %s token %s\\n' $POOL $TOKEN\nexit 0\n",
+        env=deployment.cloud.environment | {"TERM": "dumb"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=120,
+        start_new_session=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout
+    printed = re.search(r"pool (\S+) token (eyJ\S+)$", result.stdout, re.MULTILINE)
+    assert printed, result.stdout
+    pool, token = printed.groups()
+    deployment.cloud.client("cognito-idp").admin_delete_user(UserPoolId=pool, Username="alice")
+    assert jwt.decode(token, options={"verify_signature": False})["cognito:groups"] == ["requester"]
 
 
 def test_delete_of_a_dev_stack_leaves_no_data(deployment: Deployment) -> None:

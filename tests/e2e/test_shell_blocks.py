@@ -87,7 +87,7 @@ class Session:
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            timeout=180,
+            timeout=400,
             start_new_session=True,
             check=False,
         )
