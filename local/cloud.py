@@ -1,4 +1,4 @@
-"""Start an AWS on this machine, build and deploy the template to it, and open the front door.
+"""Start an AWS on this machine, build and deploy the template to it, and start the proxy.
 
 Nothing here can reach an AWS account: programs are started with made-up credentials, empty configuration files and an
 endpoint on the loopback interface, and none of the caller's own `AWS_…` variables. Everything that is written lies in
@@ -32,8 +32,8 @@ from urllib.parse import urlsplit
 
 import boto3
 
-from local.front_door import KEYS_PATH, FrontDoor
 from local.gateway import complete
+from local.proxy import KEYS_PATH, Proxy
 from local.relay import DESKTOP_HOST, Relay, bridge
 from local.tokens import AUDIENCE, PEOPLE, SECOND_PEOPLE, Issuer
 
@@ -99,13 +99,18 @@ class Ports:
             return cls(one.getsockname()[1], other.getsockname()[1])
 
     def check(self) -> None:
-        """Raise LocalCloudError, naming the port and the variable that changes it, if one of them is taken."""
+        """Raise LocalCloudError, naming the port and the variable that changes it, if one of them cannot be used."""
+        if self.http == self.aws:
+            raise LocalCloudError(
+                f"QAES_HTTP_PORT and QAES_PORT are both {self.http}; the API and the local AWS need a port each. "
+                f"Choose another: QAES_PORT={self.http + 1 if self.http < 65535 else self.http - 1} make up"
+            )
         for port, variable, what in (
             (self.http, self.http_variable, "API"),
             (self.aws, self.aws_variable, "local AWS"),
         ):
             if is_taken(port):
-                advice = f" Choose another: {variable}={port + 1} make up" if variable else ""
+                advice = f" Choose another: {variable}={next_free(port)} make up" if variable else ""
                 raise LocalCloudError(f"Port {port}, for the {what}, is taken by another program.{advice}")
 
 
@@ -127,6 +132,12 @@ def is_taken(port: int) -> bool:
             if error.errno in {errno.EADDRINUSE, errno.EACCES}:
                 return True  # every other error: this machine has no such address, so nobody listens there
     return False
+
+
+def next_free(port: int) -> int:
+    """Return a free port near this one."""
+    near = (number for number in range(port + 1, min(port + 200, 65536)) if not is_taken(number))
+    return next(near, None) or Ports.free().http
 
 
 def isolated_environment(endpoint: str, directory: Path, base: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -280,13 +291,16 @@ class Cloud:
         self._stack.callback(shutil.rmtree, self.directory / "tmp", ignore_errors=True)
         aws = self._stack.enter_context(self._aws())
         stub = self.auth_mode == "stub"
-        door = self._stack.enter_context(FrontDoor(self.ports.http, self.ports.aws, self.issuer.key_set(), stub=stub))
+        origin = self.parameters.get("CorsAllowOrigin", "")
+        proxy = self._stack.enter_context(
+            Proxy(self.ports.http, self.ports.aws, self.issuer.key_set(), stub=stub, cors_origin=origin)
+        )
         with _locked(WORK / "build.lock"):  # another local cloud may share the build
             self._build()
             self._wait_for_aws(aws)
             self._deploy()
-        door.log_api_id = self.outputs.get("PublicLogApiId")
-        door.api_id = self.outputs["ApiId"]
+        proxy.log_api_id = self.outputs.get("PublicLogApiId")
+        proxy.api_id = self.outputs["ApiId"]
         self._wait_for_health()
 
     @contextlib.contextmanager

@@ -32,7 +32,7 @@ class Issuer:
     Parameters
     ----------
     url : str
-        The issuer's name in the tokens (claim `iss`); the front door publishes its keys under it.
+        The issuer's name in the tokens (claim `iss`); the proxy publishes its keys under it.
     key : RSAPrivateKey
         The signing key.
     """

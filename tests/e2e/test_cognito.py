@@ -20,7 +20,7 @@ PARAMETERS = {"JwtIssuer": "", "JwtAudience": "", "JwksUrl": "", "CorsAllowOrigi
 
 
 class OwnIssuer(Cloud):
-    """The local cloud, with users of the stack's user pool instead of tokens of the front door."""
+    """The local cloud, with users of the stack's user pool instead of tokens of the local issuer."""
 
     def user(self, *groups: str) -> tuple[str, dict[str, str]]:
         """Create a user in these groups as the README says, and sign in: their id, and their tokens by use."""

@@ -80,7 +80,7 @@ def test_what_is_invoked_is_the_build(sam: SamLocal) -> None:
 
 @contextmanager
 def published(keys: dict[str, Any]) -> Iterator[str]:
-    """Publish a key set where a container can read it; the front door answers to localhost only."""
+    """Publish a key set where a container can read it; the proxy answers localhost only."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -1,0 +1,97 @@
+"""Execution environments of the local AWS share one unpacked copy of each layer and each package."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from ministack.core import lambda_runtime
+from ministack.services import lambda_svc
+
+from local import emulator
+
+pytestmark = [
+    pytest.mark.enable_socket,
+    # ministack does not close the pipes of the environments that it ends
+    pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
+]
+
+HANDLER = (
+    "import library\n\ndef handler(event, context):\n    return [library.NAME, library.__file__, __file__, event]\n"
+)
+
+
+def archive(**files):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as packed:
+        for name, content in files.items():
+            packed.writestr(name.replace("__", "/") + ".py", content)
+    return buffer.getvalue()
+
+
+LAYER, CODE = archive(python__library="NAME = 'shared'"), archive(app=HANDLER)
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """Start execution environments; each invokes its function once."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(lambda_runtime, "zipfile", zipfile)
+    monkeypatch.setattr(lambda_svc, "_resolve_layer_zip", lambda reference: LAYER)
+    emulator.share_unpacked_archives()
+    workers = []
+
+    def start(name, code=CODE):
+        config = {
+            "FunctionName": name,
+            "FunctionArn": f"arn:aws:lambda:us-east-1:000000000000:function:{name}",
+            "Handler": "app.handler",
+            "Runtime": "python3.11",
+            "Layers": [{"Arn": "arn:aws:lambda:us-east-1:000000000000:layer:core:1"}],
+        }
+        worker = lambda_runtime.Worker(name, config, code)
+        workers.append(worker)
+        answer = worker.invoke("hello", "request")
+        assert answer["status"] == "ok", answer
+        return worker, answer["result"]
+
+    yield start
+    lambda_runtime.kill_workers(workers)
+
+
+def test_environments_share_one_unpacked_copy(start, tmp_path):
+    results = [start(name)[1] for name in ("one", "two", "three")]
+    assert [result[0] for result in results] == ["shared"] * 3
+    copies = {Path(result[index]).resolve() for result in results for index in (1, 2)}
+    assert len(copies) == 2  # of library.py and app.py
+    assert len(list((tmp_path / "unpacked").iterdir())) == 2
+    assert not list(tmp_path.rglob("*.zip"))
+
+
+def test_other_code_gets_a_copy_of_its_own(start):
+    assert start("one")[1][3] == "hello"
+    assert start("two", archive(app="def handler(event, context):\n    return 'other'\n"))[1] == "other"
+
+
+def test_end_of_an_environment_leaves_the_copy_to_others(start, tmp_path):
+    first, _ = start("one")
+    second, before = start("two")
+    lambda_runtime.kill_workers([first])
+    assert Path(before[1]).is_file()
+    assert second.invoke("again", "request")["result"][3] == "again"
+    assert start("three")[1][0] == "shared"
+
+
+def test_archive_that_leaves_its_directory_is_refused(start, tmp_path, monkeypatch):
+    outside = io.BytesIO()
+    with zipfile.ZipFile(outside, "w") as packed:
+        packed.writestr("../../outside.py", "")
+    monkeypatch.setattr(lambda_svc, "_resolve_layer_zip", lambda reference: outside.getvalue())
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="escapes"):
+            start("one")
+    assert not (tmp_path.parent / "outside.py").exists()
