@@ -407,6 +407,17 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     },
     "get_mock_faults": {"answer": FAULTS},
     "put_mock_faults": {"body": {"empty_ticks": 20}, "answer": FAULTS | {"empty_ticks": 20}},
+    "get_about": {
+        "answer": {
+            "service": "Qubic Autonomous Execution System",
+            "description": (
+                "Runs tasks of agents under a policy, with approvals and an audit trail that anyone can verify."
+            ),
+            "documentation": "/docs",
+            "openapi": "/openapi.json",
+            "health": "/health",
+        }
+    },
     "gateway_health": _health("gateway"),
     "planner_health": _health("planner"),
     "agent_runtime_health": _health("agent-runtime"),

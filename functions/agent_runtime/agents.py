@@ -13,8 +13,9 @@ from typing import Any
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from qaes.adapters import transfers
+from qaes.adapters.handlers import state
 from qaes.adapters.ledger_client import LedgerClient
-from qaes.adapters.logs import TASK_ID, logger
+from qaes.adapters.logs import logger
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import compliance, planning
 from qaes.domain.compliance import Verdict
@@ -32,7 +33,7 @@ class EndOfTask(Model):
     error: dict[str, Any] | None = None
 
 
-@logger().inject_lambda_context(correlation_id_path=TASK_ID)
+@state("ValidatePlan")
 def validate_plan(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Planner agent. `{task_id, plan_id}` → `{steps: [{step_index, step_id, step_type}]}`, those that are to run."""
     store = TaskStore()
@@ -58,7 +59,7 @@ def _done_before(store: TaskStore, task: Task) -> set[int]:
     return {record.step_index for record in store.steps(task.task_id) if record.status == "succeeded"}
 
 
-@logger().inject_lambda_context(correlation_id_path=TASK_ID)
+@state("CheckCompliance")
 def check_compliance(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Compliance agent. `{task_id, step_index}` → `{verdict, reason}`; asked again after an approval.
 
@@ -115,7 +116,16 @@ KIND_OF_FAILURE = {
 }
 
 
-@logger().inject_lambda_context(correlation_id_path=TASK_ID)
+STATES: dict[Outcome, str] = {
+    "completed": "CompleteTask",
+    "denied": "DenyTask",
+    "rejected": "RejectTask",
+    "expired": "ExpireTask",
+    "failed": "FailTask",
+}
+
+
+@state(lambda event: STATES.get(event["outcome"], "end_task"))
 def end_task(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Execution agent. `{task_id, outcome, execution?, error?}` → `{status, reason}`: the terminal status, once.
 

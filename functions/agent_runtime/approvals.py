@@ -12,12 +12,12 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from qaes.adapters import settings
 from qaes.adapters.executions import Executions
-from qaes.adapters.logs import TASK_ID, logger
+from qaes.adapters.handlers import state
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import compliance
 
 
-@logger().inject_lambda_context(correlation_id_path=TASK_ID)
+@state("AwaitApproval")
 def request_approval(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """`{task_id, step_index, task_token, execution?, approvals?, expires_after?}` → stored for people to see.
 

@@ -16,6 +16,7 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from qaes.adapters import metrics, transfers
 from qaes.adapters.executions import Executions
+from qaes.adapters.handlers import function
 from qaes.adapters.ledger_client import CALL_SECONDS, LedgerClient
 from qaes.adapters.logs import logger
 from qaes.adapters.task_store import TaskStore
@@ -37,7 +38,7 @@ REASONS = {
 }
 
 
-@logger().inject_lambda_context
+@function
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """An EventBridge event → `{"reconciled": [task ids]}`."""
     store, executions = TaskStore(), Executions()

@@ -24,6 +24,7 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from audit.log import Anchor, Anchoring, CorruptLogError, Log
 from qaes.adapters import clients, settings
+from qaes.adapters.handlers import function
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import logger
 from qaes.adapters.metrics import namespace
@@ -239,7 +240,7 @@ def anchorer() -> Anchorer:
     )
 
 
-@logger().inject_lambda_context
+@function
 def anchor_log(_event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
     """Take anything: what is to be done is in the tables. Give `{sequence, size, state}` of the newest anchor."""
     try:

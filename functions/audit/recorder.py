@@ -15,7 +15,8 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from audit.store import AuditStore, Outbox, StoredEntry
 from qaes.adapters import settings
-from qaes.adapters.logs import TASK_ID, logger
+from qaes.adapters.handlers import function, state
+from qaes.adapters.logs import logger
 from qaes.domain.audit import GENESIS, BrokenChainError, build_entry
 
 
@@ -69,14 +70,14 @@ def recorder() -> Recorder:
     return Recorder(Outbox(), AuditStore(), log_id=settings.text("LOG_ID"))
 
 
-@logger().inject_lambda_context(correlation_id_path=TASK_ID)
+@state("RecordAudit")
 def record_audit(event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
     """Take `{task_id}`, give `{recorded, seq}`; raises when anything is unavailable, so that the state tries again."""
     drained = recorder().drain(str(event["task_id"]))
     return {"recorded": drained.recorded, "seq": drained.seq}
 
 
-@logger().inject_lambda_context
+@function
 def record_events(event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
     """Take a batch of the tasks table's stream, give `{"batchItemFailures": [{"itemIdentifier": sequence number}]}`.
 

@@ -24,6 +24,7 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 from audit.log import Batch, CorruptLogError, Head, Leaf, Log
 from audit.store import AuditStore, EntryKey, StoredEntry, entry_of
 from qaes.adapters import settings
+from qaes.adapters.handlers import function
 from qaes.adapters.logs import logger
 from qaes.adapters.metrics import namespace
 from qaes.domain.audit import GENESIS, BrokenChainError
@@ -172,7 +173,7 @@ def sequencer() -> Sequencer:
     return Sequencer(Log(), AuditStore(), log_id=settings.text("LOG_ID"))
 
 
-@logger().inject_lambda_context
+@function
 def sequence_entries(event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
     """Take a batch of the entries' stream, give `{"batchItemFailures": [{"itemIdentifier": sequence number}]}`.
 

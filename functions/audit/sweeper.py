@@ -23,6 +23,7 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 from audit.log import Log, Swept
 from audit.store import AuditStore, EntryKey, Outbox
 from qaes.adapters import clients, settings
+from qaes.adapters.handlers import function
 from qaes.adapters.logs import logger
 from qaes.adapters.metrics import namespace
 from qaes.domain.ids import now, parse_timestamp, timestamp
@@ -160,7 +161,7 @@ def _count(outcome: Outcome) -> None:
             metric.add_dimension("service", "audit")
 
 
-@logger().inject_lambda_context
+@function
 def sweep(_event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
     """Take anything, give `{"recorded": [task ids], "sequenced": [task ids], "behind": n, "stuck": n}`.
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from qaes.adapters import settings
 from qaes.adapters.executions import Executions
 from qaes.adapters.http import (
+    OPEN,
     Caller,
     TaskId,
     add_health,
@@ -26,7 +27,7 @@ from qaes.adapters.http import (
     state_machine_answers,
     tasks_table_answers,
 )
-from qaes.adapters.logs import logger
+from qaes.adapters.logs import logger, note
 from qaes.adapters.task_items import Idempotency
 from qaes.adapters.task_list import list_tasks
 from qaes.adapters.task_store import ReplayedError, TaskStore, decided_answer, lifecycle_answer
@@ -197,11 +198,34 @@ def start_task(
     task, replayed = TaskStore().start_task(
         task, _idempotency(caller, idempotency_key, "start", asked_for), max_open=settings.number("MAX_OPEN_TASKS")
     )
+    note(task_id=task.task_id)
     if replayed:
         response.headers[REPLAY] = "true"
         return StartAnswer(task_id=task.task_id, status=task.status, message="The task had been started already.")
     _start(task)
     return StartAnswer(task_id=task.task_id, status=task.status, message="The task has been accepted.")
+
+
+class About(BaseModel):
+    """What this API is; the other fields are paths below its address."""
+
+    service: str
+    description: str
+    documentation: str
+    openapi: str
+    health: str
+
+
+@app.get("/", openapi_extra=OPEN)
+def get_about() -> About:
+    """Return what this service is, and where its documentation is."""
+    return About(
+        service="Qubic Autonomous Execution System",
+        description="Runs tasks of agents under a policy, with approvals and an audit trail that anyone can verify.",
+        documentation="/docs",
+        openapi="/openapi.json",
+        health="/health",
+    )
 
 
 HERE = Path(__file__).parent
@@ -302,6 +326,7 @@ def decide(
     except ReplayedError as replayed:
         response.headers[REPLAY] = "true"
         return DecisionAnswer.model_validate(replayed.answer)
+    note(decision="approved" if body.approved else "rejected", approval=approval.status)
     if approval.status != "pending":
         _afterwards("not delivered yet", task_id, lambda: Executions().deliver(approval))
     return DecisionAnswer.model_validate(decided_answer(task_id, approval))

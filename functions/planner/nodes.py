@@ -6,8 +6,9 @@ from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
+from qaes.adapters.handlers import state
 from qaes.adapters.ledger_client import LedgerClient
-from qaes.adapters.logs import TASK_ID, logger
+from qaes.adapters.logs import note
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import planning
 from qaes.domain.errors import InvalidInputError, UnavailableError
@@ -16,7 +17,7 @@ from qaes.domain.models import Analysis
 from qaes.domain.policy import Policy, PolicyDecision, policy_of
 
 
-@logger().inject_lambda_context(correlation_id_path=TASK_ID)
+@state("AnalyzeTask")
 def analyze_task(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """What kind of action does the task ask for? `{task_id}` → `{analysis}`."""
     task = TaskStore().begin_planning(event["task_id"])
@@ -24,7 +25,7 @@ def analyze_task(event: dict[str, Any], context: LambdaContext) -> dict[str, Any
     return {"analysis": analysis.model_dump(mode="json")}
 
 
-@logger().inject_lambda_context(correlation_id_path=TASK_ID)
+@state("CheckPolicy")
 def check_policy(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """May it be done at all? Pins the policy. `{task_id, analysis}` → `{analysis, policy}`, both by the same policy.
 
@@ -45,6 +46,7 @@ def check_policy(event: dict[str, Any], context: LambdaContext) -> dict[str, Any
 
 
 def _checked(analysis: Analysis, decision: PolicyDecision) -> dict[str, Any]:
+    note(outcome="allowed" if decision.allowed else "denied", policy_id=decision.policy_id)
     return {"analysis": analysis.model_dump(mode="json"), "policy": decision.model_dump(mode="json")}
 
 
@@ -56,7 +58,7 @@ def _pinned(ledger: LedgerClient, policy_id: str) -> Policy:
     return policy
 
 
-@logger().inject_lambda_context(correlation_id_path=TASK_ID)
+@state("BuildPlan")
 def build_plan(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """The typed steps. `{task_id, analysis, policy}` → `{plan_id, plan_hash}`, the same on a retry."""
     store = TaskStore()

@@ -16,6 +16,7 @@ from uuid import uuid4
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from qaes.adapters import settings
+from qaes.adapters.handlers import function
 from qaes.adapters.logs import logger
 from qaes.domain.errors import ForbiddenError, InvalidInputError, NotFoundError, RefusedError, UnavailableError
 from qaes.domain.qubic.identity import check_address
@@ -36,7 +37,7 @@ _CODES = {
 }
 
 
-@logger().inject_lambda_context
+@function
 def handler(event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
     """Do the operation that the event names."""
     arguments = dict(event)

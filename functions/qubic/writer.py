@@ -14,6 +14,7 @@ from typing import Any
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from qaes.adapters import clients, metrics, settings
+from qaes.adapters.handlers import function
 from qaes.adapters.logs import logger
 from qaes.domain.errors import LimitError, UnavailableError
 from qubic.submissions import FOLLOW_SECONDS, LEAD_TICKS, Submission, Submissions
@@ -45,7 +46,7 @@ def enqueue(submission: Submission, tick: int = 0, *, seen: int = 0, looks: int 
     )
 
 
-@logger().inject_lambda_context
+@function
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Take a batch of the queue, give `{"batchItemFailures"}`; take a schedule's event, give `{"open": [keys]}`."""
     from qubic.service import policies, submissions

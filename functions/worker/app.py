@@ -11,8 +11,8 @@ from typing import Any
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from qaes.adapters import transfers
+from qaes.adapters.handlers import state
 from qaes.adapters.ledger_client import LedgerClient
-from qaes.adapters.logs import TASK_ID, logger
 from qaes.adapters.task_store import TaskStore, refuse_other_execution
 from qaes.domain import compliance
 from qaes.domain.errors import ConflictError, RefusedError, UnavailableError
@@ -25,7 +25,7 @@ class NotConfirmedYetError(UnavailableError):
     """The execution was woken before the transfer's end: the state machine knows it by this name, and waits again."""
 
 
-@logger().inject_lambda_context(correlation_id_path=TASK_ID)
+@state(lambda event: "SubmitTransfer" if event.get("submit") is True else "ExecuteStep")
 def execute_step(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """`{task_id, step_index, submit?, execution?}` → `{step_id, status, result, error, attempt}`.
 

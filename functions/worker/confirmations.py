@@ -12,8 +12,9 @@ from typing import Any
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from qaes.adapters import metrics, settings, transfers
+from qaes.adapters.handlers import function, state
 from qaes.adapters.ledger_client import CALL_SECONDS, LedgerClient
-from qaes.adapters.logs import TASK_ID, logger
+from qaes.adapters.logs import logger
 from qaes.adapters.task_store import TaskStore, refuse_other_execution
 from qaes.domain.errors import ConflictError, NotFoundError
 from qaes.domain.models import StepRecord, Task
@@ -22,7 +23,7 @@ _PREFIX = "transfer:"
 NOT_ON_RECORD_METRIC = "TransferNotOnRecord"
 
 
-@logger().inject_lambda_context(correlation_id_path=TASK_ID)
+@state("AwaitConfirmation")
 def await_confirmation(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """`{task_id, step_index, task_token, execution?}` → `{state}` of the transfer; nobody sees the token."""
     store, ledger, step_index = TaskStore(), LedgerClient(), int(event["step_index"])
@@ -38,7 +39,7 @@ def await_confirmation(event: dict[str, Any], context: LambdaContext) -> dict[st
     return {"state": "under_way" if settled.under_way else settled.record.status}
 
 
-@logger().inject_lambda_context
+@function
 def transfer_ended(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Take a batch of the ledger table's stream, give `{"batchItemFailures": [{"itemIdentifier": …}]}`."""
     failed: list[str] = []

@@ -20,7 +20,7 @@ HEALTH_ROUTES = {
     "/audit/health",
     "/qubic/health",
 }
-OPEN_ROUTES = HEALTH_ROUTES | {"/openapi.json", "/docs"}
+OPEN_ROUTES = HEALTH_ROUTES | {"/", "/openapi.json", "/docs"}
 ROUTES = {
     "GatewayFunction": {
         "POST /task/start",
@@ -29,6 +29,7 @@ ROUTES = {
         "POST /task/{task_id}/approve",
         "POST /task/{task_id}/cancel",
         "POST /task/{task_id}/retry",
+        "GET /",
         "GET /openapi.json",
         "GET /docs",
         "GET /health",
@@ -262,8 +263,9 @@ def test_what_changes_something_and_what_needs_no_token_has_limits_of_its_own(te
     found = {}
     for settings in others:
         path = settings["ResourcePath"]
-        assert path.startswith("/~1") and "/" not in path[1:], "CloudFormation takes a route with ~1 for each /"
-        found[f"{settings['HttpMethod']} {path[1:].replace('~1', '/')}"] = limits_of(settings)
+        is_root = path == "/"
+        assert is_root or (path.startswith("/~1") and "/" not in path[1:]), "CloudFormation takes ~1 for each /"
+        found[f"{settings['HttpMethod']} {path[not is_root :].replace('~1', '/')}"] = limits_of(settings)
     assert found == wanted
 
 

@@ -7,6 +7,7 @@ a log never holds a body or a token.
 from __future__ import annotations
 
 import json
+import time
 import traceback
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from http import HTTPStatus
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
 
-from aws_lambda_powertools.logging import correlation_paths
 from aws_lambda_powertools.utilities.typing import LambdaContext
 from fastapi import FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -26,8 +26,9 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qaes.adapters import clients, settings
+from qaes.adapters import clients, logs, settings
 from qaes.adapters.auth import AGENT_ROLES
+from qaes.adapters.handlers import function
 from qaes.adapters.logs import logger
 from qaes.adapters.strict_input import StrictRoute, dotted
 from qaes.domain.errors import (
@@ -40,7 +41,7 @@ from qaes.domain.errors import (
     RefusedError,
     UnavailableError,
 )
-from qaes.domain.ids import PLAN_ID_PATTERN, TASK_ID_PATTERN
+from qaes.domain.ids import PLAN_ID_PATTERN, TASK_ID_PATTERN, is_task_id
 
 PROBLEM = "application/problem+json"
 BASE_PATH = "/v1"
@@ -111,14 +112,19 @@ def create_app(service: str) -> FastAPI:
 
 
 def make_handler(app: FastAPI) -> Callable[[dict[str, Any], LambdaContext], dict[str, Any]]:
-    """Make the Lambda handler of an application behind the REST API; API Gateway's request id correlates its logs."""
+    """Make the Lambda handler of an application behind the REST API; API Gateway's request id correlates its logs.
+
+    Each request is one line of the log: its method, its route, the status of the answer, and the task's id if it is
+    about a task.
+    """
     mangum = Mangum(
         app, lifespan="off", api_gateway_base_path=BASE_PATH, text_mime_types=["text/", "application/json", PROBLEM]
     )
 
-    @logger().inject_lambda_context(correlation_id_path=correlation_paths.API_GATEWAY_REST)
+    @function
     def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-        return mangum(event, context)  # type: ignore[arg-type]
+        with logs.invocation(event.get("requestContext", {}).get("requestId")):
+            return mangum(event, context)  # type: ignore[arg-type]
 
     return handler
 
@@ -376,10 +382,13 @@ class _Edge:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         correlation_id = _event(scope).get("requestContext", {}).get("requestId")
+        started, status = time.perf_counter(), 500
         origin = settings.optional("CORS_ALLOW_ORIGIN")
 
         async def send_with_headers(message: Message) -> None:
+            nonlocal status
             if message["type"] == "http.response.start":
+                status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers.update(_HEADERS)
                 headers.setdefault("cache-control", "no-store")  # only what can never change says otherwise
@@ -398,3 +407,13 @@ class _Edge:
             await self.app(scope, receive, send_with_headers)
         except Exception as error:  # noqa: BLE001 - the edge: there is nobody else to catch it
             await _unexpected(scope, error)(scope, receive, send_with_headers)
+        finally:
+            _report(scope, status, int((time.perf_counter() - started) * 1000))
+
+
+def _report(scope: Scope, status: int, milliseconds: int) -> None:
+    """Log what the request came to: its route as the document has it, and nothing that the client wrote but ids."""
+    route = getattr(scope.get("route"), "path", "no route")
+    task_id = str(scope.get("path_params", {}).get("task_id", ""))
+    logs.note(outcome=status, task_id=task_id if is_task_id(task_id) else None)
+    logs.report(f"{scope['method'][:10]} {route}", milliseconds)

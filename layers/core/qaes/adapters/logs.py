@@ -1,16 +1,64 @@
-"""One structured logger for a service; the correlation id of a workflow function is the task's id."""
+"""One structured logger for a service, whose lines a person can read and find by the task's id.
+
+An INFO line has at most `MAX_LINE_BYTES`: what one request, state or decision came to. No line holds a token, a body or
+a parameter.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
+from typing import Any
 
 from aws_lambda_powertools import Logger
+from aws_lambda_powertools.logging.formatter import LambdaPowertoolsFormatter
 
-TASK_ID = "task_id"
-"""`correlation_id_path` of the functions that the state machine calls."""
+MAX_LINE_BYTES = 300
+_ONLY_OF_PROBLEMS = ("location", "xray_trace_id")
+_noted: ContextVar[dict[str, Any]] = ContextVar("noted")
+
+
+class _Formatter(LambdaPowertoolsFormatter):
+    """Leaves out of INFO lines what only helps to find the cause of a problem."""
+
+    def serialize(self, log: Any) -> str:
+        if log.get("level") == "INFO":
+            log = {key: value for key, value in log.items() if key not in _ONLY_OF_PROBLEMS}
+        return super().serialize(log)
 
 
 @cache
 def logger() -> Logger:
     """The service's logger (name and level from POWERTOOLS_SERVICE_NAME and POWERTOOLS_LOG_LEVEL)."""
-    return Logger(use_rfc3339=True, utc=True)
+    return Logger(logger_formatter=_Formatter(use_rfc3339=True, utc=True))
+
+
+def note(**fields: str | int | bool | None) -> None:
+    """Add fields to the line with which this invocation reports what it came to; None adds nothing."""
+    _noted.get().update({name: value for name, value in fields.items() if value is not None})
+
+
+def has_noted(field: str) -> bool:
+    """Whether this invocation has noted a field."""
+    return field in _noted.get()
+
+
+@contextmanager
+def invocation(correlation_id: str | None) -> Iterator[None]:
+    """Give each line inside of the `with` block a correlation id, and begin with nothing noted."""
+    before, noted = logger().get_correlation_id(), _noted.set({})
+    logger().set_correlation_id(correlation_id)
+    try:
+        yield
+    finally:
+        logger().set_correlation_id(before)
+        _noted.reset(noted)
+
+
+def report(message: str, milliseconds: int) -> None:
+    """Write the line that says what this invocation came to, with all that was noted."""
+    fields = dict(_noted.get())
+    outcome = fields.pop("outcome", None)
+    logger().info(f"{message}: {outcome}" if outcome else message, extra=fields | {"ms": milliseconds})

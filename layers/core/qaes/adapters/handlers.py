@@ -1,0 +1,89 @@
+"""What the handler of every function does besides its work.
+
+`function` gives each invocation a correlation id for its log, and answers a warm-up at once. `state` is for the states
+of the state machine: it also logs one line, with the task's id, that says what the state came to.
+
+A warm-up is the event `{"warm_up": true}`. It loads the function and makes its AWS clients, calls nothing and changes
+nothing. Only who may invoke the function can send one: API Gateway, streams and queues wrap what they deliver.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, Literal
+
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from qaes.adapters import clients, logs
+
+Event = dict[str, Any]
+Handler = Callable[[Event, LambdaContext], dict[str, Any]]
+WARM_UP: Event = {"warm_up": True}
+CLIENTS: tuple[tuple[str, Literal["dynamodb", "secretsmanager", "sqs", "stepfunctions"]], ...] = (
+    ("_TABLE", "dynamodb"),
+    ("STATE_MACHINE_ARN", "stepfunctions"),
+    ("_QUEUE", "sqs"),
+    ("_SECRET", "secretsmanager"),
+)
+"""How the name of an environment variable ends that tells of a resource, and the client that reaches it."""
+
+
+_OUTCOMES = ("verdict", "status", "state")
+
+
+def function(handler: Handler) -> Handler:
+    """Decorate a handler whose invocations are correlated by Lambda's request id, if the handler sets no other."""
+
+    @wraps(handler)
+    def run(event: Event, context: LambdaContext) -> dict[str, Any]:
+        if event == WARM_UP:
+            return warm_up()
+        with logs.invocation(getattr(context, "aws_request_id", None)):
+            return handler(event, context)
+
+    return run
+
+
+def state(name: str | Callable[[Event], str]) -> Callable[[Handler], Handler]:
+    """Decorate the handler of a state, or of several states that the event tells apart.
+
+    The line says `<state>: <outcome>`. The outcome is what the handler has noted as `outcome`, or the answer's
+    `verdict`, `status` or `state`, or the class of the exception that the handler raises.
+    """
+
+    def decorate(handler: Handler) -> Handler:
+        @function
+        @wraps(handler)
+        def run(event: Event, context: LambdaContext) -> dict[str, Any]:
+            called = name if isinstance(name, str) else name(event)
+            task_id, step_index, started = event.get("task_id"), event.get("step_index"), time.perf_counter()
+            with logs.invocation(task_id if isinstance(task_id, str) else None):
+                logs.note(step_index=step_index if isinstance(step_index, int) else None)
+                try:
+                    answer = handler(event, context)
+                except Exception as error:
+                    logs.note(outcome=type(error).__name__)
+                    raise
+                else:
+                    if not logs.has_noted("outcome"):
+                        logs.note(outcome=next((str(answer[key]) for key in _OUTCOMES if key in answer), "done"))
+                    return answer
+                finally:
+                    logs.report(called, int((time.perf_counter() - started) * 1000))
+
+        return run
+
+    return decorate
+
+
+def warm_up() -> dict[str, Any]:
+    """Make the AWS clients that the function's environment variables tell of; nothing is called."""
+    for ending, client in CLIENTS:
+        if any(name.endswith(ending) for name in os.environ):
+            clients.client(client)
+    if any(name.endswith("_FUNCTION") for name in os.environ):
+        clients.lambda_client()
+    return {"warm": True}
