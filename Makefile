@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 export SAM_CLI_TELEMETRY := 0
-export AUTH_MODE QAES_PORT QAES_HTTP_PORT SAM_LOCAL_ARGS ROLE SUBJECT
+export AUTH_MODE QAES_PORT QAES_HTTP_PORT SAM_LOCAL_ARGS TASK ROLE SUBJECT
 
 .PHONY: help demo up down status logs token fsck test e2e browser sam-local check openapi fuzz format requirements bench hammer clean
 
@@ -42,21 +42,25 @@ demo: $(VENV)/.local-stamp ## Run a monitoring task and an approved transfer on 
 up: $(VENV)/.local-stamp ## Start the local cloud, API at http://localhost:8000 (AUTH_MODE=stub: without tokens)
 	@$(BIN)/python -m local up
 
-down: $(VENV)/.local-stamp ## Stop the local cloud
-	@$(BIN)/python -m local down
+# On a fresh clone nothing runs: to say so, nothing is installed.
+NOT_RUNNING := The local cloud does not run. Start it: make up
+IF_INSTALLED := [ -x $(BIN)/python ] && [ -f $(VENV)/.local-stamp ] || { echo "$(NOT_RUNNING)" >&2; exit 1; };
 
-status: $(VENV)/.local-stamp ## Say whether the local cloud runs
-	@$(BIN)/python -m local status
+down: ## Stop the local cloud, and remove what it and interrupted runs have left
+	@if [ -f $(VENV)/.local-stamp ]; then $(BIN)/python -m local down; else echo "$(NOT_RUNNING)"; fi
 
-logs: $(VENV)/.local-stamp ## Print what the services of the local cloud logged (TASK=task_…: for one task)
-	@$(BIN)/python -m local logs $(if $(TASK),--task $(TASK))
+status: ## Say whether the local cloud runs (exit status 0 if it does)
+	@$(IF_INSTALLED) $(BIN)/python -m local status
 
-token: $(VENV)/.local-stamp ## Print a token of the running local cloud (ROLE=operator SUBJECT=oscar)
-	@$(BIN)/python -m local token --role "$$ROLE" --subject "$$SUBJECT"
+logs: ## Print what the services of the local cloud logged (TASK=task_…: of one task; ALL=1: Lambda's lines too)
+	@$(IF_INSTALLED) $(BIN)/python -m local logs --task "$$TASK" $(if $(ALL),--all)
 
-fsck: $(VENV)/.local-stamp ## Check the audit log of the running local cloud, every entry, tile and anchor (REPAIR=1)
-	@test -f .local/aws.env || { echo "The local cloud does not run: make up" >&2; exit 1; }
-	@source .local/aws.env && PYTHONPATH=functions:layers/core $(BIN)/python -m local.fsck $(if $(REPAIR),--repair)
+token: ## Print a token of the running local cloud (ROLE=operator SUBJECT=oscar)
+	@$(IF_INSTALLED) $(BIN)/python -m local token --role "$$ROLE" --subject "$$SUBJECT"
+
+fsck: ## Check the audit log of the running local cloud, every entry, tile and anchor (REPAIR=1)
+	@test -f .local/aws.env || { echo "$(NOT_RUNNING)" >&2; exit 1; }
+	@$(IF_INSTALLED) source .local/aws.env && PYTHONPATH=functions:layers/core $(BIN)/python -m local.fsck $(if $(REPAIR),--repair)
 
 # --- tests and checks
 

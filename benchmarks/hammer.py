@@ -25,7 +25,8 @@ from typing import Any
 
 from audit.log import Anchor, Log
 from audit.store import EntryKey
-from local.cloud import Cloud, LocalCloudError
+from local.cloud import Cloud
+from local.environment import LocalCloudError
 from local.fsck import settled, show
 from qaes.adapters import clients
 from qaes.adapters.task_items import TaskItems

@@ -12,7 +12,8 @@ from typing import Any
 
 import httpx
 
-from local.cloud import REGION, Cloud
+from local.cloud import Cloud
+from local.environment import REGION
 
 ROUNDS, WARM_UP, TASKS = 25, 3, 5
 ACCOUNT = "000000000000"

@@ -34,7 +34,7 @@ class Context:
 
 def megabytes(cloud: Cloud, function: str) -> float:
     """Return the peak resident memory of `function`, with Python and the AWS SDK."""
-    from local.cloud import BUILD
+    from local.build import BUILD
     from tests.support import events, template
 
     configuration = cloud.client("lambda").get_function_configuration(FunctionName=cloud.resources[function])

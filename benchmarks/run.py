@@ -15,7 +15,9 @@ from pathlib import Path
 
 from benchmarks import cost, imports, latency, memory
 from benchmarks import primitives as qubic
-from local.cloud import BUILD, ROOT, Cloud, Progress
+from local.build import BUILD
+from local.cloud import Cloud
+from local.environment import ROOT, Progress
 from qaes.domain.ids import now
 from tests.support import template
 

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 
-from local import demo, lifecycle
-from local.cloud import LocalCloudError, Ports, auth_mode
-from local.tokens import TokenRequestError
+from local.interrupts import StopError, stop_on_signals
 
 
 def main() -> int:
     """Do what the command line says; return an exit code."""
+    import argparse  # after the signals: whoever presses Ctrl-C now gets no traceback
+
+    from local import demo, lifecycle
+    from local.cloud import auth_mode
+    from local.environment import Ports
+
     parser = argparse.ArgumentParser(prog="python -m local", description="The local cloud.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     commands.add_parser("up", help="start it in the background")
     commands.add_parser("down", help="stop it")
     commands.add_parser("run", help="run it in the foreground")
     commands.add_parser("status", help="say whether it runs")
-    commands.add_parser("logs", help="print what the services logged").add_argument("--task", help="only for this task")
+    logs = commands.add_parser("logs", help="print what the services logged")
+    logs.add_argument("--task", default="", help="only for this task")
+    logs.add_argument("--all", action="store_true", help="the platform's lines and the metrics too")
     token = commands.add_parser("token", help="print a token")
     token.add_argument("--role", required=True, help="one role, or several separated by spaces")
     token.add_argument("--subject", default="", help="who the token is for")
@@ -32,9 +37,11 @@ def main() -> int:
         case "run":
             lifecycle.run(auth_mode(), Ports.from_environment())
         case "status":
-            print(lifecycle.status())
+            text, code = lifecycle.status()
+            print(text)
+            return code
         case "logs":
-            lifecycle.logs(arguments.task)
+            lifecycle.logs(arguments.task, everything=arguments.all)
         case "token":
             print(lifecycle.token(arguments.role, arguments.subject))
         case "demo":
@@ -42,8 +49,25 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
+def run() -> int | str:
+    """Run `main`; return an exit code, or one line that says what is wrong."""
     try:
-        sys.exit(main())
-    except (LocalCloudError, TokenRequestError) as error:
-        sys.exit(str(error))
+        return main()
+    except StopError:
+        return 130
+    except Exception as error:
+        from local.environment import LocalCloudError
+        from local.tokens import TokenRequestError
+
+        if isinstance(error, LocalCloudError | TokenRequestError):
+            return str(error)
+        if isinstance(error, BrokenPipeError):
+            return 1  # whoever read the output has gone, as `| head` does
+        if isinstance(error, OSError) and error.filename:
+            return f"{error.filename}: {error.strerror}"
+        raise
+
+
+if __name__ == "__main__":
+    stop_on_signals()
+    sys.exit(run())

@@ -2,48 +2,48 @@
 
 Nothing here can reach an AWS account: programs are started with made-up credentials, empty configuration files and an
 endpoint on the loopback interface, and none of the caller's own `AWS_…` variables. Everything that is written lies in
-the repository, under `.local` and `.aws-sam`.
+the repository, under `.local`.
 """
 
 from __future__ import annotations
 
-import compileall
 import contextlib
-import errno
-import fcntl
-import hashlib
 import json
 import os
-import py_compile
+import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Self, cast
-from urllib.parse import urlsplit
 
-import boto3
-
+from local.build import PYTHONS, TEMPLATE, build, runtime
+from local.environment import (
+    REGION,
+    ROOT,
+    WORK,
+    LocalCloudError,
+    Ports,
+    Progress,
+    end_group,
+    isolated_environment,
+    locked,
+    tail,
+    write_private,
+)
 from local.gateway import complete
-from local.proxy import KEYS_PATH, Proxy
+from local.readiness import wait_until_ready
 from local.relay import DESKTOP_HOST, Relay, bridge
+from local.runs import remove_ended_runs, running
 from local.tokens import AUDIENCE, PEOPLE, SECOND_PEOPLE, Issuer
 
-ROOT = Path(__file__).resolve().parent.parent
-WORK = ROOT / ".local"
-BUILD = ROOT / ".aws-sam" / "build"
-REGION = "us-east-1"
 STACK = "qaes-local"
 AUTH_MODES = ("jwt", "stub")
-PYTHONS = range(11, 15)  # minor versions that Lambda and the template's parameter PythonRuntime have
 # A Lambda environment is a process of some 50 MB here: this bounds what a burst of tasks can take.
 LAMBDA_CONCURRENCY = 32
 TICK_MILLISECONDS = 100  # of the mock network: nobody wants to wait for real ones
@@ -55,152 +55,7 @@ START_TIMEOUT_SECONDS = 60
 COMMAND_TIMEOUT_SECONDS = 600
 USER_FILES = ("tokens.env", "aws.env", "sam.toml", "sam-env.json", "issuer.json")
 """What tells a user's tools of the local cloud, in `.local`, for as long as it runs."""
-HEALTH_PATHS = (
-    "/health",
-    "/planner/health",
-    "/agent-runtime/health",
-    "/worker/health",
-    "/audit/health",
-    "/qubic/health",
-)
-
 AuthMode = Literal["jwt", "stub"]
-
-
-class LocalCloudError(Exception):
-    """The local cloud cannot do what it was asked to; the text says why, and what to do about it."""
-
-
-@dataclass(frozen=True)
-class Ports:
-    """Where to listen, and which environment variable changes that (`None`: nobody chose it)."""
-
-    http: int
-    aws: int
-    http_variable: str | None = None
-    aws_variable: str | None = None
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Ports:
-        """Read QAES_HTTP_PORT (8000, the API) and QAES_PORT (4566, the local AWS)."""
-        return cls(
-            _port(environment, "QAES_HTTP_PORT", 8000),
-            _port(environment, "QAES_PORT", 4566),
-            "QAES_HTTP_PORT",
-            "QAES_PORT",
-        )
-
-    @classmethod
-    def free(cls) -> Ports:
-        """Choose two ports that are free now."""
-        with socket.socket() as one, socket.socket() as other:
-            one.bind(("127.0.0.1", 0))
-            other.bind(("127.0.0.1", 0))
-            return cls(one.getsockname()[1], other.getsockname()[1])
-
-    def check(self) -> None:
-        """Raise LocalCloudError, naming the port and the variable that changes it, if one of them cannot be used."""
-        if self.http == self.aws:
-            raise LocalCloudError(
-                f"QAES_HTTP_PORT and QAES_PORT are both {self.http}; the API and the local AWS need a port each. "
-                f"Choose another: QAES_PORT={self.http + 1 if self.http < 65535 else self.http - 1} make up"
-            )
-        for port, variable, what in (
-            (self.http, self.http_variable, "API"),
-            (self.aws, self.aws_variable, "local AWS"),
-        ):
-            if is_taken(port):
-                advice = f" Choose another: {variable}={next_free(port)} make up" if variable else ""
-                raise LocalCloudError(f"Port {port}, for the {what}, is taken by another program.{advice}")
-
-
-def _port(environment: Mapping[str, str], variable: str, default: int) -> int:
-    text = environment.get(variable) or str(default)
-    if not text.isdecimal() or not 1 <= int(text) <= 65535:
-        raise LocalCloudError(f"{variable} is a port from 1 to 65535, not {text!r}.")
-    return int(text)
-
-
-def is_taken(port: int) -> bool:
-    """Whether a program listens on this port of `localhost`, which may mean 127.0.0.1 or ::1."""
-    for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
-        try:
-            with socket.socket(family) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((host, port))
-        except OSError as error:
-            if error.errno in {errno.EADDRINUSE, errno.EACCES}:
-                return True  # every other error: this machine has no such address, so nobody listens there
-    return False
-
-
-def next_free(port: int) -> int:
-    """Return a free port near this one."""
-    near = (number for number in range(port + 1, min(port + 200, 65536)) if not is_taken(number))
-    return next(near, None) or Ports.free().http
-
-
-def isolated_environment(endpoint: str, directory: Path, base: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Return the environment for programs of the local cloud.
-
-    Parameters
-    ----------
-    endpoint : str
-        Address of the local AWS.
-    directory : Path
-        Where the programs may write; it gets the empty AWS configuration.
-    base : Mapping
-        The caller's environment; what speaks of AWS or of another Python in it is left out.
-
-    Raises
-    ------
-    LocalCloudError
-        If the endpoint is not on the loopback interface: it could be a real account.
-    """
-    if urlsplit(endpoint).hostname not in {"127.0.0.1", "localhost", "::1"}:
-        raise LocalCloudError(f"AWS_ENDPOINT_URL has to be on the loopback interface, and {endpoint} is not.")
-    empty = directory / "aws"
-    empty.mkdir(parents=True, exist_ok=True)
-    for name in ("config", "credentials"):
-        (empty / name).write_text("")
-    foreign = ("AWS_", "SAM_", "LAMBDA_", "MINISTACK_", "LOCALSTACK_", "PYTHON", "VIRTUAL_ENV")
-    environment = {name: value for name, value in base.items() if not name.startswith(foreign)}
-    no_proxy = ",".join(filter(None, [base.get("NO_PROXY") or base.get("no_proxy"), "localhost", "127.0.0.1"]))
-    temporary = directory / "tmp"
-    temporary.mkdir(exist_ok=True)
-    return environment | {
-        "AWS_ENDPOINT_URL": endpoint,
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": REGION,
-        "AWS_REGION": REGION,
-        "AWS_CONFIG_FILE": str(empty / "config"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(empty / "credentials"),
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "SAM_CLI_TELEMETRY": "0",
-        "__SAM_CLI_APP_DIR": str(directory / "sam"),
-        "NO_PROXY": no_proxy,
-        "no_proxy": no_proxy,
-        "TMPDIR": str(temporary),
-        # sam looks for the interpreter of the template's runtime on the path
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)]),
-    }
-
-
-class Progress:
-    """Prints what is being done, with the seconds since the start."""
-
-    def __init__(self, write: Callable[[str], None] | None = None) -> None:
-        self._start = time.monotonic()
-        self._write = write or (lambda line: print(line, flush=True))
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self._start
-
-    def __call__(self, text: str) -> None:
-        self._write(f"[{self.seconds:5.1f} s] {text}")
 
 
 @dataclass
@@ -265,6 +120,8 @@ class Cloud:
 
     def client(self, service: str) -> Any:
         """Return a boto3 client for the local AWS, as its root user."""
+        import boto3  # not for `make status`, which has no time for it
+
         return boto3.client(
             service,  # type: ignore[call-overload]
             endpoint_url=self.endpoint,
@@ -275,8 +132,9 @@ class Cloud:
 
     def __enter__(self) -> Self:
         self.ports.check()
-        self.directory.mkdir(parents=True, exist_ok=True)
+        remove_ended_runs()
         try:
+            self._stack.enter_context(running(self.directory))
             self._start()
         except BaseException:
             self._stack.close()
@@ -287,21 +145,27 @@ class Cloud:
         self._stack.close()
 
     def _start(self) -> None:
+        from local.proxy import Proxy
+
         self.progress("starting the local AWS")
-        self._stack.callback(shutil.rmtree, self.directory / "tmp", ignore_errors=True)
+        self._stack.callback(self._remove_temporary_files)
         aws = self._stack.enter_context(self._aws())
         stub = self.auth_mode == "stub"
         origin = self.parameters.get("CorsAllowOrigin", "")
         proxy = self._stack.enter_context(
             Proxy(self.ports.http, self.ports.aws, self.issuer.key_set(), stub=stub, cors_origin=origin)
         )
-        with _locked(WORK / "build.lock"):  # another local cloud may share the build
-            self._build()
+        with locked(WORK / "build.lock"):  # another local cloud may share the build
+            build(self._sam, self.progress)
             self._wait_for_aws(aws)
             self._deploy()
         proxy.log_api_id = self.outputs.get("PublicLogApiId")
         proxy.api_id = self.outputs["ApiId"]
-        self._wait_for_health()
+        self._wait_until_ready()
+
+    def _remove_temporary_files(self) -> None:
+        self.progress("removing temporary files")
+        shutil.rmtree(self.directory / "tmp", ignore_errors=True)
 
     @contextlib.contextmanager
     def _aws(self) -> Iterator[subprocess.Popen[bytes]]:
@@ -321,7 +185,7 @@ class Cloud:
         }
         with (self.directory / "aws.log").open("wb") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "local.guard", "ministack"],
+                [sys.executable, "-m", "local.guard", "local.emulator"],
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.PIPE,
@@ -332,7 +196,8 @@ class Cloud:
             try:
                 yield process
             finally:
-                end_group(process)
+                self.progress("stopping the local AWS")
+                end_group(process, grace=0)  # it keeps nothing
 
     def _wait_for_aws(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
@@ -342,25 +207,16 @@ class Cloud:
             with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.endpoint}/_ministack/health", timeout=5):
                 return
             time.sleep(0.1)
-        raise LocalCloudError(f"The local AWS did not start.\n{_tail(self.directory / 'aws.log')}")
-
-    def _build(self) -> None:
-        runtime = f"python3.{sys.version_info.minor}"
-        stamp = BUILD / ".fingerprint"  # sam empties the folder, so no other build can be taken for this one
-        wanted = fingerprint(ROOT, runtime)
-        if stamp.is_file() and stamp.read_text() == wanted:
-            return
-        self.progress("building functions and layer (sam build)")
-        self._sam("build", "--parameter-overrides", f"PythonRuntime={runtime}", "Stage=local", "AuthMode=stub")
-        compile_sources(BUILD)
-        stamp.write_text(wanted)
+        raise LocalCloudError(f"The local AWS did not start.\n{tail(self.directory / 'aws.log')}")
 
     def _deploy(self) -> None:
+        from local.proxy import KEYS_PATH
+
         self.progress("deploying template.yaml (sam deploy)")
         parameters: dict[str, str] = {
             "Stage": "local",
             "AuthMode": self.auth_mode,
-            "PythonRuntime": f"python3.{sys.version_info.minor}",
+            "PythonRuntime": runtime(),
             "JwtIssuer": self.url,
             "JwtAudience": AUDIENCE,
             "JwksUrl": f"http://127.0.0.1:{self.ports.http}{KEYS_PATH}",
@@ -370,7 +226,7 @@ class Cloud:
         parameters |= THROTTLING | dict(self.parameters)
         # sam takes an empty value only in quotes
         given = [f"{name}={value}" if value else f'{name}=""' for name, value in parameters.items()]
-        self._sam("deploy", "--parameter-overrides", *given)
+        self._sam("deploy", "--template-file", str(TEMPLATE), "--parameter-overrides", *given)
         formation = self.client("cloudformation")
         stack = formation.describe_stacks(StackName=STACK)["Stacks"][0]
         self.outputs = {output["OutputKey"]: output["OutputValue"] for output in stack["Outputs"]}
@@ -390,7 +246,7 @@ class Cloud:
         sam = str(Path(sys.executable).with_name("sam"))
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [sam, command, "--config-env", "local", *arguments],
+                [sam, command, "--config-file", str(ROOT / "samconfig.toml"), "--config-env", "local", *arguments],
                 cwd=ROOT,
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
@@ -403,48 +259,43 @@ class Cloud:
             finally:
                 end_group(process)
         if code != 0:
-            raise LocalCloudError(f"sam {command} failed; all of its output: {log}\n{_tail(log)}")
+            raise LocalCloudError(f"sam {command} failed; all of its output: {log}\n{tail(log)}")
 
-    def _wait_for_health(self) -> None:
-        self.progress("waiting for the services to answer")
-        with ThreadPoolExecutor(len(HEALTH_PATHS)) as pool:
-            list(pool.map(self._check_health, HEALTH_PATHS))
+    def _wait_until_ready(self) -> None:
+        try:
+            wait_until_ready(self)
+        except LocalCloudError as error:
+            services = self.directory / "services.log"
+            with contextlib.suppress(Exception):  # the local AWS may be what does not work
+                services.write_text("\n".join(self.service_logs()))
+            raise LocalCloudError(
+                f"{error}\nWhat the local AWS logged: {self.directory / 'aws.log'}, and the services: {services}"
+            ) from None
 
-    def _check_health(self, path: str) -> None:
-        token = "stub" if self.auth_mode == "stub" else self.token("operator")
-        deadline = time.monotonic() + START_TIMEOUT_SECONDS
-        answer = "no answer"
-        while time.monotonic() < deadline:
-            request = urllib.request.Request(f"{self.url}{path}", headers={"Authorization": f"Bearer {token}"})
-            try:
-                with urllib.request.urlopen(request, timeout=30):
-                    return
-            except urllib.error.HTTPError as error:
-                answer = f"{error.code} {error.read().decode(errors='replace')}"
-            except OSError as error:
-                answer = str(error)
-            time.sleep(0.5)
-        services = self.directory / "services.log"
-        with contextlib.suppress(Exception):  # the local AWS may be what does not work
-            services.write_text("\n".join(self.service_logs()))
-        raise LocalCloudError(
-            f"{path} is not healthy: {answer}\n"
-            f"What the local AWS logged: {self.directory / 'aws.log'}, and the services: {services}"
-        )
+    def service_logs(self, task_id: str = "", *, everything: bool = True) -> list[str]:
+        """Return what the services have logged, oldest first.
 
-    def service_logs(self, task_id: str | None = None) -> list[str]:
-        """Return what the services have logged, oldest first; all of it, or the lines that name a task."""
+        Parameters
+        ----------
+        task_id : str, optional
+            Only the lines that name this task.
+        everything : bool
+            With the platform's lines (START, END, REPORT) and the metrics.
+        """
         client = self.client("logs")
         wanted = {"filterPattern": f'"{task_id}"'} if task_id else {}
+        names = {physical: logical for logical, physical in self.resources.items()}
         events = []
         for groups in client.get_paginator("describe_log_groups").paginate():
             for group in groups["logGroups"]:
                 name = group["logGroupName"]
                 for page in client.get_paginator("filter_log_events").paginate(logGroupName=name, **wanted):
                     events += [
-                        (event["timestamp"], name.rpartition("/")[2], event["message"]) for event in page["events"]
+                        (_logged_at(event), names.get(name, name.rpartition("/")[2]), event["message"].rstrip())
+                        for event in page["events"]
+                        if everything or not _is_platform(event["message"])
                     ]
-        return [f"{name}: {message.rstrip()}" for _, name, message in sorted(events)]
+        return [f"{name}: {message}" for _, name, message in sorted(events, key=lambda event: event[0])]
 
     def remove_directory(self) -> None:
         """Delete what it wrote; logs included."""
@@ -454,8 +305,8 @@ class Cloud:
         """Write `.local/tokens.env` and `.local/aws.env`, to be sourced in a shell, and the key for `make token`."""
         tokens = [f"export {role.upper()}={self.token(role)}" for role in PEOPLE]
         tokens += [f"export {role.upper()}2={self.token(role, subject)}" for role, subject in SECOND_PEOPLE.items()]
-        _write_private(WORK / "issuer.json", [self.issuer.export()])
-        _write_private(WORK / "tokens.env", ["# Tokens of the local cloud, for 12 hours.", *tokens])
+        write_private(WORK / "issuer.json", [self.issuer.export()])
+        write_private(WORK / "tokens.env", ["# Tokens of the local cloud, for 12 hours.", *tokens])
         wanted = {name: value for name, value in self.environment.items() if name.startswith(("AWS_", "SAM_"))} | {
             "API_URL": self.url,
             "STATE_MACHINE_ARN": self.outputs["StateMachineArn"],
@@ -471,7 +322,7 @@ class Cloud:
             "# The local AWS, with credentials that are good for nothing else.",
             "unset AWS_PROFILE AWS_SESSION_TOKEN",
         ]
-        _write_private(WORK / "aws.env", [*lines, *(f"export {name}='{value}'" for name, value in wanted.items())])
+        write_private(WORK / "aws.env", [*lines, *(f"export {name}='{value}'" for name, value in wanted.items())])
 
     def write_sam_files(self, directory: Path = WORK) -> Path:
         """Let `sam local … --config-file` run functions on this local AWS; return the configuration file.
@@ -491,9 +342,9 @@ class Cloud:
             for function in page["Functions"]
         }
         variables = directory / "sam-env.json"
-        _write_private(variables, [json.dumps(environments, indent=2)])
+        write_private(variables, [json.dumps(environments, indent=2)])
         configuration = directory / "sam.toml"
-        parameters = [f"PythonRuntime=python3.{sys.version_info.minor}", "Stage=local", f"AuthMode={self.auth_mode}"]
+        parameters = [f"PythonRuntime={runtime()}", "Stage=local", f"AuthMode={self.auth_mode}"]
         lines = [
             "# For sam local invoke FUNCTION (or start-lambda) --config-file: the functions as `make up` has built and",
             "# deployed them.",
@@ -503,81 +354,29 @@ class Cloud:
             lines += [
                 f"[default.{command}.parameters]",
                 f"parameter_overrides = {json.dumps(parameters)}",
+                f"template_file = {json.dumps(str(TEMPLATE))}",
                 f"env_vars = {json.dumps(str(variables))}",
                 f"layer_cache_basedir = {json.dumps(str(WORK / 'sam-layers'))}",
             ]
-        _write_private(configuration, lines)
+        write_private(configuration, lines)
         return configuration
 
 
-def fingerprint(root: Path, runtime: str) -> str:
-    """Return a SHA-256 over all that a build depends on."""
-    digest = hashlib.sha256(runtime.encode())
-    files = [root / "template.yaml", root / "samconfig.toml"]
-    for folder in ("functions", "layers/core", "statemachine"):
-        files += [path for path in (root / folder).rglob("*") if path.is_file() and path.suffix != ".pyc"]
-    for path in sorted(files):
-        content = path.read_bytes()
-        digest.update(f"\n{path.relative_to(root)} {len(content)}\n".encode() + content)
-    return digest.hexdigest()
+_PLATFORM = re.compile(r"(START|END|REPORT|INIT_START|XRAY)[ \t]|\{.*\"_aws\":")
+"""A line of Lambda itself, or a metric in CloudWatch's embedded format."""
 
 
-def compile_sources(directory: Path) -> None:
-    """Add byte code that needs no look at the source.
-
-    The local AWS unpacks layer and code anew for each environment, where they would be compiled anew.
-    """
-    for folder in filter(Path.is_dir, directory.iterdir()):
-        # The same path in every function's folder leaves equal code equal, and so uploaded once.
-        compileall.compile_dir(
-            folder,
-            quiet=2,
-            workers=0,
-            stripdir=str(folder),
-            invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
-        )
+def _is_platform(message: str) -> bool:
+    return _PLATFORM.match(message) is not None
 
 
-def end_group(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it has started, gently first; it leads a session of its own."""
-    with contextlib.suppress(ProcessLookupError):
-        if process.poll() is None:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(1)
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    if process.stdin is not None:
-        process.stdin.close()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _write_private(path: Path, lines: list[str]) -> None:
-    path.touch(mode=0o600)
-    path.chmod(0o600)
-    path.write_text("\n".join([*lines, ""]))
-
-
-def _tail(log: Path, lines: int = 15) -> str:
-    return "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+def _logged_at(event: Mapping[str, Any]) -> float:
+    """When the line was written: the local AWS only knows when its invocation ended."""
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        return datetime.fromisoformat(json.loads(event["message"])["timestamp"]).timestamp()
+    return float(event["timestamp"]) / 1000
 
 
 def auth_mode(environment: Mapping[str, str] = os.environ) -> AuthMode:
     """Read AUTH_MODE, `jwt` by default; `Cloud` refuses what it does not know."""
     return cast("AuthMode", environment.get("AUTH_MODE") or "jwt")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an absent or half-written file is an empty one."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}

@@ -17,8 +17,9 @@ import urllib.request
 from dataclasses import dataclass, field
 from typing import Any
 
-from local.cloud import ROOT, Cloud, Progress
-from local.lifecycle import StopError, ignore_signals, stop_on_signals
+from local.cloud import Cloud
+from local.environment import ROOT, Progress
+from local.interrupts import StopError, ignore_signals
 from local.tokens import PEOPLE
 
 SOURCE = "0x1234567890abcdef"
@@ -250,7 +251,6 @@ def tell(cloud: Cloud) -> list[str]:
 
 def main() -> int:
     """Run the demo; return an exit code."""
-    stop_on_signals()
     progress = Progress()
     cloud = Cloud(f"demo-{os.getpid()}", progress=progress)
     failures = ["it was interrupted"]
@@ -266,7 +266,8 @@ def main() -> int:
         cloud.remove_directory()
         return 130
     if failures:
-        print(f"\nThe demo FAILED after {progress.seconds:.0f} s: {'; '.join(failures)}. Logs: {cloud.directory}")
+        print(f"\nThe demo FAILED after {progress.seconds:.0f} s: {'; '.join(failures)}.")
+        print(f"Its logs, until the next run: {cloud.directory}")
         return 1
     cloud.remove_directory()
     print(f"\nThe demo succeeded after {progress.seconds:.0f} s. Nothing is left running.")

@@ -11,46 +11,30 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
-from local.cloud import ROOT, USER_FILES, WORK, AuthMode, Cloud, LocalCloudError, Ports, Progress, read_json
+from local.cloud import USER_FILES, AuthMode, Cloud
+from local.environment import ROOT, WORK, LocalCloudError, Ports, Progress, locked, read_json
+from local.interrupts import StopError, deferred_signals, ignore_signals, stop_on_signals
+from local.runs import is_locked, remove_ended_runs
 from local.tokens import LIFETIME_SECONDS, Issuer
 
 NAME = "cloud"
 DIRECTORY = WORK / NAME
 STOP_TIMEOUT_SECONDS = 20
+NOT_RUNNING = "The local cloud does not run. Start it: make up"
+TASK_ID = "task_[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 EXAMPLE = (
     '{"task_type": "monitor_wallet", "description": "watch it", "wallet_address": "0x1234567890abcdef", '
     '"parameters": {"alert_threshold": 500}}'
 )
-
-
-class StopError(BaseException):
-    """A signal asked this process to end; not an Exception, so that nothing on the way swallows it."""
-
-
-def _stop(signum: int, frame: FrameType | None) -> NoReturn:
-    ignore_signals()
-    raise StopError(signal.Signals(signum).name)
-
-
-def ignore_signals() -> None:
-    """From here on this process is cleaning up, and a second Ctrl-C does not interrupt that."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)
-
-
-def stop_on_signals() -> None:
-    """Let SIGINT, SIGTERM and SIGHUP raise StopError in this process, once."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, _stop)
 
 
 class Instance:
@@ -73,10 +57,13 @@ class Instance:
         """Be the one supervisor; raise LocalCloudError if there is one."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with self._lock.open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise LocalCloudError(self.describe()) from None
+            for attempt in range(5):  # a program that only looks whether it is locked holds it for a moment
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                time.sleep(0.05 * attempt)
+            else:
+                raise LocalCloudError(self.describe())
             try:
                 self.write({"pid": os.getpid()})
                 yield
@@ -85,14 +72,7 @@ class Instance:
 
     def runs(self) -> bool:
         """Whether a supervisor lives."""
-        if not self._lock.is_file():
-            return False
-        with self._lock.open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
+        return is_locked(self._lock)
 
     def forget_interrupted_run(self) -> bool:
         """Remove what a supervisor that was killed has left; whether there was any. Only while none runs."""
@@ -118,7 +98,12 @@ class Instance:
         state = self.read()
         if "url" not in state:
             return "The local cloud is starting. Stop it: make down"
-        return f"The local cloud already runs at {state['url']} (AUTH_MODE={state['auth_mode']}). Stop it: make down"
+        return f"The local cloud runs at {state['url']} (AUTH_MODE={state['auth_mode']}). Stop it: make down"
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the local cloud runs and answers."""
+        return self.runs() and "url" in self.read()
 
 
 def run(mode: AuthMode, ports: Ports) -> None:
@@ -133,10 +118,10 @@ def run(mode: AuthMode, ports: Ports) -> None:
                 with cloud:
                     cloud.write_shell_files()
                     cloud.write_sam_files()
-                    print(introduction(cloud, progress.seconds), flush=True)
-                    instance.write(
-                        {"pid": os.getpid(), "url": cloud.url, "endpoint": cloud.endpoint, "auth_mode": cloud.auth_mode}
-                    )
+                    state = {"url": cloud.url, "endpoint": cloud.endpoint, "auth_mode": cloud.auth_mode}
+                    print(f"\nThe local cloud runs, after {progress.seconds:.0f} s: {cloud.url}")
+                    print(introduction(**state), flush=True)
+                    instance.write({"pid": os.getpid(), **state})
                     while True:
                         signal.pause()
             finally:
@@ -147,23 +132,22 @@ def run(mode: AuthMode, ports: Ports) -> None:
         print(f"stopped ({reason})", flush=True)
 
 
-def introduction(cloud: Cloud, seconds: float) -> str:
-    """Return how to call it."""
+def introduction(url: str, endpoint: str, auth_mode: str) -> str:
+    """Return how to use the running local cloud."""
     who = '-H "Authorization: Bearer $REQUESTER" '
     first = "  source .local/tokens.env     # $REQUESTER $APPROVER $APPROVER2 $AUDITOR $OPERATOR $OPERATOR2"
-    if cloud.auth_mode == "stub":
-        who, first = "", "  No token needed: who sends none is demo_user, with every role (AUTH_MODE=stub)."
+    if auth_mode == "stub":
+        who, first = "", "  A request without a token is demo_user's, with every role (AUTH_MODE=stub)."
     hours = LIFETIME_SECONDS // 3600
     return f"""
-The local cloud runs, after {seconds:.0f} s: {cloud.url}
-
 {first}
-  curl -s {cloud.url}/task/start {who}-H 'Content-Type: application/json' \\
-    -d '{EXAMPLE}'
-  curl -s {cloud.url}/task/$TASK {who}
+  TASK=$(curl -s {url}/task/start {who}-H 'Content-Type: application/json' \\
+    -d '{EXAMPLE}' | grep -o 'task_[0-9a-f-]*' | head -1)
+  curl -s {url}/task/$TASK {who}
 
-  source .local/aws.env        # lets aws and sam talk to the local AWS, {cloud.endpoint}
-  make logs                    # what the services log; TASK=task_… for one task
+  {url}/docs   # the API, in a browser
+  source .local/aws.env        # lets aws and sam talk to the local AWS, {endpoint}
+  make logs TASK=$TASK         # what the services log of one task; without TASK, of all
   make down                    # stops it, and forgets everything; tokens are good for {hours} hours
 """
 
@@ -172,50 +156,73 @@ def up(mode: AuthMode, ports: Ports, instance: Instance | None = None, command: 
     """Start the local cloud in the background, print its progress, return an exit code."""
     instance = instance or Instance()
     if instance.runs():
-        print(instance.describe())
-        return int(instance.read().get("auth_mode", mode) != mode)
+        return _already(instance, mode)
     if instance.forget_interrupted_run():
         print("An earlier run was interrupted; what it left is cleaned up.")
     ports.check()
-    stop_on_signals()
     instance.directory.mkdir(parents=True, exist_ok=True)
-    with instance.log.open("wb") as output:
-        process = subprocess.Popen(
-            command or [sys.executable, "-m", "local", "run"],
-            cwd=ROOT,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+    process = None
     try:
-        with instance.log.open(encoding="utf-8", errors="replace") as log:
-            while True:
-                ended = process.poll() is not None
-                ready = "url" in instance.read()
-                sys.stdout.write(log.read())
-                sys.stdout.flush()
-                if ended or ready:
-                    return process.returncode if ended else 0
-                time.sleep(0.1)
+        with locked(instance.directory / "starting"):
+            if instance.runs():  # another `make up` was faster
+                return _already(instance, mode)
+            with deferred_signals(), instance.log.open("wb") as output:
+                process = subprocess.Popen(
+                    command or [sys.executable, "-m", "local", "run"],
+                    cwd=ROOT,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
+            return _follow(process, instance)
     except StopError:
-        process.terminate()
-        process.wait()
-        print("interrupted; nothing is left running")
+        print("interrupted: stopping the local cloud", flush=True)
+        if process is not None:
+            process.terminate()
+            process.wait()
+        remove_ended_runs(instance.directory.parent)
+        print("nothing is left running")
         return 130
 
 
+def _already(instance: Instance, mode: AuthMode) -> int:
+    """Explain how to use the local cloud that runs already; return 1 if it is not what was asked for."""
+    state = instance.read()
+    print(instance.describe())
+    if "url" not in state:
+        return 0
+    if state["auth_mode"] != mode:
+        print(f"It has another AUTH_MODE than {mode}: run make down first.")
+        return 1
+    print(introduction(state["url"], state["endpoint"], state["auth_mode"]))
+    return 0
+
+
+def _follow(process: subprocess.Popen[bytes], instance: Instance) -> int:
+    """Print what the supervisor prints until it is ready or has ended; return an exit code."""
+    with instance.log.open(encoding="utf-8", errors="replace") as log:
+        while True:
+            ended = process.poll() is not None
+            ready = "url" in instance.read()
+            sys.stdout.write(log.read())
+            sys.stdout.flush()
+            if ended or ready:
+                return process.returncode if ended else 0
+            time.sleep(0.1)
+
+
 def down(instance: Instance | None = None, say: Callable[[str], None] = print) -> None:
-    """Stop the local cloud and wait until it has ended."""
+    """Stop the local cloud, wait until it has ended, and remove what it and earlier runs have left."""
     instance = instance or Instance()
     if not instance.runs():
-        left = instance.forget_interrupted_run()
-        say(
-            "The local cloud does not run."
-            + (" An earlier run was interrupted; what it left is cleaned up." if left else "")
-        )
+        interrupted = instance.forget_interrupted_run()
+        left = remove_ended_runs(instance.directory.parent)
+        say("The local cloud does not run." + (" What earlier runs left is cleaned up." if interrupted or left else ""))
         return
     pid = instance.read().get("pid")
+    progress = Progress(say)
+    progress("stopping the local cloud")
     for signum in (signal.SIGTERM, signal.SIGKILL):
         if isinstance(pid, int):
             with contextlib.suppress(ProcessLookupError):
@@ -223,17 +230,22 @@ def down(instance: Instance | None = None, say: Callable[[str], None] = print) -
         deadline = time.monotonic() + STOP_TIMEOUT_SECONDS
         while time.monotonic() < deadline:
             if not instance.runs():
+                progress("removing its files")
                 instance.forget_interrupted_run()
-                say("The local cloud is stopped.")
+                remove_ended_runs(instance.directory.parent)
+                progress("The local cloud is stopped.")
                 return
             time.sleep(0.05)
+        progress("the local cloud does not end by itself: killing it")
     raise LocalCloudError(f"The local cloud (process {pid}) did not end.")
 
 
-def status(instance: Instance | None = None) -> str:
-    """Return one line."""
+def status(instance: Instance | None = None) -> tuple[str, int]:
+    """Return one line, and an exit code: 0 if the local cloud runs and answers."""
     instance = instance or Instance()
-    return instance.describe() if instance.runs() else "The local cloud does not run. Start it: make up"
+    if not instance.runs():
+        return NOT_RUNNING, 1
+    return instance.describe(), 0 if instance.is_ready else 1
 
 
 def token(role: str, subject: str, path: Path = WORK / "issuer.json") -> str:
@@ -241,15 +253,29 @@ def token(role: str, subject: str, path: Path = WORK / "issuer.json") -> str:
     try:
         issuer = Issuer.restore(path.read_text())
     except FileNotFoundError:
-        raise LocalCloudError("The local cloud does not run. Start it: make up") from None
+        raise LocalCloudError(NOT_RUNNING) from None
     return issuer.requested_token(role, subject)
 
 
-def logs(task_id: str | None, path: Path = DIRECTORY) -> None:
-    """Print what the services of the running cloud have logged, oldest first."""
-    state = Instance(path).read()
-    if "endpoint" not in state:
-        raise LocalCloudError(status(Instance(path)))
-    cloud = Cloud(NAME, Ports(0, int(state["endpoint"].rpartition(":")[2])))
-    for line in cloud.service_logs(task_id):
+def logs(task_id: str = "", *, everything: bool = False, path: Path = DIRECTORY) -> None:
+    """Print what the services of the running cloud have logged, oldest first.
+
+    Parameters
+    ----------
+    task_id : str, optional
+        Only the lines about this task.
+    everything : bool
+        The platform's lines and the metrics too.
+    """
+    if task_id and not re.fullmatch(TASK_ID, task_id):
+        raise LocalCloudError(f"TASK must be the id of a task (task_ and 36 characters), not {task_id!r}.")
+    instance = Instance(path)
+    if not instance.is_ready:
+        raise LocalCloudError(status(instance)[0])
+    cloud = Cloud(NAME, Ports(0, int(instance.read()["endpoint"].rpartition(":")[2])))
+    lines = cloud.service_logs(task_id, everything=everything)
+    if not lines:
+        about = f" about {task_id}. GET /tasks lists the tasks" if task_id else ""
+        raise LocalCloudError(f"The services have logged nothing{about}.")
+    for line in lines:
         print(line)

@@ -15,7 +15,7 @@ import sys
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from local.cloud import ROOT
+from local.environment import ROOT
 from local.openapi_examples import EXAMPLES
 
 if TYPE_CHECKING:

@@ -110,7 +110,13 @@ class Proxy:
         with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
             runner.run(self._serve())
 
+    def _on_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Report what goes wrong, but not that a connection which is open at the end is cut."""
+        if not (self._stopping.is_set() and isinstance(context.get("exception"), asyncio.CancelledError)):
+            loop.default_exception_handler(context)
+
     async def _serve(self) -> None:
+        self._loop.set_exception_handler(self._on_error)
         config = Config()
         config.bind = [f"fd://{each.detach()}" for each in self._sockets]
         config.loglevel = "WARNING"

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from local.cloud import ROOT
+from local.environment import ROOT
 from tests.browser.conftest import DESKTOP, PHONE, Open, javascript
 
 DOCUMENT = json.loads((ROOT / "docs" / "openapi.json").read_text())

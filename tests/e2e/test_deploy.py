@@ -11,7 +11,9 @@ from pathlib import Path
 import jwt
 import pytest
 
-from local.cloud import BUILD, ROOT, Cloud
+from local.build import BUILD
+from local.cloud import Cloud
+from local.environment import ROOT
 from tests.e2e.test_shell_blocks import SHELLS, blocks
 
 STACK = "qaes-dev"

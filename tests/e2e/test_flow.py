@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from local.cloud import HEALTH_PATHS
+from local.readiness import HEALTH_PATHS
 from tests.e2e.conftest import APPROVAL_SECONDS, DESTINATION, EMPTY, MONITORING, SOURCE, Api, transfer
 
 SECOND_APPROVER = "barbara"

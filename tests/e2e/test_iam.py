@@ -10,7 +10,8 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError
 
-from local.cloud import REGION, Cloud
+from local.cloud import Cloud
+from local.environment import REGION
 
 KEY = {"pk": {"S": "task_x"}, "sk": {"S": "ENTRY#000001"}}
 DENIED = {"AccessDenied", "AccessDeniedException"}

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from local.cloud import ROOT, Ports, isolated_environment
+from local.build import FOLDER
+from local.environment import ROOT, Ports, isolated_environment
 from tests.support.template import template
 
 PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))]
@@ -115,6 +116,8 @@ def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Session]:
     left_out = (".git", ".venv", ".local", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", "__pycache__")
     shutil.copytree(ROOT, directory, symlinks=True, ignore=shutil.ignore_patterns(*left_out))
     (directory / ".venv").symlink_to(ROOT / ".venv")
+    if FOLDER.is_dir():  # the same code need not be built again
+        shutil.copytree(FOLDER, directory / FOLDER.relative_to(ROOT))
     ports = Ports.free()
     for name, settings in CURL_SETTINGS.items():
         (directory / name).mkdir()

@@ -12,16 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from local.cloud import (
-    USER_FILES,
-    WORK,
-    Cloud,
-    LocalCloudError,
-    Ports,
-    fingerprint,
-    is_taken,
-    isolated_environment,
-)
+from local import build
+from local.build import BUILD, TEMPLATE, fingerprint
+from local.cloud import USER_FILES, Cloud, _is_platform
+from local.environment import ROOT, WORK, LocalCloudError, Ports, is_taken, isolated_environment
 
 pytestmark = pytest.mark.enable_socket
 
@@ -136,7 +130,63 @@ def test_sam_local_gets_each_functions_environment_and_a_way_here(tmp_path, monk
     assert f"PythonRuntime=python3.{sys.version_info.minor}" in given["parameter_overrides"]
     assert {"Stage=local", "AuthMode=stub"} <= set(given["parameter_overrides"])
     assert Path(given["layer_cache_basedir"]).is_relative_to(WORK)
+    assert given["template_file"] == str(TEMPLATE)
     variables = json.loads(Path(given["env_vars"]).read_text())["GatewayFunction"]
     assert variables.pop("AWS_ENDPOINT_URL").startswith(f"http://{reached_at}")
     assert variables == {"TASKS_TABLE": "qaes-local-TasksTable-1"}
     assert {path.name for path in tmp_path.iterdir()} <= set(USER_FILES)
+
+
+def test_build_leaves_the_folders_of_sam_build_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "BUILD", tmp_path / "build")
+    calls = []
+
+    def sam(*arguments):
+        calls.append(arguments)
+        (tmp_path / "build" / "GatewayFunction").mkdir(parents=True)
+        (tmp_path / "build" / "GatewayFunction" / "app.py").write_text("A = 1")
+
+    for _ in range(2):  # the second one finds nothing to build
+        build.build(sam, lambda _: None)
+    [(command, *options)] = calls
+    assert command == "build"
+    assert options[options.index("--build-dir") + 1] == str(tmp_path / "build")
+    for option in ("--build-dir", "--cache-dir"):
+        assert not Path(options[options.index(option) + 1]).is_relative_to(ROOT / ".aws-sam")
+    assert BUILD.is_relative_to(WORK)
+    assert TEMPLATE.parent == BUILD
+    assert list((tmp_path / "build").rglob("*.pyc"))
+
+
+def test_byte_code_is_made_once_for_equal_code(tmp_path, monkeypatch):
+    for name, source in (("One", "A = 1"), ("Other", "A = 1"), ("Third", "A = 3")):
+        (tmp_path / name / "service").mkdir(parents=True)
+        (tmp_path / name / "service" / "app.py").write_text(source)
+    compiled = []
+    original = build.compileall.compile_dir
+    monkeypatch.setattr(
+        build.compileall,
+        "compile_dir",
+        lambda folder, **options: (compiled.append(folder), original(folder, **options)),
+    )
+    build.compile_sources(tmp_path)
+    assert [folder.name for folder in compiled] == ["One", "Third"]
+    codes = [next((tmp_path / name).rglob("*.pyc")) for name in ("One", "Other", "Third")]
+    assert [path.relative_to(tmp_path).parts[1:] for path in codes] == [codes[0].relative_to(tmp_path).parts[1:]] * 3
+    one, other, third = (path.read_bytes() for path in codes)
+    assert one == other != third
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ("START RequestId: 1 Version: $LATEST", True),
+        ("END RequestId: 1", True),
+        ("REPORT RequestId: 1\tDuration: 2 ms", True),
+        ('{"_aws":{"Timestamp":1},"TaskEnded":[1.0]}', True),
+        ('{"level":"INFO","message":"START of a task"}', False),
+        ("STARTED by somebody", False),
+    ],
+)
+def test_is_platform_tells_lambdas_lines_from_the_services(message, expected):
+    assert _is_platform(message) is expected

@@ -12,7 +12,7 @@ import time
 import pytest
 
 from local import lifecycle
-from local.cloud import ROOT, LocalCloudError, Ports
+from local.environment import ROOT, LocalCloudError, Ports
 from local.lifecycle import Instance
 
 pytestmark = [
@@ -24,7 +24,8 @@ pytestmark = [
 SUPERVISOR = """
 import signal, sys
 from pathlib import Path
-from local.lifecycle import Instance, StopError, stop_on_signals
+from local.interrupts import StopError, stop_on_signals
+from local.lifecycle import Instance
 stop_on_signals()
 instance = Instance(Path(sys.argv[1]))
 try:
@@ -32,7 +33,9 @@ try:
         print("progress", flush=True)
         if sys.argv[2] == "fail":
             sys.exit("sam deploy failed")
-        instance.write(instance.read() | {"url": "http://localhost:1", "auth_mode": "jwt"})
+        ready = {"url": "http://localhost:1", "endpoint": "http://127.0.0.1:2", "auth_mode": "jwt"}
+        if sys.argv[2] != "starting":
+            instance.write(instance.read() | ready)
         signal.pause()
 except StopError:
     pass
@@ -60,24 +63,26 @@ def test_up_waits_until_it_is_ready_and_shows_the_progress(instance, capsys):
     assert instance.runs()
 
 
-def test_a_second_up_says_that_it_runs_and_how_to_stop_it(instance, capsys):
+def test_second_up_explains_how_to_use_the_running_cloud(instance, capsys):
     start(instance)
     pid = instance.read()["pid"]
+    capsys.readouterr()
     assert start(instance) == 0
     said = capsys.readouterr().out
-    assert "already runs at http://localhost:1" in said
-    assert "make down" in said
+    for part in ("runs at http://localhost:1", "make down", "tokens.env", "curl", "/docs", "make logs"):
+        assert part in said
     assert instance.read()["pid"] == pid
 
 
-def test_a_second_up_in_another_mode_does_not_pretend(instance):
+def test_second_up_in_another_mode_says_what_to_do(instance, capsys):
     start(instance)
     assert lifecycle.up("stub", Ports.free(), instance, ["false"]) == 1
+    assert "make down first" in capsys.readouterr().out
 
 
 def test_two_supervisors_cannot_run(instance):
     start(instance)
-    with pytest.raises(LocalCloudError, match="already runs"), instance.held():
+    with pytest.raises(LocalCloudError, match="runs at"), instance.held():
         pass
 
 
@@ -113,14 +118,89 @@ def test_a_stale_process_id_that_now_is_another_program_is_not_killed(instance):
     assert "cleaned up" in said[0]
 
 
-def test_down_stops_it_and_down_again_says_that_nothing_runs(instance):
+def test_down_shows_progress_and_removes_everything(instance):
     start(instance)
+    for folder in ("cloud", "demo-1", "e2e-2"):
+        (instance.directory.parent / folder / "tmp").mkdir(parents=True)
+        (instance.directory.parent / folder / "running").touch()
     said = []
     lifecycle.down(instance, say=said.append)
     lifecycle.down(instance, say=said.append)
-    assert "stopped" in said[0]
-    assert "does not run" in said[1]
-    assert lifecycle.status(instance).startswith("The local cloud does not run")
+    assert "stopping" in said[0]
+    assert any("is stopped" in line for line in said)
+    assert "does not run" in said[-1]
+    assert [path.name for path in instance.directory.parent.iterdir()] == ["runs.lock"]
+
+
+def test_down_removes_what_an_earlier_run_left(instance):
+    (instance.directory / "tmp").mkdir(parents=True)
+    (instance.directory / "aws.log").touch()
+    said = []
+    lifecycle.down(instance, say=said.append)
+    assert said == ["The local cloud does not run. What earlier runs left is cleaned up."]
+    assert not instance.directory.exists()
+
+
+def test_status_tells_by_its_exit_code_whether_it_runs(instance):
+    assert lifecycle.status(instance) == (lifecycle.NOT_RUNNING, 1)
+    start(instance)
+    text, code = lifecycle.status(instance)
+    assert ("http://localhost:1" in text, code) == (True, 0)
+    lifecycle.down(instance, say=lambda _: None)
+    assert lifecycle.status(instance)[1] == 1
+
+
+@pytest.mark.parametrize("task", ["bogus", "task_1", "task_019ab000-0000-7000-8000-00000000000g", "*"])
+def test_logs_of_what_is_no_task_are_an_error(task):
+    with pytest.raises(LocalCloudError, match="TASK must be"):
+        lifecycle.logs(task)
+
+
+def test_logs_without_a_running_cloud_are_an_error(instance):
+    with pytest.raises(LocalCloudError, match="make up"):
+        lifecycle.logs(path=instance.directory)
+
+
+@pytest.mark.parametrize("command", ["up", "down", "status", "logs", "demo", "run"])
+def test_ctrl_c_in_the_first_second_prints_no_traceback(tmp_path, command):
+    (tmp_path / "argparse.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(60)\n")
+    with subprocess.Popen(
+        [sys.executable, "-m", "local", command],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=10)[0] == ""
+    assert process.returncode == 130
+
+
+UP = """
+import sys
+from pathlib import Path
+from local import interrupts, lifecycle
+from local.environment import Ports
+interrupts.stop_on_signals()
+sys.exit(lifecycle.up("jwt", Ports.free(), lifecycle.Instance(Path(sys.argv[1])), sys.argv[2:]))
+"""
+
+
+def test_ctrl_c_while_it_starts_leaves_nothing(instance):
+    supervisor = [sys.executable, "-c", SUPERVISOR, str(instance.directory), "starting"]
+    with subprocess.Popen(
+        [sys.executable, "-c", UP, str(instance.directory), *supervisor], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "progress\n"
+        assert lifecycle.status(instance)[1] == 1  # it starts, and does not answer yet
+        process.send_signal(signal.SIGINT)
+        output = process.communicate(timeout=10)[0]
+    assert "nothing is left running" in output
+    assert process.returncode == 130
+    assert not instance.runs()
+    assert not instance.directory.exists()
 
 
 def test_what_the_guard_started_ends_with_its_parent(tmp_path):

@@ -17,7 +17,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import httpx
 import pytest
 
-from local.cloud import LocalCloudError, Ports
+from local.environment import LocalCloudError, Ports
 from local.proxy import (
     KEYS_PATH,
     MAX_BODY_BYTES,
@@ -35,6 +35,8 @@ NODE, CURL = shutil.which("node"), shutil.which("curl")
 class Upstream(BaseHTTPRequestHandler):
     """Returns what it received."""
 
+    reached, release = threading.Event(), threading.Event()
+
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"] or 0))
         received = {
@@ -46,6 +48,10 @@ class Upstream(BaseHTTPRequestHandler):
             "authorization": self.headers["Authorization"],
             "accept": self.headers["Accept"],
         }
+        if "never" in self.path:
+            self.reached.set()
+            self.release.wait(30)
+            return
         if "slow" in self.path:
             time.sleep(0.3)
         answer = json.dumps(received).encode()
@@ -257,6 +263,19 @@ def test_vanished_clients_leave_no_traceback(proxy, capfd, caplog):
     captured = capfd.readouterr()
     assert "Traceback" not in captured.out + captured.err + caplog.text
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_proxy_stops_without_a_traceback_when_requests_are_open(aws_port, capfd, caplog):
+    with Proxy(Ports.free().http, aws_port, {}, stub=False) as proxy:
+        proxy.api_id = "api1"
+        connection = socket.create_connection(("127.0.0.1", proxy._port), timeout=10)
+        connection.sendall(b"GET /never HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert Upstream.reached.wait(10)
+    assert not proxy._thread.is_alive()
+    Upstream.release.set()
+    connection.close()
+    captured = capfd.readouterr()
+    assert "Traceback" not in captured.out + captured.err + caplog.text
 
 
 # What the proxy refuses

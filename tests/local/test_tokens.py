@@ -6,7 +6,7 @@ import jwt
 import pytest
 
 from local import lifecycle
-from local.cloud import LocalCloudError
+from local.environment import LocalCloudError
 from local.tokens import AUDIENCE, LIFETIME_SECONDS, PEOPLE, SECOND_PEOPLE, Issuer, TokenRequestError
 
 

@@ -25,7 +25,8 @@ from typing import Any
 
 import pytest
 
-from local.cloud import ROOT, Cloud, LocalCloudError, Ports, end_group, is_taken
+from local.cloud import Cloud
+from local.environment import ROOT, LocalCloudError, Ports, end_group, is_taken
 from tests.support import events
 
 AT_ONCE = 2  # each may start a container, and fills a processor

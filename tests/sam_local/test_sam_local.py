@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from samcli.yamlhelper import yaml_parse
 
-from local.cloud import BUILD
+from local.build import BUILD
 from local.relay import DESKTOP_HOST, bridge
 from local.seed import NEW_TASK, PLAN, PLANNED_TASK
 from tests.sam_local.conftest import FIRST, SamLocal

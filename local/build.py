@@ -1,0 +1,84 @@
+"""Build the functions and the layer with `sam build`, in folders of the local cloud's own.
+
+A plain `sam build` writes to `.aws-sam/build`, which `sam deploy` deploys. The local cloud leaves that folder alone:
+its build is for this machine's Python, which need not be that of the deployed functions.
+"""
+
+from __future__ import annotations
+
+import compileall
+import hashlib
+import py_compile
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from local.environment import ROOT, WORK
+
+FOLDER = WORK / "sam"
+BUILD = FOLDER / "build"
+TEMPLATE = BUILD / "template.yaml"
+PYTHONS = range(11, 15)  # minor versions that Lambda and the template's parameter PythonRuntime have
+
+
+def runtime() -> str:
+    """Return the name of Lambda's runtime with the version of this Python."""
+    return f"python3.{sys.version_info.minor}"
+
+
+def build(sam: Callable[..., None], progress: Callable[[str], None]) -> None:
+    """Build what has changed since the last build; `sam` runs the SAM CLI."""
+    stamp = BUILD / ".fingerprint"  # sam empties the folder, so no other build can be taken for this one
+    wanted = fingerprint(ROOT, runtime())
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return
+    progress("building functions and layer (sam build)")
+    parameters = (f"PythonRuntime={runtime()}", "Stage=local", "AuthMode=stub")
+    folders = ("--build-dir", str(BUILD), "--cache-dir", str(FOLDER / "cache"))
+    sam("build", *folders, "--parameter-overrides", *parameters)
+    progress("compiling what was built")
+    compile_sources(BUILD)
+    stamp.write_text(wanted)
+
+
+def fingerprint(root: Path, runtime: str) -> str:
+    """Return a SHA-256 over all that a build depends on."""
+    digest = hashlib.sha256(runtime.encode())
+    files = [root / "template.yaml", root / "samconfig.toml"]
+    for folder in ("functions", "layers/core", "statemachine"):
+        files += [path for path in (root / folder).rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    for path in sorted(files):
+        content = path.read_bytes()
+        digest.update(f"\n{path.relative_to(root)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def compile_sources(directory: Path) -> None:
+    """Add byte code that needs no look at the source: each process of the local AWS would compile it anew.
+
+    sam copies the same code for each function, so byte code is made once and copied too.
+    """
+    compiled: dict[str, Path] = {}
+    for folder in sorted(filter(Path.is_dir, directory.iterdir())):
+        same = compiled.setdefault(_digest(folder), folder)
+        if same != folder:
+            for cache in same.rglob("__pycache__"):
+                shutil.copytree(cache, folder / cache.relative_to(same), dirs_exist_ok=True)
+            continue
+        # The same path in every function's folder leaves equal code equal, and so uploaded once.
+        compileall.compile_dir(
+            folder,
+            quiet=2,
+            workers=0,
+            stripdir=str(folder),
+            invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+        )
+
+
+def _digest(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*.py") if path.is_file()):
+        content = path.read_bytes()
+        digest.update(f"\n{path.relative_to(folder)} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
