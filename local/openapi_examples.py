@@ -395,7 +395,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "rpc_transactions": {
         "body": {
             "identity": PAYER,
-            "filters": {},
+            "filters": {"source": PAYER},
             "ranges": {"tickNumber": {"gte": "20000000", "lte": "20000200"}},
             "pagination": {"offset": 0, "size": 10},
         },

@@ -1,13 +1,15 @@
 """The mock network's RPC, in the shapes of the public one, and the operator's switches for what goes wrong in it.
 
-Errors of the RPC part have its own form, `{"code", "message"}` with the codes of gRPC; who may call is the API's to
-say, and said as everywhere else. The switches are there in the local stage alone.
+It refuses every request that the public one refuses, with the same status and code; docs/qubic.md has the table of
+rules. Errors have the public form, `{"code", "message", "details"}` with the codes of gRPC. The API alone decides who
+may call, and refuses other callers as everywhere else. The switches exist in the local stage alone.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import re
 from collections.abc import Callable, Coroutine
 from http import HTTPStatus
 from typing import Annotated, Any
@@ -15,7 +17,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, FastAPI, Path, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException
 
 from qaes.adapters import settings
@@ -30,18 +32,18 @@ from qaes.domain.errors import (
     UnavailableError,
 )
 from qaes.domain.qubic.identity import encode_identity
-from qubic.chain import chain
+from qaes.domain.qubic.transaction import decode
+from qubic.chain import chain, rules
 from qubic.chain.base import Included
-from qubic.chain.mock import MAX_PAGE, Faults, MockChain
+from qubic.chain.mock import Faults, MockChain
 
 EVERY_ROLE = require("requester", "approver", "auditor")
 OPERATORS = require("operator")
 DECIDING = require("operator", deciding=True)
 
-INVALID_ARGUMENT, NOT_FOUND, UNIMPLEMENTED, UNAVAILABLE = 3, 5, 12, 14
+INVALID_ARGUMENT, NOT_FOUND, UNIMPLEMENTED, INTERNAL, UNAVAILABLE = 3, 5, 12, 13, 14
 """gRPC's codes. "Not found" is said of a transaction alone: whoever reads it takes the transaction for absent."""
 
-_MAX_TICK = 2**32 - 1
 _DIGITS = "^[0-9]{1,20}$"
 
 
@@ -54,6 +56,7 @@ class RpcError(_Model):
 
     code: int
     message: str
+    details: list[dict[str, Any]] = Field(default_factory=list, max_length=0)
 
 
 class TickInfoContent(_Model):
@@ -69,7 +72,13 @@ class TickInfoAnswer(_Model):
     tickInfo: TickInfoContent
 
 
-class BroadcastRequest(_Model):
+class _Request(BaseModel):
+    """A request as protobuf's JSON has it: unknown names and other types are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class BroadcastRequest(_Request):
     """A signed transaction."""
 
     encodedTransaction: str = Field(max_length=4096, description="its bytes, in base64")
@@ -110,10 +119,10 @@ class LastProcessedTickAnswer(_Model):
     lastProcessedLogTick: int
 
 
-class TransactionRequest(_Model):
+class TransactionRequest(_Request):
     """A transaction's id."""
 
-    hash: str = Field(max_length=128, description="60 letters a to z")
+    hash: str = Field(max_length=128, description="60 letters a to z, their checksum among them")
 
 
 class TransactionContent(_Model):
@@ -138,37 +147,57 @@ class RpcTransactionAnswer(_Model):
     transaction: TransactionContent
 
 
-class TickRange(_Model):
-    """From the one tick to the other, both included; a number or its digits."""
-
-    gte: Annotated[int, Field(ge=0, le=_MAX_TICK)] = 0
-    lte: Annotated[int, Field(ge=0, le=_MAX_TICK)] = _MAX_TICK
-
-
-class Ranges(_Model):
-    """Which ticks."""
-
-    tickNumber: TickRange = TickRange()
+def _uint32(value: object) -> object:
+    """A uint32 of protobuf's JSON: a whole number, or its digits."""
+    if isinstance(value, str) and re.fullmatch("0|[1-9][0-9]{0,9}", value, re.ASCII):
+        return int(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, str | bool | float):
+        raise ValueError("invalid value for a uint32")  # noqa: TRY004 pydantic takes a ValueError alone
+    return value
 
 
-class Filters(_Model):
-    """The mock has none: an object without names."""
+_Uint32Input = Annotated[int, Field(ge=0, le=rules.MAX_TICK)] | Annotated[str, Field(pattern="^(0|[1-9][0-9]{0,9})$")]
+_Uint32 = Annotated[int, Field(ge=0, le=rules.MAX_TICK), BeforeValidator(_uint32, json_schema_input_type=_Uint32Input)]
 
 
-class Pagination(_Model):
-    """Which of those that were found."""
+class Range(_Request):
+    """A range of whole numbers, each as its digits: at most one lower and one upper bound, and two values at least."""
 
-    offset: int = Field(default=0, ge=0, le=10_000)
-    size: int = Field(default=10, ge=1, le=MAX_PAGE)
+    gt: str | None = None
+    gte: str | None = None
+    lt: str | None = None
+    lte: str | None = None
+
+    @model_validator(mode="after")
+    def _one_of_each(self) -> Range:
+        if None not in (self.gt, self.gte):
+            raise ValueError("oneof lower_bound is already set")
+        if None not in (self.lt, self.lte):
+            raise ValueError("oneof upper_bound is already set")
+        return self
 
 
-class TransactionsRequest(_Model):
-    """Whose transactions, and which."""
+class Pagination(_Request):
+    """A page: offset and size together reach 10,000 at most, the size 1,000; 0 is the default of 10."""
+
+    offset: _Uint32 | None = None
+    size: _Uint32 | None = None
+
+
+class TransactionsRequest(_Request):
+    """An identity's transactions. The values of `filters` and `exclude` are text, numbers too.
+
+    `filters`: source, destination (up to five identities, with commas), amount, inputType, tickNumber. `exclude`:
+    source, destination. `ranges`: amount, tickNumber, inputType, timestamp.
+    """
 
     identity: str = Field(max_length=128)
-    filters: Filters = Filters()
-    ranges: Ranges = Ranges()
-    pagination: Pagination = Pagination()
+    filters: dict[str, str] | None = None
+    exclude: dict[str, str] | None = None
+    ranges: dict[str, Range] | None = None
+    pagination: Pagination | None = None
 
 
 class Hits(_Model):
@@ -202,7 +231,11 @@ class RpcRoute(StrictRoute):
                 where = [".".join(str(part) for part in each["loc"][1:]) or "body" for each in error.errors()]
                 reasons = [each["msg"] for each in error.errors()]
                 text = "; ".join(f"{name}: {reason}" for name, reason in zip(where[:5], reasons[:5], strict=True))
-                return _error(400, INVALID_ARGUMENT, text)
+                return _error(400, INVALID_ARGUMENT, f"proto: {text}")
+            except rules.RuleError as error:
+                return _error(400, INVALID_ARGUMENT, str(error))
+            except _InternalError as error:
+                return _error(500, INTERNAL, error.message)
             except HTTPException as error:
                 if error.status_code != 400:
                     raise
@@ -213,6 +246,10 @@ class RpcRoute(StrictRoute):
                 return _domain_error(error)
 
         return in_its_form
+
+
+class _InternalError(QaesError):
+    """The live service answers so when its node connector does not take something."""
 
 
 class _NotTheMockError(QaesError):
@@ -252,6 +289,7 @@ def _switches() -> MockChain:
 _ERRORS: dict[int | str, dict[str, Any]] = {
     400: {"model": RpcError, "description": "The request is not acceptable, or the transaction is refused."},
     404: {"model": RpcError, "description": "There is no such thing; or this is not the mock network."},
+    500: {"model": RpcError, "description": "What the public RPC does not take, and calls an internal error."},
     503: {"model": RpcError, "description": "The network does not answer."},
 }
 router = APIRouter(route_class=RpcRoute, responses=PROBLEM_ANSWER | _ERRORS)
@@ -281,23 +319,32 @@ def tick_info() -> TickInfoAnswer:
 def broadcast_transaction(body: BroadcastRequest) -> BroadcastAnswer:
     """Hand in a signed transaction; the answer confirms nothing. Operators only."""
     it = _mock()
+    sent = body.encodedTransaction
     try:
-        encoded = base64.b64decode(body.encodedTransaction, validate=True)
+        encoded = base64.b64decode(sent, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise InvalidInputError("this is not base64", field="encodedTransaction") from error
+        raise InvalidInputError("illegal base64 data", field="encodedTransaction") from error
+    try:
+        decode(encoded)
+    except ValueError as error:
+        raise _InternalError(f"the transaction is malformed: {error}") from error
     txid = it.broadcast(encoded)
-    return BroadcastAnswer(peersBroadcasted=1, encodedTransaction=body.encodedTransaction, transactionId=txid)
+    return BroadcastAnswer(peersBroadcasted=1, encodedTransaction=sent, transactionId=txid)
 
 
 @router.get("/live/v1/balances/{id}", operation_id="rpc_balance", dependencies=[Depends(EVERY_ROLE)])
 def balance(
     identity: Annotated[str, Path(alias="id", json_schema_extra={"pattern": "^[A-Z]{60}$"})],
 ) -> BalanceAnswer:
-    """Tell what an identity has."""
-    found = _mock().balance(identity)
+    """Tell what an identity has. Its checksum is not looked at, as by the public RPC."""
+    it = _mock()
+    try:
+        found = it.balance(rules.without_checksum(identity))
+    except rules.RuleError as error:
+        raise _InternalError(f"getting identity info from node {error}") from error
     return BalanceAnswer(
         balance=BalanceContent(
-            id=found.identity,
+            id=identity,
             balance=str(found.balance),
             validForTick=found.valid_for_tick,
             latestIncomingTransferTick=found.latest_incoming_transfer_tick,
@@ -327,7 +374,9 @@ def last_processed_tick() -> LastProcessedTickAnswer:
 @router.post("/query/v1/getTransactionByHash", operation_id="rpc_transaction", dependencies=[Depends(EVERY_ROLE)])
 def transaction_by_hash(body: TransactionRequest) -> RpcTransactionAnswer:
     """Look a transaction up."""
-    found = _mock().transaction(body.hash)
+    it = _mock()
+    _check_id(body.hash, lower=True)
+    found = it.transaction(body.hash)
     if found is None:
         raise NotFoundError("transaction not found")
     return RpcTransactionAnswer(transaction=_content(found))
@@ -338,13 +387,36 @@ def transaction_by_hash(body: TransactionRequest) -> RpcTransactionAnswer:
 )
 def transactions_for_identity(body: TransactionsRequest) -> TransactionsAnswer:
     """List the transactions from and to an identity, the newest first."""
-    ticks, page = body.ranges.tickNumber, body.pagination
-    found = _mock().transactions(body.identity, ticks.gte, ticks.lte, page.offset, page.size)
+    it = _mock()
+    identity = body.identity
+    _check_id(identity, lower=False)
+    ranges = {name: each.model_dump(exclude_none=True) for name, each in (body.ranges or {}).items()}
+    conditions = rules.check_conditions(body.filters or {}, body.exclude or {}, ranges)
+    page = body.pagination or Pagination()
+    try:
+        offset, size = rules.check_page(page.offset or 0, page.size or 0)
+    except rules.RuleError as error:
+        raise rules.RuleError(f"invalid pagination: {error}") from error
+    first, last = conditions.ranges.get("tickNumber", (0, rules.MAX_TICK))
+    listed, valid_for_tick = it.transactions(identity, first, min(last, rules.MAX_TICK))
+    found = [each for each in listed if conditions.match(_fields(each))]
     return TransactionsAnswer(
-        validForTick=found.valid_for_tick,
-        hits=Hits(total=found.total, from_=page.offset, size=page.size),
-        transactions=[_content(each) for each in found.transactions],
+        validForTick=valid_for_tick,
+        hits=Hits(total=min(len(found), rules.MAX_HITS), from_=offset, size=size),
+        transactions=[_content(each) for each in found[offset : offset + size]],
     )
+
+
+def _check_id(text: str, *, lower: bool) -> None:
+    try:
+        rules.check_digest(text, lower=lower)
+    except rules.RuleError as error:
+        raise rules.RuleError(f"invalid id format: {error}") from error
+
+
+def _fields(found: Included) -> dict[str, str]:
+    content = _content(found)
+    return {name: str(getattr(content, name)) for name in rules.FIELDS}
 
 
 def _content(found: Included) -> TransactionContent:

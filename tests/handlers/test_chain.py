@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
 from qaes.domain.qubic.transaction import Transaction
-from qubic.chain.base import Chain, IncludedPage
+from qubic.chain.base import Chain, SentList
 from qubic.chain.mock import FIRST_EPOCH, FIRST_TICK, Faults, MockChain
 from qubic.chain.rpc import RpcChain
 from tests.support.chain import TICK_MILLISECONDS, Clock, Key, key
@@ -40,6 +40,14 @@ class Network:
         assert self.chain.broadcast(transaction.encode()) == transaction.id
         return transaction
 
+    def send_some(self, source: Key, to: Key, count: int) -> list[Transaction]:
+        """Send one after the other, each when the one before is included."""
+        sent = []
+        for number in range(count):
+            sent.append(self.send(source, to, number, ahead=1))
+            self.clock.ticks(2)
+        return sent
+
     def included(self, *transactions: Transaction) -> list[bool]:
         return [self.chain.transaction(each.id) is not None for each in transactions]
 
@@ -59,8 +67,8 @@ def network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
                 yield Network(RpcChain(url, network="mock"), mock, clock)
 
 
-def page(network: Network, of: Key, first: int = 0, last: int = EVER, offset: int = 0, size: int = 10) -> IncludedPage:
-    return network.chain.transactions(of.identity, first, last, offset, size)
+def sent_by(network: Network, of: Key, first: int = 0, last: int = EVER) -> list[Transaction]:
+    return [each.transaction for each in network.chain.sent(of.identity, first, last).transactions]
 
 
 # Ticks
@@ -110,9 +118,13 @@ def test_an_hour_without_anybody_asking_changes_nothing(network: Network) -> Non
     assert network.included(*sent) == [True, True]
 
 
-@pytest.mark.parametrize("ahead", [0, -1, -1000, 10**6])
-def test_a_tick_that_cannot_be_is_accepted_and_never_executes(network: Network, ahead: int) -> None:
-    sent = network.send(ALICE, DAVE, ahead=ahead)
+@pytest.mark.parametrize("ahead", [0, -1, -1000])
+def test_broadcast_refused_when_its_tick_has_come(network: Network, ahead: int) -> None:
+    assert "Target tick" in refused(network, ALICE.signed(DAVE, 1, network.tick() + ahead).encode())
+
+
+def test_broadcast_far_ahead_is_accepted_and_never_executes(network: Network) -> None:
+    sent = network.send(ALICE, DAVE, ahead=10**6)
     network.clock.ticks(20)
     assert network.included(sent) == [False]
     assert network.balances() == [1000, 500, 1, 0]
@@ -120,12 +132,16 @@ def test_a_tick_that_cannot_be_is_accepted_and_never_executes(network: Network, 
 
 def test_the_same_bytes_can_be_handed_in_at_any_time(network: Network) -> None:
     sent = network.send(ALICE, DAVE, 10)
-    for _ in range(6):
+    for _ in range(2):
         assert network.chain.broadcast(sent.encode()) == sent.id
+        network.clock.ticks(1)
+    for _ in range(4):
+        with pytest.raises(RefusedError, match="Target tick"):
+            network.chain.broadcast(sent.encode())
         network.clock.ticks(1)
     assert network.included(sent) == [True]
     assert network.balances() == [990, 500, 1, 10]
-    assert page(network, ALICE).total == 1
+    assert sent_by(network, ALICE) == [sent]
 
 
 def test_one_of_a_source_is_in_flight(network: Network) -> None:
@@ -157,7 +173,7 @@ def refused(network: Network, encoded: bytes) -> str:
     assert caught.value.code == "broadcast_refused"
     network.clock.ticks(10)
     assert network.balances() == [1000, 500, 1, 0]
-    assert page(network, ALICE).total == 0
+    assert sent_by(network, ALICE) == []
     return caught.value.message
 
 
@@ -180,18 +196,22 @@ def test_a_wrong_signature_is_refused(network: Network) -> None:
         assert "signature" in refused(network, changed.encode())
 
 
-def test_a_source_without_a_balance_is_refused(network: Network) -> None:
-    assert "balance" in refused(network, DAVE.signed(DAVE, 0, network.tick() + 2).encode())
+def test_broadcast_without_a_balance_is_accepted_and_never_runs(network: Network) -> None:
+    """The public RPC hands it to the nodes, which drop it."""
+    sent = network.send(DAVE, DAVE, 0)
+    network.clock.ticks(4)
+    assert network.included(sent) == [False]
 
 
-def test_a_source_that_was_given_something_is_not(network: Network) -> None:
+def test_broadcast_executes_once_its_source_has_a_balance(network: Network) -> None:
     network.send(ALICE, DAVE, 5, ahead=1)
     network.clock.ticks(2)
     sent = network.send(DAVE, BOB, 5)
     network.clock.ticks(4)
     assert network.included(sent) == [True]
-    with pytest.raises(RefusedError, match="balance"):
-        network.send(DAVE, BOB, 0)
+    without = network.send(DAVE, BOB, 0)
+    network.clock.ticks(4)
+    assert network.included(without) == [False]
 
 
 # Balances
@@ -253,7 +273,7 @@ def test_a_transfer_to_oneself_moves_nothing(network: Network, amount: int) -> N
     assert not found.money_flew
     alice = network.chain.balance(ALICE.identity)
     assert (alice.balance, alice.incoming_amount, alice.outgoing_amount) == (1000, 1000, 0)
-    assert page(network, ALICE).total == 1
+    assert sent_by(network, ALICE) == [sent]
 
 
 # Look-ups
@@ -261,7 +281,7 @@ def test_a_transfer_to_oneself_moves_nothing(network: Network, amount: int) -> N
 
 @pytest.mark.parametrize("identity", ["", "a" * 60, "A" * 60, "ALICE", ALICE.identity + "A", "A/../B"])
 def test_what_is_no_identity(network: Network, identity: str) -> None:
-    for ask in (network.chain.balance, lambda it: network.chain.transactions(it, 0, EVER, 0, 10)):
+    for ask in (network.chain.balance, lambda it: network.chain.sent(it, 0, EVER)):
         with pytest.raises(InvalidInputError) as caught:
             ask(identity)
         assert caught.value.field == "identity"
@@ -272,33 +292,39 @@ def test_what_is_no_transaction_id_is_not_found(network: Network, txid: str) -> 
     assert network.chain.transaction(txid) is None
 
 
-def test_transactions_are_listed_newest_first(network: Network) -> None:
+def test_sent_lists_what_the_source_sent_newest_first(network: Network) -> None:
     sent = []
     for number in range(5):
         sent.append(network.send(ALICE, BOB if number % 2 else ALICE, number, ahead=1))
+        network.send(BOB, ALICE, 1, ahead=1)
         network.clock.ticks(2)
     waiting = network.send(ALICE, BOB)
-    found = page(network, ALICE)
-    assert [each.transaction for each in found.transactions] == sent[::-1]
-    assert (found.total, found.valid_for_tick) == (5, network.tick() - 1)
-    assert [each.transaction for each in page(network, BOB).transactions] == [sent[3], sent[1]]
-    assert page(network, DAVE) == IncludedPage((), 0, network.tick() - 1)
-    part = page(network, ALICE, sent[1].tick, sent[3].tick)
-    assert [each.transaction for each in part.transactions] == sent[3:0:-1]
-    assert part.total == 3
-    second = page(network, ALICE, offset=1, size=2)
-    assert [each.transaction for each in second.transactions] == [sent[3], sent[2]]
-    assert second.total == 5
-    assert page(network, ALICE, offset=9).transactions == ()
-    assert page(network, ALICE, 5, 4).total == 0
+    assert sent_by(network, ALICE) == sent[::-1]
+    assert network.chain.sent(ALICE.identity, 0, EVER).valid_for_tick == network.tick() - 1
+    assert network.chain.sent(DAVE.identity, 0, EVER) == SentList((), network.tick() - 1)
+    assert sent_by(network, ALICE, sent[1].tick, sent[3].tick) == sent[3:0:-1]
     assert network.included(waiting) == [False]
 
 
-@pytest.mark.parametrize(("offset", "size", "field"), [(-1, 1, "offset"), (0, 0, "size"), (0, 1001, "size")])
-def test_a_page_has_limits(network: Network, offset: int, size: int, field: str) -> None:
+def test_sent_lists_a_range_of_one_tick(network: Network) -> None:
+    """The query service refuses such a range."""
+    sent = network.send_some(ALICE, BOB, 3)
+    for each in sent:
+        assert sent_by(network, ALICE, each.tick, each.tick) == [each]
+    assert sent_by(network, ALICE, 0, 0) == sent_by(network, ALICE, EVER, EVER) == []
+
+
+def test_sent_lists_more_than_a_page(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qubic.chain.rpc.PAGE", 2)
+    sent = network.send_some(ALICE, BOB, 5)
+    assert sent_by(network, ALICE) == sent[::-1]
+
+
+@pytest.mark.parametrize(("first", "last"), [(5, 4), (-1, 4), (0, 2**32)])
+def test_sent_refuses_what_is_no_range(network: Network, first: int, last: int) -> None:
     with pytest.raises(InvalidInputError) as caught:
-        page(network, ALICE, offset=offset, size=size)
-    assert caught.value.field == field
+        network.chain.sent(ALICE.identity, first, last)
+    assert caught.value.field == "first_tick"
 
 
 @settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -329,14 +355,14 @@ def test_a_network_that_does_not_answer(network: Network) -> None:
         network.chain.last_processed_tick,
         lambda: network.chain.balance(ALICE.identity),
         lambda: network.chain.transaction(ALICE.signed(DAVE, 1, FIRST_TICK).id),
-        lambda: page(network, ALICE),
+        lambda: sent_by(network, ALICE),
         lambda: network.chain.broadcast(encoded),
     ):
         with pytest.raises(UnavailableError):
             ask()
     network.mock.set_faults(Faults())
     network.clock.ticks(5)
-    assert page(network, ALICE).total == 0
+    assert sent_by(network, ALICE) == []
 
 
 def test_a_node_that_fails_after_accepting_has_accepted(network: Network) -> None:
@@ -360,10 +386,10 @@ def test_look_ups_lag(network: Network) -> None:
     sent = network.send(ALICE, DAVE, ahead=1)
     network.clock.ticks(4)
     assert network.chain.last_processed_tick().tick == sent.tick - 1
-    assert (network.included(sent), page(network, ALICE).total) == ([False], 0)
+    assert (network.included(sent), sent_by(network, ALICE)) == ([False], [])
     network.clock.ticks(1)
     assert network.chain.last_processed_tick().tick == sent.tick
-    assert (network.included(sent), page(network, ALICE).total) == ([True], 1)
+    assert (network.included(sent), sent_by(network, ALICE)) == ([True], [sent])
 
 
 def test_ticks_pause_and_jump(network: Network) -> None:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from qaes.domain.errors import UnavailableError
+from qaes.domain.errors import RefusedError, UnavailableError
 from qubic import items as qubic_items
 from qubic.chain import mock
 from qubic.chain.mock import FIRST_TICK, MAX_TICKS_AHEAD, Faults, MockChain
@@ -220,7 +220,8 @@ def test_a_broadcast_that_falls_over_can_be_handed_in_again(chain: MockChain, cl
                 chain.broadcast(sent.encode())
             chain.broadcast(sent.encode())
             clock.ticks(3)
-            chain.broadcast(sent.encode())
+            with pytest.raises(RefusedError, match="Target tick"):
+                chain.broadcast(sent.encode())
             assert chain.transaction(sent.id) is not None
             assert chain.balance(ALICE.identity).number_of_outgoing_transfers == paid + 1
             if len(calls) <= position:
@@ -479,7 +480,7 @@ def test_fail_requests(chain: MockChain, clock: Clock) -> None:
         chain.last_processed_tick,
         lambda: chain.balance(ALICE.identity),
         lambda: chain.transaction(refused.id),
-        lambda: chain.transactions(ALICE.identity, 0, 2**32 - 1, 0, 10),
+        lambda: chain.sent(ALICE.identity, 0, 2**32 - 1),
         lambda: chain.broadcast(refused.encode()),
     ):
         with pytest.raises(UnavailableError, match="does not answer"):
@@ -496,11 +497,11 @@ def test_lag(chain: MockChain, clock: Clock) -> None:
     tick = chain.tick_info().tick
     assert chain.last_processed_tick().tick == tick - 5
     assert chain.transaction(id_) is None
-    assert chain.transactions(ALICE.identity, 0, tick, 0, 10).total == 0
+    assert chain.sent(ALICE.identity, 0, tick).transactions == ()
     assert chain.balance(DAVE.identity).balance == 1  # has been executed, and shows in what does not lag
     clock.ticks(2)
     assert chain.transaction(id_) is not None
-    assert chain.transactions(ALICE.identity, 0, tick, 0, 10).total == 1
+    assert len(chain.sent(ALICE.identity, 0, tick).transactions) == 1
 
 
 def test_faults_are_consumed_once_each_by_many(chain: MockChain, clock: Clock) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -152,14 +153,14 @@ def test_the_shapes(call: Call, clock: Clock) -> None:
     question = {
         "identity": POOR.identity,
         "filters": {},
-        "ranges": {"tickNumber": {"gte": "0", "lte": FIRST_TICK + 2}},
+        "ranges": {"tickNumber": {"gte": "0", "lte": str(FIRST_TICK + 2)}},
         "pagination": {"offset": 0, "size": 5},
     }
     expected = {"validForTick": FIRST_TICK + 3, "hits": {"total": 1, "from": 0, "size": 5}}
     assert call("POST", "/query/v1/getTransactionsForIdentity", question)[1] == expected | {
         "transactions": [transaction]
     }
-    for shorter in ({}, {"ranges": {}}, {"ranges": {"tickNumber": {}}}, {"pagination": {}}):
+    for shorter in ({}, {"ranges": {}}, {"filters": None, "exclude": None, "ranges": None}, {"pagination": {}}):
         found = call("POST", "/query/v1/getTransactionsForIdentity", {"identity": POOR.identity} | shorter)[1]
         assert (found["hits"], found["transactions"]) == ({"total": 1, "from": 0, "size": 10}, [transaction])
 
@@ -167,45 +168,193 @@ def test_the_shapes(call: Call, clock: Clock) -> None:
 # Errors
 
 
+BROADCAST = ("POST", "/live/v1/broadcast-transaction")
+BY_HASH = ("POST", "/query/v1/getTransactionByHash")
+LIST = ("POST", "/query/v1/getTransactionsForIdentity")
+MISTYPED = RICH.identity[:-1] + ("A" if RICH.identity[-1] != "A" else "B")
+
+
+def late() -> str:
+    return base64.b64encode(RICH.signed(POOR, 1, FIRST_TICK).encode()).decode()
+
+
+def forged() -> str:
+    return base64.b64encode(replace(RICH.signed(POOR, 1, FIRST_TICK + 9), amount=2).encode()).decode()
+
+
 @pytest.mark.parametrize(
     ("method", "path", "body", "status", "code", "says"),
     [
-        ("POST", "/live/v1/broadcast-transaction", {"encodedTransaction": "%"}, 400, 3, "base64"),
-        ("POST", "/live/v1/broadcast-transaction", {"encodedTransaction": "AAAA"}, 400, 3, "malformed"),
-        ("POST", "/live/v1/broadcast-transaction", {"encodedTransaction": 7}, 400, 3, "encodedTransaction"),
-        ("POST", "/live/v1/broadcast-transaction", {"encodedTransaction": "A" * 5000}, 400, 3, "encodedTransaction"),
-        ("POST", "/live/v1/broadcast-transaction", {}, 400, 3, "encodedTransaction"),
-        ("POST", "/live/v1/broadcast-transaction", None, 400, 3, "body"),
-        ("POST", "/live/v1/broadcast-transaction", "{", 400, 3, "JSON"),
-        ("GET", "/live/v1/balances/ALICE", None, 400, 3, "identity"),
-        ("POST", "/query/v1/getTransactionByHash", {"hash": "a" * 60}, 404, 5, "not found"),
-        ("POST", "/query/v1/getTransactionByHash", {"hash": "a", "more": 1}, 400, 3, "more"),
-        ("POST", "/query/v1/getTransactionsForIdentity", {"identity": "A"}, 400, 3, "identity"),
-        ("POST", "/query/v1/getTransactionsForIdentity", {"identity": RICH.identity, "filters": {"a": 1}}, 400, 3, "a"),
-        (
-            "POST",
-            "/query/v1/getTransactionsForIdentity",
-            {"identity": RICH.identity, "pagination": {"size": 1001}},
-            400,
-            3,
-            "pagination.size",
-        ),
-        (
-            "POST",
-            "/query/v1/getTransactionsForIdentity",
-            {"identity": RICH.identity, "ranges": {"tickNumber": {"gte": "-1"}}},
-            400,
-            3,
-            "ranges.tickNumber.gte",
-        ),
+        (*BROADCAST, {"encodedTransaction": "%"}, 400, 3, "illegal base64 data"),
+        (*BROADCAST, {"encodedTransaction": "AAAA"}, 500, 13, "malformed"),
+        (*BROADCAST, {"encodedTransaction": forged()}, 400, 3, "signature"),
+        (*BROADCAST, {"encodedTransaction": late()}, 400, 3, "should be greater than max tick"),
+        (*BROADCAST, {"encodedTransaction": 7}, 400, 3, "proto: encodedTransaction"),
+        (*BROADCAST, {"encodedTransaction": "A" * 5000}, 400, 3, "proto: encodedTransaction"),
+        (*BROADCAST, {"encodedTransaction": "AAAA", "more": 1}, 400, 3, "proto: more"),
+        (*BROADCAST, {}, 400, 3, "encodedTransaction"),
+        (*BROADCAST, None, 400, 3, "body"),
+        (*BROADCAST, "{", 400, 3, "JSON"),
+        ("GET", "/live/v1/balances/ALICE", None, 500, 13, "invalid ID length, expected 60, found 5"),
+        ("GET", f"/live/v1/balances/{RICH.identity.lower()}", None, 500, 13, "invalid conversion"),
+        ("GET", f"/live/v1/balances/{'1' * 60}", None, 500, 13, "invalid ID format"),
+        (*BY_HASH, {"hash": RICH.signed(POOR, 1, 1).id}, 404, 5, "transaction not found"),
+        (*BY_HASH, {"hash": "a" * 60}, 400, 3, "invalid id format: invalid hash [aaa"),
+        (*BY_HASH, {"hash": "a" * 59}, 400, 3, "invalid ID length, expected 60, found 59"),
+        (*BY_HASH, {"hash": ""}, 400, 3, "invalid ID length, expected 60, found 0"),
+        (*BY_HASH, {"hash": RICH.signed(POOR, 1, 1).id.upper()}, 400, 3, "invalid conversion"),
+        (*BY_HASH, {"hash": "1" * 60}, 400, 3, "invalid ID format"),
+        (*BY_HASH, {"hash": 1}, 400, 3, "proto: hash"),
+        (*BY_HASH, {"hash": None}, 400, 3, "hash"),
+        (*BY_HASH, {"hash": "a", "more": 1}, 400, 3, "proto: more"),
+        (*BY_HASH, "<html>", 400, 3, "JSON"),
+        (*BY_HASH, "[]", 400, 3, "proto"),
+        (*LIST, {"identity": "A"}, 400, 3, "invalid id format: converting id to pubkey: invalid ID length"),
+        (*LIST, {"identity": MISTYPED}, 400, 3, f"invalid id format: invalid identity [{MISTYPED}]"),
+        (*LIST, {"identity": RICH.identity.lower()}, 400, 3, "invalid conversion"),
+        (*LIST, {}, 400, 3, "identity"),
     ],
 )
 def test_errors(call: Call, method: str, path: str, body: Any, status: int, code: int, says: str) -> None:
     found = call(method, path, body)
     assert (found[0], found[2]) == (status, "application/json")
-    assert set(found[1]) == {"code", "message"}
-    assert found[1]["code"] == code
+    assert set(found[1]) == {"code", "message", "details"}
+    assert (found[1]["code"], found[1]["details"]) == (code, [])
     assert says in found[1]["message"]
+
+
+def ticks(**bounds: Any) -> dict[str, Any]:
+    return {"ranges": {"tickNumber": bounds}}
+
+
+FIVE = ",".join(key(name).identity for name in "abcde")
+FILTERS = "creating include filters: "
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        # Ranges
+        (ticks(gte="5", lte="5"), "invalid range: invalid tickNumber range: invalid range: [5:5]"),
+        (ticks(gte="6", lte="5"), "invalid range: [6:5]"),
+        (ticks(gt="4", lt="6"), "invalid range: [5:5]"),
+        (ticks(gt="4", lte="5"), "invalid range: [5:5]"),
+        (ticks(gte="5", lt="6"), "invalid range: [5:5]"),
+        (ticks(), "invalid range: no bounds"),
+        (ticks(gte=None), "invalid range: no bounds"),
+        (ticks(gt="1", gte="1"), "lower_bound is already set"),
+        (ticks(lt="9", lte="9"), "upper_bound is already set"),
+        (ticks(gte=1), "proto: ranges.tickNumber.gte"),
+        (ticks(gte="-1"), "invalid [gte] value"),
+        (ticks(gte="+1"), "invalid syntax"),
+        (ticks(lt="1.0"), "invalid [lt] value"),
+        (ticks(gt=" 1"), "invalid syntax"),
+        (ticks(lte=""), "invalid syntax"),
+        (ticks(lte=str(2**32)), "value out of range"),
+        (ticks(lte="9" * 5000), "value out of range"),
+        (ticks(eq="1"), "proto: ranges.tickNumber.eq"),
+        ({"ranges": {"inputType": {"lte": str(2**32)}}}, "invalid inputType range"),
+        ({"ranges": {"amount": {"lte": str(2**64)}}}, "invalid amount range"),
+        ({"ranges": {"hash": {"gte": "1"}}}, "unsupported range: [hash]"),
+        ({"ranges": {name: {"gte": "1"} for name in "abcde"}}, "too many ranges (5)"),
+        ({"ranges": {"tickNumber": None}}, "proto: ranges.tickNumber"),
+        ({"ranges": []}, "proto: ranges"),
+        # Filters
+        ({"filters": {"a": "1"}}, FILTERS + "validating filters: unsupported filter: [a]"),
+        ({"filters": {"timestamp": "1"}}, "unsupported filter: [timestamp]"),
+        ({"filters": dict.fromkeys("abcdef", "1")}, "too many filters (6)"),
+        ({"filters": {"amount": 1}}, "proto: filters.amount"),
+        ({"filters": {"amount": None}}, "proto: filters.amount"),
+        ({"filters": {"amount": "1,2"}}, FILTERS + "handling filter [amount]: more than [1] values"),
+        ({"filters": {"amount": " "}}, "empty value"),
+        ({"filters": {"amount": "0" * 21}}, "exceeds maximum length"),
+        ({"filters": {"amount": "-1"}}, "invalid [amount] filter: invalid numeric value"),
+        ({"filters": {"inputType": str(2**32)}}, "invalid [inputType] filter"),
+        ({"filters": {"source": MISTYPED}}, "invalid [source] filter: invalid digest"),
+        ({"filters": {"source": RICH.identity.lower()}}, "invalid [source] filter: invalid digest"),
+        ({"filters": {"source": f"{RICH.identity},"}}, "contains empty value"),
+        ({"filters": {"source": f"{RICH.identity},{RICH.identity}"}}, "contains duplicate value"),
+        ({"filters": {"destination": f"{FIVE},x"}}, "more than [5] values"),
+        ({"filters": {"destination": f"{FIVE}      "}}, "exceeds maximum length"),
+        ({"exclude": {"amount": "1"}}, "unsupported exclude filter [amount]"),
+        ({"exclude": {"source": "A"}}, "creating exclude filters: "),
+        ({"filters": {"amount-exclude": "1"}}, "unsupported exclude filter [amount]"),
+        (
+            {"filters": {"source-exclude": RICH.identity}, "exclude": {"source": RICH.identity}},
+            "cannot use both -exclude filters postfix and exclude filters together",
+        ),
+        (
+            {"filters": {"source": RICH.identity}, "exclude": {"source": POOR.identity}},
+            "conflicting filters: duplicate [source] filter",
+        ),
+        ({"filters": {"tickNumber": "5"}, **ticks(gte="1")}, "conflicting filters: duplicate [tickNumber] filter"),
+        # Pages
+        ({"pagination": {"size": 1001}}, "invalid pagination: validating page size: page size [1001] exceeds"),
+        ({"pagination": {"offset": 10_001}}, "offset [10001] exceeds maximum allowed [10000]"),
+        ({"pagination": {"offset": 9_001, "size": 1000}}, "offset [9001] + size [1000] exceeds maximum allowed"),
+        ({"pagination": {"offset": 9_991}}, "offset [9991] + size [10] exceeds maximum allowed"),
+        ({"pagination": {"offset": -1}}, "proto: pagination.offset"),
+        ({"pagination": {"size": -1}}, "proto: pagination.size"),
+        ({"pagination": {"size": 1.5}}, "proto: pagination.size"),
+        ({"pagination": {"size": True}}, "proto: pagination.size"),
+        ({"pagination": {"size": "x"}}, "proto: pagination.size"),
+        ({"pagination": {"size": 2**32}}, "proto: pagination.size"),
+        ({"pagination": {"page": 1}}, "proto: pagination.page"),
+        ({"pagination": []}, "proto: pagination"),
+        # Names
+        ({"limit": 1}, "proto: limit"),
+    ],
+    ids=lambda each: json.dumps(each)[:60] if isinstance(each, dict) else "",
+)
+def test_list_refuses_what_the_query_service_refuses(call: Call, fields: dict[str, Any], says: str) -> None:
+    status, body, _ = call(*LIST, {"identity": RICH.identity} | fields)
+    assert (status, body["code"], body["details"]) == (400, 3, [])
+    assert says in body["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "amounts"),
+    [
+        ({}, [3, 2, 1]),
+        (ticks(gte=str(FIRST_TICK + 1), lte=str(FIRST_TICK + 3)), [2, 1]),
+        (ticks(gt=str(FIRST_TICK + 1), lt=str(FIRST_TICK + 4)), [2]),
+        (ticks(gt=str(FIRST_TICK + 3)), [3]),
+        (ticks(lt=str(FIRST_TICK + 3)), [1]),
+        (ticks(lte="007"), []),
+        (ticks(gt=str(2**32 - 1)), []),
+        (ticks(lt="0"), [3, 2, 1]),  # the service's bound wraps around below 0, and is then no bound
+        ({"ranges": {"amount": {"gte": "2", "lte": "3"}, "inputType": {"lt": "8"}}}, [3, 2]),
+        ({"ranges": {"timestamp": {"gt": "0"}}}, [3, 2, 1]),
+        ({"filters": {"amount": "2", "inputType": "7"}}, [2]),
+        ({"filters": {"amount": " 2 "}}, [2]),
+        ({"filters": {"tickNumber": str(FIRST_TICK + 1)}}, [1]),
+        ({"filters": {"source": f"{RICH.identity}, {POOR.identity}"}}, [3, 2, 1]),
+        ({"filters": {"source": POOR.identity}}, []),
+        ({"exclude": {"source": RICH.identity}}, []),
+        ({"filters": {"destination-exclude": RICH.identity}}, [3, 2, 1]),
+        ({"pagination": {"size": 0}}, [3, 2, 1]),
+        ({"pagination": {"offset": "1", "size": 1.0}}, [2]),
+        ({"pagination": {"offset": None, "size": 1000}}, [3, 2, 1]),
+        ({"pagination": {"offset": 9000, "size": 1000}}, []),
+    ],
+    ids=lambda each: json.dumps(each)[:60],
+)
+def test_list_takes_what_the_query_service_takes(
+    call: Call, clock: Clock, network: MockChain, fields: dict[str, Any], amounts: list[int]
+) -> None:
+    for amount in (1, 2, 3):
+        tick = network.tick_info().tick
+        network.broadcast(RICH.signed(POOR, amount, tick + 1, b"abc", 7).encode())
+        clock.ticks(2)
+    status, body, _ = call(*LIST, {"identity": RICH.identity} | fields)
+    assert (status, [int(each["amount"]) for each in body.get("transactions", ())]) == (200, amounts), body
+
+
+def test_balance_does_not_look_at_the_checksum(call: Call) -> None:
+    """Neither does the live service: it answers for the 56 letters before it, in the name that was sent."""
+    status, body, _ = call("GET", f"/live/v1/balances/{MISTYPED}")
+    assert (status, body["balance"]["id"], body["balance"]["balance"]) == (200, MISTYPED, "1000")
+    assert call("GET", f"/live/v1/balances/{'Z' * 60}")[0] == 200  # its words are beyond 64 bits, and wrap around
 
 
 def test_what_is_no_question_at_all_is_a_problem(call: Call) -> None:
@@ -224,14 +373,14 @@ def test_the_document_knows_the_errors() -> None:
     assert not {name for name in document["components"]["schemas"] if "ValidationError" in name}
     for path, operations in document["paths"].items():
         for operation in operations.values():
-            errors = {"404"} if path == "/mock/faults" else {"400", "404", "503"}
+            errors = {"404"} if path == "/mock/faults" else {"400", "404", "500", "503"}
             assert operation["responses"].keys() == {"200", "default"} | errors
 
 
 def test_a_network_that_does_not_answer(call: Call, network: MockChain) -> None:
     network.set_faults(Faults(fail_requests=1))
     status, body, _ = call("GET", "/live/v1/tick-info")
-    assert (status, body) == (503, {"code": 14, "message": "the node does not answer"})
+    assert (status, body) == (503, {"code": 14, "message": "the node does not answer", "details": []})
 
 
 @pytest.mark.parametrize("name", CALLS)

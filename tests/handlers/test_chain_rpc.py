@@ -17,8 +17,8 @@ from qaes.domain.errors import RefusedError, UnavailableError
 from qaes.domain.qubic import fourq
 from qaes.domain.qubic.transaction import Transaction
 from qubic.chain import chain, rpc
-from qubic.chain.base import Chain
-from qubic.chain.rpc import ATTEMPTS, MAX_ANSWER_BYTES, RpcChain
+from qubic.chain.base import Chain, SentList
+from qubic.chain.rpc import ATTEMPTS, MAX_ANSWER_BYTES, MAX_LISTED, PAGE, RpcChain
 from tests.support.chain import key
 from tests.support.http_server import serve
 
@@ -81,7 +81,7 @@ CALLS: dict[str, Ask] = {
     "getLastProcessedTick": lambda chain: chain.last_processed_tick(),
     "balances": lambda chain: chain.balance(ALICE.identity),
     "getTransactionByHash": lambda chain: chain.transaction(SENT.id),
-    "getTransactionsForIdentity": lambda chain: chain.transactions(ALICE.identity, 0, 10**6, 0, 10),
+    "getTransactionsForIdentity": lambda chain: chain.sent(ALICE.identity, 0, 10**6),
     "broadcast-transaction": lambda chain: chain.broadcast(SENT.encode()),
 }
 
@@ -100,16 +100,48 @@ def test_what_is_asked_and_how(node: Node) -> None:
     assert headers["Content-Type"] == "application/json"
 
 
-def test_a_page_is_asked_for_by_ticks(node: Node) -> None:
-    node.says(200, {"validForTick": 9, "hits": {"total": 1, "from": 4, "size": 2}, "transactions": [content(SENT)]})
-    found = node.chain().transactions(BOB.identity, 1000, 2000, 4, 2)
-    assert (found.total, found.valid_for_tick, [each.transaction for each in found.transactions]) == (1, 9, [SENT])
+def listing(*transactions: dict[str, Any], total: int | None = None, valid_for_tick: int = 9) -> dict[str, Any]:
+    hits = {"total": len(transactions) if total is None else total, "from": 0, "size": PAGE}
+    return {"validForTick": valid_for_tick, "hits": hits, "transactions": list(transactions)}
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "bounds"),
+    [
+        (1000, 2000, ("999", "2001")),
+        (1234, 1234, ("1233", "1235")),  # the query service refuses 1234 to 1234
+        (0, 0, ("0", "1")),
+        (2**32 - 1, 2**32 - 1, (str(2**32 - 2), str(2**32 - 1))),
+        (0, 2**32 - 1, ("0", str(2**32 - 1))),
+    ],
+)
+def test_sent_requests_a_range_that_the_service_takes(
+    node: Node, first: int, last: int, bounds: tuple[str, str]
+) -> None:
+    node.says(200, listing())
+    assert node.chain().sent(ALICE.identity, first, last) == SentList((), 9)
     assert node.asked[0][2] == {
-        "identity": BOB.identity,
-        "filters": {},
-        "ranges": {"tickNumber": {"gte": "1000", "lte": "2000"}},
-        "pagination": {"offset": 4, "size": 2},
+        "identity": ALICE.identity,
+        "filters": {"source": ALICE.identity},
+        "ranges": {"tickNumber": dict(zip(("gte", "lte"), bounds, strict=True))},
+        "pagination": {"offset": 0, "size": PAGE},
     }
+
+
+def test_sent_leaves_out_the_ticks_around_the_range(node: Node) -> None:
+    around = [ALICE.signed(BOB, 5, tick) for tick in (1235, 1234, 1233)]
+    node.says(200, listing(*map(content, around)))
+    assert [each.transaction for each in node.chain().sent(ALICE.identity, 1234, 1234).transactions] == around[1:2]
+
+
+def test_sent_reads_page_after_page(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc, "PAGE", 2)
+    sent = [ALICE.signed(BOB, 5, tick) for tick in (1004, 1003, 1002, 1001, 1000)]
+    for at in (0, 2, 4):
+        node.says(200, listing(*map(content, sent[at : at + 2]), total=5, valid_for_tick=20 - at))
+    found = node.chain().sent(ALICE.identity, 1000, 2000)
+    assert ([each.transaction for each in found.transactions], found.valid_for_tick) == (sent, 16)
+    assert [each[2]["pagination"]["offset"] for each in node.asked] == [0, 2, 4]
 
 
 def test_a_path_before_the_rpc_s(node: Node) -> None:
@@ -299,6 +331,78 @@ def test_another_s_balance(node: Node) -> None:
         node.chain().balance(ALICE.identity)
 
 
+def without(answer: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in answer.items() if name not in names}
+
+
+BALANCE = {
+    "id": ALICE.identity, "balance": "5", "validForTick": 8, "latestIncomingTransferTick": 1,
+    "latestOutgoingTransferTick": 2, "incomingAmount": "6", "outgoingAmount": "1",
+    "numberOfIncomingTransfers": 3, "numberOfOutgoingTransfers": 4,
+}  # fmt: skip
+DECIDES_NOTHING = {
+    "tick-info": ("duration", "epoch", "initialTick"),
+    "getLastProcessedTick": ("epoch", "intervalInitialTick", "lastProcessedLogTick"),
+    "balances": (
+        "latestIncomingTransferTick", "incomingAmount", "outgoingAmount",
+        "numberOfIncomingTransfers", "numberOfOutgoingTransfers",
+    ),
+    "getTransactionByHash": ("timestamp", "moneyFlew"),
+}  # fmt: skip
+WHOLE: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]] = {
+    "tick-info": (TICK_INFO["tickInfo"], lambda each: {"tickInfo": each}),
+    "getLastProcessedTick": (
+        {"tickNumber": 7, "epoch": 2, "intervalInitialTick": 3, "lastProcessedLogTick": 6},
+        lambda each: each,
+    ),
+    "balances": (BALANCE, lambda each: {"balance": each}),
+    "getTransactionByHash": (content(SENT), lambda each: {"transaction": each}),
+    "getTransactionsForIdentity": (listing(content(SENT)), lambda each: each),
+}
+
+
+@pytest.mark.parametrize("name", DECIDES_NOTHING)
+@pytest.mark.parametrize("absent", ["missing", "null"])
+def test_answer_without_what_decides_nothing_is_taken(node: Node, name: str, absent: str) -> None:
+    """Protobuf's JSON may leave out what is 0 or false, or say null for it."""
+    whole, wrapped = WHOLE[name]
+    names = DECIDES_NOTHING[name]
+    node.says(200, wrapped(without(whole, *names) if absent == "missing" else whole | dict.fromkeys(names)))
+    assert CALLS[name](node.chain())
+
+
+@pytest.mark.parametrize(
+    ("name", "member"),
+    [
+        ("tick-info", "tick"), ("getLastProcessedTick", "tickNumber"),
+        *[("balances", each) for each in ("id", "balance", "validForTick", "latestOutgoingTransferTick")],
+        *[("getTransactionByHash", each) for each in ("hash", "source", "destination", "tickNumber", "signature")],
+        *[("getTransactionsForIdentity", each) for each in ("validForTick", "hits", "transactions")],
+    ],
+)  # fmt: skip
+def test_answer_without_what_decides_is_unavailable(node: Node, name: str, member: str) -> None:
+    """What a missing number would decide is never taken for 0."""
+    whole, wrapped = WHOLE[name]
+    for answer in (without(whole, member), whole | {member: None}):
+        node.answers.clear()
+        node.says(200, wrapped(answer))
+        with pytest.raises(UnavailableError, match="not as documented"):
+            CALLS[name](node.chain())
+
+
+@pytest.mark.parametrize("name", ["amount", "inputType", "inputSize", "inputData"])
+def test_transaction_without_a_member_is_proved_by_its_id(node: Node, name: str) -> None:
+    empty = ALICE.signed(BOB, 0, 1234)
+    node.says(200, {"transaction": without(content(empty), name)})
+    found = node.chain().transaction(empty.id)
+    assert found is not None
+    assert found.transaction == empty
+    node.answers.clear()
+    node.says(200, {"transaction": without(content(SENT), name)})
+    with pytest.raises(UnavailableError, match="another transaction"):
+        node.chain().transaction(SENT.id)
+
+
 # A transaction is there, or not, or nothing is known
 
 
@@ -329,6 +433,8 @@ def test_absent(node: Node) -> None:
         (404, {"message": "Not Found"}),
         (404, {"type": "about:blank", "title": "Not Found", "status": 404, "detail": "There is no such route."}),
         (404, {"code": 12, "message": "this is not the mock network"}),
+        (404, {"code": 5, "message": "Not Found", "details": []}),  # grpc-gateway's, for a path that it does not have
+        (400, {"code": 3, "message": "invalid id format", "details": []}),
         (404, {"code": "5", "message": "x"}),
         (403, {"message": "Missing Authentication Token"}),
         (400, ABSENT),
@@ -400,21 +506,35 @@ def test_a_signature_that_is_not_the_source_s(node: Node) -> None:
     [
         ([content(SENT, amount="6")], "another transaction"),
         ([content(replace(SENT, signature=bytes(64)))], "has not signed"),
-        ([content(ALICE.signed(BOB, 5, 999))], "not asked for"),
-        ([content(ALICE.signed(BOB, 5, 2001))], "not asked for"),
-        ([content(SENT), content(SENT), content(SENT)], "more than"),
+        ([content(ALICE.signed(BOB, 5, 998))], "not asked for"),
+        ([content(ALICE.signed(BOB, 5, 2002))], "not asked for"),
+        ([content(BOB.signed(ALICE, 5, 1234), source=BOB.identity)], "not asked for"),
+        ([content(SENT)] * (PAGE + 1), "more than"),
     ],
 )
 def test_a_list_that_is_not_what_was_asked_for(node: Node, transactions: list[Any], match: str) -> None:
-    node.says(200, {"validForTick": 9, "hits": {"total": 1, "from": 0, "size": 2}, "transactions": transactions})
+    node.says(200, listing(*transactions))
     with pytest.raises(UnavailableError, match=match):
-        node.chain().transactions(ALICE.identity, 1000, 2000, 0, 2)
+        node.chain().sent(ALICE.identity, 1000, 2000)
 
 
-def test_a_list_of_another_s_transactions(node: Node) -> None:
-    node.says(200, {"validForTick": 9, "hits": {"total": 1, "from": 0, "size": 2}, "transactions": [content(SENT)]})
-    with pytest.raises(UnavailableError, match="not asked for"):
-        node.chain().transactions(key("carol").identity, 1000, 2000, 0, 2)
+@pytest.mark.parametrize(
+    ("transactions", "total", "match"),
+    [
+        ([], 1, "counts 1 transactions and lists 0"),
+        ([content(SENT)], 0, "counts 0 transactions and lists 1"),
+        ([content(SENT), content(SENT)], 2, "counts 2 transactions and lists 1"),
+        ([content(SENT)], MAX_LISTED + 1, "too many"),
+        ([content(SENT)], 10_000, "too many"),  # the service counts no further
+    ],
+)
+def test_sent_unavailable_when_the_list_is_incomplete(
+    node: Node, transactions: list[Any], total: int, match: str
+) -> None:
+    """A transaction that the list lacks would be taken for absent."""
+    node.says(200, listing(*transactions, total=total))
+    with pytest.raises(UnavailableError, match=match):
+        node.chain().sent(ALICE.identity, 1000, 2000)
 
 
 # Broadcast

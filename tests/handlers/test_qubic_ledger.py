@@ -21,7 +21,7 @@ from qaes.domain.policy import DEFAULT_RULES
 from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.qubic.transaction import decode
 from qubic import ledger, service
-from qubic.chain.base import IncludedPage
+from qubic.chain.base import SentList
 from qubic.chain.mock import FIRST_TICK, Faults, MockChain
 from qubic.ledger import _OPERATIONS
 from qubic.limits import SIGNING_SECONDS
@@ -258,7 +258,7 @@ def test_a_transfer_that_was_given_up_and_is_found_after_all_counts(
     real = MockChain.balance
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MockChain, "transaction", lambda *_: None)
-        patch.setattr(MockChain, "transactions", lambda *_: IncludedPage((), 0, 2**31))
+        patch.setattr(MockChain, "sent", lambda *_: SentList((), 2**31))
         patch.setattr(MockChain, "balance", lambda it, who: replace(real(it, who), latest_outgoing_transfer_tick=0))
         aws.settle()
     assert limited() == 0

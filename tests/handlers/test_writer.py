@@ -94,8 +94,8 @@ def _follow(it: Cloud) -> None:
 def _on_chain(it: Cloud, payload: bytes) -> list[str]:
     chain = MockChain(genesis={}, table="ChainTable", clock=it.clock, tick_milliseconds=1000)
     identity = wallets.key_of_seed(SEED).identity
-    page = chain.transactions(identity, 0, 2**32 - 1, 0, 1000)
-    return [each.txid for each in page.transactions if each.transaction.payload == payload]
+    found, _ = chain.transactions(identity)
+    return [each.txid for each in found if each.transaction.payload == payload]
 
 
 def _balance(it: Cloud, address: str) -> int:

@@ -67,11 +67,10 @@ class Included:
 
 
 @dataclass(frozen=True)
-class IncludedPage:
-    """Transactions of an identity, newest first; `total` counts all that match."""
+class SentList:
+    """All transactions of a source in a range of ticks, newest first, as of the tick `valid_for_tick`."""
 
     transactions: tuple[Included, ...]
-    total: int
     valid_for_tick: int
 
 
@@ -97,7 +96,8 @@ class Chain(Protocol):
     def broadcast(self, encoded: bytes) -> str:
         """Hand in a signed transaction, as often as one likes; returns its id. Says nothing of whether it will execute.
 
-        Raises RefusedError (`broadcast_refused`) when it is malformed, or signed wrongly, or the source has nothing.
+        Raises RefusedError (`broadcast_refused`) when it is malformed, signed wrongly, or names a tick that has come.
+        A transaction of a source without any balance is accepted, and never executes.
         """
 
     def transaction(self, txid: str) -> Included | None:
@@ -107,5 +107,8 @@ class Chain(Protocol):
         changed them.
         """
 
-    def transactions(self, identity: str, first_tick: int, last_tick: int, offset: int, size: int) -> IncludedPage:
-        """List the transactions from or to an identity in the ticks from `first_tick` to `last_tick`."""
+    def sent(self, identity: str, first_tick: int, last_tick: int) -> SentList:
+        """List every transaction from an identity in the ticks from `first_tick` to `last_tick`, both included.
+
+        Raises UnavailableError when the list is incomplete, InvalidInputError for a malformed identity or range.
+        """

@@ -12,8 +12,8 @@ passed, and executes what waits for them:
 Every caller takes these steps, so it does not matter who falls over half-way.
 
 The pool has one place for each source, as a Qubic node's has: a transaction for a later tick takes the place of the one
-that waits; one for the same or for an earlier tick is accepted, and never executes. So is one whose tick has come
-already, or lies more than `MAX_TICKS_AHEAD` away.
+that waits; one for the same or for an earlier tick is accepted, and never executes. So is one whose tick lies more than
+`MAX_TICKS_AHEAD` away, and one whose source has no balance: the public RPC hands both to the nodes, which drop them.
 
 Items (pk / sk): STATE/STATE, BALANCE#<identity>/BALANCE, POOL/<identity>, TX#<id>/TX,
 IDENTITY#<identity>/TICK#<tick>#<id>. None is ever deleted: a place in the pool that has served says so.
@@ -36,14 +36,14 @@ from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
 from qaes.domain.ids import now
 from qaes.domain.qubic.identity import decode_identity, encode_identity, is_transaction_id_shaped
 from qaes.domain.qubic.transaction import Transaction, decode
-from qubic.chain.base import Balance, Included, IncludedPage, ProcessedTick, TickInfo
+from qubic.chain.base import Balance, Included, ProcessedTick, SentList, TickInfo
+from qubic.chain.rules import MAX_TICK, check_ticks
 from qubic.items import ChangedError, Item, Items, attempts, item_key
 
 NETWORK = "mock"
 FIRST_TICK = 20_000_000
 FIRST_EPOCH = 1
 MAX_TICKS_AHEAD = 100_000
-MAX_PAGE = 1_000
 MAX_GENESIS = 90
 """DynamoDB takes 100 items in one transaction."""
 
@@ -202,35 +202,31 @@ class MockChain:
             return None
         return _included(item)
 
-    def transactions(self, identity: str, first_tick: int, last_tick: int, offset: int, size: int) -> IncludedPage:
+    def sent(self, identity: str, first_tick: int, last_tick: int) -> SentList:
         _checked(identity)
-        if offset < 0:
-            raise InvalidInputError("the offset is 0 or more", field="offset")
-        if not 1 <= size <= MAX_PAGE:
-            raise InvalidInputError(f"the size is 1 to {MAX_PAGE}", field="size")
+        check_ticks(first_tick, last_tick)
+        found, valid_for_tick = self.transactions(identity, first_tick, last_tick)
+        return SentList(
+            tuple(each for each in found if encode_identity(each.transaction.source) == identity), valid_for_tick
+        )
+
+    def transactions(self, identity: str, first_tick: int = 0, last_tick: int = MAX_TICK) -> tuple[list[Included], int]:
+        """List the transactions from or to an identity, newest first, and the last tick that look-ups know."""
         with _answering():
             state = self._asked()
             last_tick = min(last_tick, state.processed_tick)
-            first_tick = max(first_tick, 0)
             if first_tick > last_tick:
-                return IncludedPage((), 0, state.processed_tick)
-            which = {
-                "KeyConditionExpression": "pk = :identity AND sk BETWEEN :first AND :last",
-                "ExpressionAttributeValues": {
+                return [], state.processed_tick
+            pages = self._query(
+                KeyConditionExpression="pk = :identity AND sk BETWEEN :first AND :last",
+                ExpressionAttributeValues={
                     ":identity": {"S": f"IDENTITY#{identity}"},
                     ":first": {"S": f"TICK#{first_tick:010d}#"},
                     ":last": {"S": f"TICK#{last_tick:010d}#~"},
                 },
-                "ScanIndexForward": False,
-            }
-            total = sum(page["Count"] for page in self._query(Select="COUNT", **which))
-            found: list[Item] = []
-            for page in self._query(**which):
-                found += page["Items"]
-                if len(found) >= offset + size:
-                    break
-        page_of_it = tuple(_included(item) for item in found[offset : offset + size])
-        return IncludedPage(page_of_it, total, state.processed_tick)
+                ScanIndexForward=False,
+            )
+            return [_included(item) for page in pages for item in page["Items"]], state.processed_tick
 
     # What comes in
 
@@ -243,11 +239,13 @@ class MockChain:
                 raise RefusedError("broadcast_refused", f"the transaction is malformed: {error}") from error
             if not transaction.is_signed_by_source():
                 raise RefusedError("broadcast_refused", "the signature is not the source's")
-            source = encode_identity(transaction.source)
-            if self._balance_of(source) <= 0:
-                raise RefusedError("broadcast_refused", "the source has no balance")
+            if transaction.tick <= state.tick:
+                late = (
+                    f"Target tick: {transaction.tick} for the transaction should be greater than max tick: {state.tick}"
+                )
+                raise RefusedError("broadcast_refused", late)
             place = _Place(transaction.id, transaction.tick, transaction)
-            if not (state.drop and self._consume("drop")):
+            if self._balance_of(place.source) > 0 and not (state.drop and self._consume("drop")):
                 self._take_place(place, state)
             if state.fail_after_accepting and self._consume("fail_after_accepting"):
                 raise UnavailableError("the node failed after it had accepted the transaction")
