@@ -14,7 +14,13 @@ from functools import cache
 from qaes.adapters import clients, settings
 from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
 from qaes.domain.qubic.demo import demo_seed
-from qaes.domain.qubic.identity import check_address, decode_identity, encode_identity, is_identity_shaped
+from qaes.domain.qubic.identity import (
+    check_address,
+    check_payable,
+    decode_identity,
+    encode_identity,
+    is_identity_shaped,
+)
 
 DEMO_BALANCES: Mapping[str, int] = {"0x1234567890abcdef": 1000, "0xabcdef1234567890": 500, "0xfedcba0987654321": 0}
 """In QU; addresses as the older clients write them, each with an identity of its own."""
@@ -126,10 +132,12 @@ class Wallets:
         Raises
         ------
         InvalidInputError
-            One is no address; both are the same wallet.
+            One is no address, or a smart contract's, or the zero address; both are the same wallet.
         RefusedError
             As `identity` and `key`.
         """
+        for address, field_ in ((source, "source"), (destination, "destination")):
+            check_payable(self.identity(check_payable(address, field_), field_), field_)
         to, key = self.identity(destination, "destination"), self.key(source)
         if key.identity == to:
             raise InvalidInputError("source and destination are the same", field="destination")

@@ -15,12 +15,14 @@ from qaes.adapters.executions import Executions
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.errors import QaesError
 from qaes.domain.ids import is_task_id, parse_timestamp
+from qaes.domain.qubic.identity import encode_identity
 from qubic.wallets import demo_key
 from tests.handlers.test_task_store import new_task, planned, waiting
 from tests.support.api import ALICE, BOB, CAROL, MALLORY, NOBODY, OLIVIA, Api, items, named, set_environment
 from tests.support.cloud import Cloud, cloud
 
 SOURCE, DESTINATION = "0x1234567890abcdef", "0xfedcba0987654321"
+ZERO, CONTRACT = (encode_identity(bytes([number]) + bytes(31)) for number in (0, 1))
 IDENTITY = "BZBQFLLBNCXEMGLOBHUVFTLUPLVCPQUASSILFABOFFBCADQSSUPNWLZBQEXK"
 SOURCE_IDENTITY = demo_key(SOURCE).identity
 MONITOR = {"task_type": "monitor_wallet", "description": "watch it", "wallet_address": SOURCE}
@@ -204,6 +206,14 @@ BAD: dict[str, tuple[Any, int, set[str]]] = {
     "a malformed destination": (
         {**TRANSFER, "parameters": {"to_address": "0xnot", "amount": 1}}, 422, {"parameters.to_address"},
     ),
+    "a smart contract as the destination": (
+        {**TRANSFER, "parameters": {"to_address": CONTRACT, "amount": 1}}, 422, {"parameters.to_address"},
+    ),
+    "a burn": ({**TRANSFER, "parameters": {"to_address": ZERO, "amount": 1}}, 422, {"parameters.to_address"}),
+    "a burn as the older clients write it": (
+        {**TRANSFER, "parameters": {"to_address": "0x" + "0" * 40, "amount": 1}}, 422, {"parameters.to_address"},
+    ),
+    "a smart contract as the source": ({**TRANSFER, "wallet_address": CONTRACT}, 422, {"parameters.wallet_address"}),
     "no destination": ({**TRANSFER, "parameters": {"amount": 1}}, 422, {"parameters.to_address"}),
     "a destination that is null": (
         {**TRANSFER, "parameters": {"to_address": None, "amount": 1}}, 422, {"parameters.to_address"},

@@ -10,6 +10,7 @@ import pytest
 
 from local.openapi_examples import EXAMPLES
 from qaes.domain.policy import DEFAULT_RULES
+from qaes.domain.qubic.identity import encode_identity
 from tests.support.api import ALICE, BOB, CAROL, OLIVIA, Answer, Api, named, set_environment
 from tests.support.cloud import Cloud, cloud
 
@@ -157,6 +158,12 @@ def test_rejected_with_a_reason_or_without(api: Api) -> None:
         ({"max_amount": 6, "daily_limit": 5}, "rules.transfer_funds.daily_limit"),
         ({"allowed_addresses": []}, "rules.transfer_funds.allowed_addresses"),
         ({"allowed_addresses": [ADDRESS, "0x1"]}, "rules.transfer_funds.allowed_addresses.1"),
+        ({"allowed_addresses": [ADDRESS, encode_identity(bytes(32))]}, "rules.transfer_funds.allowed_addresses.1"),
+        (
+            {"allowed_addresses": [encode_identity(b"\1" + bytes(31)), ADDRESS]},
+            "rules.transfer_funds.allowed_addresses.0",
+        ),
+        ({"allowed_addresses": ["0x" + "0" * 16]}, "rules.transfer_funds.allowed_addresses.0"),
         ({"approvals": 0}, "rules.transfer_funds.approvals"),
         ({"risk_level": "none"}, "rules.transfer_funds.risk_level"),
         ({"surprise": 1}, "rules.transfer_funds.surprise"),
@@ -176,7 +183,7 @@ def test_a_rule_that_is_not_acceptable(api: Api, rule: dict[str, Any], field: st
         ({"based_on": "latest"}, "based_on"),
         ({"rules": None}, "rules"),
         ({"rules": {f"action_{n}": RULE for n in range(201)}}, "rules"),
-        ({"rules": {f"a{n}": RULE | {"allowed_addresses": [f"0x{m:040x}" for m in range(100)]} for n in range(16)}},
+        ({"rules": {f"a{n}": RULE | {"allowed_addresses": [f"0x{5000 + m:040x}" for m in range(100)]} for n in range(16)}},
          "rules"),
         ({"more": 1}, "more"),
     ],

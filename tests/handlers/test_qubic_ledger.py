@@ -33,6 +33,9 @@ from tests.support.template import environment, resources
 
 RICH, POOR, EMPTY = DEMO_BALANCES
 ZERO = encode_identity(bytes(32))
+CONTRACT = encode_identity(b"\4" + bytes(31))
+NOBODY = encode_identity(bytes([7]) * 32)
+"""An identity that is no contract's, and whose key is nowhere."""
 HASH = "ab" * 32
 LEDGER_FUNCTIONS = ("LedgerFunction", "LedgerTransferFunction", "LedgerAnchorFunction")
 Call = Callable[..., dict[str, Any]]
@@ -111,7 +114,12 @@ def test_a_transfer_that_nobody_asked_for_has_no_state(call: Call) -> None:
         ({"destination": RICH}, "invalid_address"),
         ({"amount": 1001}, "insufficient_balance"),
         ({"source": EMPTY, "destination": RICH}, "insufficient_balance"),
-        ({"source": ZERO}, "no_key"),
+        ({"source": NOBODY}, "no_key"),
+        ({"source": ZERO}, "invalid_address"),
+        ({"source": CONTRACT}, "invalid_address"),
+        ({"destination": ZERO}, "invalid_address"),
+        ({"destination": CONTRACT}, "invalid_address"),
+        ({"destination": "0x" + "0" * 16}, "invalid_address"),
     ],
 )
 def test_what_is_refused_leaves_nothing(call: Call, transfer: Call, changes: dict[str, Any], expected: str) -> None:
@@ -156,6 +164,9 @@ def reserve(call: Call) -> Call:
     ("changes", "expected"),
     [
         ({"destination": RICH}, "invalid_address"),
+        ({"destination": ZERO}, "invalid_address"),
+        ({"destination": CONTRACT}, "invalid_address"),
+        ({"source": CONTRACT}, "invalid_address"),
         ({"destination": "0x12"}, "invalid_address"),
     ],
 )
@@ -326,7 +337,7 @@ def test_on_a_real_network_a_transfer_is_only_shown_unless_it_is_allowed(
     monkeypatch.setattr("qubic.service.chain", lambda: real)
     service = wallets.service_key().identity
     terms = {
-        "reference": "task#step_3", "source": service, "destination": ZERO, "amount": 1, "run": 1,
+        "reference": "task#step_3", "source": service, "destination": NOBODY, "amount": 1, "run": 1,
     }  # fmt: skip
     for operation, sent in (("transfer", terms), ("policy", {})):  # nothing is shown before a policy allows it
         with pytest.raises(Exception, match="not on the ledger yet"):
@@ -339,9 +350,10 @@ def test_on_a_real_network_a_transfer_is_only_shown_unless_it_is_allowed(
     assert not [item for item in boto3.client("dynamodb").scan(TableName="LedgerTable")["Items"] if "spent" in item]
     assert code(call("transfer_state", reference="task#step_3")) == "not_found"
     assert code(call("transfer", **terms | {"source": RICH})) == "invalid_address"
-    assert code(call("transfer", **terms | {"source": ZERO, "destination": service})) == "no_key"
+    assert code(call("transfer", **terms | {"source": NOBODY, "destination": service})) == "no_key"
+    assert code(call("transfer", **terms | {"destination": CONTRACT})) == "invalid_address"
     aws.clock.pass_seconds(60)
-    assert real.balance(ZERO).balance == 0
+    assert real.balance(NOBODY).balance == 0
 
 
 def test_a_hash_is_verified_when_it_is_confirmed_and_not_before(aws: Cloud, call: Call) -> None:

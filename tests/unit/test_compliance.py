@@ -10,6 +10,7 @@ from qaes.domain import compliance
 from qaes.domain.errors import ConflictError, RefusedError
 from qaes.domain.models import Approval, Decision, Task
 from qaes.domain.policy import PolicyDecision
+from qaes.domain.qubic.identity import encode_identity
 from tests.unit.test_planning import POLICY, TRANSFER, plan
 
 PLAN = plan("transfer_funds", TRANSFER)
@@ -178,6 +179,22 @@ def test_beyond_a_limit_nobody_is_asked(which: str, limits: dict[str, Any], name
     assert verdict.verdict == "denied"
     assert named in verdict.reason
     assert "policy-v9-strict" in verdict.reason
+
+
+@pytest.mark.parametrize("name", ["wallet_address", "to_address"])
+@pytest.mark.parametrize("number", [0, 1, 1023])
+def test_decide_denies_a_transfer_with_a_contract_or_a_burn(
+    name: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plan that was stored before such addresses were refused."""
+    address = encode_identity(number.to_bytes(8, "little") + bytes(24))
+    with monkeypatch.context() as patch:
+        patch.setattr("qaes.domain.planning.check_payable", lambda *_: None)
+        it = plan("transfer_funds", TRANSFER | {name: address})
+    verdict = compliance.decide(changed(TASK, plan_hash=it.hash()), it, 2, CURRENT, None)
+    field = "from_address" if name == "wallet_address" else name
+    assert verdict.verdict == "denied"
+    assert verdict.reason.startswith(f"invalid_address: {field} is the {'zero' if not number else 'address of smart'}")
 
 
 @pytest.mark.parametrize("limits", [{"max_amount": 5}, {"daily_limit": 5}, {"allowed_addresses": (DESTINATION,)}])

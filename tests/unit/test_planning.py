@@ -10,6 +10,7 @@ from qaes.domain import planning
 from qaes.domain.errors import InvalidInputError
 from qaes.domain.models import Analysis, Plan
 from qaes.domain.policy import Policy, Rule
+from qaes.domain.qubic.identity import encode_identity
 
 POLICY = Policy(
     policy_id="policy-v1-test",
@@ -64,6 +65,16 @@ def test_a_transfer_without_a_parameter_names_it(missing: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
         plan("transfer_funds", {name: value for name, value in TRANSFER.items() if name != missing})
     assert caught.value.field == f"parameters.{missing}"
+
+
+@pytest.mark.parametrize("field", ["wallet_address", "to_address"])
+@pytest.mark.parametrize("number", [0, 1])
+def test_build_plan_refuses_a_contract_or_a_burn(field: str, number: int) -> None:
+    address = encode_identity(number.to_bytes(8, "little") + bytes(24))
+    with pytest.raises(InvalidInputError) as caught:
+        plan("transfer_funds", TRANSFER | {field: address})
+    assert caught.value.field == f"parameters.{field}"
+    assert plan("transaction", TRANSFER | {field: address}).steps  # it moves nothing
 
 
 @given(st.text(min_size=1).filter(lambda word: word not in {*POLICY.rules, "monitor_wallet"}))

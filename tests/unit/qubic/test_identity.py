@@ -12,6 +12,7 @@ from qaes.domain.errors import InvalidInputError
 from qaes.domain.qubic import identity as identities
 from qaes.domain.qubic.identity import (
     check_address,
+    check_payable,
     decode_identity,
     decode_transaction_id,
     encode_identity,
@@ -102,3 +103,47 @@ def test_checking_an_address_loads_no_curve() -> None:
     layer = Path(identities.__file__).parents[3]
     out = subprocess.run([sys.executable, "-c", code], cwd=layer, capture_output=True, text=True, check=True)
     assert set(out.stdout.split()) == {"qaes.domain.qubic.identity", "qaes.domain.qubic.k12"}
+
+
+ZERO = encode_identity(bytes(32))
+
+
+def contract(number: int) -> str:
+    return encode_identity(number.to_bytes(8, "little") + bytes(24))
+
+
+@pytest.mark.parametrize("address", [ZERO, "0x" + "0" * 16, "0X" + "0" * 40])
+def test_check_payable_refuses_the_zero_address(address: str) -> None:
+    with pytest.raises(InvalidInputError, match="^to_address is the zero address: .* burn") as caught:
+        check_payable(address, "parameters.to_address")
+    assert caught.value.field == "parameters.to_address"
+
+
+@pytest.mark.parametrize(
+    ("address", "number"),
+    [
+        (contract(1), 1), (contract(4), 4), (contract(1023), 1023), (contract(1024), 1024),
+        (contract(2**64 - 1), 2**64 - 1), (f"0x{1:016x}", 1), (f"0X{1023:040X}", 1023),
+        ("B" + "A" * 55 + "RMID", 1),  # QX, as Qubic publishes it
+    ],
+)  # fmt: skip
+def test_check_payable_refuses_a_contracts_address(address: str, number: int) -> None:
+    with pytest.raises(InvalidInputError, match=f"^destination is the address of smart contract {number}:") as caught:
+        check_payable(address, "destination")
+    assert caught.value.field == "destination"
+
+
+@given(keys.filter(lambda data: any(data[8:])))
+def test_check_payable_takes_every_other_identity(data: bytes) -> None:
+    assert check_payable(encode_identity(data)) == encode_identity(data)
+
+
+@pytest.mark.parametrize("address", [IDENTITY, f"0x{1024:016x}", "0x1234567890abcdef"])
+def test_check_payable_takes_a_wallet(address: str) -> None:
+    assert check_payable(address) == address
+
+
+@pytest.mark.parametrize("address", [None, 5, "", "0x12", IDENTITY[:-1] + "A"])
+def test_check_payable_refuses_what_is_no_address(address: object) -> None:
+    with pytest.raises(InvalidInputError):
+        check_payable(address, "source")

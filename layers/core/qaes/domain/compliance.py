@@ -8,7 +8,7 @@ from qaes.domain.errors import ConflictError, InvalidInputError, RefusedError
 from qaes.domain.models import TERMINAL, Approval, Model, Plan, Step, Task
 from qaes.domain.planning import step_requires_approval
 from qaes.domain.policy import PolicyDecision
-from qaes.domain.qubic.identity import check_address
+from qaes.domain.qubic.identity import check_address, check_payable
 
 REJECTED = "an approver rejected it"
 
@@ -48,8 +48,8 @@ def decide(task: Task, plan: Plan, step_index: int, current: PolicyDecision, app
         return Verdict(verdict="denied", reason=f"the task has ended: {task.status}")
     if not plan.policy.allowed or not current.allowed:
         return Verdict(verdict="denied", reason=f"policy {current.policy_id} does not allow {current.action_type}")
-    for policy in (plan.policy, current):
-        if refusal := refusal_by_limits(step, policy):
+    for refusal in (refusal_by_address(step), *(refusal_by_limits(step, each) for each in (plan.policy, current))):
+        if refusal:
             return Verdict(verdict="denied", reason=refusal)
     return _by_approval(plan, step, current, approval)
 
@@ -109,6 +109,21 @@ def _ask(plan: Plan, current: PolicyDecision) -> Verdict:
         approvals=_approvals(plan, current),
         expires_after=min(limits, default=None),
     )
+
+
+def refusal_by_address(step: Step) -> str | None:
+    """Tell why a transfer may not go from or to its addresses; None when it may, or when it is no transfer.
+
+    A task's parameters are checked when it is started; a plan that was stored before that check existed is checked here.
+    """
+    if step.type != "onchain_action":
+        return None
+    try:
+        for field in ("from_address", "to_address"):
+            check_payable(step.parameters.get(field), field)
+    except InvalidInputError as error:
+        return f"invalid_address: {error.message}"
+    return None
 
 
 def refusal_by_limits(step: Step, policy: PolicyDecision) -> str | None:

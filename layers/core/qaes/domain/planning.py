@@ -7,6 +7,7 @@ from typing import Any
 from qaes.domain.errors import InvalidInputError
 from qaes.domain.models import EFFECT_TYPES, Analysis, Plan, Step, StepType
 from qaes.domain.policy import TRANSFER_ACTION, Policy, PolicyDecision
+from qaes.domain.qubic.identity import check_payable
 
 ACTION_TYPES = {"monitor_wallet": "monitoring"}
 """Task types whose action type has another name; any other word is its own, denied unless a rule allows it."""
@@ -52,7 +53,7 @@ def build_plan(
     Raises
     ------
     InvalidInputError
-        A parameter that the action needs is missing; `field` names it.
+        A parameter that the action needs is missing, or is an address that a transfer may not name; `field` names it.
     """
     steps: list[tuple[StepType, dict[str, Any]]] = []
     wallet = parameters.get("wallet_address")
@@ -91,6 +92,8 @@ def _action_parameters(
         for field in NEEDS[action]:
             if field not in parameters:
                 raise InvalidInputError(f"a transfer needs {field}", field=f"parameters.{field}")
+        for field in ("wallet_address", "to_address"):
+            check_payable(parameters[field], f"parameters.{field}")
         return {
             "from_address": parameters["wallet_address"],
             "to_address": parameters["to_address"],

@@ -22,7 +22,7 @@ from pydantic import (
 
 from qaes.domain.canonical import canonical_json, sha256_hex
 from qaes.domain.errors import InvalidInputError
-from qaes.domain.qubic.identity import check_address
+from qaes.domain.qubic.identity import check_address, check_payable
 
 RiskLevel = Literal["low", "medium", "high"]
 
@@ -187,13 +187,17 @@ class PolicyDocument(BaseModel):
         Raises
         ------
         InvalidInputError
-            More than 200 rules, a name that is no action type, or a document of more than 64 KiB; `field` names it.
+            More than 200 rules, a name that is no action type, an address in `allowed_addresses` that no transfer may go
+            to, or a document of more than 64 KiB; `field` names it. Such an address in an older document stays readable.
         """
         if len(rules) > MAX_RULES:
             raise InvalidInputError(f"a policy has at most {MAX_RULES} rules", field="rules")
         for name in rules:
             if not re.fullmatch(ACTION_TYPE_PATTERN, name):
                 raise InvalidInputError("an action type has 1 to 64 letters, digits, or _ . -", field="rules")
+        for name, rule in rules.items():
+            for index, address in enumerate(rule.allowed_addresses or ()):
+                check_payable(address, f"rules.{name}.allowed_addresses.{index}")
         try:
             return cls(version=version, proposed_by=proposed_by, based_on=based_on, rules=rules)
         except ValidationError as error:

@@ -10,7 +10,7 @@ from qaes.domain import planning
 from qaes.domain.canonical import canonical_json
 from qaes.domain.errors import InvalidInputError
 from qaes.domain.qubic.demo import is_same_wallet
-from qaes.domain.qubic.identity import check_address, is_identity_shaped
+from qaes.domain.qubic.identity import check_address, check_payable, is_identity_shaped
 from qaes.domain.text import is_blank
 
 MAX_PARAMETERS_BYTES = 32 * 1024
@@ -81,6 +81,8 @@ class TaskRequest(BaseModel):
         for name in planning.NEEDS.get(step, ()):
             if name not in parameters:
                 raise InvalidInputError(f"a task of type {self.task_type} needs {name}", field=f"parameters.{name}")
+        for name in ("wallet_address", "to_address") if step == "onchain_action" else ():
+            check_payable(parameters[name], f"parameters.{name}")
         if step == "onchain_action" and is_same_wallet(parameters["wallet_address"], parameters["to_address"]):
             raise InvalidInputError("is the wallet that pays: a transfer needs another", field="parameters.to_address")
         _check_size(parameters)

@@ -12,6 +12,8 @@ from qaes.domain.errors import InvalidInputError
 from qaes.domain.qubic.k12 import k12
 
 LETTERS = 60
+MAX_CONTRACTS = 1024
+"""qubic/core's MAX_NUMBER_OF_CONTRACTS."""
 _A = ord("A")
 _IDENTITY = re.compile(r"[A-Z]{60}", re.ASCII)
 _TRANSACTION_ID = re.compile(r"[a-z]{60}", re.ASCII)
@@ -106,4 +108,39 @@ def check_address(address: object, field: str = "address") -> str:
         decode_identity(address)
     except ValueError as error:
         raise InvalidInputError(f"{error}: it is mistyped", field=field) from error
+    return address
+
+
+def check_payable(address: object, field: str = "address") -> str:
+    """Check an address that money may go to or come from: one that somebody can hold the key of.
+
+    A public key that is a small number belongs to the smart contract of that number, and 0 to nobody: a transfer to it
+    burns the amount (qubic/core: the first of four uint64, the other three being 0; contracts are below 1,024). Whatever
+    is in the first one, nobody has the key of an address whose other three are 0. An address of the older clients is
+    taken for its number.
+
+    Returns
+    -------
+    str
+        As `check_address`.
+
+    Raises
+    ------
+    InvalidInputError
+        As `check_address`; or it is a smart contract's address, or the zero address.
+    """
+    address = check_address(address, field)
+    name = field.removeprefix("parameters.")
+    if is_identity_shaped(address):
+        data = decode_identity(address)
+        number = None if any(data[8:]) else int.from_bytes(data[:8], "little")
+    else:
+        number = int(address, 16) if int(address, 16) < MAX_CONTRACTS else None
+    if number == 0:
+        raise InvalidInputError(f"{name} is the zero address: a transfer to it would burn the amount", field=field)
+    if number is not None:
+        raise InvalidInputError(
+            f"{name} is the address of smart contract {number}: transfers to and from contracts are not supported",
+            field=field,
+        )
     return address
