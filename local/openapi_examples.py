@@ -165,6 +165,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
                 "decisions": [],
                 "requested_at": MOMENT,
                 "expires_at": MOMENT,
+                "balance": {"balance": 1000, "available": 1000, "tick": 20000100},
             },
         },
     },

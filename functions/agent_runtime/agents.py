@@ -82,7 +82,17 @@ def check_compliance(event: dict[str, Any], context: LambdaContext) -> dict[str,
     verdict = compliance.decide(task, plan, step_index, current, approval)
     if verdict.verdict == "execute":
         verdict = _reserve(task, plan.steps[step_index], current) or verdict
+    elif verdict.verdict == "await_approval":
+        verdict = _with_balance(plan.steps[step_index], verdict)
     return verdict.model_dump(mode="json")
+
+
+def _with_balance(step: Step, verdict: Verdict) -> Verdict:
+    """Deny what its source cannot pay, instead of asking a person; otherwise show the person the balance."""
+    funds = transfers.funds_of(LedgerClient(), step)
+    if funds.refusal is not None:
+        return Verdict(verdict="denied", reason=funds.refusal)
+    return verdict.model_copy(update={"balance": funds.balance})
 
 
 def _reserve(task: Task, step: Step, current: PolicyDecision) -> Verdict | None:

@@ -15,13 +15,15 @@ from qaes.adapters.executions import Executions
 from qaes.adapters.handlers import state
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import compliance
+from qaes.domain.models import WalletBalance
 
 
 @state("AwaitApproval")
 def request_approval(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """`{task_id, step_index, task_token, execution?, approvals?, expires_after?}` → stored for people to see.
+    """Store what people are asked to decide; nobody sees the token.
 
-    Nobody sees the token. Raises ConflictError when `execution` is not the task's: its token would wake nobody.
+    `{task_id, step_index, task_token, execution?, approvals?, expires_after?, balance?}` → `{status, expires_at}`.
+    Raises ConflictError when `execution` is not the task's: its token would wake nobody.
     """
     store, step_index = TaskStore(), int(event["step_index"])
     task = store.get_task(event["task_id"])
@@ -36,6 +38,7 @@ def request_approval(event: dict[str, Any], context: LambdaContext) -> dict[str,
         min(int(event.get("expires_after") or longest), longest),
         required=int(event.get("approvals") or 1),
         execution=event.get("execution"),
+        balance=WalletBalance.model_validate(event["balance"]) if event.get("balance") else None,
     )
     if approval.status != "pending":
         Executions.deliver(approval)

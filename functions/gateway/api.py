@@ -34,7 +34,7 @@ from qaes.adapters.task_store import ReplayedError, TaskStore, decided_answer, l
 from qaes.domain.canonical import hash_of
 from qaes.domain.errors import ForbiddenError, InvalidInputError, NotFoundError
 from qaes.domain.ids import TASK_ID_PATTERN, is_task_id, new_task_id, now, timestamp
-from qaes.domain.models import TERMINAL, Approval, Decision, Plan, Status, Task
+from qaes.domain.models import TERMINAL, Approval, Decision, Plan, Status, Task, WalletBalance
 from qaes.domain.policy import RiskLevel, Rule
 from qaes.domain.requests import TaskRequest
 
@@ -91,6 +91,9 @@ class ApprovalQuestion(BaseModel):
     decisions: list[Decision]
     requested_at: str
     expires_at: str
+    balance: WalletBalance | None = Field(
+        description="of the wallet that is to pay, when the approval was requested; null where no money moves"
+    )
 
 
 class TaskAnswer(BaseModel):
@@ -448,4 +451,5 @@ def _question(task: Task, plan: Plan, approval: Approval) -> ApprovalQuestion:
         decisions=list(approval.decisions),
         requested_at=approval.requested_at,
         expires_at=approval.expires_at,
+        balance=approval.balance,
     )

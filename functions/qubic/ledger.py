@@ -84,8 +84,13 @@ def _policy_document(_it: Submissions, arguments: Arguments) -> Result:
 
 def _balance(it: Submissions, arguments: Arguments) -> Result:
     address = check_address(arguments["address"])
-    balance = it.chain.balance(Wallets(it.chain.network).identity(address))
-    return {"address": address, "balance": balance.balance, "tick": balance.valid_for_tick}
+    balance, available = it.available(Wallets(it.chain.network).identity(address))
+    return {
+        "address": address,
+        "balance": balance.balance,
+        "available": available,
+        "tick": balance.valid_for_tick,
+    }
 
 
 def _reserve(it: Submissions, arguments: Arguments) -> Result:

@@ -45,7 +45,7 @@ from qaes.domain.errors import InvalidInputError, LimitError, RefusedError, Unav
 from qaes.domain.ids import now, timestamp
 from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.qubic.transaction import MAX_AMOUNT, Transaction
-from qubic.chain.base import Chain, Included
+from qubic.chain.base import Balance, Chain, Included
 from qubic.items import ChangedError, Item, Items, attempts, item_key
 from qubic.wallets import Key, Wallets, public_key, service_key
 
@@ -360,16 +360,21 @@ class Submissions:
 
         What others of this source will move counts as moved: the version of the queue guards that none is added.
         """
-        balance, available = self._available(source)
+        found, available = self._available(source)
         if available < amount and source.open:
             self.follow(source.identity, seconds=FOLLOW_SECONDS)  # what is decided by now is out of the way
             source = self._source(source.identity)
-            balance, available = self._available(source)
+            found, available = self._available(source)
         if available < amount:
-            raise RefusedError("insufficient_balance", _TOO_SMALL, balance=balance, amount=amount)
+            raise RefusedError("insufficient_balance", _TOO_SMALL, balance=found.balance, amount=amount)
         return source
 
-    def _available(self, source: _Source) -> tuple[int, int]:
+    def available(self, identity: str) -> tuple[Balance, int]:
+        """Return an identity's balance, and what of it is not promised to its transfers in flight: 0 at least."""
+        balance, available = self._available(self._source(identity))
+        return balance, max(available, 0)
+
+    def _available(self, source: _Source) -> tuple[Balance, int]:
         """Return the balance, and what of it is not promised.
 
         What was sent and has its tick behind it is in the balance, or moves nothing; only the first can be that far.
@@ -383,7 +388,7 @@ class Submissions:
             submission = self.get(head.key) if head.tick <= found.valid_for_tick else None
             if submission is not None and submission.tick == head.tick and submission.state != "signed":
                 promised -= head.amount
-        return found.balance, found.balance - promised
+        return found, found.balance - promised
 
     def _sign(self, wanted: Submission, key: Key, before: Submission | None, source: _Source) -> Submission:
         """Sign for a tick that is free, and store it: the commit point. Raises ChangedError when others were first."""

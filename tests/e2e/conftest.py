@@ -116,6 +116,15 @@ class Api:
     def balance(self, address: str) -> int:
         return int(self.invoke("LedgerFunction", {"operation": "balance", "address": address})["result"]["balance"])
 
+    def pay(self, reference: str, source: str, destination: str, amount: int) -> None:
+        """Move money without a task, and wait until it has moved."""
+        event = {"operation": "transfer", "reference": reference, "source": source, "destination": destination}
+        event |= {"amount": amount, "run": 1}
+        deadline = time.monotonic() + 60
+        while self.invoke("LedgerTransferFunction", event)["result"]["state"] != "confirmed":
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+
     def history(self, task_id: str) -> list[dict[str, Any]]:
         arn = self.execution_arn(task_id)
         pages = self.cloud.client("stepfunctions").get_paginator("get_execution_history")

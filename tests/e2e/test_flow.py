@@ -87,17 +87,23 @@ def test_an_action_without_a_rule_is_denied_and_nothing_executed(api: Api) -> No
     assert not {"step_started", "step_executed"} & {entry["kind"] for entry in api.trail(task_id)}
 
 
-def test_a_transfer_of_more_than_there_is_fails_at_its_step(api: Api, waiting: Callable[..., str]) -> None:
+def test_transfer_beyond_the_balance_is_denied_and_nobody_is_asked(api: Api) -> None:
     before = api.balance(EMPTY)
-    task_id = waiting(before + 1, EMPTY)
-    api.decide(task_id, approved=True)
+    task_id = api.start(transfer(before + 1, EMPTY))
     task = api.wait(task_id)
-    assert (task["status"], task["error"]["step_id"]) == ("failed", "step_3")
-    assert "insufficient_balance" in task["error"]["reason"]
-    steps = api.steps(task_id)
-    assert [step["status"] for step in steps] == ["succeeded", "succeeded", "failed"]
+    assert task["status"] == "denied"
+    assert task["error"]["reason"].startswith(f"insufficient_balance: the wallet holds {before} QU")
     assert api.balance(EMPTY) == before
-    assert api.trail(task_id)[-1]["status"] == "failed"
+    assert "approval_requested" not in {entry["kind"] for entry in api.trail(task_id)}
+
+
+def test_approver_sees_the_balance_of_the_wallet_that_pays(api: Api, waiting: Callable[..., str]) -> None:
+    task_id = waiting(1)
+    shown = api.task(task_id)["approval"]["balance"]
+    assert shown["balance"] == api.balance(SOURCE)
+    assert 0 < shown["available"] <= shown["balance"]
+    assert shown["tick"] > 0
+    assert api("requester", "POST", f"/task/{task_id}/cancel").status_code == 200
 
 
 def test_a_key_makes_a_repeated_request_harmless(api: Api) -> None:

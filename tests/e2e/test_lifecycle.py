@@ -9,7 +9,7 @@ from typing import Any
 
 import httpx
 
-from tests.e2e.conftest import EMPTY, MONITORING, Api
+from tests.e2e.conftest import EMPTY, MONITORING, SOURCE, Api
 
 
 def test_a_cancelled_task_stops_its_execution(api: Api, waiting: Callable[..., str]) -> None:
@@ -26,24 +26,22 @@ def test_a_cancelled_task_stops_its_execution(api: Api, waiting: Callable[..., s
     assert api.decide(task_id, approved=True).status_code == 409
 
 
+def spent_while_it_waits(api: Api, waiting: Callable[..., str]) -> str:
+    """Start a transfer of all that EMPTY holds; 1 QU of it goes elsewhere while the transfer waits for a person."""
+    api.pay(f"a balance {time.time()}", SOURCE, EMPTY, 5)
+    task_id = waiting(api.balance(EMPTY), EMPTY)
+    api.pay(f"elsewhere {task_id}", EMPTY, SOURCE, 1)
+    return task_id
+
+
 def test_a_failed_task_is_retried_from_the_step_that_failed(api: Api, waiting: Callable[..., str]) -> None:
-    amount = api.balance(EMPTY) + 5
-    task_id = waiting(amount, EMPTY)
+    task_id = spent_while_it_waits(api, waiting)
     api.decide(task_id, approved=True)
-    assert api.wait(task_id)["status"] == "failed"
-    gift = {
-        "operation": "transfer",
-        "reference": f"a gift for {task_id}",
-        "source": "0x1234567890abcdef",
-        "destination": EMPTY,
-        "amount": 5,
-        "action_type": "transfer_funds",
-        "run": 1,
-    }
-    deadline = time.monotonic() + 60
-    while api.invoke("LedgerTransferFunction", gift)["result"]["state"] != "confirmed":
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+    task = api.wait(task_id)
+    assert (task["status"], task["error"]["step_id"]) == ("failed", "step_3")
+    assert "insufficient_balance" in task["error"]["reason"]
+    assert [step["status"] for step in api.steps(task_id)] == ["succeeded", "succeeded", "failed"]
+    api.pay(f"a gift for {task_id}", SOURCE, EMPTY, 1)
     answer = api("requester", "POST", f"/task/{task_id}/retry")
     assert (answer.status_code, answer.json()["status"]) == (202, "executing")
     api.wait(task_id, "waiting_approval")
@@ -81,11 +79,12 @@ def test_fifty_starts_at_once_under_one_key_start_one_task(api: Api) -> None:
 def test_fifty_decisions_cancellations_and_retries_at_once_under_one_key_take_effect_once(
     api: Api, waiting: Callable[..., str]
 ) -> None:
-    """On one task, of more than there is: approved, it fails; retried, it waits again; then it is cancelled."""
-    task_id = waiting(api.balance(EMPTY) + 5, EMPTY)
+    """On one task, of more than there is by then: approved, it fails; retried, it waits again; it is cancelled."""
+    task_id = spent_while_it_waits(api, waiting)
     answer = fifty_at_once(api, "approver", f"/task/{task_id}/approve", {"approved": True, "reason": "checked"}, 200)
     assert answer.json()["approved"] is True
     assert api.wait(task_id)["status"] == "failed"
+    api.pay(f"a gift for {task_id}", SOURCE, EMPTY, 1)
     answer = fifty_at_once(api, "requester", f"/task/{task_id}/retry", None, 202)
     assert answer.json()["status"] == "executing"
     api.wait(task_id, "waiting_approval")

@@ -13,6 +13,7 @@ from fastapi.routing import APIRoute
 
 from qaes.adapters.http import create_app, roles_of
 from qubic import rpc
+from qubic.chain import rules
 from qubic.chain.mock import FIRST_TICK, Faults, MockChain
 from qubic.chain.rpc import RpcChain
 from tests.support import template
@@ -348,6 +349,15 @@ def test_list_takes_what_the_query_service_takes(
         clock.ticks(2)
     status, body, _ = call(*LIST, {"identity": RICH.identity} | fields)
     assert (status, [int(each["amount"]) for each in body.get("transactions", ())]) == (200, amounts), body
+
+
+def test_list_counts_to_a_limit(call: Call, clock: Clock, network: MockChain, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "MAX_HITS", 2)
+    for _ in range(3):
+        network.broadcast(RICH.signed(POOR, 1, network.tick_info().tick + 1).encode())
+        clock.ticks(2)
+    body = call(*LIST, {"identity": RICH.identity, "pagination": {"size": 1}})[1]
+    assert (body["hits"], len(body["transactions"])) == ({"total": 2, "from": 0, "size": 1}, 1)
 
 
 def test_balance_does_not_look_at_the_checksum(call: Call) -> None:

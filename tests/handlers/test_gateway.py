@@ -16,6 +16,7 @@ from qaes.adapters.task_store import TaskStore
 from qaes.domain.errors import QaesError
 from qaes.domain.ids import is_task_id, parse_timestamp
 from qaes.domain.qubic.identity import encode_identity
+from qubic.chain.mock import FIRST_TICK
 from qubic.wallets import demo_key
 from tests.handlers.test_task_store import new_task, planned, waiting
 from tests.support.api import ALICE, BOB, CAROL, MALLORY, NOBODY, OLIVIA, Api, items, named, set_environment
@@ -522,6 +523,8 @@ def test_who_is_asked_sees_just_what_would_run_and_by_what_hashes(live: Api) -> 
     assert (approval["requester"], approval["policy_id"]) == ("alice", plan.policy.policy_id)
     waits = parse_timestamp(approval["expires_at"]) - parse_timestamp(approval["requested_at"])
     assert waits.total_seconds() == 60
+    assert (approval["balance"]["balance"], approval["balance"]["available"]) == (1000, 1000)
+    assert approval["balance"]["tick"] >= FIRST_TICK
 
 
 def test_a_task_that_has_ended_says_why_and_at_which_step(api: Api, store: TaskStore) -> None:

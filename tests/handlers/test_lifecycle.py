@@ -266,8 +266,11 @@ def test_a_task_that_runs_is_not_retried(api: Api, store: TaskStore) -> None:
 
 
 def test_a_retry_resumes_at_the_step_that_failed_and_both_attempts_are_on_record(live: Api) -> None:
-    task_id = start(live, TRANSFER | {"parameters": {**TRANSFER["parameters"], "amount": 1001}})  # type: ignore[dict-item]
+    task_id = start(live, TRANSFER | {"parameters": {**TRANSFER["parameters"], "amount": 1000}})  # type: ignore[dict-item]
     live.aws.wait(task_id, "waiting_approval")
+    elsewhere = {"source": SOURCE, "destination": "0xabcdef1234567890", "amount": 1}
+    LedgerClient("LedgerTransferFunction").transfer(reference="spent while it waits", **elsewhere)
+    live.aws.settle()
     live("POST", f"/task/{task_id}/approve", YES, **BOB)
     live.aws.wait(task_id, "failed")
     live.aws.execution(task_id)
@@ -283,7 +286,7 @@ def test_a_retry_resumes_at_the_step_that_failed_and_both_attempts_are_on_record
     assert live("POST", f"/task/{task_id}/approve", YES, **BOB).status == 200
     live.aws.wait(task_id, "completed")
     assert live.aws.invocations["ExecuteStepFunction"] == executed + 2  # handed in, and asked for
-    assert balance() == 1500 - 1001
+    assert balance() == 1499 - 1000
     steps = [event for event in kinds(task_id) if event == "step_executed"]
     assert len(steps) == 4, "check_balance, policy_check, and the transfer twice"
     assert kinds(task_id).count("task_retried") == 1

@@ -267,9 +267,20 @@ def test_without_a_daily_limit_it_is_counted_and_a_limit_that_is_set_later_has_i
         ({"destination": "0x12"}, InvalidInputError),
         ({"reference": "x" * 3000}, InvalidInputError),
         ({"reference": 7}, InvalidInputError),
-        ({"source": encode_identity(bytes(32))}, RefusedError),
+        ({"source": encode_identity(bytes([7]) * 32)}, RefusedError),
+        ({"destination": encode_identity(bytes(32))}, InvalidInputError),
+        ({"destination": encode_identity(b"\1" + bytes(31))}, InvalidInputError),
     ],
-    ids=["itself", "itself, spelled otherwise", "no address", "long reference", "no reference", "no key"],
+    ids=[
+        "itself",
+        "itself, spelled otherwise",
+        "no address",
+        "long reference",
+        "no reference",
+        "no key",
+        "a burn",
+        "a contract",
+    ],
 )
 def test_what_could_not_be_signed_reserves_nothing(aws: Cloud, changes: dict[str, Any], error: type) -> None:
     with pytest.raises(error):

@@ -16,6 +16,7 @@ from tests.support.cloud import Cloud, cloud
 
 OSCAR = {"subject": "oscar", "roles": "operator"}
 DEMO_USER = {"subject": "demo_user", "roles": "requester approver auditor operator", "auth_mode": "stub"}
+MANY_ADDRESSES = [f"0x{number:040x}" for number in range(5000, 5100)]
 RULE: dict[str, Any] = {"allowed": True, "requires_approval": True, "risk_level": "high"}
 NO_LIMITS = {"approvals": 1, "expires_after": None, "max_amount": None, "daily_limit": None, "allowed_addresses": None}
 ADDRESS = "0xfedcba0987654321"
@@ -183,8 +184,7 @@ def test_a_rule_that_is_not_acceptable(api: Api, rule: dict[str, Any], field: st
         ({"based_on": "latest"}, "based_on"),
         ({"rules": None}, "rules"),
         ({"rules": {f"action_{n}": RULE for n in range(201)}}, "rules"),
-        ({"rules": {f"a{n}": RULE | {"allowed_addresses": [f"0x{5000 + m:040x}" for m in range(100)]} for n in range(16)}},
-         "rules"),
+        ({"rules": {f"a{n}": RULE | {"allowed_addresses": MANY_ADDRESSES} for n in range(16)}}, "rules"),
         ({"more": 1}, "more"),
     ],
     ids=["null", "no id", "no rules", "too many", "too large", "more"],

@@ -166,7 +166,6 @@ def reserve(call: Call) -> Call:
         ({"destination": RICH}, "invalid_address"),
         ({"destination": ZERO}, "invalid_address"),
         ({"destination": CONTRACT}, "invalid_address"),
-        ({"source": CONTRACT}, "invalid_address"),
         ({"destination": "0x12"}, "invalid_address"),
     ],
 )

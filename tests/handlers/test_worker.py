@@ -225,6 +225,79 @@ def test_a_transfer_is_submitted_and_has_succeeded_when_the_ledger_has_confirmed
     assert ends_of_the_transfer(task_id) == ["succeeded"]
 
 
+def verdict_on(aws: Cloud, task_id: str) -> dict[str, Any]:
+    answer: dict[str, Any] = aws.invoke("CheckComplianceFunction", {"task_id": task_id, "step_index": 2})
+    return answer
+
+
+def test_compliance_denies_what_the_wallet_cannot_pay(aws: Cloud, plan_for: Plans) -> None:
+    task_id, _ = plan_for("transfer_funds", TRANSFER | {"amount": 1001})
+    verdict = verdict_on(aws, task_id)
+    assert (verdict["verdict"], verdict["balance"]) == ("denied", None)
+    assert verdict["reason"] == "insufficient_balance: the wallet holds 1000 QU; the transfer needs 1001 QU"
+
+
+def test_compliance_denies_what_is_promised_elsewhere(aws: Cloud, plan_for: Plans) -> None:
+    """600 of the 1,000 QU are in a transfer whose tick has not come."""
+    terms = {"source": SOURCE, "destination": DESTINATION, "amount": 600}
+    LedgerClient("LedgerTransferFunction").transfer(reference="another", **terms)
+    task_id, _ = plan_for("transfer_funds", TRANSFER | {"amount": 401})
+    verdict = verdict_on(aws, task_id)
+    assert verdict["verdict"] == "denied"
+    assert "1000 QU, of which 600 QU are promised to other transfers; the transfer needs 401 QU" in verdict["reason"]
+    task_id, _ = plan_for("transfer_funds", TRANSFER | {"amount": 400})
+    verdict = verdict_on(aws, task_id)
+    assert (verdict["verdict"], verdict["balance"]["balance"], verdict["balance"]["available"]) == (
+        "await_approval", 1000, 400,
+    )  # fmt: skip
+
+
+def test_compliance_decides_nothing_without_a_balance(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
+    """An error, which the state machine tries again: neither a denial nor a request."""
+
+    def down(event: Any) -> None:
+        if event["operation"] == "balance":
+            raise ConnectionError("down")
+
+    task_id, _ = plan_for("transfer_funds", TRANSFER | {"amount": 1001})
+    aws.faults["LedgerFunction"] = down
+    with pytest.raises(UnavailableError):
+        verdict_on(aws, task_id)
+    aws.faults.clear()
+    assert verdict_on(aws, task_id)["verdict"] == "denied"
+    assert store.approvals(task_id) == []
+
+
+def test_compliance_denies_an_address_that_the_network_lacks(
+    aws: Cloud, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise RefusedError("invalid_address", "address: on mainnet an address is an identity of 60 letters")
+
+    monkeypatch.setattr(LedgerClient, "wallet_balance", refuse)
+    task_id, _ = plan_for("transfer_funds", TRANSFER)
+    assert verdict_on(aws, task_id)["reason"].startswith("invalid_address: ")
+
+
+def test_compliance_reads_no_balance_where_no_money_moves(aws: Cloud, plan_for: Plans, asked: Counter[str]) -> None:
+    task_id, _ = plan_for("transaction", {"wallet_address": SOURCE, "amount": 10**9})
+    verdict = verdict_on(aws, task_id)
+    assert (verdict["verdict"], verdict["balance"]) == ("await_approval", None)
+    assert asked["balance"] == 0
+
+
+def test_request_approval_keeps_the_balance_that_was_read(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    verdict = verdict_on(aws, task_id)
+    event = {"task_id": task_id, "step_index": 2, "task_token": "token", "balance": verdict["balance"]}
+    aws.invoke("RequestApprovalFunction", event)
+    aws.invoke("RequestApprovalFunction", event | {"balance": None})  # the state was retried
+    [approval] = store.approvals(task_id)
+    assert approval.balance is not None
+    assert approval.balance.model_dump() == verdict["balance"]
+    assert (approval.balance.balance, approval.plan_hash) == (1000, plan.hash())
+
+
 def test_a_transfer_that_expired_has_failed_and_a_retry_of_the_task_makes_it(
     aws: Cloud, store: TaskStore, plan_for: Plans
 ) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import boto3
 import pytest
 
+from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.policy import Policy
 from qubic.chain.mock import Faults, MockChain
@@ -153,14 +154,29 @@ def test_a_worker_that_fails_for_good_fails_the_task(aws: Cloud, start: Callable
     assert visited(aws, task_id)[-3:] == ["ExecuteStep", "FailTask", "TaskFailed"]
 
 
-def test_a_transfer_of_more_than_there_is_fails_at_once_with_the_reason(
-    aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any]
+def test_transfer_beyond_the_balance_is_denied_before_anybody_is_asked(
+    aws: Cloud, transfer: Callable[..., str]
 ) -> None:
     task_id = transfer(1001)
+    task = aws.wait(task_id, "denied")
+    assert task["reason"] == "insufficient_balance: the wallet holds 1000 QU; the transfer needs 1001 QU"
+    assert TaskStore("TasksTable").approvals(task_id) == []
+    assert not [kind for kind in kinds(aws, task_id) if kind.startswith("approval")]
+    assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
+
+
+def test_transfer_fails_when_its_balance_is_spent_while_it_waits(
+    aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any]
+) -> None:
+    task_id = transfer(1000)
+    aws.wait(task_id, "waiting_approval")
+    ledger = LedgerClient("LedgerTransferFunction")
+    ledger.transfer(reference="another", source=SOURCE, destination="0xabcdef1234567890", amount=1)
+    aws.settle()
     decide(task_id, approved=True)
     task = aws.wait(task_id, "failed")
     assert task["failed_step"] == "step_3" and "insufficient_balance" in task["reason"]
-    assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
+    assert (balance(SOURCE), balance(DESTINATION)) == (999, 0)
     # A refusal is not tried again: three steps, three calls.
     assert aws.invocations["ExecuteStepFunction"] == 3
     assert kinds(aws, task_id)[-2:] == ["step_executed:failed", "task_ended:failed"]

@@ -7,6 +7,7 @@ from typing import Any
 
 from qaes.adapters import clients, settings
 from qaes.domain.errors import RefusedError, UnavailableError
+from qaes.domain.models import WalletBalance
 from qaes.domain.policy import Policy
 
 CALL_SECONDS = 30
@@ -42,7 +43,12 @@ class LedgerClient:
 
     def balance(self, address: str) -> int:
         """The balance of `address` in QU."""
-        return int(self._call("balance", address=address)["balance"])
+        return self.wallet_balance(address).balance
+
+    def wallet_balance(self, address: str) -> WalletBalance:
+        """The balance of `address`, what of it is available, and the tick as of which that is."""
+        answer = self._call("balance", address=address)
+        return WalletBalance.model_validate({name: answer[name] for name in WalletBalance.model_fields})
 
     def transfer(self, *, reference: str, source: str, destination: str, amount: int, run: int = 1) -> dict[str, Any]:
         """Sign and hand in a transfer of `amount` QU, once for each `reference`; its state, as `transfer_state`.

@@ -45,6 +45,7 @@ from qaes.domain.models import (
     Step,
     StepRecord,
     Task,
+    WalletBalance,
     by_agent,
 )
 from qaes.domain.policy import PolicyDecision
@@ -281,6 +282,7 @@ class TaskStore:
         *,
         required: int = 1,
         execution: str | None = None,
+        balance: WalletBalance | None = None,
     ) -> Approval:
         """Ask for an approval: the item that says "waiting" and the one that holds the token are one write.
 
@@ -318,6 +320,7 @@ class TaskStore:
                 token=token,
                 requested_at=timestamp(requested),
                 expires_at=timestamp(requested + timedelta(seconds=expires_in)),
+                balance=balance,
             )
             asked[:] = [approval]
             event = _approval_event(

@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 from qaes.adapters.executions import wake
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
+from qaes.domain import compliance
 from qaes.domain.errors import RefusedError
 from qaes.domain.ids import now, parse_timestamp
-from qaes.domain.models import TERMINAL, StepRecord, Task
+from qaes.domain.models import CONFIRMED_LATER, TERMINAL, Step, StepRecord, Task, WalletBalance
 
 OPEN: frozenset[str] = frozenset({"signed", "broadcast"})
 """The states in which a transfer may still happen."""
@@ -47,6 +48,27 @@ def state_of(ledger: LedgerClient, task_id: str, step_id: str) -> dict[str, Any]
         if error.code == "not_found":
             return None
         raise
+
+
+class Funds(NamedTuple):
+    """The balance of the wallet that is to pay a step, and why it cannot; both None for a step that is no transfer."""
+
+    balance: WalletBalance | None
+    refusal: str | None
+
+
+def funds_of(ledger: LedgerClient, step: Step) -> Funds:
+    """Read whether a transfer's source can pay it, before anybody is asked to approve it.
+
+    A balance that cannot be read now raises UnavailableError: it is neither enough nor too little.
+    """
+    if step.type not in CONFIRMED_LATER:
+        return Funds(None, None)
+    try:
+        balance = ledger.wallet_balance(step.parameters["from_address"])
+    except RefusedError as error:  # the network does not know such an address
+        return Funds(None, f"{error.code}: {error.message}")
+    return Funds(balance, compliance.refusal_by_balance(step, balance))
 
 
 def settle(store: TaskStore, ledger: LedgerClient, task: Task, record: StepRecord) -> Settled:

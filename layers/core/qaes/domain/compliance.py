@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from qaes.domain.errors import ConflictError, InvalidInputError, RefusedError
-from qaes.domain.models import TERMINAL, Approval, Model, Plan, Step, Task
+from qaes.domain.models import TERMINAL, Approval, Model, Plan, Step, Task, WalletBalance
 from qaes.domain.planning import step_requires_approval
 from qaes.domain.policy import PolicyDecision
 from qaes.domain.qubic.identity import check_address, check_payable
@@ -22,6 +22,8 @@ class Verdict(Model):
     """How many people have to approve, when `verdict` is `await_approval`."""
     expires_after: int | None = None
     """Seconds that they have; None: as long as the system allows."""
+    balance: WalletBalance | None = None
+    """Of the wallet that is to pay, when `verdict` is `await_approval` for a transfer; it is shown to the approver."""
 
 
 def check_same_plan(task: Task, plan: Plan) -> None:
@@ -114,7 +116,7 @@ def _ask(plan: Plan, current: PolicyDecision) -> Verdict:
 def refusal_by_address(step: Step) -> str | None:
     """Tell why a transfer may not go from or to its addresses; None when it may, or when it is no transfer.
 
-    A task's parameters are checked when it is started; a plan that was stored before that check existed is checked here.
+    A task's start checks its parameters; a plan that was stored before that check existed is checked here.
     """
     if step.type != "onchain_action":
         return None
@@ -124,6 +126,16 @@ def refusal_by_address(step: Step) -> str | None:
     except InvalidInputError as error:
         return f"invalid_address: {error.message}"
     return None
+
+
+def refusal_by_balance(step: Step, balance: WalletBalance) -> str | None:
+    """Tell why a transfer's source cannot pay it; None when it can."""
+    amount = step.parameters["amount"]
+    if balance.available >= amount:
+        return None
+    promised = balance.balance - balance.available
+    rest = f", of which {promised} QU are promised to other transfers" if promised > 0 else ""
+    return f"insufficient_balance: the wallet holds {balance.balance} QU{rest}; the transfer needs {amount} QU"
 
 
 def refusal_by_limits(step: Step, policy: PolicyDecision) -> str | None:

@@ -185,6 +185,14 @@ class StepRecord(Model):
         return self.status == "running" or (self.status == "failed" and self.run < task.run)
 
 
+class WalletBalance(Model):
+    """What a wallet holds, in QU, as of a tick; `available` is what is not promised to its transfers in flight."""
+
+    balance: int
+    available: int
+    tick: int
+
+
 class Decision(Model):
     """What one person decided, and when."""
 
@@ -197,7 +205,8 @@ class Decision(Model):
 class Approval(Model):
     """People were asked. Bound to the hashes of the plan and of the step; the token never leaves the service.
 
-    `required` people have to approve; one rejection ends it. `run` is the task's execution that asks.
+    `required` people have to approve; one rejection ends it. `run` is the task's execution that asks. `balance` is that
+    of the wallet that is to pay, as it was read right before; it is shown, and nothing is bound to it.
     """
 
     step_index: int
@@ -213,6 +222,7 @@ class Approval(Model):
     requested_at: str
     expires_at: str
     reminded_at: str | None = None
+    balance: WalletBalance | None = None
 
     @property
     def decided_by(self) -> str | None:

@@ -187,8 +187,8 @@ class PolicyDocument(BaseModel):
         Raises
         ------
         InvalidInputError
-            More than 200 rules, a name that is no action type, an address in `allowed_addresses` that no transfer may go
-            to, or a document of more than 64 KiB; `field` names it. Such an address in an older document stays readable.
+            More than 200 rules, a name that is no action type, an allowed address that no transfer may go to, or a
+            document of more than 64 KiB; `field` names it. An older document with such an address stays readable.
         """
         if len(rules) > MAX_RULES:
             raise InvalidInputError(f"a policy has at most {MAX_RULES} rules", field="rules")

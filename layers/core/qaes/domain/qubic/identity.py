@@ -115,9 +115,9 @@ def check_payable(address: object, field: str = "address") -> str:
     """Check an address that money may go to or come from: one that somebody can hold the key of.
 
     A public key that is a small number belongs to the smart contract of that number, and 0 to nobody: a transfer to it
-    burns the amount (qubic/core: the first of four uint64, the other three being 0; contracts are below 1,024). Whatever
-    is in the first one, nobody has the key of an address whose other three are 0. An address of the older clients is
-    taken for its number.
+    burns the amount. In qubic/core the number is the first of four uint64, below 1,024, and the other three are 0.
+    Nobody has the key of an address whose other three are 0, whatever the first one is. An address of the older clients
+    stands for its number.
 
     Returns
     -------
@@ -137,7 +137,7 @@ def check_payable(address: object, field: str = "address") -> str:
     else:
         number = int(address, 16) if int(address, 16) < MAX_CONTRACTS else None
     if number == 0:
-        raise InvalidInputError(f"{name} is the zero address: a transfer to it would burn the amount", field=field)
+        raise InvalidInputError(f"{name} is the zero address, to which a transfer burns its amount", field=field)
     if number is not None:
         raise InvalidInputError(
             f"{name} is the address of smart contract {number}: transfers to and from contracts are not supported",
