@@ -193,7 +193,20 @@ EXAMPLES: dict[str, dict[str, Any]] = {
             "message": "The task runs again, from where it stopped.",
         },
     },
-    "create_plan": {"body": REQUEST, "answer": PLAN_ANSWER | {"task_id": None}},
+    "create_plan": {
+        "body": REQUEST,
+        "answer": PLAN_ANSWER
+        | {
+            "task_id": None,
+            "verdict": {
+                "allowed": True,
+                "verdict": "execute",
+                "step_id": None,
+                "reason": "no approval is needed",
+                "approvals": 0,
+            },
+        },
+    },
     "get_plan": {"parameters": {"plan_id": PLAN}, "answer": PLAN_ANSWER},
     "get_status": {
         "parameters": TASK,

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import Depends
+from pydantic import BaseModel, Field
 
 from qaes.adapters import settings
 from qaes.adapters.http import Caller, PlanId, add_health, create_app, make_handler, require, tasks_table_answers
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
-from qaes.domain import planning
-from qaes.domain.errors import NotFoundError
+from qaes.domain import compliance, planning
+from qaes.domain.errors import NotFoundError, RefusedError
 from qaes.domain.ids import is_plan_id, is_task_id, new_plan_id, now, timestamp
-from qaes.domain.models import Plan
+from qaes.domain.models import CONFIRMED_LATER, Plan
 from qaes.domain.requests import PlanRequest
 
 app = create_app("planner")
@@ -27,14 +28,34 @@ class PlanAnswer(Plan):
     plan_hash: str
 
 
+class PlanVerdict(BaseModel):
+    """What a task with this plan would get if it were started now. `step_id` is the step that gets it; null: all do.
+
+    What others spend meanwhile, and another policy, may change it.
+    """
+
+    allowed: bool = Field(description="false: the task would be denied")
+    verdict: Literal["execute", "await_approval", "denied"]
+    step_id: str | None
+    reason: str
+    approvals: int = Field(description="how many people would have to approve")
+
+
+class PreviewAnswer(PlanAnswer):
+    """A plan that is not executed, and the verdict that its task would get."""
+
+    verdict: PlanVerdict
+
+
 @app.post("/plan/create")
-def create_plan(body: PlanRequest, caller: Annotated[Caller, Depends(require("requester"))]) -> PlanAnswer:
-    """Make a plan without executing it, by the nodes that plan a task; it is kept for 30 days."""
+def create_plan(body: PlanRequest, caller: Annotated[Caller, Depends(require("requester"))]) -> PreviewAnswer:
+    """Make a plan without executing it, by the nodes that plan a task; it is kept for 30 days, without the verdict."""
     store = TaskStore()
     if body.task_id is not None and not _may_see_task(store, body.task_id, caller):
         raise NotFoundError("no such task", field="task_id")
     parameters = body.resolved(settings.text("QUBIC_NETWORK"))
-    policy = LedgerClient().policy()
+    ledger = LedgerClient()
+    policy = ledger.policy()
     analysis = planning.analyze(body.task_type, policy)
     plan = planning.build_plan(
         plan_id=new_plan_id(),
@@ -46,8 +67,9 @@ def create_plan(body: PlanRequest, caller: Annotated[Caller, Depends(require("re
         analysis=analysis,
         policy=policy.decide(analysis.action_type),
     )
+    verdict = _verdict(ledger, plan)
     store.save_preview_plan(plan)
-    return _answer(plan)
+    return PreviewAnswer(**dict(_answer(plan)), verdict=verdict)
 
 
 @app.get("/plan/{plan_id}")
@@ -60,6 +82,37 @@ def get_plan(
     if plan is None or (plan.task_id is not None and not _may_see_task(store, plan.task_id, caller)):
         raise NotFoundError("no such plan", field="plan_id")
     return _answer(plan)
+
+
+def _verdict(ledger: LedgerClient, plan: Plan) -> PlanVerdict:
+    """Ask what the compliance agent asks, and of the ledger what reserving would ask."""
+    step, verdict = compliance.preview(plan, plan.policy)
+    reason, allowed = verdict.reason, verdict.verdict != "denied"
+    if allowed and (refusal := _refusal_today(ledger, plan)) is not None:
+        if verdict.verdict == "execute":
+            step, verdict = plan.steps[-1], compliance.Verdict(verdict="denied", reason=refusal)
+            reason, allowed = refusal, False
+        else:
+            reason = f"{reason}; approved now, it would be denied: {refusal}"
+    return PlanVerdict(
+        allowed=allowed,
+        verdict=verdict.verdict,
+        step_id=step.step_id if step else None,
+        reason=reason,
+        approvals=verdict.approvals if verdict.verdict == "await_approval" else 0,
+    )
+
+
+def _refusal_today(ledger: LedgerClient, plan: Plan) -> str | None:
+    step = plan.steps[-1]
+    if step.type not in CONFIRMED_LATER or not plan.policy.limits_transfers:
+        return None
+    terms = step.parameters
+    try:
+        ledger.check_transfer(source=terms["from_address"], destination=terms["to_address"], amount=terms["amount"])
+    except RefusedError as error:
+        return error.message
+    return None
 
 
 def _may_see_task(store: TaskStore, task_id: str, caller: Caller) -> bool:

@@ -104,6 +104,11 @@ def _reserve(it: Submissions, arguments: Arguments) -> Result:
     return {"reference": arguments["reference"]}
 
 
+def _check_transfer(it: Submissions, arguments: Arguments) -> Result:
+    limits.check_for(policies().in_force(), Wallets(it.chain.network), arguments, counts=it.sends_transfers)
+    return {}
+
+
 def _transfer(it: Submissions, arguments: Arguments) -> Result:
     terms = {name: arguments[name] for name in ("reference", "source", "destination", "amount")}
     _check_terms(arguments)
@@ -194,6 +199,7 @@ _OPERATIONS: dict[str, tuple[Callable[[Submissions, Arguments], Result], set[str
     "policy": (_policy, set()),
     "policy_document": (_policy_document, {"policy_id"}),
     "balance": (_balance, {"address"}),
+    "check_transfer": (_check_transfer, {"source", "destination", "amount"}),
     "reserve": (_reserve, _TRANSFER),
     "transfer": (_transfer, _TRANSFER | {"run"}),
     "transfer_state": (_transfer_state, {"reference"}),

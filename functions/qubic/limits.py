@@ -15,8 +15,8 @@ in the reservation's `signing`, and only a refusal of its own takes it out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Literal
@@ -155,12 +155,7 @@ class Limits:
                     if not looked_for_idle and self._give_back_idle(wallet, day, holds):
                         looked_for_idle = True
                         continue
-                    raise RefusedError(
-                        "over_daily_limit",
-                        f"over daily_limit: a wallet may send {limit} QU a day, {spent} are spent or reserved",
-                        spent=spent,
-                        limit=limit,
-                    )
+                    raise _over_daily_limit(spent, limit)
             try:
                 self._items.write(self._put(after, before), *([] if counted else [self._spend(after, limit)]))
             except ChangedError:
@@ -264,6 +259,11 @@ class Limits:
             version=int(item["version"]["N"]),
         )
 
+    def check_room(self, source: str, amount: int, limit: int | None, day: str) -> None:
+        """Raise RefusedError as `reserve` would for want of room that day; reserve nothing."""
+        if limit is not None and (spent := self.spent(source, day)) + amount > limit:
+            raise _over_daily_limit(spent, limit)
+
     def spent(self, source: str, day: str) -> int:
         """Return what a wallet has spent or reserved of a day, in QU."""
         return self._sum(self._wallets.identity(source, "source"), day)[0]
@@ -338,6 +338,34 @@ class Limits:
         }
 
 
+def _over_daily_limit(spent: int, limit: int) -> RefusedError:
+    text = f"over daily_limit: a wallet may send {limit} QU a day, {spent} are spent or reserved"
+    return RefusedError("over_daily_limit", text, spent=spent, limit=limit)
+
+
+def check_for(
+    policy: Policy, wallets: Wallets, arguments: dict[str, Any], *, counts: bool, clock: Callable[[], datetime] = now
+) -> None:
+    """Raise RefusedError as `reserve_for` would; reserve nothing. What nobody asked for again for an hour counts.
+
+    `arguments`: `{source, destination, amount}`; `counts`: whether the network's transfers are counted at all.
+    """
+    amount = check_amount(arguments["amount"])
+    rule = check_allowed(policy, wallets, destination=arguments["destination"], amount=amount)
+    if counts:
+        with _naming(policy):
+            Limits(wallets).check_room(arguments["source"], amount, rule.daily_limit, day_of(clock()))
+
+
+@contextmanager
+def _naming(policy: Policy) -> Iterator[None]:
+    """Name the policy in a refusal for want of room."""
+    try:
+        yield
+    except RefusedError as error:
+        raise RefusedError(error.code, f"{error.message} (policy {policy.policy_id})", **error.details) from error
+
+
 def reserve_for(
     policy: Policy,
     wallets: Wallets,
@@ -380,7 +408,7 @@ def reserve_for(
     transfer = submissions.get(f"transfer:{reference}") if submissions else None
     if transfer is not None and not transfer.moved_nothing:
         return
-    try:
+    with _naming(policy):
         limits.reserve(
             reference,
             arguments["source"],
@@ -390,8 +418,6 @@ def reserve_for(
             attempt=(transfer.attempt if transfer else 0) + 1,
             call=call,
         )
-    except RefusedError as error:
-        raise RefusedError(error.code, f"{error.message} (policy {policy.policy_id})", **error.details) from error
 
 
 def release_refused(wallets: Wallets, arguments: dict[str, Any], *, submissions: Submissions, call: str) -> None:

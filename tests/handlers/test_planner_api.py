@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,8 @@ from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.errors import InvalidInputError, UnavailableError
 from qaes.domain.ids import is_plan_id, parse_timestamp
-from qaes.domain.policy import Policy, policy_of
+from qaes.domain.policy import Policy, Rule, policy_of
+from qubic.policies import Policies
 from tests.handlers.test_gateway import BAD, DESTINATION, MONITOR, SOURCE, TRANSFER, UNKNOWN
 from tests.handlers.test_task_store import new_task, planned
 from tests.support.api import ALICE, BOB, CAROL, MALLORY, NOBODY, OLIVIA, Api, items, named
@@ -81,9 +83,10 @@ def test_what_the_policy_does_not_know_is_planned_as_denied(api: Api) -> None:
 
 def test_a_preview_is_read_back_as_it_was_given_and_goes_after_thirty_days(api: Api, store: TaskStore) -> None:
     plan = create(api)
+    kept = {name: value for name, value in plan.items() if name != "verdict"}
     for caller in (ALICE, BOB, CAROL, OLIVIA):
         answer = api("GET", f"/plan/{plan['plan_id']}", **caller)
-        assert (answer.status, answer.body) == (200, plan)
+        assert (answer.status, answer.body) == (200, kept)
     assert plan["plan_hash"] == store.get_plan(plan["plan_id"]).hash()
     [item] = items("TasksTable")
     days = (int(item["expires_at_epoch"]["N"]) - parse_timestamp(plan["created_at"]).timestamp()) / 86400
@@ -119,7 +122,7 @@ def test_a_plan_is_not_made_for_a_task_that_is_not_there_for_the_caller(api: Api
 def test_older_clients_name_a_task_by_any_word(api: Api) -> None:
     plan = create(api, MONITOR | {"task_id": "task_123"})
     assert plan["task_id"] == "task_123"
-    assert api("GET", f"/plan/{plan['plan_id']}").body == plan
+    assert api("GET", f"/plan/{plan['plan_id']}").body == {name: plan[name] for name in plan if name != "verdict"}
 
 
 def test_bad_input_is_refused_as_it_is_for_a_task_and_no_plan_is_kept(api: Api) -> None:
@@ -208,3 +211,97 @@ def test_a_document_that_is_not_the_pinned_one_decides_nothing(
     monkeypatch.setattr(LedgerClient, "policy_document", lambda *_: {"text": DOCUMENT})
     with pytest.raises(InvalidInputError, match="pinned"):
         aws.invoke("CheckPolicyFunction", event)
+
+
+# The verdict
+
+
+WALLETS = (SOURCE, DESTINATION, "0xabcdef1234567890")
+
+
+def random_rule(chance: random.Random) -> Rule:
+    highest = chance.choice([None, 5, 250, 500])
+    return Rule(
+        allowed=chance.random() < 0.85,
+        requires_approval=chance.random() < 0.5,
+        risk_level="high",
+        approvals=chance.choice([1, 1, 2]),
+        max_amount=highest,
+        daily_limit=chance.choice([None, highest or 5, 500]),
+        allowed_addresses=chance.choice([None, (DESTINATION,), (SOURCE, "0xabcdef1234567890")]),
+    )
+
+
+def random_case(seed: int) -> tuple[Policy, dict[str, Any]]:
+    chance = random.Random(seed)  # noqa: S311
+    money = random_rule(chance)
+    plain = money.model_copy(update={"max_amount": None, "daily_limit": None, "allowed_addresses": None})
+    rules = {name: plain for name in ("monitoring", "note") if chance.random() < 0.8}
+    if chance.random() < 0.9:
+        rules["transfer_funds"] = money
+    source, target = chance.sample(WALLETS, 2)
+    request = chance.choice(
+        [MONITOR, {"task_type": "note", "description": "x"}]
+        + [TRANSFER | {"wallet_address": source, "parameters": {"to_address": target, "amount": amount}}
+           for amount in (1, 5, 6, 250, 251, 500, 501)]
+    )  # fmt: skip
+    return Policy(policy_id=f"policy-v1-{seed:064x}", version=1, rules=rules), request
+
+
+def engine(aws: Cloud, store: TaskStore, request: dict[str, Any]) -> tuple[str, str | None, str]:
+    """What the state machine's functions say of a task: the first verdict that is not `execute`, step by step."""
+    started = Api(aws, "GatewayFunction")("POST", "/task/start", request)
+    assert started.status == 202, started
+    event = {"task_id": started.body["task_id"]}
+    event |= aws.invoke("AnalyzeTaskFunction", event)
+    event |= aws.invoke("CheckPolicyFunction", event)
+    if not event["policy"]["allowed"]:
+        ended = aws.invoke("EndTaskFunction", {"task_id": event["task_id"], "outcome": "denied"})
+        return "denied", None, ended["reason"]
+    event |= aws.invoke("BuildPlanFunction", event)
+    for step in aws.invoke("ValidatePlanFunction", event)["steps"]:
+        asked = {"task_id": event["task_id"], "step_index": step["step_index"]}
+        verdict = aws.invoke("CheckComplianceFunction", asked)
+        if verdict["verdict"] != "execute":
+            return verdict["verdict"], step["step_id"], verdict["reason"]
+    return "execute", None, ""
+
+
+@pytest.mark.parametrize("first", range(0, 40, 10))
+def test_preview_verdict_is_the_started_tasks(
+    api: Api, store: TaskStore, first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MAX_OPEN_TASKS", "100")
+    for seed in range(first, first + 10):
+        policy, request = random_case(seed)
+        monkeypatch.setattr(Policies, "in_force", lambda _, policy=policy: policy)
+        previewed = create(api, request)["verdict"]
+        verdict, step_id, reason = engine(api.aws, store, request)
+        assert (previewed["verdict"], previewed["step_id"]) == (verdict, step_id), (seed, previewed, reason)
+        assert previewed["allowed"] is (verdict != "denied")
+        assert verdict == "execute" or previewed["reason"].startswith(reason), (seed, previewed, reason)
+
+
+def test_preview_names_the_limit_that_denies(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = Rule(allowed=True, requires_approval=True, risk_level="high", max_amount=100, daily_limit=1000)
+    policy = Policy(policy_id=f"policy-v1-{7:064x}", version=1, rules={"transfer_funds": rule})
+    monkeypatch.setattr(Policies, "in_force", lambda _: policy)
+    verdict = create(api)["verdict"]
+    assert (verdict["allowed"], verdict["verdict"], verdict["step_id"]) == (False, "denied", "step_3")
+    assert "max_amount" in verdict["reason"] and "100 QU" in verdict["reason"]
+
+
+def test_preview_says_when_the_day_has_no_room(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = Rule(allowed=True, requires_approval=True, risk_level="high", daily_limit=300)
+    asks = Policy(policy_id=f"policy-v1-{8:064x}", version=1, rules={"transfer_funds": rule})
+    monkeypatch.setattr(Policies, "in_force", lambda _: asks)
+    terms = {"reference": "task_1:step_3", "source": SOURCE, "destination": DESTINATION, "amount": 100}
+    LedgerClient("LedgerTransferFunction").reserve(**terms)
+    verdict = create(api)["verdict"]
+    assert (verdict["verdict"], verdict["approvals"]) == ("await_approval", 1)
+    assert "approved now, it would be denied: over daily_limit" in verdict["reason"]
+    free = asks.model_copy(update={"rules": {"transfer_funds": rule.model_copy(update={"requires_approval": False})}})
+    monkeypatch.setattr(Policies, "in_force", lambda _: free)
+    verdict = create(api)["verdict"]
+    assert (verdict["allowed"], verdict["verdict"]) == (False, "denied")
+    assert "100 are spent or reserved" in verdict["reason"]

@@ -77,6 +77,10 @@ class LedgerClient:
         """
         self._call("reserve", reference=reference, source=source, destination=destination, amount=amount)
 
+    def check_transfer(self, *, source: str, destination: str, amount: int) -> None:
+        """Raise RefusedError as `reserve` would now, for what the policy in force allows today; reserve nothing."""
+        self._call("check_transfer", source=source, destination=destination, amount=amount)
+
     def policy_document(self, policy_id: str) -> dict[str, Any]:
         """`{policy_id, version, text, hash, txid, tick, encoded}`: a version's canonical text, and what anchors it."""
         return self._call("policy_document", policy_id=policy_id)

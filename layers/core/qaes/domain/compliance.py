@@ -66,6 +66,37 @@ def rejection(task: Task, approval: Approval | None) -> Verdict | None:
     return Verdict(verdict="rejected", reason=REJECTED)
 
 
+def preview(plan: Plan, current: PolicyDecision) -> tuple[Step | None, Verdict]:
+    """Return the verdict that a task with this plan would get if it were started now, and the step that gets it.
+
+    The first verdict that is not `execute` is the task's: `decide` says it, step by step, as it does for a task. The
+    state machine asks for the policy's permission before there are steps: then the step is None.
+    """
+    if not plan.policy.allowed:
+        reason = f"policy {plan.policy.policy_id} does not allow {plan.analysis.action_type}"
+        return None, Verdict(verdict="denied", reason=reason)
+    task = Task(
+        task_id=plan.task_id or "",
+        status="executing",
+        task_type=plan.analysis.action_type,
+        description="",
+        parameters={},
+        requester="",
+        created_at=plan.created_at,
+        updated_at=plan.created_at,
+        plan_id=plan.plan_id,
+        plan_hash=plan.hash(),
+    )
+    found: tuple[Step | None, Verdict] = None, Verdict(verdict="execute", reason="no approval is needed")
+    for index, step in enumerate(plan.steps):
+        verdict = decide(task, plan, index, current, None)
+        if verdict.verdict == "denied":
+            return step, verdict
+        if verdict.verdict != "execute" and found[0] is None:
+            found = step, verdict
+    return found
+
+
 def go_on(task: Task, plan: Plan) -> Verdict:
     """The verdict on a step whose transfer was let through by an execution before this one: its end is waited for.
 
