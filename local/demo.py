@@ -20,6 +20,7 @@ from typing import Any
 from local.cloud import Cloud
 from local.environment import ROOT, Progress
 from local.interrupts import StopError, ignore_signals
+from local.terminal import inert
 from local.tokens import PEOPLE
 
 SOURCE = "0x1234567890abcdef"
@@ -82,7 +83,7 @@ class Demo:
 
     def check(self, statement: str, holds: bool, found: object = "") -> None:
         """Print a statement, marked with whether it holds."""
-        print(f"  {'✓' if holds else '✗'} {statement}" + ("" if holds else f"; found {found}"), flush=True)
+        print(f"  {'✓' if holds else '✗'} {statement}" + ("" if holds else inert(f"; found {found}")), flush=True)
         if not holds:
             self.failures.append(statement)
 
@@ -188,7 +189,7 @@ class Demo:
                 text=True,
             )
             for line in (said.stdout + said.stderr).strip().splitlines():
-                print(f"    {line}")
+                print(f"    {inert(line)}")
             what = "the bundle holds" if holds else f"with {AMOUNT - 100} QU in it instead of {AMOUNT}, it does not"
             self.check(what, (said.returncode == 0) is holds and (content == text) is holds, said)
 
@@ -275,7 +276,7 @@ def main() -> int:
 
 
 def _short(value: object, length: int = 110) -> str:
-    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False)
+    text = inert(value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False))
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 

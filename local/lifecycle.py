@@ -24,6 +24,7 @@ from local.cloud import USER_FILES, AuthMode, Cloud
 from local.environment import ROOT, WORK, LocalCloudError, Ports, Progress, locked, read_json
 from local.interrupts import StopError, deferred_signals, ignore_signals, stop_on_signals
 from local.runs import is_locked, remove_ended_runs
+from local.terminal import inert
 from local.tokens import LIFETIME_SECONDS, Issuer
 
 NAME = "cloud"
@@ -278,4 +279,4 @@ def logs(task_id: str = "", *, everything: bool = False, path: Path = DIRECTORY)
         about = f" about {task_id}. GET /tasks lists the tasks" if task_id else ""
         raise LocalCloudError(f"The services have logged nothing{about}.")
     for line in lines:
-        print(line)
+        print(inert(line))

@@ -148,6 +148,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         | {
             "plan_id": PLAN,
             "current_step": 2,
+            "requester_note": None,
+            "effect": "performed",
             "error": None,
             "approval": {
                 "step_index": 2,
@@ -155,8 +157,10 @@ EXAMPLES: dict[str, dict[str, Any]] = {
                 "step_type": "onchain_action",
                 "parameters": STEPS[2]["parameters"],
                 "action_type": "transfer_funds",
+                "effect": "performed",
                 "risk_level": "high",
                 "requester": "alice",
+                "requester_note": None,
                 "plan_hash": HASH,
                 "step_hash": HASH,
                 "policy_id": POLICY_ID,
@@ -225,6 +229,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
                     "requires_approval": False,
                     "attempt": 1,
                     "duration_ms": 12,
+                    "effect": "performed",
                 }
             ],
             "requires_approval": False,
@@ -312,6 +317,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
             "allowed": True,
             "requires_approval": True,
             "rules": RULE,
+            "effect": "performed",
         },
     },
     "propose_policy": {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from qaes.adapters.http import (
     Caller,
@@ -21,6 +21,7 @@ from qaes.adapters.task_store import TaskStore
 from qaes.domain.errors import NotFoundError
 from qaes.domain.ids import is_task_id
 from qaes.domain.models import CONFIRMED_LATER, TERMINAL, Status, Step, StepRecord, StepStatus, StepType, Task
+from qaes.domain.planning import Effect, effect_of
 
 app = create_app("agent-runtime")
 handler = make_handler(app)
@@ -38,6 +39,7 @@ class StepState(BaseModel):
     requires_approval: bool
     attempt: int
     duration_ms: int | None
+    effect: Effect = Field(description="of the step when it succeeds; `recorded only`: the system performs nothing")
 
 
 class ExecutionAnswer(BaseModel):
@@ -97,4 +99,5 @@ def _state(task: Task, index: int, step: Step, record: StepRecord | None) -> Ste
         requires_approval=step.requires_approval,
         attempt=record.attempt if record else 0,
         duration_ms=record.duration_ms if record else None,
+        effect=effect_of(step.type),
     )

@@ -35,8 +35,10 @@ from qaes.domain.canonical import hash_of
 from qaes.domain.errors import ForbiddenError, InvalidInputError, NotFoundError
 from qaes.domain.ids import TASK_ID_PATTERN, is_task_id, new_task_id, now, timestamp
 from qaes.domain.models import TERMINAL, Approval, Decision, Plan, Status, Task, WalletBalance
+from qaes.domain.planning import RECORDED_ONLY, Effect, action_step, effect_of
 from qaes.domain.policy import RiskLevel, Rule
 from qaes.domain.requests import TaskRequest
+from qaes.domain.text import subject_note
 
 app = create_app("gateway")
 handler = make_handler(app)
@@ -73,6 +75,10 @@ class TaskError(BaseModel):
     reason: str
 
 
+EFFECT = Field(description="of the action when it completes; `recorded only`: the system performs nothing")
+NOTE = Field(description="names the letters of the requester that are outside ASCII: they may look like others")
+
+
 class ApprovalQuestion(BaseModel):
     """What people are asked to approve: exactly what the hashes stand for, and nothing else, will run."""
 
@@ -81,8 +87,10 @@ class ApprovalQuestion(BaseModel):
     step_type: str
     parameters: dict[str, Any]
     action_type: str
+    effect: Effect = EFFECT
     risk_level: RiskLevel
     requester: str
+    requester_note: str | None = NOTE
     plan_hash: str
     step_hash: str
     policy_id: str
@@ -104,12 +112,14 @@ class TaskAnswer(BaseModel):
     task_type: str
     description: str
     requester: str
+    requester_note: str | None = NOTE
     agent: Agent
     created_at: str
     updated_at: str
     plan_id: str | None
     current_step: int | None
     requires_approval: bool
+    effect: Effect = EFFECT
     error: TaskError | None
     approval: ApprovalQuestion | None
 
@@ -206,7 +216,10 @@ def start_task(
         response.headers[REPLAY] = "true"
         return StartAnswer(task_id=task.task_id, status=task.status, message="The task had been started already.")
     _start(task)
-    return StartAnswer(task_id=task.task_id, status=task.status, message="The task has been accepted.")
+    message = "The task has been accepted."
+    if effect_of(action_step(task.task_type)) == RECORDED_ONLY:
+        message += f" Its action is {RECORDED_ONLY}: a hash of it goes to the ledger, and the system performs nothing."
+    return StartAnswer(task_id=task.task_id, status=task.status, message=message)
 
 
 class About(BaseModel):
@@ -272,6 +285,8 @@ def get_task(
         plan_id=task.plan_id,
         current_step=task.current_step,
         requires_approval=task.requires_approval,
+        requester_note=subject_note(task.requester),
+        effect=effect_of(action_step(task.task_type)),
         error=_error(task),
         approval=_question(task, store.plan_of(task), approval) if approval else None,
     )
@@ -441,6 +456,8 @@ def _question(task: Task, plan: Plan, approval: Approval) -> ApprovalQuestion:
         step_type=step.type,
         parameters=step.parameters,
         action_type=plan.analysis.action_type,
+        effect=effect_of(step.type),
+        requester_note=subject_note(task.requester),
         risk_level=plan.policy.risk_level,
         requester=task.requester,
         plan_hash=approval.plan_hash,

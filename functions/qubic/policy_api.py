@@ -8,6 +8,7 @@ from fastapi import Body, Depends, FastAPI, Path, Query
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from qaes.adapters.http import Caller, require
+from qaes.domain.planning import RECORDED_ONLY, Effect, action_step, effect_of
 from qaes.domain.policy import POLICY_ID_PATTERN, Rule, Rules
 from qubic.policies import Policies, PolicyVersion
 
@@ -30,6 +31,7 @@ class RuleAnswer(_Answer):
     allowed: bool
     requires_approval: bool
     rules: Rule
+    effect: Effect = Field(description="of a task of this type; `recorded only`: the system performs nothing")
 
 
 class PolicyAnswer(_Answer):
@@ -38,6 +40,7 @@ class PolicyAnswer(_Answer):
     policy_id: str
     version: int
     rules: dict[str, Rule]
+    recorded_only: list[str] = Field(description="action types that the system records, and does not perform")
 
 
 class PolicyVersionAnswer(PolicyVersion):
@@ -92,7 +95,14 @@ def get_policy(
     it = policies()
     policy = it.in_force()
     if action_type is None:
-        return PolicyAnswer(network=it.network, policy_id=policy.policy_id, version=policy.version, rules=policy.rules)
+        recorded = [name for name in policy.rules if effect_of(action_step(name)) == RECORDED_ONLY]
+        return PolicyAnswer(
+            network=it.network,
+            policy_id=policy.policy_id,
+            version=policy.version,
+            rules=policy.rules,
+            recorded_only=recorded,
+        )
     decision = policy.decide(action_type)
     return RuleAnswer(
         network=it.network,
@@ -101,6 +111,7 @@ def get_policy(
         allowed=decision.allowed,
         requires_approval=decision.requires_approval,
         rules=decision.rule,
+        effect=effect_of(action_step(action_type)),
     )
 
 

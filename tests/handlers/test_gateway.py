@@ -310,6 +310,26 @@ def test_a_refusal_does_not_repeat_what_was_sent(api: Api) -> None:
         assert secret not in json.dumps(answer.body)
 
 
+def test_recorded_only_action_says_so_from_the_start(api: Api, store: TaskStore) -> None:
+    answer = api("POST", "/task/start", NOTE)
+    assert "recorded only" in answer.body["message"]
+    shown = api("GET", f"/task/{answer.body['task_id']}").body
+    assert shown["effect"] == "recorded only"
+    performed = api("POST", "/task/start", MONITOR).body
+    assert performed["message"] == "The task has been accepted."
+    assert api("GET", f"/task/{performed['task_id']}").body["effect"] == "performed"
+
+
+def test_requester_with_foreign_letters_is_flagged(api: Api, store: TaskStore) -> None:
+    look_alike, _ = store.start_task(new_task("\u0430lice"))
+    shown = api("GET", f"/task/{look_alike.task_id}", **BOB).body
+    assert shown["requester"] == "\u0430lice"
+    assert "U+0430 CYRILLIC SMALL LETTER A" in shown["requester_note"]
+    task_id, _ = waiting(store)
+    question = api("GET", f"/task/{task_id}", **BOB).body["approval"]
+    assert (question["requester_note"], question["effect"]) == (None, "performed")
+
+
 def test_text_of_any_script_and_lines_is_kept_to_the_letter(api: Api, store: TaskStore) -> None:
     description = "שלם את החשבון\nमैं क्\u200dष\tمی\u200cخواهم 👩🏽\u200d🚀 ❤\ufe0f"  # noqa: RUF001
     body = {**MONITOR, "description": description, "parameters": {"नाम": "a\r\nb"}}

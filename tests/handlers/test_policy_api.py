@@ -236,3 +236,10 @@ def test_the_examples_of_the_document(api: Api) -> None:
     for name, answer in answers.items():
         assert answer.status < 300, name
         assert set(answer.body) == set(EXAMPLES[name]["answer"]), name
+
+
+def test_policy_says_which_actions_are_recorded_only(api: Api) -> None:
+    assert ask(api, "GET", "/policy", {"action_type": "transaction"}).body["effect"] == "recorded only"
+    for action_type in ("transfer_funds", "monitoring"):
+        assert ask(api, "GET", "/policy", {"action_type": action_type}).body["effect"] == "performed"
+    assert api("GET", "/policy").body["recorded_only"] == ["transaction"]

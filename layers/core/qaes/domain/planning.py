@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from qaes.domain.errors import InvalidInputError
 from qaes.domain.models import EFFECT_TYPES, Analysis, Plan, Step, StepType
 from qaes.domain.policy import TRANSFER_ACTION, Policy, PolicyDecision
 from qaes.domain.qubic.identity import check_payable
+
+Effect = Literal["performed", "recorded only"]
+"""What a completed action has done. `recorded only`: the hash of its instruction is on the ledger, and that is all."""
 
 ACTION_TYPES = {"monitor_wallet": "monitoring"}
 """Task types whose action type has another name; any other word is its own, denied unless a rule allows it."""
@@ -18,6 +21,7 @@ NEEDS: dict[StepType, tuple[str, ...]] = {
     "onchain_action": ("wallet_address", "to_address", "amount"),
 }
 """The parameters without which an action fails for certain."""
+RECORDED_ONLY: Effect = "recorded only"
 MAX_STEPS = 50
 
 
@@ -35,6 +39,11 @@ def action_type(task_type: str) -> str:
 def action_step(task_type: str) -> StepType:
     """Return the type of the step that performs a task of that type."""
     return ACTION_STEPS.get(action_type(task_type), "generic_action")
+
+
+def effect_of(step: StepType) -> Effect:
+    """Return what a step of that type does when it succeeds."""
+    return RECORDED_ONLY if step == "generic_action" else "performed"
 
 
 def build_plan(
