@@ -378,6 +378,21 @@ A task that the caller may not see is 404, as one that is not there. Nobody deci
 their roles. Agents are not people: a token that the issuer has given to one of the clients in `AgentClientIds` has the role requester alone, whatever it claims, and gets
 403 from every operation that decides. What an agent has started, retried or cancelled says so, by its client's id (`agent`). A task is retried at most 20 times. A bundle shows what the trail's hashes hide: to who asked for the task, to auditors and operators.
 
+## What a request may contain
+
+A request has one meaning, or it is refused with 422 and the name of the field (the network's own routes answer 400, in the
+public RPC's form). The caller's role is checked first.
+
+- **Query**: only the parameters of the route, each once, not empty, at most 256 letters. A whole number has one spelling.
+- **Headers**: `Idempotency-Key`, `Content-Type` and `Authorization` stand once.
+- **Body**: JSON without repeated names, beyond-range numbers or unknown fields.
+- **Text** (values, and names of parameters): no character that is invisible, reorders text or controls a terminal: controls
+  but line break and tab, bidi controls and marks, zero-width and other default-ignorable characters, private use. Joiners are
+  accepted where Arabic, Indic scripts and emoji need them, and variation selectors after emoji, CJK and Mongolian letters.
+  Emoji tags (the flags of England, Scotland, Wales) are not, since they can spell hidden words.
+- **Subjects** of tokens are compared in NFC without surrounding spaces. A token whose subject has a character that is not
+  printed is refused with 401.
+
 ## The log, for its own kind of clients
 
 Clients of transparency logs ([C2SP tlog-tiles](https://c2sp.org/tlog-tiles)) read the log under a prefix: `<prefix>/checkpoint`, and
