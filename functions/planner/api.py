@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from fastapi import Depends
 from pydantic import BaseModel, Field
 
-from qaes.adapters import settings
+from qaes.adapters import settings, transfers
 from qaes.adapters.http import Caller, PlanId, add_health, create_app, make_handler, require, tasks_table_answers
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
@@ -87,6 +87,8 @@ def get_plan(
 def _verdict(ledger: LedgerClient, plan: Plan) -> PlanVerdict:
     """Ask what the compliance agent asks, and of the ledger what reserving would ask."""
     step, verdict = compliance.preview(plan, plan.policy)
+    if verdict.verdict == "await_approval" and (refusal := transfers.funds_of(ledger, plan.steps[-1]).refusal):
+        step, verdict = plan.steps[-1], compliance.Verdict(verdict="denied", reason=refusal)
     reason, allowed = verdict.reason, verdict.verdict != "denied"
     if allowed and (refusal := _refusal_today(ledger, plan)) is not None:
         if verdict.verdict == "execute":
