@@ -36,7 +36,7 @@ def build(sam: Callable[..., None], progress: Callable[[str], None]) -> None:
     progress("building functions and layer (sam build)")
     parameters = (f"PythonRuntime={runtime()}", "Stage=local", "AuthMode=stub")
     folders = ("--build-dir", str(BUILD), "--cache-dir", str(FOLDER / "cache"))
-    sam("build", *folders, "--parameter-overrides", *parameters)
+    sam("build", "--template-file", str(ROOT / "template.yaml"), *folders, "--parameter-overrides", *parameters)
     progress("compiling what was built")
     compile_sources(BUILD)
     stamp.write_text(wanted)

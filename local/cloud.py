@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
-from local.build import PYTHONS, TEMPLATE, build, runtime
+from local.build import FOLDER, PYTHONS, TEMPLATE, build, runtime
 from local.environment import (
     REGION,
     ROOT,
@@ -244,10 +244,11 @@ class Cloud:
     def _sam(self, command: str, *arguments: str) -> None:
         log = self.directory / f"sam-{command}.log"
         sam = str(Path(sys.executable).with_name("sam"))
+        FOLDER.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [sam, command, "--config-file", str(ROOT / "samconfig.toml"), "--config-env", "local", *arguments],
-                cwd=ROOT,
+                cwd=FOLDER,  # sam keeps dependencies in .aws-sam of its working directory, whatever folders it is given
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
