@@ -1,4 +1,7 @@
-"""The qubic service over HTTP: the policy, written hashes, their transactions; on the mock, the network's RPC, too."""
+"""The qubic service over HTTP: the policy, written hashes, their transactions; on the mock, the network's RPC, too.
+
+The internet reaches this function, so it holds no key: the ledger's function for records signs what it writes.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +10,15 @@ from typing import Annotated, Any, Literal
 from fastapi import Depends, Path, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from qaes.adapters.http import OPEN, Sha256, create_app, make_handler, require
+from qaes.adapters.http import OPEN, Caller, Sha256, create_app, make_handler, require
+from qaes.adapters.ledger_client import LedgerClient
 from qaes.domain.errors import NotFoundError, UnavailableError
 from qaes.domain.qubic.identity import is_transaction_id_shaped
 from qubic import policy_api, rpc
-from qubic.hashes import check_hash, hash_state, write_hash
+from qubic.hashes import check_hash, check_remark, hash_state
 from qubic.service import policies, submissions
-from qubic.submissions import State
-from qubic.wallets import service_key
+from qubic.submissions import Kind, State
+from qubic.wallets import service_identity
 
 app = create_app("qubic")
 EVERY_ROLE = require("requester", "approver", "auditor")
@@ -60,6 +64,9 @@ class LedgerVerifyAnswer(_Answer):
     txid: str | None
     timestamp: str | None
     tick: int | None
+    kind: Kind | None = Field(
+        description="`instruction`: of a task; `hash`: written by an operator; null: never written"
+    )
     state: State | None
     source: str | None
     encoded: str | None
@@ -74,7 +81,14 @@ class TransactionAnswer(_Answer):
     txid: str
     hash: str
     timestamp: str
-    metadata: dict[str, Any]
+    kind: Kind = Field(description="`hash` alone is written through POST /write")
+    metadata: dict[str, Any] = Field(
+        description="for auditors, operators and the requester of the task; empty for everybody else"
+    )
+    requested_by: str | None = Field(
+        description="the task's requester, or the operator who wrote the hash; null for the system's own records, and "
+        "for everybody who may not read the metadata"
+    )
     block_height: int
     encoded: str = Field(description="in base64; empty for a transfer that was not sent yet")
     state: State
@@ -104,18 +118,17 @@ class LedgerUnhealthy(_Answer):
 policy_api.add_policy_routes(app)
 
 
-@app.post("/write", dependencies=[Depends(require("operator", deciding=True))])
-def write(body: WriteRequest) -> WriteAnswer:
+@app.post("/write")
+def write(body: WriteRequest, caller: Annotated[Caller, Depends(require("operator", deciding=True))]) -> WriteAnswer:
     """Write a hash on the ledger, once for ever: the second time answers with the same transaction. Operators only."""
-    it = submissions()
-    written = write_hash(it, body.hash, body.metadata)
+    written = LedgerClient().write(check_hash(body.hash), check_remark(body.metadata), written_by=caller.subject)
     return WriteAnswer(
-        network=it.chain.network,
-        txid=written.txid,
-        hash=written.payload.hex(),
-        timestamp=written.updated_at,
-        tick=written.tick,
-        status="confirmed" if written.state == "confirmed" else "pending",
+        network=written["network"],
+        txid=written["txid"],
+        hash=written["hash"],
+        timestamp=written["timestamp"],
+        tick=written["tick"],
+        status="confirmed" if written["state"] == "confirmed" else "pending",
     )
 
 
@@ -126,22 +139,29 @@ def verify(sent: Sha256) -> LedgerVerifyAnswer:
     return LedgerVerifyAnswer.model_validate({name: found[name] for name in LedgerVerifyAnswer.model_fields})
 
 
-@app.get("/tx/{txid}", dependencies=[Depends(EVERY_ROLE)])
-def get_transaction(txid: Annotated[str, Path(json_schema_extra={"pattern": "^[a-z]{60}$"})]) -> TransactionAnswer:
+@app.get("/tx/{txid}")
+def get_transaction(
+    txid: Annotated[str, Path(json_schema_extra={"pattern": "^[a-z]{60}$"})],
+    caller: Annotated[Caller, Depends(EVERY_ROLE)],
+) -> TransactionAnswer:
     """A transaction that this service signed, by its id."""
     it = submissions()
     found = it.attempt(txid) if is_transaction_id_shaped(txid) else None
     if found is None:
         raise NotFoundError("no such transaction", field="txid")
-    said = found.answer()
+    answer = found.answer()
+    # Whoever knows a task's reference can try guesses of its instruction against the hash.
+    shows_metadata = caller.has("auditor") or caller.subject == found.requested_by
     return TransactionAnswer(
         network=it.chain.network,
         txid=txid,
         hash=found.payload.hex(),
-        timestamp=said["timestamp"],
-        metadata=found.metadata,
+        timestamp=answer["timestamp"],
+        kind=found.kind,
+        metadata=found.metadata if shows_metadata else {},
+        requested_by=(found.requested_by or None) if shows_metadata else None,
         block_height=found.tick,
-        encoded=said["encoded"],
+        encoded=answer["encoded"],
         state=found.state,
         source=found.source,
         destination=found.destination,
@@ -159,7 +179,7 @@ def health(response: Response) -> LedgerHealthy | LedgerUnhealthy:
         failing = "policy"
         policy = policies().in_force()
         failing = "wallet"
-        balance = it.chain.balance(service_key().identity).balance
+        balance = it.chain.balance(service_identity()).balance
         detail = "" if balance else "the service's wallet has no balance: the network takes nothing of it"
     except UnavailableError as error:
         detail = error.message

@@ -1,4 +1,8 @@
-"""Hashes on the ledger: each written once for ever, by a transaction whose payload it is."""
+"""Hashes on the ledger: each written once for ever, by a transaction whose payload it is.
+
+A hash that an operator writes (`hash`) and the record of a task's instruction (`instruction`) are two kinds of record,
+with two input types: nobody can make the one look like the other.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +10,12 @@ import re
 from typing import Any
 
 from qaes.domain.errors import InvalidInputError
-from qubic.submissions import Submission, Submissions
+from qubic.submissions import Submission, Submissions, check_metadata, check_reference
 
+RESERVED = "reference"
+"""The name in a record's metadata under which the service itself names the task and the step."""
 _HASH = re.compile(r"[0-9a-fA-F]{64}", re.ASCII)
+_NOTHING = dict.fromkeys(("kind", "state", "txid", "tick", "timestamp", "source", "encoded", "error"))
 
 
 def check_hash(hash_: object, field: str = "hash") -> str:
@@ -18,28 +25,49 @@ def check_hash(hash_: object, field: str = "hash") -> str:
     return hash_.lower()
 
 
-def write_hash(it: Submissions, hash_: object, metadata: object) -> Submission:
+def check_remark(metadata: object) -> dict[str, Any]:
+    """Return what an operator may write beside a hash. Raises InvalidInputError."""
+    if not isinstance(metadata, dict):
+        raise InvalidInputError("the metadata is an object", field="metadata")
+    if RESERVED in metadata:
+        raise InvalidInputError("only the record of a task's instruction has a reference", field="metadata.reference")
+    return check_metadata(metadata)
+
+
+def write_hash(it: Submissions, hash_: object, metadata: object, *, written_by: str = "") -> Submission:
     """Sign, store and send the transaction that writes a hash; the second time, the first one's state.
 
     Raises
     ------
     InvalidInputError
-        The hash is none, or the metadata is no JSON object or has more than 4,096 bytes of canonical JSON.
+        The hash is none, or the metadata is no JSON object, claims a task's reference, or has more than 4,096 bytes of
+        canonical JSON.
     LimitError
         Too much is waiting to be written: later.
     UnavailableError
         The ledger does not answer.
     """
-    checked = check_hash(hash_)
-    if not isinstance(metadata, dict):
-        raise InvalidInputError("the metadata is an object", field="metadata")
-    return it.submit_record(f"hash:{checked}", bytes.fromhex(checked), kind="hash", metadata=metadata)
+    checked, remark = check_hash(hash_), check_remark(metadata)
+    return it.submit_record(
+        f"hash:{checked}", bytes.fromhex(checked), kind="hash", metadata=remark, requested_by=written_by
+    )
+
+
+def record_instruction(it: Submissions, hash_: object, reference: object, requester: str) -> Submission:
+    """Write the hash of a task's instruction: once, under its own input type. Raises as `write_hash`."""
+    checked, metadata = check_hash(hash_), {RESERVED: check_reference(reference)}
+    return it.submit_record(
+        f"instruction:{checked}", bytes.fromhex(checked), kind="instruction", metadata=metadata, requested_by=requester
+    )
 
 
 def hash_state(it: Submissions, hash_: str) -> dict[str, Any]:
-    """Tell whether the hash is on the ledger: `verified` only when its transaction is confirmed."""
-    found = it.get(f"hash:{hash_}")
-    if found is None:
-        nothing = dict.fromkeys(("state", "txid", "tick", "timestamp", "source", "encoded", "error"))
-        return {"hash": hash_, "verified": False, "network": it.chain.network} | nothing
-    return {"hash": hash_, "verified": found.state == "confirmed"} | found.answer()
+    """Tell whether the hash is on the ledger, and as which `kind`: `verified` only when its transaction is confirmed.
+
+    If there are two records, a confirmed one is reported first, and of two such that of the instruction.
+    """
+    found = [record for kind in ("instruction", "hash") if (record := it.get(f"{kind}:{hash_}"))]
+    if not found:
+        return {"hash": hash_, "verified": False, "network": it.chain.network} | _NOTHING
+    record = min(found, key=lambda each: each.state != "confirmed")
+    return {"hash": hash_, "verified": record.state == "confirmed", "kind": record.kind} | record.answer()

@@ -1,10 +1,11 @@
 """The ledger for the other services: functions that are invoked directly, and do the named operation.
 
-Who may invoke a function may have it do all that it does. So there are three, each with its LEDGER_OPERATIONS: one
-reads, one moves money and writes hashes, one writes the audit log's anchors.
+Who may invoke a function may have it do all that it does. So there are four, each with its LEDGER_OPERATIONS: one
+reads, one moves money and records instructions for the worker, one writes the audit log's anchors, and one signs for
+the API, which holds no key: what operators write, and the policy that they approved.
 
 `{"operation": NAME, ...}` gives `{"ok": true, "result": {...}}`, or `{"ok": false, "error": {"code", "message"}}` when
-the ledger refuses and would refuse again. What may go well at another time raises.
+the ledger refuses and would refuse again, or is `busy`. What may go well at another time raises.
 """
 
 from __future__ import annotations
@@ -18,13 +19,20 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 from qaes.adapters import settings
 from qaes.adapters.handlers import function
 from qaes.adapters.logs import logger
-from qaes.domain.errors import ForbiddenError, InvalidInputError, NotFoundError, RefusedError, UnavailableError
+from qaes.domain.errors import (
+    ForbiddenError,
+    InvalidInputError,
+    LimitError,
+    NotFoundError,
+    RefusedError,
+    UnavailableError,
+)
 from qaes.domain.qubic.identity import check_address
 from qubic import limits
-from qubic.hashes import check_hash, hash_state, write_hash
+from qubic.hashes import check_hash, hash_state, record_instruction, write_hash
 from qubic.service import policies, submissions
 from qubic.submissions import Submission, Submissions, check_reference
-from qubic.wallets import Wallets
+from qubic.wallets import Wallets, service_identity
 
 Arguments = dict[str, Any]
 Result = dict[str, Any]
@@ -52,6 +60,8 @@ def handler(event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
         return _refused(operation, "forbidden", error.message)
     except NotFoundError as error:
         return _refused(operation, "not_found", error.message)
+    except LimitError as error:
+        return _refused(operation, "busy", error.message, **error.details)
 
 
 def _perform(operation: object, arguments: Arguments) -> Result:
@@ -59,6 +69,7 @@ def _perform(operation: object, arguments: Arguments) -> Result:
         raise RefusedError("unknown_operation", "this function of the ledger has no such operation")
     perform, names = _OPERATIONS[operation]
     arguments.pop("action_type", None)  # earlier callers named an action: the effect alone names the rule
+    arguments = {name: value for name, value in _DEFAULTS.items() if name in names} | arguments
     if set(arguments) != names:
         raise InvalidInputError(f"{operation} takes {', '.join(sorted(names)) or 'nothing'}")
     it = submissions()
@@ -69,9 +80,9 @@ def _operations_here() -> list[str]:
     return settings.text("LEDGER_OPERATIONS").split(",")
 
 
-def _refused(operation: object, code: str, message: str) -> dict[str, Any]:
+def _refused(operation: object, code: str, message: str, **details: Any) -> dict[str, Any]:
     logger().info("refused", extra={"operation": operation, "code": code})
-    return {"ok": False, "error": {"code": code, "message": message}}
+    return {"ok": False, "error": {"code": code, "message": message} | details}
 
 
 def _policy(_it: Submissions, _arguments: Arguments) -> Result:
@@ -80,6 +91,15 @@ def _policy(_it: Submissions, _arguments: Arguments) -> Result:
 
 def _policy_document(_it: Submissions, arguments: Arguments) -> Result:
     return policies().document(str(arguments["policy_id"]))
+
+
+def _settle_policy(_it: Submissions, _arguments: Arguments) -> Result:
+    policies().bring_forward()
+    return {}
+
+
+def _identity(_it: Submissions, _arguments: Arguments) -> Result:
+    return {"identity": service_identity()}
 
 
 def _balance(it: Submissions, arguments: Arguments) -> Result:
@@ -123,7 +143,9 @@ def _transfer(it: Submissions, arguments: Arguments) -> Result:
         limits.reserve_for(policies().in_force(), wallets, arguments, submissions=it, call=call)
 
     try:
-        transfer = it.submit_transfer(**terms, run=arguments["run"], allow=allow)
+        transfer = it.submit_transfer(
+            **terms, run=arguments["run"], requested_by=str(arguments["requester"]), allow=allow
+        )
     except (RefusedError, InvalidInputError) as refusal:
         # The compliance agent had it reserved, or `allow` has; a call that is cut off here leaves it for an hour.
         limits.release_refused(wallets, arguments, submissions=it, call=call)
@@ -148,8 +170,13 @@ def _transfer_state(it: Submissions, arguments: Arguments) -> Result:
 
 
 def _write(it: Submissions, arguments: Arguments) -> Result:
-    written = write_hash(it, arguments["hash"], arguments["metadata"])
+    written = write_hash(it, arguments["hash"], arguments["metadata"], written_by=str(arguments["written_by"]))
     return written.answer() | {"hash": written.payload.hex()}
+
+
+def _record_instruction(it: Submissions, arguments: Arguments) -> Result:
+    recorded = record_instruction(it, arguments["hash"], arguments["reference"], str(arguments["requester"]))
+    return recorded.answer() | {"hash": recorded.payload.hex()}
 
 
 def _submit_anchor(it: Submissions, arguments: Arguments) -> Result:
@@ -194,16 +221,21 @@ def _health(it: Submissions, _arguments: Arguments) -> Result:
     return {"status": "healthy", "tick": it.chain.tick_info().tick, "policy_id": policy.policy_id}
 
 
+_DEFAULTS = {"requester": "", "written_by": ""}
+"""Of callers that do not name anybody: then only auditors and operators read the record's metadata."""
 _TRANSFER = {"reference", "source", "destination", "amount"}
 _OPERATIONS: dict[str, tuple[Callable[[Submissions, Arguments], Result], set[str]]] = {
     "policy": (_policy, set()),
     "policy_document": (_policy_document, {"policy_id"}),
+    "settle_policy": (_settle_policy, set()),
+    "identity": (_identity, set()),
     "balance": (_balance, {"address"}),
     "check_transfer": (_check_transfer, {"source", "destination", "amount"}),
     "reserve": (_reserve, _TRANSFER),
-    "transfer": (_transfer, _TRANSFER | {"run"}),
+    "transfer": (_transfer, _TRANSFER | {"run", "requester"}),
     "transfer_state": (_transfer_state, {"reference"}),
-    "write": (_write, {"hash", "metadata"}),
+    "record_instruction": (_record_instruction, {"hash", "reference", "requester"}),
+    "write": (_write, {"hash", "metadata", "written_by"}),
     "submit_anchor": (_submit_anchor, {"log_id", "sequence", "payload"}),
     "anchor_state": (_anchor_state, {"log_id", "sequence"}),
     "verify": (_verify, {"hash"}),

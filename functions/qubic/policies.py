@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -41,7 +41,7 @@ from qaes.domain.qubic.transaction import Transaction, decode
 from qaes.domain.text import same_subject
 from qubic.items import ChangedError, Item, Items, attempts, item_key
 from qubic.submissions import INPUT_TYPES, Submission, Submissions
-from qubic.wallets import service_key
+from qubic.wallets import service_identity
 
 REFUSED_METRIC = "PolicyRefused"
 LOOK_AGAIN_SECONDS = 60
@@ -119,10 +119,15 @@ class Policies:
         The service's submissions; their network is the policy's.
     table
         By default that of LEDGER_TABLE.
+    bring_forward
+        What to call, instead of signing here, to have a version handed in: for a function without the key.
     """
 
-    def __init__(self, submissions: Submissions, table: str | None = None) -> None:
+    def __init__(
+        self, submissions: Submissions, table: str | None = None, *, bring_forward: Callable[[], None] | None = None
+    ) -> None:
         self._submissions = submissions
+        self._elsewhere = bring_forward
         self.network = submissions.chain.network
         self._table = table or settings.text("LEDGER_TABLE")
         self._items = Items(self._table)
@@ -195,6 +200,21 @@ class Policies:
         seen = _seen.get(place, _Seen())
         _seen[place] = replace(seen, **changes | {"in_force": max(seen.in_force, changes.get("in_force", 0))})
 
+    def bring_forward(self) -> None:
+        """Settle, by the function that holds the key; before the first version is in force, follow that one too.
+
+        Raises as `settle`.
+        """
+        if self._elsewhere is not None:
+            self._elsewhere()
+            return
+        self.settle()
+        first = self._submissions.get(_submission_key(1)) if not self._head().in_force else None
+        if first is not None:
+            if first.is_open:
+                self._submissions.follow(first.source)
+            self.settle()
+
     def settle(self) -> None:
         """Bring the version that is on its way forward, and put it in force when the ledger has it.
 
@@ -258,16 +278,11 @@ class Policies:
 
     def _begin(self) -> _Head:
         """Nothing is in force: bring version 1 forward. Raises UnavailableError while it is on its way."""
-        self.settle()
-        submission = self._submissions.get(_submission_key(1))
-        if submission is not None:
-            if submission.is_open:
-                self._submissions.follow(submission.source)
-                submission = self._submissions.get(_submission_key(1))
-            self.settle()
+        self.bring_forward()
         head = self._head()
         if head.in_force:
             return head
+        submission = self._submissions.get(_submission_key(1))
         if submission is not None and submission.is_open:
             raise UnavailableError(
                 "the first version of the policy is not on the ledger yet: it is in force once it is confirmed there"
@@ -466,7 +481,7 @@ class Policies:
     def _settle_soon(self) -> None:
         """Submit what was approved; what fails here is the writer's to do."""
         try:
-            self.settle()
+            self.bring_forward()
         except (UnavailableError, RefusedError, BotoCoreError, ClientError) as error:
             logger().warning("policy not submitted yet", extra={"error": type(error).__name__})
 
@@ -606,7 +621,7 @@ def _own_identities() -> frozenset[str]:
             decode_identity(identity)
         except ValueError as error:
             raise settings.SettingsError(f"QUBIC_FORMER_IDENTITIES: {identity[:60]}: {error}") from None
-    return former | {service_key().identity}
+    return former | {service_identity()}
 
 
 def _check_anchor(hash_: str, submission: Submission) -> Transaction:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from qaes.adapters import settings
+from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import logger
 from qubic import writer
 from qubic.chain import chain
@@ -10,7 +11,7 @@ from qubic.judge import check_allowed
 from qubic.limits import Limits
 from qubic.policies import Policies
 from qubic.submissions import Submission, Submissions
-from qubic.wallets import Wallets
+from qubic.wallets import Wallets, holds_key
 
 
 def submissions() -> Submissions:
@@ -26,8 +27,8 @@ def submissions() -> Submissions:
 
 
 def policies() -> Policies:
-    """Make the policy's store."""
-    return Policies(submissions())
+    """Make the policy's store; without the key, versions are handed in by the function that signs for the API."""
+    return Policies(submissions(), bring_forward=None if holds_key() else LedgerClient().settle_policy)
 
 
 def _check_transfer(submission: Submission) -> None:

@@ -47,12 +47,19 @@ from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.qubic.transaction import MAX_AMOUNT, Transaction
 from qubic.chain.base import Balance, Chain, Included
 from qubic.items import ChangedError, Item, Items, attempts, item_key
-from qubic.wallets import Key, Wallets, public_key, service_key
+from qubic.wallets import Key, Wallets, public_key, service_identity, service_key
 
-Kind = Literal["hash", "anchor", "policy", "transfer"]
+Kind = Literal["hash", "instruction", "anchor", "policy", "transfer"]
 State = Literal["signed", "broadcast", "confirmed", "expired", "failed", "simulated"]
 OPEN: frozenset[State] = frozenset({"signed", "broadcast"})
-INPUT_TYPES: dict[Kind, int] = {"hash": 0x5148, "anchor": ANCHOR_INPUT_TYPE, "policy": 0x5150, "transfer": 0}
+INPUT_TYPES: dict[Kind, int] = {
+    "hash": 0x5148,
+    "instruction": 0x5149,
+    "anchor": ANCHOR_INPUT_TYPE,
+    "policy": 0x5150,
+    "transfer": 0,
+}
+"""One for each kind of record, in the signed bytes: the record of one kind is never that of another."""
 
 LEAD_TICKS = 15
 """How far ahead the named tick is (Qubic's documents: 15 to 20), and how far the ticks of one source are apart."""
@@ -83,7 +90,8 @@ class Submission:
     Attributes
     ----------
     key
-        `hash:<sha256>`, `anchor:<log id>:<sequence>`, `policy:<version>` or `transfer:<reference>`.
+        `hash:<sha256>`, `instruction:<sha256>`, `anchor:<log id>:<sequence>`, `policy:<version>` or
+        `transfer:<reference>`.
     source, destination
         Identities.
     attempt
@@ -93,6 +101,8 @@ class Submission:
         How many of them, from the first, are in their tick and have moved nothing.
     run
         For a transfer: which of the task's executions asked for it.
+    requested_by
+        The task's requester, or the operator who wrote a hash; empty for the system's own records.
     error
         Why it expired or failed: `expired`, `moved_nothing`, `moved_unknown` or `no_key`, and a text.
     """
@@ -117,6 +127,7 @@ class Submission:
     error: str = ""
     version: int = 0
     settled: int = 0
+    requested_by: str = ""
 
     @property
     def is_open(self) -> bool:
@@ -207,7 +218,9 @@ class Submissions:
 
     # Handing in
 
-    def submit_record(self, key: str, payload: bytes, *, kind: Kind, metadata: dict[str, Any]) -> Submission:
+    def submit_record(
+        self, key: str, payload: bytes, *, kind: Kind, metadata: dict[str, Any], requested_by: str = ""
+    ) -> Submission:
         """Write `payload` on the ledger, once for each `key`: amount 0, from the service's identity to itself.
 
         Raises
@@ -232,7 +245,8 @@ class Submissions:
             amount=0,
             input_type=INPUT_TYPES[kind],
             payload=payload,
-            metadata=_checked(metadata),
+            metadata=check_metadata(metadata),
+            requested_by=requested_by,
             attempt=0,
             run=1,
             tick=0,
@@ -251,6 +265,7 @@ class Submissions:
         destination: str,
         amount: int,
         run: int = 1,
+        requested_by: str = "",
         allow: Callable[[], None] = lambda: None,
     ) -> Submission:
         """Move `amount` QU, once for each `reference`; one that expired is signed anew only for a later `run`.
@@ -270,7 +285,7 @@ class Submissions:
             The ledger does not answer.
         """
         wanted, key = self._wanted_transfer(reference, source, destination, amount, run)
-        return self._submit(wanted, key, allow)
+        return self._submit(replace(wanted, requested_by=requested_by), key, allow)
 
     def simulate_transfer(self, reference: str, *, source: str, destination: str, amount: int) -> Submission:
         """Sign a transfer and send nothing: what a network shows whose transfers are not allowed here.
@@ -330,7 +345,9 @@ class Submissions:
                 if before is not None and before.state == "expired" and self._close_if_found(before):
                     continue
                 source = self._source(wanted.source)
-                may_wait = wanted.kind == "hash" or (wanted.amount and wanted.source == service_key().identity)
+                may_wait = wanted.kind in {"hash", "instruction"} or (
+                    wanted.amount and wanted.source == service_identity()
+                )
                 limit = MAX_OPEN_HASHES if may_wait else MAX_OPEN
                 if len(source.open) >= limit:
                     raise LimitError("the ledger has too much to write at the moment", max_open=limit)
@@ -381,7 +398,7 @@ class Submissions:
         """
         found = self.chain.balance(source.identity)
         promised = sum(place.amount for place in source.open)
-        if source.identity == service_key().identity:
+        if source.identity == service_identity():
             promised += KEPT_BALANCE
         if source.open:
             head = _head(source)
@@ -512,14 +529,14 @@ class Submissions:
         return True
 
     def _refusal(self, submission: Submission) -> str:
-        """Return why a transfer that was never sent may not be sent any more; empty if it may."""
-        if submission.kind != "transfer":
+        """Return why a transfer that was never sent may not be sent any more; empty if it may, or is none."""
+        if submission.kind != "transfer" and not submission.amount and submission.destination == submission.source:
             return ""
         if not self.sends_transfers:
             return "transfers are not allowed any more"
         try:
             self._check_transfer(submission)
-        except RefusedError as error:
+        except (RefusedError, InvalidInputError) as error:
             return error.message
         return ""
 
@@ -705,7 +722,8 @@ def check_amount(amount: object) -> int:
     return amount
 
 
-def _checked(metadata: dict[str, Any]) -> dict[str, Any]:
+def check_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a record. Raises InvalidInputError."""
     try:
         size = len(canonical_json(metadata).encode())
     except InvalidInputError as error:

@@ -1,8 +1,8 @@
 """Whose keys the qubic service holds: its own, and on the mock those of the demo wallets.
 
-The service's own key signs what is written to the ledger (policy, anchors, hashes). Its seed is a secret that only this
-service may read. The demo wallets' seeds are made of their names by a rule that everybody can read here: they are for
-trying things out on the mock, and worth nothing.
+The service's own key signs what is written to the ledger (policy, anchors, hashes). Its seed is a secret that only the
+ledger's functions may read: the API, which the internet reaches, asks them. The demo wallets' seeds are made of their
+names by a rule that everybody can read here: they are for trying things out on the mock, and worth nothing.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from qaes.adapters import clients, settings
+from qaes.adapters.ledger_client import LedgerClient
 from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
 from qaes.domain.qubic.demo import demo_seed
 from qaes.domain.qubic.identity import (
@@ -46,21 +47,40 @@ def key_of_seed(seed: str) -> Key:
     return Key(encode_identity(public_key), public_key, subseed)
 
 
+def holds_key() -> bool:
+    """Whether this function is one of those that sign; the others have no QUBIC_SEED_SECRET."""
+    return bool(settings.optional("QUBIC_SEED_SECRET"))
+
+
+def service_identity() -> str:
+    """Return the service's identity; a function without the key asks the ledger's for it, once for each process."""
+    return service_key().identity if holds_key() else _identity_of_the_ledger()
+
+
 @cache
+def _identity_of_the_ledger() -> str:
+    return LedgerClient().identity()
+
+
 def service_key() -> Key:
     """Read the service's own key, from the secret that QUBIC_SEED_SECRET names.
 
     Raises
     ------
     SettingsError
-        The secret is no seed of 55 letters a to z.
+        The secret is no seed of 55 letters a to z, or this function has none.
     UnavailableError
         It cannot be read now.
     """
+    return _key_of_secret(settings.text("QUBIC_SEED_SECRET"))
+
+
+@cache
+def _key_of_secret(secret: str) -> Key:
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
-        found = clients.client("secretsmanager").get_secret_value(SecretId=settings.text("QUBIC_SEED_SECRET"))
+        found = clients.client("secretsmanager").get_secret_value(SecretId=secret)
     except (BotoCoreError, ClientError) as error:
         code = error.response["Error"]["Code"] if isinstance(error, ClientError) else type(error).__name__
         raise UnavailableError(f"the ledger's key cannot be read ({code})") from error
@@ -122,7 +142,7 @@ class Wallets:
                 return demo_key(check_address(address, field))
             if identity in _demo_identities():
                 return demo_key(_demo_identities()[identity])
-        if identity == service_key().identity:
+        if identity == service_identity():
             return service_key()
         raise RefusedError("no_key", "this service does not hold the key of the wallet that is to pay")
 
@@ -147,7 +167,7 @@ class Wallets:
 def genesis() -> dict[str, int]:
     """Tell what each identity has when a mock begins."""
     demo = {demo_key(address).identity: balance for address, balance in DEMO_BALANCES.items()}
-    return demo | {service_key().identity: SERVICE_BALANCE}
+    return demo | {service_identity(): SERVICE_BALANCE}
 
 
 def public_key(identity: str) -> bytes:

@@ -79,7 +79,7 @@ def run_step(
     if claimed.status != "running":
         return claimed
     reference = transfers.reference_of(task.task_id, step.step_id)
-    step_context = StepContext(reference, ledger, policy, task.run)
+    step_context = StepContext(reference, ledger, policy, task.requester, task.run)
     try:
         result = RUN[step.type](step.parameters, step_context)
     except RefusedError as refusal:

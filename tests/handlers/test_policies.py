@@ -28,7 +28,7 @@ from qaes.domain.policy import DEFAULT_RULES, DENIED, PolicyDocument, Rule
 from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.qubic.transaction import Transaction, decode
 from qubic import policies as module
-from qubic import service
+from qubic import service, wallets
 from qubic.chain import chain
 from qubic.chain.base import Included, SentList
 from qubic.chain.mock import Faults, MockChain
@@ -45,7 +45,7 @@ OTHER_RULES = DEFAULT_RULES | {"transaction": DENIED}
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    set_environment("QubicApiFunction", monkeypatch)
+    set_environment("LedgerRecordFunction", monkeypatch)
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_a_document_that_never_came_into_force_is_not_given(store: Policies) -> 
 def test_pages_of_versions(store: Policies) -> None:
     for number in range(5):
         rule = Rule(allowed=True, requires_approval=True, risk_level="low", max_amount=number + 1)
-        store.propose({"transfer_funds": rule}, subject="olivia")
+        store.propose(DEFAULT_RULES | {"transfer_funds": rule}, subject="olivia")
     assert [each.version for each in store.list(limit=4)] == [6, 5, 4, 3]
     assert [each.version for each in store.list(limit=4, before=3)] == [2, 1]
     assert store.list(before=1) == []
@@ -409,7 +409,7 @@ def test_a_crash_at_each_write(aws: Cloud, monkeypatch: pytest.MonkeyPatch, done
     monkeypatch.setattr(BaseClient, "_make_api_call", cut)
     for number in range(1, 40):
         rule = Rule(allowed=True, requires_approval=True, risk_level="low", max_amount=number)
-        version = service.policies().propose({"transfer_funds": rule}, subject="olivia").version
+        version = service.policies().propose(DEFAULT_RULES | {"transfer_funds": rule}, subject="olivia").version
         left[0] = number
         try:
             service.policies().approve(version, subject="oscar", four_eyes=True)
@@ -733,7 +733,7 @@ def replace_seed() -> str:
     before = service_key().identity
     secret = settings.text("QUBIC_SEED_SECRET")
     boto3.client("secretsmanager").put_secret_value(SecretId=secret, SecretString="abcde" * 11)
-    service_key.cache_clear()
+    wallets._key_of_secret.cache_clear()
     assert service_key().identity != before
     return before
 
@@ -783,7 +783,7 @@ def test_a_version_that_was_on_its_way_when_the_seed_was_replaced(
 def test_the_first_version_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The likely first day on a real network: a wallet with a balance takes the place of the one that was made."""
     with cloud(state_machine=False, policy=False) as aws:
-        set_environment("QubicApiFunction", monkeypatch)
+        set_environment("LedgerRecordFunction", monkeypatch)
         chain().set_faults(Faults(drop=1000))  # type: ignore[attr-defined]
         with pytest.raises(UnavailableError):
             service.policies().in_force()

@@ -37,13 +37,14 @@ CONTRACT = encode_identity(b"\4" + bytes(31))
 NOBODY = encode_identity(bytes([7]) * 32)
 """An identity that is no contract's, and whose key is nowhere."""
 HASH = "ab" * 32
-LEDGER_FUNCTIONS = ("LedgerFunction", "LedgerTransferFunction", "LedgerAnchorFunction")
+LEDGER_FUNCTIONS = ("LedgerFunction", "LedgerTransferFunction", "LedgerAnchorFunction", "LedgerRecordFunction")
 Call = Callable[..., dict[str, Any]]
 
 
 def function_for(operation: Any) -> str:
     changing = {"transfer": "LedgerTransferFunction", "reserve": "LedgerTransferFunction"}
-    changing |= {"write": "LedgerTransferFunction", "submit_anchor": "LedgerAnchorFunction"}
+    changing |= {"record_instruction": "LedgerTransferFunction", "submit_anchor": "LedgerAnchorFunction"}
+    changing |= {"write": "LedgerRecordFunction", "settle_policy": "LedgerRecordFunction"}
     return changing.get(operation, "LedgerFunction") if isinstance(operation, str) else "LedgerFunction"
 
 
@@ -334,7 +335,7 @@ def test_on_a_real_network_a_transfer_is_only_shown_unless_it_is_allowed(
 
     real = Real(genesis=genesis(), table="ChainTable", clock=aws.clock, tick_milliseconds=1000)
     monkeypatch.setattr("qubic.service.chain", lambda: real)
-    service = wallets.service_key().identity
+    service = wallets.service_identity()
     terms = {
         "reference": "task#step_3", "source": service, "destination": NOBODY, "amount": 1, "run": 1,
     }  # fmt: skip
@@ -438,7 +439,8 @@ def test_a_function_that_is_told_of_no_operations_does_none(aws: Cloud, monkeypa
     ("asked", "missing"),
     [
         (lambda client: client.policy(), "LEDGER_FUNCTION"),
-        (lambda client: client.write(HASH, {}), "LEDGER_TRANSFER_FUNCTION"),
+        (lambda client: client.write(HASH, {}, written_by="olivia"), "LEDGER_RECORD_FUNCTION"),
+        (lambda client: client.record_instruction(HASH, reference="x", requester="rita"), "LEDGER_TRANSFER_FUNCTION"),
         (lambda client: client.submit_anchor(log_id="qaes", sequence=0, payload="00"), "LEDGER_ANCHOR_FUNCTION"),
     ],
 )
@@ -449,6 +451,7 @@ def test_a_caller_that_has_not_the_name_of_a_function_is_told_so(
         ("LEDGER_FUNCTION", "LedgerFunction"),
         ("LEDGER_TRANSFER_FUNCTION", "LedgerTransferFunction"),
         ("LEDGER_ANCHOR_FUNCTION", "LedgerAnchorFunction"),
+        ("LEDGER_RECORD_FUNCTION", "LedgerRecordFunction"),
     ):
         monkeypatch.setenv(name, function)
     asked(LedgerClient())

@@ -859,7 +859,7 @@ def test_the_seed_is_never_shown(ledger, number, caplog, capsys):
 
 
 def test_a_secret_that_is_no_seed_is_refused_without_showing_it(aws):
-    wallets.service_key.cache_clear()
+    wallets._key_of_secret.cache_clear()
     boto3.client("secretsmanager").put_secret_value(SecretId="QubicSeed", SecretString="Not a seed, but secret")
     try:
         with pytest.raises(RuntimeError, match="no seed of 55 letters") as refused:
@@ -868,7 +868,7 @@ def test_a_secret_that_is_no_seed_is_refused_without_showing_it(aws):
         assert refused.value.__cause__ is None
     finally:
         boto3.client("secretsmanager").put_secret_value(SecretId="QubicSeed", SecretString=SEED)
-        wallets.service_key.cache_clear()
+        wallets._key_of_secret.cache_clear()
 
 
 # Networks

@@ -10,6 +10,7 @@ import pytest
 from local.openapi_examples import PAYER, SIGNED, SIGNED_ID
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
+from qaes.domain.policy import DEFAULT_RULES
 from qaes.domain.tiles import TILE_WIDTH
 from tests.handlers.test_task_store import new_task, planned, waiting
 from tests.support import template
@@ -108,10 +109,10 @@ def prepared(aws: Cloud, operation: Operation) -> dict[str, str]:
             aws.clock.pass_seconds(300)
         return {}
     if operation.id == "get_transaction":
-        return {"txid": LedgerClient("LedgerTransferFunction").write("a" * 64, {})["txid"]}
+        return {"txid": LedgerClient("LedgerRecordFunction").write("a" * 64, {}, written_by="olivia")["txid"]}
     if "{version}" in operation.path:
         based_on = qubic("GET", "/policy", **OTTO).body["policy_id"]
-        proposed = qubic("POST", "/policy", {"based_on": based_on, "rules": {}}, **OTTO)
+        proposed = qubic("POST", "/policy", {"based_on": based_on, "rules": {}, "remove": list(DEFAULT_RULES)}, **OTTO)
         return {"version": str(proposed.body["version"])}
     if "{hash}" in operation.path:
         return {"hash": "a" * 64}

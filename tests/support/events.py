@@ -41,7 +41,8 @@ _FUNCTIONS = {
     "qubic/ledger": "LedgerFunction",
     "qubic/ledger_transfer": "LedgerTransferFunction",
     "qubic/ledger_transfer_state": "LedgerFunction",
-    "qubic/ledger_write": "LedgerTransferFunction",
+    "qubic/ledger_write": "LedgerRecordFunction",
+    "qubic/ledger_record_instruction": "LedgerTransferFunction",
     "qubic/ledger_submit_anchor": "LedgerAnchorFunction",
     "qubic/writer": "LedgerWriterFunction",
 }

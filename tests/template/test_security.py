@@ -18,7 +18,7 @@ from qaes.adapters.http import PROBLEM, PROBLEM_SCHEMA
 from qubic.ledger import _OPERATIONS
 from tests.support.template import environment, resolve
 from tests.template.conftest import load_template
-from tests.template.test_template import LEDGER, QUBIC, allowed
+from tests.template.test_template import HOLDERS_OF_THE_SEED, LEDGER, QUBIC, allowed
 
 ISSUER = {"JwtIssuer": "https://issuer.example", "JwtAudience": "qaes", "JwksUrl": "https://issuer.example/keys"}
 ORIGIN = "https://console.example"
@@ -163,6 +163,7 @@ def test_only_the_compliance_agent_and_the_worker_may_have_money_moved(template:
     found = invokes(template)
     assert found["LedgerTransferFunction"] == {"CheckComplianceFunction", "ExecuteStepFunction"}
     assert found["LedgerAnchorFunction"] == {"AnchorFunction"}
+    assert found["LedgerRecordFunction"] == {"QubicApiFunction"}
     assert "AnchorFunction" not in found["LedgerFunction"]
     # Nothing else invokes them: no route, no event, no state.
     assert not [name for name in LEDGER if "Events" in template.functions[name]]
@@ -175,6 +176,7 @@ def test_only_the_compliance_agent_and_the_worker_may_have_money_moved(template:
         ("LEDGER_FUNCTION", "LedgerFunction"),
         ("LEDGER_TRANSFER_FUNCTION", "LedgerTransferFunction"),
         ("LEDGER_ANCHOR_FUNCTION", "LedgerAnchorFunction"),
+        ("LEDGER_RECORD_FUNCTION", "LedgerRecordFunction"),
     ],
 )
 def test_who_may_invoke_a_function_of_the_ledger_knows_its_name_and_nobody_else(
@@ -187,13 +189,14 @@ def test_who_may_invoke_a_function_of_the_ledger_knows_its_name_and_nobody_else(
 def test_each_operation_of_the_ledger_is_one_functions(template: Any) -> None:
     operations = {name: environment(name)["LEDGER_OPERATIONS"].split(",") for name in LEDGER}
     assert sorted(each for found in operations.values() for each in found) == sorted(_OPERATIONS)
-    assert set(operations["LedgerTransferFunction"]) == {"transfer", "reserve", "write"}
+    assert set(operations["LedgerTransferFunction"]) == {"transfer", "reserve", "record_instruction"}
     assert operations["LedgerAnchorFunction"] == ["submit_anchor"]
+    assert operations["LedgerRecordFunction"] == ["write", "settle_policy"]
     assert [name for name in template.functions if "LEDGER_OPERATIONS" in environment(name)] == [
         name for name in template.functions if name in LEDGER
     ]
     # Whoever may follow a wallet's queue may come upon a transfer that waits there.
-    assert {name for name in template.functions if "ALLOW_TRANSFERS" in environment(name)} == QUBIC
+    assert {name for name in template.functions if "ALLOW_TRANSFERS" in environment(name)} == HOLDERS_OF_THE_SEED
 
 
 @pytest.mark.parametrize(("network", "users"), [("mock", QUBIC), ("mainnet", set())])
@@ -204,6 +207,61 @@ def test_the_mock_networks_table_is_nobodys_where_there_is_none(template: Any, n
         if "table/ChainTable" in str(resolve(function.get("Policies", []), {"QubicNetwork": network}))
     }
     assert found == users
+
+
+def reached_from_the_internet(template: Any) -> set[str]:
+    """Functions that answer a request of an API: those with a route, and the authorizers."""
+    routed = {
+        name
+        for name, function in template.functions.items()
+        if any(event["Type"] in {"Api", "HttpApi"} for event in function.get("Events", {}).values())
+        or "FunctionUrlConfig" in function
+    }
+    authorizers = {
+        name
+        for name in template.functions
+        for body in template.resources.values()
+        if body["Type"].startswith(("AWS::Serverless::Api", "AWS::ApiGateway", "AWS::Lambda::Url"))
+        and {"Fn::GetAtt": [name, "Arn"]} in _values(body)
+    }
+    return routed | authorizers
+
+
+def _values(body: Any) -> list[Any]:
+    inner = body.values() if isinstance(body, dict) else body if isinstance(body, list) else ()
+    return [body, *(value for each in inner for value in _values(each))]
+
+
+def test_no_function_on_the_internet_holds_the_seed(template: Any) -> None:
+    reached = reached_from_the_internet(template)
+    assert {"QubicApiFunction", "GatewayFunction", "AuthorizerFunction", "PublicLogFunction"} <= reached
+    for name in template.functions:
+        variables = environment(name)
+        named = {variable for variable, value in variables.items() if "QubicSeed" in value}
+        actions = {
+            action
+            for action, resource in allowed(template, name)
+            if "secretsmanager" in action and (resource == "*" or "QubicSeed" in str(resource))
+        }
+        assert bool(actions) == bool(named) == (name in HOLDERS_OF_THE_SEED), name
+        assert name not in reached or not actions | named, name
+
+
+def test_no_function_on_the_internet_signs_through_the_table(template: Any) -> None:
+    """The ledger's functions sign again what a submission's item says: such a function may write the policy's alone."""
+    [statement] = [each for each in template.statements("QubicApiFunction") if each.get("Sid") == "ChangeThePolicy"]
+    assert statement["Condition"] == {"ForAllValues:StringLike": {"dynamodb:LeadingKeys": ["POLICY#*"]}}
+    table = {"Fn::GetAtt": ["LedgerTable", "Arn"]}
+    for name in reached_from_the_internet(template):
+        for each in template.statements(name):
+            changes = {"dynamodb:PutItem", "dynamodb:UpdateItem", "dynamodb:DeleteItem"} & set(each["Action"])
+            assert each == statement or not changes or table not in each["Resource"], name
+
+
+def test_the_threat_model_lists_every_function_with_the_seed() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "threat-model.md").read_text()
+    [line] = [line for line in text.splitlines() if line.startswith("**Functions that hold the seed**")]
+    assert set(re.findall(r"`(\w+Function)`", line)) == HOLDERS_OF_THE_SEED
 
 
 def test_the_qubic_service_has_no_right_that_it_does_not_use(template: Any) -> None:

@@ -92,9 +92,10 @@ CHANGES = {
     "dynamodb:PartiQLUpdate",
     "dynamodb:PartiQLDelete",
 }
-LEDGER = {"LedgerFunction", "LedgerTransferFunction", "LedgerAnchorFunction"}
-"""Those that other services invoke."""
-QUBIC = LEDGER | {"LedgerWriterFunction", "QubicApiFunction"}
+LEDGER = {"LedgerFunction", "LedgerTransferFunction", "LedgerAnchorFunction", "LedgerRecordFunction"}
+"""Those that other functions invoke."""
+HOLDERS_OF_THE_SEED = LEDGER | {"LedgerWriterFunction"}
+QUBIC = HOLDERS_OF_THE_SEED | {"QubicApiFunction"}
 OWNERS = {
     "LedgerTable": QUBIC,
     "ChainTable": QUBIC,
@@ -380,11 +381,13 @@ def test_a_table_has_one_owner(template: Any) -> None:
         assert users == owners, table
 
 
-def test_the_qubic_service_alone_reads_its_seed_and_nobody_changes_it(template: Any) -> None:
+def test_the_ledger_alone_reads_its_seed_and_nobody_changes_it(template: Any) -> None:
     for name in template.functions:
         secrets = [pair for pair in allowed(template, name) if "QubicSeed" in str(pair)]
         assert secrets == (
-            [("secretsmanager:GetSecretValue", {"Fn::GetAtt": ["QubicSeed", "Id"]})] if name in QUBIC else []
+            [("secretsmanager:GetSecretValue", {"Fn::GetAtt": ["QubicSeed", "Id"]})]
+            if name in HOLDERS_OF_THE_SEED
+            else []
         ), name
 
 

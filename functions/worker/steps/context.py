@@ -15,6 +15,7 @@ class StepContext:
     reference: str
     ledger: LedgerClient
     policy: Policy
+    requester: str
     run: int = 1
 
 

@@ -11,10 +11,11 @@ from worker.steps.context import StepContext
 def run(parameters: dict[str, Any], context: StepContext) -> dict[str, Any]:
     """`{task_type, description, parameters}` → `{task_type, instruction_hash, txid, tick}`: a receipt, no effect.
 
-    The transaction is handed in; `GET /verify/{instruction_hash}` tells when the ledger has confirmed it.
+    `txid` and `tick` are those of the transaction that was submitted. If its tick passes without it, the ledger signs
+    another: `GET /verify/{instruction_hash}` returns the one that is confirmed.
     """
     instruction = hash_of({"reference": context.reference, "instruction": parameters})
-    written = context.ledger.write(instruction, {"reference": context.reference})
+    written = context.ledger.record_instruction(instruction, reference=context.reference, requester=context.requester)
     return {
         "task_type": parameters["task_type"],
         "instruction_hash": instruction,

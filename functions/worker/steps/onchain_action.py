@@ -28,6 +28,7 @@ def run(parameters: dict[str, Any], context: StepContext) -> dict[str, Any] | Su
         source=parameters["from_address"],
         destination=parameters["to_address"],
         amount=parameters["amount"],
+        requester=context.requester,
         run=context.run,
     )
     state = transfer["state"]

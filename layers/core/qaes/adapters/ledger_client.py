@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from qaes.adapters import clients, settings
-from qaes.domain.errors import RefusedError, UnavailableError
+from qaes.domain.errors import LimitError, RefusedError, UnavailableError
 from qaes.domain.models import WalletBalance
 from qaes.domain.policy import Policy
 
@@ -16,7 +16,9 @@ CALL_SECONDS = 30
 _FUNCTIONS = {
     "transfer": "LEDGER_TRANSFER_FUNCTION",
     "reserve": "LEDGER_TRANSFER_FUNCTION",
-    "write": "LEDGER_TRANSFER_FUNCTION",
+    "record_instruction": "LEDGER_TRANSFER_FUNCTION",
+    "write": "LEDGER_RECORD_FUNCTION",
+    "settle_policy": "LEDGER_RECORD_FUNCTION",
     "submit_anchor": "LEDGER_ANCHOR_FUNCTION",
 }
 """Which variable names the function that changes something; all that reads is LEDGER_FUNCTION's."""
@@ -25,8 +27,8 @@ _FUNCTIONS = {
 class LedgerClient:
     """Asks the qubic service's functions: a caller has the names, and the rights, of those that it needs.
 
-    Every method raises RefusedError when the ledger says no, UnavailableError when it cannot be asked, and
-    SettingsError when the caller has not been told which function to ask.
+    Every method raises RefusedError when the ledger says no, LimitError when too much waits to be written,
+    UnavailableError when it cannot be asked, and SettingsError when the environment names no function for it.
 
     Parameters
     ----------
@@ -50,7 +52,9 @@ class LedgerClient:
         answer = self._call("balance", address=address)
         return WalletBalance.model_validate({name: answer[name] for name in WalletBalance.model_fields})
 
-    def transfer(self, *, reference: str, source: str, destination: str, amount: int, run: int = 1) -> dict[str, Any]:
+    def transfer(
+        self, *, reference: str, source: str, destination: str, amount: int, requester: str, run: int = 1
+    ) -> dict[str, Any]:
         """Sign and hand in a transfer of `amount` QU, once for each `reference`; its state, as `transfer_state`.
 
         It is under way when this answers, not made. Asked again, the same transfer answers; only when it has expired,
@@ -62,6 +66,7 @@ class LedgerClient:
             source=source,
             destination=destination,
             amount=amount,
+            requester=requester,
             run=run,
         )
 
@@ -85,9 +90,24 @@ class LedgerClient:
         """`{policy_id, version, text, hash, txid, tick, encoded}`: a version's canonical text, and what anchors it."""
         return self._call("policy_document", policy_id=policy_id)
 
-    def write(self, hash_: str, metadata: dict[str, Any]) -> dict[str, Any]:
-        """Write a hash, once for ever: `{txid, hash, tick, state}`; it is on the ledger when it is `confirmed`."""
-        return self._call("write", hash=hash_, metadata=metadata)
+    def write(self, hash_: str, metadata: dict[str, Any], *, written_by: str) -> dict[str, Any]:
+        """Write a hash for an operator, once for ever: `{txid, hash, tick, timestamp, state, network}`.
+
+        It is on the ledger when its state is `confirmed`. Raises LimitError when too much waits to be written.
+        """
+        return self._call("write", hash=hash_, metadata=metadata, written_by=written_by)
+
+    def record_instruction(self, hash_: str, *, reference: str, requester: str) -> dict[str, Any]:
+        """Write the hash of a task's instruction, once: `{txid, hash, tick, state}`, as `write`."""
+        return self._call("record_instruction", hash=hash_, reference=reference, requester=requester)
+
+    def settle_policy(self) -> None:
+        """Have the version of the policy that is on its way handed in, or put in force if the ledger has it."""
+        self._call("settle_policy")
+
+    def identity(self) -> str:
+        """The identity of the ledger's own key."""
+        return str(self._call("identity")["identity"])
 
     def submit_anchor(self, *, log_id: str, sequence: int, payload: str) -> dict[str, Any]:
         """Write an anchor's payload (hex), once for each log and sequence number; its state, as `anchor_state`."""
@@ -101,7 +121,10 @@ class LedgerClient:
         return self._call("anchor_state", log_id=log_id, sequence=sequence)
 
     def verify(self, hash_: str) -> dict[str, Any]:
-        """`{hash, verified, state, txid, tick, timestamp}`; `verified` only when its transaction is confirmed."""
+        """`{hash, verified, kind, state, txid, tick, timestamp}`; `verified` only when its transaction is confirmed.
+
+        `kind` is `instruction` for the record of a task's instruction, `hash` for what an operator wrote.
+        """
         return self._call("verify", hash=hash_)
 
     def transaction(self, txid: str) -> dict[str, Any]:
@@ -125,6 +148,9 @@ class LedgerClient:
         if response.get("FunctionError") or not isinstance(answer, dict) or "ok" not in answer:
             raise UnavailableError("the ledger failed to answer")
         if not answer["ok"]:
-            raise RefusedError(answer["error"]["code"], answer["error"]["message"])
+            error = answer["error"]
+            if error["code"] == "busy":
+                raise LimitError(error["message"], max_open=error["max_open"])
+            raise RefusedError(error["code"], error["message"])
         result: dict[str, Any] = answer["result"]
         return result
