@@ -23,6 +23,15 @@ RULE = {
     "allowed_addresses": None,
 }
 LIMITED_RULE = RULE | {"approvals": 2, "max_amount": 500, "daily_limit": 2000, "allowed_addresses": [OTHER]}
+DROPPED = ["monitoring", "transaction"]
+DIFFERENCE = {
+    "added": {},
+    "removed": {
+        "monitoring": RULE | {"requires_approval": False, "risk_level": "low"},
+        "transaction": RULE | {"risk_level": "medium"},
+    },
+    "changed": {"transfer_funds": {"before": RULE, "after": LIMITED_RULE}},
+}
 PROPOSED = {
     "version": 2,
     "policy_id": f"policy-v2-{HASH}",
@@ -321,8 +330,8 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         },
     },
     "propose_policy": {
-        "body": {"based_on": POLICY_ID, "rules": {"transfer_funds": LIMITED_RULE}},
-        "answer": PROPOSED | {"network": "mock"},
+        "body": {"based_on": POLICY_ID, "rules": {"transfer_funds": LIMITED_RULE}, "remove": DROPPED},
+        "answer": PROPOSED | {"network": "mock", "difference": DIFFERENCE},
     },
     "get_policy_versions": {
         "parameters": {"limit": 20},
@@ -330,7 +339,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     },
     "get_policy_version": {
         "parameters": VERSION,
-        "answer": PROPOSED | {"network": "mock", "text": DOCUMENT},
+        "answer": PROPOSED | {"network": "mock", "difference": DIFFERENCE, "text": DOCUMENT},
     },
     "approve_policy": {
         "parameters": VERSION,
@@ -359,6 +368,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
             "txid": TXID,
             "timestamp": MOMENT,
             "tick": 48239423,
+            "kind": "hash",
             "state": "confirmed",
             "source": PAYER,
             "encoded": SIGNED,
@@ -371,7 +381,9 @@ EXAMPLES: dict[str, dict[str, Any]] = {
             "txid": TXID,
             "hash": HASH,
             "timestamp": MOMENT,
-            "metadata": {"invoice": "4711"},
+            "kind": "hash",
+            "metadata": {},
+            "requested_by": None,
             "block_height": 48239423,
             "encoded": SIGNED,
             "state": "confirmed",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import base64
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
@@ -35,7 +35,19 @@ from qaes.domain.errors import (
     UnavailableError,
 )
 from qaes.domain.ids import now, timestamp
-from qaes.domain.policy import DEFAULT_RULES, Policy, PolicyDocument, Rule, policy_id_of, policy_of, version_of
+from qaes.domain.policy import (
+    DEFAULT_RULES,
+    Policy,
+    PolicyDifference,
+    PolicyDocument,
+    Rule,
+    check_enforceable,
+    check_removals,
+    difference,
+    policy_id_of,
+    policy_of,
+    version_of,
+)
 from qaes.domain.qubic.identity import decode_identity, encode_identity
 from qaes.domain.qubic.transaction import Transaction, decode
 from qaes.domain.text import same_subject
@@ -358,7 +370,9 @@ class Policies:
 
     # Changing it
 
-    def propose(self, rules: dict[str, Rule], *, subject: str, based_on: str | None = None) -> PolicyVersion:
+    def propose(
+        self, rules: dict[str, Rule], *, subject: str, based_on: str | None = None, remove: Sequence[str] = ()
+    ) -> PolicyVersion:
         """Write a new version down, for another operator to approve. The same proposal again is the same version.
 
         Parameters
@@ -369,13 +383,15 @@ class Policies:
             Who proposes.
         based_on
             The `policy_id` that was looked at; by default the one in force.
+        remove
+            The rules in force that the new version drops: each has to be named.
 
         Raises
         ------
         ConflictError
             `based_on` is not in force (any more), or a version is on its way to the ledger.
         InvalidInputError
-            The document is not acceptable.
+            The document is not acceptable, or `remove` does not name just what it drops.
         """
         for _ in attempts():
             head = self._head()
@@ -386,6 +402,8 @@ class Policies:
             document = PolicyDocument.write(
                 rules, version=head.newest + 1, proposed_by=subject, based_on=current.policy_id
             )
+            check_enforceable(rules)
+            check_removals(current.rules, rules, remove)
             if newest is not None and _is_same_proposal(newest, document):
                 return _record(newest)
             proposed = _new_record(document, timestamp(now()))
@@ -495,6 +513,21 @@ class Policies:
         """Return the same, and the document. Raises NotFoundError."""
         item = self._existing(version)
         return self._shown(_record(item)), _text(item)
+
+    def difference(self, version: int) -> PolicyDifference | None:
+        """Compare a version with the one that it is based on; None when one of the two texts cannot be read.
+
+        Raises NotFoundError when there is no such version.
+        """
+        record, text = self.read(version)
+        before = self._item(version_of(record.based_on) or 0) if record.based_on else None
+        if record.based_on and before is None:
+            return None
+        try:
+            rules = PolicyDocument.read(_text(before)).rules if before else {}
+            return difference(rules, PolicyDocument.read(text).rules)
+        except ValueError:
+            return None
 
     def list(self, limit: int = 20, before: int | None = None) -> list[PolicyVersion]:
         """List versions, newest first; `before` leaves out that one and those that are newer."""

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from qaes.adapters.http import Caller, require
 from qaes.domain.planning import RECORDED_ONLY, Effect, action_step, effect_of
-from qaes.domain.policy import POLICY_ID_PATTERN, Rule, Rules
+from qaes.domain.policy import MAX_RULES, POLICY_ID_PATTERN, ActionType, PolicyDifference, Rule, Rules
 from qubic.policies import Policies, PolicyVersion
 
 EVERY_ROLE = require("requester", "approver", "auditor")
@@ -49,7 +49,15 @@ class PolicyVersionAnswer(PolicyVersion):
     network: str
 
 
-class PolicyDocumentAnswer(PolicyVersionAnswer):
+class PolicyProposalAnswer(PolicyVersionAnswer):
+    """A version of the policy, and what it changes."""
+
+    difference: PolicyDifference | None = Field(
+        description="from the version that it is based on; null when a text that was altered cannot be read"
+    )
+
+
+class PolicyDocumentAnswer(PolicyProposalAnswer):
     """A version of the policy; `text` is its document to the letter, whose SHA-256 is `hash`."""
 
     text: str
@@ -63,7 +71,7 @@ class PolicyVersionsAnswer(_Answer):
 
 
 class PolicyRequest(BaseModel):
-    """A new version: all of its rules. What is not among them is denied."""
+    """A new version: all of its rules. What is not among them is denied, and named in `remove` if it had a rule."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -71,6 +79,11 @@ class PolicyRequest(BaseModel):
         pattern=POLICY_ID_PATTERN, description="the policy in force that was looked at; 409 if it is another by now"
     )
     rules: Rules
+    remove: list[ActionType] = Field(
+        default_factory=list,
+        max_length=MAX_RULES,
+        description="the rules of the policy in force that `rules` drops: each must be named here",
+    )
 
 
 class RejectRequest(BaseModel):
@@ -130,14 +143,15 @@ def get_policy_version(version: Version) -> PolicyDocumentAnswer:
     """A version of the policy: its document, and what became of it."""
     it = policies()
     found, text = it.read(version)
-    return PolicyDocumentAnswer(network=it.network, text=text, **dict(found))
+    return PolicyDocumentAnswer(network=it.network, text=text, difference=it.difference(version), **dict(found))
 
 
-def propose_policy(body: PolicyRequest, caller: Operator) -> PolicyVersionAnswer:
+def propose_policy(body: PolicyRequest, caller: Operator) -> PolicyProposalAnswer:
     """Propose a new version of the policy, for another operator to approve. Operators only."""
     it = policies()
-    proposed = it.propose(body.rules, subject=caller.subject, based_on=body.based_on)
-    return PolicyVersionAnswer(network=it.network, **dict(proposed))
+    proposed = it.propose(body.rules, subject=caller.subject, based_on=body.based_on, remove=body.remove)
+    changes = it.difference(proposed.version)
+    return PolicyProposalAnswer(network=it.network, difference=changes, **dict(proposed))
 
 
 def approve_policy(version: Version, caller: Operator) -> PolicyVersionAnswer:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
+import boto3
 import pytest
 
 from local.openapi_examples import EXAMPLES
-from qaes.domain.policy import DEFAULT_RULES
+from qaes.domain.policy import DEFAULT_RULES, policy_of
 from qaes.domain.qubic.identity import encode_identity
 from tests.support.api import ALICE, BOB, CAROL, OLIVIA, Answer, Api, named, set_environment
 from tests.support.cloud import Cloud, cloud
@@ -45,8 +47,11 @@ def in_force(api: Api) -> str:
     return str(api("GET", "/policy").body["policy_id"])
 
 
+DROPPED = ["monitoring", "transaction"]
+
+
 def propose(api: Api, caller: dict[str, Any] = OLIVIA, **rule: Any) -> Answer:
-    body = {"based_on": in_force(api), "rules": {"transfer_funds": RULE | rule}}
+    body = {"based_on": in_force(api), "rules": {"transfer_funds": RULE | rule}, "remove": DROPPED}
     return api("POST", "/policy", body, **caller)
 
 
@@ -187,13 +192,95 @@ def test_a_rule_that_is_not_acceptable(api: Api, rule: dict[str, Any], field: st
         ({"rules": {f"action_{n}": RULE for n in range(201)}}, "rules"),
         ({"rules": {f"a{n}": RULE | {"allowed_addresses": MANY_ADDRESSES} for n in range(16)}}, "rules"),
         ({"more": 1}, "more"),
+        ({"remove": None}, "remove"),
+        ({"remove": "monitoring"}, "remove"),
     ],
-    ids=["null", "no id", "no rules", "too many", "too large", "more"],
+    ids=["null", "no id", "no rules", "too many", "too large", "more", "no removals", "no list"],
 )  # fmt: skip
 def test_a_proposal_that_is_not_acceptable(api: Api, changes: dict[str, Any], field: str) -> None:
-    body = {"based_on": in_force(api), "rules": {"transfer_funds": RULE}} | changes
+    body = {"based_on": in_force(api), "rules": {"transfer_funds": RULE}, "remove": DROPPED} | changes
     answer = api("POST", "/policy", body, **OLIVIA)
     assert (answer.status, named(answer)) == (422, {field})
+
+
+# What a proposal drops
+
+
+@pytest.mark.parametrize(
+    ("rules", "remove", "message"),
+    [
+        (["transfer_funds"], [], "monitoring, transaction"),
+        (["transfer_funds"], ["monitoring"], "drops: transaction"),
+        ([], ["monitoring", "transaction"], "drops: transfer_funds"),
+        (["transfer_funds"], [*DROPPED, "pay_invoice"], "in force: pay_invoice"),
+        (["transfer_funds"], [*DROPPED, "monitoring"], "twice: monitoring"),
+        (["transfer_funds", "monitoring"], DROPPED, "a rule for: monitoring"),
+        (["transfer_funds", "pay_invoice"], [*DROPPED, "pay_invoice"], "in force: pay_invoice"),
+    ],
+    ids=["silent", "one missing", "all gone", "unknown", "duplicate", "kept and removed", "new and removed"],
+)
+def test_proposal_names_each_rule_that_it_drops(api: Api, rules: list[str], remove: list[str], message: str) -> None:
+    plain = {"allowed": True, "requires_approval": False, "risk_level": "low"}
+    body = {"based_on": in_force(api), "rules": dict.fromkeys(rules, plain), "remove": remove}
+    answer = api("POST", "/policy", body, **OLIVIA)
+    assert (answer.status, named(answer)) == (422, {"remove"})
+    assert message in json.dumps(answer.body)
+    assert len(api("GET", "/policy/versions").body["versions"]) == 1
+
+
+def test_proposal_answers_what_it_changes(api: Api) -> None:
+    rules = api("GET", "/policy").body["rules"]
+    changed = rules["transfer_funds"] | {"max_amount": 5}
+    added = rules["monitoring"] | {"risk_level": "high"}
+    body = {
+        "based_on": in_force(api),
+        "rules": {"transfer_funds": changed, "transaction": rules["transaction"], "pay_invoice": added},
+        "remove": ["monitoring"],
+    }
+    expected = {
+        "added": {"pay_invoice": added},
+        "removed": {"monitoring": rules["monitoring"]},
+        "changed": {"transfer_funds": {"before": rules["transfer_funds"], "after": changed}},
+    }
+    for _ in range(2):  # sent again it is the same proposal, with the same answer
+        answer = api("POST", "/policy", body, **OLIVIA)
+        assert (answer.status, answer.body["version"], answer.body["difference"]) == (201, 2, expected)
+    # The operator who decides on it sees the same.
+    assert api("GET", "/policy/versions/2", **OSCAR).body["difference"] == expected
+    first = api("GET", "/policy/versions/1", **OSCAR).body["difference"]
+    assert first == {"added": rules, "removed": {}, "changed": {}}
+
+
+def test_difference_is_null_when_text_is_unreadable(api: Api) -> None:
+    propose(api)
+    boto3.client("dynamodb").update_item(
+        TableName="LedgerTable",
+        Key={"pk": {"S": "POLICY#mock"}, "sk": {"S": "VERSION#000000002"}},
+        UpdateExpression="SET #text = :text",
+        ExpressionAttributeNames={"#text": "text"},
+        ExpressionAttributeValues={":text": {"S": "{"}},
+    )
+    found = api("GET", "/policy/versions/2", **OSCAR)
+    assert (found.status, found.body["difference"]) == (200, None)
+
+
+# A limit that nothing would enforce
+
+
+@pytest.mark.parametrize(("limit", "value"), [("max_amount", 5), ("daily_limit", 5), ("allowed_addresses", [ADDRESS])])
+@pytest.mark.parametrize("action_type", ["monitoring", "transaction", "pay_invoice"])
+def test_rule_has_no_limit_that_nothing_enforces(api: Api, action_type: str, limit: str, value: Any) -> None:
+    rules = api("GET", "/policy").body["rules"]
+    rules[action_type] = {"allowed": True, "requires_approval": False, "risk_level": "low", limit: value}
+    answer = api("POST", "/policy", {"based_on": in_force(api), "rules": rules}, **OLIVIA)
+    assert (answer.status, named(answer)) == (422, {f"rules.{action_type}.{limit}"})
+    assert len(api("GET", "/policy/versions").body["versions"]) == 1
+
+
+def test_older_document_with_idle_limit_still_loads() -> None:
+    rule = {"allowed": True, "requires_approval": False, "risk_level": "low", "max_amount": 5}
+    text = json.dumps({"format": 1, "version": 7, "rules": {"monitoring": rule}})
+    assert policy_of(text).decide("monitoring").max_amount == 5
 
 
 def test_a_name_that_is_no_action_type(api: Api) -> None:

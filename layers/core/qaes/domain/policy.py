@@ -6,6 +6,7 @@ A version of the policy is a document: one text, whose SHA-256 is written to the
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Annotated, Literal
 
@@ -52,7 +53,7 @@ Address = Annotated[str, AfterValidator(_address)]
 class Rule(BaseModel):
     """What the policy says of one action type; a limit that is None is none.
 
-    The limits are about money, and are looked at where a step moves some: in another rule they have no effect.
+    The limits are about money, so in a new version only the rule TRANSFER_ACTION may have them (`check_enforceable`).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -211,6 +212,73 @@ class PolicyDocument(BaseModel):
     def text(self) -> str:
         """Write it in the one way (RFC 8785), every field of every rule being in it: null is the absence of a limit."""
         return canonical_json(self.model_dump(mode="json"))
+
+
+class RuleChange(BaseModel):
+    """A rule of both documents, which differs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    before: Rule
+    after: Rule
+
+
+class PolicyDifference(BaseModel):
+    """What a version of the policy changes in the version that it is based on, by action type."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    added: dict[str, Rule]
+    removed: dict[str, Rule] = Field(description="denied from then on")
+    changed: dict[str, RuleChange]
+
+
+def difference(before: Mapping[str, Rule], after: Mapping[str, Rule]) -> PolicyDifference:
+    """Compare the rules of two versions."""
+    return PolicyDifference(
+        added={name: rule for name, rule in after.items() if name not in before},
+        removed={name: rule for name, rule in before.items() if name not in after},
+        changed={
+            name: RuleChange(before=before[name], after=rule)
+            for name, rule in after.items()
+            if name in before and before[name] != rule
+        },
+    )
+
+
+def check_removals(before: Mapping[str, Rule], after: Mapping[str, Rule], remove: Sequence[str]) -> None:
+    """Check that `remove` names each rule that a new version drops, once, and nothing else.
+
+    Raises
+    ------
+    InvalidInputError
+        A rule would be dropped silently; or a name stands twice, has no rule in force, or has one in `after`.
+    """
+    wrong = {
+        "names these rules twice": [name for name in dict.fromkeys(remove) if remove.count(name) > 1],
+        "names what has no rule in the policy in force": [name for name in remove if name not in before],
+        "names what `rules` has a rule for": [name for name in remove if name in after],
+        "does not name these rules, which `rules` drops": [
+            name for name in before if name not in after and name not in remove
+        ],
+    }
+    for problem, names in wrong.items():
+        if names:
+            raise InvalidInputError(f"`remove` {problem}: {', '.join(sorted(set(names)))}", field="remove")
+
+
+def check_enforceable(rules: Mapping[str, Rule]) -> None:
+    """Check that no rule of a new version has a limit that nothing would enforce.
+
+    Older documents that have one stay valid: there the limit has no effect. Raises InvalidInputError.
+    """
+    for name, rule in rules.items():
+        for limit in ("max_amount", "daily_limit", "allowed_addresses"):
+            if name != TRANSFER_ACTION and getattr(rule, limit) is not None:
+                raise InvalidInputError(
+                    f"`{name}` moves no money, so nothing would enforce it: only `{TRANSFER_ACTION}` may have it",
+                    field=f"rules.{name}.{limit}",
+                )
 
 
 def policy_id_of(version: int, hash_: str) -> str:
