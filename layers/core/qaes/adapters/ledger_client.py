@@ -148,9 +148,9 @@ class LedgerClient:
         if response.get("FunctionError") or not isinstance(answer, dict) or "ok" not in answer:
             raise UnavailableError("the ledger failed to answer")
         if not answer["ok"]:
-            error = answer["error"]
-            if error["code"] == "busy":
-                raise LimitError(error["message"], max_open=error["max_open"])
-            raise RefusedError(error["code"], error["message"])
+            refusal = answer["error"]
+            if refusal["code"] == "busy":
+                raise LimitError(refusal["message"], max_open=refusal["max_open"])
+            raise RefusedError(refusal["code"], refusal["message"])
         result: dict[str, Any] = answer["result"]
         return result
