@@ -161,18 +161,6 @@ def test_each_role_invokes_what_it_needs_of_the_ledger_and_nothing_else(
         assert answer["error"]["code"] == "unknown_operation"
 
 
-def test_the_api_changes_nothing_of_the_ledger_but_the_policy(
-    local_cloud: Cloud, session: Callable[[str], boto3.Session]
-) -> None:
-    """Or other code in it could have a transfer signed: the ledger's functions sign again what the table says."""
-    dynamodb = session("QubicApiFunction").client("dynamodb", endpoint_url=local_cloud.endpoint)
-    table = local_cloud.resources["LedgerTable"]
-    for pk in ("SUBMISSION#mock#hash:x", "SOURCE#mock#x", "RESERVATION#mock#x", "TXID#mock#x"):
-        item = {"pk": {"S": pk}, "sk": {"S": "forged"}}
-        _refused(dynamodb.put_item, TableName=table, Item=item)
-        _refused(dynamodb.transact_write_items, TransactItems=[{"Put": {"TableName": table, "Item": item}}])
-
-
 STARTERS = {"GatewayFunction", "ReconcilerFunction"}
 WAKERS = STARTERS | {"AwaitConfirmationFunction", "TransferEndedFunction", "RequestApprovalFunction"}
 

@@ -45,9 +45,9 @@ def test_wherever_the_process_dies_a_hash_is_written_once():
 def _hash_is_written_once(it: Cloud, number: int) -> bool:
     write = {"operation": "write", "hash": digest(number), "metadata": {}}
     with crash_at(number, "after") as crash:
-        it.invoke("LedgerTransferFunction", write)
+        it.invoke("LedgerRecordFunction", write)
         _follow(it)
-    it.invoke("LedgerTransferFunction", write)  # whoever asked for it asks again
+    it.invoke("LedgerRecordFunction", write)  # whoever asked for it asks again
     it.settle()
     state = it.invoke("LedgerFunction", {"operation": "verify", "hash": digest(number)})["result"]
     assert state["verified"], (number, crash.calls[-1])
@@ -120,7 +120,7 @@ def _record(key: str, network: str = "mock", looks: int = 1) -> dict[str, Any]:
 
 def test_a_submission_is_looked_at_until_it_is_closed():
     with cloud(state_machine=False) as it:
-        it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         [before] = _messages()
         event = {"Records": [_record(f"hash:{digest(1)}")]}
         assert it.invoke("LedgerWriterFunction", event) == {"batchItemFailures": []}
@@ -144,7 +144,7 @@ def test_what_cannot_be_followed_is_delivered_again():
 
 def test_while_the_network_is_silent_the_writer_comes_back():
     with cloud(state_machine=False) as it:
-        it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         chain = MockChain(genesis={}, table="ChainTable", clock=it.clock, tick_milliseconds=1000)
         chain.set_faults(Faults(fail_requests=1))
         [before] = _messages()
@@ -156,7 +156,7 @@ def test_while_the_network_is_silent_the_writer_comes_back():
 
 def test_a_lost_message_is_made_up_for_by_the_schedule():
     with cloud(state_machine=False) as it:
-        it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         it.clock.pass_seconds(LEAD_TICKS + 2)
         assert it.invoke("LedgerWriterFunction", {}) == {"open": []}
         assert it.invoke("LedgerFunction", {"operation": "verify", "hash": digest(1)})["result"]["verified"]
@@ -167,16 +167,14 @@ def test_what_cannot_be_sent_is_followed_and_what_cannot_be_followed_is_sent(mon
         chain = MockChain(genesis={}, table="ChainTable", clock=it.clock, tick_milliseconds=1000)
         chain.set_faults(Faults(fail_after_accepting=1))
         [before] = _messages()
-        it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         assert sum(_messages()[0].values()) == sum(before.values()) + 1
         boto3.client("sqs").delete_queue(
             QueueUrl=boto3.client("sqs").get_queue_url(QueueName="LedgerWriterQueue")["QueueUrl"]
         )
         it.clock.pass_seconds(LEAD_TICKS + 2)
         it.invoke("LedgerWriterFunction", {})
-        written = it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(2), "metadata": {}})[
-            "result"
-        ]
+        written = it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(2), "metadata": {}})["result"]
         it.clock.pass_seconds(LEAD_TICKS + 2)
         assert _on_chain(it, bytes.fromhex(digest(2))) == [written["txid"]]
 
@@ -198,7 +196,7 @@ def _sent(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 def test_pauses_grow_while_ticks_stand_still_and_are_short_again_when_they_come(monkeypatch):
     with cloud(state_machine=False) as it:
         sent = _sent(monkeypatch)
-        it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         assert [each["delay"] for each in sent] == [LEAD_TICKS + 2]
         chain = MockChain(genesis={}, table="ChainTable", clock=it.clock, tick_milliseconds=1000)
         chain.set_faults(Faults(paused=True))
@@ -221,7 +219,7 @@ def test_pauses_grow_while_ticks_stand_still_and_are_short_again_when_they_come(
 def test_a_batch_follows_each_source_once(monkeypatch):
     with cloud(state_machine=False) as it:
         for number in (1, 2, 3):
-            it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(number), "metadata": {}})
+            it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(number), "metadata": {}})
         followed = _followed(monkeypatch)
         sent = _sent(monkeypatch)
         records = [_record(f"hash:{digest(number)}") for number in (1, 2, 3)]
@@ -244,7 +242,7 @@ def _followed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_what_there_is_no_time_for_is_delivered_again_and_not_begun(monkeypatch):
     with cloud(state_machine=False) as it:
-        it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         followed, sent = _followed(monkeypatch), _sent(monkeypatch)
         monkeypatch.setattr("tests.support.cloud.Context.get_remaining_time_in_millis", lambda self: 5_000)
         record = _record(f"hash:{digest(1)}")
@@ -257,7 +255,7 @@ def test_what_there_is_no_time_for_is_delivered_again_and_not_begun(monkeypatch)
 
 def test_whatever_happens_to_one_source_the_others_are_followed_and_the_policy_is_settled(monkeypatch, capsys):
     with cloud(state_machine=False) as it:
-        it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         it.invoke("LedgerTransferFunction", TRANSFER)
         follow, seen, settled = Submissions.follow, [], []
 
@@ -277,7 +275,7 @@ def test_whatever_happens_to_one_source_the_others_are_followed_and_the_policy_i
 def test_what_is_wrong_with_a_policy_does_not_keep_a_queue_waiting(monkeypatch, caplog):
     with cloud(state_machine=False, policy=False) as it:
         it.invoke("LedgerWriterFunction", {})  # hands version 1 in
-        it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
 
         def broken(self: Any) -> None:
             raise UnavailableError("version 1 of the policy is missing")
@@ -293,7 +291,7 @@ def test_what_is_wrong_with_a_policy_does_not_keep_a_queue_waiting(monkeypatch, 
 
 def test_a_limit_on_one_source_does_not_keep_the_others_waiting(monkeypatch):
     with cloud(state_machine=False) as it:
-        it.invoke("LedgerTransferFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         it.invoke("LedgerTransferFunction", TRANSFER)
         it.clock.pass_seconds(LEAD_TICKS + 2)
         follow = Submissions.follow
