@@ -492,7 +492,9 @@ class Story:
         self.version = document["version"]
         # An action type without a rule is denied.
         rule = document["rules"].get(action, ABSENT | DENIED)
-        follows = same(decision, rule | {"policy_id": decision["policy_id"], "action_type": action})
+        says = rule | {"policy_id": decision["policy_id"], "action_type": action}
+        # A member that is absent, in a document that is older than the member, is null.
+        follows = same(*({name: each for name, each in side.items() if each is not None} for side in (decision, says)))
         need(follows, "R79 policy", "not what the document's rule says", where)
         return decision
 

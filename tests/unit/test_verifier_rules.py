@@ -248,9 +248,13 @@ def with_step(at: int, **changes: Any) -> Case:
 
 
 def of_transfer(**changes: Any) -> Case:
-    return of_trail(
-        Trail(parameters={"wallet_address": WALLET, "to_address": TARGET} | changes).start().check_policy().build()
-    )
+    """Asked for and planned: the system itself would refuse it."""
+    trail = Trail().start().check_policy().build()
+    request = {"parameters": trail.request["parameters"] | changes}
+    plan = json.loads(trail.entries[-1][2])
+    plan["steps"][2]["parameters"] |= changes
+    edit(trail, 0, input=request)
+    return of_trail(edit(trail, input=request, output=plan, plan_hash=sha256_hex(canonical_json(plan))))
 
 
 def started(**changes: Any) -> Case:

@@ -11,6 +11,7 @@ from qaes.adapters.task_store import TaskStore
 from qaes.domain.ids import new_task_id, now, timestamp
 from qaes.domain.models import Approval, Task
 from tests.support.cloud import Cloud, cloud
+from tests.support.stories import check_every_story
 
 SOURCE, DESTINATION = "0x1234567890abcdef", "0xfedcba0987654321"
 
@@ -19,6 +20,7 @@ SOURCE, DESTINATION = "0x1234567890abcdef", "0xfedcba0987654321"
 def aws() -> Iterator[Cloud]:
     with cloud() as it:
         yield it
+        check_every_story()
 
 
 def begin(aws: Cloud, task_type: str, **parameters: Any) -> str:

@@ -12,7 +12,8 @@ import pytest
 
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
-from qaes.domain.policy import Policy
+from qaes.domain import policy
+from qaes.domain.policy import Policy, PolicyDocument, Rule
 from qubic.chain.mock import Faults, MockChain
 from tests.support import template
 from tests.support.cloud import Cloud, call, cloud
@@ -48,10 +49,13 @@ def visited(aws: Cloud, task_id: str) -> list[str]:
 
 
 def policy_of(**changes: dict[str, Any]) -> Callable[[Any], Policy]:
-    """The ledger's policy with other rules, from now on."""
+    """The ledger's policy with other rules, from now on; its document is where the tasks' stories are checked by it."""
     base = Policy.model_validate(call("LedgerFunction", {"operation": "policy"})["result"])
-    rules = {name: rule.model_dump() for name, rule in base.rules.items()} | changes
-    changed = Policy.model_validate({"policy_id": "policy-v2-changed", "version": 2, "rules": rules})
+    rules = base.rules | {name: Rule.model_validate(rule) for name, rule in changes.items()}
+    text = PolicyDocument.write(rules, version=2).text()
+    item = {"pk": {"S": "TEST"}, "sk": {"S": "VERSION#000000002"}, "text": {"S": text}}
+    boto3.client("dynamodb").put_item(TableName="LedgerTable", Item=item)
+    changed = policy.policy_of(text)
     return lambda client: changed
 
 

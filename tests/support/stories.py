@@ -1,0 +1,43 @@
+"""Whatever the system records, the offline verifier accepts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import boto3
+from boto3.dynamodb.types import TypeDeserializer
+
+from qaes.domain.canonical import sha256_hex
+from tests.support.bundles import load_verifier, not_enforced
+
+
+def check_every_story(network: str = "mock") -> int:
+    """Tell the verifier every task's events, as they are in the tables; how many tasks there are.
+
+    Raises AssertionError when it refuses an event, with the task's events up to it.
+    """
+    verifier = load_verifier()
+    documents = {sha256_hex(item["text"]): item["text"] for item in scan("LedgerTable") if "VERSION#" in item["sk"]}
+    events: dict[str, list[dict[str, Any]]] = {}
+    for item in sorted(scan("TasksTable"), key=lambda item: str(item["sk"])):
+        if item["sk"].startswith("EVENT#"):
+            events.setdefault(item["pk"], []).append(item)
+    for task_id, told in events.items():
+        story = verifier.Story(documents, network)
+        for number, event in enumerate(told):
+            sides = {side: verifier.parse(event[side], side, fractions=True) for side in ("input", "output")}
+            of_no_step = {} if event["step_type"] else {"step_type": event["kind"]}
+            entry = event | sides | of_no_step | {"task_id": task_id, "where": f"entry {number + 1}"}
+            try:
+                with not_enforced(verifier, "R28"):  # a test moves one function's clock, and back
+                    story.tell(entry | {"step_index": int(event["step_index"])}, event["output"])
+            except verifier.Failed as failed:
+                kinds = [f"{each['kind']}:{each['status']}" for each in told[: number + 1]]
+                raise AssertionError(f"{failed} after {kinds}, which says {entry}") from failed
+    return len(events)
+
+
+def scan(table: str) -> list[dict[str, Any]]:
+    read, pages = TypeDeserializer().deserialize, boto3.client("dynamodb").get_paginator("scan")
+    items = [item for page in pages.paginate(TableName=table) for item in page["Items"]]
+    return [{name: read(value) for name, value in item.items()} for item in items]
