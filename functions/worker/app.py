@@ -16,6 +16,7 @@ from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore, refuse_other_execution
 from qaes.domain import compliance
 from qaes.domain.errors import ConflictError, RefusedError, UnavailableError
+from qaes.domain.ids import now
 from qaes.domain.models import CONFIRMED_LATER, TERMINAL, Plan, StepRecord, Task
 from qaes.domain.policy import Policy
 from worker.steps import RUN, StepContext, Submitted
@@ -114,7 +115,7 @@ def _claim(
         return store.claim_step(task.task_id, step_index, step, None, run=task.run, current=current)
     approval = store.latest_approval(task.task_id, step_index)
     try:
-        compliance.check_may_act(task, plan, step_index, current, approval)
+        compliance.check_may_act(task, plan, step_index, current, approval, at=now())
     except RefusedError as refusal:
         return store.refuse_step(task.task_id, step_index, step, record, refusal.message, run=task.run)
     # Who was asked in this execution has approved it, whether that was needed or not.

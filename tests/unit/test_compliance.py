@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from qaes.domain import compliance
 from qaes.domain.errors import ConflictError, RefusedError
+from qaes.domain.ids import parse_timestamp
 from qaes.domain.models import Approval, Decision, Task
 from qaes.domain.policy import PolicyDecision
 from qaes.domain.qubic.identity import encode_identity
@@ -15,6 +17,7 @@ from tests.unit.test_planning import POLICY, TRANSFER, plan
 
 PLAN = plan("transfer_funds", TRANSFER)
 NOW = "2026-11-23T12:00:00.000Z"
+AT = parse_timestamp(NOW)
 TASK = Task(
     task_id="task_1",
     status="executing",
@@ -71,11 +74,22 @@ def changed(model: Any, **changes: Any) -> Any:
 def test_verdicts(step: int, current: PolicyDecision, approval: Approval | None, verdict: str) -> None:
     assert compliance.decide(TASK, PLAN, step, current, approval).verdict == verdict
     if verdict == "execute":
-        compliance.check_may_act(TASK, PLAN, step, current, approval)
+        compliance.check_may_act(TASK, PLAN, step, current, approval, at=AT)
     else:
         with pytest.raises(RefusedError) as caught:
-            compliance.check_may_act(TASK, PLAN, step, current, approval)
+            compliance.check_may_act(TASK, PLAN, step, current, approval, at=AT)
         assert caught.value.code == verdict
+
+
+def test_step_is_refused_when_its_approval_is_too_old() -> None:
+    late = AT + compliance.MAX_APPROVAL_AGE
+    compliance.check_may_act(TASK, PLAN, 2, CURRENT, APPROVED, at=late - timedelta(milliseconds=1))
+    with pytest.raises(RefusedError) as caught:
+        compliance.check_may_act(TASK, PLAN, 2, CURRENT, APPROVED, at=late)
+    assert caught.value.code == "approval_too_old"
+    monitoring = plan("monitor_wallet", {"wallet_address": "0x12"})
+    task = changed(TASK, plan_hash=monitoring.hash())
+    compliance.check_may_act(task, monitoring, 2, POLICY.decide("monitoring"), None, at=late)
 
 
 @pytest.mark.parametrize(
@@ -160,7 +174,7 @@ def test_a_step_runs_only_if_both_policies_allow_it(
     assert verdict == ("execute" if allows(then, amount) and allows(now, amount) else "denied")
     if verdict == "denied":
         with pytest.raises(RefusedError):
-            compliance.check_may_act(task, made, 2, now, None)
+            compliance.check_may_act(task, made, 2, now, None, at=AT)
 
 
 @pytest.mark.parametrize("which", ["pinned", "current"])

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from datetime import datetime, timedelta
 from typing import Literal
 
 from qaes.domain.errors import ConflictError, InvalidInputError, RefusedError
+from qaes.domain.ids import parse_timestamp
 from qaes.domain.models import TERMINAL, Approval, Model, Plan, Step, Task, WalletBalance
 from qaes.domain.planning import step_requires_approval
 from qaes.domain.policy import PolicyDecision
 from qaes.domain.qubic.identity import check_address, check_payable
 
 REJECTED = "an approver rejected it"
+
+
+MAX_APPROVAL_AGE = timedelta(minutes=55)
+"""How long after an approval's `expires_at` its step may still begin; the verifier refuses a step after an hour."""
 
 
 class Verdict(Model):
@@ -202,8 +208,21 @@ def covers(approval: Approval, plan: Plan, step: Step) -> bool:
     return approval.plan_hash == plan.hash() and approval.step_hash == step.hash()
 
 
-def check_may_act(task: Task, plan: Plan, step_index: int, current: PolicyDecision, approval: Approval | None) -> None:
-    """The last look, by the one who acts. Raises RefusedError when the step may not run."""
+def check_may_act(
+    task: Task, plan: Plan, step_index: int, current: PolicyDecision, approval: Approval | None, *, at: datetime
+) -> None:
+    """Check, as the last before a step begins at the moment `at`, that it may run.
+
+    Raises
+    ------
+    RefusedError
+        The step may not run; `code` is the verdict. `approval_too_old`: its approval expired `MAX_APPROVAL_AGE` ago or
+        earlier, so a retry of the task asks for a new one.
+    """
     verdict = decide(task, plan, step_index, current, approval)
     if verdict.verdict != "execute":
         raise RefusedError(verdict.verdict, verdict.reason)
+    if approval is None or approval.run != task.run:
+        return
+    if at - parse_timestamp(approval.expires_at) >= MAX_APPROVAL_AGE:
+        raise RefusedError("approval_too_old", f"its approval expired at {approval.expires_at}: retry the task")
