@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import planning
-from qaes.domain.errors import ConcurrentUpdateError
+from qaes.domain.errors import NotFoundError
 from qaes.domain.ids import now, timestamp
 from qaes.domain.models import Plan, Task
 from qaes.domain.policy import Policy
@@ -35,9 +35,9 @@ def seed(store: TaskStore, policy: Policy) -> None:
             updated_at=moment,
         )
         try:
+            store.get_task(task_id)  # an earlier run wrote it
+        except NotFoundError:
             store.start_task(task)
-        except ConcurrentUpdateError:
-            continue  # it was written by an earlier run
     if store.get_task(PLANNED_TASK).plan_id is None:
         store.begin_planning(PLANNED_TASK)
         plan = _plan(policy)

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import random
+from bisect import bisect_left
+from collections.abc import Callable, Collection
 from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
@@ -27,8 +29,14 @@ from qaes.domain.models import OPEN, TERMINAL, Task
 GRACE_SECONDS = 30
 """A task that changed less than this ago is left to those who are at work on it."""
 
+OPEN_TASKS_SHARE = 0.5
+"""The part of a run's time that open tasks get; transfers get the rest."""
+
 REMINDER = 0.25
 """The part of an approval's time that is left when people are reminded of it."""
+
+_left: list[str] = []
+"""The first task that this process had no time for in its last run, if there was one."""
 
 REASONS = {
     "TIMED_OUT": "the execution reached its time limit",
@@ -44,29 +52,81 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     store, executions = TaskStore(), Executions()
     if event.get("detail-type") == "Step Functions Execution Status Change":
         return {"reconciled": _execution_changed(store, event.get("detail") or {})}
-    reconciled, ages = [], []
-    for task in [task for status in OPEN for task in store.open_tasks(status, GRACE_SECONDS)]:
-        try:
-            if reconcile(task, store, executions):
+    reconciled: list[str] = []
+    try:
+        reconciled += _reconcile_open(store, executions, context)
+    finally:  # whatever keeps open tasks from being helped must not keep transfers from being settled
+        reconciled += _settle_transfers(store, context)
+    return {"reconciled": list(dict.fromkeys(reconciled))}
+
+
+def _reconcile_open(store: TaskStore, executions: Executions, context: LambdaContext) -> list[str]:
+    """Help open tasks in half of the time that is left. The next run of this process goes on where this one stopped."""
+    end = context.get_remaining_time_in_millis() * (1 - OPEN_TASKS_SHARE)
+
+    def has_time() -> bool:
+        return context.get_remaining_time_in_millis() > end
+
+    tasks = [task for status in OPEN for task in store.open_tasks(status, GRACE_SECONDS)]
+    waiting = {each.task_id: each.waiting_since or each.updated_at for each in tasks if _waits(each)}
+    reconciled: list[str] = []
+    try:
+        running = _running(executions, has_time)
+        tasks = _from(tasks, _left.pop() if _left else None)
+        for number, task in enumerate(tasks):
+            if not has_time():
+                _left[:] = [task.task_id]
+                logger().warning("no time left for all open tasks", extra={"left_to_the_next_run": len(tasks) - number})
+                break
+            if _reconciled(task, store, executions, running):
                 reconciled.append(task.task_id)
-            if task.status == "waiting_approval" and (approval := store.open_approval(task.task_id)):
-                ages.append((now() - parse_timestamp(approval.requested_at)).total_seconds())
-        except Exception:  # noqa: BLE001 one task that cannot be helped now must not keep the others waiting
-            logger().exception("could not reconcile", extra={"task_id": task.task_id})
-    metrics.open_approvals(ages)
-    return {"reconciled": list(dict.fromkeys(reconciled + _settle_transfers(store, context)))}
+                if task.waiting_until and now() >= parse_timestamp(task.waiting_until):
+                    waiting.pop(task.task_id, None)  # its approval was just closed
+    finally:
+        metrics.open_approvals([(now() - parse_timestamp(since)).total_seconds() for since in waiting.values()])
+    return reconciled
 
 
-def reconcile(task: Task, store: TaskStore, executions: Executions) -> bool:
-    """Bring one open task forward, if it is stuck; returns whether it did."""
-    status = executions.status(task)
+def _from(tasks: list[Task], first: str | None) -> list[Task]:
+    """Put the tasks in order, from the one with the id `first` on; from any one in a process that has just begun."""
+    ordered = sorted(tasks, key=lambda task: task.task_id)
+    if first is None:
+        start = int(random.random() * len(ordered))  # noqa: S311 (an order, no secret)
+    else:
+        start = bisect_left(ordered, first, key=lambda task: task.task_id)
+    return ordered[start:] + ordered[:start]
+
+
+def _waits(task: Task) -> bool:
+    return task.status == "waiting_approval"
+
+
+def _running(executions: Executions, has_time: Callable[[], bool]) -> set[str]:
+    try:
+        return executions.running(has_time)
+    except Exception:  # noqa: BLE001 the list only saves calls: without it, each execution is described
+        logger().exception("running executions could not be listed")
+        return set()
+
+
+def _reconciled(task: Task, store: TaskStore, executions: Executions, running: Collection[str]) -> bool:
+    try:
+        return reconcile(task, store, executions, running)
+    except Exception:  # noqa: BLE001 one task that cannot be helped now must not keep the others waiting
+        logger().exception("could not reconcile", extra={"task_id": task.task_id})
+        return False
+
+
+def reconcile(task: Task, store: TaskStore, executions: Executions, running: Collection[str] = ()) -> bool:
+    """Bring one open task forward, if it is stuck; returns whether it did. What is in `running` is not described."""
+    status = "RUNNING" if task.execution_name in running else executions.status(task)
     if status is None:
         if task.status != "pending" and task.run == 1:
             return False
         executions.start(task)
         return True
     if status == "RUNNING":
-        if task.status == "waiting_approval":
+        if _waits(task):
             return _waiting(task, store, executions)
         return _deliver(task, store, executions) or _wake(task, store)
     _end(store, task, status)
@@ -75,16 +135,23 @@ def reconcile(task: Task, store: TaskStore, executions: Executions) -> bool:
 
 def _waiting(task: Task, store: TaskStore, executions: Executions) -> bool:
     """Close an approval whose time is over, and before that remind of it, once."""
+    if task.waiting_since and task.waiting_until and not _is_due(task.waiting_since, task.waiting_until):
+        return False
     approval = store.open_approval(task.task_id)
     if approval is None:
         return False
-    asked, expires = parse_timestamp(approval.requested_at), parse_timestamp(approval.expires_at)
-    if now() >= expires:
+    if now() >= parse_timestamp(approval.expires_at):
         expired = store.expire(task.task_id)
         return expired is not None and executions.deliver(expired)
-    if now() >= expires - (expires - asked) * REMINDER:
+    if approval.reminded_at is None and _is_due(approval.requested_at, approval.expires_at):
         return store.remind(task.task_id)
     return False
+
+
+def _is_due(since: str, until: str) -> bool:
+    """Return whether only the last part of an approval's time is left, or none."""
+    asked, expires = parse_timestamp(since), parse_timestamp(until)
+    return now() >= expires - (expires - asked) * REMINDER
 
 
 def _deliver(task: Task, store: TaskStore, executions: Executions) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 from aws_lambda_powertools.metrics import MetricUnit, single_metric
@@ -25,11 +26,11 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 from audit.log import Anchor, Anchoring, CorruptLogError, Log
 from qaes.adapters import clients, settings
 from qaes.adapters.handlers import function
-from qaes.adapters.ledger_client import LedgerClient
+from qaes.adapters.ledger_client import CALL_SECONDS, LedgerClient
 from qaes.adapters.logs import logger
 from qaes.adapters.metrics import namespace
 from qaes.domain.anchor import ANCHOR_INPUT_TYPE, AnchorPayload, decode, log_id_bytes
-from qaes.domain.errors import RefusedError
+from qaes.domain.errors import RefusedError, UnavailableError
 from qaes.domain.ids import now, parse_timestamp, timestamp
 from qaes.domain.note import checkpoint_text, public_key_of, sign_note, verifier_key
 from qaes.domain.qubic import transaction as qubic
@@ -37,6 +38,8 @@ from qaes.domain.qubic.identity import encode_identity
 
 _ROUNDS = 3
 """How many anchors one call may bring to their end; the next call goes on."""
+ROUND_SECONDS = CALL_SECONDS + 10
+"""What a round may take: one call of the ledger, and the table's."""
 
 
 class Anchorer:
@@ -49,8 +52,10 @@ class Anchorer:
         self._origin = origin
         self._network = network
 
-    def advance(self) -> Anchoring | None:
+    def advance(self, has_time: Callable[[], bool] = lambda: True) -> Anchoring | None:
         """Do what can be done now; return the newest anchor as it is then, None before the first.
+
+        A round after the first begins only if `has_time` allows it.
 
         Raises
         ------
@@ -64,7 +69,9 @@ class Anchorer:
         """
         newest = self._log.anchoring()
         self._check_network(newest)
-        for _ in range(_ROUNDS):
+        for number in range(_ROUNDS):
+            if number and not has_time():
+                return newest
             if newest is None or newest.state == "confirmed":
                 sealed = self._seal(newest)
                 if sealed is None:
@@ -241,12 +248,15 @@ def anchorer() -> Anchorer:
 
 
 @function
-def anchor_log(_event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
+def anchor_log(_event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Take anything: what is to be done is in the tables. Give `{sequence, size, state}` of the newest anchor."""
     try:
-        newest = anchorer().advance()
+        newest = anchorer().advance(lambda: context.get_remaining_time_in_millis() >= ROUND_SECONDS * 1000)
     except (RefusedError, CorruptLogError) as error:
         _tell_stopped(error)
+        raise
+    except UnavailableError:
+        _tell_age(Log().anchoring())  # a ledger that does not answer is no reason not to know the age
         raise
     _tell_age(newest)
     if newest is None:

@@ -13,7 +13,8 @@ from itertools import islice
 
 from audit.anchor import failed_checks
 from audit.log import Batch, Head, Indexed, Leaf, Log
-from audit.store import BATCH_GET, AuditStore, EntryKey, Outbox, Pointer, StoredEntry
+from audit.store import AuditStore, EntryKey, Outbox, Pointer, StoredEntry
+from qaes.adapters.dynamo import BATCH_GET
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.domain.anchor import AnchorPayload, decode, log_id_bytes
 from qaes.domain.audit import AuditEntry, BrokenChainError, build_entry, verify_chain

@@ -15,21 +15,19 @@ All reads are consistent.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from botocore.exceptions import ClientError
-
-from audit.store import EntryKey, Item, asking, get_many, key, transact
-from qaes.adapters import clients, settings
+from audit.store import EntryKey, Item, transact
+from qaes.adapters import dynamo, settings
+from qaes.adapters.dynamo import get_many, key
 from qaes.domain.errors import QaesError, UnavailableError
 from qaes.domain.merkle import EMPTY_ROOT, HASH_BYTES
 
 WRITES = 100
 """Most writes of a transaction."""
-_ATTEMPTS = 6
 
 
 class CorruptLogError(QaesError):
@@ -202,18 +200,15 @@ class Log:
     def record_integrated(self, batch: Batch) -> None:
         """Say that the tiles and indexes of the batch are there; somebody else may have said so, of a later one too."""
         not_further_yet = "integrated < :size"
-        try:
-            with asking():
-                clients.client("dynamodb").update_item(
-                    TableName=self._table,
-                    Key=key("LOG", "HEAD"),
-                    UpdateExpression="SET integrated = :size, integrated_root = :root",
-                    ConditionExpression=not_further_yet,
-                    ExpressionAttributeValues={":size": {"N": str(batch.size)}, ":root": {"B": batch.root}},
-                )
-        except ClientError as error:
-            if not _refused(error):
-                raise
+        with suppress(dynamo.ConditionFailedError):
+            dynamo.call(
+                "update_item",
+                TableName=self._table,
+                Key=key("LOG", "HEAD"),
+                UpdateExpression="SET integrated = :size, integrated_root = :root",
+                ConditionExpression=not_further_yet,
+                ExpressionAttributeValues={":size": {"N": str(batch.size)}, ":root": {"B": batch.root}},
+            )
 
     # Tiles
 
@@ -242,17 +237,14 @@ class Log:
         wider_than_stored = "attribute_not_exists(pk) OR width < :width"
         width = {"N": str(len(content) // HASH_BYTES)}
         item = key(*_tile_key(level, index)) | {"width": width, "hashes": {"B": content}}
-        try:
-            with asking():
-                clients.client("dynamodb").put_item(
-                    TableName=self._table,
-                    Item=item,
-                    ConditionExpression=wider_than_stored,
-                    ExpressionAttributeValues={":width": width},
-                )
-        except ClientError as error:
-            if not _refused(error):
-                raise
+        with suppress(dynamo.ConditionFailedError):
+            dynamo.call(
+                "put_item",
+                TableName=self._table,
+                Item=item,
+                ConditionExpression=wider_than_stored,
+                ExpressionAttributeValues={":width": width},
+            )
 
     # Indexes
 
@@ -295,17 +287,14 @@ class Log:
             self._write_indexes(batch, writes[start : start + WRITES])
 
     def _write_indexes(self, batch: Batch, writes: list[Item]) -> None:
-        for attempt in range(_ATTEMPTS):
-            if transact(writes):
-                return
-            # Somebody else's transaction is in the way, or a condition does not hold: then the next look shows it.
-            there = self.indexes([each.key for each in batch.leaves])
-            for index, each in enumerate(batch.leaves, start=batch.start):
-                known = there.get(each.key)
-                if known is not None and (known.index, known.leaf) != (index, each.leaf):
-                    raise CorruptLogError(f"{each.task_id} {each.seq} has the index {known.index}, not {index}")
-            time.sleep(0.02 * 2**attempt)
-        raise UnavailableError("the log's table is busy")
+        if transact(writes):
+            return
+        there = self.indexes([each.key for each in batch.leaves])
+        for index, each in enumerate(batch.leaves, start=batch.start):
+            known = there.get(each.key)
+            if known is not None and (known.index, known.leaf) != (index, each.leaf):
+                raise CorruptLogError(f"{each.task_id} {each.seq} has the index {known.index}, not {index}")
+        raise UnavailableError("the indexes were being changed: try again")
 
     # Anchors
 
@@ -400,8 +389,7 @@ class Log:
             "behind": {"S": json.dumps(swept.behind)},
             "since": {"S": json.dumps(swept.since)},
         }
-        with asking():
-            clients.client("dynamodb").put_item(TableName=self._table, Item=item)
+        dynamo.call("put_item", TableName=self._table, Item=item)
 
     # DynamoDB
 
@@ -410,40 +398,30 @@ class Log:
         return {"Put": {"TableName": self._table, "Item": item, "ConditionExpression": not_there_yet}}
 
     def _get(self, pk: str, sk: str) -> Item | None:
-        with asking():
-            found = clients.client("dynamodb").get_item(TableName=self._table, Key=key(pk, sk), ConsistentRead=True)
-        item: Item | None = found.get("Item")
-        return item
+        return dynamo.get(self._table, pk, sk)
 
     def _first(self, pk: str, first: str, last: str, *, newest: bool = False) -> Item | None:
-        with asking():
-            found = clients.client("dynamodb").query(
-                TableName=self._table,
-                KeyConditionExpression="pk = :pk AND sk BETWEEN :first AND :last",
-                ExpressionAttributeValues={":pk": {"S": pk}, ":first": {"S": first}, ":last": {"S": last}},
-                ConsistentRead=True,
-                ScanIndexForward=not newest,
-                Limit=1,
-            )
+        found = dynamo.call(
+            "query",
+            TableName=self._table,
+            KeyConditionExpression="pk = :pk AND sk BETWEEN :first AND :last",
+            ExpressionAttributeValues={":pk": {"S": pk}, ":first": {"S": first}, ":last": {"S": last}},
+            ConsistentRead=True,
+            ScanIndexForward=not newest,
+            Limit=1,
+        )
         return next(iter(found["Items"]), None)
 
     def _all(self, pk: str, prefix: str) -> Iterable[Item]:
         return self._between(pk, prefix, f"{prefix}~")
 
     def _between(self, pk: str, first: str, last: str) -> Iterable[Item]:
-        pages = clients.client("dynamodb").get_paginator("query")
-        with asking():
-            for page in pages.paginate(
-                TableName=self._table,
-                KeyConditionExpression="pk = :pk AND sk BETWEEN :first AND :last",
-                ExpressionAttributeValues={":pk": {"S": pk}, ":first": {"S": first}, ":last": {"S": last}},
-                ConsistentRead=True,
-            ):
-                yield from page["Items"]
-
-
-def _refused(error: ClientError) -> bool:
-    return str(error.response["Error"]["Code"]) == "ConditionalCheckFailedException"
+        return dynamo.items(
+            TableName=self._table,
+            KeyConditionExpression="pk = :pk AND sk BETWEEN :first AND :last",
+            ExpressionAttributeValues={":pk": {"S": pk}, ":first": {"S": first}, ":last": {"S": last}},
+            ConsistentRead=True,
+        )
 
 
 def _tile_key(level: int, index: int) -> tuple[str, str]:

@@ -19,6 +19,9 @@ from qaes.adapters.handlers import function, state
 from qaes.adapters.logs import logger
 from qaes.domain.audit import GENESIS, BrokenChainError, build_entry
 
+SECONDS_FOR_A_TASK = 10
+"""With less time left, the recorder begins no other task of a batch."""
+
 
 @dataclass(frozen=True)
 class Drained:
@@ -78,7 +81,7 @@ def record_audit(event: dict[str, Any], _context: LambdaContext) -> dict[str, An
 
 
 @function
-def record_events(event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
+def record_events(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Take a batch of the tasks table's stream, give `{"batchItemFailures": [{"itemIdentifier": sequence number}]}`.
 
     A task is drained once however many of its events are in the batch; when that fails, all of them are to be
@@ -92,6 +95,10 @@ def record_events(event: dict[str, Any], _context: LambdaContext) -> dict[str, A
     to_record = recorder()
     failed: list[str] = []
     for task_id, sequence_numbers in deliveries.items():
+        if context.get_remaining_time_in_millis() < SECONDS_FOR_A_TASK * 1000:
+            logger().warning("no time left: it is delivered again", extra={"task_id": task_id})
+            failed += sequence_numbers
+            continue
         try:
             to_record.drain(task_id)
         except Exception:  # noqa: BLE001 - whatever it is, it is logged, and delivered again

@@ -34,6 +34,9 @@ from qaes.domain.tiles import ReadTile, appended, tree_root
 
 BATCH = 256
 """Most entries of one batch."""
+TASKS_AT_ONCE = 10
+SECONDS_FOR_TASKS = 20
+"""With less time left, the sequencer begins no further tasks of those that it was asked for."""
 _ATTEMPTS = 8
 
 Tiles = dict[tuple[int, int], bytes]
@@ -173,17 +176,27 @@ def sequencer() -> Sequencer:
     return Sequencer(Log(), AuditStore(), log_id=settings.text("LOG_ID"))
 
 
+def _sequence_tasks(task_ids: list[str], context: LambdaContext) -> list[str]:
+    """Put the tasks' entries into the log, a few tasks at a time; the sweeper names again what no time was left for."""
+    store, broken = AuditStore(), set[EntryKey]()
+    random.shuffle(task_ids)
+    for start in range(0, len(task_ids), TASKS_AT_ONCE):
+        if start and context.get_remaining_time_in_millis() < SECONDS_FOR_TASKS * 1000:
+            logger().warning("no time left for all tasks", extra={"left": len(task_ids) - start})
+            break
+        chosen = task_ids[start : start + TASKS_AT_ONCE]
+        broken |= set(sequencer().sequence((task_id, entry) for task_id in chosen for entry in store.entries(task_id)))
+    return sorted(f"{task_id}:{seq}" for task_id, seq in broken)
+
+
 @function
-def sequence_entries(event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
+def sequence_entries(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Take a batch of the entries' stream, give `{"batchItemFailures": [{"itemIdentifier": sequence number}]}`.
 
     Or take `{"task_ids": [...]}`, which sweeper or fsck name, and put what is outstanding of those tasks into the log.
     """
     if "task_ids" in event:
-        store = AuditStore()
-        wanted = [(str(task_id), entry) for task_id in event["task_ids"] for entry in store.entries(str(task_id))]
-        broken = sequencer().sequence(wanted)
-        return {"broken": sorted(f"{task_id}:{seq}" for task_id, seq in broken)}
+        return {"broken": _sequence_tasks([str(task_id) for task_id in event["task_ids"]], context)}
     records = [record["dynamodb"] for record in event["Records"] if record["eventName"] == "INSERT"]
     delivered = [
         (change["Keys"]["pk"]["S"], entry_of(change["NewImage"]), change["SequenceNumber"])

@@ -1,24 +1,21 @@
 """The entries (append-only), pointers from hashes to entries, and the outbox; the log of them is in `audit.log`.
 
-All reads are consistent. A call that AWS did not answer, or that it was too busy for, is an UnavailableError.
+All reads are consistent. Every call is repeated as `qaes.adapters.dynamo` repeats it, and raises what that raises.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date, timedelta
 from itertools import groupby
 from typing import Any, Literal
 
-from botocore.exceptions import BotoCoreError, ClientError
-
-from qaes.adapters import clients, settings
+from qaes.adapters import dynamo, settings
+from qaes.adapters.dynamo import get_many, key
 from qaes.domain.audit import AuditEntry, BrokenChainError, entry_text, parse_entry
-from qaes.domain.errors import InvalidInputError, UnavailableError
+from qaes.domain.errors import InvalidInputError
 from qaes.domain.merkle import leaf_hash
 from qaes.domain.models import Event
 
@@ -28,17 +25,7 @@ Role = Literal["leaf", "input", "output"]
 EntryKey = tuple[str, int]
 """The task, and the number of the entry in it."""
 
-BATCH_GET = 100
-"""Most items of a BatchGetItem."""
 _LAST = 999_999
-_ATTEMPTS = 6
-_BUSY = {
-    "InternalServerError",
-    "ProvisionedThroughputExceededException",
-    "RequestLimitExceeded",
-    "ThrottlingException",
-    "TransactionInProgressException",
-}
 
 
 @dataclass(frozen=True)
@@ -101,20 +88,18 @@ class Outbox:
         From an index, which is a moment behind.
         """
         day, end = date.fromisoformat(first[:10]), date.fromisoformat(last[:10])
-        pages = clients.client("dynamodb").get_paginator("query")
         while day <= end:
-            with asking():
-                for page in pages.paginate(
-                    TableName=self._table,
-                    IndexName="by_day",
-                    KeyConditionExpression="#day = :day AND #timestamp BETWEEN :first AND :last",
-                    ExpressionAttributeNames={"#day": "day", "#timestamp": "timestamp"},
-                    ExpressionAttributeValues={
-                        ":day": {"S": day.isoformat()}, ":first": {"S": first}, ":last": {"S": last},
-                    },
-                ):  # fmt: skip
-                    for item in page["Items"]:
-                        yield item["timestamp"]["S"], item["pk"]["S"], _number(item)
+            found = dynamo.items(
+                TableName=self._table,
+                IndexName="by_day",
+                KeyConditionExpression="#day = :day AND #timestamp BETWEEN :first AND :last",
+                ExpressionAttributeNames={"#day": "day", "#timestamp": "timestamp"},
+                ExpressionAttributeValues={
+                    ":day": {"S": day.isoformat()}, ":first": {"S": first}, ":last": {"S": last},
+                },
+            )  # fmt: skip
+            for item in found:
+                yield item["timestamp"]["S"], item["pk"]["S"], _number(item)
             day += timedelta(days=1)
 
     def tasks(self) -> Iterator[tuple[str, int, int | None]]:
@@ -155,11 +140,8 @@ class Outbox:
 
     def events_said(self, task_id: str) -> int | None:
         """Read how many events the task says it has; None where there is no task."""
-        with asking():
-            found = clients.client("dynamodb").get_item(
-                TableName=self._table, Key=key(task_id, "TASK"), ConsistentRead=True
-            )
-        return _events_said(found["Item"]) if "Item" in found else None
+        item = dynamo.get(self._table, task_id, "TASK")
+        return _events_said(item) if item else None
 
 
 class AuditStore:
@@ -177,11 +159,8 @@ class AuditStore:
 
     def entry(self, task_id: str, seq: int) -> StoredEntry | None:
         """Read one entry."""
-        with asking():
-            found = clients.client("dynamodb").get_item(
-                TableName=self._entries, Key=key(task_id, f"ENTRY#{seq:06d}"), ConsistentRead=True
-            )
-        return entry_of(found["Item"]) if "Item" in found else None
+        item = dynamo.get(self._entries, task_id, f"ENTRY#{seq:06d}")
+        return entry_of(item) if item else None
 
     def texts(self, keys: Sequence[EntryKey]) -> dict[EntryKey, str]:
         """Read the texts of many entries; those that are not there are left out."""
@@ -217,31 +196,22 @@ class AuditStore:
             if hash_:
                 pointer = key(*_pointer_key(hash_, Pointer(entry.task_id, entry.seq, role)))
                 writes.append({"Put": {"TableName": self._log, "Item": pointer}})
-        for attempt in range(_ATTEMPTS):
-            if transact(writes):
-                return stored
-            if self.entry(entry.task_id, entry.seq) is not None:
-                return None
-            # Somebody else's transaction on this item was under way, and has not written it.
-            time.sleep(0.02 * 2**attempt)
-        raise UnavailableError("the audit table is busy")
+        return stored if transact(writes) else None
 
     # Pointers
 
     def pointers(self, hash_: str) -> Iterator[Pointer]:
         """Find where the hash occurs, newest task first."""
-        pages = clients.client("dynamodb").get_paginator("query")
-        with asking():
-            for page in pages.paginate(
-                TableName=self._log,
-                KeyConditionExpression="pk = :pk",
-                ExpressionAttributeValues={":pk": {"S": f"HASH#{hash_}"}},
-                ConsistentRead=True,
-                ScanIndexForward=False,
-            ):
-                for item in page["Items"]:
-                    task_id, seq, role = item["sk"]["S"].split("#")
-                    yield Pointer(task_id, int(seq), role)
+        found = dynamo.items(
+            TableName=self._log,
+            KeyConditionExpression="pk = :pk",
+            ExpressionAttributeValues={":pk": {"S": f"HASH#{hash_}"}},
+            ConsistentRead=True,
+            ScanIndexForward=False,
+        )
+        for item in found:
+            task_id, seq, role = item["sk"]["S"].split("#")
+            yield Pointer(task_id, int(seq), role)
 
     def pointers_there(self, wanted: Sequence[tuple[str, Pointer]]) -> set[tuple[str, Pointer]]:
         """Tell which of the hashes lead to their entries."""
@@ -253,9 +223,8 @@ class AuditStore:
 
     def describe(self) -> None:
         """Raise unless both tables are there."""
-        with asking():
-            for table in (self._entries, self._log):
-                clients.client("dynamodb").describe_table(TableName=table)
+        for table in (self._entries, self._log):
+            dynamo.call("describe_table", TableName=table)
 
     def _put_new(self, table: str, item: Item) -> Item:
         not_there_yet = "attribute_not_exists(pk)"
@@ -263,94 +232,46 @@ class AuditStore:
 
 
 def transact(writes: list[Item]) -> bool:
-    """Tell whether all of it was written; False when a condition failed or another transaction was in the way."""
+    """Return whether all of it was written; False if a condition does not hold."""
     try:
-        with asking():
-            clients.client("dynamodb").transact_write_items(TransactItems=writes)
-    except ClientError as error:
-        reasons = {reason.get("Code") for reason in error.response.get("CancellationReasons", [])}
-        if reasons & {"ConditionalCheckFailed", "TransactionConflict"}:
-            return False
-        if reasons & {"ThrottlingError", "ProvisionedThroughputExceeded"}:
-            raise UnavailableError("the audit table is busy") from error
-        raise
+        dynamo.transact(writes)
+    except dynamo.ConditionFailedError:
+        return False
     return True
 
 
-def get_many(table: str, keys: list[Item], **options: Any) -> Iterator[Item]:
-    """Read those of the items that are there, in any order."""
-    for start in range(0, len(keys), BATCH_GET):
-        left = keys[start : start + BATCH_GET]
-        for attempt in range(_ATTEMPTS):
-            with asking():
-                answer = clients.client("dynamodb").batch_get_item(
-                    RequestItems={table: {"Keys": left, "ConsistentRead": True} | options}
-                )
-            yield from answer["Responses"].get(table, [])
-            left = answer.get("UnprocessedKeys", {}).get(table, {}).get("Keys", [])
-            if not left:
-                break
-            time.sleep(0.02 * 2**attempt)
-        else:
-            raise UnavailableError("the table is busy")
-
-
-@contextmanager
-def asking() -> Iterator[None]:
-    """Turn AWS's errors that say "ask again" into UnavailableError."""
-    try:
-        yield
-    except BotoCoreError as error:
-        raise UnavailableError(f"the table did not answer ({type(error).__name__})") from error
-    except ClientError as error:
-        if error.response["Error"]["Code"] in _BUSY:
-            raise UnavailableError("the table is busy") from error
-        raise
-
-
 def _range(table: str, pk: str, kind: str, first: int, last: int) -> Iterator[Item]:
-    pages = clients.client("dynamodb").get_paginator("query")
-    with asking():
-        for page in pages.paginate(
-            TableName=table,
-            KeyConditionExpression="pk = :pk AND sk BETWEEN :first AND :last",
-            ExpressionAttributeValues={
-                ":pk": {"S": pk},
-                ":first": {"S": f"{kind}#{first:06d}"},
-                ":last": {"S": f"{kind}#{last:06d}"},
-            },
-            ConsistentRead=True,
-        ):
-            yield from page["Items"]
+    return dynamo.items(
+        TableName=table,
+        KeyConditionExpression="pk = :pk AND sk BETWEEN :first AND :last",
+        ExpressionAttributeValues={
+            ":pk": {"S": pk},
+            ":first": {"S": f"{kind}#{first:06d}"},
+            ":last": {"S": f"{kind}#{last:06d}"},
+        },
+        ConsistentRead=True,
+    )
 
 
 def _newest(table: str, pk: str, kind: str) -> Item | None:
-    with asking():
-        found = clients.client("dynamodb").query(
-            TableName=table,
-            KeyConditionExpression="pk = :pk AND begins_with(sk, :kind)",
-            ExpressionAttributeValues={":pk": {"S": pk}, ":kind": {"S": f"{kind}#"}},
-            ConsistentRead=True,
-            ScanIndexForward=False,
-            Limit=1,
-        )
+    found = dynamo.call(
+        "query",
+        TableName=table,
+        KeyConditionExpression="pk = :pk AND begins_with(sk, :kind)",
+        ExpressionAttributeValues={":pk": {"S": pk}, ":kind": {"S": f"{kind}#"}},
+        ConsistentRead=True,
+        ScanIndexForward=False,
+        Limit=1,
+    )
     return next(iter(found["Items"]), None)
 
 
 def _scan(table: str, **options: Any) -> Iterator[Item]:
-    pages = clients.client("dynamodb").get_paginator("scan")
-    with asking():
-        for page in pages.paginate(TableName=table, ConsistentRead=True, **options):
-            yield from page["Items"]
+    return dynamo.items("scan", TableName=table, ConsistentRead=True, **options)
 
 
 def _pointer_key(hash_: str, pointer: Pointer) -> tuple[str, str]:
     return f"HASH#{hash_}", f"{pointer.task_id}#{pointer.seq:06d}#{pointer.role}"
-
-
-def key(pk: str, sk: str) -> Item:
-    """Make an item's key."""
-    return {"pk": {"S": pk}, "sk": {"S": sk}}
 
 
 def _number(item: Item) -> int:

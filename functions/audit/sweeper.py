@@ -19,6 +19,7 @@ from typing import Any
 
 from aws_lambda_powertools.metrics import MetricUnit, single_metric
 from aws_lambda_powertools.utilities.typing import LambdaContext
+from botocore.exceptions import BotoCoreError, ClientError
 
 from audit.log import Log, Swept
 from audit.store import AuditStore, EntryKey, Outbox
@@ -44,8 +45,14 @@ STUCK_AFTER = timedelta(days=1)
 """Who has been on its list for so long is not merely late: it is counted apart, so that others are seen."""
 MOST_HANDED = 100
 """Tasks that are handed to each, recorder and sequencer, in one run."""
+SECONDS_TO_HAND_OVER = 30
+"""With less time left, no further events are looked at: what is found is handed over and stored first."""
+SECONDS_TO_STORE = 15
+"""With less time left, nothing further is handed over."""
 
 HandOver = Callable[[list[str]], None]
+HasTime = Callable[[float], bool]
+"""Return whether so many seconds are left of this run."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +80,10 @@ class Sweeper:
         self._record = record
         self._sequence = sequence
 
-    def sweep(self, moment: datetime) -> Outcome:
+    def sweep(self, moment: datetime, has_time: HasTime = lambda _: True) -> Outcome:
         """Look at what was written until shortly before `moment`, and at what was behind before.
+
+        When time runs short, it stores how far it has looked; the next run goes on from there.
 
         Raises
         ------
@@ -87,7 +96,7 @@ class Sweeper:
             through = max(through, last)
             for task_id, number in self._behind(found).items():
                 behind[task_id] = max(number, behind.get(task_id, 0))
-            if len(behind) >= MOST_BEHIND:
+            if len(behind) >= MOST_BEHIND or not has_time(SECONDS_TO_HAND_OVER):
                 break
         recorded = self._store.texts(list(behind.items()))
         for task_id in self._erased([each for each in behind.items() if each not in recorded]):
@@ -134,8 +143,11 @@ class Sweeper:
         return [task_id for task_id, number in unrecorded if (task_id, number) not in there]
 
 
-def _record(tasks: list[str]) -> None:
-    for task_id in tasks:
+def _record(tasks: list[str], has_time: HasTime = lambda _: True) -> None:
+    for number, task_id in enumerate(tasks):
+        if not has_time(SECONDS_TO_STORE):
+            logger().warning("no time left to hand over", extra={"left_to_the_next_run": len(tasks) - number})
+            return
         _invoke("RECORDER_FUNCTION", {"task_id": task_id})
 
 
@@ -144,10 +156,13 @@ def _sequence(tasks: list[str]) -> None:
 
 
 def _invoke(function: str, event: dict[str, Any]) -> None:
-    """Hand over, and not wait: what became of it is seen at the next run."""
-    clients.lambda_client().invoke(
-        FunctionName=settings.text(function), InvocationType="Event", Payload=json.dumps(event)
-    )
+    """Hand over without waiting. If Lambda refuses, the tasks stay on the list, and a later run hands them over."""
+    try:
+        clients.lambda_client().invoke(
+            FunctionName=settings.text(function), InvocationType="Event", Payload=json.dumps(event)
+        )
+    except (BotoCoreError, ClientError) as error:
+        logger().warning("not handed over", extra={"function": function, "error": type(error).__name__})
 
 
 def _count(outcome: Outcome) -> None:
@@ -162,12 +177,19 @@ def _count(outcome: Outcome) -> None:
 
 
 @function
-def sweep(_event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
+def sweep(_event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Take anything, give `{"recorded": [task ids], "sequenced": [task ids], "behind": n, "stuck": n}`.
 
     The tasks are those that were handed over.
     """
-    found = Sweeper(Outbox(), AuditStore(), Log(), record=_record, sequence=_sequence).sweep(now())
+
+    def has_time(seconds: float) -> bool:
+        return context.get_remaining_time_in_millis() >= seconds * 1000
+
+    def record(tasks: list[str]) -> None:
+        _record(tasks, has_time)
+
+    found = Sweeper(Outbox(), AuditStore(), Log(), record=record, sequence=_sequence).sweep(now(), has_time)
     _count(found)
     if found.behind or found.stuck:
         handed = {"to_record": found.to_record, "to_sequence": found.to_sequence}

@@ -23,7 +23,8 @@ def handler(event: dict[str, Any], context: object) -> dict[str, Any]:
     Raises
     ------
     Exception
-        "Unauthorized", the one text that API Gateway turns into 401. Any other exception is a 500.
+        "Unauthorized", the one text that API Gateway turns into 401. The API's gateway responses turn any other
+        exception, and an authorizer that Lambda throttles, into 503 with Retry-After.
     """
     mode = settings.text("AUTH_MODE")
     if mode == "stub":

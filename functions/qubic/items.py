@@ -7,22 +7,14 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from botocore.exceptions import ClientError
-
-from qaes.adapters import clients
+from qaes.adapters import dynamo
 
 Item = dict[str, Any]
-
-_WORTH_ANOTHER_TRY = {
-    "ConditionalCheckFailed",
-    "TransactionConflict",
-    "ThrottlingError",
-    "ProvisionedThroughputExceeded",
-}
+item_key = dynamo.key
 
 
 class ChangedError(Exception):
-    """What was read is no longer so, or was being changed: nothing has been written."""
+    """Another writer was first: nothing has been written, and the caller reads again."""
 
 
 class Items:
@@ -33,9 +25,11 @@ class Items:
 
     def get(self, pk: str, sk: str) -> Item | None:
         """Read one item, as it is now."""
-        found = clients.client("dynamodb").get_item(TableName=self.table, Key=item_key(pk, sk), ConsistentRead=True)
-        item: Item | None = found.get("Item")
-        return item
+        return dynamo.get(self.table, pk, sk)
+
+    def query(self, **arguments: Any) -> Iterator[Item]:
+        """Read the items of a query, as they are now."""
+        return dynamo.items(TableName=self.table, ConsistentRead=True, **arguments)
 
     def put_new(self, item: Item) -> Item:
         """For `write`: put an item that is not there yet."""
@@ -54,20 +48,18 @@ class Items:
         return put
 
     def write(self, *writes: Item) -> None:
-        """Write all or nothing. Raises ChangedError when it is worth reading again."""
+        """Write all or nothing. Raises ChangedError if a condition does not hold, and what `dynamo.call` raises."""
         try:
-            clients.client("dynamodb").transact_write_items(TransactItems=list(writes))
-        except ClientError as error:
-            reasons = {each.get("Code") for each in error.response.get("CancellationReasons", ())} - {"None", None}
-            cancelled = error.response["Error"]["Code"] == "TransactionCanceledException"
-            if cancelled and reasons and reasons <= _WORTH_ANOTHER_TRY:
-                raise ChangedError from error
-            raise
+            dynamo.transact(writes)
+        except dynamo.ConditionFailedError as error:
+            raise ChangedError from error
 
-
-def item_key(pk: str, sk: str) -> Item:
-    """Make the key of an item."""
-    return {"pk": {"S": pk}, "sk": {"S": sk}}
+    def update(self, **arguments: Any) -> None:
+        """Update one item. Raises as `write`."""
+        try:
+            dynamo.call("update_item", TableName=self.table, **arguments)
+        except dynamo.ConditionFailedError as error:
+            raise ChangedError from error
 
 
 def attempts(count: int = 12, first_pause: float = 0.01) -> Iterator[int]:

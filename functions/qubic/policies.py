@@ -18,12 +18,13 @@ import base64
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from typing import Any, Literal
 
 from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import BaseModel, ConfigDict, Field
 
-from qaes.adapters import clients, metrics, settings
+from qaes.adapters import metrics, settings
 from qaes.adapters.logs import logger
 from qaes.domain.canonical import sha256_hex
 from qaes.domain.errors import (
@@ -536,9 +537,7 @@ class Policies:
 
     def _records(self, oldest: str, newest: str = "VERSION#~", limit: int | None = None) -> Iterator[PolicyVersion]:
         """Read what became of the versions between these keys, newest first."""
-        pages = clients.client("dynamodb").get_paginator("query")
-        found = pages.paginate(
-            TableName=self._table,
+        found = self._items.query(
             KeyConditionExpression="pk = :pk AND sk BETWEEN :oldest AND :newest",
             ExpressionAttributeValues={
                 ":pk": {"S": self._pk},
@@ -548,10 +547,9 @@ class Policies:
             ExpressionAttributeNames={"#record": "record"},
             ProjectionExpression="#record",
             ScanIndexForward=False,
-            ConsistentRead=True,
-            PaginationConfig={"MaxItems": limit, "PageSize": limit},
+            **({"Limit": limit} if limit else {}),
         )
-        return (_record(item) for page in found for item in page["Items"])
+        return map(_record, islice(found, limit))
 
     def document(self, policy_id: str) -> dict[str, Any]:
         """Return the text of a version that is or was in force, and what anchors it.

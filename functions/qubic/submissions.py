@@ -37,7 +37,7 @@ from typing import Any, Literal
 
 from botocore.exceptions import BotoCoreError, ClientError
 
-from qaes.adapters import clients, metrics, settings
+from qaes.adapters import metrics, settings
 from qaes.adapters.logs import logger
 from qaes.domain.anchor import ANCHOR_INPUT_TYPE
 from qaes.domain.canonical import canonical_json
@@ -570,17 +570,14 @@ class Submissions:
 
     def _signed_for(self, submission: Submission) -> dict[str, Item]:
         """Return what was signed for it and may still be found, by id."""
-        pages = clients.client("dynamodb").get_paginator("query")
-        found = pages.paginate(
-            TableName=self._table,
+        found = self._items.query(
             KeyConditionExpression="pk = :pk AND sk > :settled",
             ExpressionAttributeValues={
                 ":pk": {"S": self._pk(submission.key)},
                 ":settled": {"S": f"ATTEMPT#{submission.settled:06d}"},
             },
-            ConsistentRead=True,
         )
-        return {item["txid"]["S"]: item for page in found for item in page["Items"] if item["sk"]["S"] != "SUBMISSION"}
+        return {item["txid"]["S"]: item for item in found if item["sk"]["S"] != "SUBMISSION"}
 
     def _listed(self, identity: str, first_tick: int, last_tick: int) -> tuple[Included, ...]:
         """List what an identity sent, from a node that has got past `last_tick`; it says so in the same answer."""
@@ -674,14 +671,11 @@ class Submissions:
 
     def open_sources(self) -> list[str]:
         """The identities that have something open."""
-        pages = clients.client("dynamodb").get_paginator("query")
-        found = pages.paginate(
-            TableName=self._table,
+        found = self._items.query(
             KeyConditionExpression="pk = :pk",
             ExpressionAttributeValues={":pk": {"S": f"SOURCES#{self._network}"}},
-            ConsistentRead=True,
         )
-        identities = [item["sk"]["S"] for page in found for item in page["Items"]]
+        identities = [item["sk"]["S"] for item in found]
         return [identity for identity in identities if self._source(identity).open]
 
     def _source(self, identity: str) -> _Source:

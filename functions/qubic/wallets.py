@@ -13,7 +13,7 @@ from functools import cache
 
 from qaes.adapters import clients, settings
 from qaes.adapters.ledger_client import LedgerClient
-from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
+from qaes.domain.errors import InvalidInputError, RefusedError, ThrottledError, UnavailableError
 from qaes.domain.qubic.demo import demo_seed
 from qaes.domain.qubic.identity import (
     check_address,
@@ -83,7 +83,8 @@ def _key_of_secret(secret: str) -> Key:
         found = clients.client("secretsmanager").get_secret_value(SecretId=secret)
     except (BotoCoreError, ClientError) as error:
         code = error.response["Error"]["Code"] if isinstance(error, ClientError) else type(error).__name__
-        raise UnavailableError(f"the ledger's key cannot be read ({code})") from error
+        kind = ThrottledError if clients.is_busy(code) else UnavailableError
+        raise kind(f"the ledger's key cannot be read ({code})") from error
     try:
         return key_of_seed(found.get("SecretString", ""))
     except ValueError:

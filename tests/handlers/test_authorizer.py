@@ -571,15 +571,17 @@ BROKEN: dict[str, tuple[int, bytes]] = {
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_keys_that_cannot_be_had_are_not_the_callers_fault(
-    authorize: Authorize, keys: KeyServer, issuer: Issuer, what: str
+    authorize: Authorize, keys: KeyServer, issuer: Issuer, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """500, not 401: the token may be good. Once the keys are there again, it is."""
+    """503, not 401: the token may be good. Once the keys are there again, it is."""
+    clock = Clock(monkeypatch)
     good = keys.body
     keys.status, keys.body = BROKEN[what]
     with pytest.raises(KeysUnavailableError) as error:
         authorize(f"Bearer {signed(issuer)}")
     assert "Unauthorized" not in str(error.value)
     keys.status, keys.body = 200, good
+    clock.advance(6)
     assert authorize(f"Bearer {signed(issuer)}")["principalId"] == "alice"
 
 
@@ -591,19 +593,68 @@ def test_keys_without_an_id_are_none(authorize: Authorize, keys: KeyServer, issu
             authorize(f"Bearer {signed(issuer, headers)}")
 
 
-def test_an_outage_of_the_issuer_is_outlived_for_as_long_as_keys_are_kept(
+def test_last_good_keys_count_for_an_hour_in_an_outage(
     authorize: Authorize, keys: KeyServer, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)
     authorize(f"Bearer {signed(issuer)}")
     keys.status = 503
-    clock.advance(290)
-    assert authorize(f"Bearer {signed(issuer)}")["principalId"] == "alice"
-    clock.advance(11)
+    for _ in range(11):
+        clock.advance(300)
+        assert authorize(f"Bearer {signed(issuer)}")["principalId"] == "alice"
+    clock.advance(301)
     with pytest.raises(KeysUnavailableError):
         authorize(f"Bearer {signed(issuer)}")
     keys.status = 200
+    clock.advance(31)
     assert authorize(f"Bearer {signed(issuer)}")["principalId"] == "alice"
+
+
+def test_outage_causes_one_fetch_in_each_cooldown(
+    authorize: Authorize, keys: KeyServer, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    authorize(f"Bearer {signed(issuer)}")
+    keys.status = 503
+    clock.advance(301)
+
+    def ask(_: int) -> str:
+        principal: str = authorize(f"Bearer {signed(issuer)}")["principalId"]
+        return principal
+
+    for fetches in (2, 3):
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(ask, range(40))) == {"alice"}
+        assert keys.fetches == fetches
+        clock.advance(31)
+
+
+def test_issuer_that_was_never_reached_is_not_flooded(
+    authorize: Authorize, keys: KeyServer, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock(monkeypatch)
+    keys.status = 503
+    for fetches in (1, 2):
+        for _ in range(20):
+            with pytest.raises(KeysUnavailableError):
+                authorize(f"Bearer {signed(issuer)}")
+        assert keys.fetches == fetches
+        clock.advance(6)
+
+
+def test_key_that_was_withdrawn_before_an_outage_is_refused(
+    authorize: Authorize, keys: KeyServer, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, successor = Clock(monkeypatch), Issuer.create(issuer.url)
+    authorize(f"Bearer {signed(issuer)}")
+    keys.publish(*successor.key_set()["keys"])
+    clock.advance(301)
+    assert authorize(f"Bearer {signed(successor)}")["principalId"] == "alice"
+    keys.status = 503
+    clock.advance(1800)
+    with pytest.raises(KeysUnavailableError):  # the issuer might have published it again
+        authorize(f"Bearer {signed(issuer)}")
+    assert authorize(f"Bearer {signed(successor)}")["principalId"] == "alice"
 
 
 def test_an_issuer_that_is_slow_is_not_waited_for(authorize: Authorize, keys: KeyServer, issuer: Issuer) -> None:

@@ -18,7 +18,7 @@ from qaes.adapters.task_store import MAX_RETRIES, TaskStore
 from qaes.domain.ids import now, parse_timestamp
 from qaes.domain.policy import Policy
 from tests.handlers.test_gateway import DOWN, MONITOR, NO, SOURCE, TRANSFER, YES, executions, start, start_waiting
-from tests.handlers.test_task_store import new_task, planned, waiting
+from tests.handlers.test_task_store import new_task, planned, replace_approval, waiting
 from tests.support.api import ALICE, BOB, CAROL, MALLORY, OLIVIA, Api, items, named, set_environment
 from tests.support.cloud import Cloud, cloud
 
@@ -369,7 +369,7 @@ def expire(task_id: str) -> None:
     assert approval is not None
     moments = {name: now() - timedelta(hours=hours) for name, hours in {"requested_at": 25, "expires_at": 1}.items()}
     past = approval.model_copy(update={name: task_store.timestamp(moment) for name, moment in moments.items()})
-    store._transact([store._items.put_approval(task_id, past, "pending")])
+    replace_approval(store, task_id, past)
 
 
 def test_a_decision_is_bound_to_the_plan_that_was_looked_at(api: Api, store: TaskStore) -> None:
@@ -450,7 +450,7 @@ def test_people_are_reminded_once_before_an_approval_expires(live: Api) -> None:
     assert approval is not None
     soon = {"requested_at": now() - timedelta(hours=20), "expires_at": now() + timedelta(hours=4)}
     late = approval.model_copy(update={name: task_store.timestamp(moment) for name, moment in soon.items()})
-    store._transact([store._items.put_approval(task_id, late, "pending")])
+    replace_approval(store, task_id, late)
     assert live.aws.invoke("ReconcilerFunction", {})["reconciled"] == [task_id]
     assert live.aws.invoke("ReconcilerFunction", {})["reconciled"] == []
     assert kinds(task_id)[-1] == "approval_reminder"

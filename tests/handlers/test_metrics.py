@@ -12,7 +12,7 @@ import pytest
 from qaes.adapters import task_store
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.ids import now, timestamp
-from tests.handlers.test_task_store import events, waiting
+from tests.handlers.test_task_store import events, replace_approval, waiting
 from tests.support.cloud import Cloud, cloud
 from tests.support.template import resolve, template
 
@@ -113,7 +113,7 @@ def ask(store: TaskStore, *, ago: float, left: float = 3600) -> str:
         update={name: task_store.timestamp(moment) for name, moment in moments.items()}
         | {"reminded_at": timestamp(now())}
     )
-    store._transact([store._items.put_approval(task_id, older, "pending")])
+    replace_approval(store, task_id, older)
     return task_id
 
 

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import boto3
 import pytest
+from boto3.dynamodb.types import TypeDeserializer
+from botocore.client import BaseClient
 
 from qaes.adapters.executions import Executions
+from qaes.adapters.task_items import task_item
 from qaes.adapters.task_store import TaskStore
-from qaes.domain.ids import new_task_id
+from qaes.domain.errors import ThrottledError
+from qaes.domain.ids import new_task_id, now, timestamp
 from qaes.domain.models import Task
 from tests.handlers.test_task_store import new_task, planned
-from tests.support.cloud import Cloud, cloud
+from tests.support import template
+from tests.support.cloud import Cloud, Context, cloud
+from tests.support.crashes import CrashError
 
 
 @pytest.fixture
@@ -129,3 +137,141 @@ def test_an_approval_that_nobody_has_decided_is_waited_for(aws: Cloud, store: Ta
     aws.wait(task.task_id, "waiting_approval")
     assert reconcile(aws) == []
     assert store.get_task(task.task_id).status == "waiting_approval"
+
+
+LIMIT_SECONDS = template.timeout("ReconcilerFunction")
+
+
+class SlowStepFunctions:
+    """A clock that only calls of Step Functions move on: each takes a tenth of a second, and Lambda ends the run."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, listed: Callable[[], list[str]] = list) -> None:
+        self.seconds = 0.0
+        self.calls: list[tuple[str, str]] = []
+        call = BaseClient._make_api_call
+
+        def make(client: Any, operation: str, arguments: Any) -> Any:
+            if client.meta.service_model.service_name != "stepfunctions":
+                return call(client, operation, arguments)
+            self.seconds += 0.1
+            if self.seconds > LIMIT_SECONDS:
+                raise CrashError
+            self.calls.append((operation, str(arguments.get("executionArn")).rpartition(":")[2]))
+            if operation == "ListExecutions":
+                return {"executions": [{"name": name} for name in listed()]}
+            return call(client, operation, arguments)
+
+        monkeypatch.setattr(BaseClient, "_make_api_call", make)
+        monkeypatch.setattr(
+            Context, "get_remaining_time_in_millis", lambda _: int((LIMIT_SECONDS - self.seconds) * 1000)
+        )
+
+    def described(self) -> list[str]:
+        """The executions that were described since this was last asked; the clock begins anew."""
+        found = [name for operation, name in self.calls if operation == "DescribeExecution"]
+        self.calls.clear()
+        self.seconds = 0.0
+        return found
+
+
+def waiting_tasks(number: int, *, waited: float = 60.0, lasts: float = 3600.0) -> list[str]:
+    """Tasks that wait for an approval, each as the table has it."""
+    since = now() - timedelta(seconds=waited)
+    tasks = [
+        new_task().model_copy(
+            update={
+                "status": "waiting_approval",
+                "updated_at": timestamp(since),
+                "waiting_since": timestamp(since),
+                "waiting_until": timestamp(since + timedelta(seconds=lasts)),
+            }
+        )
+        for _ in range(number)
+    ]
+    with boto3.resource("dynamodb").Table("TasksTable").batch_writer() as batch:
+        for task in tasks:
+            item = task_item(task)
+            batch.put_item(Item={name: TypeDeserializer().deserialize(value) for name, value in item.items()})
+    return [task.task_id for task in tasks]
+
+
+@pytest.fixture
+def settled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How much time was left, in seconds, when transfers were settled."""
+    left: list[int] = []
+
+    def settle(store: TaskStore, context: Any) -> list[str]:
+        left.append(context.get_remaining_time_in_millis() // 1000)
+        return []
+
+    monkeypatch.setattr("agent_runtime.reconciler._settle_transfers", settle)
+    return left
+
+
+def oldest(capsys: pytest.CaptureFixture[str]) -> float:
+    [line] = [line for line in capsys.readouterr().out.splitlines() if '"OldestOpenApproval":' in line]
+    age: float = json.loads(line)["OldestOpenApproval"][0]
+    return age
+
+
+@pytest.mark.parametrize("number", [199, 900])
+def test_reconciler_leaves_time_for_transfers_when_calls_are_slow(
+    aws: Cloud,
+    settled: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+) -> None:
+    tasks = waiting_tasks(number)
+    clock = SlowStepFunctions(monkeypatch)
+    reconcile(aws)
+    assert settled[0] >= LIMIT_SECONDS // 2 - 1
+    assert 60 <= oldest(capsys) < 120
+    described = set(clock.described())
+    assert len(described) == min(number, LIMIT_SECONDS * 5 - 1)
+    reconcile(aws)  # goes on where the first run stopped
+    assert described | set(clock.described()) == set(tasks)
+
+
+def test_running_executions_are_listed_and_not_described(
+    aws: Cloud, settled: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tasks = waiting_tasks(900)
+    clock = SlowStepFunctions(monkeypatch, lambda: tasks[1:])
+    reconcile(aws)
+    assert (settled, clock.described()) == ([LIMIT_SECONDS - 1], tasks[:1])
+
+
+def test_waiting_task_is_not_read_before_its_reminder(
+    aws: Cloud, settled: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    early, late = waiting_tasks(1, waited=2600)[0], waiting_tasks(1, waited=2800)[0]
+    SlowStepFunctions(monkeypatch, lambda: [early, late])
+    read: list[str] = []
+    monkeypatch.setattr(TaskStore, "open_approval", lambda self, task_id: read.append(task_id))
+    reconcile(aws)
+    assert read == [late]
+
+
+def test_transfers_are_settled_when_open_tasks_cannot_be_read(
+    aws: Cloud, settled: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def throttled(*_: Any) -> None:
+        raise ThrottledError("the table is busy")
+
+    monkeypatch.setattr(TaskStore, "open_tasks", throttled)
+    with pytest.raises(ThrottledError):
+        reconcile(aws)
+    assert len(settled) == 1
+
+
+def test_tasks_are_described_when_listing_is_throttled(
+    aws: Cloud, store: TaskStore, settled: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, _ = store.start_task(new_task())
+
+    def throttled(*_: Any) -> None:
+        raise ThrottledError("Step Functions is busy")
+
+    monkeypatch.setattr(Executions, "running", throttled)
+    assert reconcile(aws) == [task.task_id]

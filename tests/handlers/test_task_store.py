@@ -11,13 +11,13 @@ import boto3
 import pytest
 
 from audit.store import Outbox
-from qaes.adapters import clients
+from qaes.adapters import clients, dynamo
 from qaes.adapters.task_items import Idempotency
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import planning
-from qaes.domain.errors import ConcurrentUpdateError, ConflictError, NotFoundError
+from qaes.domain.errors import ConflictError, NotFoundError, ThrottledError, UnavailableError
 from qaes.domain.ids import new_plan_id, new_task_id, now, timestamp
-from qaes.domain.models import Plan, Task
+from qaes.domain.models import Approval, Plan, Task
 from qaes.domain.policy import PolicyDecision
 from tests.support.cloud import cloud
 from tests.unit.test_planning import POLICY, TRANSFER
@@ -53,6 +53,17 @@ def planned(store: TaskStore) -> tuple[str, Plan]:
     plan = store.save_plan(task.task_id, build(task.task_id))
     store.begin_execution(task.task_id)
     return task.task_id, plan
+
+
+def replace_approval(store: TaskStore, task_id: str, approval: Approval) -> None:
+    """Store another state of the open approval, and its times with the task."""
+    task = store.get_task(task_id)
+    times = {"waiting_since": approval.requested_at, "waiting_until": approval.expires_at, "version": task.version + 1}
+    writes = [
+        store._items.put_approval(task_id, approval, "pending"),
+        store._items.put_task(task.model_copy(update=times), before=task),
+    ]
+    dynamo.transact(writes)
 
 
 def build(task_id: str | None) -> Plan:
@@ -119,7 +130,7 @@ def test_fifty_starts_at_once_under_one_key_make_one_task(store: TaskStore) -> N
 
 def test_a_task_id_is_not_written_twice(store: TaskStore) -> None:
     task, _ = store.start_task(new_task())
-    with pytest.raises(ConcurrentUpdateError):
+    with pytest.raises(UnavailableError):
         store.start_task(task)
 
 
@@ -182,7 +193,7 @@ def test_an_approval_that_was_used_stays_used_whoever_asks_again(store: TaskStor
     task_id, plan = waiting(store)
     approval = store.decide(task_id, approved=True, subject="bob", reason="x")
     store.claim_step(task_id, 2, plan.steps[2], approval, run=1, current=plan.policy)
-    with pytest.raises(ConcurrentUpdateError):
+    with pytest.raises(ThrottledError):
         store.request_approval(task_id, 2, plan.steps[2], "token-2", 60)
     item = boto3.client("dynamodb").get_item(
         TableName="TasksTable", Key={"pk": {"S": task_id}, "sk": {"S": "APPROVAL#002#01"}}
@@ -241,7 +252,7 @@ def test_an_approval_is_consumed_once(store: TaskStore) -> None:
     approval = store.decide(task_id, approved=True, subject="bob", reason="ok")
     store.claim_step(task_id, 2, plan.steps[2], approval, run=1, current=plan.policy)
     # Another step cannot be run on the same approval.
-    with pytest.raises(ConcurrentUpdateError):
+    with pytest.raises(ThrottledError):
         store.claim_step(task_id, 1, plan.steps[1], approval, run=1, current=plan.policy)
     assert store.step(task_id, 1) is None
 
@@ -317,14 +328,12 @@ def test_a_write_that_loses_every_race_gives_up_with_a_clear_error(
 
     monkeypatch.setattr(TaskStore, "get_task", read_stale)
     monkeypatch.setattr("qaes.adapters.task_store.time.sleep", lambda seconds: None)
-    with pytest.raises(ConcurrentUpdateError):
+    with pytest.raises(ThrottledError):
         store.begin_planning(task.task_id)
 
 
 def test_other_errors_of_the_table_are_not_swallowed(store: TaskStore, monkeypatch: pytest.MonkeyPatch) -> None:
     from botocore.exceptions import ClientError
-
-    from qaes.domain.errors import UnavailableError
 
     class Broken:
         def __init__(self, code: str) -> None:

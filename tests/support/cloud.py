@@ -32,6 +32,7 @@ from botocore.client import BaseClient
 from moto import mock_aws
 from moto.awslambda_simple.models import LambdaSimpleBackend
 from moto.core.base_backend import BackendDict
+from moto.core.exceptions import JsonRESTError
 from moto.dynamodb import models as moto_dynamodb
 from moto.dynamodb.models import DynamoDBBackend
 from moto.dynamodb.models.table import Table
@@ -59,9 +60,19 @@ class Context:
     memory_limit_in_mb: int = 512
     invoked_function_arn: str = "arn:aws:lambda:us-east-1:123456789012:function:test"
     aws_request_id: str = "00000000-0000-4000-8000-000000000000"
+    seconds: int = 30
 
     def get_remaining_time_in_millis(self) -> int:
-        return 30_000
+        return self.seconds * 1000
+
+
+class TooManyRequestsError(JsonRESTError):
+    """What Lambda answers when too many invocations run at once: the function has not run."""
+
+    code = 429
+
+    def __init__(self) -> None:
+        super().__init__("TooManyRequestsException", "Rate Exceeded.")
 
 
 def evaluate(expression: str) -> Any:
@@ -76,7 +87,9 @@ def call(function: str, event: Any, parameters: dict[str, str] | None = None) ->
     """Call the template's handler of `function` with its own environment."""
     module, _, attribute = template.functions()[function].rpartition(".")
     with _environment(template.environment(function, PARAMETERS | (parameters or {}))):
-        return getattr(importlib.import_module(module), attribute)(event, Context(function_name=function))
+        return getattr(importlib.import_module(module), attribute)(
+            event, Context(function_name=function, seconds=template.timeout(function))
+        )
 
 
 # Without a handler of its own, what moto logs of an execution that is stopped with its test would go to the terminal.
@@ -84,6 +97,8 @@ logging.getLogger("moto").addHandler(logging.NullHandler())
 
 _environment_lock = threading.RLock()
 DYNAMODB_LOCK = threading.Lock()
+_committed: set[str] = set()
+"""Tokens of the transactions that were committed."""
 _make_api_call = BaseClient._make_api_call
 _moto_transact_write_items = DynamoDBBackend.transact_write_items
 
@@ -93,7 +108,13 @@ def _one_at_a_time(client: Any, operation: str, arguments: Any) -> Any:
     if client.meta.service_model.service_name != "dynamodb":
         return _make_api_call(client, operation, arguments)
     with DYNAMODB_LOCK:
-        return _make_api_call(client, operation, arguments)
+        token = arguments.get("ClientRequestToken")
+        if token in _committed:
+            return {}  # as DynamoDB does, and moto does not
+        answer = _make_api_call(client, operation, arguments)
+        if token:
+            _committed.add(token)
+        return answer
 
 
 def _transact_write_items(backend: DynamoDBBackend, transact_items: list[dict[str, Any]]) -> None:
@@ -163,13 +184,17 @@ class Clock:
 
 @dataclass
 class Cloud:
-    """moto with the template's resources; `faults` maps a function to what stands in front of its handler."""
+    """moto with the template's resources.
+
+    `faults` maps a function to what stands in front of its handler; `throttle` says whether Lambda refuses to run it.
+    """
 
     clock: Clock = field(default_factory=Clock)
 
     machine_arn: str = ""
     invocations: Counter[str] = field(default_factory=Counter)
     faults: dict[str, Callable[[Any], None]] = field(default_factory=dict)
+    throttle: Callable[[str, Any], bool] = lambda function, event: False
     parameters: dict[str, str] = field(default_factory=dict)
     closed: bool = False
     _shard: str = ""
@@ -357,8 +382,11 @@ def cloud(
         backend: Any, function_name: str, qualifier: Any, body: Any, headers: Any, response_headers: Any
     ) -> bytes:
         name = function_name.rsplit(":", 1)[-1]
+        event = json.loads(body or "null")
+        if it.throttle(name, event):
+            raise TooManyRequestsError
         try:
-            return json.dumps(it.invoke(name, json.loads(body or "null"))).encode()
+            return json.dumps(it.invoke(name, event)).encode()
         except Exception as error:  # noqa: BLE001 the runtime turns whatever a handler raises into this answer
             response_headers["x-amz-function-error"] = "Unhandled"
             return json.dumps({"errorType": type(error).__name__, "errorMessage": str(error)}).encode()

@@ -124,6 +124,12 @@ def functions() -> dict[str, str]:
     return {name: body["Properties"]["Handler"] for name, body in resources("AWS::Serverless::Function").items()}
 
 
+def timeout(function: str) -> int:
+    """How long a function may run, in seconds."""
+    own = template()["Resources"][function]["Properties"]
+    return int(own.get("Timeout", template()["Globals"]["Function"]["Timeout"]))
+
+
 def environment(function: str, parameters: dict[str, str] | None = None) -> dict[str, str]:
     """The environment variables of a function, the template's global ones included."""
     globals_ = template().get("Globals", {}).get("Function", {}).get("Environment", {}).get("Variables", {})

@@ -79,6 +79,8 @@ def render(template: Template) -> dict[str, Any]:
 
     def value(match: re.Match[str]) -> str:
         substitution = template.state_machine["DefinitionSubstitutions"][match[1]]
+        if isinstance(substitution, str):
+            return substitution
         if "Ref" in substitution:
             return str(template.parameters[substitution["Ref"]]["Default"])
         return f"arn:aws:lambda:eu-west-1:123456789012:function:{substitution['Fn::GetAtt'][0]}"

@@ -26,13 +26,13 @@ EXPOSED = {"Idempotent-Replay", "Retry-After", "X-Correlation-Id"}
 # Every kind that API Gateway knows, with the status that it has by default, or that we give it.
 GATEWAY_RESPONSES = {
     "ACCESS_DENIED": 403,
-    "API_CONFIGURATION_ERROR": 500,
-    "AUTHORIZER_CONFIGURATION_ERROR": 500,
-    "AUTHORIZER_FAILURE": 500,
+    "API_CONFIGURATION_ERROR": 503,
+    "AUTHORIZER_CONFIGURATION_ERROR": 503,
+    "AUTHORIZER_FAILURE": 503,
     "BAD_REQUEST_BODY": 400,
     "BAD_REQUEST_PARAMETERS": 400,
     "DEFAULT_4XX": 400,
-    "DEFAULT_5XX": 500,
+    "DEFAULT_5XX": 503,
     "EXPIRED_TOKEN": 403,
     "INTEGRATION_FAILURE": 504,
     "INTEGRATION_TIMEOUT": 504,
@@ -451,7 +451,7 @@ def test_a_gateway_response_has_the_headers_of_the_services(responses: dict[str,
     assert plain["Strict-Transport-Security"].startswith("max-age=31536000")
     assert not [name for name in plain if name.startswith("Access-Control-") or name == "Vary"]
     assert ("WWW-Authenticate" in plain) == (kind == "UNAUTHORIZED")
-    assert ("Retry-After" in plain) == (kind in {"THROTTLED", "INTEGRATION_FAILURE", "INTEGRATION_TIMEOUT"})
+    assert ("Retry-After" in plain) == (kind == "THROTTLED" or GATEWAY_RESPONSES[kind] >= 500)
     cors = headers_of(responses[kind], CorsAllowOrigin=ORIGIN)
     assert (cors["Access-Control-Allow-Origin"], cors["Vary"]) == (ORIGIN, "Origin")
     assert set(cors["Access-Control-Expose-Headers"].split(",")) == EXPOSED

@@ -10,6 +10,7 @@ import pytest
 
 from qaes.adapters import clients
 from qaes.adapters.ledger_client import CALL_SECONDS
+from qaes.domain.errors import ThrottledError
 from worker.app import NotConfirmedYetError
 
 DEFINITION = Path(__file__).parents[2] / "statemachine" / "task_execution.asl.json"
@@ -183,3 +184,29 @@ def test_a_task_stays_within_its_budget_of_transitions() -> None:
 def states_in(map_state: dict[str, Any]) -> States:
     inner: States = map_state["ItemProcessor"]["States"]
     return inner
+
+
+THROTTLING = {
+    "Lambda.TooManyRequestsException",
+    "Lambda.ServiceException",
+    "Lambda.AWSLambdaException",
+    "Lambda.SdkClientException",
+    "Lambda.ClientExecutionTimeoutException",
+    "Lambda.Unknown",
+    ThrottledError.__name__,
+}
+
+
+def test_every_task_waits_for_minutes_when_aws_throttles(states: States) -> None:
+    for name, state in tasks(states).items():
+        [throttling] = [retry for retry in state["Retry"] if THROTTLING & set(retry["ErrorEquals"])]
+        assert set(throttling["ErrorEquals"]) == THROTTLING, name
+        assert state["Retry"].index(throttling) == len(state["Retry"]) - 2, "before the one for every error"
+        assert throttling["JitterStrategy"] == "FULL", name
+        longest = [
+            min(throttling["IntervalSeconds"] * throttling["BackoffRate"] ** number, throttling["MaxDelaySeconds"])
+            for number in range(throttling["MaxAttempts"])
+        ]
+        expected = sum(longest) / 2  # full jitter: each wait is half of the longest on average
+        assert 10 * 60 <= expected <= 20 * 60, name
+        assert sum(longest) < 3600, name

@@ -31,7 +31,7 @@ from typing import Any, Literal
 from botocore.exceptions import BotoCoreError, ClientError
 from pydantic import BaseModel, ConfigDict, Field
 
-from qaes.adapters import clients, settings
+from qaes.adapters import dynamo, settings
 from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
 from qaes.domain.ids import now
 from qaes.domain.qubic.identity import decode_identity, encode_identity, is_transaction_id_shaped
@@ -47,7 +47,6 @@ MAX_TICKS_AHEAD = 100_000
 MAX_GENESIS = 90
 """DynamoDB takes 100 items in one transaction."""
 
-_CHANGED = {"ConditionalCheckFailedException", "TransactionConflictException"}
 
 _Counter = Literal["drop", "fail_after_accepting", "fail_requests"]
 
@@ -351,18 +350,15 @@ class MockChain:
     def _consume(self, counter: _Counter) -> bool:
         """Take one of a fault that is counted; False when others have taken the last one."""
         try:
-            clients.client("dynamodb").update_item(
-                TableName=self._table,
+            self._items.update(
                 Key=item_key("STATE", "STATE"),
                 UpdateExpression="SET #counter = #counter - :one",
                 ConditionExpression="#counter >= :one",
                 ExpressionAttributeNames={"#counter": counter},
                 ExpressionAttributeValues={":one": {"N": "1"}},
             )
-        except ClientError as error:
-            if error.response["Error"]["Code"] == "ConditionalCheckFailedException":
-                return False
-            raise
+        except ChangedError:
+            return False
         return True
 
     # Time passes
@@ -459,20 +455,14 @@ class MockChain:
         """Change STATE as it was read; raises ChangedError when it is no longer so."""
         as_it_was = "#version = :version_as_read AND #closed_tick = :closed_as_read"
         names = {"version", "closed_tick", *changes}
-        try:
-            clients.client("dynamodb").update_item(
-                TableName=self._table,
-                Key=item_key("STATE", "STATE"),
-                UpdateExpression="SET " + ", ".join(f"#{name} = :{name}" for name in changes),
-                ConditionExpression=as_it_was,
-                ExpressionAttributeNames={f"#{name}": name for name in names},
-                ExpressionAttributeValues={f":{name}": value for name, value in changes.items()}
-                | {":version_as_read": {"N": str(state.version)}, ":closed_as_read": {"N": str(state.closed_tick)}},
-            )
-        except ClientError as error:
-            if error.response["Error"]["Code"] in _CHANGED:
-                raise ChangedError from error
-            raise
+        self._items.update(
+            Key=item_key("STATE", "STATE"),
+            UpdateExpression="SET " + ", ".join(f"#{name} = :{name}" for name in changes),
+            ConditionExpression=as_it_was,
+            ExpressionAttributeNames={f"#{name}": name for name in names},
+            ExpressionAttributeValues={f":{name}": value for name, value in changes.items()}
+            | {":version_as_read": {"N": str(state.version)}, ":closed_as_read": {"N": str(state.closed_tick)}},
+        )
 
     # Execution
 
@@ -574,8 +564,7 @@ class MockChain:
         return int(self._clock().timestamp() * 1000)
 
     def _query(self, **which: Any) -> Iterator[Item]:
-        pages = clients.client("dynamodb").get_paginator("query")
-        yield from pages.paginate(TableName=self._table, ConsistentRead=True, **which)
+        return dynamo.pages(TableName=self._table, ConsistentRead=True, **which)
 
 
 @contextmanager

@@ -5,6 +5,8 @@ Imported by the authorizer, which every request waits for: nothing here needs bo
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -26,8 +28,17 @@ _CLIENT_CLAIMS = ("client_id", "azp", "cid", "appid")
 """Where issuers name the client that a token was issued to: RFC 9068, OpenID Connect, Okta, Entra ID."""
 
 LEEWAY_SECONDS = 60
+FRESH_SECONDS = 300
+"""How long keys count without being fetched again."""
+STALE_SECONDS = 3600
+"""How long the last good keys count while the issuer cannot be reached: the bound for a withdrawn key in an outage."""
 COOLDOWN_SECONDS = 30
+"""The pause after a fetch, successful or not."""
+FIRST_COOLDOWN_SECONDS = 5
+"""The same while there are no keys at all: every request is refused until there are."""
 MAX_TOKEN_LENGTH = 8192
+
+logger = logging.getLogger("authorizer")
 
 
 class InvalidTokenError(Exception):
@@ -48,29 +59,65 @@ class Identity:
 
 
 class _Keys(jwt.PyJWKClient):
-    """The issuer's keys. What keeps them from being had is never the token's fault."""
+    """The issuer's keys; while the issuer cannot be reached, the last good ones. An outage is never the token's fault.
 
-    _refresh_failed_at = float("-inf")
+    One fetch runs at a time. After a fetch, successful or not, none begins until the cool-down is over: neither made-up
+    key ids nor an outage cause one fetch for each request.
+    """
 
-    def get_signing_keys(self, refresh: bool = False) -> list[jwt.PyJWK]:
-        """Return the keys; `refresh` when a key id is not among those that are kept."""
-        # PyJWT waits after a fetch that succeeded: after one that failed, made-up key ids would each cause another.
-        if refresh and time.monotonic() - self._refresh_failed_at < COOLDOWN_SECONDS:
-            raise KeysUnavailableError("asked for in vain a moment ago")
+    def __init__(self, url: str) -> None:
+        super().__init__(url, timeout=3, cache_jwk_set=False)
+        self._lock = threading.Lock()
+        self._known: list[jwt.PyJWK] = []
+        self._fetched_at = self._tried_at = float("-inf")
+
+    def get_signing_key(self, kid: str) -> jwt.PyJWK:
+        """Return the key with this id.
+
+        Raises
+        ------
+        KeysUnavailableError
+            The key is not among the last good ones, or these are too old, and the issuer cannot be asked.
+        jwt.PyJWKClientError
+            The issuer has no such key.
+        """
+        with self._lock:
+            if time.monotonic() - self._fetched_at > FRESH_SECONDS:
+                self._refresh()
+            key = self._find(kid)
+            if key is None:
+                self._refresh()
+                key = self._find(kid)
+            if key is not None:
+                return key
+            if self._tried_at > self._fetched_at:
+                raise KeysUnavailableError("the issuer could not be asked")
+            raise jwt.PyJWKClientError("the issuer has no such key")
+
+    def _find(self, kid: str) -> jwt.PyJWK | None:
+        usable = time.monotonic() - self._fetched_at <= STALE_SECONDS
+        return self.match_kid(self._known, kid) if usable else None
+
+    def _refresh(self) -> None:
+        """Fetch the keys, unless that was tried a moment ago. What is known stays if they cannot be had."""
+        cooldown = COOLDOWN_SECONDS if self._known else FIRST_COOLDOWN_SECONDS
+        if time.monotonic() - self._tried_at < cooldown:
+            return
         try:
-            return super().get_signing_keys(refresh)
+            self._known = self.get_signing_keys()
         except (jwt.PyJWTError, ValueError, OSError) as error:
-            if refresh:
-                self._refresh_failed_at = time.monotonic()
-            raise KeysUnavailableError(type(error).__name__) from error
+            self._tried_at = time.monotonic()
+            logger.warning("the issuer's keys cannot be fetched: %s", type(error).__name__)
+        else:
+            self._fetched_at = self._tried_at = time.monotonic()
 
 
 class TokenVerifier:
     """Verifies tokens of one issuer for one audience.
 
-    `agents` are the issuer's clients that are agents, `role_claims` the claims that name roles. Keys are kept for five
-    minutes. A key id that is not among them causes one new fetch, and no other within half a minute: made-up key ids
-    are not a way to have the issuer flooded.
+    `agents` are the issuer's clients that are agents, `role_claims` the claims that name roles. Keys are fresh for five
+    minutes: a key that the issuer withdraws is refused after that. While the issuer cannot be reached, the last good
+    keys count for an hour. A key id that is not among them causes one new fetch, and no other within half a minute.
     """
 
     def __init__(
@@ -86,7 +133,7 @@ class TokenVerifier:
         self._audience = audience
         self._agents = frozenset(agents)
         self._role_claims = tuple(role_claims)
-        self._keys = _Keys(jwks_url, timeout=3, lifespan=300, cooldown_duration=COOLDOWN_SECONDS)
+        self._keys = _Keys(jwks_url)
 
     def verify(self, token: str) -> Identity:
         """Tell whom a token names.

@@ -17,12 +17,40 @@ def _config(**options: Any) -> Config:
     return Config(**options)
 
 
+BUSY = frozenset(
+    {
+        "InternalFailure",
+        "InternalServerError",
+        "InternalServerException",
+        "ProvisionedThroughputExceededException",
+        "RequestLimitExceeded",
+        "ServiceException",
+        "ServiceUnavailable",
+        "ServiceUnavailableException",
+        "Throttling",
+        "ThrottledException",
+        "ThrottlingException",
+        "TooManyRequestsException",
+    }
+)
+"""The codes with which AWS refuses or fails a call for the moment; the same call may succeed later."""
+
+
+def is_busy(code: str) -> bool:
+    """Return whether AWS's error code says that the same call may succeed later."""
+    return code in BUSY
+
+
 @cache
 def client(name: Literal["dynamodb", "stepfunctions", "s3", "secretsmanager", "sqs"]) -> Any:
-    """The boto3 client of that service, with short timeouts and botocore's standard retries."""
+    """The boto3 client of that service, with short timeouts and botocore's standard retries.
+
+    DynamoDB's has none: `qaes.adapters.dynamo` repeats its calls.
+    """
     import boto3
 
-    return boto3.client(name, config=_config(retries={"mode": "standard", "max_attempts": 3}, **_QUICK))
+    attempts = 1 if name == "dynamodb" else 3
+    return boto3.client(name, config=_config(retries={"mode": "standard", "total_max_attempts": attempts}, **_QUICK))
 
 
 @cache

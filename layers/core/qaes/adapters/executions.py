@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from qaes.adapters import clients, settings
 from qaes.adapters.logs import logger
+from qaes.domain.errors import ThrottledError, UnavailableError
 from qaes.domain.models import Approval, Task
 
 
 class Executions:
-    """Starts an execution, asks for its status, resumes it with a decision, and stops it."""
+    """Starts an execution, asks for its status, resumes it with a decision, and stops it.
+
+    Every method raises UnavailableError if Step Functions does not answer, ThrottledError if it throttles the call.
+    """
 
     def __init__(self, state_machine_arn: str | None = None) -> None:
         self._arn = state_machine_arn or settings.text("STATE_MACHINE_ARN")
@@ -20,9 +26,10 @@ class Executions:
         """Start the task's execution; the name makes it once."""
         step_functions = clients.client("stepfunctions")
         try:
-            step_functions.start_execution(
-                stateMachineArn=self._arn, name=task.execution_name, input=json.dumps({"task_id": task.task_id})
-            )
+            with _asking():
+                step_functions.start_execution(
+                    stateMachineArn=self._arn, name=task.execution_name, input=json.dumps({"task_id": task.task_id})
+                )
         except step_functions.exceptions.ExecutionAlreadyExists:
             logger().info("the execution had been started already", extra={"task_id": task.task_id})
 
@@ -30,17 +37,35 @@ class Executions:
         """RUNNING, SUCCEEDED, FAILED, TIMED_OUT or ABORTED; None when there is no execution."""
         step_functions = clients.client("stepfunctions")
         try:
-            found = step_functions.describe_execution(executionArn=self._execution(task))
+            with _asking():
+                found = step_functions.describe_execution(executionArn=self._execution(task))
         except step_functions.exceptions.ExecutionDoesNotExist:
             return None
         status: str = found["status"]
         return status
 
+    def running(self, has_time: Callable[[], bool]) -> set[str]:
+        """List the names of the executions that run, a thousand a call, while there is time.
+
+        The list may be a moment old, and incomplete when time was short: `status` is exact.
+        """
+        names: set[str] = set()
+        arguments: dict[str, Any] = {"stateMachineArn": self._arn, "statusFilter": "RUNNING", "maxResults": 1000}
+        while has_time():
+            with _asking():
+                page = clients.client("stepfunctions").list_executions(**arguments)
+            names.update(each["name"] for each in page["executions"])
+            if not page.get("nextToken"):
+                break
+            arguments["nextToken"] = page["nextToken"]
+        return names
+
     def stop(self, task: Task, reason: str) -> None:
         """Stop the task's execution; one that was never started, or has ended, needs no stopping."""
         step_functions = clients.client("stepfunctions")
         try:
-            step_functions.stop_execution(executionArn=self._execution(task), error="Cancelled", cause=reason)
+            with _asking():
+                step_functions.stop_execution(executionArn=self._execution(task), error="Cancelled", cause=reason)
         except step_functions.exceptions.ExecutionDoesNotExist:
             logger().info("no execution to stop", extra={"task_id": task.task_id})
 
@@ -56,6 +81,21 @@ class Executions:
         return wake(approval.token, {"decision": approval.status})
 
 
+@contextmanager
+def _asking() -> Iterator[None]:
+    """Turn the errors of AWS that another call may not meet into this project's."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except BotoCoreError as error:
+        raise UnavailableError(f"Step Functions did not answer ({type(error).__name__})") from error
+    except ClientError as error:
+        if clients.is_busy(error.response["Error"]["Code"]):
+            raise ThrottledError("Step Functions is busy: try again") from error
+        raise
+
+
 def wake(token: str, output: dict[str, Any]) -> bool:
     """Let the execution go on that waits under this task token; False when nobody waits under it any more."""
     step_functions = clients.client("stepfunctions")
@@ -65,7 +105,8 @@ def wake(token: str, output: dict[str, Any]) -> bool:
         step_functions.exceptions.InvalidToken,
     )
     try:
-        step_functions.send_task_success(taskToken=token, output=json.dumps(output))
+        with _asking():
+            step_functions.send_task_success(taskToken=token, output=json.dumps(output))
     except gone as error:
         logger().info("nobody waits for this any more", extra={"reason": type(error).__name__})
         return False

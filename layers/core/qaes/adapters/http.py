@@ -26,7 +26,7 @@ from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qaes.adapters import clients, logs, settings
+from qaes.adapters import clients, dynamo, logs, settings
 from qaes.adapters.auth import AGENT_ROLES
 from qaes.adapters.handlers import function
 from qaes.adapters.logs import logger
@@ -281,7 +281,7 @@ def add_health(app: FastAPI, path: str, checks: dict[str, Callable[[], object]])
 
 def tasks_table_answers() -> None:
     """Check for `add_health`: the tasks table is there."""
-    clients.client("dynamodb").describe_table(TableName=settings.text("TASKS_TABLE"))
+    dynamo.call("describe_table", TableName=settings.text("TASKS_TABLE"))
 
 
 def state_machine_answers() -> None:
@@ -355,23 +355,10 @@ def _unexpected(scope: Scope, error: Exception) -> Response:
         extra={"error": type(error).__name__, "where": traceback.format_tb(error.__traceback__)[-5:]},
     )
     code = error.response.get("Error", {}).get("Code", "") if isinstance(error, ClientError) else ""
-    if isinstance(error, BotoCoreError) or code in _BUSY:
+    if isinstance(error, BotoCoreError) or clients.is_busy(code):
         retry = {"Retry-After": str(RETRY_AFTER_SECONDS)}
         return _problem(scope, 503, "A part of the service does not answer: try again.", headers=retry)
     return _problem(scope, 500, "The service failed; the correlation id finds the reason in its log.")
-
-
-_BUSY = frozenset(
-    {
-        "InternalFailure",
-        "InternalServerError",
-        "ProvisionedThroughputExceededException",
-        "RequestLimitExceeded",
-        "ServiceUnavailable",
-        "ThrottlingException",
-        "TooManyRequestsException",
-    }
-)
 
 
 class _Edge:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from qaes.adapters import clients, settings
-from qaes.domain.errors import LimitError, RefusedError, UnavailableError
+from qaes.domain.errors import LimitError, RefusedError, ThrottledError, UnavailableError
 from qaes.domain.models import WalletBalance
 from qaes.domain.policy import Policy
 
@@ -28,7 +28,7 @@ class LedgerClient:
     """Asks the qubic service's functions: a caller has the names, and the rights, of those that it needs.
 
     Every method raises RefusedError when the ledger says no, LimitError when too much waits to be written,
-    UnavailableError when it cannot be asked, and SettingsError when the environment names no function for it.
+    UnavailableError when it cannot be asked (ThrottledError while AWS throttles), and SettingsError when the environment names no function for it.
 
     Parameters
     ----------
@@ -143,8 +143,14 @@ class LedgerClient:
                 Payload=payload,
             )
             answer = json.loads(response["Payload"].read())
-        except (BotoCoreError, ClientError, ValueError) as error:
+        except ClientError as error:
+            if clients.is_busy(error.response["Error"]["Code"]):
+                raise ThrottledError("the ledger is busy: try again") from error
             raise UnavailableError(f"the ledger did not answer ({type(error).__name__})") from error
+        except (BotoCoreError, ValueError) as error:
+            raise UnavailableError(f"the ledger did not answer ({type(error).__name__})") from error
+        if isinstance(answer, dict) and answer.get("errorType") == ThrottledError.__name__:
+            raise ThrottledError("the ledger is busy: try again")
         if response.get("FunctionError") or not isinstance(answer, dict) or "ok" not in answer:
             raise UnavailableError("the ledger failed to answer")
         if not answer["ok"]:

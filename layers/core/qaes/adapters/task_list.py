@@ -7,19 +7,15 @@ one key of one index (docs/adr/0026).
 
 from __future__ import annotations
 
-import random
-import time
 from dataclasses import dataclass
 from typing import Any
 
-from qaes.adapters import clients, settings
-from qaes.domain.errors import UnavailableError
+from qaes.adapters import dynamo, settings
 from qaes.domain.models import Status, Task
 
 MAX_EVALUATED = 1000
 """So many tasks are looked through for one page of a requester's tasks in one status; then the page is short."""
 EVALUATED_AT_ONCE = 250
-_READS = 6
 
 Item = dict[str, Any]
 
@@ -83,32 +79,19 @@ def _query(
         arguments |= {"FilterExpression": "status_key = :status", "Limit": EVALUATED_AT_ONCE}
         values[":status"] = {"S": status}
     found: list[Item] = []
-    evaluated, last = 0, None
-    while True:
-        answer = clients.client("dynamodb").query(**arguments)
-        found += answer["Items"]
-        evaluated += answer["ScannedCount"]
-        last = answer.get("LastEvaluatedKey")
+    evaluated = 0
+    for page in dynamo.pages(**arguments):
+        found += page["Items"]
+        evaluated += page["ScannedCount"]
         if len(found) > limit:
             return found[:limit], found[limit - 1]["task_id"]["S"]
-        if last is None:
-            return found, None
-        if evaluated >= MAX_EVALUATED:
+        last = page.get("LastEvaluatedKey")
+        if last is not None and evaluated >= MAX_EVALUATED:
             return found, last["task_id"]["S"]
-        arguments["ExclusiveStartKey"] = last
+    return found, None
 
 
 def _read(keys: list[Item]) -> list[Item]:
     """Read the items of these keys, in their order, each as it stands: one that an index names is there."""
-    table = settings.text("TASKS_TABLE")
-    found: dict[str, Item] = {}
-    left = keys
-    for attempt in range(_READS):
-        if not left:
-            return [found[key["pk"]["S"]] for key in keys if key["pk"]["S"] in found]
-        if attempt:
-            time.sleep(random.uniform(0, 0.05 * 2**attempt))  # noqa: S311 - jitter
-        answer = clients.client("dynamodb").batch_get_item(RequestItems={table: {"Keys": left, "ConsistentRead": True}})
-        found |= {item["pk"]["S"]: item for item in answer["Responses"].get(table, [])}
-        left = answer.get("UnprocessedKeys", {}).get(table, {}).get("Keys", [])
-    raise UnavailableError("the tasks of this page could not be read")
+    found = {item["pk"]["S"]: item for item in dynamo.get_many(settings.text("TASKS_TABLE"), keys)}
+    return [found[key["pk"]["S"]] for key in keys if key["pk"]["S"] in found]

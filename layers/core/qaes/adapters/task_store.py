@@ -13,20 +13,21 @@ import random
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from qaes.adapters import clients, metrics, settings
+from qaes.adapters import dynamo, metrics, settings
 from qaes.adapters.task_items import UNDER_WAY, Idempotency, Item, TaskItems, is_counter, plan_item, task_item
 from qaes.domain.canonical import SALT_LETTERS, canonical_json, hash_of, salted_hash
 from qaes.domain.compliance import REJECTED
 from qaes.domain.errors import (
-    ConcurrentUpdateError,
     ConflictError,
     ForbiddenError,
     LimitError,
     NotFoundError,
+    ThrottledError,
     UnavailableError,
 )
 from qaes.domain.ids import now, parse_timestamp, timestamp
@@ -138,14 +139,13 @@ class TaskStore:
         return [(task_id, record) for task_id, record in found if record.started_at < _ago(older_than_seconds)]
 
     def _by_status(self, status_key: str) -> list[Item]:
-        pages = clients.client("dynamodb").get_paginator("query")
-        found = pages.paginate(
+        found = dynamo.items(
             TableName=self._table,
             IndexName="by_status",
             KeyConditionExpression="status_key = :status",
             ExpressionAttributeValues={":status": {"S": status_key}},
         )
-        return [item for page in found for item in page["Items"]]
+        return list(found)
 
     # Starting and planning
 
@@ -181,20 +181,15 @@ class TaskStore:
         ]
         if idempotency is not None:
             writes.append(self._items.put_idempotency(idempotency, {"task_id": task.task_id}))
-        for attempt in range(_ATTEMPTS):
-            try:
-                self._transact(writes)
-            except ConcurrentUpdateError as error:
-                if idempotency is not None and (answer := self.answered(idempotency)) is not None:
-                    return self.get_task(answer["task_id"]), True
-                self._refuse_beyond(max_open, counter, writes, error)
-                if error.refused or attempt == _ATTEMPTS - 1:
-                    raise
-                _pause(attempt)
-                continue
-            metrics.count(event)
-            return task, False
-        raise AssertionError("unreachable")
+        try:
+            dynamo.transact(writes)
+        except dynamo.ConditionFailedError as error:
+            if idempotency is not None and (answer := self.answered(idempotency)) is not None:
+                return self.get_task(answer["task_id"]), True
+            self._refuse_beyond(max_open, counter, writes, error)
+            raise UnavailableError("the task could not be written: try again") from error
+        metrics.count(event)
+        return task, False
 
     def answered(self, idempotency: Idempotency) -> dict[str, Any] | None:
         """Return what was answered under this key in the last 24 hours. Raises ConflictError for another request."""
@@ -259,7 +254,7 @@ class TaskStore:
     def save_preview_plan(self, plan: Plan) -> None:
         """Store a plan that is not executed; it goes after 30 days."""
         item = plan_item(plan) | {"expires_at_epoch": {"N": str(int(time.time()) + _PREVIEW_SECONDS)}}
-        self._transact([self._items.put(item, unless_exists=True)])
+        dynamo.transact([self._items.put(item, unless_exists=True)])
 
     def begin_execution(self, task_id: str) -> Task:
         """`planning` → `executing`."""
@@ -327,7 +322,12 @@ class TaskStore:
                 task, "approval_requested", "compliance", "pending", approval, step, approval.requested_at
             )
             return _Change(
-                {"status": "waiting_approval", "current_step": step_index, "waiting_until": approval.expires_at},
+                {
+                    "status": "waiting_approval",
+                    "current_step": step_index,
+                    "waiting_since": approval.requested_at,
+                    "waiting_until": approval.expires_at,
+                },
                 (event,),
                 (self._items.put_approval(task_id, approval, None),),
             )
@@ -602,17 +602,17 @@ class TaskStore:
             "run": {"N": str(run)},
             "expires_at_epoch": {"N": str(int(time.time()) + expires_in)},
         }
-        dynamodb = clients.client("dynamodb")
         no_later_run_waits = "attribute_not_exists(#run) OR #run <= :run"
         try:
-            dynamodb.put_item(
+            dynamo.call(
+                "put_item",
                 TableName=self._table,
                 Item=step_functions_waits,
                 ConditionExpression=no_later_run_waits,
                 ExpressionAttributeNames={"#run": "run"},
                 ExpressionAttributeValues={":run": {"N": str(run)}},
             )
-        except dynamodb.exceptions.ConditionalCheckFailedException as error:
+        except dynamo.ConditionFailedError as error:
             raise ConflictError("another execution of the task has begun") from error
 
     def waiter(self, task_id: str, step_index: int) -> str | None:
@@ -622,19 +622,15 @@ class TaskStore:
 
     def forget_waiter(self, task_id: str, step_index: int, token: str) -> None:
         """Delete a token that was used; one that has come since then stays."""
-        from botocore.exceptions import ClientError
-
-        try:
-            clients.client("dynamodb").delete_item(
+        with suppress(dynamo.ConditionFailedError):
+            dynamo.call(
+                "delete_item",
                 TableName=self._table,
                 Key=_waiter_key(task_id, step_index),
                 ConditionExpression="#token = :token",
                 ExpressionAttributeNames={"#token": "token"},
                 ExpressionAttributeValues={":token": {"S": token}},
             )
-        except ClientError as error:
-            if error.response["Error"]["Code"] != "ConditionalCheckFailedException":
-                raise
 
     # Ending, and taking an end back
 
@@ -811,53 +807,31 @@ class TaskStore:
             ]
             writes += change.writes
             try:
-                self._transact(writes)
-            except ConcurrentUpdateError as error:
+                dynamo.transact(writes)
+            except dynamo.ConditionFailedError as error:
                 counter = next((write for write in change.writes if is_counter(write)), None)
                 self._refuse_beyond(max_open, counter, writes, error)
-                if attempt == _ATTEMPTS - 1:
-                    raise
                 _pause(attempt)
                 continue
             for event in change.events:
                 metrics.count(event)
             return updated
-        raise AssertionError("unreachable")
+        raise ThrottledError("others keep changing this task: try again")
 
     def _get(self, pk: str, sk: str) -> Item | None:
-        found = clients.client("dynamodb").get_item(
-            TableName=self._table, Key={"pk": {"S": pk}, "sk": {"S": sk}}, ConsistentRead=True
-        )
-        item: Item | None = found.get("Item")
-        return item
+        return dynamo.get(self._table, pk, sk)
 
     def _query(self, pk: str, prefix: str) -> list[Item]:
-        pages = clients.client("dynamodb").get_paginator("query")
-        found = pages.paginate(
+        found = dynamo.items(
             TableName=self._table,
             KeyConditionExpression="pk = :pk AND begins_with(sk, :prefix)",
             ExpressionAttributeValues={":pk": {"S": pk}, ":prefix": {"S": prefix}},
             ConsistentRead=True,
         )
-        return [item for page in found for item in page["Items"]]
-
-    def _transact(self, writes: list[Item]) -> None:
-        from botocore.exceptions import ClientError
-
-        try:
-            clients.client("dynamodb").transact_write_items(TransactItems=writes)
-        except ClientError as error:
-            code = error.response["Error"]["Code"]
-            reasons = [reason.get("Code") for reason in error.response.get("CancellationReasons", [])]
-            refused = [index for index, reason in enumerate(reasons) if reason == "ConditionalCheckFailed"]
-            if code == "TransactionCanceledException" and (refused or "TransactionConflict" in reasons):
-                raise ConcurrentUpdateError("somebody else changed this in between", refused=tuple(refused)) from error
-            if code in {"ThrottlingException", "ProvisionedThroughputExceededException", "InternalServerError"}:
-                raise UnavailableError("the table of tasks is busy") from error
-            raise
+        return list(found)
 
     def _refuse_beyond(
-        self, limit: int | None, counter: Item | None, writes: list[Item], error: ConcurrentUpdateError
+        self, limit: int | None, counter: Item | None, writes: list[Item], error: dynamo.ConditionFailedError
     ) -> None:
         """Raise LimitError if it was the counter's condition that did not hold."""
         if limit is not None and counter is not None and writes.index(counter) in error.refused:

@@ -5,10 +5,10 @@ QaesError
 ├── ForbiddenError      the caller may not do this                                           (403)
 ├── NotFoundError       there is no such thing, or the caller may not know of it             (404)
 ├── ConflictError       it cannot be done in the present state                               (409)
-│   └── ConcurrentUpdateError   somebody else changed the task in between: read again
 ├── LimitError          the caller has too much under way: later                             (429)
 ├── RefusedError        an outside system said no, for good: never retry                     (422)
 └── UnavailableError    an outside system did not answer: retry                              (503)
+    └── ThrottledError      AWS refuses calls for now: retry for minutes                     (503)
 """
 
 from __future__ import annotations
@@ -42,17 +42,6 @@ class ConflictError(QaesError):
     """The present state does not allow it; `details` may carry that state."""
 
 
-class ConcurrentUpdateError(ConflictError):
-    """The task was changed by somebody else between reading and writing.
-
-    `refused` tells which writes of the transaction (from 0) had a condition that did not hold.
-    """
-
-    def __init__(self, message: str, *, refused: tuple[int, ...] = ()) -> None:
-        super().__init__(message)
-        self.refused = refused
-
-
 class LimitError(QaesError):
     """The caller has as much under way as is allowed: to be tried again when some of it has ended."""
 
@@ -67,3 +56,7 @@ class RefusedError(QaesError):
 
 class UnavailableError(QaesError):
     """An outside system could not be asked, or its answer was not received: the outcome is unknown."""
+
+
+class ThrottledError(UnavailableError):
+    """AWS refuses a call because there are too many: the state machine retries it by this name, for minutes."""

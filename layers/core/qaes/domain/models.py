@@ -119,6 +119,7 @@ class Task(Model):
     failed_step: str | None = None
     reason: str | None = None
     waiting_until: str | None = None
+    waiting_since: str | None = None
     run: int = 1
     version: int = 0
     events: int = 0

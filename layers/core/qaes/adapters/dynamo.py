@@ -1,0 +1,153 @@
+"""DynamoDB, with the one retry policy that every service has.
+
+A call that is throttled, not answered, or in conflict with another transaction is repeated after a random pause. When
+`PATIENCE_SECONDS` are over, it ends in an error that HTTP answers with 503 and the state machine retries. A condition
+that does not hold is never repeated here: the caller reads again and decides.
+
+A transaction carries a token, the same in every attempt: if an attempt was committed and its answer was lost, the next
+attempt succeeds and changes nothing. Conditional writes of a single item have no such token: their callers must accept
+that the condition may fail because of their own lost attempt.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+from uuid import uuid4
+
+from qaes.adapters import clients
+from qaes.domain.errors import ThrottledError, UnavailableError
+
+Item = dict[str, Any]
+
+PATIENCE_SECONDS = 5.0
+"""No attempt begins later than this after the first."""
+FIRST_PAUSE_SECONDS = 0.025
+LONGEST_PAUSE_SECONDS = 0.8
+BATCH_GET = 100
+"""Most keys of a BatchGetItem."""
+
+_CONFLICTS = frozenset({"TransactionConflictException", "TransactionInProgressException", "TransactionConflict"})
+_BUSY_REASONS = frozenset({"TransactionConflict", "ThrottlingError", "ProvisionedThroughputExceeded"})
+
+
+class ConditionFailedError(Exception):
+    """A condition does not hold; `refused` lists the writes of the transaction (from 0) whose condition that is."""
+
+    def __init__(self, refused: tuple[int, ...] = (0,)) -> None:
+        super().__init__("the condition does not hold")
+        self.refused = refused
+
+
+def call(operation: str, **arguments: Any) -> dict[str, Any]:
+    """Call an operation of DynamoDB by the client's name for it, as `get_item`.
+
+    Raises
+    ------
+    ConditionFailedError
+        The condition of the write, or of a write of the transaction, does not hold.
+    ThrottledError
+        DynamoDB throttles the call, or others keep writing the same items.
+    UnavailableError
+        DynamoDB does not answer. A write may have been made.
+    """
+    pauses = _Pauses()
+    while True:
+        try:
+            answer: dict[str, Any] = getattr(clients.client("dynamodb"), operation)(**arguments)
+        except Exception as error:  # noqa: BLE001 botocore's errors; importing them here would slow down cold starts
+            pauses.wait_or_raise(_retryable(error))
+        else:
+            return answer
+
+
+def transact(writes: Sequence[Item]) -> None:
+    """Write all or nothing. Raises what `call` raises."""
+    call("transact_write_items", TransactItems=list(writes), ClientRequestToken=str(uuid4()))
+
+
+def get(table: str, pk: str, sk: str) -> Item | None:
+    """Read one item, as it is now."""
+    found = call("get_item", TableName=table, Key=key(pk, sk), ConsistentRead=True)
+    item: Item | None = found.get("Item")
+    return item
+
+
+def get_many(table: str, keys: Sequence[Item], **options: Any) -> Iterator[Item]:
+    """Read those of the items that exist, in any order."""
+    for start in range(0, len(keys), BATCH_GET):
+        left: Any = list(keys[start : start + BATCH_GET])
+        pauses = _Pauses()
+        while left:
+            request = {table: {"Keys": left, "ConsistentRead": True} | options}
+            answer = call("batch_get_item", RequestItems=request)
+            yield from answer["Responses"].get(table, [])
+            left = answer.get("UnprocessedKeys", {}).get(table, {}).get("Keys", [])
+            if left:
+                pauses.wait_or_raise(ThrottledError("DynamoDB throttles the table"))
+
+
+def pages(operation: str = "query", **arguments: Any) -> Iterator[dict[str, Any]]:
+    """Read the pages of a query or a scan, each when it is needed."""
+    while True:
+        page = call(operation, **arguments)
+        yield page
+        if "LastEvaluatedKey" not in page:
+            return
+        arguments["ExclusiveStartKey"] = page["LastEvaluatedKey"]
+
+
+def items(operation: str = "query", **arguments: Any) -> Iterator[Item]:
+    """Read the items of a query or a scan, in order."""
+    for page in pages(operation, **arguments):
+        yield from page["Items"]
+
+
+def key(pk: str, sk: str) -> Item:
+    """Make the key of an item."""
+    return {"pk": {"S": pk}, "sk": {"S": sk}}
+
+
+class _Pauses:
+    """Random pauses that grow (full jitter), until the patience is over."""
+
+    def __init__(self) -> None:
+        self._end = time.monotonic() + PATIENCE_SECONDS
+        self._longest = FIRST_PAUSE_SECONDS
+
+    def wait_or_raise(self, error: UnavailableError) -> None:
+        pause = random.uniform(0, self._longest)  # noqa: S311 (a pause, no secret)
+        if time.monotonic() + pause > self._end:
+            raise error
+        time.sleep(pause)
+        self._longest = min(2 * self._longest, LONGEST_PAUSE_SECONDS)
+
+
+def _retryable(error: Exception) -> UnavailableError:
+    """Return the error to raise when no attempt is left. Raises at once if another attempt cannot help."""
+    from botocore import exceptions
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    if isinstance(error, (exceptions.ConnectionError, exceptions.HTTPClientError)):
+        failure = UnavailableError(f"the table did not answer ({type(error).__name__})")
+        failure.__cause__ = error
+        return failure
+    if isinstance(error, BotoCoreError):
+        raise UnavailableError(f"the table could not be asked ({type(error).__name__})") from error
+    if not isinstance(error, ClientError):
+        raise error
+    code = str(error.response["Error"]["Code"])
+    if code == "ConditionalCheckFailedException":
+        raise ConditionFailedError from error
+    reasons = [reason.get("Code") for reason in error.response.get("CancellationReasons", [])]
+    refused = tuple(index for index, reason in enumerate(reasons) if reason == "ConditionalCheckFailed")
+    if refused:
+        raise ConditionFailedError(refused) from error
+    stated = set(reasons) - {None, "None"}
+    if clients.is_busy(code) or code in _CONFLICTS or (stated and stated <= _BUSY_REASONS):
+        throttled = ThrottledError("the table is busy: try again")
+        throttled.__cause__ = error
+        return throttled
+    raise error
