@@ -153,7 +153,7 @@ READERS: dict[str, Callable[[], object]] = {
     "get_many": lambda: list(dynamo.get_many(LEDGER, [dynamo.key("a", "X")])),
     "query": lambda: TaskStore("TasksTable").open_tasks("pending", 0),
     "scan": lambda: list(dynamo.items("scan", TableName=LEDGER)),
-    "put": lambda: TaskStore("TasksTable").put_waiter("task_1", 0, "token", 60),
+    "put": lambda: TaskStore("TasksTable").put_waiter("task_1", 0, "token", 60, run=1),
     "delete": lambda: TaskStore("TasksTable").forget_waiter("task_1", 0, "token"),
 }
 
