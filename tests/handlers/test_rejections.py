@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qaes.adapters import clients
+from qaes.adapters import clients, dynamo
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.errors import ConflictError, ForbiddenError
 from qaes.domain.ids import now
@@ -114,18 +114,18 @@ def test_of_a_rejection_and_an_end_at_once_one_stands(
     """The rejection is committed after the other has read the task and before it writes: the other reads again."""
     task_id, _ = waiting(store, expires_in=60)
     late = {"cancel": cancel, "expire": lambda store, task_id: store.expire(task_id), **ENDS}[how]
-    transact, rejected, ahead = TaskStore._transact, iter([True]), timedelta(hours=1 if how == "expire" else 0)
+    transact, rejected, ahead = dynamo.transact, iter([True]), timedelta(hours=1 if how == "expire" else 0)
 
-    def after_a_rejection(self: TaskStore, writes: Any) -> None:
+    def after_a_rejection(writes: Any) -> None:
         if next(rejected, False):
             with monkeypatch.context() as in_time:
                 in_time.setattr("qaes.adapters.task_store.now", now)
                 reject(TaskStore("TasksTable"), task_id)
-        transact(self, writes)
+        transact(writes)
 
     with monkeypatch.context() as patch:
         patch.setattr("qaes.adapters.task_store.now", lambda: now() + ahead)
-        patch.setattr(TaskStore, "_transact", after_a_rejection)
+        patch.setattr(dynamo, "transact", after_a_rejection)
         if how == "cancel":
             with pytest.raises(ConflictError, match="has rejected"):
                 late(store, task_id)
@@ -145,15 +145,15 @@ def test_of_an_end_and_a_rejection_at_once_one_stands(
 ) -> None:
     """The other way round: the end is committed after the rejection has read the task and before it writes."""
     task_id, _ = waiting(store)
-    transact, ended = TaskStore._transact, iter([True])
+    transact, ended = dynamo.transact, iter([True])
 
-    def after_an_end(self: TaskStore, writes: Any) -> None:
+    def after_an_end(writes: Any) -> None:
         if next(ended, False):
             ({"cancel": cancel} | ENDS)[how](TaskStore("TasksTable"), task_id)
-        transact(self, writes)
+        transact(writes)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TaskStore, "_transact", after_an_end)
+        patch.setattr(dynamo, "transact", after_an_end)
         with pytest.raises(ConflictError, match="does not wait"):
             reject(store, task_id)
     assert "approval_decided" not in events(task_id)
@@ -249,16 +249,16 @@ def test_a_late_request_of_run_1_asks_nothing_in_run_2(aws: Cloud, store: TaskSt
 def test_a_request_that_a_retry_overtakes_replaces_no_token(store: TaskStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The retry is committed after the late request has read run 1 and before it writes."""
     task_id, plan = waiting(store)
-    transact, overtaken = TaskStore._transact, iter([True])
+    transact, overtaken = dynamo.transact, iter([True])
 
-    def after_a_retry(self: TaskStore, writes: Any) -> None:
+    def after_a_retry(writes: Any) -> None:
         if next(overtaken, False):
             end(store, task_id, "failed")
             store.retry(task_id, subject="alice")
             store.request_approval(task_id, 2, plan.steps[2], "token of run 2", 60, execution=f"{task_id}-2")
-        transact(self, writes)
+        transact(writes)
 
-    monkeypatch.setattr(TaskStore, "_transact", after_a_retry)
+    monkeypatch.setattr(dynamo, "transact", after_a_retry)
     with pytest.raises(ConflictError, match="another execution"):
         store.request_approval(task_id, 2, plan.steps[2], "late token of run 1", 60, execution=task_id)
     approval = store.open_approval(task_id)
@@ -324,16 +324,16 @@ def test_a_decision_is_refused_when_its_decider_retries_first(
 ) -> None:
     """Read in run 1, where they may decide; written in run 2, which they have asked for."""
     task_id, plan = waiting(store)
-    transact, overtaken = TaskStore._transact, iter([True])
+    transact, overtaken = dynamo.transact, iter([True])
 
-    def after_a_retry(self: TaskStore, writes: Any) -> None:
+    def after_a_retry(writes: Any) -> None:
         if next(overtaken, False):
             end(store, task_id, "failed")
             store.retry(task_id, subject="olivia")
             store.request_approval(task_id, 2, plan.steps[2], "token-2", 60)
-        transact(self, writes)
+        transact(writes)
 
-    monkeypatch.setattr(TaskStore, "_transact", after_a_retry)
+    monkeypatch.setattr(dynamo, "transact", after_a_retry)
     with pytest.raises(ForbiddenError, match="you cannot decide"):
         store.decide(task_id, approved=True, subject="olivia", reason="mine")
 
