@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from audit.store import Outbox
+from qaes.adapters import dynamo
 from qaes.adapters.http import Caller
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.canonical import hash_of, salted_hash
@@ -110,7 +111,7 @@ def test_the_trail_names_the_agent_of_each_entry(aws: Cloud, api: Api, store: Ta
 def test_the_trail_is_read_though_an_event_was_altered(aws: Cloud, api: Api, store: TaskStore, altered: str) -> None:
     task_id = start(api, **AGENT)
     aws.drain(task_id)
-    store._transact(
+    dynamo.transact(
         [
             {
                 "Update": {

@@ -28,7 +28,8 @@ class LedgerClient:
     """Asks the qubic service's functions: a caller has the names, and the rights, of those that it needs.
 
     Every method raises RefusedError when the ledger says no, LimitError when too much waits to be written,
-    UnavailableError when it cannot be asked (ThrottledError while AWS throttles), and SettingsError when the environment names no function for it.
+    UnavailableError when it cannot be asked (ThrottledError while AWS throttles), and SettingsError when the
+    environment names no function for it.
 
     Parameters
     ----------
