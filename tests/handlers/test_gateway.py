@@ -372,7 +372,7 @@ def test_without_the_authorizers_word_nothing_but_health_answers(api: Api) -> No
 def test_what_is_no_route_is_a_problem_too(api: Api) -> None:
     for method, path, status in (
         ("GET", "/no/such/route", 404),
-        ("GET", "/", 404),
+        ("POST", "/", 405),
         ("GET", "/task", 404),
         ("GET", "/task/", 404),
         ("GET", "/openapi.yaml", 404),

@@ -175,7 +175,7 @@ def test_transfer_fails_when_its_balance_is_spent_while_it_waits(
     task_id = transfer(1000)
     aws.wait(task_id, "waiting_approval")
     ledger = LedgerClient("LedgerTransferFunction")
-    ledger.transfer(reference="another", source=SOURCE, destination="0xabcdef1234567890", amount=1)
+    ledger.transfer(reference="another", source=SOURCE, destination="0xabcdef1234567890", amount=1, requester="alice")
     aws.settle()
     decide(task_id, approved=True)
     task = aws.wait(task_id, "failed")
