@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import boto3
 import pytest
 from botocore.exceptions import ClientError
+from moto.core.serialize import BaseJSONSerializer
 
+from tests.support import cloud as support
 from tests.support.api import items
 from tests.support.cloud import cloud
 
@@ -101,3 +104,22 @@ def test_a_cloud_has_nothing_of_the_one_before() -> None:
         assert found() != fresh
     with cloud(state_machine=False) as aws:
         assert found() == fresh
+
+
+def test_serializer_of_values_returns_what_motos_does() -> None:
+    item: dict[str, Any] = {
+        "pk": {"S": "one"}, "sk": {"S": "é\u2028"}, "n": {"N": "-12.5"}, "b": {"B": b"\x00\xff"},
+        "t": {"BOOL": False}, "z": {"NULL": True}, "e": {"S": ""}, "ss": {"SS": ["a", "b"]}, "ns": {"NS": ["1", "2"]},
+        "bs": {"BS": [b"\x01"]}, "l": {"L": [{"S": "a"}, {"M": {"k": {"L": []}}}, {"B": b"x"}]}, "m": {"M": {}},
+    }  # fmt: skip
+    with cloud(state_machine=False, policy=False):
+        client = boto3.client("dynamodb")
+        client.put_item(TableName="TasksTable", Item=item)
+        fast = client.get_item(TableName="TasksTable", Key={"pk": item["pk"], "sk": item["sk"]})["Item"]
+        with patch.object(BaseJSONSerializer, "_serialize_type_structure", support._serialize_structure):
+            slow = client.get_item(TableName="TasksTable", Key={"pk": item["pk"], "sk": item["sk"]})["Item"]
+    for found in (fast, slow):
+        for name in ("ss", "ns", "bs"):
+            [(kind, values)] = found[name].items()
+            found[name] = {kind: sorted(values)}
+    assert fast == slow == item

@@ -45,7 +45,7 @@ def set_environment(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Set a function's environment for the whole test, which `Api.at_once` needs; before the cloud is made."""
     for name, value in template.environment(function, PARAMETERS).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("POWERTOOLS_LOG_LEVEL", "ERROR")
+    monkeypatch.setenv("POWERTOOLS_LOG_LEVEL", "WARNING")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ nothing else. The mock network's clock is the tests' own: its ticks pass when no
 
 from __future__ import annotations
 
+import base64
 import copy
 import importlib
 import io
@@ -33,8 +34,10 @@ from moto import mock_aws
 from moto.awslambda_simple.models import LambdaSimpleBackend
 from moto.core.base_backend import BackendDict
 from moto.core.exceptions import JsonRESTError
+from moto.core.serialize import BaseJSONSerializer
 from moto.dynamodb import models as moto_dynamodb
 from moto.dynamodb.models import DynamoDBBackend
+from moto.dynamodb.models.dynamo_type import DynamoType
 from moto.dynamodb.models.table import Table
 from moto.stepfunctions.parser.asl.jsonata import jsonata as moto_jsonata
 
@@ -148,6 +151,36 @@ def _transact_write_items(backend: DynamoDBBackend, transact_items: list[dict[st
         _moto_transact_write_items(backend, transact_items)
 
 
+_serialize_structure = BaseJSONSerializer._serialize_type_structure
+
+
+def _serialize_type_structure(self: BaseJSONSerializer, serialized: Any, value: Any, shape: Any, key: str) -> None:
+    """What moto's serializer does, but for a typed value of DynamoDB's, which needs no look at botocore's model."""
+    if shape.name == "AttributeValue":
+        serialized[key] = _typed(value)
+    else:
+        _serialize_structure(self, serialized, value, shape, key)
+
+
+def _typed(value: Any) -> dict[str, Any]:
+    if isinstance(value, DynamoType):
+        value = {value.type: value.value}
+    [(kind, content)] = value.items()
+    if kind == "M":
+        return {kind: {name: _typed(each) for name, each in content.items()}}
+    if kind == "L":
+        return {kind: [_typed(each) for each in content]}
+    if kind == "B":
+        return {kind: _base64(content)}
+    if kind in {"SS", "NS", "BS"}:
+        return {kind: [_base64(each) if kind == "BS" else each for each in content]}
+    return {kind: content}
+
+
+def _base64(content: bytes | str) -> str:
+    return base64.b64encode(content.encode() if isinstance(content, str) else content).decode()
+
+
 @contextmanager
 def _environment(variables: dict[str, str]) -> Iterator[None]:
     """Set `variables` for a handler.
@@ -156,7 +189,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
     by variable: `patch.dict` empties the environment for a moment, in which the test's own thread would find nothing.
     """
     with _environment_lock:
-        variables = variables | {"POWERTOOLS_LOG_LEVEL": "ERROR"}
+        variables = variables | {"POWERTOOLS_LOG_LEVEL": "WARNING"}
         before = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)
         try:
@@ -345,7 +378,7 @@ def _every_variable() -> dict[str, str]:
     moment in another thread, as botocore does for each client.
     """
     names = {name for function in template.functions() for name in template.environment(function, PARAMETERS)}
-    return {name: os.environ.get(name, "") for name in names} | {"POWERTOOLS_LOG_LEVEL": "ERROR"}
+    return {name: os.environ.get(name, "") for name in names} | {"POWERTOOLS_LOG_LEVEL": "WARNING"}
 
 
 def _create_tables() -> None:
@@ -403,6 +436,7 @@ def cloud(
         patch("boto3.client", _client),
         patch.object(LambdaSimpleBackend, "invoke", invoke),
         patch.object(DynamoDBBackend, "transact_write_items", _transact_write_items),
+        patch.object(BaseJSONSerializer, "_serialize_type_structure", _serialize_type_structure),
         patch.object(moto_jsonata, "_eval_jsonata", evaluate),
         patch.object(BaseClient, "_make_api_call", _one_at_a_time),
         patch.dict(MockChain.__init__.__kwdefaults__, {"clock": it.clock}),
