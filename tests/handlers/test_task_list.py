@@ -12,7 +12,7 @@ from typing import Any, get_args
 import boto3
 import pytest
 
-from qaes.adapters import clients, dynamo, task_list
+from qaes.adapters import clients, dynamo
 from qaes.adapters.task_items import task_item
 from qaes.adapters.task_list import list_tasks
 from qaes.domain.errors import UnavailableError
@@ -154,17 +154,44 @@ def test_list_costs_one_query_and_one_read_of_its_page(table: Cloud) -> None:
     assert calls == ["Query", "BatchGetItem"]
 
 
-def test_filtered_page_is_short_when_too_many_do_not_match(table: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The pages of a requester's list with a status are bounded: a page may be empty, and leads on."""
-    monkeypatch.setattr(task_list, "MAX_EVALUATED", 4)
-    monkeypatch.setattr(task_list, "EVALUATED_AT_ONCE", 2)
-    tasks = made(25)
-    with between_calls(lambda: None) as calls:
-        page = list_tasks(status="cancelled", requester="alice", limit=20, before=None)
-    assert (page.tasks, calls) == ([], ["Query", "Query"])
-    assert page.cursor == tasks[3].task_id
-    wanted = [task.task_id for task in tasks if task.status == "cancelled"]
-    assert [task.task_id for task in pages(20, "cancelled", "alice")] == wanted
+@pytest.mark.parametrize("requester", [None, "alice"])
+def test_list_by_status_reads_no_history(table: Cloud, requester: str | None) -> None:
+    """However many tasks of other statuses, of the requester's or of others, there are: a page costs the same."""
+    tasks = [task for task in made(60) if task.status == "cancelled"]
+    read: list[int] = []
+
+    def evaluated(name: str, answer: Any) -> Any:
+        if name == "Query":
+            read.append(answer["ScannedCount"])
+        return answer
+
+    with answered(evaluated) as calls:
+        page = list_tasks(status="cancelled", requester=requester, limit=3, before=None)
+    assert [task.task_id for task in page.tasks] == [task.task_id for task in tasks[:3]]
+    assert (calls, read, page.cursor) == (["Query", "BatchGetItem"], [4], tasks[2].task_id)
+
+
+@pytest.mark.parametrize("requester", [None, "alice"])
+def test_list_by_status_omits_a_task_that_has_just_left(table: Cloud, requester: str | None) -> None:
+    tasks = [task for task in made(50) if task.status == "waiting_approval"]
+
+    def decided(name: str, answer: Any) -> Any:
+        if name == "Query":  # the index still names it
+            put(tasks[0].model_copy(update={"status": "executing", "version": tasks[0].version + 1}))
+        return answer
+
+    with answered(decided):
+        page = list_tasks(status="waiting_approval", requester=requester, limit=2, before=None)
+    assert ([task.task_id for task in page.tasks], page.cursor) == ([tasks[1].task_id], tasks[1].task_id)
+    assert [task.task_id for task in pages(2, "waiting_approval", requester)] == [task.task_id for task in tasks[1:]]
+
+
+def test_list_by_status_keeps_requesters_apart(table: Cloud) -> None:
+    """A subject may end as the key of another's does."""
+    put(new_task("alice").model_copy(update={"status": "completed"}))
+    other = put(new_task("alice#completed").model_copy(update={"status": "pending"}))
+    assert pages(5, "pending", "alice") == pages(5, "completed", "alice#completed") == []
+    assert pages(5, "pending", "alice#completed") == [other]
 
 
 def test_list_is_unavailable_when_a_page_is_never_read_whole(table: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:

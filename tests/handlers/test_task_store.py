@@ -12,7 +12,7 @@ import pytest
 
 from audit.store import Outbox
 from qaes.adapters import clients, dynamo
-from qaes.adapters.task_items import Idempotency
+from qaes.adapters.task_items import Idempotency, task_item
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import planning
 from qaes.domain.errors import ConflictError, NotFoundError, ThrottledError, UnavailableError
@@ -314,6 +314,28 @@ def test_open_tasks_are_found_by_status_and_age(store: TaskStore) -> None:
     task, _ = store.start_task(new_task())
     assert [each.task_id for each in store.open_tasks("pending", -1)] == [task.task_id]
     assert store.open_tasks("pending", 60) == [] and store.open_tasks("executing", -1) == []
+
+
+def test_open_tasks_are_read_in_order_beyond_one_batch(store: TaskStore) -> None:
+    writer = boto3.client("dynamodb")
+    tasks = [new_task() for _ in range(dynamo.BATCH_GET + 5)]
+    for task in tasks:
+        writer.put_item(TableName="TasksTable", Item=task_item(task))
+    assert [each.task_id for each in store.open_tasks("pending", -1)] == sorted(task.task_id for task in tasks)
+
+
+def test_open_tasks_omit_a_task_that_has_just_left(store: TaskStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index may be behind: a task that is in two of its answers is helped once."""
+    still, moving = (store.start_task(new_task())[0] for _ in range(2))
+    read = dynamo.get_many
+
+    def after_it_moved(*arguments: Any, **options: Any) -> Iterator[dict[str, Any]]:
+        store.begin_planning(moving.task_id)
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(dynamo, "get_many", after_it_moved)
+    assert [each.task_id for each in store.open_tasks("pending", -1)] == [still.task_id]
+    assert [each.task_id for each in store.open_tasks("planning", -1)] == [moving.task_id]
 
 
 def test_a_write_that_loses_every_race_gives_up_with_a_clear_error(

@@ -137,6 +137,14 @@ def test_every_log_group_is_kept_for_a_limited_time(template: Any) -> None:
         assert group["RetentionInDays"] == {"Ref": "LogRetentionDays"}, name
 
 
+def test_every_index_of_the_tasks_has_keys_only(template: Any) -> None:
+    """A change of a task would write a whole task to any other."""
+    indexes = template.resources["TasksTable"]["Properties"]["GlobalSecondaryIndexes"]
+    assert indexes
+    for index in indexes:
+        assert index["Projection"] == {"ProjectionType": "KEYS_ONLY"}, index["IndexName"]
+
+
 def test_functions_are_traced_and_share_one_build(template: Any) -> None:
     common = template.document["Globals"]["Function"]
     assert common["Tracing"] == "Active"

@@ -13,7 +13,7 @@ from typing import Any
 
 from qaes.domain.canonical import canonical_json, hash_of
 from qaes.domain.ids import now, timestamp
-from qaes.domain.models import CONFIRMED_LATER, Approval, Event, Plan, StepRecord, Task
+from qaes.domain.models import CONFIRMED_LATER, Approval, Event, Plan, Status, StepRecord, Task
 
 IDEMPOTENCY_SECONDS = 24 * 3600
 UNDER_WAY = "transfer_under_way"
@@ -154,9 +154,15 @@ def task_item(task: Task) -> Item:
         "task_id": {"S": task.task_id},
         "status_key": {"S": task.status},
         "requester_key": {"S": task.requester},
+        "requester_status_key": {"S": requester_and_status(task.requester, task.status)},
         "version": {"N": str(task.version)},
         "data": {"S": json.dumps(task.model_dump(mode="json"), ensure_ascii=False, separators=(",", ":"))},
     }
+
+
+def requester_and_status(requester: str, status: Status) -> str:
+    """Make the index key of a requester's tasks in one status; no status has a `#`, so the last one separates them."""
+    return f"{requester}#{status}"
 
 
 def plan_item(plan: Plan) -> Item:

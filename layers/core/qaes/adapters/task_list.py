@@ -1,8 +1,9 @@
 """Tasks by page, newest first: what the API's lists and an approver's inbox show.
 
 A cursor is a task's id, and ids grow with time: whatever happens between two pages, no page shows a task of the one
-before, and none is left out because others came or went. Nor because its status changed: the ids on a page come from
-one key of one index (docs/adr/0026).
+before, and none is left out because others came or went. Each list reads ids from one key of one index, and then the
+tasks themselves. Without a status, no change of a task moves its id (docs/adr/0026). With a status, the index may be
+a moment behind: a task that has left the status meanwhile is not shown, and the page is shorter.
 """
 
 from __future__ import annotations
@@ -11,13 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qaes.adapters import dynamo, settings
+from qaes.adapters.task_items import requester_and_status
 from qaes.domain.models import Status, Task
-
-MAX_EVALUATED = 1000
-"""So many tasks are looked through for one page of a requester's tasks in one status; then the page is short."""
-EVALUATED_AT_ONCE = 250
-
-Item = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ def list_tasks(*, status: Status | None, requester: str | None, limit: int, befo
     Parameters
     ----------
     status : str, optional
-        Only those in this status. With a requester, a page may have fewer tasks than there are, and lead on.
+        Only those in this status. A page may have fewer tasks than `limit`, and lead on.
     requester : str, optional
         Only those of this subject.
     limit : int
@@ -47,21 +43,24 @@ def list_tasks(*, status: Status | None, requester: str | None, limit: int, befo
     UnavailableError
         DynamoDB kept leaving out some of the page's tasks.
     """
-    if requester is not None:
-        found, cursor = _query("by_requester", "requester_key", requester, before, limit, status)
+    if requester is not None and status is not None:
+        index, key, value = "by_requester_and_status", "requester_status_key", requester_and_status(requester, status)
+    elif requester is not None:
+        index, key, value = "by_requester", "requester_key", requester
     elif status is not None:
-        found, cursor = _query("by_status", "status_key", status, before, limit)
+        index, key, value = "by_status", "status_key", status
     else:
-        keys, cursor = _query("by_kind", "sk", "TASK", before, limit)
-        found = _read([{name: key[name] for name in ("pk", "sk")} for key in keys])
-    return Page([Task.model_validate_json(item["data"]["S"]) for item in found], cursor)
+        index, key, value = "by_kind", "sk", "TASK"
+    ids, cursor = _query(index, key, value, before, limit)
+    keys = [dynamo.key(task_id, "TASK") for task_id in ids]
+    data = {item["pk"]["S"]: item["data"]["S"] for item in dynamo.get_many(settings.text("TASKS_TABLE"), keys)}
+    tasks = [Task.model_validate_json(data[task_id]) for task_id in ids if task_id in data]
+    return Page([task for task in tasks if status in (None, task.status)], cursor)
 
 
-def _query(
-    index: str, key: str, value: str, before: str | None, limit: int, status: Status | None = None
-) -> tuple[list[Item], str | None]:
-    """Return at most `limit` items of an index, newest first, and the cursor that leads on."""
-    names, values = {"#key": key}, {":value": {"S": value}}
+def _query(index: str, key: str, value: str, before: str | None, limit: int) -> tuple[list[str], str | None]:
+    """Return at most `limit` ids of an index, newest first, and the cursor that leads on."""
+    values = {":value": {"S": value}}
     condition = "#key = :value"
     if before is not None:
         condition += " AND task_id < :before"
@@ -70,28 +69,14 @@ def _query(
         "TableName": settings.text("TASKS_TABLE"),
         "IndexName": index,
         "KeyConditionExpression": condition,
-        "ExpressionAttributeNames": names,
+        "ExpressionAttributeNames": {"#key": key},
         "ExpressionAttributeValues": values,
         "ScanIndexForward": False,
         "Limit": limit + 1,
     }
-    if status is not None:
-        arguments |= {"FilterExpression": "status_key = :status", "Limit": EVALUATED_AT_ONCE}
-        values[":status"] = {"S": status}
-    found: list[Item] = []
-    evaluated = 0
+    ids: list[str] = []
     for page in dynamo.pages(**arguments):
-        found += page["Items"]
-        evaluated += page["ScannedCount"]
-        if len(found) > limit:
-            return found[:limit], found[limit - 1]["task_id"]["S"]
-        last = page.get("LastEvaluatedKey")
-        if last is not None and evaluated >= MAX_EVALUATED:
-            return found, last["task_id"]["S"]
-    return found, None
-
-
-def _read(keys: list[Item]) -> list[Item]:
-    """Read the items of these keys, in their order, each as it stands: one that an index names is there."""
-    found = {item["pk"]["S"]: item for item in dynamo.get_many(settings.text("TASKS_TABLE"), keys)}
-    return [found[key["pk"]["S"]] for key in keys if key["pk"]["S"] in found]
+        ids += [item["pk"]["S"] for item in page["Items"]]
+        if len(ids) > limit:
+            return ids[:limit], ids[limit - 1]
+    return ids, None

@@ -127,7 +127,7 @@ class TaskStore:
     def open_tasks(self, status: Status, older_than_seconds: int) -> list[Task]:
         """Tasks in that status that have not changed for so long, oldest first; an eventually consistent read."""
         tasks = [Task.model_validate_json(item["data"]["S"]) for item in self._by_status(status)]
-        return [task for task in tasks if task.updated_at < _ago(older_than_seconds)]
+        return [task for task in tasks if task.status == status and task.updated_at < _ago(older_than_seconds)]
 
     def transfers_under_way(self, older_than_seconds: int) -> list[tuple[str, StepRecord]]:
         """(task id, record) of each step that was begun so long ago and waits for the ledger; its task may have ended.
@@ -139,13 +139,16 @@ class TaskStore:
         return [(task_id, record) for task_id, record in found if record.started_at < _ago(older_than_seconds)]
 
     def _by_status(self, status_key: str) -> list[Item]:
-        found = dynamo.items(
+        """Read the items that the index has under this key; it names them, in the order of their tasks' start."""
+        keys = dynamo.items(
             TableName=self._table,
             IndexName="by_status",
             KeyConditionExpression="status_key = :status",
             ExpressionAttributeValues={":status": {"S": status_key}},
         )
-        return list(found)
+        named = [{"pk": item["pk"], "sk": item["sk"]} for item in keys]
+        found = dynamo.get_many(self._table, named, ConsistentRead=False)
+        return sorted(found, key=lambda item: (item["pk"]["S"], item["sk"]["S"]))
 
     # Starting and planning
 
