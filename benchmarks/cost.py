@@ -117,9 +117,12 @@ class TaskCost:
         return found | {"functions_on_path": len(self.on_path), "functions": self.on_path}
 
     def _traces(self) -> float:
-        """One trace for each request, for the execution, and for each batch of a stream, as far as they are sampled."""
-        batches = sum(self.task.functions[name] for name in listeners()) + self.anchor.invocations / SHARED_BY
-        return (self.task.api_requests + 1 + batches) * sampled()
+        """One trace for each request and for the execution, as far as they are sampled, and for each batch and event.
+
+        Lambda samples a batch itself, all of them at this load, unless its function only passes traces through.
+        """
+        batches = sum(self.task.functions[name] + self.anchor.functions[name] / SHARED_BY for name in begin_traces())
+        return (self.task.api_requests + 1) * sampled() + batches
 
 
 def memory_of(function: str) -> int:
@@ -128,14 +131,19 @@ def memory_of(function: str) -> int:
     return int(properties.get("MemorySize", template.template()["Globals"]["Function"]["MemorySize"]))
 
 
-def listeners() -> set[str]:
-    """Return the functions that listen to a table's stream."""
-    tables = template.resources("AWS::DynamoDB::Table")
-    return {name for table in tables for name in template.stream_listeners(table)}
+def begin_traces() -> list[str]:
+    """Return the functions that begin a trace for what a stream, a queue or a schedule sends them."""
+    common = template.template()["Globals"]["Function"]["Tracing"]
+    return [
+        name
+        for name, body in template.resources("AWS::Serverless::Function").items()
+        if body["Properties"].get("Tracing", common) == "Active"
+        and {event["Type"] for event in body["Properties"].get("Events", {}).values()} - {"Api"}
+    ]
 
 
 def sampled() -> float:
-    """Return which part of the traces is recorded: all of them at this load, unless the template has a rule."""
+    """Return which part of requests and executions is traced: all at this load, unless the template has a rule."""
     rules = template.resources("AWS::XRay::SamplingRule").values()
     rates = [float(template.resolve(rule["Properties"])["SamplingRule"]["FixedRate"]) for rule in rules]
     return min(rates, default=1.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import compileall
 import hashlib
+import platform
 import py_compile
 import shutil
 import sys
@@ -27,6 +28,11 @@ def runtime() -> str:
     return f"python3.{sys.version_info.minor}"
 
 
+def architecture() -> str:
+    """Return Lambda's name of this machine's instruction set: the local AWS runs the functions on it."""
+    return "arm64" if platform.machine().lower() in {"arm64", "aarch64"} else "x86_64"
+
+
 def build(sam: Callable[..., None], progress: Callable[[str], None]) -> None:
     """Build what has changed since the last build; `sam` runs the SAM CLI."""
     stamp = BUILD / ".fingerprint"  # sam empties the folder, so no other build can be taken for this one
@@ -34,7 +40,7 @@ def build(sam: Callable[..., None], progress: Callable[[str], None]) -> None:
     if stamp.is_file() and stamp.read_text() == wanted:
         return
     progress("building functions and layer (sam build)")
-    parameters = (f"PythonRuntime={runtime()}", "Stage=local", "AuthMode=stub")
+    parameters = (f"PythonRuntime={runtime()}", f"Architecture={architecture()}", "Stage=local", "AuthMode=stub")
     folders = ("--build-dir", str(BUILD), "--cache-dir", str(FOLDER / "cache"))
     sam("build", "--template-file", str(ROOT / "template.yaml"), *folders, "--parameter-overrides", *parameters)
     progress("compiling what was built")

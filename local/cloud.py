@@ -22,7 +22,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
-from local.build import FOLDER, PYTHONS, TEMPLATE, build, runtime
+from local.build import FOLDER, PYTHONS, TEMPLATE, architecture, build, runtime
 from local.environment import (
     REGION,
     ROOT,
@@ -217,6 +217,7 @@ class Cloud:
             "Stage": "local",
             "AuthMode": self.auth_mode,
             "PythonRuntime": runtime(),
+            "Architecture": architecture(),
             "JwtIssuer": self.url,
             "JwtAudience": AUDIENCE,
             "JwksUrl": f"http://127.0.0.1:{self.ports.http}{KEYS_PATH}",
@@ -345,7 +346,12 @@ class Cloud:
         variables = directory / "sam-env.json"
         write_private(variables, [json.dumps(environments, indent=2)])
         configuration = directory / "sam.toml"
-        parameters = [f"PythonRuntime={runtime()}", "Stage=local", f"AuthMode={self.auth_mode}"]
+        parameters = [
+            f"PythonRuntime={runtime()}",
+            f"Architecture={architecture()}",
+            "Stage=local",
+            f"AuthMode={self.auth_mode}",
+        ]
         lines = [
             "# For sam local invoke FUNCTION (or start-lambda) --config-file: the functions as `make up` has built and",
             "# deployed them.",

@@ -1,6 +1,6 @@
 """The reconciler: no task is left behind, whatever crashed.
 
-Runs every minute and when an execution's status changes. It starts what was written and not started, delivers a
+Runs every minute and when an execution fails. It starts what was written and not started, delivers a
 decision that was committed and not delivered, reminds of an approval and closes it when its time is over, and ends a
 task whose execution has ended without saying so. It puts on record how transfers have ended, those of ended tasks too,
 and wakes who waits for them. Each minute it tells how old the oldest open approval is.

@@ -11,7 +11,7 @@ from pathlib import Path
 import jwt
 import pytest
 
-from local.build import BUILD
+from local.build import BUILD, architecture
 from local.cloud import Cloud
 from local.environment import ROOT
 from tests.e2e.test_shell_blocks import SHELLS, blocks
@@ -44,13 +44,19 @@ def inventory(cloud: Cloud) -> dict[str, set[str]]:
 
 
 class Deployment:
-    """Runs `sam` as documented, with a copy of samconfig.toml that names this machine's Python."""
+    """Runs `sam` as documented, with a copy of samconfig.toml that names this machine's Python and instruction set.
+
+    The local AWS knows no X-Ray.
+    """
 
     def __init__(self, cloud: Cloud, directory: Path) -> None:
         self.cloud, self.config = cloud, directory / "samconfig.toml"
         documented = (ROOT / "samconfig.toml").read_text()
         own = f"PythonRuntime=python3.{sys.version_info.minor}"
-        self.config.write_text(documented.replace("PythonRuntime=python3.13", own))
+        own += f'", "Architecture={architecture()}", "ManageTraceSampling=false'
+        given = 'PythonRuntime=python3.13", "Architecture=arm64'
+        assert given in documented
+        self.config.write_text(documented.replace(given, own))
         self.before = inventory(cloud)
 
     def sam(self, *arguments: str, answers: str = "") -> str:

@@ -113,6 +113,19 @@ def test_an_execution_that_ended_as_it_should_changes_nothing(aws: Cloud, store:
     assert store.get_task(task_id).status == "completed"
 
 
+def test_success_without_an_outcome_is_found_within_a_minute(aws: Cloud, store: TaskStore) -> None:
+    """No event tells of an execution that has succeeded."""
+    task_id, _ = planned(store)
+    machine, definition = boto3.client("stepfunctions"), {"StartAt": "Done", "States": {"Done": {"Type": "Succeed"}}}
+    machine.update_state_machine(stateMachineArn=aws.machine_arn, definition=json.dumps(definition))
+    machine.start_execution(stateMachineArn=aws.machine_arn, name=task_id, input=json.dumps({"task_id": task_id}))
+    assert aws.execution(task_id)["status"] == "SUCCEEDED"
+    assert reconcile(aws) == [task_id]
+    task = store.get_task(task_id)
+    assert (task.status, task.reason) == ("failed", "the execution ended without an outcome")
+    assert reconcile(aws) == []
+
+
 @pytest.mark.parametrize(
     "event",
     [

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from local import build
-from local.build import BUILD, TEMPLATE, fingerprint
+from local.build import BUILD, TEMPLATE, architecture, fingerprint
 from local.cloud import USER_FILES, Cloud, _is_platform
 from local.environment import ROOT, WORK, LocalCloudError, Ports, is_taken, isolated_environment
 
@@ -128,7 +128,7 @@ def test_sam_local_gets_each_functions_environment_and_a_way_here(tmp_path, monk
         configuration = cloud.write_sam_files(tmp_path)
     given = tomllib.loads(configuration.read_text())["default"]["local_invoke"]["parameters"]
     assert f"PythonRuntime=python3.{sys.version_info.minor}" in given["parameter_overrides"]
-    assert {"Stage=local", "AuthMode=stub"} <= set(given["parameter_overrides"])
+    assert {f"Architecture={architecture()}", "Stage=local", "AuthMode=stub"} <= set(given["parameter_overrides"])
     assert Path(given["layer_cache_basedir"]).is_relative_to(WORK)
     assert given["template_file"] == str(TEMPLATE)
     variables = json.loads(Path(given["env_vars"]).read_text())["GatewayFunction"]

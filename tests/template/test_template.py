@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.template.conftest import ROOT
 
 NEEDS_EVERY_RESOURCE = ("logs:", "states:SendTaskSuccess")
 """Actions for which IAM knows no resource: the delivery of Step Functions' logs, and a task token's answer."""
@@ -150,7 +154,66 @@ def test_functions_are_traced_and_share_one_build(template: Any) -> None:
     assert common["Tracing"] == "Active"
     assert common["CodeUri"] == "functions/"
     for name, function in template.functions.items():
-        assert not {"CodeUri", "Layers", "Runtime", "Tracing"} & function.keys(), f"{name} departs from Globals"
+        assert not {"CodeUri", "Layers", "Runtime"} & function.keys(), f"{name} departs from Globals"
+
+
+def test_functions_start_no_trace_that_no_rule_samples(template: Any) -> None:
+    """Lambda asks X-Ray by a rate of its own when a stream, a queue or a schedule brings no decision."""
+    for name, function in template.functions.items():
+        sources = {event["Type"] for event in function.get("Events", {}).values()} - {"Api"}
+        assert function.get("Tracing") == ("PassThrough" if sources else None), name
+
+
+def test_traces_are_sampled_at_5_percent(template: Any) -> None:
+    """Of this stack's APIs and executions, and of nothing else in the account; the local AWS has no such rules."""
+    rules = template.of_type("AWS::XRay::SamplingRule")
+    assert {template.resources[name]["Condition"] for name in rules} == {"SamplesTraces", "SamplesTracesOfPublicLog"}
+    assert template.document["Conditions"]["SamplesTraces"]["Fn::And"] == [
+        {"Fn::Not": [{"Fn::Equals": [{"Ref": "Stage"}, "local"]}]},
+        {"Fn::Equals": [{"Ref": "ManageTraceSampling"}, "true"]},
+    ]
+    sampled = {name: rule["SamplingRule"] for name, rule in rules.items()}
+    for name, rule in sampled.items():
+        assert (rule["FixedRate"], rule["ReservoirSize"]) == (0.05, 0), name
+        assert (rule["ResourceARN"], rule["ServiceName"]) != ("*", "*"), name
+        prefix, api = rule["RuleName"]["Fn::Sub"].removesuffix("}").split("${")
+        assert api in {"Api", "PublicLogApi"} and len(prefix) + len("a1b2c3d4e5") <= 32, name
+    traced = {
+        name
+        for kind in ("AWS::Serverless::Api", "AWS::Serverless::StateMachine")
+        for name, body in template.of_type(kind).items()
+        if body.get("TracingEnabled") or body.get("Tracing", {}).get("Enabled")
+    }
+    places = {json.dumps([rule["ResourceARN"], rule["ServiceName"]]) for rule in sampled.values()}
+    assert traced == {"Api", "PublicLogApi", "TaskExecutionStateMachine"}
+    for name in traced:
+        assert [place for place in places if f"${{{name}}}" in place or f'"{name}"' in place], name
+
+
+def test_reconciler_hears_of_executions_that_failed(template: Any) -> None:
+    """A success is EndTask's own word; one without it is left to the next minute's run."""
+    pattern = template.functions["ReconcilerFunction"]["Events"]["ExecutionEnded"]["Properties"]["Pattern"]
+    assert set(pattern["detail"]["status"]) == {"FAILED", "TIMED_OUT", "ABORTED"}
+    [schedule] = [
+        event["Properties"]["Schedule"]
+        for event in template.functions["ReconcilerFunction"]["Events"].values()
+        if event["Type"] == "Schedule"
+    ]
+    assert schedule == "rate(1 minute)"
+
+
+def test_state_machine_logs_failures_without_their_data(template: Any) -> None:
+    logging = template.state_machine["Logging"]
+    assert (logging["Level"], logging["IncludeExecutionData"]) == ("ERROR", False)
+
+
+def test_stages_on_aws_run_on_arm64(template: Any) -> None:
+    assert template.parameters["Architecture"]["Default"] == "arm64"
+    sections = tomllib.loads((ROOT / "samconfig.toml").read_text())
+    for stage in ("default", "dev", "staging", "prod"):
+        for command in ("build", "deploy"):
+            given = sections[stage][command]["parameters"]["parameter_overrides"]
+            assert "Architecture=arm64" in given, (stage, command)
 
 
 def test_every_handler_can_be_imported(template: Any, monkeypatch: pytest.MonkeyPatch) -> None:
