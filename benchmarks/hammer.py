@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from audit.log import Anchor, Log
-from audit.store import EntryKey
+from audit.store import ROLES, EntryKey
 from local.cloud import Cloud
 from local.environment import LocalCloudError
 from local.fsck import settled, show
@@ -72,7 +72,7 @@ class Figures:
             ("recorded to index, median / p99", f"{_middle(self.to_index):.1f} s / {_p99(self.to_index):.1f} s"),
             ("recorded to anchor, median / p99", f"{_middle(self.to_anchor):.1f} s / {_p99(self.to_anchor):.1f} s"),
             ("ledger transactions for 1,000 entries", f"{1000 * self.anchors / self.entries:.1f}"),
-            ("bytes stored for an entry, in both tables", f"{self.bytes_per_entry:.0f}"),
+            ("bytes stored for an entry, in tables and indexes", f"{self.bytes_per_entry:.0f}"),
             ("proofs verified", f"{self.proofs}"),
         ]
 
@@ -196,15 +196,17 @@ def verify_all(log: Log, anchors: Iterable[Anchor]) -> int:
 
 
 def stored_bytes() -> int:
-    """What entries and log take in their tables, by the length of names and values."""
+    """What entries and log take in their tables and indexes, by the length of names and values."""
 
     def size(value: Any) -> int:
         [(kind, content)] = value.items()
         return len(content) if kind in {"S", "B", "N"} else 1
 
     total = 0
-    for table in ("AUDIT_ENTRIES_TABLE", "AUDIT_LOG_TABLE"):
-        for page in clients.client("dynamodb").get_paginator("scan").paginate(TableName=os.environ[table]):
+    entries, log = os.environ["AUDIT_ENTRIES_TABLE"], os.environ["AUDIT_LOG_TABLE"]
+    indexes = [{"TableName": entries, "IndexName": f"by_{role}"} for role in ROLES]
+    for scanned in ({"TableName": entries}, {"TableName": log}, *indexes):
+        for page in clients.client("dynamodb").get_paginator("scan").paginate(**scanned):
             total += sum(len(name) + size(value) for item in page["Items"] for name, value in item.items())
     return total
 

@@ -157,7 +157,11 @@ class MatchAnswer(_Answer):
 
 
 class Evidence(_Answer):
-    """The newest entries in which the hash occurs; `more`: there are others."""
+    """The newest entries in which the hash occurs; `more`: there are others.
+
+    Found in indexes, which are a moment behind: an entry that was recorded within the last seconds may be missing. It
+    is not anchored yet, so it would not be verified either. Each check is made of the entry and the log themselves.
+    """
 
     matches: list[MatchAnswer]
     more: bool
@@ -194,6 +198,7 @@ class Consistency(_Answer):
 
 def _tables_answer() -> None:
     AuditStore().describe()
+    Log().describe()
 
 
 def _ledger_answers() -> None:
@@ -555,9 +560,9 @@ def _log(task_id: TaskId, stored: StoredEntry, trail: Trail, agent: str | None) 
 
 def _match(match: Match) -> MatchAnswer:
     return MatchAnswer(
-        task_id=match.pointer.task_id,
-        seq=match.pointer.seq,
-        role=match.pointer.role,
+        task_id=match.occurrence.task_id,
+        seq=match.occurrence.seq,
+        role=match.occurrence.role,
         entry_text=match.entry.text if match.entry else None,
         leaf=match.entry.leaf if match.entry else None,
         prev=match.parsed.prev if match.parsed else None,

@@ -9,7 +9,7 @@ from typing import Literal
 
 from audit.anchor import failed_checks
 from audit.log import Anchor, Anchoring, CorruptLogError, Indexed, Log
-from audit.store import AuditStore, Pointer, StoredEntry
+from audit.store import AuditStore, Occurrence, StoredEntry
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.domain.anchor import AnchorPayload, decode, log_id_bytes
 from qaes.domain.audit import AuditEntry, BrokenChainError, verify_chain
@@ -25,7 +25,7 @@ has confirmed one."""
 MATCHES = 10
 """Most matches in one answer; each costs the reading of a chain and of a proof."""
 LOOKED_AT = 200
-"""Most pointers looked at for those that the caller may see."""
+"""Most occurrences looked at for those that the caller may see."""
 CHECKS = {
     "recorded": "the entry is in the table",
     "occurs": "the hash is the entry's leaf hash, or its text names it as that of its input or output",
@@ -83,7 +83,7 @@ class Trail:
 class Match:
     """An entry in which a hash occurs, with its proof; `checks` says what was checked and whether it held."""
 
-    pointer: Pointer
+    occurrence: Occurrence
     entry: StoredEntry | None
     parsed: AuditEntry | None
     index: int | None
@@ -138,29 +138,29 @@ def find_matches(
     that is no answer, rather than a false one.
     """
     may_see = cache(visible)
-    found: list[Pointer] = []
+    found: list[Occurrence] = []
     more = False
-    for looked_at, pointer in enumerate(store.pointers(hash_)):
+    for looked_at, occurrence in enumerate(store.occurrences(hash_)):
         more = len(found) == MATCHES or looked_at == LOOKED_AT
         if more:
             break
-        if may_see(pointer.task_id):
-            found.append(pointer)
+        if may_see(occurrence.task_id):
+            found.append(occurrence)
     trails = {task_id: read_trail(store, log, task_id, log_id=log_id) for task_id in {each.task_id for each in found}}
     check_anchor = cache(lambda anchor: _check_anchor(anchor, ledger, log_id))
-    return [_check(hash_, pointer, trails[pointer.task_id], log, check_anchor) for pointer in found], more
+    return [_check(hash_, occurrence, trails[occurrence.task_id], log, check_anchor) for occurrence in found], more
 
 
 def _check(
     hash_: str,
-    pointer: Pointer,
+    occurrence: Occurrence,
     trail: Trail,
     log: Log,
     check_anchor: Callable[[Anchor], tuple[AnchorPayload | None, dict[str, bool]]],
 ) -> Match:
-    stored, indexed = trail.entry(pointer.seq), trail.indexes.get(pointer.seq)
+    stored, indexed = trail.entry(occurrence.seq), trail.indexes.get(occurrence.seq)
     entry = stored.parsed() if stored else None
-    anchor, proof = trail.anchors.get(pointer.seq), None
+    anchor, proof = trail.anchors.get(occurrence.seq), None
     checks = dict.fromkeys(CHECKS, False)
     if stored is not None:
         occurs = {
@@ -169,9 +169,9 @@ def _check(
             "output": entry.output_hash if entry else None,
         }
         checks["recorded"] = True
-        checks["occurs"] = occurs[pointer.role] == hash_
+        checks["occurs"] = occurs[occurrence.role] == hash_
         checks["leaf"] = leaf_hash(stored.text) == stored.leaf
-        checks["chain"] = trail.holds_up_to(pointer.seq)
+        checks["chain"] = trail.holds_up_to(occurrence.seq)
         checks["sequenced"] = indexed is not None and indexed.leaf == stored.leaf
     if stored is not None and indexed is not None and anchor is not None:
         payload, anchor_checks = check_anchor(anchor)
@@ -179,15 +179,15 @@ def _check(
         proof = _proof(log, indexed.index, anchor.size)
         # The root is that of the transaction's bytes, whatever else is stored here.
         checks["included"] = payload is not None and _is_included(stored.text, indexed.index, payload, proof)
-    broken = trail.broken if trail.broken and trail.broken.seq <= pointer.seq else None
+    broken = trail.broken if trail.broken and trail.broken.seq <= occurrence.seq else None
     return Match(
-        pointer=pointer,
+        occurrence=occurrence,
         entry=stored,
         parsed=entry,
         index=indexed.index if indexed else None,
         anchor=anchor,
         proof=proof,
-        status=trail.status(pointer.seq),
+        status=trail.status(occurrence.seq),
         checks=checks,
         reason=broken.message if broken else None,
     )

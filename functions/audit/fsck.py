@@ -1,4 +1,4 @@
-"""fsck: walks events, entries, pointers, log, tiles, indexes and anchors, and names each invariant that does not hold.
+"""fsck: walks events, entries, log, tiles, indexes and anchors, and names each invariant that does not hold.
 
 It reads everything, and trusts none of it: the tree is computed anew from the entries' texts. It reads by the page and
 the hundred, and keeps no more than one task, one tile a level, and 16 bytes for each entry of the log.
@@ -13,7 +13,7 @@ from itertools import islice
 
 from audit.anchor import failed_checks
 from audit.log import Batch, Head, Indexed, Leaf, Log
-from audit.store import AuditStore, EntryKey, Outbox, Pointer, StoredEntry
+from audit.store import ROLES, AuditStore, EntryKey, Item, Outbox, StoredEntry, lookup
 from qaes.adapters.dynamo import BATCH_GET
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.domain.anchor import AnchorPayload, decode, log_id_bytes
@@ -29,9 +29,9 @@ INVARIANTS = {
     "unrecorded": "every event of a task is on record as an entry",
     "event": "an entry says what its event says, and no event is missing",
     "chain": "the entries of a task have their hashes, name each other, and none is missing",
-    "pointer": "an entry is found by its leaf hash, and by the hashes of its input and output",
+    "lookup": "an entry has the attributes by which it is found: the hashes of its input and output, and no others",
     "unsequenced": "every entry has an index in the log",
-    "index": "an index is that of the entry's place in the batches, and the entry is there",
+    "index": "an index is that of the entry's place in the batches, the entry is there, and it has one index",
     "batch": "batches follow each other from 0 to the head's size, and each root is that of the tree",
     "twice": "no entry is in the log twice, and the entries of a task are there in order",
     "head": "the head has the size and root of the last batch, and all of it is integrated",
@@ -156,7 +156,6 @@ class Fsck:
         self._places = bytearray()
         """A mark for each place in the log, of what is there; zeros once the entry is found that belongs there."""
         self._misplaced: dict[EntryKey, tuple[StoredEntry, Indexed | None]] = {}
-        self._pointers: list[tuple[str, Pointer]] = []
         self._tiles: dict[tuple[int, int], bytes] = {}
 
     def run(self) -> Report:
@@ -169,7 +168,6 @@ class Fsck:
             self._check_recorded(self._outbox)
         for task_id, trail in self._store.trails():
             self._check_trail(task_id, trail)
-        self._check_pointers()
         self._check_places()
         self._check_anchors(roots)
         if anchors_before is not None:
@@ -264,23 +262,24 @@ class Fsck:
                 if (task_id, seq) not in self._log.indexes([(task_id, seq)]):
                     self._tell("unrecorded", f"{task_id} {seq}", f"events {seq} to {number} have no entries")
 
-    def _check_trail(self, task_id: str, trail: list[StoredEntry]) -> None:
+    def _check_trail(self, task_id: str, trail: list[tuple[StoredEntry, Item]]) -> None:
         self._report.tasks += 1
         self._report.entries += len(trail)
         try:
-            verify_chain([(each.text, each.leaf) for each in trail], log_id=self._log_id, task_id=task_id)
+            verify_chain([(each.text, each.leaf) for each, _ in trail], log_id=self._log_id, task_id=task_id)
         except BrokenChainError as error:
             self._tell("chain", f"{task_id} {error.seq}", error.message)
         events = dict(self._outbox.events_after(task_id, 0)) if self._outbox is not None else {}
         self._report.erased += self._outbox is not None and not events
-        indexes, before = self._log.task_indexes(task_id), -1
-        for entry in trail:
+        indexes, before = self._indexes(task_id), -1
+        for entry, stored in trail:
             said = entry.parsed()
             if events and said is not None:
                 self._check_event(task_id, said, entry.seq, events.get(entry.seq))
-            self._want_pointers(task_id, entry, said)
+            if said is not None:
+                self._check_lookup(task_id, entry, stored, lookup(entry.leaf, said))
             before = self._check_index(task_id, entry, indexes.get(entry.seq), before)
-        for seq in indexes.keys() - {entry.seq for entry in trail}:
+        for seq in indexes.keys() - {entry.seq for entry, _ in trail}:
             self._tell("index", f"{task_id} {seq}", "it has an index, and is not there")
 
     def _check_event(self, task_id: str, said: AuditEntry, seq: int, event: Event | None) -> None:
@@ -292,22 +291,18 @@ class Fsck:
         if other := [name for name in happened if recorded[name] != happened[name]]:
             self._tell("event", f"{task_id} {seq}", f"entry and event say something else: {', '.join(other)}")
 
-    def _want_pointers(self, task_id: str, entry: StoredEntry, said: AuditEntry | None) -> None:
-        self._pointers.append((entry.leaf, Pointer(task_id, entry.seq, "leaf")))
-        if said is not None and said.input_hash:
-            self._pointers.append((said.input_hash, Pointer(task_id, entry.seq, "input")))
-        if said is not None and said.output_hash:
-            self._pointers.append((said.output_hash, Pointer(task_id, entry.seq, "output")))
-        if len(self._pointers) >= BATCH_GET:
-            self._check_pointers()
+    def _check_lookup(self, task_id: str, entry: StoredEntry, stored: Item, expected: Item) -> None:
+        for role in ROLES:
+            if stored.get(role) != expected.get(role):
+                self._tell("lookup", f"{task_id} {entry.seq}", f"its {role} hash does not lead to it")
 
-    def _check_pointers(self) -> None:
-        found = self._store.pointers_there(self._pointers)
-        for hash_, pointer in self._pointers:
-            if (hash_, pointer) not in found:
-                where = f"{pointer.task_id} {pointer.seq}"
-                self._tell("pointer", where, f"its {pointer.role} hash does not lead to it")
-        self._pointers.clear()
+    def _indexes(self, task_id: str) -> dict[int, Indexed]:
+        indexes: dict[int, Indexed] = {}
+        for span in self._log.task_spans(task_id):
+            if again := [each.seq for each in span.indexed() if each.seq in indexes]:
+                self._tell("index", f"{task_id} {again[0]}", f"it has two, of which one is that of up to {span.last}")
+            indexes |= {each.seq: each for each in span.indexed()}
+        return indexes
 
     def _check_index(self, task_id: str, entry: StoredEntry, indexed: Indexed | None, before: int) -> int:
         """Compare index and place; returns the index, to be compared with the next one's."""

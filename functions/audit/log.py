@@ -4,7 +4,7 @@ pk / sk                      what, and when it is written
 LOG / HEAD                   version, size, root; how far tiles and indexes are there: under the version that was read
 LOG / BATCH#start            the entries with the indexes from `start` on; size and root after them: once, with HEAD
 TILE#level#index / TILE      up to 256 hashes: only wider than it is
-task id / INDEX#seq          the index of the task's entry, and its leaf hash: once
+task id / INDEX#seq          the index of the task's entries in one batch, up to that one, and their leaf hashes: once
 LOG / ANCHORING              the newest anchor, sealed (in flight) or confirmed: after the one that was read
 ANCHOR / SIZE#size           a confirmed anchor: once
 SWEEP / SWEPT                how far the sweeper has looked, and what was behind then
@@ -15,19 +15,17 @@ All reads are consistent.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, Literal
 
-from audit.store import EntryKey, Item, transact
+from audit.store import EntryKey, Item, at_once, put_if, transact
 from qaes.adapters import dynamo, settings
 from qaes.adapters.dynamo import get_many, key
-from qaes.domain.errors import QaesError, UnavailableError
+from qaes.domain.errors import QaesError
 from qaes.domain.merkle import EMPTY_ROOT, HASH_BYTES
-
-WRITES = 100
-"""Most writes of a transaction."""
 
 
 class CorruptLogError(QaesError):
@@ -82,6 +80,25 @@ class Indexed:
     seq: int
     index: int
     leaf: str
+
+
+@dataclass(frozen=True)
+class Span:
+    """Entries of one task that follow each other in the log, from the number `first` and the index `index` on."""
+
+    task_id: str
+    first: int
+    index: int
+    leaves: bytes
+
+    @property
+    def last(self) -> int:
+        return self.first + len(self.leaves) // HASH_BYTES - 1
+
+    def indexed(self) -> Iterator[Indexed]:
+        """Give the index of each of its entries, in order."""
+        for place, at in enumerate(range(0, len(self.leaves), HASH_BYTES)):
+            yield Indexed(self.first + place, self.index + place, self.leaves[at : at + HASH_BYTES].hex())
 
 
 @dataclass(frozen=True)
@@ -237,64 +254,56 @@ class Log:
         wider_than_stored = "attribute_not_exists(pk) OR width < :width"
         width = {"N": str(len(content) // HASH_BYTES)}
         item = key(*_tile_key(level, index)) | {"width": width, "hashes": {"B": content}}
-        with suppress(dynamo.ConditionFailedError):
-            dynamo.call(
-                "put_item",
-                TableName=self._table,
-                Item=item,
-                ConditionExpression=wider_than_stored,
-                ExpressionAttributeValues={":width": width},
-            )
+        put_if(self._table, item, wider_than_stored, ExpressionAttributeValues={":width": width})
 
     # Indexes
 
     def indexes(self, keys: Sequence[EntryKey]) -> dict[EntryKey, Indexed]:
         """Read the indexes of those of the entries that have one."""
         found: dict[EntryKey, Indexed] = {}
+        # Most that are asked for are the last of their task in a batch, and so are named by the item's key.
         for item in get_many(self._table, [_index_key(*each) for each in keys]):
-            indexed = _indexed(item)
-            found[item["pk"]["S"], indexed.seq] = indexed
-        return found
+            found |= _indexes_of(_span(item))
+        first_left = dict(sorted(set(keys) - found.keys(), reverse=True))
+        for spans in at_once(lambda each: self._spans(*each), list(first_left.items())):
+            for span in spans:
+                found |= _indexes_of(span)
+        return {each: found[each] for each in keys if each in found}
 
     def task_indexes(self, task_id: str) -> dict[int, Indexed]:
         """Read the indexes of a task's entries, by number."""
-        return {each.seq: each for each in map(_indexed, self._all(task_id, "INDEX#"))}
+        return {each.seq: each for span in self.task_spans(task_id) for each in span.indexed()}
+
+    def task_spans(self, task_id: str) -> list[Span]:
+        """Read where a task's entries are in the log, in order of their numbers."""
+        return self._spans(task_id, 1)
+
+    def _spans(self, task_id: str, seq: int) -> list[Span]:
+        return list(map(_span, self._between(task_id, f"INDEX#{seq:06d}", "INDEX#~")))
 
     def last_index(self, task_id: str) -> Indexed | None:
         """Read the index of the task's newest entry that has one."""
         item = self._first(task_id, "INDEX#", "INDEX#~", newest=True)
-        return _indexed(item) if item else None
+        return list(_span(item).indexed())[-1] if item else None
 
     def record_indexes(self, batch: Batch) -> None:
-        """Write the index of each entry of the batch.
+        """Write the indexes of the batch's entries, one item for each task.
 
-        Raises CorruptLogError when one has another index: the log would have it twice.
+        Raises CorruptLogError when there are others: the log would have an entry twice.
         """
-        not_there_or_the_same = "attribute_not_exists(pk) OR (#index = :index AND leaf = :leaf)"
-        writes: list[Item] = []
-        for index, each in enumerate(batch.leaves, start=batch.start):
-            values = {":index": {"N": str(index)}, ":leaf": {"S": each.leaf}}
-            item = _index_key(*each.key) | {"index": values[":index"], "leaf": values[":leaf"]}
-            put = {
-                "TableName": self._table,
-                "Item": item,
-                "ConditionExpression": not_there_or_the_same,
-                "ExpressionAttributeNames": {"#index": "index"},
-                "ExpressionAttributeValues": values,
-            }
-            writes.append({"Put": put})
-        for start in range(0, len(writes), WRITES):
-            self._write_indexes(batch, writes[start : start + WRITES])
+        at_once(self._record_span, list(_spans(batch)))
 
-    def _write_indexes(self, batch: Batch, writes: list[Item]) -> None:
-        if transact(writes):
-            return
-        there = self.indexes([each.key for each in batch.leaves])
-        for index, each in enumerate(batch.leaves, start=batch.start):
-            known = there.get(each.key)
-            if known is not None and (known.index, known.leaf) != (index, each.leaf):
-                raise CorruptLogError(f"{each.task_id} {each.seq} has the index {known.index}, not {index}")
-        raise UnavailableError("the indexes were being changed: try again")
+    def _record_span(self, span: Span) -> None:
+        not_there_or_the_same = "attribute_not_exists(pk) OR (#index = :index AND leaves = :leaves)"
+        index, leaves = {"N": str(span.index)}, {"B": span.leaves}
+        if not put_if(
+            self._table,
+            _index_key(span.task_id, span.last) | {"index": index, "leaves": leaves},
+            not_there_or_the_same,
+            ExpressionAttributeNames={"#index": "index"},
+            ExpressionAttributeValues={":index": index, ":leaves": leaves},
+        ):
+            raise CorruptLogError(f"{span.task_id} {span.first} to {span.last} have another index than {span.index}")
 
     # Anchors
 
@@ -393,6 +402,10 @@ class Log:
 
     # DynamoDB
 
+    def describe(self) -> None:
+        """Raise unless the table is there."""
+        dynamo.call("describe_table", TableName=self._table)
+
     def _put_new(self, item: Item) -> Item:
         not_there_yet = "attribute_not_exists(pk)"
         return {"Put": {"TableName": self._table, "Item": item, "ConditionExpression": not_there_yet}}
@@ -428,12 +441,29 @@ def _tile_key(level: int, index: int) -> tuple[str, str]:
     return f"TILE#{level:02d}#{index:012d}", "TILE"
 
 
-def _index_key(task_id: str, seq: int) -> Item:
-    return key(task_id, f"INDEX#{seq:06d}")
+def _spans(batch: Batch) -> Iterator[Span]:
+    """One for each task of the batch: the sequencer puts a task's entries there one after the other."""
+    places = enumerate(batch.leaves, start=batch.start)
+    for _, group in groupby(places, lambda place: (place[1].task_id, place[1].seq - place[0])):
+        span = list(group)
+        index, first = span[0]
+        yield Span(first.task_id, first.seq, index, b"".join(leaf.hash for _, leaf in span))
 
 
-def _indexed(item: Item) -> Indexed:
-    return Indexed(int(item["sk"]["S"].partition("#")[2]), int(item["index"]["N"]), item["leaf"]["S"])
+def _index_key(task_id: str, last: int) -> Item:
+    return key(task_id, f"INDEX#{last:06d}")
+
+
+def _indexes_of(span: Span) -> dict[EntryKey, Indexed]:
+    return {(span.task_id, each.seq): each for each in span.indexed()}
+
+
+def _span(item: Item) -> Span:
+    last, leaves = int(item["sk"]["S"].partition("#")[2]), bytes(item["leaves"]["B"])
+    count, rest = divmod(len(leaves), HASH_BYTES)
+    if rest or not 0 < count <= last:
+        raise CorruptLogError(f"the index of {item['pk']['S']} up to {last} has not the leaf hashes of its entries")
+    return Span(item["pk"]["S"], last - count + 1, int(item["index"]["N"]), leaves)
 
 
 def _batch(item: Item) -> Batch:

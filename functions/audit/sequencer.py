@@ -22,7 +22,7 @@ from aws_lambda_powertools.metrics import MetricUnit, single_metric
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from audit.log import Batch, CorruptLogError, Head, Leaf, Log
-from audit.store import AuditStore, EntryKey, StoredEntry, entry_of
+from audit.store import AuditStore, EntryKey, StoredEntry, at_once, entry_of
 from qaes.adapters import settings
 from qaes.adapters.handlers import function
 from qaes.adapters.logs import logger
@@ -115,18 +115,15 @@ class Sequencer:
     def _outstanding(
         self, tasks: dict[str, dict[int, StoredEntry]]
     ) -> tuple[list[Leaf], dict[EntryKey, BrokenChainError]]:
-        asked = [(task_id, seq) for task_id, entries in tasks.items() for seq in [min(entries) - 1, *entries]]
-        indexed = self._log.indexes([each for each in asked if each[1] > 0])
         leaves: list[Leaf] = []
         broken: dict[EntryKey, BrokenChainError] = {}
-        for task_id, entries in tasks.items():
-            missing = sorted(seq for seq in entries if (task_id, seq) not in indexed)
+        # A task's entries are in the log without gaps: the last that is there tells which are not.
+        newest = at_once(self._log.last_index, list(tasks))
+        for (task_id, entries), before in zip(tasks.items(), newest, strict=True):
+            seq, prev = (before.seq, before.leaf) if before else (0, GENESIS)
+            missing = sorted(each for each in entries if each > seq)
             if not missing:
                 continue
-            before = indexed.get((task_id, missing[0] - 1))
-            if before is None and missing[0] > 1:
-                before = self._log.last_index(task_id)  # the stream has brought this one before an earlier one
-            seq, prev = (before.seq, before.leaf) if before else (0, GENESIS)
             try:
                 for entry in self._following(task_id, seq, missing[-1], entries):
                     self._check(task_id, entry, prev)

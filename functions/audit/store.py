@@ -1,16 +1,19 @@
-"""The entries (append-only), pointers from hashes to entries, and the outbox; the log of them is in `audit.log`.
+"""The entries (append-only), the indexes that find them by a hash, and the outbox; `audit.log` has their log.
 
-All reads are consistent. Every call is repeated as `qaes.adapters.dynamo` repeats it, and raises what that raises.
+All reads are consistent, but those of an index. Every call is repeated as `qaes.adapters.dynamo` repeats it, and
+raises what that raises.
 """
 
 from __future__ import annotations
 
+import heapq
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date, timedelta
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from qaes.adapters import dynamo, settings
 from qaes.adapters.dynamo import get_many, key
@@ -25,7 +28,12 @@ Role = Literal["leaf", "input", "output"]
 EntryKey = tuple[str, int]
 """The task, and the number of the entry in it."""
 
+ROLES: tuple[Role, ...] = ("leaf", "input", "output")
+"""Attributes of an entry by which it is found, each with an index of its own: `by_leaf`, `by_input`, `by_output`."""
+CALLS_AT_ONCE = 8
 _LAST = 999_999
+_Argument = TypeVar("_Argument")
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,7 @@ class StoredEntry:
 
 
 @dataclass(frozen=True)
-class Pointer:
+class Occurrence:
     """Where a hash occurs: as an entry's own leaf hash, or as the hash of what went in or came out."""
 
     task_id: str
@@ -145,13 +153,10 @@ class Outbox:
 
 
 class AuditStore:
-    """Entries and pointers. Nothing is ever changed or deleted."""
+    """Entries. None is ever changed or deleted."""
 
-    def __init__(self, entries_table: str | None = None, log_table: str | None = None) -> None:
-        self._entries = entries_table or settings.text("AUDIT_ENTRIES_TABLE")
-        self._log = log_table or settings.text("AUDIT_LOG_TABLE")
-
-    # Entries
+    def __init__(self, table: str | None = None) -> None:
+        self._entries = table or settings.text("AUDIT_ENTRIES_TABLE")
 
     def entries(self, task_id: str, first: int = 1, last: int = _LAST) -> Iterator[StoredEntry]:
         """Read the task's entries with numbers from `first` to `last`, in order."""
@@ -167,13 +172,13 @@ class AuditStore:
         found = get_many(self._entries, [key(task_id, f"ENTRY#{seq:06d}") for task_id, seq in keys])
         return {(item["pk"]["S"], _number(item)): item["text"]["S"] for item in found}
 
-    def trails(self) -> Iterator[tuple[str, list[StoredEntry]]]:
-        """Read all tasks' entries, task by task, each in order; for fsck, which no role of the stack runs.
+    def trails(self) -> Iterator[tuple[str, list[tuple[StoredEntry, Item]]]]:
+        """Read all tasks' entries, each with its `lookup` as stored, in order; for fsck, which no role here runs.
 
         A scan gives the items of one partition key one after the other, sorted.
         """
         for task_id, items in groupby(_scan(self._entries), lambda item: str(item["pk"]["S"])):
-            yield task_id, [entry_of(item) for item in items]
+            yield task_id, [(entry_of(item), {role: item[role] for role in ROLES if role in item}) for item in items]
 
     def last_entry(self, task_id: str) -> StoredEntry | None:
         """Read the task's newest entry."""
@@ -181,54 +186,69 @@ class AuditStore:
         return entry_of(item) if item else None
 
     def append(self, entry: AuditEntry) -> StoredEntry | None:
-        """Record an entry and the pointers to it, in one transaction.
+        """Record an entry.
 
         Returns what was recorded; None when there is an entry with that number already, which stays as it is.
         """
         text = entry_text(entry)
         stored = StoredEntry(entry.seq, text, leaf_hash(text))
-        attributes = {"text": {"S": text}, "leaf": {"S": stored.leaf}}
-        writes = [self._put_new(self._entries, key(entry.task_id, f"ENTRY#{entry.seq:06d}") | attributes)]
-        roles: tuple[tuple[str, Role], ...] = (
-            (stored.leaf, "leaf"), (entry.input_hash, "input"), (entry.output_hash, "output"),
-        )  # fmt: skip
-        for hash_, role in roles:
-            if hash_:
-                pointer = key(*_pointer_key(hash_, Pointer(entry.task_id, entry.seq, role)))
-                writes.append({"Put": {"TableName": self._log, "Item": pointer}})
-        return stored if transact(writes) else None
+        item = key(entry.task_id, f"ENTRY#{entry.seq:06d}") | {"text": {"S": text}} | lookup(stored.leaf, entry)
+        not_there_yet = "attribute_not_exists(pk)"
+        return stored if put_if(self._entries, item, not_there_yet) else None
 
-    # Pointers
+    def occurrences(self, hash_: str) -> Iterator[Occurrence]:
+        """Find where the hash occurs, newest task first.
 
-    def pointers(self, hash_: str) -> Iterator[Pointer]:
-        """Find where the hash occurs, newest task first."""
+        From indexes, which are a moment behind: an entry that was recorded right now may be missing.
+        """
+        by_role = [self._found_by(role, hash_) for role in ROLES]
+        found = heapq.merge(*by_role, key=lambda each: each.task_id, reverse=True)
+        for _, of_task in groupby(found, lambda each: each.task_id):
+            yield from sorted(of_task, key=lambda each: (each.seq, each.role), reverse=True)
+
+    def _found_by(self, role: Role, hash_: str) -> Iterator[Occurrence]:
         found = dynamo.items(
-            TableName=self._log,
-            KeyConditionExpression="pk = :pk",
-            ExpressionAttributeValues={":pk": {"S": f"HASH#{hash_}"}},
-            ConsistentRead=True,
+            TableName=self._entries,
+            IndexName=f"by_{role}",
+            KeyConditionExpression="#role = :hash",
+            ExpressionAttributeNames={"#role": role},
+            ExpressionAttributeValues={":hash": _lookup_value(role, hash_)},
             ScanIndexForward=False,
         )
         for item in found:
-            task_id, seq, role = item["sk"]["S"].split("#")
-            yield Pointer(task_id, int(seq), role)
-
-    def pointers_there(self, wanted: Sequence[tuple[str, Pointer]]) -> set[tuple[str, Pointer]]:
-        """Tell which of the hashes lead to their entries."""
-        keys = {_pointer_key(*each): each for each in wanted}
-        found = get_many(self._log, [key(*each) for each in keys])
-        return {keys[item["pk"]["S"], item["sk"]["S"]] for item in found}
-
-    # DynamoDB
+            yield Occurrence(item["pk"]["S"], _number(item), role)
 
     def describe(self) -> None:
-        """Raise unless both tables are there."""
-        for table in (self._entries, self._log):
-            dynamo.call("describe_table", TableName=table)
+        """Raise unless the table is there."""
+        dynamo.call("describe_table", TableName=self._entries)
 
-    def _put_new(self, table: str, item: Item) -> Item:
-        not_there_yet = "attribute_not_exists(pk)"
-        return {"Put": {"TableName": table, "Item": item, "ConditionExpression": not_there_yet}}
+
+def lookup(leaf: str, entry: AuditEntry) -> Item:
+    """Return the attributes by which an entry is found. An entry without a hash is not in that hash's index."""
+    hashes: dict[Role, str] = {"leaf": leaf, "input": entry.input_hash, "output": entry.output_hash}
+    return {role: _lookup_value(role, hash_) for role, hash_ in hashes.items() if hash_}
+
+
+def _lookup_value(role: Role, hash_: str) -> Item:
+    """Bytes take half the room of text; the leaf hash is text, because the entries' stream delivers it."""
+    return {"S": hash_} if role == "leaf" else {"B": bytes.fromhex(hash_)}
+
+
+def put_if(table: str, item: Item, condition: str, **expression: Item) -> bool:
+    """Put the item if the condition holds; return whether it does."""
+    try:
+        dynamo.call("put_item", TableName=table, Item=item, ConditionExpression=condition, **expression)
+    except dynamo.ConditionFailedError:
+        return False
+    return True
+
+
+def at_once(call: Callable[[_Argument], _Answer], arguments: Sequence[_Argument]) -> list[_Answer]:
+    """Make a call for each argument, a few at the same time; return the answers in order. Raises the first error."""
+    if len(arguments) == 1:
+        return [call(arguments[0])]
+    with ThreadPoolExecutor(CALLS_AT_ONCE) as pool:
+        return list(pool.map(call, arguments))
 
 
 def transact(writes: list[Item]) -> bool:
@@ -268,10 +288,6 @@ def _newest(table: str, pk: str, kind: str) -> Item | None:
 
 def _scan(table: str, **options: Any) -> Iterator[Item]:
     return dynamo.items("scan", TableName=table, ConsistentRead=True, **options)
-
-
-def _pointer_key(hash_: str, pointer: Pointer) -> tuple[str, str]:
-    return f"HASH#{hash_}", f"{pointer.task_id}#{pointer.seq:06d}#{pointer.role}"
 
 
 def _number(item: Item) -> int:

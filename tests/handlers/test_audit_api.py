@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import boto3
@@ -13,7 +14,7 @@ import pytest
 
 from audit.api import MAX_PAGE
 from audit.evidence import CHECKS, MATCHES
-from audit.store import AuditStore, StoredEntry
+from audit.store import AuditStore, Occurrence, StoredEntry
 from qaes.adapters.task_store import MAX_RETRIES, TaskStore
 from qaes.domain import planning
 from qaes.domain.audit import GENESIS
@@ -36,7 +37,7 @@ from tests.handlers.test_task_store import new_task
 from tests.support import template
 from tests.support.bundles import policy_text
 from tests.support.cloud import PARAMETERS, Cloud, Context, cloud
-from tests.support.trail import ORIGIN, anchor, anchor_all, log, new_recorder, put_entries, sequence_all
+from tests.support.trail import ORIGIN, anchor, anchor_all, log, new_recorder, put_entries, sequence_all, store
 
 Get = Callable[..., tuple[int, dict[str, Any]]]
 
@@ -98,9 +99,16 @@ def recorded(aws: Cloud) -> str:
 
 def rewrite(task_id: str, seq: int, text: str, leaf: str) -> None:
     """What somebody with the keys to the table could do."""
-    boto3.client("dynamodb").put_item(
+    change_entry(task_id, seq, text={"S": text}, leaf={"S": leaf})
+
+
+def change_entry(task_id: str, seq: int, **attributes: Any) -> None:
+    boto3.client("dynamodb").update_item(
         TableName="AuditEntriesTable",
-        Item={"pk": {"S": task_id}, "sk": {"S": f"ENTRY#{seq:06d}"}, "text": {"S": text}, "leaf": {"S": leaf}},
+        Key={"pk": {"S": task_id}, "sk": {"S": f"ENTRY#{seq:06d}"}},
+        UpdateExpression="SET " + ", ".join(f"#{name} = :{name}" for name in attributes),
+        ExpressionAttributeNames={f"#{name}": name for name in attributes},
+        ExpressionAttributeValues={f":{name}": value for name, value in attributes.items()},
     )
 
 
@@ -332,6 +340,11 @@ def test_a_requester_verifies_what_is_in_their_own_trails_only(get: Get, recorde
     assert (status, body["verified"], body["evidence"]["matches"]) == (200, False, [])
 
 
+def check_not_found(get: Get, hash_: str) -> None:
+    status, body = get(f"/audit/verify/{hash_}")
+    assert (status, body["verified"], body["evidence"]["matches"]) == (200, False, [])
+
+
 def failing(get: Get, hash_: str) -> set[str]:
     status, body = get(f"/audit/verify/{hash_}")
     assert (status, body["verified"]) == (200, False)
@@ -348,23 +361,27 @@ def test_an_altered_text_with_its_own_hash_is_caught(get: Get, recorded: str) ->
     fourth = entries(recorded)[3]
     text = altered(fourth, actor="mallory")
     rewrite(recorded, 4, text, leaf_hash(text))
-    assert failing(get, fourth.leaf) == {"occurs", "chain", "sequenced", "included"}
+    assert failing(get, leaf_hash(text)) == {"chain", "sequenced", "included"}
+    check_not_found(get, fourth.leaf)
+    assert failing(get, SOME_HASH) == {"chain", "sequenced", "included"}
+
+
+@pytest.mark.parametrize("role", ["input", "output"])
+def test_an_entry_led_to_by_another_hash_is_caught(get: Get, recorded: str, role: str) -> None:
+    change_entry(recorded, 2, **{role: {"B": bytes.fromhex("a" * 64)}})
+    assert failing(get, "a" * 64) == {"occurs"}
 
 
 def test_a_chain_written_anew_is_caught_by_the_proof(get: Get, recorded: str) -> None:
-    """Entries, pointers, indexes and tiles are rewritten, each with its right hash; the anchored root is another."""
+    """Entries, indexes and tiles are rewritten, each with its right hash; the anchored root is another."""
     client, prev, leaves = boto3.client("dynamodb"), GENESIS, b""
     for entry in entries(recorded):
         text = altered(entry, actor="mallory", prev=prev)
         prev = leaf_hash(text)
         leaves += bytes.fromhex(prev)
         rewrite(recorded, entry.seq, text, prev)
-        for item in (
-            {"pk": {"S": f"HASH#{prev}"}, "sk": {"S": f"{recorded}#{entry.seq:06d}#leaf"}},
-            {"pk": {"S": recorded}, "sk": {"S": f"INDEX#{entry.seq:06d}"}, "leaf": {"S": prev}}
-            | {"index": {"N": str(entry.seq - 1)}},
-        ):
-            client.put_item(TableName="AuditLogTable", Item=item)
+    index = {"pk": {"S": recorded}, "sk": {"S": "INDEX#000004"}, "index": {"N": "0"}, "leaves": {"B": leaves}}
+    client.put_item(TableName="AuditLogTable", Item=index)
     tile = {"pk": {"S": "TILE#00#000000000000"}, "sk": {"S": "TILE"}, "width": {"N": "4"}, "hashes": {"B": leaves}}
     client.put_item(TableName="AuditLogTable", Item=tile)
     assert failing(get, prev) == {"included"}
@@ -420,7 +437,29 @@ def test_an_entry_that_is_not_anchored_yet_is_not_verified(get: Get, aws: Cloud)
 def test_an_entry_that_was_taken_away_is_not_verified(get: Get, recorded: str) -> None:
     third = entries(recorded)[2]
     remove(recorded, 3)
-    assert "recorded" in failing(get, third.leaf)
+    check_not_found(get, third.leaf)
+    broken = get(f"/audit/{recorded}")[1]["chain"]["broken"]
+    assert (broken["seq"], broken["check"]) == (3, "seq")
+
+
+def test_an_index_that_is_behind_proves_no_entry(get: Get, recorded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The index still has what the table has no more: the entry itself decides."""
+    third = entries(recorded)[2]
+    stale = [Occurrence(recorded, 3, "leaf")]
+    remove(recorded, 3)
+    monkeypatch.setattr(AuditStore, "occurrences", lambda _store, _hash: iter(stale))
+    assert {"recorded", "occurs", "leaf"} < failing(get, third.leaf)
+
+
+def test_an_index_behind_the_newest_entry_shows_the_others(
+    get: Get, recorded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was recorded a moment ago may be missing; all that is shown is verified as ever."""
+    there = AuditStore.occurrences
+    monkeypatch.setattr(AuditStore, "occurrences", lambda store_, hash_: islice(there(store_, hash_), 1, None))
+    status, body = get(f"/audit/verify/{SOME_HASH}")
+    assert (status, body["verified"]) == (200, True)
+    assert [match["seq"] for match in body["evidence"]["matches"]] == [3, 2]
 
 
 def test_an_entry_before_it_that_was_taken_away_breaks_its_chain(get: Get, recorded: str) -> None:
@@ -714,6 +753,13 @@ def test_the_sample_events_are_taken(aws: Cloud, name: str, status: int) -> None
     json.loads(answer["body"])
 
 
-def test_a_pointer_says_where_a_hash_occurs(aws: Cloud, recorded: str) -> None:
-    [pointer] = AuditStore("AuditEntriesTable", "AuditLogTable").pointers(entries(recorded)[0].leaf)
-    assert (pointer.task_id, pointer.seq, pointer.role) == (recorded, 1, "leaf")
+def test_occurrences_say_where_a_hash_occurs_newest_first(aws: Cloud, recorded: str) -> None:
+    assert list(store().occurrences(entries(recorded)[0].leaf)) == [Occurrence(recorded, 1, "leaf")]
+    newer = task_with(3)
+    new_recorder().drain(newer)
+    for seq in (2, 3):
+        change_entry(newer, seq, output={"B": bytes.fromhex(SOME_HASH)})
+    places = [(each.task_id, each.seq, each.role) for each in store().occurrences(SOME_HASH)]
+    assert places == [(newer, seq, role) for seq in (3, 2) for role in ("output", "input")] + [
+        (recorded, seq, "input") for seq in (4, 3, 2)
+    ]

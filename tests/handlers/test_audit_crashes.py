@@ -7,7 +7,6 @@ fsck finds nothing, nothing is lost or there twice, and the network has one tran
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -28,7 +27,7 @@ from tests.handlers.test_audit_recorder import start_task, stream_event
 from tests.support import template
 from tests.support.cloud import PARAMETERS, Cloud, cloud
 from tests.support.cloud import _environment as function_environment
-from tests.support.trail import entry_items, log, outbox, store, stream_of
+from tests.support.trail import entry_items, json_of, log, outbox, store, stream_of
 
 EVENTS = 2
 EACH = 8
@@ -90,10 +89,6 @@ def the_way(aws: Cloud, task_id: str) -> list[Callable[[], Any]]:
         aws.settle,
         lambda: aws.invoke("AnchorFunction", {}),
     ]
-
-
-def json_of(event: Any) -> Any:
-    return json.loads(json.dumps(event))
 
 
 def submissions(log_id: str) -> list[dict[str, Any]]:
@@ -198,9 +193,8 @@ def test_every_call_may_fail_once(after: bool, error: Callable[[str], Exception]
             failed.append(operation)
     assert {
         "dynamodb:Query",  # the recorder
-        "dynamodb:TransactWriteItems",  # entries, batches, indexes, anchors, submissions
-        "dynamodb:BatchGetItem",  # which entries have an index
-        "dynamodb:PutItem",  # tiles
+        "dynamodb:TransactWriteItems",  # batches, anchors, submissions
+        "dynamodb:PutItem",  # entries, tiles, indexes
         "dynamodb:UpdateItem",  # how far the log is integrated
         "dynamodb:GetItem",
         "lambda:Invoke",  # the ledger
@@ -215,7 +209,8 @@ def test_a_flaw_would_be_found(aws: Cloud) -> None:
     task_id = start_task()
     run(aws, task_id, Saboteur(10**6, after=False, error=crash))
     boto3.client("dynamodb").delete_item(
-        TableName="AuditLogTable", Key={"pk": {"S": task_id}, "sk": {"S": "INDEX#000001"}}
+        TableName="AuditLogTable",
+        Key={"pk": {"S": task_id}, "sk": {"S": "INDEX#000001"}},  # its only entry's
     )
     report = fsck(store(), log(), LedgerClient("LedgerFunction"), log_id="flawed", outbox=outbox())
     assert [each.invariant for each in report.findings] == ["index"]

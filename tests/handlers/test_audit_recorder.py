@@ -15,6 +15,7 @@ from unittest.mock import patch
 import boto3
 import pytest
 from botocore.client import BaseClient
+from botocore.exceptions import ReadTimeoutError
 
 from audit.recorder import Recorder
 from audit.store import AuditStore, Outbox, StoredEntry
@@ -40,7 +41,7 @@ def aws() -> Iterator[Cloud]:
 
 
 def new_recorder() -> Recorder:
-    return Recorder(Outbox("TasksTable"), AuditStore("AuditEntriesTable", "AuditLogTable"), log_id=LOG_ID)
+    return Recorder(Outbox("TasksTable"), AuditStore("AuditEntriesTable"), log_id=LOG_ID)
 
 
 def start_task(requester: str = "alice") -> str:
@@ -90,18 +91,18 @@ def task_with(events: int) -> str:
 
 
 def entries(task_id: str) -> list[StoredEntry]:
-    return list(AuditStore("AuditEntriesTable", "AuditLogTable").entries(task_id))
+    return list(AuditStore("AuditEntriesTable").entries(task_id))
 
 
 def check_complete(task_id: str, count: int) -> None:
-    """Each of `count` entries is there once, in an unbroken chain, with its pointers."""
-    store, found = AuditStore("AuditEntriesTable", "AuditLogTable"), entries(task_id)
+    """Each of `count` entries is there once, in an unbroken chain, found by each of its hashes."""
+    store, found = AuditStore("AuditEntriesTable"), entries(task_id)
     assert [entry.seq for entry in found] == list(range(1, count + 1))
     verify_chain([(entry.text, entry.leaf) for entry in found], log_id=LOG_ID, task_id=task_id)
     for entry in found:
         said = json.loads(entry.text)
         for hash_, role in ((entry.leaf, "leaf"), (said["input_hash"], "input"), (said["output_hash"], "output")):
-            assert (task_id, entry.seq, role) in {(p.task_id, p.seq, p.role) for p in store.pointers(hash_)}
+            assert (task_id, entry.seq, role) in {(p.task_id, p.seq, p.role) for p in store.occurrences(hash_)}
 
 
 def test_the_state_records_what_is_outstanding_and_says_how_much(aws: Cloud) -> None:
@@ -235,26 +236,39 @@ def test_a_crash_at_any_call_is_made_good_by_the_next_drain(aws: Cloud, after: b
         assert new_recorder().drain(task_id).recorded == 3 - len(before)
         assert entries(task_id)[: len(before)] == before, f"a crash at call {at} ({crashed[-1]}) changed an entry"
         check_complete(task_id, 3)
-    assert {"Query", "TransactWriteItems"} <= set(crashed)
+    assert {"Query", "PutItem"} <= set(crashed)
 
 
-def test_a_transaction_in_the_way_is_waited_for(aws: Cloud) -> None:
+def test_drain_waits_when_the_table_is_throttled(aws: Cloud) -> None:
     task_id, call, left = task_with(2), BaseClient._make_api_call, [2]
 
-    def conflicting(client: Any, operation: str, arguments: Any) -> Any:
-        if operation == "TransactWriteItems" and client.meta.service_model.service_name == "dynamodb" and left[0]:
+    def throttled(client: Any, operation: str, arguments: Any) -> Any:
+        if operation == "PutItem" and left[0]:
             left[0] -= 1
-            raise client.exceptions.TransactionCanceledException(
-                {
-                    "Error": {"Code": "TransactionCanceledException", "Message": "conflict"},
-                    "CancellationReasons": [{"Code": "TransactionConflict"}, {"Code": "None"}],
-                },
-                operation,
+            raise client.exceptions.ProvisionedThroughputExceededException(
+                {"Error": {"Code": "ProvisionedThroughputExceededException", "Message": "slow down"}}, operation
             )
         return call(client, operation, arguments)
 
-    with patch.object(BaseClient, "_make_api_call", conflicting):
+    with patch.object(BaseClient, "_make_api_call", throttled):
         assert new_recorder().drain(task_id).recorded == 2
+    assert left == [0]
+    check_complete(task_id, 2)
+
+
+def test_drain_goes_on_when_the_answer_of_a_put_was_lost(aws: Cloud) -> None:
+    task_id, call, lost = task_with(2), BaseClient._make_api_call, [1]
+
+    def losing(client: Any, operation: str, arguments: Any) -> Any:
+        answer = call(client, operation, arguments)
+        if operation == "PutItem" and lost[0]:
+            lost[0] -= 1
+            raise ReadTimeoutError(endpoint_url="https://aws")
+        return answer
+
+    with patch.object(BaseClient, "_make_api_call", losing):
+        assert new_recorder().drain(task_id).seq == 2
+    assert lost == [0]
     check_complete(task_id, 2)
 
 

@@ -7,6 +7,7 @@ import random
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -14,7 +15,7 @@ import boto3
 import pytest
 from botocore.client import BaseClient
 
-from audit.log import CorruptLogError, Head
+from audit.log import Batch, CorruptLogError, Head, Leaf, Log, Span
 from audit.sequencer import BATCH
 from qaes.adapters import clients
 from qaes.domain.merkle import EMPTY_ROOT, leaf_hash, root_of, verify_consistency, verify_inclusion
@@ -162,8 +163,6 @@ def test_nothing_is_committed_on_a_head_that_has_moved(aws: Cloud) -> None:
     task_id, other = recorded(1), recorded(1)
     before = log().head()
     deliver(aws, entry_items(task_id))
-    from audit.log import Batch, Leaf
-
     leaf = Leaf(other, 1, entries(other)[0].leaf)
     assert log().commit(before, Batch(0, (leaf,), root_of([leaf.hash]))) is False
     assert log().commit(Head(version=7), Batch(1, (leaf,), root_of([leaf.hash]))) is False
@@ -171,8 +170,6 @@ def test_nothing_is_committed_on_a_head_that_has_moved(aws: Cloud) -> None:
 
 
 def test_a_tile_never_gets_narrower_and_an_index_never_another(aws: Cloud) -> None:
-    from audit.log import Batch
-
     task_id = recorded(2)
     deliver(aws, entry_items(task_id))
     wide = log().stored_tile(0, 0)
@@ -180,8 +177,11 @@ def test_a_tile_never_gets_narrower_and_an_index_never_another(aws: Cloud) -> No
     log().widen_tile(0, 0, b"x" * 64)
     assert log().stored_tile(0, 0) == wide
     [batch] = log().batches()
-    with pytest.raises(CorruptLogError, match="has the index 0, not 7"):
+    with pytest.raises(CorruptLogError, match="1 to 2 have another index than 7"):
         log().record_indexes(Batch(7, batch.leaves, batch.root))
+    another = tuple(replace(each, leaf="f" * 64) for each in batch.leaves)
+    with pytest.raises(CorruptLogError, match="have another index"):
+        log().record_indexes(Batch(0, another, batch.root))
     log().record_indexes(batch)
     check_log(2)
 
@@ -229,6 +229,75 @@ def as_entry(item: dict[str, Any]) -> Any:
     from audit.store import entry_of
 
     return entry_of(item)
+
+
+def index_items(task_id: str) -> list[tuple[str, int]]:
+    """(sort key, number of leaf hashes) of each INDEX item of the task."""
+    found = boto3.client("dynamodb").query(
+        TableName="AuditLogTable",
+        KeyConditionExpression="pk = :pk",
+        ExpressionAttributeValues={":pk": {"S": task_id}},
+    )
+    return [(item["sk"]["S"], len(item["leaves"]["B"]) // 32) for item in found["Items"]]
+
+
+def test_index_is_one_item_for_each_task_and_batch(aws: Cloud) -> None:
+    first, second = recorded(5), recorded(3)
+    items = entry_items(first)
+    deliver(aws, items[:2])
+    deliver(aws, [items[3], *entry_items(second), items[2], items[4]])
+    check_log(8)
+    assert index_items(first) == [("INDEX#000002", 2), ("INDEX#000005", 3)]
+    assert index_items(second) == [("INDEX#000003", 3)]
+
+
+def test_index_found_by_any_number_of_its_task(aws: Cloud) -> None:
+    task_id, other = recorded(7), recorded(2)
+    items = entry_items(task_id)
+    for part in (items[:3], entry_items(other), items[3:4], items[4:]):
+        deliver(aws, part)
+    expected = {1: 0, 2: 1, 3: 2, 4: 5, 5: 6, 6: 7, 7: 8}
+    for seq, index in expected.items():
+        assert log().indexes([(task_id, seq)])[task_id, seq].index == index
+    asked = [(task_id, 2), (other, 1), (task_id, 9), (task_id, 6), ("task_x", 1)]
+    assert {each: found.index for each, found in log().indexes(asked).items()} == {
+        (task_id, 2): 1, (other, 1): 3, (task_id, 6): 7,
+    }  # fmt: skip
+
+
+def test_index_of_a_batch_not_in_order_is_several_items(aws: Cloud) -> None:
+    """No batch of this sequencer; a reader understands it all the same."""
+    leaves = tuple(Leaf(task, seq, f"{seq}" * 64) for task, seq in (("a", 1), ("b", 1), ("a", 2), ("a", 3), ("b", 3)))
+    log().record_indexes(Batch(0, leaves, EMPTY_ROOT))
+    assert {seq: each.index for seq, each in log().task_indexes("a").items()} == {1: 0, 2: 2, 3: 3}
+    assert {seq: each.index for seq, each in log().task_indexes("b").items()} == {1: 1, 3: 4}
+    assert log().indexes([("b", 2)]) == {}
+
+
+@pytest.mark.parametrize("leaves", [b"", b"x" * 31, b"x" * 96])
+def test_index_with_other_leaves_than_it_counts_is_refused(aws: Cloud, leaves: bytes) -> None:
+    item = {"pk": {"S": "task_x"}, "sk": {"S": "INDEX#000002"}, "index": {"N": "0"}, "leaves": {"B": leaves}}
+    boto3.client("dynamodb").put_item(TableName="AuditLogTable", Item=item)
+    with pytest.raises(CorruptLogError, match="task_x up to 2"):
+        log().last_index("task_x")
+
+
+def test_sequencing_again_after_a_crash_between_two_indexes(aws: Cloud) -> None:
+    """A task's indexes are there, another's of the same batch are not: the next run writes them, and no entry twice."""
+    tasks = [recorded(2) for _ in range(12)]
+    written, record = [], Log._record_span
+
+    def crash_after_five(self: Log, span: Span) -> None:
+        if len(written) == 5:
+            raise RuntimeError("crash")
+        written.append(span)
+        record(self, span)
+
+    with patch.object(Log, "_record_span", crash_after_five), pytest.raises(RuntimeError):
+        deliver(aws, entry_items(*tasks))
+    assert (log().head().size, log().head().integrated) == (24, 0)
+    assert deliver(aws, entry_items(*tasks)) == []
+    check_log(24)
 
 
 def test_an_index_is_told_for_many_entries_at_once(aws: Cloud) -> None:

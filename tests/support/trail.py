@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from typing import Any
 
@@ -10,7 +11,7 @@ import boto3
 from audit.log import Log
 from audit.recorder import Recorder
 from audit.sequencer import Sequencer
-from audit.store import AuditStore, Outbox
+from audit.store import AuditStore, Outbox, lookup
 from qaes.domain.audit import GENESIS, build_entry, entry_text
 from qaes.domain.ids import new_task_id, now, timestamp
 from qaes.domain.merkle import leaf_hash
@@ -31,7 +32,7 @@ def new_sequencer() -> Sequencer:
 
 
 def store() -> AuditStore:
-    return AuditStore("AuditEntriesTable", "AuditLogTable")
+    return AuditStore("AuditEntriesTable")
 
 
 def outbox() -> Outbox:
@@ -57,9 +58,10 @@ def put_entries(count: int) -> str:
             kind="step_executed", actor="worker", status="succeeded", input_hash="1" * 64, output_hash="2" * 64,
             timestamp=timestamp(now()),
         )  # fmt: skip
-        text = entry_text(build_entry(event, log_id=LOG_ID, task_id=task_id, seq=seq, prev=prev))
+        entry = build_entry(event, log_id=LOG_ID, task_id=task_id, seq=seq, prev=prev)
+        text = entry_text(entry)
         prev = leaf_hash(text)
-        item = {"pk": {"S": task_id}, "sk": {"S": f"ENTRY#{seq:06d}"}, "text": {"S": text}, "leaf": {"S": prev}}
+        item = {"pk": {"S": task_id}, "sk": {"S": f"ENTRY#{seq:06d}"}, "text": {"S": text}} | lookup(prev, entry)
         client.put_item(TableName="AuditEntriesTable", Item=item)
     return task_id
 
@@ -82,9 +84,14 @@ def stream_of(items: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def json_of(event: Any) -> Any:
+    """The event as Lambda hands it over: bytes in base64."""
+    return json.loads(json.dumps(event, default=lambda value: base64.b64encode(value).decode()))
+
+
 def deliver(aws: Cloud, items: list[dict[str, Any]]) -> list[str]:
     """Have the sequencer take those items; return the sequence numbers that it wants again."""
-    answer = aws.invoke("SequencerFunction", json.loads(json.dumps(stream_of(items))))
+    answer = aws.invoke("SequencerFunction", json_of(stream_of(items)))
     return [each["itemIdentifier"] for each in answer["batchItemFailures"]]
 
 

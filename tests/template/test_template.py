@@ -111,8 +111,6 @@ OWNERS = {
         "AuditApiFunction",
     },
     "AuditLogTable": {
-        "RecordAuditFunction",
-        "RecordEventsFunction",
         "SequencerFunction",
         "AnchorFunction",
         "AuditSweeperFunction",
@@ -383,6 +381,27 @@ def test_only_the_recorder_puts_audit_entries(template: Any) -> None:
     assert writers == {"RecordAuditFunction", "RecordEventsFunction"}
 
 
+def test_recorder_only_reads_but_for_the_put_of_an_entry(template: Any) -> None:
+    entries, tasks = ({"Fn::GetAtt": [table, "Arn"]} for table in ("AuditEntriesTable", "TasksTable"))
+    for name in ("RecordAuditFunction", "RecordEventsFunction"):
+        assert all("Condition" not in each for each in template.statements(name))
+        assert sorted(map(str, allowed(template, name))) == sorted(
+            [str((f"dynamodb:{read}", table)) for read in ("GetItem", "Query") for table in (entries, tasks)]
+            + [str(("dynamodb:PutItem", entries))]
+        )
+
+
+def test_audit_api_queries_the_indexes_of_hashes_and_nobody_else(template: Any) -> None:
+    indexes = template.resources["AuditEntriesTable"]["Properties"]["GlobalSecondaryIndexes"]
+    assert [index["IndexName"] for index in indexes] == ["by_leaf", "by_input", "by_output"]
+    arns = [{"Fn::Sub": f"${{AuditEntriesTable.Arn}}/index/{index['IndexName']}"} for index in indexes]
+    for name in template.functions:
+        queried = [each for each in allowed(template, name) if "AuditEntriesTable.Arn}/index" in str(each)]
+        assert queried == ([("dynamodb:Query", arn) for arn in arns] if name == "AuditApiFunction" else []), name
+    for index in indexes:
+        assert index["Projection"] == {"ProjectionType": "KEYS_ONLY"}, "a hash of 64 digits would cost another unit"
+
+
 def table_policy(template: Any, table: str) -> list[dict[str, Any]]:
     """What a table's own policy denies to everyone, the account's administrators too; the local AWS has none of it."""
     policy = template.resources[table]["Properties"]["ResourcePolicy"]["PolicyDocument"]["Statement"]
@@ -423,11 +442,11 @@ def test_the_log_is_written_by_the_audits_roles_each_in_its_own_partitions(templ
     delete, put, update, *partitions = table_policy(template, "AuditLogTable")
     assert set(delete["Action"]) == CHANGES - {"dynamodb:UpdateItem"} | {"dynamodb:PartiQLInsert"}
     assert "Condition" not in delete
-    roles = [arn_of_roles(name) for name in ("recorder", "sequencer", "anchor", "sweeper")]
+    roles = [arn_of_roles(name) for name in ("sequencer", "anchor", "sweeper")]
     assert (put["Action"], put["Condition"]) == (["dynamodb:PutItem"], {"ArnNotLike": {"aws:PrincipalArn": roles}})
     only_sequencer = {"ArnNotLike": {"aws:PrincipalArn": arn_of_roles("sequencer")}}
     assert (update["Action"], update["Condition"]) == (["dynamodb:UpdateItem"], only_sequencer)
-    keys = {"recorder": ["HASH#*"], "sequencer": ["LOG", "TILE#*", "task_*"], "anchor": ["LOG", "ANCHOR"]}
+    keys = {"sequencer": ["LOG", "TILE#*", "task_*"], "anchor": ["LOG", "ANCHOR"]}
     for each, (name, leading) in zip(partitions, (keys | {"sweeper": ["SWEEP"]}).items(), strict=True):
         assert set(each["Action"]) == {"dynamodb:PutItem", "dynamodb:UpdateItem"}
         assert each["Condition"] == {
