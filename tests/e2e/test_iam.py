@@ -197,6 +197,38 @@ def test_a_role_may_still_do_its_work(local_cloud: Cloud, session: Callable[[str
     assert found["Items"] == []
 
 
+@pytest.mark.parametrize("function", sorted(WRITERS_OF_THE_TRAIL))
+def test_recorder_can_do_nothing_to_the_log(
+    local_cloud: Cloud, session: Callable[[str], boto3.Session], function: str
+) -> None:
+    dynamodb = session(function).client("dynamodb", endpoint_url=local_cloud.endpoint)
+    table = local_cloud.resources["AuditLogTable"]
+    for pk in ("LOG", "HASH#x", "task_x"):
+        key = {"pk": {"S": pk}, "sk": {"S": "INDEX#000001"}}
+        _refused(dynamodb.put_item, TableName=table, Item=key)
+        _refused(dynamodb.get_item, TableName=table, Key=key)
+        _refused(dynamodb.transact_write_items, TransactItems=[{"Put": {"TableName": table, "Item": key}}])
+
+
+@pytest.mark.parametrize(
+    ("role", "value"), [("leaf", {"S": "f" * 64}), ("input", {"B": b"x"}), ("output", {"B": b"x"})]
+)
+def test_audit_api_alone_finds_entries_by_a_hash(
+    local_cloud: Cloud, session: Callable[[str], boto3.Session], role: str, value: dict[str, Any]
+) -> None:
+    query: dict[str, Any] = {
+        "TableName": local_cloud.resources["AuditEntriesTable"],
+        "IndexName": f"by_{role}",
+        "KeyConditionExpression": "#role = :hash",
+        "ExpressionAttributeNames": {"#role": role},
+        "ExpressionAttributeValues": {":hash": value},
+    }
+    for function in ("RecordAuditFunction", "SequencerFunction", "AuditSweeperFunction", "GatewayFunction"):
+        _refused(session(function).client("dynamodb", endpoint_url=local_cloud.endpoint).query, **query)
+    found = session("AuditApiFunction").client("dynamodb", endpoint_url=local_cloud.endpoint).query(**query)
+    assert found["Items"] == []
+
+
 @pytest.mark.parametrize("function", sorted(set(FUNCTIONS) - {"SequencerFunction"}))
 def test_only_the_sequencer_says_how_far_the_log_is(
     local_cloud: Cloud, session: Callable[[str], boto3.Session], function: str
