@@ -53,6 +53,8 @@ DEEP = f"nested more than {DEPTH} levels deep"
 FORMS = {
     "hash": r"[0-9a-f]{64}", "salt": r"[0-9a-f]{32}", "time": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z",
     "txid": r"[a-z]{60}", "task": r"task_[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}",
+    "action": r"[A-Za-z0-9_.-]{1,64}", "address": r"0x[0-9a-f]{16,40}|[A-Z]{60}",
+    "policy": r"policy-v[1-9][0-9]{0,8}-[0-9a-f]{64}",
 }  # fmt: skip
 
 
@@ -301,8 +303,8 @@ SKEW = 300  # seconds: functions have clocks of their own; by more than that no 
 LATE = 3600  # seconds after an approval's time in which a step may still begin by it: retries and deliveries take time
 MOST = 10**15  # QU: the supply is of that order
 NEEDS_APPROVAL = ("onchain_action", "generic_action", "monitor_action")
-INVISIBLE = (
-    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"  # and printable
+INVISIBLE = (  # and printable
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
 PARTS = ("planner", "compliance", "worker", "execution", "reconciler")
 KINDS = {  # kind: who checks it, by whom it is (None: a person, or by its status), what its status may be
@@ -329,6 +331,7 @@ RULE = {"allowed": bool, "requires_approval": bool, "risk_level": str}
 RANGES = {"approvals": 10, "expires_after": 2_592_000, "max_amount": MOST, "daily_limit": MOST}
 LIMITS: dict[str, Any] = dict.fromkeys(("expires_after", "max_amount", "daily_limit"), (int, NONE))
 LIMITS |= {"approvals": int, "allowed_addresses": (list, NONE)}
+DOCUMENT = {"format": int, "version": int, "rules": dict, "proposed_by": TEXT, "based_on": TEXT}
 ABSENT: dict[str, Any] = dict.fromkeys(LIMITS) | {"approvals": 1}
 DENIED = {"allowed": False, "requires_approval": True, "risk_level": "high"}
 
@@ -347,18 +350,26 @@ def place_of(entry: dict[str, Any]) -> tuple[int, str, str]:
 
 def read_document(text: str, hash_: str) -> dict[str, Any]:
     """A policy document, each rule in its full form."""
-    rule, types = "R76 policy", {"format": int, "version": int, "rules": dict}
-    document = members(parse_canonical(text, rule, hash_), types, rule, hash_)
-    need(document["format"] == 1 and document["version"] > 0, rule, "of another format, or no version", hash_)
-    for action, given in document["rules"].items():
+    rule, written = "R76 policy", parse_canonical(text, "R76 policy", hash_)
+    need(isinstance(written, dict) and same(written.get("format"), 1), rule, "not a document of format 1", hash_)
+    document = members({"proposed_by": None, "based_on": None} | written, DOCUMENT, rule, hash_, exactly=True)
+    based_on, rules = document["based_on"], document["rules"]
+    numbered = 0 < document["version"] < 10**9 and (based_on is None or has_form(based_on, "policy"))
+    need(numbered, rule, "no version, or based on none", hash_)
+    need(len(rules) <= 200 and len(text.encode()) <= 2**16, rule, "more than 200 rules, or than 64 KiB", hash_)
+    for action, given in rules.items():
+        need(has_form(action, "action"), rule, "a rule for what is no action type", hash_)
         full = members(ABSENT | members(given, RULE, rule, hash_), LIMITS, rule, hash_)
+        # What this verifier does not know might be a limit.
+        known = all(name in RULE | LIMITS or value is None for name, value in full.items())
+        need(known, rule, f"the rule for {action} has a member that no rule may have", hash_)
         numbers = all(full[name] is None or 0 < full[name] <= most for name, most in RANGES.items())
         where_to, (most, a_day) = full["allowed_addresses"], (full["max_amount"], full["daily_limit"])
-        texts = where_to is None or all(isinstance(each, str) for each in where_to)
+        texts = where_to is None or all(has_form(each, "address") for each in where_to)
         once = where_to is None or (texts and 1 <= len(set(where_to)) == len(where_to) <= 100)
         good = numbers and once and (most or 0) <= (a_day or MOST) and full["risk_level"] in ("low", "medium", "high")
         need(good, rule, f"the rule for {action} has a value that no rule may have", hash_)
-        document["rules"][action] = full
+        rules[action] = full
     return document
 
 
@@ -546,10 +557,10 @@ class Story:
         next_round = self.rounds.get(entry["step_index"], 0) + 1
         need(asked["round"] == next_round, "R44 approval", f"not round {next_round} of its step", where)
         need(asked["required"] >= self.policy["approvals"], "R84 approval", "too few are asked", where)
-        limit = self.policy["expires_after"]
+        limit = self.policy["expires_after"] or RANGES["expires_after"]
         open_for = moment(asked["expires_at"], where) - moment(entry["timestamp"], where)
         need(open_for > 0, "R85 approval", "expired before it was asked for", where)
-        need(limit is None or open_for <= limit, "R85 approval", "open for longer than the policy says", where)
+        need(open_for <= limit, "R85 approval", "open for longer than the policy says, or than 30 days", where)
         self.rounds = self.rounds | {entry["step_index"]: next_round}
         self.approval = {"state": "pending", "asked": asked, "by": (), "step": place_of(entry)}
         self._said(entry)
@@ -620,15 +631,13 @@ class Story:
             for each in (self.policy, policy):
                 self._within_limits(step["parameters"], each, where)
         if self.claim and step["type"] == "onchain_action":
-            self.lost += (self.unknown(),)
+            self.lost += (self.unknown(self.claim),)
         self.claim, self.approval = {"run": self.run, "step": step}, {}
         self.approvers += tuple(each for each in by if each not in self.approvers)
 
-    def unknown(self) -> str:
-        step, run = self.claim["step"], self.claim["run"]
-        return (
-            f"UNKNOWN   what became of {step['step_id']} {step['type']}, which was begun in run {run}: outcome unknown"
-        )
+    def unknown(self, claim: dict[str, Any]) -> str:
+        name = "{step_id} {type}".format(**claim["step"])
+        return f"UNKNOWN   what became of {name}, which was begun in run {claim['run']}: outcome unknown"
 
     def _tried(self) -> bool:
         """Whether this execution has begun the step, or was refused it."""
@@ -646,8 +655,12 @@ class Story:
         need(same(entry["input"], step["parameters"]), "R59 step", "ran with other parameters", where)
         output, failed = members(entry["output"], {}, "R60 output", where), entry["status"] == "failed"
         error = members(output, {"error": str}, "R60 output", where)["error"] if failed else ""
-        need(type(output.get("begun", False)) is bool, "R61 step", "begun is neither true nor false", where)
-        if failed and output.get("begun") is False:
+        told = output.get("error", "") != ""
+        need(told == failed, "R60 output", "it failed without an error, or succeeded with one", where)
+        begun = output.get("begun", True)
+        need(type(begun) is bool, "R61 step", "begun is neither true nor false", where)
+        need(begun or failed, "R61 step", "it succeeded, and was not begun", where)
+        if failed and begun is False:
             # What an execution before this one has begun may still have an outcome.
             need(not self.ended, "R30 end", "it goes on after its end", where)
             need(not self._tried(), "R62 step", "refused, and it was begun, or refused, already", where)
@@ -659,12 +672,13 @@ class Story:
         claim, self.claim = self.claim, {}
         if failed:
             self.failed_in = max(self.failed_in, claim["run"])
+            self.lost += (self.unknown(claim),) if error.startswith("moved_unknown") else ()
             self.effects += (f"failed    {name}: {error}",)
             return
         done = ""
         if step["type"] in ("onchain_action", "generic_action"):
             members(output, {"txid": str, "tick": int}, "R64 step", where)
-            sent = has_form(output["txid"], "txid") and output["tick"] > 0
+            sent = has_form(output["txid"], "txid") and 0 < output["tick"] < 2**32
             need(sent, "R64 step", "no transaction's id, or no tick", where)
         if step["type"] == "onchain_action":
             members(output, {"network": str}, "R65 step", where)
@@ -999,7 +1013,7 @@ def verify(
 def report(
     bundle: dict[str, Any], anchor: dict[str, Any], entries: list[dict[str, Any]], anchored: int, story: Story
 ) -> list[str]:
-    unknown = (*story.lost, *([story.unknown()] if story.claim else ()))
+    unknown = (*story.lost, *([story.unknown(story.claim)] if story.claim else ()))
     return [
         f"task      {bundle['task_id']}, asked for by {story.request['requester']}",
         *story.agents,

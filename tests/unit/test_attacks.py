@@ -1143,6 +1143,7 @@ def test_the_report_says_what_was_begun_and_failed_and_who_had_approved_it() -> 
     error = "moved_unknown: look the transaction up"
     report = verify(approved(planned()).execute(2, {"error": error}, "failed").end("failed").bundle())
     assert f"failed    step_3 onchain_action: {error}" in report and "approved  by bob, carol" in report
+    assert "UNKNOWN   what became of step_3 onchain_action, which was begun in run 1: outcome unknown" in report
     unknown = verify(approved(planned()).begin(2).end("failed").bundle(), open_=True)
     assert "approved  by bob, carol" in unknown
     assert "ran       nothing" in verify(monitoring().end("failed").bundle())

@@ -134,7 +134,9 @@ def test_the_tables_are_what_the_character_database_says() -> None:
     assert OUTPUT.read_text() == table()
 
 
-LOOK_ALIKES = ("bob ", " bob", "bob\ufe0f", "bo\u034fb", "bob\u200b", "\u2060bob", "bob\u3164", "bo\u00adb")
+LOOK_ALIKES = (
+    "bob ", " bob", "bob\ufe0f", "bo\u034fb", "bob\u200b", "\u2060bob", "bob\u3164", "bo\u00adb", "bob\u2800",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("look_alike", LOOK_ALIKES)

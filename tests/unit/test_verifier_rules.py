@@ -169,6 +169,11 @@ def change_rule(**changes: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda document: document["rules"]["transfer_funds"].update(changes)
 
 
+def with_rule(*actions: str) -> Callable[[dict[str, Any]], Any]:
+    """Add the rule for monitoring under other names."""
+    return lambda document: document["rules"].update(dict.fromkeys(actions, document["rules"]["monitoring"]))
+
+
 def drop(bundle: dict[str, Any], name: str) -> dict[str, Any]:
     return {key: value for key, value in bundle.items() if key != name}
 
@@ -528,6 +533,7 @@ ROWS: dict[str, dict[str, Callable[..., Case | Trail]]] = {
         "the requester rejects": lambda: planned().ask(2).decide(2, "alice", False, 0),
         "the requester, with a space": lambda: planned().ask(2).decide(2, "alice ", True, 1),
         "the requester, with a variation selector": lambda: planned().ask(2).decide(2, "ali\ufe0fce", True, 1),
+        "the requester, with a blank of Braille": lambda: planned().ask(2).decide(2, "alice\u2800", True, 1),
         "the requester, with a zero-width space": lambda: planned().ask(2).decide(2, "\u200balice", True, 1),
         "who retried it": lambda: planned().end("failed").retry("olivia").ask(2).decide(2, "olivia", True, 1),
         "who retried it before": lambda: (
@@ -606,9 +612,14 @@ ROWS: dict[str, dict[str, Callable[..., Case | Trail]]] = {
     "R60 output": {
         "no error": lambda: monitoring().execute(0, {}, "failed"),
         "an error that is null": lambda: monitoring().execute(0, {"error": None}, "failed"),
+        "an empty error": lambda: monitoring().execute(0, {"error": ""}, "failed"),
+        "an error of what succeeded": lambda: moved(error="expired: its tick passed"),
         "a result that is a list": lambda: edit(monitoring().execute(0), output=[1]),
     },
-    "R61 step": {"begun is 0": lambda: monitoring().execute(0, {"error": "x", "begun": 0}, "failed")},
+    "R61 step": {
+        "begun is 0": lambda: monitoring().execute(0, {"error": "x", "begun": 0}, "failed"),
+        "it succeeded, and was not begun": lambda: moved(begun=False),
+    },
     "R62 step": {
         "refused, and it was begun": lambda: monitoring().begin(0).refuse(0),
         "refused twice": lambda: monitoring().refuse(0).refuse(0),
@@ -626,6 +637,7 @@ ROWS: dict[str, dict[str, Callable[..., Case | Trail]]] = {
         "no tick": lambda: moved(tick=...),
         "tick 0": lambda: moved(tick=0),
         "a tick that is true": lambda: moved(tick=True),
+        "a tick that no ledger has": lambda: moved(tick=2**32),
         "an instruction without a tick": lambda: edit(instructed().finish(1), output={"tick": ...}),
         "an instruction without a txid": lambda: edit(instructed().finish(1), output={"txid": ""}),
     },
@@ -718,6 +730,18 @@ ROWS: dict[str, dict[str, Callable[..., Case | Trail]]] = {
         "an address twice": lambda: with_document(change_rule(allowed_addresses=[TARGET, TARGET])),
         "no such risk": lambda: with_document(change_rule(risk_level="none")),
         "allowed is 1": lambda: with_document(change_rule(allowed=1)),
+        "a limit that nobody knows": lambda: with_document(change_rule(weekly_limit=5)),
+        "an empty address": lambda: with_document(change_rule(allowed_addresses=[""])),
+        "an address in another spelling": lambda: with_document(change_rule(allowed_addresses=[TARGET.upper()])),
+        "a version beyond all": lambda: with_document(lambda document: document.update(version=10**9)),
+        "a member more": lambda: with_document(lambda document: document.update(suspended=True)),
+        "proposed by a number": lambda: with_document(lambda document: document.update(proposed_by=7)),
+        "based on nothing": lambda: with_document(lambda document: document.update(based_on="")),
+        "no format": lambda: with_document(lambda document: document.pop("format")),
+        "a rule for no action type": lambda: with_document(with_rule("transfer funds")),
+        "a rule for what looks like another": lambda: with_document(with_rule("tr\u0430nsfer_funds")),
+        "201 rules": lambda: with_document(with_rule(*(f"rule_{number}" for number in range(199)))),
+        "more than 64 KiB": lambda: with_document(lambda document: document.update(proposed_by="o" * 65_536)),
     },
     "R77 policy": {"two documents of one version": two_documents},
     "R78 policy": {
@@ -748,6 +772,7 @@ ROWS: dict[str, dict[str, Callable[..., Case | Trail]]] = {
         "a second too long": lambda: planned().ask(2, seconds=86_401),
         "no time": lambda: planned().ask(2, seconds=0),
         "closed before it was asked for": lambda: planned().ask(2, seconds=-60),
+        "31 days, where the policy names no time": lambda: planned(expires_after=None).ask(2, seconds=31 * 86_400),
     },
     "R86 policy": {
         "not pinned, it says": lambda: edit(monitoring(1).execute(1), output={"pinned": False}),

@@ -177,14 +177,17 @@ def normal_subject(subject: str) -> str:
 def same_subject(one: str, other: str) -> bool:
     """Whether two subjects are one person's, to whom four eyes do not apply.
 
-    Compared in NFC, without surrounding spaces and ignorable characters: a subject that was recorded before tokens'
-    subjects were normalised is the same person's. A look-alike letter of another script is another subject.
+    Compared in NFC, without surrounding spaces, ignorable characters and blanks of Braille: a subject that was recorded
+    before tokens' subjects were normalised is the same person's. A look-alike letter of another script is another
+    subject.
     """
     return _comparable(one) == _comparable(other)
 
 
 def _comparable(subject: str) -> str:
-    visible = "".join(letter for letter in subject if not _is_in(letter, DEFAULT_IGNORABLE))
+    visible = "".join(
+        letter for letter in subject if letter != _BRAILLE_BLANK and not _is_in(letter, DEFAULT_IGNORABLE)
+    )
     return unicodedata.normalize("NFC", visible).strip()
 
 
