@@ -120,6 +120,7 @@ def test_a_rejection_in_run_2_stands_though_run_1_pays(
         source=parameters["from_address"],
         destination=parameters["to_address"],
         amount=parameters["amount"],
+        requester="alice",
     )
     decide(task_id, approved=False)
     assert aws.wait(task_id, "rejected")["reason"] == "because"
