@@ -80,19 +80,23 @@ def check_compliance(event: dict[str, Any], context: LambdaContext) -> dict[str,
             return compliance.go_on(task, plan).model_dump(mode="json")
     current = LedgerClient().policy().decide(plan.analysis.action_type)
     verdict = compliance.decide(task, plan, step_index, current, approval)
-    if verdict.verdict == "execute":
-        verdict = _reserve(task, plan.steps[step_index], current) or verdict
-    elif verdict.verdict == "await_approval":
-        verdict = _with_balance(plan.steps[step_index], verdict)
+    if verdict.verdict in {"await_approval", "execute"}:
+        verdict = _with_funds(task, plan.steps[step_index], current, verdict)
     return verdict.model_dump(mode="json")
 
 
-def _with_balance(step: Step, verdict: Verdict) -> Verdict:
-    """Deny what its source cannot pay, instead of asking a person; otherwise show the person the balance."""
-    funds = transfers.funds_of(LedgerClient(), step)
-    if funds.refusal is not None:
+def _with_funds(task: Task, step: Step, current: PolicyDecision, verdict: Verdict) -> Verdict:
+    """Deny what the ledger would refuse, before a person is asked and before the transfer is submitted.
+
+    Otherwise show the person the balance, or reserve what the transfer spends.
+    """
+    ledger = LedgerClient()
+    funds = transfers.funds_of(ledger, step)
+    if funds.refusal is not None and not transfers.is_submitted(ledger, task.task_id, step.step_id):
         return Verdict(verdict="denied", reason=funds.refusal)
-    return verdict.model_copy(update={"balance": funds.balance})
+    if verdict.verdict == "await_approval":
+        return verdict.model_copy(update={"balance": funds.balance})
+    return _reserve(task, step, current) or verdict
 
 
 def _reserve(task: Task, step: Step, current: PolicyDecision) -> Verdict | None:

@@ -12,9 +12,9 @@ from qaes.adapters.http import Caller, PlanId, add_health, create_app, make_hand
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import compliance, planning
-from qaes.domain.errors import NotFoundError, RefusedError
+from qaes.domain.errors import NotFoundError
 from qaes.domain.ids import is_plan_id, is_task_id, new_plan_id, now, timestamp
-from qaes.domain.models import CONFIRMED_LATER, Plan
+from qaes.domain.models import Plan
 from qaes.domain.requests import PlanRequest
 
 app = create_app("planner")
@@ -85,36 +85,23 @@ def get_plan(
 
 
 def _verdict(ledger: LedgerClient, plan: Plan) -> PlanVerdict:
-    """Ask what the compliance agent asks, and of the ledger what reserving would ask."""
+    """Ask what the compliance agent asks, and of the ledger what it would ask before an approval and after it."""
     step, verdict = compliance.preview(plan, plan.policy)
-    if verdict.verdict == "await_approval" and (refusal := transfers.funds_of(ledger, plan.steps[-1]).refusal):
-        step, verdict = plan.steps[-1], compliance.Verdict(verdict="denied", reason=refusal)
-    reason, allowed = verdict.reason, verdict.verdict != "denied"
-    if allowed and (refusal := _refusal_today(ledger, plan)) is not None:
-        if verdict.verdict == "execute":
-            step, verdict = plan.steps[-1], compliance.Verdict(verdict="denied", reason=refusal)
-            reason, allowed = refusal, False
-        else:
-            reason = f"{reason}; approved now, it would be denied: {refusal}"
+    reason = verdict.reason
+    if verdict.verdict != "denied":
+        funds = transfers.funds_of(ledger, plan.steps[-1])
+        refusal = funds.refusal or (funds.refusal_today if verdict.verdict == "execute" else None)
+        if refusal is not None:
+            step, verdict, reason = plan.steps[-1], compliance.Verdict(verdict="denied", reason=refusal), refusal
+        elif funds.refusal_today is not None:
+            reason = f"{reason}; approved now, it would be denied: {funds.refusal_today}"
     return PlanVerdict(
-        allowed=allowed,
+        allowed=verdict.verdict != "denied",
         verdict=verdict.verdict,
         step_id=step.step_id if step else None,
         reason=reason,
         approvals=verdict.approvals if verdict.verdict == "await_approval" else 0,
     )
-
-
-def _refusal_today(ledger: LedgerClient, plan: Plan) -> str | None:
-    step = plan.steps[-1]
-    if step.type not in CONFIRMED_LATER or not plan.policy.limits_transfers:
-        return None
-    terms = step.parameters
-    try:
-        ledger.check_transfer(source=terms["from_address"], destination=terms["to_address"], amount=terms["amount"])
-    except RefusedError as error:
-        return error.message
-    return None
 
 
 def _may_see_task(store: TaskStore, task_id: str, caller: Caller) -> bool:

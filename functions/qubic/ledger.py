@@ -125,8 +125,9 @@ def _reserve(it: Submissions, arguments: Arguments) -> Result:
 
 
 def _check_transfer(it: Submissions, arguments: Arguments) -> Result:
-    limits.check_for(policies().in_force(), Wallets(it.chain.network), arguments, counts=it.sends_transfers)
-    return {}
+    wallets = Wallets(it.chain.network)
+    refusal_today = limits.check_for(policies().in_force(), wallets, arguments, counts=it.sends_transfers)
+    return {"source": _balance(it, {"address": arguments["source"]}), "refusal_today": refusal_today}
 
 
 def _transfer(it: Submissions, arguments: Arguments) -> Result:

@@ -345,16 +345,33 @@ def _over_daily_limit(spent: int, limit: int) -> RefusedError:
 
 def check_for(
     policy: Policy, wallets: Wallets, arguments: dict[str, Any], *, counts: bool, clock: Callable[[], datetime] = now
-) -> None:
-    """Raise RefusedError as `reserve_for` would; reserve nothing. What nobody asked for again for an hour counts.
+) -> str | None:
+    """Return why `reserve_for` would refuse a transfer today, for want of room; None if it would not.
 
-    `arguments`: `{source, destination, amount}`; `counts`: whether the network's transfers are counted at all.
+    Nothing is reserved. What nobody asked for again for an hour counts as spent.
+
+    Parameters
+    ----------
+    arguments
+        `{source, destination, amount}`.
+    counts
+        Whether the network's transfers are counted at all.
+
+    Raises
+    ------
+    RefusedError, InvalidInputError
+        As `reserve_for`, when another day changes nothing.
     """
     amount = check_amount(arguments["amount"])
     rule = check_allowed(policy, wallets, destination=arguments["destination"], amount=amount)
+    wallets.check_parties(arguments["source"], arguments["destination"])
     if counts:
-        with _naming(policy):
-            Limits(wallets).check_room(arguments["source"], amount, rule.daily_limit, day_of(clock()))
+        try:
+            with _naming(policy):
+                Limits(wallets).check_room(arguments["source"], amount, rule.daily_limit, day_of(clock()))
+        except RefusedError as error:
+            return error.message
+    return None
 
 
 @contextmanager
@@ -402,7 +419,7 @@ def reserve_for(
     limits = Limits(wallets, submissions=submissions, clock=clock)
     reference, amount = check_reference(arguments["reference"]), check_amount(arguments["amount"])
     rule = check_allowed(policy, wallets, destination=arguments["destination"], amount=amount)
-    wallets.parties(arguments["source"], arguments["destination"])  # what could not be signed holds nothing
+    wallets.check_parties(arguments["source"], arguments["destination"])  # what could not be signed holds nothing
     if only_check:
         return
     transfer = submissions.get(f"transfer:{reference}") if submissions else None

@@ -137,18 +137,29 @@ class Wallets:
         RefusedError
             `no_key`: this service does not hold its key; or as `identity`.
         """
+        demo = self._held(address, field)
+        return service_key() if demo is None else demo_key(demo)
+
+    def _held(self, address: str, field: str) -> str | None:
+        """Return the older address of the demo wallet; None for the service's own. Raises as `key`, reads no seed."""
         identity = self.identity(address, field)
         if self._network == "mock":
-            if not is_identity_shaped(check_address(address, field)):
-                return demo_key(check_address(address, field))
+            checked = check_address(address, field)
+            if not is_identity_shaped(checked):
+                return checked
             if identity in _demo_identities():
-                return demo_key(_demo_identities()[identity])
+                return _demo_identities()[identity]
         if identity == service_identity():
-            return service_key()
+            return None
         raise RefusedError("no_key", "this service does not hold the key of the wallet that is to pay")
 
     def parties(self, source: str, destination: str) -> tuple[Key, str]:
-        """Return the key that pays, and the identity that is paid.
+        """Return the key that pays, and the identity that is paid. Raises as `check_parties`."""
+        to = self.check_parties(source, destination)
+        return self.key(source), to
+
+    def check_parties(self, source: str, destination: str) -> str:
+        """Check that the service can sign a transfer between two wallets; return the identity that is paid.
 
         Raises
         ------
@@ -159,10 +170,11 @@ class Wallets:
         """
         for address, field_ in ((source, "source"), (destination, "destination")):
             check_payable(self.identity(check_payable(address, field_), field_), field_)
-        to, key = self.identity(destination, "destination"), self.key(source)
-        if key.identity == to:
+        to = self.identity(destination, "destination")
+        self._held(source, "source")
+        if self.identity(source, "source") == to:
             raise InvalidInputError("source and destination are the same", field="destination")
-        return key, to
+        return to
 
 
 def genesis() -> dict[str, int]:

@@ -268,15 +268,21 @@ def test_a_task_that_runs_is_not_retried(api: Api, store: TaskStore) -> None:
 def test_a_retry_resumes_at_the_step_that_failed_and_both_attempts_are_on_record(live: Api) -> None:
     task_id = start(live, TRANSFER | {"parameters": {**TRANSFER["parameters"], "amount": 1000}})  # type: ignore[dict-item]
     live.aws.wait(task_id, "waiting_approval")
-    elsewhere = {"source": SOURCE, "destination": "0xabcdef1234567890", "amount": 1}
-    LedgerClient("LedgerTransferFunction").transfer(reference="spent while it waits", **elsewhere)
-    live.aws.settle()
+    ledger = LedgerClient("LedgerTransferFunction")
+
+    def spend(event: dict[str, Any]) -> None:
+        if event.get("submit"):
+            elsewhere = {"source": SOURCE, "destination": "0xabcdef1234567890", "amount": 1, "requester": "olivia"}
+            ledger.transfer(reference="spent as it is submitted", **elsewhere)
+
+    live.aws.faults["ExecuteStepFunction"] = spend
     live("POST", f"/task/{task_id}/approve", YES, **BOB)
     live.aws.wait(task_id, "failed")
     live.aws.execution(task_id)
-    ledger = LedgerClient("LedgerTransferFunction")
+    live.aws.faults.clear()
+    live.aws.settle()
     gift = {"source": "0xabcdef1234567890", "destination": SOURCE, "amount": 500}
-    ledger.transfer(reference="a gift", **gift)
+    ledger.transfer(reference="a gift", requester="olivia", **gift)
     live.aws.settle()
     executed = live.aws.invocations["ExecuteStepFunction"]
 

@@ -15,7 +15,18 @@ from qaes.domain.errors import InvalidInputError, UnavailableError
 from qaes.domain.ids import is_plan_id, parse_timestamp
 from qaes.domain.policy import Policy, Rule, policy_of
 from qubic.policies import Policies
-from tests.handlers.test_gateway import BAD, DESTINATION, MONITOR, SOURCE, TRANSFER, UNKNOWN
+from tests.handlers.test_gateway import (
+    BAD,
+    CONTRACT,
+    DESTINATION,
+    IDENTITY,
+    MONITOR,
+    SOURCE,
+    SOURCE_IDENTITY,
+    TRANSFER,
+    UNKNOWN,
+    ZERO,
+)
 from tests.handlers.test_task_store import new_task, planned
 from tests.support.api import ALICE, BOB, CAROL, MALLORY, NOBODY, OLIVIA, Api, items, named
 from tests.support.bundles import policy_text
@@ -216,19 +227,24 @@ def test_a_document_that_is_not_the_pinned_one_decides_nothing(
 # The verdict
 
 
-WALLETS = (SOURCE, DESTINATION, "0xabcdef1234567890")
+HALF = "0xabcdef1234567890"
+"""A demo wallet of 500 QU; DESTINATION has none."""
+SOURCES = (*[SOURCE] * 6, SOURCE_IDENTITY, HALF, HALF, DESTINATION, *[IDENTITY] * 3, CONTRACT)
+TARGETS = (*[IDENTITY] * 4, HALF, *[DESTINATION] * 4, SOURCE_IDENTITY, ZERO)
 
 
 def random_rule(chance: random.Random) -> Rule:
-    highest = chance.choice([None, 5, 250, 500])
+    if chance.random() < 0.5:
+        return Rule(allowed=True, requires_approval=chance.random() < 0.5, risk_level="high")
+    highest = chance.choice([None, None, None, 5, 250, 500])
     return Rule(
-        allowed=chance.random() < 0.85,
+        allowed=chance.random() < 0.9,
         requires_approval=chance.random() < 0.5,
         risk_level="high",
         approvals=chance.choice([1, 1, 2]),
         max_amount=highest,
-        daily_limit=chance.choice([None, highest or 5, 500]),
-        allowed_addresses=chance.choice([None, (DESTINATION,), (SOURCE, "0xabcdef1234567890")]),
+        daily_limit=chance.choice([None, None, highest or 5, 500, 1000]),
+        allowed_addresses=chance.choice([None, None, (DESTINATION, HALF, IDENTITY), (SOURCE, HALF)]),
     )
 
 
@@ -239,47 +255,103 @@ def random_case(seed: int) -> tuple[Policy, dict[str, Any]]:
     rules = {name: plain for name in ("monitoring", "note") if chance.random() < 0.8}
     if chance.random() < 0.9:
         rules["transfer_funds"] = money
-    source, target = chance.sample(WALLETS, 2)
-    request = chance.choice(
-        [MONITOR, {"task_type": "note", "description": "x"}]
-        + [TRANSFER | {"wallet_address": source, "parameters": {"to_address": target, "amount": amount}}
-           for amount in (1, 5, 6, 250, 251, 500, 501)]
-    )  # fmt: skip
+    source, target = chance.choice(SOURCES), chance.choice(TARGETS)
+    amount = chance.choice((1, 5, 6, 250, 251, 500, 501, 1000, 1001))
+    transfer = TRANSFER | {"wallet_address": source, "parameters": {"to_address": target, "amount": amount}}
+    request = chance.choice([MONITOR, {"task_type": "note", "description": "x"}, *[transfer] * 10])
     return Policy(policy_id=f"policy-v1-{seed:064x}", version=1, rules=rules), request
 
 
-def engine(aws: Cloud, store: TaskStore, request: dict[str, Any]) -> tuple[str, str | None, str]:
-    """What the state machine's functions say of a task: the first verdict that is not `execute`, step by step."""
-    started = Api(aws, "GatewayFunction")("POST", "/task/start", request)
-    assert started.status == 202, started
-    event = {"task_id": started.body["task_id"]}
+def engine(aws: Cloud, store: TaskStore, task_id: str) -> tuple[str, str | None, str]:
+    """What the state machine's functions say of a task: the first verdict that is not `execute`, step by step.
+
+    A transfer that may be executed is handed in: the ledger must take it.
+    """
+    event = {"task_id": task_id}
     event |= aws.invoke("AnalyzeTaskFunction", event)
     event |= aws.invoke("CheckPolicyFunction", event)
     if not event["policy"]["allowed"]:
-        ended = aws.invoke("EndTaskFunction", {"task_id": event["task_id"], "outcome": "denied"})
+        ended = aws.invoke("EndTaskFunction", {"task_id": task_id, "outcome": "denied"})
         return "denied", None, ended["reason"]
     event |= aws.invoke("BuildPlanFunction", event)
     for step in aws.invoke("ValidatePlanFunction", event)["steps"]:
-        asked = {"task_id": event["task_id"], "step_index": step["step_index"]}
+        asked = {"task_id": task_id, "step_index": step["step_index"]}
         verdict = aws.invoke("CheckComplianceFunction", asked)
         if verdict["verdict"] != "execute":
             return verdict["verdict"], step["step_id"], verdict["reason"]
+        if step["step_type"] == "onchain_action":
+            assert hand_in(aws, task_id)["status"] == "submitted"
     return "execute", None, ""
 
 
-@pytest.mark.parametrize("first", range(0, 40, 10))
+def hand_in(aws: Cloud, task_id: str) -> dict[str, Any]:
+    answer: dict[str, Any] = aws.invoke("ExecuteStepFunction", {"task_id": task_id, "step_index": 2, "submit": True})
+    return answer
+
+
+def approve(aws: Cloud, store: TaskStore, task_id: str, step_id: str, approvals: int) -> dict[str, Any]:
+    """As many people as the policy wants approve the step; returns the compliance agent's verdict after that."""
+    plan = store.plan_of(store.get_task(task_id))
+    index = [step.step_id for step in plan.steps].index(step_id)
+    store.request_approval(task_id, index, plan.steps[index], "token", 60, required=approvals)
+    for subject in ("bob", "carol")[:approvals]:
+        store.decide(task_id, approved=True, subject=subject, reason="")
+    verdict: dict[str, Any] = aws.invoke("CheckComplianceFunction", {"task_id": task_id, "step_index": index})
+    return verdict
+
+
+@pytest.mark.parametrize("first", range(0, 60, 10))
 def test_preview_verdict_is_the_started_tasks(
     api: Api, store: TaskStore, first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And what it says may run, or may be approved, is taken by the ledger."""
     monkeypatch.setenv("MAX_OPEN_TASKS", "100")
+    gateway = Api(api.aws, "GatewayFunction")
     for seed in range(first, first + 10):
+        if seed % 4 == 0:
+            api.aws.settle()
         policy, request = random_case(seed)
         monkeypatch.setattr(Policies, "in_force", lambda _, policy=policy: policy)
-        previewed = create(api, request)["verdict"]
-        verdict, step_id, reason = engine(api.aws, store, request)
+        preview = api("POST", "/plan/create", request)
+        started = gateway("POST", "/task/start", request)
+        if started.status != 202:
+            assert (preview.status, named(preview)) == (started.status, named(started)) != (202, set()), seed
+            continue
+        previewed, task_id = preview.body["verdict"], started.body["task_id"]
+        verdict, step_id, reason = engine(api.aws, store, task_id)
         assert (previewed["verdict"], previewed["step_id"]) == (verdict, step_id), (seed, previewed, reason)
         assert previewed["allowed"] is (verdict != "denied")
         assert verdict == "execute" or previewed["reason"].startswith(reason), (seed, previewed, reason)
+        if verdict == "await_approval" and step_id is not None:
+            approved = approve(api.aws, store, task_id, step_id, previewed["approvals"])
+            denied_today = "approved now, it would be denied: " in previewed["reason"]
+            assert approved["verdict"] == ("denied" if denied_today else "execute"), (seed, previewed, approved)
+            assert not denied_today or previewed["reason"].endswith(approved["reason"])
+            if request["task_type"] == "transfer_funds" and not denied_today:
+                assert hand_in(api.aws, task_id)["status"] == "submitted", (seed, previewed)
+
+
+@pytest.mark.parametrize("asks", [True, False])
+@pytest.mark.parametrize(
+    ("source", "amount", "reason"),
+    [
+        (SOURCE, 1001, "insufficient_balance: the wallet holds 1000 QU; the transfer needs 1001 QU"),
+        (DESTINATION, 1, "insufficient_balance: the wallet holds 0 QU; the transfer needs 1 QU"),
+        (IDENTITY, 1, "no_key: "),
+    ],
+)
+def test_preview_and_task_deny_what_the_source_cannot_pay(
+    api: Api, store: TaskStore, monkeypatch: pytest.MonkeyPatch, asks: bool, source: str, amount: int, reason: str
+) -> None:
+    rule = Rule(allowed=True, requires_approval=asks, risk_level="high")
+    policy = Policy(policy_id=f"policy-v1-{9:064x}", version=1, rules={"transfer_funds": rule})
+    monkeypatch.setattr(Policies, "in_force", lambda _: policy)
+    request = TRANSFER | {"wallet_address": source, "parameters": {"to_address": HALF, "amount": amount}}
+    previewed = create(api, request)["verdict"]
+    started = Api(api.aws, "GatewayFunction")("POST", "/task/start", request)
+    verdict = engine(api.aws, store, started.body["task_id"])
+    assert (previewed["verdict"], previewed["step_id"], previewed["reason"]) == verdict
+    assert verdict[:2] == ("denied", "step_3") and verdict[2].startswith(reason)
 
 
 def test_preview_names_the_limit_that_denies(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

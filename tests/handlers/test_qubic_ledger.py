@@ -20,7 +20,7 @@ from qaes.domain.ids import now
 from qaes.domain.policy import DEFAULT_RULES
 from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.qubic.transaction import decode
-from qubic import ledger, service
+from qubic import ledger, service, wallets
 from qubic.chain.base import SentList
 from qubic.chain.mock import FIRST_TICK, Faults, MockChain
 from qubic.ledger import _OPERATIONS
@@ -99,28 +99,34 @@ def test_a_transfer_that_nobody_asked_for_has_no_state(call: Call) -> None:
     assert code(call("transfer_state", reference="task#step_9")) == "not_found"
 
 
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"amount": 0}, "invalid_amount"),
+    ({"amount": 1.5}, "invalid_amount"),
+    ({"amount": True}, "invalid_amount"),
+    ({"amount": "10"}, "invalid_amount"),
+    ({"source": "0x12"}, "invalid_address"),
+    ({"destination": ZERO[:-1] + "Z"}, "invalid_address"),
+    ({"destination": RICH}, "invalid_address"),
+    ({"source": NOBODY}, "no_key"),
+    ({"source": ZERO}, "invalid_address"),
+    ({"source": CONTRACT}, "invalid_address"),
+    ({"destination": ZERO}, "invalid_address"),
+    ({"destination": CONTRACT}, "invalid_address"),
+    ({"destination": "0x" + "0" * 16}, "invalid_address"),
+]
+"""What no transfer may have, on any day."""
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"amount": 0}, "invalid_amount"),
-        ({"amount": 1.5}, "invalid_amount"),
-        ({"amount": True}, "invalid_amount"),
-        ({"amount": "10"}, "invalid_amount"),
+        *REFUSED,
         ({"run": "1"}, "invalid_input"),
         ({"reference": ""}, "invalid_input"),
         ({"reference": 7}, "invalid_input"),
         ({"reference": "x" * 3000}, "invalid_input"),
-        ({"source": "0x12"}, "invalid_address"),
-        ({"destination": ZERO[:-1] + "Z"}, "invalid_address"),
-        ({"destination": RICH}, "invalid_address"),
         ({"amount": 1001}, "insufficient_balance"),
         ({"source": EMPTY, "destination": RICH}, "insufficient_balance"),
-        ({"source": NOBODY}, "no_key"),
-        ({"source": ZERO}, "invalid_address"),
-        ({"source": CONTRACT}, "invalid_address"),
-        ({"destination": ZERO}, "invalid_address"),
-        ({"destination": CONTRACT}, "invalid_address"),
-        ({"destination": "0x" + "0" * 16}, "invalid_address"),
     ],
 )
 def test_what_is_refused_leaves_nothing(call: Call, transfer: Call, changes: dict[str, Any], expected: str) -> None:
@@ -128,6 +134,38 @@ def test_what_is_refused_leaves_nothing(call: Call, transfer: Call, changes: dic
     assert code(call("transfer_state", reference="task#step_3")) == "not_found"
     items = boto3.client("dynamodb").scan(TableName="LedgerTable")["Items"]
     assert sum(int(item["spent"]["N"]) for item in items if item["sk"]["S"] == "SPENT") == 0
+
+
+@pytest.mark.parametrize(("changes", "expected"), REFUSED)
+def test_check_transfer_refuses_what_transfer_would(call: Call, changes: dict[str, Any], expected: str) -> None:
+    terms = {"source": RICH, "destination": EMPTY, "amount": 10}
+    assert code(call("check_transfer", **terms | changes)) == expected
+    assert call("check_transfer", **terms)["ok"]
+
+
+def test_check_transfer_returns_balance_and_todays_refusal(call: Call, limited: Callable[[], int]) -> None:
+    terms = {"source": RICH, "destination": EMPTY, "amount": 600}
+    free = call("check_transfer", **terms)["result"]
+    assert (free["source"]["balance"], free["source"]["available"], free["refusal_today"]) == (1000, 1000, None)
+    call("transfer", reference="task#step_3", run=1, **terms)
+    full = call("check_transfer", **terms)["result"]
+    assert (full["source"]["balance"], full["source"]["available"]) == (1000, 400)
+    assert full["refusal_today"].startswith("over daily_limit: a wallet may send 1000 QU a day, 600 are spent")
+    assert limited() == 600
+
+
+@pytest.mark.parametrize("network", ["mock", "mainnet"])
+def test_check_parties_reads_no_seed(aws: Cloud, network: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable() -> Any:
+        raise AssertionError("the seed was read")
+
+    own = encode_identity(bytes([9]) * 32)
+    monkeypatch.setattr(wallets, "service_key", unreadable)
+    monkeypatch.setattr(wallets, "service_identity", lambda: own)
+    held = wallets.Wallets(network)
+    assert held.check_parties(own, NOBODY) == NOBODY
+    with pytest.raises(RefusedError, match="does not hold the key"):
+        held.check_parties(NOBODY, own)
 
 
 # What a refused transfer gives back
@@ -328,8 +366,6 @@ def test_another_transfer_under_the_same_reference_is_refused(transfer: Call) ->
 def test_on_a_real_network_a_transfer_is_only_shown_unless_it_is_allowed(
     aws: Cloud, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qubic import wallets
-
     class Real(MockChain):
         network = "mainnet"
 

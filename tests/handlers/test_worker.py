@@ -20,6 +20,7 @@ from qaes.domain.ids import new_plan_id, timestamp
 from qaes.domain.ids import now as moment
 from qaes.domain.models import Plan, StepRecord
 from qaes.domain.policy import Policy
+from qaes.domain.qubic.identity import encode_identity
 from qubic.chain.mock import Faults, MockChain
 from qubic.submissions import Submissions
 from tests.handlers.test_task_store import new_task
@@ -28,6 +29,8 @@ from tests.support.template import resolve, template
 from worker.app import NotConfirmedYetError
 
 SOURCE, DESTINATION = "0x1234567890abcdef", "0xfedcba0987654321"
+KEYLESS = encode_identity(bytes([7]) * 32)
+"""An identity that is no contract's, and whose key is nowhere."""
 TRANSFER = {"wallet_address": SOURCE, "to_address": DESTINATION, "amount": 250}
 Plans = Callable[..., tuple[str, Plan]]
 WAITER = "a token"
@@ -230,6 +233,12 @@ def verdict_on(aws: Cloud, task_id: str) -> dict[str, Any]:
     return answer
 
 
+def spend(amount: int, source: str = SOURCE, destination: str = DESTINATION) -> None:
+    """Another task's transfer is signed; its tick has not come."""
+    terms = {"source": source, "destination": destination, "amount": amount}
+    LedgerClient("LedgerTransferFunction").transfer(reference="another", requester="olivia", **terms)
+
+
 def test_compliance_denies_what_the_wallet_cannot_pay(aws: Cloud, plan_for: Plans) -> None:
     task_id, _ = plan_for("transfer_funds", TRANSFER | {"amount": 1001})
     verdict = verdict_on(aws, task_id)
@@ -239,8 +248,7 @@ def test_compliance_denies_what_the_wallet_cannot_pay(aws: Cloud, plan_for: Plan
 
 def test_compliance_denies_what_is_promised_elsewhere(aws: Cloud, plan_for: Plans) -> None:
     """600 of the 1,000 QU are in a transfer whose tick has not come."""
-    terms = {"source": SOURCE, "destination": DESTINATION, "amount": 600}
-    LedgerClient("LedgerTransferFunction").transfer(reference="another", **terms)
+    spend(600)
     task_id, _ = plan_for("transfer_funds", TRANSFER | {"amount": 401})
     verdict = verdict_on(aws, task_id)
     assert verdict["verdict"] == "denied"
@@ -256,7 +264,7 @@ def test_compliance_decides_nothing_without_a_balance(aws: Cloud, store: TaskSto
     """An error, which the state machine tries again: neither a denial nor a request."""
 
     def down(event: Any) -> None:
-        if event["operation"] == "balance":
+        if event["operation"] == "check_transfer":
             raise ConnectionError("down")
 
     task_id, _ = plan_for("transfer_funds", TRANSFER | {"amount": 1001})
@@ -274,16 +282,67 @@ def test_compliance_denies_an_address_that_the_network_lacks(
     def refuse(*_: Any, **__: Any) -> Any:
         raise RefusedError("invalid_address", "address: on mainnet an address is an identity of 60 letters")
 
-    monkeypatch.setattr(LedgerClient, "wallet_balance", refuse)
+    monkeypatch.setattr(LedgerClient, "check_transfer", refuse)
     task_id, _ = plan_for("transfer_funds", TRANSFER)
     assert verdict_on(aws, task_id)["reason"].startswith("invalid_address: ")
+
+
+def test_compliance_denies_a_wallet_without_a_key(aws: Cloud, plan_for: Plans) -> None:
+    """Its balance would cover the amount: it is not that which is missing."""
+    spend(600, destination=KEYLESS)
+    aws.settle()
+    assert balance(KEYLESS) == 600
+    task_id, _ = plan_for("transfer_funds", TRANSFER | {"wallet_address": KEYLESS})
+    verdict = verdict_on(aws, task_id)
+    assert (verdict["verdict"], verdict["balance"]) == ("denied", None)
+    assert verdict["reason"] == "no_key: this service does not hold the key of the wallet that is to pay"
+
+
+def test_compliance_denies_what_was_spent_since_the_approval(
+    aws: Cloud, store: TaskStore, plan_for: Plans, asked: Counter[str]
+) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    assert verdict_on(aws, task_id)["verdict"] == "execute"
+    spend(751)
+    verdict = verdict_on(aws, task_id)
+    assert verdict["verdict"] == "denied"
+    assert verdict["reason"].startswith("insufficient_balance: the wallet holds 1000 QU, of which 751 QU are promised")
+    assert store.step(task_id, 2) is None
+    assert asked["reserve"] == 0
+
+
+def test_compliance_needs_no_funds_for_a_submitted_transfer(
+    aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A twin's refusal is on record; its transfer has taken what the wallet held, and the task is retried."""
+    task_id, plan = plan_for("transfer_funds", TRANSFER | {"amount": 600})
+    approve(store, task_id, plan, 2)
+    terms: dict[str, Any] = {}
+
+    def refused(self: LedgerClient, **given: Any) -> Any:
+        terms.update(given)
+        raise RefusedError("insufficient_balance", "the source's balance is too small")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LedgerClient, "transfer", refused)
+        assert submit(aws, task_id)["status"] == "failed"
+    assert call("LedgerTransferFunction", {"operation": "transfer", **terms})["ok"]
+    next_run(store, task_id)
+    assert check(aws, task_id) == "await_approval"  # it is under way
+    approve(store, task_id, plan, 2)
+    aws.settle()
+    assert balance(SOURCE) == 400
+    assert check(aws, task_id) == "execute"  # it is confirmed
+    submit(aws, task_id)
+    assert (run(aws, task_id, 2)["status"], balance(SOURCE)) == ("succeeded", 400)
 
 
 def test_compliance_reads_no_balance_where_no_money_moves(aws: Cloud, plan_for: Plans, asked: Counter[str]) -> None:
     task_id, _ = plan_for("transaction", {"wallet_address": SOURCE, "amount": 10**9})
     verdict = verdict_on(aws, task_id)
     assert (verdict["verdict"], verdict["balance"]) == ("await_approval", None)
-    assert asked["balance"] == 0
+    assert set(asked) == {"policy"}
 
 
 def test_request_approval_keeps_the_balance_that_was_read(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:

@@ -169,17 +169,51 @@ def test_transfer_beyond_the_balance_is_denied_before_anybody_is_asked(
     assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
 
 
-def test_transfer_fails_when_its_balance_is_spent_while_it_waits(
+def test_transfer_without_approval_is_denied_beyond_the_balance(
+    aws: Cloud, transfer: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = {"allowed": True, "requires_approval": False, "risk_level": "high"}
+    monkeypatch.setattr("qaes.adapters.ledger_client.LedgerClient.policy", policy_of(transfer_funds=rule))
+    task_id = transfer(1001)
+    task = aws.wait(task_id, "denied")
+    assert task["reason"] == "insufficient_balance: the wallet holds 1000 QU; the transfer needs 1001 QU"
+    aws.execution(task_id)
+    assert "SubmitTransfer" not in visited(aws, task_id)
+    assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
+
+
+def spend_one() -> None:
+    """Another task's transfer takes 1 QU from the wallet."""
+    ledger = LedgerClient("LedgerTransferFunction")
+    ledger.transfer(reference="another", source=SOURCE, destination="0xabcdef1234567890", amount=1, requester="alice")
+
+
+def test_transfer_denied_when_spent_while_it_waits(
     aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any]
 ) -> None:
     task_id = transfer(1000)
     aws.wait(task_id, "waiting_approval")
-    ledger = LedgerClient("LedgerTransferFunction")
-    ledger.transfer(reference="another", source=SOURCE, destination="0xabcdef1234567890", amount=1, requester="alice")
+    spend_one()
     aws.settle()
+    decide(task_id, approved=True)
+    task = aws.wait(task_id, "denied")
+    assert task["reason"] == "insufficient_balance: the wallet holds 999 QU; the transfer needs 1000 QU"
+    aws.execution(task_id)
+    assert "SubmitTransfer" not in visited(aws, task_id)
+    assert (balance(SOURCE), balance(DESTINATION)) == (999, 0)
+    assert kinds(aws, task_id)[-2:] == ["approval_decided:approved", "task_ended:denied"]
+
+
+def test_transfer_fails_when_spent_as_it_is_submitted(
+    aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any]
+) -> None:
+    task_id = transfer(1000)
+    aws.wait(task_id, "waiting_approval")
+    aws.faults["ExecuteStepFunction"] = lambda event: spend_one() if event.get("submit") else None
     decide(task_id, approved=True)
     task = aws.wait(task_id, "failed")
     assert task["failed_step"] == "step_3" and "insufficient_balance" in task["reason"]
+    aws.settle()
     assert (balance(SOURCE), balance(DESTINATION)) == (999, 0)
     # A refusal is not tried again: three steps, three calls.
     assert aws.invocations["ExecuteStepFunction"] == 3

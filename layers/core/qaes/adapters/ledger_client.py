@@ -50,8 +50,7 @@ class LedgerClient:
 
     def wallet_balance(self, address: str) -> WalletBalance:
         """The balance of `address`, what of it is available, and the tick as of which that is."""
-        answer = self._call("balance", address=address)
-        return WalletBalance.model_validate({name: answer[name] for name in WalletBalance.model_fields})
+        return _wallet_balance(self._call("balance", address=address))
 
     def transfer(
         self, *, reference: str, source: str, destination: str, amount: int, requester: str, run: int = 1
@@ -83,9 +82,14 @@ class LedgerClient:
         """
         self._call("reserve", reference=reference, source=source, destination=destination, amount=amount)
 
-    def check_transfer(self, *, source: str, destination: str, amount: int) -> None:
-        """Raise RefusedError as `reserve` would now, for what the policy in force allows today; reserve nothing."""
-        self._call("check_transfer", source=source, destination=destination, amount=amount)
+    def check_transfer(self, *, source: str, destination: str, amount: int) -> tuple[WalletBalance, str | None]:
+        """Return the balance of the wallet that is to pay, and why the day's limit has no room now; reserve nothing.
+
+        Raises RefusedError when the ledger would refuse the transfer on any day: as `reserve`, and `no_key` or
+        `invalid_address`. The balance decides nothing here.
+        """
+        answer = self._call("check_transfer", source=source, destination=destination, amount=amount)
+        return _wallet_balance(answer["source"]), answer["refusal_today"]
 
     def policy_document(self, policy_id: str) -> dict[str, Any]:
         """`{policy_id, version, text, hash, txid, tick, encoded}`: a version's canonical text, and what anchors it."""
@@ -161,3 +165,7 @@ class LedgerClient:
             raise RefusedError(refusal["code"], refusal["message"])
         result: dict[str, Any] = answer["result"]
         return result
+
+
+def _wallet_balance(answer: dict[str, Any]) -> WalletBalance:
+    return WalletBalance.model_validate({name: answer[name] for name in WalletBalance.model_fields})

@@ -51,24 +51,38 @@ def state_of(ledger: LedgerClient, task_id: str, step_id: str) -> dict[str, Any]
 
 
 class Funds(NamedTuple):
-    """The balance of the wallet that is to pay a step, and why it cannot; both None for a step that is no transfer."""
+    """The balance of the wallet that is to pay a step, and why it cannot; all None for a step that is no transfer.
+
+    `refusal_today` is for want of room in the day's limit: what is approved today may be made on another day.
+    """
 
     balance: WalletBalance | None
     refusal: str | None
+    refusal_today: str | None
 
 
 def funds_of(ledger: LedgerClient, step: Step) -> Funds:
-    """Read whether a transfer's source can pay it, before anybody is asked to approve it.
+    """Read whether the ledger would take a transfer: its addresses, its source's key and balance, the policy.
 
-    A balance that cannot be read now raises UnavailableError: it is neither enough nor too little.
+    The compliance agent reads it before it asks a person or has the transfer submitted, the planner for a preview. A
+    balance that cannot be read now raises UnavailableError: it is neither enough nor too little.
     """
     if step.type not in CONFIRMED_LATER:
-        return Funds(None, None)
+        return Funds(None, None, None)
+    terms = step.parameters
     try:
-        balance = ledger.wallet_balance(step.parameters["from_address"])
-    except RefusedError as error:  # the network does not know such an address
-        return Funds(None, f"{error.code}: {error.message}")
-    return Funds(balance, compliance.refusal_by_balance(step, balance))
+        balance, refusal_today = ledger.check_transfer(
+            source=terms["from_address"], destination=terms["to_address"], amount=terms["amount"]
+        )
+    except RefusedError as error:
+        return Funds(None, f"{error.code}: {error.message}", None)
+    return Funds(balance, compliance.refusal_by_balance(step, balance), refusal_today)
+
+
+def is_submitted(ledger: LedgerClient, task_id: str, step_id: str) -> bool:
+    """Whether the ledger has the step's transfer, confirmed or under way: then it needs no funds any more."""
+    state = state_of(ledger, task_id, step_id)
+    return state is not None and state["state"] in OPEN | {"confirmed"}
 
 
 def settle(store: TaskStore, ledger: LedgerClient, task: Task, record: StepRecord) -> Settled:
