@@ -1,14 +1,18 @@
-"""ministack, with one change: it unpacks each layer and each package of code once.
+"""ministack, with two changes: it unpacks each archive once, and it names a handler's exception as Lambda does.
 
 ministack's local executor unpacks the whole layer anew for each execution environment, some 50 MB and 3,000 files for
 each process. AWS mounts `/opt` and `/var/task` read-only, so environments cannot tell whether they share one copy.
 `python -m local.guard local.emulator` therefore replaces the class with which that executor reads its archives.
+
+ministack reports every exception as `Runtime.HandlerError`. On AWS the error's type is the exception's class, and the
+state machine retries by it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import runpy
 import shutil
 import tempfile
@@ -66,6 +70,38 @@ def share_unpacked_archives() -> None:
     lambda_runtime.zipfile = SimpleNamespace(ZipFile=SharedZipFile, **names)
 
 
+def exception_name(trace: str) -> str | None:
+    """Return the class of the exception that a traceback ends with; None when the text is no traceback."""
+    _, frames, last = trace.rpartition('\n  File "')
+    found = re.search(r"^([A-Za-z_][\w.]*)(?::|$)", last, re.MULTILINE) if frames else None
+    return found[1].rpartition(".")[2] if found else None
+
+
+def name_errors_as_lambda_does() -> None:
+    """Let the local executor of the running interpreter report the class of a handler's exception."""
+    from ministack.core import lambda_runtime
+    from ministack.services import lambda_svc
+
+    invoke, execute = lambda_runtime.Worker.invoke, lambda_svc._execute_function_warm  # noqa: SLF001
+    raised = threading.local()
+
+    def invoke_and_keep(self: Any, *arguments: Any, **named: Any) -> Any:
+        answer = invoke(self, *arguments, **named)
+        raised.name = exception_name(str(answer.get("trace", "")))
+        return answer
+
+    def execute_and_name(*arguments: Any) -> Any:
+        raised.name = None
+        answer = execute(*arguments)
+        if answer.get("error") and raised.name and answer["body"].get("errorType") == "Runtime.HandlerError":
+            answer["body"]["errorType"] = raised.name
+        return answer
+
+    lambda_runtime.Worker.invoke = invoke_and_keep
+    lambda_svc._execute_function_warm = execute_and_name  # noqa: SLF001
+
+
 if __name__ == "__main__":
     share_unpacked_archives()
+    name_errors_as_lambda_does()
     runpy.run_module("ministack", run_name="__main__", alter_sys=True)

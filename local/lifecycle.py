@@ -98,7 +98,7 @@ class Instance:
         """Return one line on the supervisor that runs."""
         state = self.read()
         if "url" not in state:
-            return "The local cloud is starting. Stop it: make down"
+            return "The local cloud is starting already: wait until it runs (make status), or stop it (make down)."
         return f"The local cloud runs at {state['url']} (AUTH_MODE={state['auth_mode']}). Stop it: make down"
 
     @property
@@ -191,8 +191,8 @@ def _already(instance: Instance, mode: AuthMode) -> int:
     """Explain how to use the local cloud that runs already; return 1 if it is not what was asked for."""
     state = instance.read()
     print(instance.describe())
-    if "url" not in state:
-        return 0
+    if "url" not in state:  # whoever goes on with its tokens would find none
+        return 1
     if state["auth_mode"] != mode:
         print(f"It has another AUTH_MODE than {mode}: run make down first.")
         return 1

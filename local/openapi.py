@@ -356,7 +356,9 @@ TASK=$(curl -s "http://localhost:8000/task/start" -H "Authorization: Bearer $REQ
   "task_type": "transfer_funds", "description": "pay the invoice", "wallet_address": "0x1234567890abcdef",
   "parameters": {"to_address": "0xfedcba0987654321", "amount": 1}}' | python3 -c 'import json, sys; print(json.load(sys.stdin)["task_id"])')
 until curl -s "http://localhost:8000/task/$TASK" -H "Authorization: Bearer $APPROVER" | grep -q '"waiting_approval"'; do sleep 1; done
-while curl -s "http://localhost:8000/audit/$TASK" -H "Authorization: Bearer $AUDITOR" | grep -q '"qubic_txid": *null'; do sleep 1; done
+until curl -s "http://localhost:8000/audit/$TASK" -H "Authorization: Bearer $AUDITOR" \\
+  | python3 -c 'import json, sys; sys.exit(not all(each["qubic_txid"] for each in json.load(sys.stdin)["logs"]))' 2> /dev/null
+do sleep 1; done
 PLAN=$(curl -s "http://localhost:8000/task/$TASK" -H "Authorization: Bearer $REQUESTER" \\
   | python3 -c 'import json, sys; print(json.load(sys.stdin)["plan_id"])')
 HASH=$(curl -s "http://localhost:8000/audit/$TASK" -H "Authorization: Bearer $AUDITOR" \\

@@ -95,3 +95,32 @@ def test_archive_that_leaves_its_directory_is_refused(start, tmp_path, monkeypat
         with pytest.raises(RuntimeError, match="escapes"):
             start("one")
     assert not (tmp_path.parent / "outside.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("raises", "name"),
+    [
+        ("ValueError('a\\nb: c')", "ValueError"),
+        ("library.BusyError('the ledger is busy: try again')", "BusyError"),
+        ("KeyError()", "KeyError"),
+    ],
+)
+def test_error_is_named_by_the_exceptions_class(start, monkeypatch, raises, name):
+    monkeypatch.setattr(lambda_svc, "_execute_function_warm", lambda_svc._execute_function_warm)
+    monkeypatch.setattr(lambda_runtime.Worker, "invoke", lambda_runtime.Worker.invoke)
+    emulator.name_errors_as_lambda_does()
+    layer = archive(python__library="class BusyError(Exception): ...\n")
+    monkeypatch.setattr(lambda_svc, "_resolve_layer_zip", lambda reference: layer)
+    code = f"import library\n\ndef handler(event, context):\n    try:\n        1 / 0\n    except ZeroDivisionError as error:\n        raise {raises} from error\n"  # fmt: skip  # noqa: E501
+    worker, _ = start("one", archive(app="def handler(event, context):\n    return 1\n"))
+    failing = lambda_runtime.Worker("two", worker.config | {"FunctionName": "two"}, archive(app=code))
+    monkeypatch.setattr(lambda_svc, "acquire_worker", lambda *_, **__: (failing, None))
+    function = {"config": failing.config, "code_zip": archive(app=code)}
+    answer = lambda_svc._execute_function_warm(function, {}, "request")
+    assert (answer["error"], answer["body"]["errorType"]) == (True, name)
+    lambda_runtime.kill_workers([failing])
+
+
+def test_no_exception_names_no_error():
+    assert emulator.exception_name("") is None
+    assert emulator.exception_name("Task timed out after 3.00 seconds") is None

@@ -188,13 +188,15 @@ sys.exit(lifecycle.up("jwt", Ports.free(), lifecycle.Instance(Path(sys.argv[1]))
 """
 
 
-def test_ctrl_c_while_it_starts_leaves_nothing(instance):
+def test_ctrl_c_while_it_starts_leaves_nothing(instance, capsys):
     supervisor = [sys.executable, "-c", SUPERVISOR, str(instance.directory), "starting"]
     with subprocess.Popen(
         [sys.executable, "-c", UP, str(instance.directory), *supervisor], cwd=ROOT, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout.readline() == "progress\n"
         assert lifecycle.status(instance)[1] == 1  # it starts, and does not answer yet
+        assert lifecycle.up("jwt", Ports.free(), instance) == 1  # there are no tokens yet
+        assert "is starting already" in capsys.readouterr().out
         process.send_signal(signal.SIGINT)
         output = process.communicate(timeout=10)[0]
     assert "nothing is left running" in output

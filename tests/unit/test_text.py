@@ -17,6 +17,7 @@ from local.unicode_tables import OUTPUT, table
 from qaes.domain.text import flaw_of, inert, is_blank, json_inert, normal_subject, same_subject, subject_note
 
 DECEPTIVE = {
+    "bytes that are not UTF-8": "a\ufffdb",
     "a right-to-left override": "pay \u202e05\u202c QU",
     "an isolate": "\u2066x\u2069",
     "a right-to-left mark": "a\u200fb",
@@ -159,9 +160,9 @@ def test_subject_is_normalised() -> None:
 @pytest.mark.parametrize(
     "subject",
     ["", " ", "\u3000", "\u00a0bob", "bob\n", "bob\0", "bob\ufe0f", "b\u202eob", "\u200b", "\u3164", "❤\ufe0f",
-     "می\u200cخ", "\u2800", "\u0301", "a\ud800", "a" * 257, "bo\u2009b"],
+     "می\u200cخ", "\u2800", "\u0301", "a\ud800", "a" * 257, "bo\u2009b", "worker", " execution "],
 )  # fmt: skip
-def test_subject_refused_when_it_is_not_printed(subject: str) -> None:
+def test_subject_refused_when_it_names_nobody(subject: str) -> None:
     with pytest.raises(ValueError, match="subject"):
         normal_subject(subject)
 

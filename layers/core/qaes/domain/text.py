@@ -19,6 +19,8 @@ from functools import cache
 from qaes.domain.generated.unicode_tables import DEFAULT_IGNORABLE, EMOJI, PICTOGRAPHIC
 
 MAX_SUBJECT_LENGTH = 256
+SYSTEM_ACTORS = frozenset({"planner", "compliance", "worker", "execution", "reconciler"})
+"""The parts of the system that act in the audit trail: no person may have such a name."""
 
 _NONCHARACTERS = ((0xFDD0, 0xFDEF), *((plane << 16 | 0xFFFE, plane << 16 | 0xFFFF) for plane in range(17)))
 _HIDDEN = (
@@ -27,7 +29,7 @@ _HIDDEN = (
     (0x2028, 0x2029),  # line and paragraph separator
     (0xD800, 0xDFFF),  # surrogates
     (0xE000, 0xF8FF),  # private use: a font may draw anything
-    (0xFFF9, 0xFFFC),  # annotations, and the object replacement
+    (0xFFF9, 0xFFFD),  # annotations, the object replacement, and what stands for bytes that are not UTF-8
     *_NONCHARACTERS,
     (0xF0000, 0xFFFFD),
     (0x100000, 0x10FFFD),
@@ -163,7 +165,8 @@ def normal_subject(subject: str) -> str:
     Raises
     ------
     ValueError
-        It is empty or too long, or has a character that is not printed: two such subjects may look the same.
+        It is empty, too long or the name of a part of the system, or has a character that is not printed: two such
+        subjects may look the same.
     """
     normal = unicodedata.normalize("NFC", subject).strip(" ")
     # `isprintable` refuses every space but U+0020, and has no objection to variation selectors and fillers.
@@ -171,6 +174,8 @@ def normal_subject(subject: str) -> str:
         raise ValueError("a character of the subject is not printed, or it has none that is")
     if len(normal) > MAX_SUBJECT_LENGTH:
         raise ValueError("the subject is too long")
+    if normal in SYSTEM_ACTORS:
+        raise ValueError("the subject is the name of a part of the system")
     return normal
 
 
