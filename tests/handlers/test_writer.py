@@ -17,7 +17,7 @@ from qubic.chain.mock import Faults, MockChain
 from qubic.submissions import LEAD_TICKS, Submissions
 from qubic.writer import MAX_DELAY_SECONDS, STUCK_METRIC
 from tests.support.cloud import SEED, Cloud, cloud
-from tests.support.crashes import crash_at
+from tests.support.crashes import crash_at, sampled_numbers
 
 SOURCE, DESTINATION = "0x1234567890abcdef", "0xfedcba0987654321"
 TRANSFER = {
@@ -75,10 +75,11 @@ def _transfer_moves_once_or_not_at_all(it: Cloud, number: int) -> bool:
 
 
 def _each_call(check: Callable[[Cloud, int], bool]) -> int:
-    """Check with a failure at the first call, the second…, until there is no further call; how many there were."""
-    for first in range(1, 1000, AT_ONCE):
+    """Check with a failure at each `STRIDE`th call until there is no further call; how many there were."""
+    numbers = sampled_numbers()
+    for first in range(0, len(numbers), AT_ONCE):
         with cloud(state_machine=False) as it:
-            for number in range(first, first + AT_ONCE):
+            for number in numbers[first : first + AT_ONCE]:
                 if not check(it, number):
                     return number - 1
     raise AssertionError("there is no end of calls")

@@ -190,7 +190,7 @@ def test_rules_that_are_not_acceptable(rules: dict[str, Rule]) -> None:
 
 
 def test_a_document_larger_than_64_kib_is_refused() -> None:
-    addresses = tuple(encode_identity(bytes([n] * 32)) for n in range(100))
+    addresses = tuple(encode_identity(bytes([n] * 32)) for n in range(1, 101))
     rule = Rule(**RULE, allowed_addresses=addresses)
     assert PolicyDocument.write({f"action_{n}": rule for n in range(10)}, version=2)
     with pytest.raises(InvalidInputError) as caught:
