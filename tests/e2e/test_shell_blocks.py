@@ -41,6 +41,7 @@ OTHERWISE = {
     "GET /log/tile/entries/{a}": "404: a full tile needs 256 entries",
     "GET /log/tile/{level}/{a}": "404: a full tile needs 256 entries",
     "POST /policy/versions/{version}/approve": "403: the same operator proposed it",
+    "POST /live/v1/broadcast-transaction": "200 400: the tick that the example names has passed",
     "POST /query/v1/getTransactionByHash": "200 404: the transaction may not be final yet",
 }
 """Commands of docs/api.md that need another state: their status here. tests/openapi sends each in its state."""
