@@ -327,7 +327,7 @@ def decide(
 ) -> DecisionAnswer:
     """Approve or reject what the task waits for, once; 409 when it waits for nothing.
 
-    Nobody decides on a task that they have started or retried, in any run.
+    A person cannot decide on a task that they started or retried, in any run.
     """
     store = TaskStore()
     _visible(store, task_id, caller)

@@ -150,7 +150,7 @@ def get_transaction(
     if found is None:
         raise NotFoundError("no such transaction", field="txid")
     answer = found.answer()
-    # Whoever knows a task's reference can try guesses of its instruction against the hash.
+    # A person who knows a task's reference can check guesses of its instruction against the hash.
     shows_metadata = caller.has("auditor") or caller.subject == found.requested_by
     return TransactionAnswer(
         network=it.chain.network,
