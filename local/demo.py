@@ -26,7 +26,7 @@ from local.tokens import PEOPLE
 SOURCE = "0x1234567890abcdef"
 DESTINATION = "0xfedcba0987654321"
 AMOUNT = 250
-VERIFIER = ROOT / "docs" / "verify_bundle.py"
+VERIFIER = ROOT / "verifier" / "verify_bundle.py"
 LOG_ID = "qaes"
 TASK_TIMEOUT_SECONDS = 90
 TERMINAL = frozenset({"completed", "denied", "rejected", "expired", "failed", "cancelled"})

@@ -48,7 +48,7 @@ def test_a_stranger_verifies_the_bundle(api: Api, anchored: str, tmp_path: Path)
     bundle = tmp_path / "bundle.json"
     bundle.write_bytes(answer.content)
     identity = api("auditor", "GET", "/audit/log/checkpoint").json()["anchor"]["source"]
-    command = [sys.executable, "-I", str(ROOT / "docs" / "verify_bundle.py"), str(bundle), "--log-id", "qaes"]
+    command = [sys.executable, "-I", str(ROOT / "verifier" / "verify_bundle.py"), str(bundle), "--log-id", "qaes"]
     found = subprocess.run(
         [*command, "--anchor-identity", identity], capture_output=True, text=True, check=False, cwd=tmp_path
     )

@@ -42,7 +42,7 @@ TRANSFER = {"wallet_address": WALLET, "to_address": TARGET, "amount": 100}
 
 def load_verifier() -> ModuleType:
     """The stranger's file, which is in no package."""
-    path = Path(__file__).parents[2] / "docs" / "verify_bundle.py"
+    path = Path(__file__).parents[2] / "verifier" / "verify_bundle.py"
     spec = importlib.util.spec_from_file_location("verify_bundle", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -842,7 +842,7 @@ def test_every_documented_rule_has_a_row_and_is_in_the_code() -> None:
     documented = [f"{number} {check}" for number, checks in rows for check in re.findall("`(.+?)`", checks)]
     assert [number for number, _ in rows] == [f"R{n}" for n in range(1, len(rows) + 1)]
     assert sorted(documented) == sorted(ROWS)
-    code = (ROOT / "docs" / "verify_bundle.py").read_text()
+    code = (ROOT / "verifier" / "verify_bundle.py").read_text()
     cited = re.findall(r'"(R\d+) ([a-z ]+|\{(?:side|check)\})"', code)
     assert {number for number, _ in cited} == {number for number, _ in rows}
     assert {f"{number} {check}" for number, check in cited if "{" not in check} <= set(documented)

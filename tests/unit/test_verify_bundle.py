@@ -50,7 +50,7 @@ from tests.support.bundles import (
 )
 from tests.unit.test_canonical import JSON
 
-VERIFIER = Path(__file__).parents[2] / "docs" / "verify_bundle.py"
+VERIFIER = Path(__file__).parents[2] / "verifier" / "verify_bundle.py"
 verifier = load_verifier()
 ANCHORER = Anchorer()
 HEADERS: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""A task's bundle: all that an offline verifier needs, in one file (docs/audit.md, docs/verify_bundle.py).
+"""A task's bundle: all that an offline verifier needs, in one file (docs/audit.md, verifier/verify_bundle.py).
 
 There is no value in it that the verifier does not check, but for `network`: the request, the plan,
 the approvals and the results are the inputs and outputs of the entries, disclosed together with the salt of their
