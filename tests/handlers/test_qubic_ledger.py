@@ -154,6 +154,42 @@ def test_check_transfer_returns_balance_and_todays_refusal(call: Call, limited: 
     assert limited() == 600
 
 
+def test_policy_answers_the_balance_of_an_address(call: Call) -> None:
+    answer = call("policy", address=RICH)["result"]
+    assert answer | {"balance": None} == call("policy")["result"] | {"balance": None}
+    assert answer["balance"] == {"ok": True, "result": _without_network(call("balance", address=RICH))}
+    assert code(call("policy", address="0x12")["result"]["balance"]) == "invalid_address"
+
+
+@pytest.mark.parametrize(("changes", "expected"), [({}, ""), *REFUSED, ({"run": 1}, "invalid_input")])
+def test_policy_answers_the_check_of_a_transfer(call: Call, changes: dict[str, Any], expected: str) -> None:
+    terms = {"source": RICH, "destination": EMPTY, "amount": 10} | changes
+    answer = call("policy", transfer=terms)["result"]
+    assert answer["policy_id"] == call("policy")["result"]["policy_id"]
+    if expected:
+        assert code(answer["transfer"]) == expected
+    else:
+        assert answer["transfer"]["result"] == _without_network(call("check_transfer", **terms))
+
+
+def test_ledger_client_returns_the_policy_and_a_refusal(aws: Cloud) -> None:
+    with function_environment(environment("CheckComplianceFunction", PARAMETERS)):
+        client = LedgerClient()
+        policy, balance = client.policy_and_balance(RICH)
+        assert (policy, balance) == (client.policy(), client.wallet_balance(RICH))
+        assert isinstance(client.policy_and_balance("0x12")[1], RefusedError)
+        allowed = client.policy_and_check(source=RICH, destination=EMPTY, amount=10)
+        assert allowed == (policy, client.check_transfer(source=RICH, destination=EMPTY, amount=10))
+        checked, refusal = client.policy_and_check(source=RICH, destination=EMPTY, amount=0)
+    assert checked == policy
+    assert isinstance(refusal, RefusedError)
+    assert refusal.code == "invalid_amount"
+
+
+def _without_network(answer: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in answer["result"].items() if name != "network"}
+
+
 @pytest.mark.parametrize("network", ["mock", "mainnet"])
 def test_check_parties_reads_no_seed(aws: Cloud, network: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def unreadable() -> Any:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from qaes.adapters import clients, settings
 from qaes.domain.errors import LimitError, RefusedError, ThrottledError, UnavailableError
 from qaes.domain.models import WalletBalance
 from qaes.domain.policy import Policy
+
+T = TypeVar("T")
 
 CALL_SECONDS = 30
 """No call takes longer: to connect, and to wait for the ledger's function. Who has less time left begins none."""
@@ -43,6 +46,19 @@ class LedgerClient:
     def policy(self) -> Policy:
         """The policy in force."""
         return Policy.model_validate(self._call("policy"))
+
+    def policy_and_balance(self, address: str) -> tuple[Policy, WalletBalance | RefusedError]:
+        """The policy in force, and the answer of `wallet_balance`, which may be a refusal: one call for both."""
+        answer = self._call("policy", address=address)
+        return Policy.model_validate(answer), _or_refusal(answer["balance"], _wallet_balance)
+
+    def policy_and_check(
+        self, *, source: str, destination: str, amount: int
+    ) -> tuple[Policy, tuple[WalletBalance, str | None] | RefusedError]:
+        """The policy in force, and the answer of `check_transfer` under it, which may be a refusal: one call."""
+        terms = {"source": source, "destination": destination, "amount": amount}
+        answer = self._call("policy", transfer=terms)
+        return Policy.model_validate(answer), _or_refusal(answer["transfer"], _checked_transfer)
 
     def balance(self, address: str) -> int:
         """The balance of `address` in QU."""
@@ -88,8 +104,7 @@ class LedgerClient:
         Raises RefusedError when the ledger would refuse the transfer on any day: as `reserve`, and `no_key` or
         `invalid_address`. The balance decides nothing here.
         """
-        answer = self._call("check_transfer", source=source, destination=destination, amount=amount)
-        return _wallet_balance(answer["source"]), answer["refusal_today"]
+        return _checked_transfer(self._call("check_transfer", source=source, destination=destination, amount=amount))
 
     def policy_document(self, policy_id: str) -> dict[str, Any]:
         """`{policy_id, version, text, hash, txid, tick, encoded}`: a version's canonical text, and what anchors it."""
@@ -158,13 +173,28 @@ class LedgerClient:
             raise ThrottledError("the ledger is busy: try again")
         if response.get("FunctionError") or not isinstance(answer, dict) or "ok" not in answer:
             raise UnavailableError("the ledger failed to answer")
-        if not answer["ok"]:
-            refusal = answer["error"]
-            if refusal["code"] == "busy":
-                raise LimitError(refusal["message"], max_open=refusal["max_open"])
-            raise RefusedError(refusal["code"], refusal["message"])
-        result: dict[str, Any] = answer["result"]
-        return result
+        return _result(answer)
+
+
+def _result(answer: dict[str, Any]) -> dict[str, Any]:
+    if not answer["ok"]:
+        refusal = answer["error"]
+        if refusal["code"] == "busy":
+            raise LimitError(refusal["message"], max_open=refusal["max_open"])
+        raise RefusedError(refusal["code"], refusal["message"])
+    result: dict[str, Any] = answer["result"]
+    return result
+
+
+def _or_refusal(answer: dict[str, Any], read: Callable[[dict[str, Any]], T]) -> T | RefusedError:
+    try:
+        return read(_result(answer))
+    except RefusedError as refusal:
+        return refusal
+
+
+def _checked_transfer(answer: dict[str, Any]) -> tuple[WalletBalance, str | None]:
+    return _wallet_balance(answer["source"]), answer["refusal_today"]
 
 
 def _wallet_balance(answer: dict[str, Any]) -> WalletBalance:
