@@ -92,8 +92,12 @@ class Span:
     leaves: bytes
 
     @property
+    def count(self) -> int:
+        return len(self.leaves) // HASH_BYTES
+
+    @property
     def last(self) -> int:
-        return self.first + len(self.leaves) // HASH_BYTES - 1
+        return self.first + self.count - 1
 
     def indexed(self) -> Iterator[Indexed]:
         """Give the index of each of its entries, in order."""
@@ -181,12 +185,7 @@ class Log:
         put: Item = {"TableName": self._table, "Item": state, "ConditionExpression": nobody_wrote_since}
         if head.version:
             put["ExpressionAttributeValues"] = {":before": {"N": str(head.version)}}
-        item = key("LOG", f"BATCH#{batch.start:012d}") | {
-            "size": {"N": str(batch.size)},
-            "root": {"B": batch.root},
-            "leaves": {"S": "\n".join(f"{each.task_id} {each.seq} {each.leaf}" for each in batch.leaves)},
-        }
-        return transact([{"Put": put}, self._put_new(item)])
+        return transact([{"Put": put}, self._put_new(_batch_item(batch))])
 
     def batch(self, start: int) -> Batch:
         """Read the batch that begins at `start`. Raises CorruptLogError when there is none."""
@@ -466,14 +465,24 @@ def _span(item: Item) -> Span:
     return Span(item["pk"]["S"], last - count + 1, int(item["index"]["N"]), leaves)
 
 
+def _batch_item(batch: Batch) -> Item:
+    return key("LOG", f"BATCH#{batch.start:012d}") | {
+        "size": {"N": str(batch.size)},
+        "root": {"B": batch.root},
+        "spans": {"S": "\n".join(f"{span.task_id} {span.first} {span.count}" for span in _spans(batch))},
+        "leaves": {"B": b"".join(each.hash for each in batch.leaves)},
+    }
+
+
 def _batch(item: Item) -> Batch:
-    start = int(item["sk"]["S"].partition("#")[2])
-    leaves = []
-    for line in item["leaves"]["S"].split("\n"):
-        task_id, seq, leaf = line.split(" ")
-        leaves.append(Leaf(task_id, int(seq), leaf))
+    start, content, leaves = int(item["sk"]["S"].partition("#")[2]), item["leaves"]["B"], list[Leaf]()
+    for line in item["spans"]["S"].split("\n"):
+        task_id, first, count = line.split(" ")
+        at = len(leaves) * HASH_BYTES
+        span = Span(task_id, int(first), start + len(leaves), content[at : at + int(count) * HASH_BYTES])
+        leaves += [Leaf(task_id, each.seq, each.leaf) for each in span.indexed()]
     batch = Batch(start, tuple(leaves), item["root"]["B"])
-    if batch.size != int(item["size"]["N"]):
+    if _batch_item(batch) != item:
         raise CorruptLogError(f"the batch at {start} has not the leaves that it counts")
     return batch
 

@@ -17,6 +17,7 @@ from botocore.client import BaseClient
 
 from audit.log import Batch, CorruptLogError, Head, Leaf, Log, Span
 from audit.sequencer import BATCH
+from benchmarks.units import WRITE_BYTES, item_size
 from qaes.adapters import clients
 from qaes.domain.merkle import EMPTY_ROOT, leaf_hash, root_of, verify_consistency, verify_inclusion
 from qaes.domain.tiles import appended, consistency_proof, inclusion_proof, tree_root
@@ -280,6 +281,37 @@ def test_index_with_other_leaves_than_it_counts_is_refused(aws: Cloud, leaves: b
     boto3.client("dynamodb").put_item(TableName="AuditLogTable", Item=item)
     with pytest.raises(CorruptLogError, match="task_x up to 2"):
         log().last_index("task_x")
+
+
+def batch_item() -> dict[str, Any]:
+    found = boto3.client("dynamodb").get_item(
+        TableName="AuditLogTable", Key={"pk": {"S": "LOG"}, "sk": {"S": "BATCH#000000000000"}}
+    )
+    return dict(found["Item"])
+
+
+def test_batch_of_a_task_with_twelve_entries_takes_one_kilobyte(aws: Cloud) -> None:
+    deliver(aws, entry_items(recorded(12)))
+    assert item_size(batch_item()) <= WRITE_BYTES
+
+
+@pytest.mark.parametrize(
+    "altered",
+    [
+        {"leaves": {"B": b"x" * 95}},
+        {"leaves": {"B": b"x" * 128}},
+        {"spans": {"S": "task_x 1 2"}},
+        {"spans": {"S": "task_x 1 4"}},
+        {"spans": {"S": "task_x 1 4\ntask_y 1 -1"}},
+        {"spans": {"S": "task_x 1 1\ntask_x 2 2"}},
+        {"size": {"N": "4"}},
+    ],
+)
+def test_batch_with_other_leaves_than_it_counts_is_refused(aws: Cloud, altered: dict[str, Any]) -> None:
+    deliver(aws, entry_items(recorded(3)))
+    boto3.client("dynamodb").put_item(TableName="AuditLogTable", Item=batch_item() | altered)
+    with pytest.raises(CorruptLogError, match="the batch at 0"):
+        log().batch(0)
 
 
 def test_sequencing_again_after_a_crash_between_two_indexes(aws: Cloud) -> None:

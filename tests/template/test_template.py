@@ -514,7 +514,7 @@ def test_one_sequencer_takes_what_is_recorded_and_what_it_cannot_take_is_not_los
     stream = template.functions["SequencerFunction"]["Events"]["NewEntries"]["Properties"]
     assert stream["Stream"] == {"Fn::GetAtt": ["AuditEntriesTable", "StreamArn"]}
     batch = ("BatchSize", "MaximumBatchingWindowInSeconds", "ParallelizationFactor")
-    assert [stream[name] for name in batch] == [256, 1, 1]
+    assert [stream[name] for name in batch] == [256, {"Ref": "SequencerWindowSeconds"}, 1]
     assert stream["FunctionResponseTypes"] == ["ReportBatchItemFailures"]
     assert stream["BisectBatchOnFunctionError"] is True
     lost = stream["DestinationConfig"]["OnFailure"]["Destination"]
@@ -525,6 +525,8 @@ def test_the_anchor_is_told_of_growth_and_of_confirmation_and_looks_by_itself(te
     events = template.functions["AnchorFunction"]["Events"]
     streams = {each["Properties"]["Stream"]["Fn::GetAtt"][0] for each in events.values() if each["Type"] == "DynamoDB"}
     assert streams == {"AuditLogTable", "LedgerTable"}
+    window = {"Ref": "AnchorWindowSeconds"}
+    assert events["LogHasGrown"]["Properties"]["MaximumBatchingWindowInSeconds"] == window
     assert [each for each in events.values() if each["Type"] == "Schedule"]
 
 
