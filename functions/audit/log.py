@@ -138,7 +138,7 @@ class Anchor:
 
 @dataclass(frozen=True)
 class Swept:
-    """Up to when the sweeper has looked at events, and the tasks of which one, by its number, was not in the log.
+    """Up to when the sweeper has looked at events for good, and the tasks of which one, by number, was not in the log.
 
     `since` tells of each of these since when it has been on that list.
     """

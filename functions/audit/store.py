@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 
 from qaes.adapters import dynamo, settings
 from qaes.adapters.dynamo import get_many, key
+from qaes.adapters.shards import day_keys
 from qaes.domain.audit import AuditEntry, BrokenChainError, entry_text, parse_entry
 from qaes.domain.errors import InvalidInputError
 from qaes.domain.merkle import leaf_hash
@@ -97,18 +98,18 @@ class Outbox:
         """
         day, end = date.fromisoformat(first[:10]), date.fromisoformat(last[:10])
         while day <= end:
-            found = dynamo.items(
-                TableName=self._table,
-                IndexName="by_day",
-                KeyConditionExpression="#day = :day AND #timestamp BETWEEN :first AND :last",
-                ExpressionAttributeNames={"#day": "day", "#timestamp": "timestamp"},
-                ExpressionAttributeValues={
-                    ":day": {"S": day.isoformat()}, ":first": {"S": first}, ":last": {"S": last},
-                },
-            )  # fmt: skip
-            for item in found:
-                yield item["timestamp"]["S"], item["pk"]["S"], _number(item)
+            yield from heapq.merge(*(self._written(key, first, last) for key in day_keys(day.isoformat())))
             day += timedelta(days=1)
+
+    def _written(self, day: str, first: str, last: str) -> Iterator[tuple[str, str, int]]:
+        found = dynamo.items(
+            TableName=self._table,
+            IndexName="by_day",
+            KeyConditionExpression="#day = :day AND #timestamp BETWEEN :first AND :last",
+            ExpressionAttributeNames={"#day": "day", "#timestamp": "timestamp"},
+            ExpressionAttributeValues={":day": {"S": day}, ":first": {"S": first}, ":last": {"S": last}},
+        )
+        return ((item["timestamp"]["S"], item["pk"]["S"], _number(item)) for item in found)
 
     def tasks(self) -> Iterator[tuple[str, int, int | None]]:
         """Read all tasks as (task, number of its last event, how many it says it has); for fsck.

@@ -32,13 +32,11 @@ from qaes.domain.ids import now, parse_timestamp, timestamp
 GRACE = timedelta(seconds=60)
 """What is younger is left to the streams."""
 OVERLAP = timedelta(minutes=2)
-"""So far back it looks again: an index is a moment behind, and clocks are not all the same."""
+"""Newer events are looked at again: an index is a moment behind, and clocks are not all the same."""
 FIRST_LOOK = timedelta(days=7)
 """Where it begins when it has never looked."""
 CHUNK = 500
 """Events that are looked at together."""
-MOST_EVENTS = 5_000
-"""New ones in one run; the next one goes on from there."""
 MOST_BEHIND = 1_000
 """Tasks on its list, beyond which it looks no further: first these have to be helped."""
 STUCK_AFTER = timedelta(days=1)
@@ -92,8 +90,8 @@ class Sweeper:
         """
         before = self._log.swept() or Swept(timestamp(moment - FIRST_LOOK), {}, {})
         through, behind = before.through, self._behind(before.behind)
-        for last, found in self._written(through, timestamp(moment - GRACE)):
-            through = max(through, last)
+        for looked, found in self._written(before.through, timestamp(moment - GRACE)):
+            through = looked
             for task_id, number in self._behind(found).items():
                 behind[task_id] = max(number, behind.get(task_id, 0))
             if len(behind) >= MOST_BEHIND or not has_time(SECONDS_TO_HAND_OVER):
@@ -112,23 +110,20 @@ class Sweeper:
         ordered = sorted(behind.items(), key=lambda each: each[0] in handed)
         since = {task_id: before.since.get(task_id, timestamp(moment)) for task_id in behind}
         # A list belongs to its `through`: whichever of two runs at the same time stores its own, nothing is missed.
-        self._log.record_swept(Swept(through, dict(ordered), since))
+        settled = timestamp(moment - GRACE - OVERLAP)
+        self._log.record_swept(Swept(min(through, settled), dict(ordered), since))
         stuck = [task_id for task_id in behind if since[task_id] <= timestamp(moment - STUCK_AFTER)]
         lag = int((moment - parse_timestamp(through)).total_seconds())
         return Outcome(to_record, to_sequence, len(behind) - len(stuck), stuck, lag)
 
-    def _written(self, through: str, last: str) -> Iterator[tuple[str, dict[str, int]]]:
+    def _written(self, first: str, last: str) -> Iterator[tuple[str, dict[str, int]]]:
         """Chunks of events, as (up to when, the last number of each task); after all of them, up to `last`."""
-        events = self._outbox.written(timestamp(parse_timestamp(through) - OVERLAP), last)
-        new = 0
+        events = self._outbox.written(first, last)
         while chunk := list(islice(events, CHUNK)):
             found: dict[str, int] = {}
-            for written_at, task_id, number in chunk:
+            for _, task_id, number in chunk:
                 found[task_id] = max(number, found.get(task_id, 0))
-                new += written_at > through
             yield chunk[-1][0], found
-            if new >= MOST_EVENTS:
-                return
         yield last, {}
 
     def _behind(self, found: dict[str, int]) -> dict[str, int]:

@@ -16,7 +16,7 @@ from botocore.client import BaseClient
 from audit import sweeper
 from audit.log import Swept
 from audit.sweeper import Outcome, Sweeper
-from qaes.adapters import clients
+from qaes.adapters import clients, shards
 from qaes.domain.ids import now, parse_timestamp, timestamp
 from tests.handlers.test_audit_fsck import check
 from tests.handlers.test_audit_recorder import add_events, check_complete, end_task, start_task, stream_event, task_with
@@ -38,10 +38,11 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
         yield it
 
 
-def sweep(after: timedelta = 2 * MINUTE) -> Outcome:
-    """A run so long from now."""
+def sweep(after: timedelta = 2 * MINUTE, chunks: int = 1_000) -> Outcome:
+    """A run so long from now, which has the time for so many chunks of events."""
     one = Sweeper(outbox(), store(), log(), record=sweeper._record, sequence=sweeper._sequence)
-    return one.sweep(now() + after)
+    looks = iter(range(1, chunks))
+    return one.sweep(now() + after, lambda _: next(looks, None) is not None)
 
 
 def outcome(to_record: list[str], to_sequence: list[str], behind: int, *stuck: str) -> Outcome:
@@ -92,7 +93,7 @@ def test_an_event_that_the_index_shows_late_is_found(aws: Cloud) -> None:
     assert sweep() == outcome([], [], 0)
     task_id = start_task()
     swept = log().swept()
-    assert swept is not None and swept.through > timestamp(now())
+    assert swept is not None and parse_timestamp(swept.through) + sweeper.OVERLAP > now()
     assert sweep(3 * MINUTE).to_record == [task_id]
 
 
@@ -120,8 +121,8 @@ def test_what_is_in_the_log_costs_one_look_and_nobody_is_called(aws: Cloud) -> N
         calls.clear()
         assert sweep(11 * MINUTE) == outcome([], [], 0)
     assert not aws.invocations
-    days = sweeper.FIRST_LOOK.days + 1
-    assert (first.count("BatchGetItem"), first.count("Query") <= days + 1) == (1, True), first
+    partitions = (sweeper.FIRST_LOOK.days + 1) * shards.DAY_SHARDS
+    assert (first.count("BatchGetItem"), first.count("Query") <= partitions + 1) == (1, True), first
     assert set(calls) == {"GetItem", "PutItem", "Query"}, "later it looks at what came since"
 
 
@@ -177,16 +178,42 @@ def test_a_recorder_that_does_not_answer_leaves_everything_for_the_next_run(aws:
 
 def test_many_events_are_looked_at_in_several_runs(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeper, "CHUNK", 2)
-    monkeypatch.setattr(sweeper, "MOST_EVENTS", 4)
     begin = now()
     tasks = [start_task() for _ in range(7)]
-    sweep()
+    sweep(chunks=2)
     swept = log().swept()
     assert swept is not None and parse_timestamp(swept.through) < begin + MINUTE, "it is not through with all of them"
     # The index has them by the millisecond: the overlap brings back what had the same one as the last that was seen.
     for minutes in range(3, 8):
-        sweep(minutes * MINUTE)
+        sweep(minutes * MINUTE, chunks=2)
     check_in_log(*tasks)
+
+
+def test_sweeper_looks_at_all_events_while_it_has_time(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeper, "CHUNK", 2)
+    tasks = [start_task() for _ in range(25)]
+    found = sweep()
+    assert set(found.to_record) == set(tasks)
+    assert found.lag_seconds == sweeper.GRACE.total_seconds()
+
+
+def test_sweeper_goes_on_when_the_overlap_takes_all_its_time(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an unfinished run has looked at is not looked at again: it would never come further."""
+    monkeypatch.setattr(sweeper, "CHUNK", 2)
+    tasks = [start_task() for _ in range(9)]
+    for minutes in range(10, 30):
+        sweep(minutes * MINUTE, chunks=2)
+    check_in_log(*tasks)
+
+
+def test_events_of_all_shards_are_found_in_order(aws: Cloud) -> None:
+    tasks = [task_with(2) for _ in range(20)]
+    found = list(outbox().written(timestamp(now() - MINUTE), timestamp(now())))
+    assert found == sorted(found)
+    assert {(task_id, number) for _, task_id, number in found} == {
+        (task, number) for task in tasks for number in (1, 2)
+    }
+    assert len({shards.day_key("", task) for task in tasks}) > 1
 
 
 def test_a_long_list_is_worked_off_before_it_gets_longer(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,11 +288,10 @@ def test_who_has_been_behind_for_a_day_is_counted_apart_and_does_not_hide_the_ne
 
 def test_how_far_back_the_sweeper_is_is_told(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeper, "CHUNK", 1)
-    monkeypatch.setattr(sweeper, "MOST_EVENTS", 1)
     for _ in range(3):
         new_recorder().drain(start_task())
     sequence_all(aws)
-    late = sweep(timedelta(hours=1))
+    late = sweep(timedelta(hours=1), chunks=1)
     assert late.behind == 0 and 3590 <= late.lag_seconds <= 3600
 
 

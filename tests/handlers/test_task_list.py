@@ -12,7 +12,8 @@ from typing import Any, get_args
 import boto3
 import pytest
 
-from qaes.adapters import clients, dynamo
+from benchmarks.units import Units, metered
+from qaes.adapters import clients, dynamo, shards
 from qaes.adapters.task_items import task_item
 from qaes.adapters.task_list import list_tasks
 from qaes.domain.errors import UnavailableError
@@ -169,6 +170,29 @@ def test_list_by_status_reads_no_history(table: Cloud, requester: str | None) ->
         page = list_tasks(status="cancelled", requester=requester, limit=3, before=None)
     assert [task.task_id for task in page.tasks] == [task.task_id for task in tasks[:3]]
     assert (calls, read, page.cursor) == (["Query", "BatchGetItem"], [4], tasks[2].task_id)
+
+
+@pytest.mark.parametrize("status", ["pending", "executing"])
+def test_list_by_status_merges_shards_newest_first(table: Cloud, status: Status) -> None:
+    tasks = [task for task in made(200) if task.status == status]
+    assert len({shards.status_key(status, task.task_id) for task in tasks}) == shards.STATUS_SHARDS
+    for limit in (1, 3, 7, len(tasks), 100):
+        assert [task.task_id for task in pages(limit, status)] == [task.task_id for task in tasks]
+
+
+@pytest.mark.parametrize(
+    ("status", "requester", "keys"), [("executing", None, 4), ("waiting_approval", None, 1), ("executing", "alice", 1)]
+)
+def test_list_page_costs_at_most_a_tenth_more_than_one_key(
+    table: Cloud, status: Status, requester: str | None, keys: int
+) -> None:
+    """A page of twenty tasks, by DynamoDB's units: a whole unit for each task, half of one for each query."""
+    for _ in range(100):
+        put(new_task("alice").model_copy(update={"status": status}))
+    units = Units()
+    with metered(units):
+        assert len(list_tasks(status=status, requester=requester, limit=20, before=None).tasks) == 20
+    assert units.read == 20 + keys * 0.5 <= 1.1 * (20 + 0.5)
 
 
 @pytest.mark.parametrize("requester", [None, "alice"])

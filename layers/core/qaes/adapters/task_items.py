@@ -11,13 +11,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from qaes.adapters.shards import UNDER_WAY, day_key, status_key
 from qaes.domain.canonical import canonical_json, hash_of
 from qaes.domain.ids import now, timestamp
 from qaes.domain.models import CONFIRMED_LATER, Approval, Event, Plan, Status, StepRecord, Task
 
 IDEMPOTENCY_SECONDS = 24 * 3600
-UNDER_WAY = "transfer_under_way"
-"""`status_key` of a step that waits for the ledger: the index of tasks by status has it, until it is finished."""
 
 Item = dict[str, Any]
 
@@ -65,7 +64,7 @@ class TaskItems:
         }
         key = {"pk": {"S": task_id}, "sk": {"S": f"EVENT#{number:06d}"}}
         # By its day the audit's sweeper finds it, if the stream has not brought it.
-        return self.put(key | attributes | {"day": {"S": event.timestamp[:10]}}, unless_exists=True)
+        return self.put(key | attributes | {"day": {"S": day_key(event.timestamp[:10], task_id)}}, unless_exists=True)
 
     def put_approval(self, task_id: str, approval: Approval, status_before: str | None) -> Item:
         item = {
@@ -106,7 +105,7 @@ class TaskItems:
             "data": {"S": record.model_dump_json()},
         }
         if record.type in CONFIRMED_LATER and record.status == "running":
-            item |= {"status_key": {"S": UNDER_WAY}, "task_id": {"S": task_id}}
+            item |= {"status_key": {"S": status_key(UNDER_WAY, task_id)}, "task_id": {"S": task_id}}
         put = self.put(item, unless_exists=before is None)
         if before is not None:
             still_ours = "#status = :status AND attempt = :attempt"
@@ -152,7 +151,7 @@ def task_item(task: Task) -> Item:
         "pk": {"S": task.task_id},
         "sk": {"S": "TASK"},
         "task_id": {"S": task.task_id},
-        "status_key": {"S": task.status},
+        "status_key": {"S": status_key(task.status, task.task_id)},
         "requester_key": {"S": task.requester},
         "requester_status_key": {"S": requester_and_status(task.requester, task.status)},
         "version": {"N": str(task.version)},

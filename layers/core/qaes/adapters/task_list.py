@@ -1,17 +1,19 @@
 """Tasks by page, newest first: what the API's lists and an approver's inbox show.
 
 A cursor is a task's id, and ids grow with time: whatever happens between two pages, no page shows a task of the one
-before, and none is left out because others came or went. Each list reads ids from one key of one index, and then the
-tasks themselves. Without a status, no change of a task moves its id (docs/adr/0026). With a status, the index may be
-a moment behind: a task that has left the status meanwhile is not shown, and the page is shorter.
+before, and none is left out because others came or went. Each list reads ids from one index, under one key or under
+each shard of it (`qaes.adapters.shards`), and then the tasks themselves. Without a status, no change of a task moves
+its id (docs/adr/0026). With a status, the index may be a moment behind: a task that has left the status meanwhile is
+not shown, and the page is shorter.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
 
 from qaes.adapters import dynamo, settings
+from qaes.adapters.shards import status_keys
 from qaes.adapters.task_items import requester_and_status
 from qaes.domain.models import Status, Task
 
@@ -44,39 +46,37 @@ def list_tasks(*, status: Status | None, requester: str | None, limit: int, befo
         DynamoDB kept leaving out some of the page's tasks.
     """
     if requester is not None and status is not None:
-        index, key, value = "by_requester_and_status", "requester_status_key", requester_and_status(requester, status)
+        index, key = "by_requester_and_status", "requester_status_key"
+        values = [requester_and_status(requester, status)]
     elif requester is not None:
-        index, key, value = "by_requester", "requester_key", requester
+        index, key, values = "by_requester", "requester_key", [requester]
     elif status is not None:
-        index, key, value = "by_status", "status_key", status
+        index, key, values = "by_status", "status_key", status_keys(status)
     else:
-        index, key, value = "by_kind", "sk", "TASK"
-    ids, cursor = _query(index, key, value, before, limit)
+        index, key, values = "by_kind", "sk", ["TASK"]
+    # Each task is under one of the keys, and each key gives its newest: the newest of them all are among these.
+    found = sorted((each for value in values for each in _query(index, key, value, before, limit + 1)), reverse=True)
+    ids = found[:limit]
     keys = [dynamo.key(task_id, "TASK") for task_id in ids]
     data = {item["pk"]["S"]: item["data"]["S"] for item in dynamo.get_many(settings.text("TASKS_TABLE"), keys)}
     tasks = [Task.model_validate_json(data[task_id]) for task_id in ids if task_id in data]
-    return Page([task for task in tasks if status in (None, task.status)], cursor)
+    return Page([task for task in tasks if status in (None, task.status)], ids[-1] if len(found) > limit else None)
 
 
-def _query(index: str, key: str, value: str, before: str | None, limit: int) -> tuple[list[str], str | None]:
-    """Return at most `limit` ids of an index, newest first, and the cursor that leads on."""
+def _query(index: str, key: str, value: str, before: str | None, limit: int) -> list[str]:
+    """Return the newest ids under a key of an index, at most `limit`."""
     values = {":value": {"S": value}}
     condition = "#key = :value"
     if before is not None:
         condition += " AND task_id < :before"
         values[":before"] = {"S": before}
-    arguments: dict[str, Any] = {
-        "TableName": settings.text("TASKS_TABLE"),
-        "IndexName": index,
-        "KeyConditionExpression": condition,
-        "ExpressionAttributeNames": {"#key": key},
-        "ExpressionAttributeValues": values,
-        "ScanIndexForward": False,
-        "Limit": limit + 1,
-    }
-    ids: list[str] = []
-    for page in dynamo.pages(**arguments):
-        ids += [item["pk"]["S"] for item in page["Items"]]
-        if len(ids) > limit:
-            return ids[:limit], ids[limit - 1]
-    return ids, None
+    found = dynamo.items(
+        TableName=settings.text("TASKS_TABLE"),
+        IndexName=index,
+        KeyConditionExpression=condition,
+        ExpressionAttributeNames={"#key": key},
+        ExpressionAttributeValues=values,
+        ScanIndexForward=False,
+        Limit=limit,
+    )
+    return [item["pk"]["S"] for item in islice(found, limit)]

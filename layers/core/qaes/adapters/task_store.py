@@ -19,7 +19,8 @@ from datetime import timedelta
 from typing import Any
 
 from qaes.adapters import dynamo, metrics, settings
-from qaes.adapters.task_items import UNDER_WAY, Idempotency, Item, TaskItems, is_counter, plan_item, task_item
+from qaes.adapters.shards import UNDER_WAY, status_keys
+from qaes.adapters.task_items import Idempotency, Item, TaskItems, is_counter, plan_item, task_item
 from qaes.domain.canonical import SALT_LETTERS, canonical_json, hash_of, salted_hash
 from qaes.domain.compliance import REJECTED
 from qaes.domain.errors import (
@@ -138,16 +139,19 @@ class TaskStore:
         found = [(item["pk"]["S"], StepRecord.model_validate_json(item["data"]["S"])) for item in items]
         return [(task_id, record) for task_id, record in found if record.started_at < _ago(older_than_seconds)]
 
-    def _by_status(self, status_key: str) -> list[Item]:
-        """Read the items that the index has under this key; it names them, in the order of their tasks' start."""
-        keys = dynamo.items(
-            TableName=self._table,
-            IndexName="by_status",
-            KeyConditionExpression="status_key = :status",
-            ExpressionAttributeValues={":status": {"S": status_key}},
-        )
-        named = [{"pk": item["pk"], "sk": item["sk"]} for item in keys]
-        found = dynamo.get_many(self._table, named, ConsistentRead=False)
+    def _by_status(self, status: str) -> list[Item]:
+        """Read the items that the index has in this status; it names them, in the order of their tasks' start."""
+        keys = [
+            {"pk": item["pk"], "sk": item["sk"]}
+            for status_key in status_keys(status)
+            for item in dynamo.items(
+                TableName=self._table,
+                IndexName="by_status",
+                KeyConditionExpression="status_key = :status",
+                ExpressionAttributeValues={":status": {"S": status_key}},
+            )
+        ]
+        found = dynamo.get_many(self._table, keys, ConsistentRead=False)
         return sorted(found, key=lambda item: (item["pk"]["S"], item["sk"]["S"]))
 
     # Starting and planning

@@ -1,0 +1,41 @@
+"""Index keys that many tasks write at the same time, spread over several partitions: one takes 1,000 writes a second.
+
+A key has the number of its shard, which is a hash of the task's id. A task never changes its shard, so a reader of all
+shards of a key finds every task once. A status in which tasks stay keeps one key: a list of it reads one partition.
+"""
+
+from __future__ import annotations
+
+from zlib import crc32
+
+UNDER_WAY = "transfer_under_way"
+"""`status_key` of a step that waits for the ledger: the index of tasks by status has it, until it is finished."""
+
+SPREAD = frozenset({"pending", "planning", "executing", UNDER_WAY})
+"""The keys of `by_status` that every task enters and leaves within seconds."""
+STATUS_SHARDS = 4
+DAY_SHARDS = 8
+
+
+def status_key(status: str, task_id: str) -> str:
+    """Return the key of `by_status` for a task, or a step, in this status."""
+    return f"{status}#{_shard(task_id, STATUS_SHARDS)}" if status in SPREAD else status
+
+
+def status_keys(status: str) -> list[str]:
+    """Return all keys of `by_status` for this status."""
+    return [f"{status}#{shard}" for shard in range(STATUS_SHARDS)] if status in SPREAD else [status]
+
+
+def day_key(day: str, task_id: str) -> str:
+    """Return the key of `by_day` for an event of a task on this day."""
+    return f"{day}#{_shard(task_id, DAY_SHARDS)}"
+
+
+def day_keys(day: str) -> list[str]:
+    """Return all keys of `by_day` for this day."""
+    return [f"{day}#{shard}" for shard in range(DAY_SHARDS)]
+
+
+def _shard(task_id: str, shards: int) -> int:
+    return crc32(task_id.encode()) % shards
