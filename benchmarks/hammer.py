@@ -118,7 +118,7 @@ def write_events(tasks: int, events: int, workers: int, rate: float, started: di
             )
             wait_for_turn()
             moment = time.monotonic()
-            clients.client("dynamodb").put_item(**items.event(task_id, number, event)["Put"])
+            clients.client("dynamodb").put_item(**items.put_events(task_id, number, [event])["Put"])
             started[task_id, number] = moment
 
     with ThreadPoolExecutor(workers) as pool:

@@ -466,7 +466,7 @@ def _network(anchor: Anchor | None) -> Literal["mock", "mainnet"]:
 def _disclosed(task_id: str, log: Log) -> list[TrailEntry]:
     """The entries of a task, each with what its hashes are over."""
     indexes = log.task_indexes(task_id)
-    events = dict(Outbox().events_after(task_id, 0))
+    events = Outbox().disclosed(task_id)
     entries: list[TrailEntry] = []
     for stored in AuditStore().entries(task_id):
         event, indexed = events.get(stored.seq), indexes.get(stored.seq)

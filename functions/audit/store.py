@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 from qaes.adapters import dynamo, settings
 from qaes.adapters.dynamo import get_many, key
 from qaes.adapters.shards import day_keys
+from qaes.adapters.task_events import Texts, events_of, fields_of
 from qaes.domain.audit import AuditEntry, BrokenChainError, entry_text, parse_entry
 from qaes.domain.errors import InvalidInputError
 from qaes.domain.merkle import leaf_hash
@@ -71,30 +72,33 @@ class Occurrence:
 class Outbox:
     """The events of tasks, written by the execution side; only read here."""
 
-    # Names that an item has beside those of its event.
-    _NOT_OF_THE_EVENT = frozenset({"pk", "sk", "day"})
-
     def __init__(self, table: str | None = None) -> None:
         self._table = table or settings.text("TASKS_TABLE")
 
     def events_after(self, task_id: str, seq: int) -> Iterator[tuple[int, Event]]:
-        """Read the events after number `seq` as (number, event), in order."""
+        """Read the events after number `seq` as (number, event), in order, without the texts that other items have."""
         for item in _range(self._table, task_id, "EVENT", seq + 1, _LAST):
-            fields = {name: _value(value) for name, value in item.items() if name not in self._NOT_OF_THE_EVENT}
-            yield _number(item), Event.model_validate(fields)
+            yield from ((number, event) for number, event in events_of(item) if number > seq)
+
+    def disclosed(self, task_id: str) -> dict[int, Event]:
+        """Read all events of a task, with their texts, by their numbers."""
+        texts = Texts(self._table, task_id)
+        return {number: texts.disclose(event) for number, event in self.events_after(task_id, 0)}
 
     def agents(self, task_id: str) -> dict[int, str]:
         """Read which agents acted: the ids of their clients, by the event's number.
 
         An event that was altered has none here: the task's bundle shows what is wrong with it.
         """
-        found = {_number(item): _agent_of(item) for item in _range(self._table, task_id, "EVENT", 1, _LAST)}
+        texts = Texts(self._table, task_id)
+        items = _range(self._table, task_id, "EVENT", 1, _LAST)
+        found = {number: _agent_of(fields, texts) for item in items for number, fields in fields_of(item)}
         return {seq: agent for seq, agent in found.items() if agent is not None}
 
     def written(self, first: str, last: str) -> Iterator[tuple[str, str, int]]:
-        """Find the events with a timestamp from `first` to `last`, as (timestamp, task, number), the oldest first.
+        """Find the changes with a timestamp from `first` to `last`, as (timestamp, task, number), the oldest first.
 
-        From an index, which is a moment behind.
+        The number is that of the change's last event. From an index, which is a moment behind.
         """
         day, end = date.fromisoformat(first[:10]), date.fromisoformat(last[:10])
         while day <= end:
@@ -134,7 +138,7 @@ class Outbox:
             yield task_id, last, said
 
     def there(self, keys: Sequence[EntryKey]) -> set[EntryKey]:
-        """Tell which of the events, by task and number, are there."""
+        """Tell which of the items, by task and number of the last event, are there."""
         found = get_many(
             self._table,
             [key(task_id, f"EVENT#{number:06d}") for task_id, number in keys],
@@ -298,11 +302,12 @@ def _number(item: Item) -> int:
 _AGENT_STANDS_IN = {"task_started": "input", "task_retried": "output", "task_ended": "output"}
 
 
-def _agent_of(event: Item) -> str | None:
+def _agent_of(fields: dict[str, Any], texts: Texts) -> str | None:
     """Find the agent in what an event's hashes are over."""
-    side = _AGENT_STANDS_IN.get(str(event.get("kind", {}).get("S")), "")
+    side = _AGENT_STANDS_IN.get(fields.get("kind", ""), "")
+    text = texts.text(of, -1) if (of := fields.get(f"{side}_of")) else fields.get(side)
     try:
-        said = json.loads(str(event.get(side, {}).get("S")))
+        said = json.loads(str(text))
     except (ValueError, RecursionError):
         return None
     agent = said.get("agent") if isinstance(said, dict) else None
@@ -311,10 +316,6 @@ def _agent_of(event: Item) -> str | None:
 
 def _events_said(item: Item) -> int:
     return int(json.loads(item["data"]["S"])["events"])
-
-
-def _value(attribute: Item) -> str | int:
-    return int(attribute["N"]) if "N" in attribute else str(attribute["S"])
 
 
 def entry_of(item: Item) -> StoredEntry:

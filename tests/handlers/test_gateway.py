@@ -10,6 +10,7 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 
+from audit.store import Outbox
 from qaes.adapters import clients
 from qaes.adapters.executions import Executions
 from qaes.adapters.task_store import TaskStore
@@ -586,9 +587,8 @@ def test_what_is_no_task_id_is_not_found_without_a_look(api: Api, monkeypatch: p
 
 def decided(task_id: str) -> list[dict[str, Any]]:
     """The events of a decision, as the audit recorder will find them."""
-    found = [item for item in items("TasksTable") if item["pk"]["S"] == task_id and item["sk"]["S"].startswith("EVENT")]
-    events = [{name: next(iter(value.values())) for name, value in item.items()} for item in found]
-    return [event for event in events if event["kind"] == "approval_decided"]
+    events = Outbox("TasksTable").disclosed(task_id).values()
+    return [event.model_dump(mode="json") for event in events if event.kind == "approval_decided"]
 
 
 def test_an_approval_lets_the_transfer_run(live: Api) -> None:
@@ -606,7 +606,8 @@ def test_an_approval_lets_the_transfer_run(live: Api) -> None:
     )
     live.aws.wait(task_id, "completed")
     [event] = decided(task_id)
-    assert (event["actor"], event["status"], event["detail"]) == ("bob", "approved", YES["reason"])
+    said = json.loads(event["output"])
+    assert (event["actor"], event["status"], said["reason"]) == ("bob", "approved", YES["reason"])
 
 
 def test_a_rejection_ends_the_task_with_its_reason(live: Api) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import boto3
 import pytest
 
+from audit.store import Outbox
 from qaes.adapters import task_store
 from qaes.adapters.executions import Executions
 from qaes.adapters.ledger_client import LedgerClient
@@ -70,10 +71,7 @@ def rule(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 def kinds(task_id: str) -> list[str]:
-    found = [
-        item for item in items("TasksTable") if item["pk"]["S"] == task_id and item["sk"]["S"].startswith("EVENT#")
-    ]
-    return [item["kind"]["S"] for item in sorted(found, key=lambda item: str(item["sk"]["S"]))]
+    return [event.kind for _, event in Outbox("TasksTable").events_after(task_id, 0)]
 
 
 def open_tasks() -> list[int]:

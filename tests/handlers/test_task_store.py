@@ -87,13 +87,9 @@ def waiting(store: TaskStore, expires_in: int = 60) -> tuple[str, Plan]:
 
 
 def events(task_id: str) -> list[str]:
-    found = boto3.client("dynamodb").query(
-        TableName="TasksTable",
-        KeyConditionExpression="pk = :pk AND begins_with(sk, :event)",
-        ExpressionAttributeValues={":pk": {"S": task_id}, ":event": {"S": "EVENT#"}},
-    )["Items"]
-    assert [item["sk"]["S"] for item in found] == [f"EVENT#{n:06d}" for n in range(1, len(found) + 1)]
-    return [item["kind"]["S"] for item in found]
+    found = dict(Outbox("TasksTable").events_after(task_id, 0))
+    assert list(found) == list(range(1, len(found) + 1))
+    return [event.kind for event in found.values()]
 
 
 def test_everything_called_twice_changes_nothing_the_second_time(store: TaskStore) -> None:
@@ -276,7 +272,7 @@ def test_a_claim_tells_what_was_decided(store: TaskStore) -> None:
     approval = store.decide(task_id, approved=True, subject="bob", reason="ok")
     stricter = plan.policy.model_copy(update={"policy_id": "policy-v2-" + "0" * 64, "approvals": 1})
     store.claim_step(task_id, 2, plan.steps[2], approval, run=1, current=stricter)
-    told = next(event for _, event in Outbox("TasksTable").events_after(task_id, 0) if event.kind == "step_started")
+    told = next(event for event in Outbox("TasksTable").disclosed(task_id).values() if event.kind == "step_started")
     assert (told.actor, told.status, told.step_index, told.step_id) == ("worker", "running", 2, "step_3")
     assert (told.policy_id, told.plan_hash) == (plan.policy.policy_id, plan.hash())
     claim = {"step_hash": plan.steps[2].hash(), "run": 1, "attempt": 1, "approval": approval.round}

@@ -10,6 +10,7 @@ from typing import Any
 import boto3
 import pytest
 
+from audit.store import Outbox
 from qaes.adapters import transfers
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
@@ -18,7 +19,7 @@ from qaes.domain.canonical import hash_of
 from qaes.domain.errors import ConflictError, RefusedError, UnavailableError
 from qaes.domain.ids import new_plan_id, timestamp
 from qaes.domain.ids import now as moment
-from qaes.domain.models import Plan, StepRecord
+from qaes.domain.models import Event, Plan, StepRecord
 from qaes.domain.policy import Policy
 from qaes.domain.qubic.identity import encode_identity
 from qubic.chain.mock import Faults, MockChain
@@ -94,22 +95,13 @@ def record_of(store: TaskStore, task_id: str) -> StepRecord:
     return record
 
 
-def events_of(task_id: str) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = boto3.client("dynamodb").query(
-        TableName="TasksTable",
-        KeyConditionExpression="pk = :pk AND begins_with(sk, :event)",
-        ExpressionAttributeValues={":pk": {"S": task_id}, ":event": {"S": "EVENT#"}},
-    )["Items"]
-    return found
+def events_of(task_id: str) -> list[Event]:
+    return [event for _, event in Outbox("TasksTable").events_after(task_id, 0)]
 
 
 def ends_of_the_transfer(task_id: str) -> list[str]:
     """The statuses of the events that tell how the transfer has ended."""
-    return [
-        each["status"]["S"]
-        for each in events_of(task_id)
-        if (each["kind"]["S"], each["step_id"]["S"]) == ("step_executed", "step_3")
-    ]
+    return [each.status for each in events_of(task_id) if (each.kind, each.step_id) == ("step_executed", "step_3")]
 
 
 @pytest.fixture
@@ -933,10 +925,8 @@ def test_a_step_that_a_worker_lost_is_decided_on_anew_by_the_next_execution(
     refused = run(aws, task_id, 2)
     assert (refused["status"], refused["error"]) == ("failed", "an approver rejected it")
     # The trail tells a refusal from the outcome of what the first execution has begun.
-    [told] = [
-        each for each in events_of(task_id) if (each["kind"]["S"], each["step_id"]["S"]) == ("step_executed", "step_3")
-    ]
-    assert json.loads(told["output"]["S"]) == {"error": "an approver rejected it", "begun": False}
+    [told] = [each for each in events_of(task_id) if (each.kind, each.step_id) == ("step_executed", "step_3")]
+    assert json.loads(told.output) == {"error": "an approver rejected it", "begun": False}
 
 
 def test_a_transfer_that_nobody_approved_does_not_run_even_when_the_worker_is_called_by_itself(

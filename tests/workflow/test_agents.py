@@ -29,7 +29,7 @@ def test_the_bundle_of_an_agent_s_task_verifies(
     aws.execution(task.task_id)
     requests = [
         json.loads(event.input)
-        for _, event in Outbox("TasksTable").events_after(task.task_id, 0)
+        for event in Outbox("TasksTable").disclosed(task.task_id).values()
         if event.kind in {"task_started", "plan_built"}
     ]
     assert requests == [task.request()] * 2 and task.request()["agent"] == "crm-agent"

@@ -11,12 +11,14 @@ import boto3
 import pytest
 
 from qaes.adapters.ledger_client import LedgerClient
+from qaes.adapters.task_items import plan_item
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import policy
 from qaes.domain.policy import Policy, PolicyDocument, Rule
 from qubic.chain.mock import Faults, MockChain
 from tests.support import template
 from tests.support.cloud import Cloud, call, cloud
+from tests.support.stories import check_every_story
 from tests.workflow.conftest import DESTINATION, SOURCE, begin
 
 pytestmark = pytest.mark.xdist_group("paths")  # one process: the last test asks what all the others have visited
@@ -280,13 +282,13 @@ def test_a_plan_that_was_swapped_while_the_approval_was_open_does_not_run(
     step = plan.steps[2]
     richer = step.model_copy(update={"parameters": step.parameters | {"amount": 999}})
     swapped = plan.model_copy(update={"steps": (*plan.steps[:2], richer)})
-    boto3.client("dynamodb").put_item(
-        TableName="TasksTable",
-        Item={"pk": {"S": plan.plan_id}, "sk": {"S": "PLAN"}, "data": {"S": swapped.model_dump_json()}},
-    )
+    boto3.client("dynamodb").put_item(TableName="TasksTable", Item=plan_item(swapped))
     decide(task_id, approved=True)
     aws.wait(task_id, "failed")
     assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
+    with pytest.raises(AssertionError, match="plan"):
+        check_every_story()  # the trail has the genuine plan's hash
+    boto3.client("dynamodb").put_item(TableName="TasksTable", Item=plan_item(plan))
 
 
 def test_a_step_that_is_run_again_takes_effect_once(

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qaes.adapters.shards import UNDER_WAY, day_key, status_key
+from qaes.adapters.shards import UNDER_WAY, status_key
+from qaes.adapters.task_events import event_item
 from qaes.domain.canonical import canonical_json, hash_of
 from qaes.domain.ids import now, timestamp
 from qaes.domain.models import CONFIRMED_LATER, Approval, Event, Plan, Status, StepRecord, Task
@@ -57,14 +59,8 @@ class TaskItems:
             }
         }
 
-    def event(self, task_id: str, number: int, event: Event) -> Item:
-        attributes: Item = {
-            name: {"N": str(value)} if isinstance(value, int) else {"S": value}
-            for name, value in event.model_dump(mode="json").items()
-        }
-        key = {"pk": {"S": task_id}, "sk": {"S": f"EVENT#{number:06d}"}}
-        # By its day the audit's sweeper finds it, if the stream has not brought it.
-        return self.put(key | attributes | {"day": {"S": day_key(event.timestamp[:10], task_id)}}, unless_exists=True)
+    def put_events(self, task_id: str, first: int, events: Sequence[Event]) -> Item:
+        return self.put(event_item(task_id, first, events), unless_exists=True)
 
     def put_approval(self, task_id: str, approval: Approval, status_before: str | None) -> Item:
         item = {

@@ -1,6 +1,6 @@
 """The task aggregate in DynamoDB: task, events, plan, step records, approvals.
 
-Every change of a task is one transaction: the TASK item (guarded by its version), the EVENT items that tell
+Every change of a task is one transaction: the TASK item (guarded by its version), one EVENT item that tells
 what happened (a transactional outbox, which the audit recorder drains), and the PLAN, STEP or APPROVAL that goes with
 it. Each method reads, decides and writes; when somebody else wrote in between, it reads again. Called twice, it finds
 that its change is there and changes nothing.
@@ -179,11 +179,12 @@ class TaskStore:
             task.request(),
             {"task_id": task.task_id, "idempotency_key": _key_hash(idempotency)},
             timestamp=task.created_at,
+            input_of="request",
         )
         counter = self._items.count_open(task.requester, 1, max_open)
         writes = [
             self._items.put(task_item(task), unless_exists=True),
-            self._items.event(task.task_id, 1, event),
+            self._items.put_events(task.task_id, 1, [event]),
             counter,
         ]
         if idempotency is not None:
@@ -247,6 +248,8 @@ class TaskStore:
                 plan.model_dump(mode="json"),
                 plan_hash=plan.hash(),
                 policy_id=plan.policy.policy_id,
+                input_of="request",
+                output_of="plan",
             )
             fields = {
                 "plan_id": plan.plan_id,
@@ -406,7 +409,7 @@ class TaskStore:
             )
             return _Change(
                 {"status": "executing", "waiting_until": None} if ends else {},
-                (event.model_copy(update={"detail": reason}),),
+                (event,),
                 (
                     self._items.put_approval(task_id, decision, "pending"),
                     *self._keep(idempotency, decided_answer(task_id, decision)),
@@ -592,7 +595,7 @@ class TaskStore:
             step_id=final.step_id,
             step_type=final.type,
             timestamp=timestamp(moment),
-            detail=error or "",
+            input_of="parameters",
         )
         return final, event
 
@@ -779,7 +782,6 @@ class TaskStore:
                 _request_again(task),
                 final | {"idempotency_key": _key_hash(idempotency), **by_agent(agent)},
                 timestamp=moment,
-                detail=reason,
             )
         )
         return _Change(final | {"waiting_until": None}, tuple(events), tuple(writes))
@@ -809,9 +811,8 @@ class TaskStore:
             counters = {"version": task.version + 1, "events": task.events + len(change.events)}
             updated = task.model_copy(update=change.task | counters | {"updated_at": timestamp(now())})
             writes = [self._items.put_task(updated, before=task)]
-            writes += [
-                self._items.event(task_id, task.events + n, event) for n, event in enumerate(change.events, start=1)
-            ]
+            if change.events:
+                writes.append(self._items.put_events(task_id, task.events + 1, change.events))
             writes += change.writes
             try:
                 dynamo.transact(writes)

@@ -51,6 +51,8 @@ EventKind = Literal[
     "task_retried",
     "task_ended",
 ]
+TextOf = Literal["request", "plan", "policy", "parameters"]
+"""A text of a task or its plan: the policy is the plan's decision by it, the parameters are the step's."""
 
 
 class Model(BaseModel):
@@ -244,7 +246,8 @@ class Event(Model):
     """Something that happened to a task; becomes the audit entry with the same number.
 
     `input` and `output` are the canonical JSON of what the two hashes are over, with the task's salt: the entry has the
-    hashes, and the task's bundle discloses the values.
+    hashes, and the task's bundle discloses the values. `input_of` and `output_of` name a text that the task or its plan
+    has as well, which is stored there alone.
     """
 
     kind: EventKind
@@ -258,6 +261,7 @@ class Event(Model):
     step_type: str = ""
     plan_hash: str = ""
     policy_id: str = ""
-    detail: str = ""
     input: str = ""
     output: str = ""
+    input_of: TextOf | Literal[""] = ""
+    output_of: TextOf | Literal[""] = ""
