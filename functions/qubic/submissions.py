@@ -43,8 +43,9 @@ from qaes.domain.anchor import ANCHOR_INPUT_TYPE
 from qaes.domain.canonical import canonical_json
 from qaes.domain.errors import InvalidInputError, LimitError, RefusedError, UnavailableError
 from qaes.domain.ids import now, timestamp
+from qaes.domain.qubic import MAX_QU
 from qaes.domain.qubic.identity import encode_identity
-from qaes.domain.qubic.transaction import MAX_AMOUNT, Transaction
+from qaes.domain.qubic.transaction import Transaction
 from qubic.chain.base import Balance, Chain, Included
 from qubic.items import ChangedError, Item, Items, attempts, item_key
 from qubic.wallets import Key, Wallets, public_key, service_identity, service_key
@@ -711,7 +712,7 @@ def check_reference(reference: object) -> str:
 
 def check_amount(amount: object) -> int:
     """Return an amount in QU. Raises InvalidInputError."""
-    if isinstance(amount, bool) or not isinstance(amount, int) or not 0 < amount <= MAX_AMOUNT:
+    if isinstance(amount, bool) or not isinstance(amount, int) or not 0 < amount <= MAX_QU:
         raise InvalidInputError("the amount is a whole number from 1 to 10^15", field="amount")
     return amount
 

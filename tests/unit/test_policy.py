@@ -20,7 +20,6 @@ from qaes.domain.models import Step
 from qaes.domain.policy import (
     DEFAULT_RULES,
     DENIED,
-    MAX_QU,
     Policy,
     PolicyDecision,
     PolicyDocument,
@@ -29,6 +28,7 @@ from qaes.domain.policy import (
     policy_of,
     version_of,
 )
+from qaes.domain.qubic import MAX_QU
 from qaes.domain.qubic.identity import encode_identity
 
 RULE: dict[str, Any] = {"allowed": True, "requires_approval": True, "risk_level": "high"}

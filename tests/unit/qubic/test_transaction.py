@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qaes.domain.qubic import schnorrq
-from qaes.domain.qubic.transaction import MAX_AMOUNT, Transaction, decode
+from qaes.domain.qubic import MAX_QU, schnorrq
+from qaes.domain.qubic.transaction import Transaction, decode
 
 SUBSEED = schnorrq.subseed_of("a" * 55)
 KEY = schnorrq.public_key_of(SUBSEED)
@@ -18,7 +18,7 @@ transactions = st.builds(
     Transaction,
     source=keys,
     destination=keys,
-    amount=st.integers(0, MAX_AMOUNT),
+    amount=st.integers(0, MAX_QU),
     tick=st.integers(0, 2**32 - 1),
     input_type=st.integers(0, 2**16 - 1),
     payload=st.binary(max_size=1024),
@@ -40,7 +40,7 @@ def test_round_trip(transaction: Transaction) -> None:
 
 @given(
     st.binary(min_size=64, max_size=64),
-    st.integers(-2, MAX_AMOUNT + 2),
+    st.integers(-2, MAX_QU + 2),
     st.binary(min_size=6, max_size=6),
     st.binary(max_size=1100),
 )
@@ -53,7 +53,7 @@ def test_what_decodes_encodes_to_the_same_bytes(keys: bytes, amount: int, number
     except ValueError:
         return
     assert found.encode() == data
-    assert 0 <= amount <= MAX_AMOUNT
+    assert 0 <= amount <= MAX_QU
     assert len(payload) <= 1024
 
 
@@ -90,7 +90,7 @@ def test_another_length_is_refused(data: bytes) -> None:
         {"source": bytes(31)},
         {"destination": bytes(33)},
         {"amount": -1},
-        {"amount": MAX_AMOUNT + 1},
+        {"amount": MAX_QU + 1},
         {"tick": 2**32},
         {"tick": -1},
         {"input_type": 2**16},

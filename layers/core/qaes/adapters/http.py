@@ -27,7 +27,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qaes.adapters import clients, dynamo, logs, settings
-from qaes.adapters.auth import AGENT_ROLES
+from qaes.adapters.auth import AGENT_ROLES, ROLES
 from qaes.adapters.handlers import function
 from qaes.adapters.logs import logger
 from qaes.adapters.strict_input import StrictRoute, dotted
@@ -201,8 +201,6 @@ OPEN: dict[str, Any] = {"security": []}
 TaskId = Annotated[str, Path(json_schema_extra={"pattern": TASK_ID_PATTERN})]
 PlanId = Annotated[str, Path(json_schema_extra={"pattern": PLAN_ID_PATTERN})]
 Sha256 = Annotated[str, Path(alias="hash", json_schema_extra={"pattern": "^[0-9a-fA-F]{64}$"})]
-
-ROLES = ("requester", "approver", "auditor", "operator")
 
 
 def roles_of(route: APIRoute) -> tuple[str, ...] | None:

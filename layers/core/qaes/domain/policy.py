@@ -23,12 +23,11 @@ from pydantic import (
 
 from qaes.domain.canonical import canonical_json, sha256_hex
 from qaes.domain.errors import InvalidInputError
+from qaes.domain.qubic import MAX_QU
 from qaes.domain.qubic.identity import check_address, check_payable
 
 RiskLevel = Literal["low", "medium", "high"]
 
-MAX_QU = 10**15
-"""In QU: the whole supply is of that order."""
 MAX_ADDRESSES = 100
 MAX_RULES = 200
 MAX_DOCUMENT_BYTES = 64 * 1024

@@ -9,13 +9,12 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from qaes.domain import planning
 from qaes.domain.canonical import canonical_json
 from qaes.domain.errors import InvalidInputError
+from qaes.domain.qubic import MAX_QU
 from qaes.domain.qubic.demo import is_same_wallet
 from qaes.domain.qubic.identity import check_address, check_payable, is_identity_shaped
 from qaes.domain.text import is_blank
 
 MAX_PARAMETERS_BYTES = 32 * 1024
-MAX_AMOUNT = 10**15
-"""In QU: the whole supply is of that order."""
 
 _ADDRESSES = ("wallet_address", "to_address")
 _KNOWN_PARAMETERS = (*_ADDRESSES, "amount", "alert_threshold")
@@ -105,8 +104,8 @@ def _check_address(address: object, network: str, field: str) -> str:
 def _check_whole_number(parameters: dict[str, Any], name: str, least: int) -> None:
     value = parameters.get(name, least)
     # A bool is an int to Python, and 1.0 is an amount to nobody.
-    if type(value) is not int or not least <= value <= MAX_AMOUNT:
-        raise InvalidInputError(f"must be a whole number from {least} to {MAX_AMOUNT}", field=f"parameters.{name}")
+    if type(value) is not int or not least <= value <= MAX_QU:
+        raise InvalidInputError(f"must be a whole number from {least} to {MAX_QU}", field=f"parameters.{name}")
 
 
 def _check_size(parameters: dict[str, Any]) -> None:

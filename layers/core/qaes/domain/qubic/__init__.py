@@ -3,3 +3,6 @@
 Written from the public specifications that each module names. Import the module that is needed: `identity`, which
 every address check uses, loads no curve arithmetic.
 """
+
+MAX_QU = 10**15
+"""Most QU in one amount; the whole supply is of that order."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, replace
 
+from qaes.domain.qubic import MAX_QU
 from qaes.domain.qubic.identity import encode_transaction_id
 from qaes.domain.qubic.k12 import k12
 
-MAX_AMOUNT = 10**15
 MAX_PAYLOAD = 1024
 SIGNATURE_BYTES = 64
 _HEADER = struct.Struct("<32s32sqIHH")
@@ -52,7 +52,7 @@ class Transaction:
     def __post_init__(self) -> None:
         if len(self.source) != 32 or len(self.destination) != 32:
             raise ValueError("a public key has 32 bytes")
-        if not 0 <= self.amount <= MAX_AMOUNT:
+        if not 0 <= self.amount <= MAX_QU:
             raise ValueError("the amount is 0 to 10^15")
         if not 0 <= self.tick < 1 << 32:
             raise ValueError("the tick is a uint32")
