@@ -23,7 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
-from audit.log import Anchor, Log
+from audit.anchors import Anchor
+from audit.log import Log
 from audit.store import ROLES, EntryKey
 from local.cloud import Cloud
 from local.environment import LocalCloudError
@@ -143,7 +144,7 @@ def watch(
             fresh = log.leaves(begin + len(indexed), head.integrated - begin - len(indexed))
             last = time.monotonic()
             indexed += [(each.key, last) for each in fresh]
-        newest = log.newest_anchor()
+        newest = log.anchors.newest()
         if newest is not None and newest.size - begin > anchored:
             last = time.monotonic()
             covered = indexed[anchored : newest.size - begin]
@@ -215,7 +216,7 @@ def hammer(tasks: int, events: int, workers: int, rate: float, patience: float) 
     """Load the log of the environment's tables, and verify all of it."""
     log, figures = Log(), Figures(writers=workers)
     started: dict[EntryKey, float] = {}
-    anchors_before = sum(1 for _ in log.anchors())
+    anchors_before = sum(1 for _ in log.anchors.all())
     begin = time.monotonic()
 
     def write() -> None:
@@ -227,7 +228,7 @@ def hammer(tasks: int, events: int, workers: int, rate: float, patience: float) 
     watch(log, writer, started, figures, patience)
     if len(started) < tasks * events:
         raise HammerError(f"only {len(started)} of {tasks * events} events could be written")
-    anchors = list(log.anchors())
+    anchors = list(log.anchors.all())
     figures.anchors = len(anchors) - anchors_before
     figures.proofs = verify_all(log, anchors)
     if figures.proofs < figures.entries:
@@ -319,6 +320,7 @@ def _hammer_a_cloud(arguments: argparse.Namespace) -> None:
                 "TASKS_TABLE": "TasksTable",
                 "AUDIT_ENTRIES_TABLE": "AuditEntriesTable",
                 "AUDIT_LOG_TABLE": "AuditLogTable",
+                "AUDIT_ANCHORS_TABLE": "AuditAnchorsTable",
                 "LEDGER_FUNCTION": "LedgerFunction",
             }
             os.environ.update({name: cloud.resources[resource] for name, resource in names.items()})

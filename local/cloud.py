@@ -317,6 +317,7 @@ class Cloud:
             "TASKS_TABLE": self.resources["TasksTable"],
             "AUDIT_ENTRIES_TABLE": self.resources["AuditEntriesTable"],
             "AUDIT_LOG_TABLE": self.resources["AuditLogTable"],
+            "AUDIT_ANCHORS_TABLE": self.resources["AuditAnchorsTable"],
             "LEDGER_TABLE": self.resources["LedgerTable"],
             "LEDGER_FUNCTION": self.resources["LedgerFunction"],
             "SEQUENCER_FUNCTION": self.resources["SequencerFunction"],

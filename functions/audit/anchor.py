@@ -23,7 +23,8 @@ from typing import Any
 from aws_lambda_powertools.metrics import MetricUnit, single_metric
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from audit.log import Anchor, Anchoring, CorruptLogError, Log
+from audit.anchors import Anchor, Anchoring
+from audit.log import CorruptLogError, Log
 from qaes.adapters import clients, settings
 from qaes.adapters.handlers import function
 from qaes.adapters.ledger_client import CALL_SECONDS, LedgerClient
@@ -35,6 +36,7 @@ from qaes.domain.ids import now, parse_timestamp, timestamp
 from qaes.domain.note import checkpoint_text, public_key_of, sign_note, verifier_key
 from qaes.domain.qubic import transaction as qubic
 from qaes.domain.qubic.identity import encode_identity
+from qaes.domain.tiles import tree_root
 
 _ROUNDS = 3
 """How many anchors one call may bring to their end; the next call goes on."""
@@ -67,7 +69,7 @@ class Anchorer:
         CorruptLogError
             The confirmed transaction is not the one that was sealed.
         """
-        newest = self._log.anchoring()
+        newest = self._log.anchors.anchoring()
         self._check_network(newest)
         for number in range(_ROUNDS):
             if number and not has_time():
@@ -100,16 +102,18 @@ class Anchorer:
         size, root = head.integrated, head.integrated_root
         if size == 0 or (before is not None and size <= before.size):
             return None
+        if before is not None and tree_root(before.size, self._log.tile) != decode(before.payload).root:
+            raise CorruptLogError(f"the log does not have the root that was anchored at its size {before.size}")
         payload = (
             AnchorPayload(log_id_bytes(self._log_id), size, root)
             if before is None
             else decode(before.payload).next(size=size, root=root)
         )
         sealed = Anchoring(payload.sequence, size, payload.encode(), timestamp(now()), "sealed", self._network)
-        if self._log.seal(sealed, after=before):
+        if self._log.anchors.seal(sealed, after=before):
             logger().info("sealed", extra={"sequence": sealed.sequence, "size": size})
             return sealed
-        return self._log.anchoring()  # somebody else was quicker: theirs counts
+        return self._log.anchors.anchoring()  # somebody else was quicker: theirs counts
 
     def _confirm(self, sealed: Anchoring) -> Anchoring | None:
         """Submit it, as often as one likes; None while its transaction is under way.
@@ -126,10 +130,10 @@ class Anchorer:
         if answer["state"] != "confirmed":
             return None
         anchor = self._anchor(sealed, answer)
-        if self._log.confirm(sealed, anchor):
+        if self._log.anchors.confirm(sealed, anchor):
             logger().info("confirmed", extra={"sequence": sealed.sequence, "txid": anchor.txid, "tick": anchor.tick})
             _count(anchor)
-        return self._log.anchoring()
+        return self._log.anchors.anchoring()
 
     def _submit(self, sealed: Anchoring) -> dict[str, Any]:
         try:
@@ -256,7 +260,7 @@ def anchor_log(_event: dict[str, Any], context: LambdaContext) -> dict[str, Any]
         _tell_stopped(error)
         raise
     except UnavailableError:
-        _tell_age(Log().anchoring())  # a ledger that does not answer is no reason not to know the age
+        _tell_age(Log().anchors.anchoring())  # a ledger that does not answer is no reason not to know the age
         raise
     _tell_age(newest)
     if newest is None:

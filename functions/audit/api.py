@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
 from audit import tlog
+from audit.anchors import Anchor
 from audit.evidence import CHECKS, LogStatus, Match, Trail, find_matches, read_trail
-from audit.log import Anchor, Log
+from audit.log import Log
 from audit.store import AuditStore, Outbox, Role, StoredEntry
 from qaes.adapters import settings
 from qaes.adapters.http import Caller, Sha256, TaskId, add_health, create_app, make_handler, require
@@ -199,6 +200,7 @@ class Consistency(_Answer):
 def _tables_answer() -> None:
     AuditStore().describe()
     Log().describe()
+    Log().anchors.describe()
 
 
 def _ledger_answers() -> None:
@@ -235,7 +237,7 @@ def verify(sent: Sha256, who: Reader) -> VerifyAnswer:
 @app.get("/audit/log/checkpoint")
 def get_log_checkpoint(_who: Reader) -> Checkpoint:
     """The newest checkpoint of the log that is anchored on the ledger."""
-    newest = Log().newest_anchor()
+    newest = Log().anchors.newest()
     if newest is None:
         raise NotFoundError("no checkpoint of the log has been anchored yet")
     return Checkpoint(
@@ -276,7 +278,7 @@ def get_bundle(task_id: TaskId, who: BundleReader) -> Bundle:
     if not who.has("auditor") and task.requester != who.subject:
         raise NotFoundError("no such task", field="task_id")
     log = Log()
-    anchor = log.newest_anchor()
+    anchor = log.anchors.newest()
     entries = _disclosed(task_id, log)
     if not entries:
         raise NotFoundError("nothing of the task is on record yet", field="task_id")

@@ -8,7 +8,8 @@ from functools import cache
 from typing import Literal
 
 from audit.anchor import failed_checks
-from audit.log import Anchor, Anchoring, CorruptLogError, Indexed, Log
+from audit.anchors import Anchor, Anchoring
+from audit.log import CorruptLogError, Indexed, Log
 from audit.store import AuditStore, Occurrence, StoredEntry
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.domain.anchor import AnchorPayload, decode, log_id_bytes
@@ -103,7 +104,7 @@ def read_trail(store: AuditStore, log: Log, task_id: str, *, log_id: str) -> Tra
     # Indexes first: an entry is there before its index, so where only the index is, the entry was taken away.
     indexes = log.task_indexes(task_id)
     entries = tuple(store.entries(task_id))
-    newest = log.anchoring() if indexes else None
+    newest = log.anchors.anchoring() if indexes else None
     in_flight = newest if newest is not None and newest.state == "sealed" else None
     return Trail(
         entries, indexes, _anchors(log, indexes), in_flight, _broken(entries, indexes, log_id=log_id, task_id=task_id)
@@ -116,7 +117,7 @@ def _anchors(log: Log, indexes: dict[int, Indexed]) -> dict[int, Anchor]:
     anchor: Anchor | None = None
     for each in sorted(indexes.values(), key=lambda indexed: indexed.index):
         if anchor is None or each.index >= anchor.size:
-            anchor = log.anchor_of(each.index)
+            anchor = log.anchors.of(each.index)
             if anchor is None:
                 break
         found[each.seq] = anchor

@@ -161,8 +161,8 @@ class Fsck:
     def run(self) -> Report:
         """Look at everything; nothing is written."""
         # The log first: what is recorded meanwhile has no place in it, and is told as such.
-        head, anchors_before = self._log.head(), self._log.anchoring()
-        roots: dict[int, bytes | None] = {each.size: None for each in self._log.anchors()}
+        head, anchors_before = self._log.head(), self._log.anchors.anchoring()
+        roots: dict[int, bytes | None] = {each.size: None for each in self._log.anchors.all()}
         self._check_log(head, roots)
         if self._outbox is not None:
             self._check_recorded(self._outbox)
@@ -352,7 +352,7 @@ class Fsck:
         before: AnchorPayload | None = None
         network = ""
         # As many as there were: what is confirmed meanwhile may have a size that the log has got since.
-        for sequence, anchor in enumerate(islice(self._log.anchors(), len(roots))):
+        for sequence, anchor in enumerate(islice(self._log.anchors.all(), len(roots))):
             where = f"anchor {anchor.sequence}"
             self._report.anchors, self._report.anchored = sequence + 1, anchor.size
             try:
@@ -402,7 +402,7 @@ class Fsck:
             self._tell("ledger", where, f"the ledger has it as {answer['state']}, under {answer['txid']}")
 
     def _check_in_flight(self, sequence_before: int) -> None:
-        newest, last = self._log.anchoring(), self._log.newest_anchor()
+        newest, last = self._log.anchors.anchoring(), self._log.anchors.newest()
         if newest is None:
             self._tell("in flight", f"anchor {sequence_before}", "it was there and is gone")
             return

@@ -1,12 +1,10 @@
-"""The global log in AuditLogTable: an RFC 6962 tree over the entries of all tasks, and the anchors made of it.
+"""The global log in AuditLogTable: an RFC 6962 tree over the entries of all tasks.
 
 pk / sk                      what, and when it is written
 LOG / HEAD                   version, size, root; how far tiles and indexes are there: under the version that was read
 LOG / BATCH#start            the entries with the indexes from `start` on; size and root after them: once, with HEAD
 TILE#level#index / TILE      up to 256 hashes: only wider than it is
 task id / INDEX#seq          the index of the task's entries in one batch, up to that one, and their leaf hashes: once
-LOG / ANCHORING              the newest anchor, sealed (in flight) or confirmed: after the one that was read
-ANCHOR / SIZE#size           a confirmed anchor: once
 SWEEP / SWEPT                how far the sweeper has looked, and what was behind then
 
 All reads are consistent.
@@ -18,10 +16,12 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
-from typing import Any, Literal
 
+from audit.anchors import Anchors
 from audit.store import EntryKey, Item, at_once, put_if, transact
+from audit.table import Table
 from qaes.adapters import dynamo, settings
 from qaes.adapters.dynamo import get_many, key
 from qaes.domain.errors import QaesError
@@ -106,37 +106,6 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Anchoring:
-    """The newest anchor: `sealed` until its transaction is confirmed."""
-
-    sequence: int
-    size: int
-    payload: bytes
-    sealed_at: str
-    state: Literal["sealed", "confirmed"]
-    network: str
-
-
-@dataclass(frozen=True)
-class Anchor:
-    """A confirmed anchor: its payload, the transaction that carries it, and the log's signed note of that size."""
-
-    sequence: int
-    size: int
-    root: bytes
-    previous: bytes
-    payload: bytes
-    txid: str
-    tick: int
-    source: str
-    encoded: bytes
-    network: str
-    note: str
-    verifier_key: str
-    confirmed_at: str
-
-
-@dataclass(frozen=True)
 class Swept:
     """Up to when the sweeper has looked at events for good, and the tasks of which one, by number, was not in the log.
 
@@ -148,11 +117,17 @@ class Swept:
     since: dict[str, str]
 
 
-class Log:
-    """The items of the log."""
+class Log(Table):
+    """The items of the log, and the anchors that `audit.anchors` makes of it."""
 
-    def __init__(self, table: str | None = None) -> None:
-        self._table = table or settings.text("AUDIT_LOG_TABLE")
+    def __init__(self, table: str | None = None, anchors: str | None = None) -> None:
+        super().__init__(table or settings.text("AUDIT_LOG_TABLE"))
+        self._anchors_table = anchors
+
+    @cached_property
+    def anchors(self) -> Anchors:
+        """The log's anchors, in a table that the sequencer's role cannot write."""
+        return Anchors(self._anchors_table)
 
     # Head and batches
 
@@ -304,83 +279,6 @@ class Log:
         ):
             raise CorruptLogError(f"{span.task_id} {span.first} to {span.last} have another index than {span.index}")
 
-    # Anchors
-
-    def anchoring(self) -> Anchoring | None:
-        """Read the newest anchor; None before the first."""
-        item = self._get("LOG", "ANCHORING")
-        if item is None:
-            return None
-        state: Any = item["state"]["S"]
-        return Anchoring(
-            int(item["sequence"]["N"]),
-            int(item["size"]["N"]),
-            item["payload"]["B"],
-            item["sealed_at"]["S"],
-            state,
-            item["network"]["S"],
-        )
-
-    def seal(self, sealed: Anchoring, *, after: Anchoring | None) -> bool:
-        """Make an anchor the one in flight; False when `after` is not the newest, confirmed one any more."""
-        condition: Item = {"ConditionExpression": "attribute_not_exists(pk)"}
-        if after is not None:
-            the_one_before_is_confirmed = "#sequence = :sequence AND #state = :confirmed"
-            condition = {
-                "ConditionExpression": the_one_before_is_confirmed,
-                "ExpressionAttributeNames": {"#sequence": "sequence", "#state": "state"},
-                "ExpressionAttributeValues": {
-                    ":sequence": {"N": str(after.sequence)},
-                    ":confirmed": {"S": "confirmed"},
-                },
-            }
-        return transact([{"Put": {"TableName": self._table, "Item": _anchoring_item(sealed, "sealed")} | condition}])
-
-    def confirm(self, sealed: Anchoring, anchor: Anchor) -> bool:
-        """Record a confirmed anchor and make room for the next; False when somebody else has done so."""
-        it_is_in_flight = "#sequence = :sequence AND #state = :sealed AND payload = :payload"
-        update = {
-            "TableName": self._table,
-            "Item": _anchoring_item(sealed, "confirmed"),
-            "ConditionExpression": it_is_in_flight,
-            "ExpressionAttributeNames": {"#sequence": "sequence", "#state": "state"},
-            "ExpressionAttributeValues": {
-                ":sequence": {"N": str(sealed.sequence)},
-                ":sealed": {"S": "sealed"},
-                ":payload": {"B": sealed.payload},
-            },
-        }
-        item = key("ANCHOR", f"SIZE#{anchor.size:012d}") | {
-            "sequence": {"N": str(anchor.sequence)},
-            "size": {"N": str(anchor.size)},
-            "root": {"B": anchor.root},
-            "previous": {"B": anchor.previous},
-            "payload": {"B": anchor.payload},
-            "txid": {"S": anchor.txid},
-            "tick": {"N": str(anchor.tick)},
-            "source": {"S": anchor.source},
-            "encoded": {"B": anchor.encoded},
-            "network": {"S": anchor.network},
-            "note": {"S": anchor.note},
-            "verifier_key": {"S": anchor.verifier_key},
-            "confirmed_at": {"S": anchor.confirmed_at},
-        }
-        return transact([{"Put": update}, self._put_new(item)])
-
-    def anchor_of(self, index: int) -> Anchor | None:
-        """Read the first confirmed anchor whose log has that index."""
-        item = self._first("ANCHOR", f"SIZE#{index + 1:012d}", "SIZE#~")
-        return _anchor(item) if item else None
-
-    def newest_anchor(self) -> Anchor | None:
-        """Read the newest confirmed anchor."""
-        item = self._first("ANCHOR", "SIZE#", "SIZE#~", newest=True)
-        return _anchor(item) if item else None
-
-    def anchors(self) -> Iterable[Anchor]:
-        """Read all confirmed anchors, in order."""
-        return map(_anchor, self._all("ANCHOR", "SIZE#"))
-
     # The sweeper's list
 
     def swept(self) -> Swept | None:
@@ -398,42 +296,6 @@ class Log:
             "since": {"S": json.dumps(swept.since)},
         }
         dynamo.call("put_item", TableName=self._table, Item=item)
-
-    # DynamoDB
-
-    def describe(self) -> None:
-        """Raise unless the table is there."""
-        dynamo.call("describe_table", TableName=self._table)
-
-    def _put_new(self, item: Item) -> Item:
-        not_there_yet = "attribute_not_exists(pk)"
-        return {"Put": {"TableName": self._table, "Item": item, "ConditionExpression": not_there_yet}}
-
-    def _get(self, pk: str, sk: str) -> Item | None:
-        return dynamo.get(self._table, pk, sk)
-
-    def _first(self, pk: str, first: str, last: str, *, newest: bool = False) -> Item | None:
-        found = dynamo.call(
-            "query",
-            TableName=self._table,
-            KeyConditionExpression="pk = :pk AND sk BETWEEN :first AND :last",
-            ExpressionAttributeValues={":pk": {"S": pk}, ":first": {"S": first}, ":last": {"S": last}},
-            ConsistentRead=True,
-            ScanIndexForward=not newest,
-            Limit=1,
-        )
-        return next(iter(found["Items"]), None)
-
-    def _all(self, pk: str, prefix: str) -> Iterable[Item]:
-        return self._between(pk, prefix, f"{prefix}~")
-
-    def _between(self, pk: str, first: str, last: str) -> Iterable[Item]:
-        return dynamo.items(
-            TableName=self._table,
-            KeyConditionExpression="pk = :pk AND sk BETWEEN :first AND :last",
-            ExpressionAttributeValues={":pk": {"S": pk}, ":first": {"S": first}, ":last": {"S": last}},
-            ConsistentRead=True,
-        )
 
 
 def _tile_key(level: int, index: int) -> tuple[str, str]:
@@ -485,32 +347,3 @@ def _batch(item: Item) -> Batch:
     if _batch_item(batch) != item:
         raise CorruptLogError(f"the batch at {start} has not the leaves that it counts")
     return batch
-
-
-def _anchoring_item(anchoring: Anchoring, state: str) -> Item:
-    return key("LOG", "ANCHORING") | {
-        "sequence": {"N": str(anchoring.sequence)},
-        "size": {"N": str(anchoring.size)},
-        "payload": {"B": anchoring.payload},
-        "sealed_at": {"S": anchoring.sealed_at},
-        "state": {"S": state},
-        "network": {"S": anchoring.network},
-    }
-
-
-def _anchor(item: Item) -> Anchor:
-    return Anchor(
-        int(item["sequence"]["N"]),
-        int(item["size"]["N"]),
-        item["root"]["B"],
-        item["previous"]["B"],
-        item["payload"]["B"],
-        item["txid"]["S"],
-        int(item["tick"]["N"]),
-        item["source"]["S"],
-        item["encoded"]["B"],
-        item["network"]["S"],
-        item["note"]["S"],
-        item["verifier_key"]["S"],
-        item["confirmed_at"]["S"],
-    )

@@ -22,7 +22,7 @@ CHECKPOINT_SECONDS = 5
 
 def checkpoint(log: Log) -> str:
     """The signed note of the newest confirmed anchor. Raises NotFoundError before the first."""
-    newest = log.newest_anchor()
+    newest = log.anchors.newest()
     if newest is None:
         raise NotFoundError("no checkpoint of the log has been anchored yet")
     return newest.note
@@ -31,7 +31,7 @@ def checkpoint(log: Log) -> str:
 def anchored_tile(log: Log, level: str, groups: tuple[str, ...]) -> bytes:
     """The hashes of a tile, as `hash_tile`, if the newest checkpoint has them: before that they are not published."""
     place = _hash_tile_place(level, groups)
-    newest = log.newest_anchor()
+    newest = log.anchors.newest()
     if newest is None or tile_width(place.level, place.index, newest.size) < place.width:
         raise _no_such_tile()
     return _hashes(log, place)

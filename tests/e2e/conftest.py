@@ -146,6 +146,7 @@ def audit_environment(cloud: Cloud) -> dict[str, str]:
         "TASKS_TABLE": "TasksTable",
         "AUDIT_ENTRIES_TABLE": "AuditEntriesTable",
         "AUDIT_LOG_TABLE": "AuditLogTable",
+        "AUDIT_ANCHORS_TABLE": "AuditAnchorsTable",
         "LEDGER_FUNCTION": "LedgerFunction",
         "SEQUENCER_FUNCTION": "SequencerFunction",
         "RECORDER_FUNCTION": "RecordAuditFunction",

@@ -11,8 +11,9 @@ import boto3
 import pytest
 
 from audit.anchor import Anchorer
+from audit.anchors import Anchor
 from audit.fsck import fsck
-from audit.log import Anchor, CorruptLogError
+from audit.log import CorruptLogError
 from qaes.adapters import clients
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.domain.anchor import FIRST, decode, log_id_bytes
@@ -48,7 +49,7 @@ def grow(aws: Cloud, events: int = 2) -> int:
 
 
 def confirmed() -> list[Anchor]:
-    return list(log().anchors())
+    return list(log().anchors.all())
 
 
 def test_a_log_that_is_empty_is_not_anchored(aws: Cloud, ledger: Ledger) -> None:
@@ -71,7 +72,7 @@ def test_what_has_grown_is_sealed_submitted_and_confirmed(aws: Cloud, ledger: Le
     assert (one.sequence, one.size, one.root, one.previous) == (0, 3, head.root, FIRST)
     assert (one.txid, one.tick, one.network) == (transaction.id, transaction.tick, "mock")
     assert one.encoded == transaction.encode()
-    assert log().newest_anchor() == one
+    assert log().anchors.newest() == one
 
 
 def test_the_checkpoint_is_signed_by_a_key_that_readers_can_pin(aws: Cloud, ledger: Ledger) -> None:
@@ -126,7 +127,7 @@ def test_the_first_anchor_for_an_index_is_found(aws: Cloud, ledger: Ledger) -> N
     for size in (2, 5, 6):
         grow(aws, size - log().head().size)
         anchor(aws)
-    found = [log().anchor_of(index) for index in range(7)]
+    found = [log().anchors.of(index) for index in range(7)]
     assert [each.size if each else None for each in found] == [2, 2, 5, 5, 5, 6, None]
 
 
@@ -188,7 +189,7 @@ def test_a_new_key_takes_over_the_anchor_that_the_former_left(aws: Cloud, monkey
     with function_environment(template.environment("LedgerFunction", PARAMETERS)):
         chain().set_faults(Faults(drop=1))
     assert anchor(aws)["state"] == "sealed"
-    sealed = log().anchoring()
+    sealed = log().anchors.anchoring()
     with function_environment(template.environment("LedgerFunction", PARAMETERS)):
         former = wallets.service_key()
         successor = wallets.demo_key("0x1234567890abcdef")
@@ -204,21 +205,34 @@ def test_a_new_key_takes_over_the_anchor_that_the_former_left(aws: Cloud, monkey
     assert fsck(store(), log(), LedgerClient("LedgerFunction"), log_id=LOG_ID).findings == []
 
 
-def test_a_log_table_that_was_set_back_is_told_from_the_ledger(aws: Cloud, ledger: Ledger) -> None:
+def set_back(tables: dict[str, list[dict[str, Any]]]) -> None:
+    client = boto3.client("dynamodb")
+    for table, kept in tables.items():
+        for item in client.scan(TableName=table)["Items"]:
+            client.delete_item(TableName=table, Key={name: item[name] for name in ("pk", "sk")})
+        for item in kept:
+            client.put_item(TableName=table, Item=item)
+
+
+@pytest.mark.parametrize(
+    ("tables", "code"), [(("AuditLogTable", "AuditAnchorsTable"), "key_conflict"), (("AuditLogTable",), "corrupt")]
+)
+def test_log_that_was_set_back_is_not_anchored(aws: Cloud, ledger: Ledger, tables: tuple[str, ...], code: str) -> None:
     ledger.confirms_at_once = True
     grow(aws)
     anchor(aws)
-    client = boto3.client("dynamodb")
-    kept = client.scan(TableName="AuditLogTable")["Items"]
+    kept = {table: boto3.client("dynamodb").scan(TableName=table)["Items"] for table in tables}
     grow(aws, 2)
     anchor(aws)
-    for item in client.scan(TableName="AuditLogTable")["Items"]:
-        client.delete_item(TableName="AuditLogTable", Key={name: item[name] for name in ("pk", "sk")})
-    for item in kept:
-        client.put_item(TableName="AuditLogTable", Item=item)
-    grow(aws, 3)  # what had a place is forgotten, and somebody else gets it
-    assert stopped(aws) == "key_conflict"
-    assert [each.size for each in confirmed()] == [2]
+    anchored = confirmed()
+    set_back(kept)
+    grow(aws, 7)  # the places that were forgotten are given to others
+    if code == "corrupt":
+        with pytest.raises(CorruptLogError, match="anchored at its size 4"):
+            anchor(aws)
+    else:
+        assert stopped(aws) == code
+    assert confirmed() == anchored[: len(anchored) if code == "corrupt" else 1]
 
 
 def test_a_ledger_that_is_down_leaves_the_same_anchor_for_the_next_call(aws: Cloud, ledger: Ledger) -> None:
@@ -230,7 +244,7 @@ def test_a_ledger_that_is_down_leaves_the_same_anchor_for_the_next_call(aws: Clo
     aws.faults["LedgerAnchorFunction"] = down
     with pytest.raises(UnavailableError):
         anchor(aws)
-    sealed = log().anchoring()
+    sealed = log().anchors.anchoring()
     assert sealed is not None and sealed.state == "sealed"
     aws.faults.clear()
     grow(aws)
@@ -298,17 +312,18 @@ def test_calls_at_the_same_time_seal_and_confirm_once(aws: Cloud, ledger: Ledger
     ledger.confirms_at_once = True
     grow(aws)
     slow = Anchorer(log(), LedgerClient("LedgerAnchorFunction"), log_id=LOG_ID, origin=ORIGIN, network="mock")
-    before = slow._log.anchoring()
+    before = slow._log.anchors.anchoring()
     grown = log().head()
     anchor(aws)
     grow(aws)
     assert (before, grown.size) == (None, 2)
     taken = slow._seal(before)
     assert taken is not None and (taken.sequence, taken.size, taken.state) == (0, 2, "confirmed")
-    first = log().anchoring()
+    first = log().anchors.anchoring()
     assert first is not None
-    assert slow._log.confirm(dataclasses.replace(first, state="sealed"), confirmed()[0]) is False
-    assert slow._log.seal(dataclasses.replace(first, sequence=7), after=dataclasses.replace(first, sequence=6)) is False
+    assert slow._log.anchors.confirm(dataclasses.replace(first, state="sealed"), confirmed()[0]) is False
+    seventh, sixth = (dataclasses.replace(first, sequence=sequence) for sequence in (7, 6))
+    assert slow._log.anchors.seal(seventh, after=sixth) is False
     assert [each.sequence for each in confirmed()] == [0]
 
 
@@ -319,9 +334,9 @@ def test_an_anchor_is_never_replaced(aws: Cloud, ledger: Ledger) -> None:
     grow(aws)
     ledger.confirms_at_once = False
     anchor(aws)
-    sealed = log().anchoring()
+    sealed = log().anchors.anchoring()
     assert sealed is not None and sealed.sequence == 1
-    assert log().confirm(sealed, confirmed()[0]) is False  # its size is anchored
+    assert log().anchors.confirm(sealed, confirmed()[0]) is False  # its size is anchored
     assert len(confirmed()) == 1
 
 

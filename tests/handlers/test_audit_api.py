@@ -389,7 +389,7 @@ def test_a_chain_written_anew_is_caught_by_the_proof(get: Get, recorded: str) ->
 
 def change_anchor(name: str, value: Any) -> None:
     boto3.client("dynamodb").update_item(
-        TableName="AuditLogTable",
+        TableName="AuditAnchorsTable",
         Key={"pk": {"S": "ANCHOR"}, "sk": {"S": "SIZE#000000000004"}},
         UpdateExpression="SET #name = :value",
         ExpressionAttributeNames={"#name": name},
@@ -416,7 +416,7 @@ def test_an_anchor_that_was_altered_is_caught(get: Get, recorded: str, name: str
 
 
 def test_an_anchor_whose_signature_is_another_is_caught(get: Get, recorded: str) -> None:
-    [one] = log().anchors()
+    [one] = log().anchors.all()
     change_anchor("encoded", {"B": one.encoded[:-1] + bytes([one.encoded[-1] ^ 1])})
     assert failing(get, entries(recorded)[0].leaf) == {"signature"}
 
@@ -507,7 +507,7 @@ def test_a_bundle_discloses_what_the_hashes_are_over(get: Get, aws: Cloud) -> No
     ended = json.loads(bundle["entries"][1]["output"])
     assert (ended["status"], ended["reason"]) == ("failed", "no budget")
     assert json.loads(bundle["entries"][0]["input"])["requester"] == "alice"
-    [anchored] = log().anchors()
+    [anchored] = log().anchors.all()
     assert bundle["anchor"]["transaction"] == base64.b64encode(anchored.encoded).decode()
     assert [each["index"] for each in bundle["entries"]] == [0, 1]
 
@@ -619,7 +619,7 @@ def test_the_log_of_one_size_begins_with_that_of_another(get: Get, aws: Cloud, r
     second = task_with(3)
     new_recorder().drain(second)
     anchor_all(aws)
-    roots = {each.size: each.root for each in log().anchors()}
+    roots = {each.size: each.root for each in log().anchors.all()}
     status, body = get("/audit/log/consistency", roles="requester", **{"from": 4, "to": 7})
     assert (status, body["first"], body["second"]) == (200, 4, 7)
     proof = [bytes.fromhex(each) for each in body["proof"]]

@@ -106,7 +106,7 @@ def on_network(txid: str) -> bool:
 
 def empty_the_tables() -> None:
     client = boto3.client("dynamodb")
-    for table in ("TasksTable", "AuditEntriesTable", "AuditLogTable"):
+    for table in ("TasksTable", "AuditEntriesTable", "AuditLogTable", "AuditAnchorsTable"):
         for page in client.get_paginator("scan").paginate(TableName=table):
             for item in page["Items"]:
                 client.delete_item(TableName=table, Key={"pk": item["pk"], "sk": item["sk"]})
@@ -145,7 +145,7 @@ def check(aws: Cloud, task_id: str, log_id: str, where: str) -> None:
     submitted = [item for item in records if item["sk"]["S"] == "SUBMISSION"]
     assert {item["state"]["S"] for item in submitted} == {"confirmed"}, where
     assert len(submitted) == report.anchors, where
-    confirmed = {anchor.txid for anchor in log().anchors()}
+    confirmed = {anchor.txid for anchor in log().anchors.all()}
     assert {item["txid"]["S"] for item in submitted} == confirmed, where
     # What missed its tick was signed anew; the network has one of them.
     attempts = [item["txid"]["S"] for item in records if item["sk"]["S"].startswith("ATTEMPT#")]

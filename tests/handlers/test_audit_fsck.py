@@ -11,8 +11,9 @@ import boto3
 import pytest
 from botocore.client import BaseClient
 
+from audit.anchors import Anchor
 from audit.fsck import INVARIANTS, Report, fsck
-from audit.log import Anchor, Batch, Leaf
+from audit.log import Batch, Leaf
 from audit.sequencer import _over
 from audit.store import Outbox
 from local.fsck import repair, settled, show
@@ -99,7 +100,7 @@ def swapped(leaves: bytes) -> bytes:
 
 
 def first_anchor() -> Anchor:
-    return next(iter(log().anchors()))
+    return next(iter(log().anchors.all()))
 
 
 def test_a_sound_log_has_no_findings(sound: str) -> None:
@@ -118,6 +119,7 @@ def renamed(batch: Batch) -> str:
 
 
 TASKS, ENTRIES, LOG, NEWEST = "TasksTable", "AuditEntriesTable", "AuditLogTable", "SIZE#000000000005"
+ANCHORS = "AuditAnchorsTable"
 BROKEN: dict[str, tuple[set[str], Callable[[str], Any]]] = {
     "event not recorded": ({"unrecorded"}, lambda task: add_events(task, 4, 4)),
     "event altered": ({"event"}, lambda task: change(TASKS, task, "EVENT#000002", actor={"S": "mallory"})),
@@ -168,20 +170,23 @@ BROKEN: dict[str, tuple[set[str], Callable[[str], Any]]] = {
     "tile too many": ({"tile"}, lambda _: log().widen_tile(0, 1, b"x" * 32)),
     "another root of an anchor": (
         {"anchor", "note"},
-        lambda _: change(LOG, "ANCHOR", "SIZE#000000000003", root={"B": b"x" * 32}),
+        lambda _: change(ANCHORS, "ANCHOR", "SIZE#000000000003", root={"B": b"x" * 32}),
     ),
-    "anchor gone": ({"anchor"}, lambda _: remove(LOG, "ANCHOR", "SIZE#000000000003")),
-    "anchor on another network": ({"anchor"}, lambda _: change(LOG, "ANCHOR", NEWEST, network={"S": "mainnet"})),
-    "newest anchor gone": ({"in flight"}, lambda _: remove(LOG, "ANCHOR", NEWEST)),
+    "anchor gone": ({"anchor"}, lambda _: remove(ANCHORS, "ANCHOR", "SIZE#000000000003")),
+    "anchor on another network": ({"anchor"}, lambda _: change(ANCHORS, "ANCHOR", NEWEST, network={"S": "mainnet"})),
+    "newest anchor gone": ({"in flight"}, lambda _: remove(ANCHORS, "ANCHOR", NEWEST)),
     "payload of another": (
         {"anchor", "transaction", "in flight"},
-        lambda _: change(LOG, "ANCHOR", NEWEST, payload={"B": first_anchor().payload}),
+        lambda _: change(ANCHORS, "ANCHOR", NEWEST, payload={"B": first_anchor().payload}),
     ),
-    "another transaction": ({"transaction", "ledger"}, lambda _: change(LOG, "ANCHOR", NEWEST, txid={"S": "a" * 60})),
-    "unreadable transaction": ({"transaction"}, lambda _: change(LOG, "ANCHOR", NEWEST, encoded={"B": b"x"})),
-    "note of another": ({"note"}, lambda _: change(LOG, "ANCHOR", NEWEST, note={"S": first_anchor().note})),
-    "note unsigned": ({"note"}, lambda _: change(LOG, "ANCHOR", NEWEST, note={"S": "x"})),
-    "no newest anchor": ({"in flight"}, lambda _: change(LOG, "LOG", "ANCHORING", sequence={"N": "7"})),
+    "another transaction": (
+        {"transaction", "ledger"},
+        lambda _: change(ANCHORS, "ANCHOR", NEWEST, txid={"S": "a" * 60}),
+    ),
+    "unreadable transaction": ({"transaction"}, lambda _: change(ANCHORS, "ANCHOR", NEWEST, encoded={"B": b"x"})),
+    "note of another": ({"note"}, lambda _: change(ANCHORS, "ANCHOR", NEWEST, note={"S": first_anchor().note})),
+    "note unsigned": ({"note"}, lambda _: change(ANCHORS, "ANCHOR", NEWEST, note={"S": "x"})),
+    "no newest anchor": ({"in flight"}, lambda _: change(ANCHORS, "ANCHOR", "ANCHORING", sequence={"N": "7"})),
 }
 
 
@@ -208,7 +213,12 @@ def test_an_entry_that_is_there_twice_is_named(sound: str, aws: Cloud) -> None:
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = {"TASKS_TABLE": TASKS, "AUDIT_ENTRIES_TABLE": ENTRIES, "AUDIT_LOG_TABLE": LOG}
+    names = {
+        "TASKS_TABLE": TASKS,
+        "AUDIT_ENTRIES_TABLE": ENTRIES,
+        "AUDIT_LOG_TABLE": LOG,
+        "AUDIT_ANCHORS_TABLE": ANCHORS,
+    }
     names |= {"RECORDER_FUNCTION": "RecordAuditFunction", "SEQUENCER_FUNCTION": "SequencerFunction"}
     for name, value in (names | {"LEDGER_FUNCTION": "LedgerFunction"}).items():
         monkeypatch.setenv(name, value)

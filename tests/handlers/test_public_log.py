@@ -39,7 +39,7 @@ def read(aws: Cloud) -> tlog_client.Log:
         assert status == 200, path
         return content
 
-    newest = log().newest_anchor()
+    newest = log().anchors.newest()
     assert newest is not None
     return tlog_client.Log(fetch, newest.verifier_key)
 

@@ -13,7 +13,7 @@ from tests.openapi.conftest import OPERATIONS, routes
 from tests.support.api import Api
 from tests.support.cloud import Cloud
 
-TABLES = ("TasksTable", "AuditEntriesTable", "AuditLogTable")
+TABLES = ("TasksTable", "AuditEntriesTable", "AuditLogTable", "AuditAnchorsTable")
 """Not the ledger's: the mock network begins when it is first asked."""
 
 

@@ -40,7 +40,7 @@ def outbox() -> Outbox:
 
 
 def log() -> Log:
-    return Log("AuditLogTable")
+    return Log("AuditLogTable", "AuditAnchorsTable")
 
 
 def entry_items(*tasks: str) -> list[dict[str, Any]]:

@@ -117,6 +117,7 @@ OWNERS = {
         "AuditApiFunction",
         "PublicLogFunction",
     },
+    "AuditAnchorsTable": {"AnchorFunction", "AuditApiFunction", "PublicLogFunction"},
 }
 
 
@@ -261,11 +262,13 @@ def test_the_log_is_public_only_where_it_is_asked_for_and_then_without_its_entri
 
 
 def test_the_public_log_reads_tiles_and_anchors_and_nothing_that_names_a_task(template: Any) -> None:
-    [statement] = template.statements("PublicLogFunction")
-    assert statement["Effect"] == "Allow"
-    assert set(statement["Action"]) == {"dynamodb:GetItem", "dynamodb:Query"}
-    assert statement["Resource"] == [{"Fn::GetAtt": ["AuditLogTable", "Arn"]}]
-    assert statement["Condition"] == {"ForAllValues:StringLike": {"dynamodb:LeadingKeys": ["TILE#*", "ANCHOR"]}}
+    tiles, anchors = template.statements("PublicLogFunction")
+    assert list(allowed(template, "PublicLogFunction")) == [
+        ("dynamodb:GetItem", {"Fn::GetAtt": ["AuditLogTable", "Arn"]}),
+        ("dynamodb:Query", {"Fn::GetAtt": ["AuditAnchorsTable", "Arn"]}),
+    ]
+    assert tiles["Condition"] == {"ForAllValues:StringLike": {"dynamodb:LeadingKeys": ["TILE#*"]}}
+    assert "Condition" not in anchors
 
 
 def test_the_public_log_takes_every_client_for_one_that_takes_bytes(template: Any) -> None:
@@ -428,7 +431,7 @@ def test_the_roles_that_write_the_audits_tables_are_known_by_their_paths(templat
     assert paths == {function: f"/${{AWS::StackName}}/{name}/" for function, name in AUDITS_ROLES.items()}
     for name in template.functions:
         puts = {str(resource) for action, resource in allowed(template, name) if action == "dynamodb:PutItem"}
-        writes_the_audit = any("AuditEntriesTable" in each or "AuditLogTable" in each for each in puts)
+        writes_the_audit = any("'Audit" in each for each in puts)
         assert writes_the_audit == (name in AUDITS_ROLES), name
 
 
@@ -442,17 +445,26 @@ def test_the_log_is_written_by_the_audits_roles_each_in_its_own_partitions(templ
     delete, put, update, *partitions = table_policy(template, "AuditLogTable")
     assert set(delete["Action"]) == CHANGES - {"dynamodb:UpdateItem"} | {"dynamodb:PartiQLInsert"}
     assert "Condition" not in delete
-    roles = [arn_of_roles(name) for name in ("sequencer", "anchor", "sweeper")]
+    roles = [arn_of_roles(name) for name in ("sequencer", "sweeper")]
     assert (put["Action"], put["Condition"]) == (["dynamodb:PutItem"], {"ArnNotLike": {"aws:PrincipalArn": roles}})
     only_sequencer = {"ArnNotLike": {"aws:PrincipalArn": arn_of_roles("sequencer")}}
     assert (update["Action"], update["Condition"]) == (["dynamodb:UpdateItem"], only_sequencer)
-    keys = {"sequencer": ["LOG", "TILE#*", "task_*"], "anchor": ["LOG", "ANCHOR"]}
-    for each, (name, leading) in zip(partitions, (keys | {"sweeper": ["SWEEP"]}).items(), strict=True):
+    keys = {"sequencer": ["LOG", "TILE#*", "task_*"], "sweeper": ["SWEEP"]}
+    for each, (name, leading) in zip(partitions, keys.items(), strict=True):
         assert set(each["Action"]) == {"dynamodb:PutItem", "dynamodb:UpdateItem"}
         assert each["Condition"] == {
             "ArnLike": {"aws:PrincipalArn": arn_of_roles(name)},
             "ForAnyValue:StringNotLike": {"dynamodb:LeadingKeys": leading},
         }
+
+
+def test_anchors_are_put_by_the_anchors_role_alone(template: Any) -> None:
+    changes, put = table_policy(template, "AuditAnchorsTable")
+    assert set(changes["Action"]) == CHANGES and "Condition" not in changes
+    assert set(put["Action"]) == {"dynamodb:PutItem", "dynamodb:PartiQLInsert"}
+    assert put["Condition"] == {"ArnNotLike": {"aws:PrincipalArn": arn_of_roles("anchor")}}
+    log = [action for action, resource in allowed(template, "AnchorFunction") if "'AuditLogTable'" in str(resource)]
+    assert log == ["dynamodb:GetItem"]
 
 
 def test_nobody_changes_audit_entries(template: Any) -> None:

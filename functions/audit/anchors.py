@@ -1,0 +1,161 @@
+"""The anchors of the log in AuditAnchorsTable, which the anchor's role alone writes: it has no right to the log's own.
+
+pk / sk                      what, and when it is written
+ANCHOR / ANCHORING           the newest anchor, sealed (in flight) or confirmed: after the one that was read
+ANCHOR / SIZE#size           a confirmed anchor: once
+
+All reads are consistent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from audit.store import Item, transact
+from audit.table import Table
+from qaes.adapters import settings
+from qaes.adapters.dynamo import key
+
+
+@dataclass(frozen=True)
+class Anchoring:
+    """The newest anchor: `sealed` until its transaction is confirmed."""
+
+    sequence: int
+    size: int
+    payload: bytes
+    sealed_at: str
+    state: Literal["sealed", "confirmed"]
+    network: str
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A confirmed anchor: its payload, the transaction that carries it, and the log's signed note of that size."""
+
+    sequence: int
+    size: int
+    root: bytes
+    previous: bytes
+    payload: bytes
+    txid: str
+    tick: int
+    source: str
+    encoded: bytes
+    network: str
+    note: str
+    verifier_key: str
+    confirmed_at: str
+
+
+class Anchors(Table):
+    """The items of the anchors."""
+
+    def __init__(self, table: str | None = None) -> None:
+        super().__init__(table or settings.text("AUDIT_ANCHORS_TABLE"))
+
+    def anchoring(self) -> Anchoring | None:
+        """Read the newest anchor; None before the first."""
+        item = self._get("ANCHOR", "ANCHORING")
+        if item is None:
+            return None
+        state: Any = item["state"]["S"]
+        return Anchoring(
+            int(item["sequence"]["N"]),
+            int(item["size"]["N"]),
+            item["payload"]["B"],
+            item["sealed_at"]["S"],
+            state,
+            item["network"]["S"],
+        )
+
+    def seal(self, sealed: Anchoring, *, after: Anchoring | None) -> bool:
+        """Make an anchor the one in flight; False when `after` is not the newest, confirmed one any more."""
+        condition: Item = {"ConditionExpression": "attribute_not_exists(pk)"}
+        if after is not None:
+            the_one_before_is_confirmed = "#sequence = :sequence AND #state = :confirmed"
+            condition = {
+                "ConditionExpression": the_one_before_is_confirmed,
+                "ExpressionAttributeNames": {"#sequence": "sequence", "#state": "state"},
+                "ExpressionAttributeValues": {
+                    ":sequence": {"N": str(after.sequence)},
+                    ":confirmed": {"S": "confirmed"},
+                },
+            }
+        return transact([{"Put": {"TableName": self._table, "Item": _anchoring_item(sealed, "sealed")} | condition}])
+
+    def confirm(self, sealed: Anchoring, anchor: Anchor) -> bool:
+        """Record a confirmed anchor and make room for the next; False when somebody else has done so."""
+        it_is_in_flight = "#sequence = :sequence AND #state = :sealed AND payload = :payload"
+        update = {
+            "TableName": self._table,
+            "Item": _anchoring_item(sealed, "confirmed"),
+            "ConditionExpression": it_is_in_flight,
+            "ExpressionAttributeNames": {"#sequence": "sequence", "#state": "state"},
+            "ExpressionAttributeValues": {
+                ":sequence": {"N": str(sealed.sequence)},
+                ":sealed": {"S": "sealed"},
+                ":payload": {"B": sealed.payload},
+            },
+        }
+        item = key("ANCHOR", f"SIZE#{anchor.size:012d}") | {
+            "sequence": {"N": str(anchor.sequence)},
+            "size": {"N": str(anchor.size)},
+            "root": {"B": anchor.root},
+            "previous": {"B": anchor.previous},
+            "payload": {"B": anchor.payload},
+            "txid": {"S": anchor.txid},
+            "tick": {"N": str(anchor.tick)},
+            "source": {"S": anchor.source},
+            "encoded": {"B": anchor.encoded},
+            "network": {"S": anchor.network},
+            "note": {"S": anchor.note},
+            "verifier_key": {"S": anchor.verifier_key},
+            "confirmed_at": {"S": anchor.confirmed_at},
+        }
+        return transact([{"Put": update}, self._put_new(item)])
+
+    def of(self, index: int) -> Anchor | None:
+        """Read the first confirmed anchor whose log has that index."""
+        item = self._first("ANCHOR", f"SIZE#{index + 1:012d}", "SIZE#~")
+        return _anchor(item) if item else None
+
+    def newest(self) -> Anchor | None:
+        """Read the newest confirmed anchor."""
+        item = self._first("ANCHOR", "SIZE#", "SIZE#~", newest=True)
+        return _anchor(item) if item else None
+
+    def all(self) -> Iterable[Anchor]:
+        """Read all confirmed anchors, in order."""
+        return map(_anchor, self._all("ANCHOR", "SIZE#"))
+
+
+def _anchoring_item(anchoring: Anchoring, state: str) -> Item:
+    return key("ANCHOR", "ANCHORING") | {
+        "sequence": {"N": str(anchoring.sequence)},
+        "size": {"N": str(anchoring.size)},
+        "payload": {"B": anchoring.payload},
+        "sealed_at": {"S": anchoring.sealed_at},
+        "state": {"S": state},
+        "network": {"S": anchoring.network},
+    }
+
+
+def _anchor(item: Item) -> Anchor:
+    return Anchor(
+        int(item["sequence"]["N"]),
+        int(item["size"]["N"]),
+        item["root"]["B"],
+        item["previous"]["B"],
+        item["payload"]["B"],
+        item["txid"]["S"],
+        int(item["tick"]["N"]),
+        item["source"]["S"],
+        item["encoded"]["B"],
+        item["network"]["S"],
+        item["note"]["S"],
+        item["verifier_key"]["S"],
+        item["confirmed_at"]["S"],
+    )
