@@ -5,11 +5,12 @@ from __future__ import annotations
 from qaes.adapters import settings
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import logger
-from qubic import writer
 from qubic.chain import chain
 from qubic.judge import check_allowed
 from qubic.limits import Limits
 from qubic.policies import Policies
+from qubic.queue import enqueue
+from qubic.settled import publish
 from qubic.submissions import Submission, Submissions
 from qubic.wallets import Wallets, holds_key
 
@@ -19,7 +20,7 @@ def submissions() -> Submissions:
     network = chain()
     return Submissions(
         network,
-        on_signed=writer.enqueue,
+        on_signed=enqueue,
         on_closed=_closed,
         check_transfer=_check_transfer,
         sends_transfers=network.network == "mock" or settings.optional("ALLOW_TRANSFERS") == "true",
@@ -51,3 +52,4 @@ def _closed(submission: Submission) -> None:
             logger().exception("policy not settled")  # the schedule tries it each minute
     if submission.kind == "transfer" and submission.moved_nothing:
         Limits().release(submission.metadata["reference"], attempt=submission.attempt)
+    publish(submission)

@@ -8,49 +8,26 @@ from __future__ import annotations
 
 import json
 import random
-from math import ceil
 from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from qaes.adapters import clients, metrics, settings
+from qaes.adapters import metrics
 from qaes.adapters.handlers import function
 from qaes.adapters.logs import logger
 from qaes.domain.errors import LimitError, UnavailableError
-from qubic.submissions import FOLLOW_SECONDS, LEAD_TICKS, Submission, Submissions
+from qubic.queue import enqueue
+from qubic.service import policies, submissions
+from qubic.submissions import FOLLOW_SECONDS, Submissions
 
-MAX_DELAY_SECONDS = 60
-"""Longest pause between two looks: ticks may stand still for an hour."""
 STUCK_METRIC = "LedgerStuck"
 SECONDS_FOR_A_SOURCE = 18
 """A source is begun with so much time left: the network may answer slowly, and what is cut off is done once more."""
 
 
-def enqueue(submission: Submission, tick: int = 0, *, seen: int = 0, looks: int = 0) -> None:
-    """Have the submission looked at when its tick should have passed.
-
-    Parameters
-    ----------
-    tick
-        The present tick; 0: it is not known, and the submission is for `LEAD_TICKS` from now.
-    seen, looks
-        Which tick it was at the last look, and how many looks there have been at that same one: then ticks do not
-        come as they should, and the pauses become longer.
-    """
-    looks = looks + 1 if tick <= seen else 0
-    until = (submission.tick + 2 - (tick or submission.tick - LEAD_TICKS)) * settings.number("QUBIC_TICK_MILLISECONDS")
-    delay = min(MAX_DELAY_SECONDS, max(1, ceil(until / 1000), 2 ** min(looks - 2, 6) if looks > 2 else 1))
-    message = {"key": submission.key, "network": submission.network, "seen": max(tick, seen), "looks": looks}
-    clients.client("sqs").send_message(
-        QueueUrl=settings.text("LEDGER_WRITER_QUEUE"), MessageBody=json.dumps(message), DelaySeconds=delay
-    )
-
-
 @function
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Take a batch of the queue, give `{"batchItemFailures"}`; take a schedule's event, give `{"open": [keys]}`."""
-    from qubic.service import policies, submissions
-
     it = submissions()
     if "Records" not in event:
         try:

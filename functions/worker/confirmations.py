@@ -1,7 +1,7 @@
 """Waiting for the ledger: the state AwaitConfirmation leaves its task token here; the end of a transfer wakes it.
 
 First the end is put on record, then the execution is woken, if it still waits. Who comes first does not matter: who
-leaves a token looks whether the transfer has ended already, and the ledger's stream tells of its end at least once.
+leaves a token looks whether the transfer has ended already, and the qubic service publishes its end at least once.
 What both miss, the reconciler finds.
 """
 
@@ -13,13 +13,12 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from qaes.adapters import metrics, settings, transfers
 from qaes.adapters.handlers import function, state
-from qaes.adapters.ledger_client import CALL_SECONDS, LedgerClient
+from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import logger
 from qaes.adapters.task_store import TaskStore, refuse_other_execution
 from qaes.domain.errors import ConflictError, NotFoundError
 from qaes.domain.models import StepRecord, Task
 
-_PREFIX = "transfer:"
 NOT_ON_RECORD_METRIC = "TransferNotOnRecord"
 
 
@@ -41,33 +40,20 @@ def await_confirmation(event: dict[str, Any], context: LambdaContext) -> dict[st
 
 @function
 def transfer_ended(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """Take a batch of the ledger table's stream, give `{"batchItemFailures": [{"itemIdentifier": …}]}`."""
-    failed: list[str] = []
-    for record in event["Records"]:
-        change = record["dynamodb"]
-        image = change.get("NewImage", {})
-        key, state = image.get("key", {}).get("S", ""), image.get("state", {}).get("S", "")
-        if not key.startswith(_PREFIX) or state in transfers.OPEN:
-            continue
-        if context.get_remaining_time_in_millis() < CALL_SECONDS * 1000:
-            logger().warning("no time left to ask the ledger: it is delivered again", extra={"transfer": key})
-            failed.append(change["SequenceNumber"])
-            continue
-        try:
-            step = _ended(key.removeprefix(_PREFIX))
-            if state == "confirmed":
-                _check_on_record(step, key, image.get("txid", {}).get("S", ""))
-        except Exception:  # noqa: BLE001 - whatever it is, it is logged, and delivered again
-            logger().exception("could not tell", extra={"transfer": key})
-            failed.append(change["SequenceNumber"])
-    return {"batchItemFailures": [{"itemIdentifier": number} for number in failed]}
+    """Take the qubic service's event `transfer_settled`, give `{status}` of the step's record, null without one.
+
+    The event only names a transfer. What became of it is what the ledger answers now: an event may come late, or again.
+    """
+    detail = event["detail"]
+    reference = transfers.reference_of(str(detail["task_id"]), str(detail["step_id"]))
+    record = _ended(reference)
+    if detail["outcome"] == "confirmed":
+        _check_on_record(record, reference, str(detail["txid"]))
+    return {"status": record.status if record is not None else None}
 
 
 def _ended(reference: str) -> StepRecord | None:
-    """Finish the step's record, and wake who waits; the record, if there is one.
-
-    An event may come late, or again: how it stands now counts.
-    """
+    """Finish the step's record, and wake who waits; the record, if there is one."""
     store = TaskStore()
     task_id, _, step_id = reference.partition("#")
     try:
@@ -85,7 +71,7 @@ def _ended(reference: str) -> StepRecord | None:
     return settled.record
 
 
-def _check_on_record(record: StepRecord | None, key: str, txid: str) -> None:
+def _check_on_record(record: StepRecord | None, reference: str, txid: str) -> None:
     """Raise the alarm when a confirmed transfer's step has ended otherwise, or was never begun.
 
     A step's end is told once and is not taken back; so what happened after a refusal that was told too early is for a
@@ -93,8 +79,14 @@ def _check_on_record(record: StepRecord | None, key: str, txid: str) -> None:
     """
     if record is not None and (record.status == "running" or (record.result or {}).get("txid") == txid):
         return
+    state = transfers.state_of(LedgerClient(), *reference.split("#", 1))
+    if state is None or state["state"] != "confirmed":
+        return
     status = record.status if record is not None else None
-    logger().error("money has moved, and it is not on record", extra={"transfer": key, "txid": txid, "step": status})
+    logger().error(
+        "money has moved, and it is not on record",
+        extra={"transfer": reference, "txid": state["txid"], "step": status},
+    )
     metrics.count_one(NOT_ON_RECORD_METRIC)
 
 

@@ -132,6 +132,9 @@ def test_only_the_ledgers_functions_have_the_key(
     queue = local_cloud.client("sqs").list_queues(QueueNamePrefix="qaes-local-LedgerWriterQueue")["QueueUrls"][0]
     sqs = session(function).client("sqs", endpoint_url=local_cloud.endpoint)
     _refused(sqs.send_message, QueueUrl=queue, MessageBody="{}")
+    events = session(function).client("events", endpoint_url=local_cloud.endpoint)
+    bus = local_cloud.resources["LedgerBus"]
+    _refused(events.put_events, Entries=[{"EventBusName": bus, "Source": "x", "DetailType": "x", "Detail": "{}"}])
 
 
 @pytest.mark.parametrize("function", sorted(QUBIC))

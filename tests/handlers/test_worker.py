@@ -115,7 +115,7 @@ def asked(aws: Cloud) -> Counter[str]:
 
 @pytest.fixture
 def missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The ledger's stream tells nobody."""
+    """The qubic service's event does not arrive."""
     monkeypatch.setattr("worker.confirmations._ended", lambda reference: None)
 
 
@@ -498,9 +498,9 @@ def woken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return tokens
 
 
-def ended(task_id: str, state: str = "confirmed") -> dict[str, Any]:
-    image = {"key": {"S": f"transfer:{task_id}#step_3"}, "kind": {"S": "transfer"}, "state": {"S": state}}
-    return {"Records": [{"dynamodb": {"NewImage": image, "SequenceNumber": "1"}}]}
+def ended(task_id: str, outcome: str = "confirmed", txid: str = "x") -> dict[str, Any]:
+    detail = {"task_id": task_id, "step_id": "step_3", "outcome": outcome, "txid": txid}
+    return {"source": "qaes.qubic", "detail-type": "transfer_settled", "detail": detail}
 
 
 def test_the_end_of_a_transfer_is_on_record_before_who_waits_is_woken(
@@ -515,10 +515,10 @@ def test_the_end_of_a_transfer_is_on_record_before_who_waits_is_woken(
         lambda token, output: woken.append((token, record_of(store, task_id).status)) or True,
     )
     assert await_confirmation(aws, task_id) == {"state": "under_way"}
-    assert aws.invoke("TransferEndedFunction", ended(task_id, "broadcast")) == {"batchItemFailures": []}
-    assert aws.invoke("TransferEndedFunction", ended(task_id, "confirmed")) == {"batchItemFailures": []}  # it is not so
+    for outcome in ("confirmed", "expired"):  # it is not so
+        assert aws.invoke("TransferEndedFunction", ended(task_id, outcome)) == {"status": "running"}
     assert woken == []
-    aws.settle()  # and with it, the stream's record
+    aws.settle()  # and with it, the qubic service's event
     assert woken == [("a token", "succeeded")]
 
 
@@ -567,7 +567,7 @@ def test_when_nobody_waits_any_more_the_end_is_on_record_all_the_same(
     assert (record_of(store, task_id).status, store.waiter(task_id, 2)) == ("succeeded", None)
 
 
-@pytest.mark.parametrize("by", ["stream", "reconciler"])
+@pytest.mark.parametrize("by", ["event", "reconciler"])
 def test_what_a_cancelled_task_has_done_is_put_on_record_once(
     aws: Cloud,
     store: TaskStore,
@@ -590,7 +590,7 @@ def test_what_a_cancelled_task_has_done_is_put_on_record_once(
     assert reconcile(aws) == ([task_id] if by == "reconciler" else [])
     record = record_of(store, task_id)
     assert (record.status, balance(DESTINATION), woken, store.waiter(task_id, 2)) == ("succeeded", 250, [WAITER], None)
-    assert aws.invoke("TransferEndedFunction", ended(task_id)) == {"batchItemFailures": []}
+    assert aws.invoke("TransferEndedFunction", ended(task_id)) == {"status": "succeeded"}
     assert reconcile(aws) == []
     assert record_of(store, task_id) == record
     assert ends_of_the_transfer(task_id) == ["succeeded"]
@@ -638,7 +638,7 @@ def test_the_end_of_a_transfer_of_no_task_or_no_begun_step_harms_nobody(
 ) -> None:
     task_id, _ = plan_for("transfer_funds", TRANSFER)
     for each in ("task_none", task_id):
-        assert aws.invoke("TransferEndedFunction", ended(each)) == {"batchItemFailures": []}
+        assert aws.invoke("TransferEndedFunction", ended(each)) == {"status": None}
     assert (woken, store.step(task_id, 2)) == ([], None)
 
 
@@ -686,26 +686,49 @@ def test_a_transfer_that_is_confirmed_after_its_step_has_failed_raises_an_alarm_
     assert (record_of(store, task_id).status, balance(DESTINATION)) == ("succeeded", 250)
 
 
-def test_no_alarm_is_raised_for_what_is_on_record_or_moved_nothing_but_for_what_was_never_begun(
-    aws: Cloud, store: TaskStore, plan_for: Plans, capsys: pytest.CaptureFixture[str]
+def test_no_alarm_is_raised_for_a_transfer_that_is_on_record(
+    aws: Cloud, store: TaskStore, plan_for: Plans, asked: Counter[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     submit(aws, task_id)
     aws.invoke("TransferEndedFunction", ended(task_id))  # nothing is known of it yet
     aws.settle()
-    again = ended(task_id)
-    again["Records"][0]["dynamodb"]["NewImage"]["txid"] = {"S": record_of(store, task_id).result["txid"]}
-    aws.invoke("TransferEndedFunction", again)
-    aws.invoke("TransferEndedFunction", ended("task_none", "expired"))
+    asked.clear()
+    aws.invoke("TransferEndedFunction", ended(task_id, txid=record_of(store, task_id).result["txid"]))
+    assert not asked
     assert not_on_record(capsys.readouterr().out) == 0
+
+
+def test_transfer_ended_believes_the_ledger_not_the_event(
+    aws: Cloud, store: TaskStore, plan_for: Plans, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever can put an event on the bus can neither end a step nor raise the alarm."""
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
     aws.invoke("TransferEndedFunction", ended("task_none"))
+    aws.invoke("TransferEndedFunction", ended("task_none", "expired"))
+    aws.invoke("TransferEndedFunction", ended(task_id))
+    assert store.step(task_id, 2) is None
+    submit(aws, task_id)
+    for outcome in ("confirmed", "failed"):
+        aws.invoke("TransferEndedFunction", ended(task_id, outcome))
+    assert record_of(store, task_id).status == "running"
+    assert not_on_record(capsys.readouterr().out) == 0
+
+
+def test_an_alarm_is_raised_for_a_transfer_of_no_step(aws: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
+    terms = {"source": SOURCE, "destination": DESTINATION, "amount": 10, "run": 1, "requester": "alice"}
+    moved = {"operation": "transfer", "reference": "task_none#step_3", **terms}
+    assert aws.invoke("LedgerTransferFunction", moved)["ok"]
+    aws.settle()
     assert not_on_record(capsys.readouterr().out) == 1
 
 
 def test_an_end_that_cannot_be_told_is_delivered_again(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TaskStore, "get_task", lambda *key: 1 / 0)
-    assert aws.invoke("TransferEndedFunction", ended("task_none")) == {"batchItemFailures": [{"itemIdentifier": "1"}]}
+    with pytest.raises(ZeroDivisionError):
+        aws.invoke("TransferEndedFunction", ended("task_none"))
 
 
 def test_who_has_no_time_left_for_a_call_of_the_ledger_begins_none(
@@ -721,7 +744,6 @@ def test_who_has_no_time_left_for_a_call_of_the_ledger_begins_none(
     submit(aws, task_id)
     asked.clear()
     monkeypatch.setattr(Context, "get_remaining_time_in_millis", lambda self: 29_000)
-    assert aws.invoke("TransferEndedFunction", ended(task_id)) == {"batchItemFailures": [{"itemIdentifier": "1"}]}
     assert reconcile(aws) == []
     assert not asked
 
@@ -887,7 +909,7 @@ def test_the_late_end_of_an_earlier_attempt_is_not_taken_for_this_ones(
         submit(aws, task_id)
     claimed = record_of(store, task_id)
     assert (claimed.status, claimed.run) == ("running", 2)
-    assert aws.invoke("TransferEndedFunction", ended(task_id, "expired")) == {"batchItemFailures": []}
+    assert aws.invoke("TransferEndedFunction", ended(task_id, "expired")) == {"status": "running"}
     reconcile(aws)
     assert record_of(store, task_id) == claimed
     del aws.faults["LedgerTransferFunction"]

@@ -14,8 +14,9 @@ from botocore.exceptions import ClientError, EndpointConnectionError
 from qaes.domain.errors import LimitError, UnavailableError
 from qubic import wallets
 from qubic.chain.mock import Faults, MockChain
+from qubic.queue import MAX_DELAY_SECONDS
 from qubic.submissions import LEAD_TICKS, Submissions
-from qubic.writer import MAX_DELAY_SECONDS, STUCK_METRIC
+from qubic.writer import STUCK_METRIC
 from tests.support.cloud import SEED, Cloud, cloud
 from tests.support.crashes import crash_at, sampled_numbers
 
@@ -71,6 +72,8 @@ def _transfer_moves_once_or_not_at_all(it: Cloud, number: int) -> bool:
     state = it.invoke("LedgerTransferFunction", terms)["result"]["state"]
     assert state in {"confirmed", "expired"}, (number, crash.calls[-1])
     assert before - _balance(it, SOURCE) == (1 if state == "confirmed" else 0), (number, crash.calls[-1])
+    ends = {event["detail"]["outcome"] for event in _published(it) if event["detail"]["task_id"] == f"task_{number}"}
+    assert ends == {state}, (number, crash.calls[-1])
     return crash.happened
 
 
@@ -101,6 +104,57 @@ def _on_chain(it: Cloud, payload: bytes) -> list[str]:
 
 def _balance(it: Cloud, address: str) -> int:
     return int(it.invoke("LedgerFunction", {"operation": "balance", "address": address})["result"]["balance"])
+
+
+# The events of what has ended
+
+
+def _published(it: Cloud) -> list[dict[str, Any]]:
+    return [{"type": entry["DetailType"], "detail": json.loads(entry["Detail"])} for entry in it.published]
+
+
+def test_the_end_of_a_transfer_is_published():
+    with cloud(state_machine=False) as it:
+        txid = it.invoke("LedgerTransferFunction", TRANSFER)["result"]["txid"]
+        assert _published(it) == []
+        it.settle()
+        detail = {"task_id": "task", "step_id": "step_1", "outcome": "confirmed", "txid": txid}
+        assert _published(it) == [{"type": "transfer_settled", "detail": detail}]
+
+
+def test_the_end_of_an_anchor_is_published_and_of_a_hash_not():
+    anchor = {"operation": "submit_anchor", "log_id": "qaes", "sequence": 0, "payload": "51414553"}
+    with cloud(state_machine=False) as it:
+        txid = it.invoke("LedgerAnchorFunction", anchor)["result"]["txid"]
+        it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        it.settle()
+        detail = {"log_id": "qaes", "sequence": 0, "outcome": "confirmed", "txid": txid}
+        assert _published(it) == [{"type": "anchor_settled", "detail": detail}]
+
+
+@pytest.mark.parametrize("failure", ["refused", "silent"])
+def test_a_queue_waits_until_its_event_is_taken(monkeypatch, capsys, failure):
+    def fails(client: Any, operation: str, arguments: Any) -> Any:
+        if operation != "PutEvents":
+            return call(client, operation, arguments)
+        if failure == "silent":
+            raise EndpointConnectionError(endpoint_url="https://events")
+        return {"FailedEntryCount": 1, "Entries": [{"ErrorCode": "ThrottlingException"}]}
+
+    with cloud(state_machine=False) as it:
+        it.invoke("LedgerTransferFunction", TRANSFER)
+        call = BaseClient._make_api_call
+        it.clock.pass_seconds(LEAD_TICKS + 2)
+        with monkeypatch.context() as patch:
+            patch.setattr(BaseClient, "_make_api_call", fails)
+            it.invoke("LedgerWriterFunction", {})
+            it.clock.pass_seconds(LEAD_TICKS + 2)
+            assert len(it.invoke("LedgerWriterFunction", {})["open"]) == 1
+        assert _published(it) == []
+        assert it.invoke("LedgerWriterFunction", {})["open"] == []
+        assert [event["detail"]["outcome"] for event in _published(it)] == ["confirmed"]
+        if failure == "silent":
+            assert STUCK_METRIC in capsys.readouterr().out
 
 
 # The writer's queue

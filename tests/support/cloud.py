@@ -2,7 +2,7 @@
 
 Tables are created from the template's own properties, the state machine from the deployed file, and a function's name
 leads to the handler that the template names, called with the function's own environment. moto carries no JSONata
-evaluator, runs no function without Docker and calls none for a queue or a stream; these seams are filled here, and
+evaluator, runs no function without Docker and calls none for a queue or an event; these seams are filled here, and
 nothing else. The mock network's clock is the tests' own: its ticks pass when nobody is in the midst of something.
 """
 
@@ -230,7 +230,9 @@ class Cloud:
     throttle: Callable[[str, Any], bool] = lambda function, event: False
     parameters: dict[str, str] = field(default_factory=dict)
     closed: bool = False
-    _shard: str = ""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    """What was put on the ledger's event bus, and not delivered yet; `published` keeps what was delivered, too."""
+    published: list[dict[str, Any]] = field(default_factory=list)
     _stopped: threading.Event = field(default_factory=threading.Event)
 
     def stop_time(self) -> None:
@@ -294,7 +296,7 @@ class Cloud:
                 if min(waiting) in self._waiting_ticks():  # it is not there: it is absent when the margin is over
                     self.clock.pass_seconds(EXPIRY_MARGIN_TICKS)
                     self.invoke("LedgerWriterFunction", {})
-            self._deliver_stream()
+            self._deliver_events()
             return bool(waiting)
 
     def _tick(self) -> int:
@@ -303,24 +305,16 @@ class Cloud:
         with _environment(template.environment("LedgerFunction", PARAMETERS | self.parameters)):
             return chain().tick_info().tick
 
-    def _deliver_stream(self) -> None:
-        """What the ledger table's stream would do: hand new records to the functions that listen, by their filters."""
-        streams = boto3.client("dynamodbstreams")
-        if not self._shard:
-            [stream] = streams.list_streams(TableName="LedgerTable")["Streams"]
-            found = streams.describe_stream(StreamArn=stream["StreamArn"])["StreamDescription"]
-            self._shard = streams.get_shard_iterator(
-                StreamArn=stream["StreamArn"],
-                ShardId=found["Shards"][0]["ShardId"],
-                ShardIteratorType="TRIM_HORIZON",
-            )["ShardIterator"]
-        answer = streams.get_records(ShardIterator=self._shard)
-        self._shard = answer["NextShardIterator"]
-        for function, patterns in template.stream_listeners("LedgerTable").items():
-            records = [each for each in answer["Records"] if any(template.matches(one, each) for one in patterns)]
-            if records:
-                failures = self.invoke(function, {"Records": records}).get("batchItemFailures")
-                assert not failures, f"{function} could not take {failures}"
+    def _deliver_events(self) -> None:
+        """What EventBridge would do: hand each event of the ledger's bus to the functions whose rule matches it."""
+        while self.events:
+            entry = self.events.pop(0)
+            event = {
+                "source": entry["Source"], "detail-type": entry["DetailType"], "detail": json.loads(entry["Detail"]),
+            }  # fmt: skip
+            for function, patterns in template.rule_listeners(entry["EventBusName"]).items():
+                if any(template.matches(one, event) for one in patterns):
+                    self.invoke(function, event)
 
     def _waiting_ticks(self) -> list[int]:
         found = boto3.client("dynamodb").scan(
@@ -424,6 +418,13 @@ def cloud(
             response_headers["x-amz-function-error"] = "Unhandled"
             return json.dumps({"errorType": type(error).__name__, "errorMessage": str(error)}).encode()
 
+    def api_call(client: Any, operation: str, arguments: Any) -> Any:
+        answer = _one_at_a_time(client, operation, arguments)
+        if operation == "PutEvents" and not answer["FailedEntryCount"]:
+            it.events += arguments["Entries"]
+            it.published += arguments["Entries"]
+        return answer
+
     config: Any = {
         "stepfunctions": {"execute_state_machine": True},
         "lambda": {"use_docker": False},
@@ -438,7 +439,7 @@ def cloud(
         patch.object(DynamoDBBackend, "transact_write_items", _transact_write_items),
         patch.object(BaseJSONSerializer, "_serialize_type_structure", _serialize_type_structure),
         patch.object(moto_jsonata, "_eval_jsonata", evaluate),
-        patch.object(BaseClient, "_make_api_call", _one_at_a_time),
+        patch.object(BaseClient, "_make_api_call", api_call),
         patch.dict(MockChain.__init__.__kwdefaults__, {"clock": it.clock}),
     ):
         clients.reset()
@@ -478,7 +479,6 @@ class _Snapshot:
     places: list[tuple[BackendDict[Any], str, str]]
     backends: list[Any]
     machine_arn: str
-    shard: str
     moment: datetime
     made: float = field(default_factory=time.monotonic)
 
@@ -491,7 +491,7 @@ class _Snapshot:
             for account, region, backend in services.iter_backends()
         ]
         places, backends = zip(*found, strict=True)
-        return cls(list(places), copy.deepcopy(list(backends)), it.machine_arn, it._shard, it.clock.moment)
+        return cls(list(places), copy.deepcopy(list(backends)), it.machine_arn, it.clock.moment)
 
     @property
     def is_new(self) -> bool:
@@ -499,7 +499,7 @@ class _Snapshot:
         return time.monotonic() - self.made < SNAPSHOT_SECONDS
 
     def restore(self, it: Cloud) -> None:
-        it.machine_arn, it._shard, it.clock.moment = self.machine_arn, self.shard, self.moment
+        it.machine_arn, it.clock.moment = self.machine_arn, self.moment
         # Copied in one go: one service's backend has references to another's.
         for (services, account, region), backend in zip(self.places, copy.deepcopy(self.backends), strict=True):
             dict.__setitem__(services[account], region, backend)
@@ -519,6 +519,8 @@ def _fill(it: Cloud, *, state_machine: bool, policy: bool) -> None:
         _create_queues()
         _create_tables()
         _create_functions()
+        for name in template.resources("AWS::Events::EventBus"):
+            boto3.client("events").create_event_bus(Name=name)
         for name in template.resources("AWS::SecretsManager::Secret"):
             boto3.client("secretsmanager").create_secret(Name=name, SecretString=SEED)
         if state_machine:

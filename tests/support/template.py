@@ -158,8 +158,18 @@ def stream_listeners(table: str) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def rule_listeners(bus: str) -> dict[str, list[dict[str, Any]]]:
+    """Which functions the rules of an event bus call, each with the patterns of its rules."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for name, body in resources("AWS::Serverless::Function").items():
+        for event in body["Properties"].get("Events", {}).values():
+            if event["Type"] == "EventBridgeRule" and event["Properties"].get("EventBusName") == {"Ref": bus}:
+                found.setdefault(name, []).append(event["Properties"]["Pattern"])
+    return found
+
+
 def matches(pattern: dict[str, Any], record: dict[str, Any]) -> bool:
-    """Whether Lambda's event filtering lets a record through: values in lists, and prefixes."""
+    """Whether the pattern of a filter or a rule lets an event through: values in lists, and prefixes."""
     for name, wanted in pattern.items():
         value = record.get(name)
         if isinstance(wanted, dict):

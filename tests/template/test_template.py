@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.template import environment
 from tests.template.conftest import ROOT
 
 NEEDS_EVERY_RESOURCE = ("logs:", "states:SendTaskSuccess")
@@ -533,13 +534,61 @@ def test_one_sequencer_takes_what_is_recorded_and_what_it_cannot_take_is_not_los
     assert lost == {"Fn::GetAtt": ["UnsequencedEntriesQueue", "Arn"]}
 
 
-def test_the_anchor_is_told_of_growth_and_of_confirmation_and_looks_by_itself(template: Any) -> None:
+def test_anchor_runs_on_growth_on_confirmation_and_by_itself(template: Any) -> None:
     events = template.functions["AnchorFunction"]["Events"]
     streams = {each["Properties"]["Stream"]["Fn::GetAtt"][0] for each in events.values() if each["Type"] == "DynamoDB"}
-    assert streams == {"AuditLogTable", "LedgerTable"}
+    assert streams == {"AuditLogTable"}
     window = {"Ref": "AnchorWindowSeconds"}
     assert events["LogHasGrown"]["Properties"]["MaximumBatchingWindowInSeconds"] == window
     assert [each for each in events.values() if each["Type"] == "Schedule"]
+    assert listeners(template) == {"AnchorFunction": ["anchor_settled"], "TransferEndedFunction": ["transfer_settled"]}
+
+
+def listeners(template: Any) -> dict[str, list[str]]:
+    """The functions that the rules of the ledger's bus call, and by which events."""
+    rules = {name: bus_rules(function) for name, function in template.functions.items()}
+    assert all(rule["Pattern"]["source"] == ["qaes.qubic"] for found in rules.values() for rule in found)
+    return {
+        name: [kind for rule in found for kind in rule["Pattern"]["detail-type"]]
+        for name, found in rules.items()
+        if found
+    }
+
+
+def bus_rules(function: dict[str, Any]) -> list[dict[str, Any]]:
+    events = [
+        event["Properties"] for event in function.get("Events", {}).values() if event["Type"] == "EventBridgeRule"
+    ]
+    return [event for event in events if event.get("EventBusName") == {"Ref": "LedgerBus"}]
+
+
+def test_only_who_may_close_a_submission_publishes_its_end(template: Any) -> None:
+    publish = ("events:PutEvents", {"Fn::GetAtt": ["LedgerBus", "Arn"]})
+    found = {name: [each for each in allowed(template, name) if each[0] == publish[0]] for name in template.functions}
+    assert {name: each for name, each in found.items() if each} == {key: [publish] for key in HOLDERS_OF_THE_SEED}
+    assert {name for name in template.functions if "LEDGER_BUS" in environment(name)} == HOLDERS_OF_THE_SEED
+
+
+def test_events_of_the_ledger_are_not_lost(template: Any) -> None:
+    """What EventBridge cannot hand over, and what a function gives up on, is in a queue with an alarm."""
+    queue = {"Fn::GetAtt": ["UndeliveredQueue", "Arn"]}
+    for name in listeners(template):
+        assert [rule["DeadLetterConfig"]["Arn"] for rule in bus_rules(template.functions[name])] == [queue]
+    ended = template.functions["TransferEndedFunction"]["EventInvokeConfig"]
+    assert ended["DestinationConfig"]["OnFailure"]["Destination"] == queue
+    assert ended["MaximumRetryAttempts"] > 0
+    # The anchor's next minute does the same, so nothing is kept of what it gives up on.
+    assert template.functions["AnchorFunction"]["EventInvokeConfig"]["MaximumRetryAttempts"] == 0
+    [statement] = template.resources["UndeliveredQueuePolicy"]["Properties"]["PolicyDocument"]["Statement"]
+    assert statement["Condition"]["ArnEquals"]["aws:SourceArn"] == [
+        {"Fn::GetAtt": ["TransferEndedFunctionTransferSettled", "Arn"]},
+        {"Fn::GetAtt": ["AnchorFunctionAnchorSettled", "Arn"]},
+    ]
+    assert template.resources["UndeliveredAlarm"]["Properties"]["Threshold"] == 1
+
+
+def test_nobody_reads_the_ledgers_items_from_a_stream(template: Any) -> None:
+    assert "StreamSpecification" not in template.resources["LedgerTable"]["Properties"]
 
 
 def test_only_the_anchor_reads_the_key_of_the_logs_checkpoints(template: Any) -> None:

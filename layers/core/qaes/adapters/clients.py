@@ -42,7 +42,7 @@ def is_busy(code: str) -> bool:
 
 
 @cache
-def client(name: Literal["dynamodb", "stepfunctions", "s3", "secretsmanager", "sqs"]) -> Any:
+def client(name: Literal["dynamodb", "stepfunctions", "s3", "secretsmanager", "sqs", "events"]) -> Any:
     """The boto3 client of that service, with short timeouts and botocore's standard retries.
 
     DynamoDB's has none: `qaes.adapters.dynamo` repeats its calls.

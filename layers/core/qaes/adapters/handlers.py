@@ -22,11 +22,12 @@ from qaes.adapters import clients, logs
 Event = dict[str, Any]
 Handler = Callable[[Event, LambdaContext], dict[str, Any]]
 WARM_UP: Event = {"warm_up": True}
-CLIENTS: tuple[tuple[str, Literal["dynamodb", "secretsmanager", "sqs", "stepfunctions"]], ...] = (
+CLIENTS: tuple[tuple[str, Literal["dynamodb", "events", "secretsmanager", "sqs", "stepfunctions"]], ...] = (
     ("_TABLE", "dynamodb"),
     ("STATE_MACHINE_ARN", "stepfunctions"),
     ("_QUEUE", "sqs"),
     ("_SECRET", "secretsmanager"),
+    ("_BUS", "events"),
 )
 """How the name of an environment variable ends that tells of a resource, and the client that reaches it."""
 

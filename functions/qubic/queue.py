@@ -1,0 +1,32 @@
+"""The queue of submissions that are open: each has one message, which comes back when its tick should have passed."""
+
+from __future__ import annotations
+
+import json
+from math import ceil
+
+from qaes.adapters import clients, settings
+from qubic.submissions import LEAD_TICKS, Submission
+
+MAX_DELAY_SECONDS = 60
+"""Longest pause between two looks: ticks may stand still for an hour."""
+
+
+def enqueue(submission: Submission, tick: int = 0, *, seen: int = 0, looks: int = 0) -> None:
+    """Have the submission looked at when its tick should have passed.
+
+    Parameters
+    ----------
+    tick
+        The present tick; 0: it is not known, and the submission is for `LEAD_TICKS` from now.
+    seen, looks
+        Which tick it was at the last look, and how many looks there have been at that same one: then ticks do not
+        come as they should, and the pauses become longer.
+    """
+    looks = looks + 1 if tick <= seen else 0
+    until = (submission.tick + 2 - (tick or submission.tick - LEAD_TICKS)) * settings.number("QUBIC_TICK_MILLISECONDS")
+    delay = min(MAX_DELAY_SECONDS, max(1, ceil(until / 1000), 2 ** min(looks - 2, 6) if looks > 2 else 1))
+    message = {"key": submission.key, "network": submission.network, "seen": max(tick, seen), "looks": looks}
+    clients.client("sqs").send_message(
+        QueueUrl=settings.text("LEDGER_WRITER_QUEUE"), MessageBody=json.dumps(message), DelaySeconds=delay
+    )

@@ -1,0 +1,49 @@
+"""The events by which other services learn that a transfer or an anchor has ended: EventBridge, the bus LEDGER_BUS.
+
+| detail-type | detail |
+|---|---|
+| `transfer_settled` | `{task_id, step_id, outcome, txid}` |
+| `anchor_settled` | `{log_id, sequence, outcome, txid}` |
+
+`outcome` is the submission's state: confirmed, expired or failed. An event holds no secret and proves nothing: it says
+what to ask the ledger about. It is published at least once, before the source's queue moves on.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from qaes.adapters import clients, settings
+from qaes.domain.errors import UnavailableError
+from qubic.submissions import Submission
+
+SOURCE = "qaes.qubic"
+
+
+def publish(submission: Submission) -> None:
+    """Publish that a transfer or an anchor has ended. Raises UnavailableError if EventBridge does not take the event.
+
+    Nobody waits for another kind of record, so nothing is published for it.
+    """
+    detail = _detail(submission)
+    if detail is None:
+        return
+    entry = {
+        "EventBusName": settings.text("LEDGER_BUS"),
+        "Source": SOURCE,
+        "DetailType": f"{submission.kind}_settled",
+        "Detail": json.dumps(detail | {"outcome": submission.state, "txid": submission.txid}),
+    }
+    answer = clients.client("events").put_events(Entries=[entry])
+    if answer["FailedEntryCount"]:
+        raise UnavailableError(f"EventBridge did not take the event: {answer['Entries'][0].get('ErrorCode')}")
+
+
+def _detail(submission: Submission) -> dict[str, Any] | None:
+    if submission.kind == "transfer":
+        task_id, _, step_id = submission.metadata["reference"].partition("#")
+        return {"task_id": task_id, "step_id": step_id}
+    if submission.kind == "anchor":
+        return {name: submission.metadata[name] for name in ("log_id", "sequence")}
+    return None
