@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -34,6 +35,17 @@ def _grow_old(api: Api, task_id: str) -> None:
     item = dynamodb.get_item(TableName=table, Key=key, ConsistentRead=True)["Item"]
     old = json.loads(item["data"]["S"]) | {"updated_at": LONG_AGO}
     dynamodb.put_item(TableName=table, Item=item | {"data": {"S": json.dumps(old)}})
+
+
+def test_the_ledgers_event_of_a_transfers_end_reaches_the_worker(api: Api) -> None:
+    task_id = new_task_id()
+    detail = {"task_id": task_id, "step_id": "step_3", "outcome": "confirmed", "txid": "x"}
+    entry = {"Source": "qaes.qubic", "DetailType": "transfer_settled", "Detail": json.dumps(detail)}
+    api.cloud.client("events").put_events(Entries=[entry | {"EventBusName": api.cloud.resources["LedgerBus"]}])
+    deadline = time.monotonic() + 30
+    while not [line for line in api.cloud.service_logs(task_id, everything=False) if "of no known task" in line]:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
 
 
 def _reconcile(api: Api) -> list[str]:
