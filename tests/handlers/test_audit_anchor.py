@@ -195,9 +195,7 @@ def test_a_new_key_takes_over_the_anchor_that_the_former_left(aws: Cloud, monkey
         successor = wallets.demo_key("0x1234567890abcdef")
     for module in ("qubic.submissions", "qubic.wallets"):
         monkeypatch.setattr(f"{module}.service_key", lambda: successor)
-    aws.settle()
-    assert anchor(aws)["state"] == "sealed", "the same, signed by the successor"
-    aws.settle()
+    aws.settle()  # the event of its failure has the anchor submitted again: the same, signed by the successor
     assert anchor(aws)["state"] == "confirmed"
     [one] = confirmed()
     assert (one.source, former.identity != successor.identity) == (successor.identity, True)
