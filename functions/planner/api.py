@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from fastapi import Depends
 from pydantic import BaseModel, Field
 
+from planner import previews
 from qaes.adapters import settings, transfers
 from qaes.adapters.http import Caller, PlanId, add_health, create_app, make_handler, require, tasks_table_answers
 from qaes.adapters.ledger_client import LedgerClient
@@ -19,7 +20,15 @@ from qaes.domain.requests import PlanRequest
 
 app = create_app("planner")
 handler = make_handler(app)
-add_health(app, "/planner/health", {"tasks_table": tasks_table_answers, "ledger": lambda: LedgerClient().health()})
+add_health(
+    app,
+    "/planner/health",
+    {
+        "tasks_table": tasks_table_answers,
+        "previews_table": previews.table_answers,
+        "ledger": lambda: LedgerClient().health(),
+    },
+)
 
 
 class PlanAnswer(Plan):
@@ -68,7 +77,7 @@ def create_plan(body: PlanRequest, caller: Annotated[Caller, Depends(require("re
         policy=policy.decide(analysis.action_type),
     )
     verdict = _verdict(ledger, plan)
-    store.save_preview_plan(plan)
+    previews.save(plan)
     return PreviewAnswer(**dict(_answer(plan)), verdict=verdict)
 
 
@@ -78,8 +87,10 @@ def get_plan(
 ) -> PlanAnswer:
     """Show a plan; the plan of a task that the caller may not see is not there."""
     store = TaskStore()
-    plan = store.get_plan(plan_id) if is_plan_id(plan_id) else None
-    if plan is None or (plan.task_id is not None and not _may_see_task(store, plan.task_id, caller)):
+    if not is_plan_id(plan_id):
+        raise NotFoundError("no such plan", field="plan_id")
+    plan = previews.get(plan_id) or store.get_plan(plan_id)
+    if plan.task_id is not None and not _may_see_task(store, plan.task_id, caller):
         raise NotFoundError("no such plan", field="plan_id")
     return _answer(plan)
 

@@ -13,6 +13,7 @@ from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.errors import InvalidInputError, UnavailableError
 from qaes.domain.ids import is_plan_id, parse_timestamp
+from qaes.domain.models import Plan
 from qaes.domain.policy import Policy, Rule, policy_of
 from qubic.policies import Policies
 from tests.handlers.test_gateway import (
@@ -76,7 +77,8 @@ def test_a_plan_has_the_inherited_fields_and_is_not_executed(api: Api) -> None:
         ("step_3", "onchain_action", True),
     ]
     assert plan["steps"][2]["parameters"] == {"from_address": SOURCE, "to_address": DESTINATION, "amount": 250}
-    assert {item["sk"]["S"] for item in items("TasksTable")} == {"PLAN"}
+    assert [item["pk"]["S"] for item in items("PreviewsTable")] == [plan["plan_id"]]
+    assert items("TasksTable") == []
 
 
 def test_a_plan_to_watch_needs_nobodys_approval(api: Api) -> None:
@@ -92,14 +94,14 @@ def test_what_the_policy_does_not_know_is_planned_as_denied(api: Api) -> None:
     assert plan["policy"]["allowed"] is False
 
 
-def test_a_preview_is_read_back_as_it_was_given_and_goes_after_thirty_days(api: Api, store: TaskStore) -> None:
+def test_a_preview_is_read_back_as_it_was_given_and_goes_after_thirty_days(api: Api) -> None:
     plan = create(api)
     kept = {name: value for name, value in plan.items() if name != "verdict"}
     for caller in (ALICE, BOB, CAROL, OLIVIA):
         answer = api("GET", f"/plan/{plan['plan_id']}", **caller)
         assert (answer.status, answer.body) == (200, kept)
-    assert plan["plan_hash"] == store.get_plan(plan["plan_id"]).hash()
-    [item] = items("TasksTable")
+    [item] = items("PreviewsTable")
+    assert plan["plan_hash"] == Plan.model_validate_json(item["data"]["S"]).hash()
     days = (int(item["expires_at_epoch"]["N"]) - parse_timestamp(plan["created_at"]).timestamp()) / 86400
     assert days == pytest.approx(30, abs=0.01)
 

@@ -140,16 +140,6 @@ def test_what_is_not_there_is_not_found(store: TaskStore) -> None:
         store.plan_of(task)
 
 
-def test_a_preview_goes_after_a_while(store: TaskStore) -> None:
-    plan = build(None)
-    store.save_preview_plan(plan)
-    assert store.get_plan(plan.plan_id) == plan
-    item = boto3.client("dynamodb").get_item(
-        TableName="TasksTable", Key={"pk": {"S": plan.plan_id}, "sk": {"S": "PLAN"}}
-    )["Item"]
-    assert "expires_at_epoch" in item
-
-
 def test_waiting_and_token_are_one_write_and_the_newest_token_counts(store: TaskStore) -> None:
     task_id, plan = waiting(store)
     assert store.get_task(task_id).status == "waiting_approval"

@@ -102,6 +102,7 @@ LEDGER = {"LedgerFunction", "LedgerTransferFunction", "LedgerAnchorFunction", "L
 HOLDERS_OF_THE_SEED = LEDGER | {"LedgerWriterFunction"}
 QUBIC = HOLDERS_OF_THE_SEED | {"QubicApiFunction"}
 OWNERS = {
+    "PreviewsTable": {"PlannerApiFunction"},
     "LedgerTable": QUBIC,
     "ChainTable": QUBIC,
     "AuditEntriesTable": {

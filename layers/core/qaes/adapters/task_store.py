@@ -56,7 +56,6 @@ from qaes.domain.text import same_subject
 MAX_RETRIES = 20
 """How often a task may be retried: its trail, and the bundle of it, stay small enough to be sent."""
 _ATTEMPTS = 8
-_PREVIEW_SECONDS = 30 * 24 * 3600
 
 
 @dataclass(frozen=True)
@@ -260,11 +259,6 @@ class TaskStore:
             return _Change(fields, (event,), (self._items.put(plan_item(plan), unless_exists=True),))
 
         return self.plan_of(self._change(task_id, change))
-
-    def save_preview_plan(self, plan: Plan) -> None:
-        """Store a plan that is not executed; it goes after 30 days."""
-        item = plan_item(plan) | {"expires_at_epoch": {"N": str(int(time.time()) + _PREVIEW_SECONDS)}}
-        dynamo.transact([self._items.put(item, unless_exists=True)])
 
     def begin_execution(self, task_id: str) -> Task:
         """`planning` → `executing`."""
