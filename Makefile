@@ -78,7 +78,7 @@ browser: $(VENV)/.all-stamp ## The pages in Chromium, on a phone's and a desktop
 sam-local: $(VENV)/.all-stamp ## The functions in Lambda's container, through `sam local` (needs Docker; SAM_LOCAL_ARGS)
 	@$(BIN)/python -m pytest -q tests/sam_local
 
-check: $(VENV)/.all-stamp ## Lint, types, import contracts, template, requirements: changes nothing
+check: $(VENV)/.all-stamp ## Lint, types, import contracts, template, requirements, prose: changes nothing
 	@mkdir -p .local
 	@echo "ruff" && $(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
 	@echo "mypy" && $(BIN)/mypy --no-error-summary
@@ -87,6 +87,7 @@ check: $(VENV)/.all-stamp ## Lint, types, import contracts, template, requiremen
 	@echo "sam validate" && AWS_DEFAULT_REGION=us-east-1 AWS_ACCESS_KEY_ID=test AWS_SECRET_ACCESS_KEY=test $(BIN)/sam validate --lint > .local/sam-validate.log 2>&1 || { cat .local/sam-validate.log; exit 1; }
 	@echo "checkov" && $(BIN)/checkov --config-file .checkov.yaml > .local/checkov.log || { cat .local/checkov.log; exit 1; }
 	@echo "openapi" && PYTHONPATH=functions:layers/core $(BIN)/python -m local.openapi --check
+	@echo "prose" && $(BIN)/python -m local.prose
 	@echo "uv.lock and the layer's requirements" && $(BIN)/uv lock --check --quiet && $(EXPORT) | diff - layers/core/requirements.txt || { echo "layers/core/requirements.txt differs from uv.lock: make requirements" >&2; exit 1; }
 
 EXPORT := $(BIN)/uv export --quiet --frozen --no-dev --no-emit-project --no-header --format requirements.txt
@@ -101,8 +102,8 @@ fuzz: $(VENV)/.all-stamp ## All that make test samples; then some 10,000 request
 openapi: $(VENV)/.all-stamp ## Write docs/openapi.json, docs/api.md and what the gateway serves of them, from the code
 	@PYTHONPATH=functions:layers/core $(BIN)/python -m local.openapi
 
-format: $(VENV)/.all-stamp ## Format, and fix what ruff can fix
-	@$(BIN)/ruff check --quiet --fix . && $(BIN)/ruff format --quiet .
+format: $(VENV)/.all-stamp ## Format code, apply the fixes of ruff, wrap the documentation
+	@$(BIN)/ruff check --quiet --fix . && $(BIN)/ruff format --quiet . && $(BIN)/python -m local.prose --write
 
 bench: $(VENV)/.all-stamp ## Measure; writes docs/performance.md and .json (ONLY=cost: what a task costs alone)
 	@PYTHONPATH=functions:layers/core $(BIN)/python -m benchmarks.run $(ONLY)
