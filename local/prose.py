@@ -36,7 +36,6 @@ NOT_REWRITTEN = {
     "docs/adr/0017-a-transfer-ends-when-confirmed.md",
     "docs/audit.md",
     "docs/policy.md",
-    "docs/qubic.md",
     "docs/runbook.md",
     "docs/testing.md",
     "docs/threat-model.md",
