@@ -1,4 +1,8 @@
-"""Import time of each handler module, as a multiple of `import boto3; boto3.client("dynamodb")` in the same run."""
+"""What loading each function takes, as multiples of `import boto3; boto3.client("dynamodb")` in the same run.
+
+A function is loaded as Lambda loads it: in a fresh interpreter, with its environment, its AWS clients made by its
+module. It is loaded with the byte code that the build adds, and without.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import os
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from tests.support import template
@@ -13,7 +18,35 @@ from tests.support import template
 ROOT = Path(__file__).resolve().parents[1]
 BASELINE = "import boto3; boto3.client('dynamodb', region_name='us-east-1')"
 LIMITS = {"authorizer": 1.0, "api": 2.3, "workflow": 1.6}
-ROUNDS = 9
+ROUNDS = 7
+UNCOMPILED = """
+import _frozen_importlib_external as machinery
+cached = machinery.cache_from_source
+def only_what_lambda_has_compiled(path, *arguments, **options):
+    of_lambda = "site-packages" not in path and "/functions/" not in path and "/layers/" not in path
+    if of_lambda or any(f"site-packages/{name}" in path for name in ("boto", "s3transfer", "jmespath", "dateutil", "urllib3")):
+        return cached(path, *arguments, **options)
+    raise NotImplementedError  # then Python compiles the source, and keeps nothing
+machinery.cache_from_source = only_what_lambda_has_compiled
+"""
+"""Lets Python compile the functions and the layer's packages anew, as in a container of Lambda without their byte code."""
+
+
+@dataclass
+class Loaded:
+    """A function's times in milliseconds, medians over interleaved rounds; `module` is without its clients."""
+
+    function: str
+    limit: float
+    module: float
+    now: float
+    uncompiled: float
+    baseline: float
+
+    @property
+    def ratio(self) -> float:
+        """What the module takes by itself, as a multiple of the baseline, which is mostly a client."""
+        return self.module / self.baseline
 
 
 def kind(module: str) -> str:
@@ -23,26 +56,44 @@ def kind(module: str) -> str:
     return "api" if module.endswith(".api") else "workflow"
 
 
-def milliseconds(statement: str) -> float:
-    """One import in a fresh interpreter, bytecode cached, as Lambda's is."""
-    program = f"import time; t = time.perf_counter(); {statement}; print((time.perf_counter() - t) * 1000)"
+def milliseconds(statement: str, environment: dict[str, str], before: str = "") -> float:
+    """One import in a fresh interpreter, after the statements `before`, with byte code cached, as Lambda's is."""
+    program = f"{before}\nimport time; t = time.perf_counter(); {statement}; print((time.perf_counter() - t) * 1000)"
     path = os.pathsep.join(str(ROOT / each) for each in ("functions", "layers/core"))
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": path, "PYTHONPYCACHEPREFIX": str(ROOT / ".local/pycache")}
-    environment |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
-    # A handler of the workflow has made its clients by the end of its first call: that counts, so it is counted here.
-    out = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    own = {"PATH": os.environ["PATH"], "PYTHONPATH": path, "PYTHONPYCACHEPREFIX": str(ROOT / ".local/pycache")}
+    own |= {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_EC2_METADATA_DISABLED": "true"}
+    own |= {"AWS_DEFAULT_REGION": template.REGION}
+    command = [sys.executable, "-c", program]
+    out = subprocess.run(command, env=own | environment, capture_output=True, text=True, check=True)
     return float(out.stdout.strip().splitlines()[-1])
 
 
-def measure() -> list[tuple[str, float, float, float]]:
-    """Rows of (module, milliseconds, multiple of the baseline, limit), medians over interleaved rounds."""
-    modules = sorted({handler.rpartition(".")[0] for handler in template.functions().values()})
-    statements = {"": BASELINE} | {module: f"import {module}" for module in modules}
-    times: dict[str, list[float]] = {name: [] for name in statements}
-    for statement in statements.values():
-        milliseconds(statement)
-    for _ in range(ROUNDS):
-        for name, statement in statements.items():
-            times[name].append(milliseconds(statement))
-    median = {name: statistics.median(values) for name, values in times.items()}
-    return [(name, median[name], median[name] / median[""], LIMITS[kind(name)]) for name in modules]
+def measure() -> list[Loaded]:
+    """Measure every function, in rounds that are interleaved."""
+    runs: dict[tuple[str, str], tuple[str, dict[str, str], str]] = {("", "baseline"): (BASELINE, {}, "")}
+    modules: dict[str, str] = {}
+    for name, handler in template.functions().items():
+        modules[name] = handler.rpartition(".")[0]
+        statement, own = f"import {modules[name]}", template.environment(name, {"Stage": "local"})
+        in_lambda = own | {"AWS_LAMBDA_FUNCTION_NAME": name}
+        runs[name, "module"] = (statement, own, "")
+        runs[name, "now"] = (statement, in_lambda, "")
+        runs[name, "uncompiled"] = (statement, in_lambda, UNCOMPILED)
+    times: dict[tuple[str, str], list[float]] = {each: [] for each in runs}
+    for number in range(ROUNDS + 1):
+        for each, (statement, environment, before) in runs.items():
+            taken = milliseconds(statement, environment, before)
+            if number:
+                times[each].append(taken)
+    median = {each: statistics.median(values) for each, values in times.items()}
+    return [
+        Loaded(
+            name,
+            LIMITS[kind(module)],
+            module=median[name, "module"],
+            now=median[name, "now"],
+            uncompiled=median[name, "uncompiled"],
+            baseline=median["", "baseline"],
+        )
+        for name, module in modules.items()
+    ]

@@ -10,12 +10,14 @@ from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from qaes.adapters import settings
+from qaes.adapters import clients, settings
 from qaes.adapters.executions import Executions
 from qaes.adapters.handlers import state
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import compliance
 from qaes.domain.models import WalletBalance
+
+clients.prepare("stepfunctions")  # to deliver what was decided meanwhile; no environment variable names them
 
 
 @state("AwaitApproval")

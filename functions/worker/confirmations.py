@@ -11,13 +11,15 @@ from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from qaes.adapters import metrics, settings, transfers
+from qaes.adapters import clients, metrics, settings, transfers
 from qaes.adapters.handlers import function, state
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import logger
 from qaes.adapters.task_store import TaskStore, refuse_other_execution
 from qaes.domain.errors import ConflictError, NotFoundError
 from qaes.domain.models import StepRecord, Task
+
+clients.prepare("stepfunctions")  # to wake executions; no environment variable names them
 
 NOT_ON_RECORD_METRIC = "TransferNotOnRecord"
 

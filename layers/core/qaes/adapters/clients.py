@@ -1,12 +1,26 @@
-"""AWS clients, made when first needed and once for each execution environment."""
+"""AWS clients, one of each for an execution environment: made when a Lambda function is loaded, elsewhere when needed."""
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from botocore.config import Config
+
+Name = Literal["dynamodb", "events", "s3", "secretsmanager", "sqs", "stepfunctions"]
+
+RESOURCES: tuple[tuple[str, Name | Literal["lambda"]], ...] = (
+    ("_TABLE", "dynamodb"),
+    ("STATE_MACHINE_ARN", "stepfunctions"),
+    ("_QUEUE", "sqs"),
+    ("_SECRET", "secretsmanager"),
+    ("_SIGNING_KEY", "secretsmanager"),
+    ("_BUS", "events"),
+    ("_FUNCTION", "lambda"),
+)
+"""How the name of an environment variable ends that tells of a resource, and the client that reaches it."""
 
 _QUICK = {"connect_timeout": 2, "read_timeout": 10}
 
@@ -42,7 +56,7 @@ def is_busy(code: str) -> bool:
 
 
 @cache
-def client(name: Literal["dynamodb", "stepfunctions", "s3", "secretsmanager", "sqs", "events"]) -> Any:
+def client(name: Name) -> Any:
     """The boto3 client of that service, with short timeouts and botocore's standard retries.
 
     DynamoDB's has none: `qaes.adapters.dynamo` repeats its calls.
@@ -59,6 +73,19 @@ def lambda_client() -> Any:
     import boto3
 
     return boto3.client("lambda", config=_config(retries={"max_attempts": 0}, connect_timeout=2, read_timeout=27))
+
+
+def prepare(*names: Name) -> None:
+    """Make the clients of a Lambda function while it is loaded: then it has a whole processor, and later a part of one.
+
+    They are those of the resources that the function's environment variables tell of, and `names`. Outside of Lambda,
+    nothing is made.
+    """
+    if "AWS_LAMBDA_FUNCTION_NAME" not in os.environ:
+        return
+    told = {name for ending, name in RESOURCES if any(variable.endswith(ending) for variable in os.environ)}
+    for each in sorted({*told, *names}):
+        lambda_client() if each == "lambda" else client(each)
 
 
 def reset() -> None:

@@ -3,17 +3,16 @@
 `function` gives each invocation a correlation id for its log, and answers a warm-up at once. `state` is for the states
 of the state machine: it also logs one line, with the task's id, that says what the state came to.
 
-A warm-up is the event `{"warm_up": true}`. It loads the function and makes its AWS clients, calls nothing and changes
-nothing. Only who may invoke the function can send one: API Gateway, streams and queues wrap what they deliver.
+A warm-up is the event `{"warm_up": true}`. It loads the function, which makes its AWS clients; it calls nothing and
+changes nothing. Only who may invoke the function can send one: API Gateway, streams and queues wrap what they deliver.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, Literal
+from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
@@ -22,26 +21,20 @@ from qaes.adapters import clients, logs
 Event = dict[str, Any]
 Handler = Callable[[Event, LambdaContext], dict[str, Any]]
 WARM_UP: Event = {"warm_up": True}
-CLIENTS: tuple[tuple[str, Literal["dynamodb", "events", "secretsmanager", "sqs", "stepfunctions"]], ...] = (
-    ("_TABLE", "dynamodb"),
-    ("STATE_MACHINE_ARN", "stepfunctions"),
-    ("_QUEUE", "sqs"),
-    ("_SECRET", "secretsmanager"),
-    ("_BUS", "events"),
-)
-"""How the name of an environment variable ends that tells of a resource, and the client that reaches it."""
-
-
 _OUTCOMES = ("verdict", "status", "state")
 
 
 def function(handler: Handler) -> Handler:
-    """Decorate a handler whose invocations are correlated by Lambda's request id, if the handler sets no other."""
+    """Decorate a handler whose invocations are correlated by Lambda's request id, if the handler sets no other.
+
+    In Lambda, this also makes the function's AWS clients.
+    """
+    clients.prepare()
 
     @wraps(handler)
     def run(event: Event, context: LambdaContext) -> dict[str, Any]:
         if event == WARM_UP:
-            return warm_up()
+            return {"warm": True}
         with logs.invocation(getattr(context, "aws_request_id", None)):
             return handler(event, context)
 
@@ -78,13 +71,3 @@ def state(name: str | Callable[[Event], str]) -> Callable[[Handler], Handler]:
         return run
 
     return decorate
-
-
-def warm_up() -> dict[str, Any]:
-    """Make the AWS clients that the function's environment variables tell of; nothing is called."""
-    for ending, client in CLIENTS:
-        if any(name.endswith(ending) for name in os.environ):
-            clients.client(client)
-    if any(name.endswith("_FUNCTION") for name in os.environ):
-        clients.lambda_client()
-    return {"warm": True}
