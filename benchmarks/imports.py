@@ -23,13 +23,13 @@ UNCOMPILED = """
 import _frozen_importlib_external as machinery
 cached = machinery.cache_from_source
 def only_what_lambda_has_compiled(path, *arguments, **options):
-    of_lambda = "site-packages" not in path and "/functions/" not in path and "/layers/" not in path
-    if of_lambda or any(f"site-packages/{name}" in path for name in ("boto", "s3transfer", "jmespath", "dateutil", "urllib3")):
-        return cached(path, *arguments, **options)
-    raise NotImplementedError  # then Python compiles the source, and keeps nothing
+    own = "/functions/" in path or "/layers/" in path or "site-packages" in path
+    if own and not any(f"site-packages/{name}" in path for name in ("boto", "s3transfer", "dateutil", "urllib3")):
+        raise NotImplementedError  # then Python compiles the source, and keeps nothing
+    return cached(path, *arguments, **options)
 machinery.cache_from_source = only_what_lambda_has_compiled
 """
-"""Lets Python compile the functions and the layer's packages anew, as in a container of Lambda without their byte code."""
+"""Lets Python compile the functions and the layer's packages anew, as in a container of Lambda without byte code."""
 
 
 @dataclass

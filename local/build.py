@@ -20,6 +20,7 @@ from local.environment import ROOT, WORK
 FOLDER = WORK / "sam"
 BUILD = FOLDER / "build"
 TEMPLATE = BUILD / "template.yaml"
+LAYER = "CoreLayer"
 PYTHONS = range(11, 15)  # minor versions that Lambda and the template's parameter PythonRuntime have
 
 
@@ -43,7 +44,7 @@ def build(sam: Callable[..., None], progress: Callable[[str], None]) -> None:
     parameters = (f"PythonRuntime={runtime()}", f"Architecture={architecture()}", "Stage=local", "AuthMode=stub")
     folders = ("--build-dir", str(BUILD), "--cache-dir", str(FOLDER / "cache"))
     sam("build", "--template-file", str(ROOT / "template.yaml"), *folders, "--parameter-overrides", *parameters)
-    progress("compiling what was built")
+    progress("compiling the functions")
     compile_sources(BUILD)
     stamp.write_text(wanted)
 
@@ -61,12 +62,13 @@ def fingerprint(root: Path, runtime: str) -> str:
 
 
 def compile_sources(directory: Path) -> None:
-    """Add byte code that needs no look at the source: each process of the local AWS would compile it anew.
+    """Add the functions' byte code, which needs no look at the source: each process here would compile it anew.
 
-    sam copies the same code for each function, so byte code is made once and copied too.
+    The layer has its own (layers/core/targets). sam copies the same code for each function, so byte code is made once
+    and copied too.
     """
     compiled: dict[str, Path] = {}
-    for folder in sorted(filter(Path.is_dir, directory.iterdir())):
+    for folder in sorted(each for each in directory.iterdir() if each.is_dir() and each.name != LAYER):
         same = compiled.setdefault(_digest(folder), folder)
         if same != folder:
             for cache in same.rglob("__pycache__"):

@@ -159,7 +159,7 @@ def test_build_leaves_the_folders_of_sam_build_alone(tmp_path, monkeypatch):
 
 
 def test_byte_code_is_made_once_for_equal_code(tmp_path, monkeypatch):
-    for name, source in (("One", "A = 1"), ("Other", "A = 1"), ("Third", "A = 3")):
+    for name, source in (("One", "A = 1"), ("Other", "A = 1"), ("Third", "A = 3"), ("CoreLayer", "A = 3")):
         (tmp_path / name / "service").mkdir(parents=True)
         (tmp_path / name / "service" / "app.py").write_text(source)
     compiled = []

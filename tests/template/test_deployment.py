@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+from importlib.util import source_from_cache
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +104,47 @@ def test_every_parameter_has_a_group_and_a_description(template: Any) -> None:
     assert sorted(grouped) == sorted(template.parameters)
     for name, parameter in template.parameters.items():
         assert re.fullmatch(r"[A-Z].*[.]", parameter["Description"]), name
+
+
+def test_layer_has_a_target_for_each_runtime_and_instruction_set(template: Any) -> None:
+    layer = template.resources["CoreLayer"]["Metadata"]
+    for parameter, option in (("PythonRuntime", "ContextPath"), ("Architecture", "WorkingDirectory")):
+        for value in template.parameters[parameter]["AllowedValues"]:
+            folder = ROOT / resolve(layer[option], {parameter: value})
+            assert folder.name == value
+            assert [each.name for each in folder.iterdir()] in (["Makefile"], ["platforms.txt"])
+
+
+def test_layer_build_adds_unchecked_byte_code(tmp_path: Path) -> None:
+    """A file in a layer has not the time of its source, so byte code that compares them would be compiled anew."""
+    runtime = f"python3.{sys.version_info.minor}"
+    shutil.copytree(ROOT / "layers/core", tmp_path / "core", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "bin").mkdir()
+    # What pip installs is not this test's; it gets a package that pip would leave with byte code of its own.
+    python = tmp_path / "bin" / runtime
+    python.write_text(
+        f"""#!/bin/sh
+[ "$2" = pip ] || exec {sys.executable} "$@"
+for option; do case "$option" in --target=*) target="${{option#--target=}}";; esac; done
+mkdir -p "$target/package/__pycache__" && cd "$target/package" && echo "$@" > ../pip.txt
+echo "A = 1" > __init__.py && touch __pycache__/__init__.cpython-31.pyc
+"""
+    )
+    python.chmod(0o700)
+    targets = tmp_path / "core/targets"
+    subprocess.run(
+        ["make", "--makefile", str(targets / runtime / "Makefile"), "build-CoreLayer"],
+        cwd=targets / "arm64",
+        env={"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "ARTIFACTS_DIR": str(tmp_path / "layer")},
+        check=True,
+        capture_output=True,
+    )
+    built = tmp_path / "layer/python"
+    assert (
+        f"--python-version=3.{sys.version_info.minor} --platform=manylinux_2_34_aarch64"
+        in (built / "pip.txt").read_text()
+    )
+    codes = list(built.rglob("*.pyc"))
+    assert {Path(source_from_cache(str(each))) for each in codes} == set(built.rglob("*.py"))
+    unchecked = 1
+    assert {int.from_bytes(each.read_bytes()[4:8], "little") for each in codes} == {unchecked}

@@ -1,4 +1,4 @@
-"""AWS clients, one of each for an execution environment: made when a Lambda function is loaded, elsewhere when needed."""
+"""AWS clients, one of each: made when a Lambda function is loaded, and elsewhere when they are needed."""
 
 from __future__ import annotations
 
