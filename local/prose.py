@@ -35,7 +35,6 @@ NOT_REWRITTEN = {
     "docs/adr/0005-conditional-write-is-the-commit-point.md",
     "docs/adr/0017-a-transfer-ends-when-confirmed.md",
     "docs/audit.md",
-    "docs/policy.md",
     "docs/runbook.md",
     "docs/testing.md",
     "docs/threat-model.md",
