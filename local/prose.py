@@ -36,7 +36,6 @@ NOT_REWRITTEN = {
     "docs/adr/0017-a-transfer-ends-when-confirmed.md",
     "docs/audit.md",
     "docs/runbook.md",
-    "docs/testing.md",
     "docs/threat-model.md",
 }
 """Pages that are not in plain English yet. A page leaves this set when it is rewritten; no page joins it."""
@@ -49,7 +48,7 @@ _COMPONENTS = (
     "state machine|states?|status|statuses|steps?|streams?|sweeper|system|tables?|tasks?|templates?|tests?|"
     "transactions?|transfers?|verifier|worker"
 )
-_VERBS = "tells?|told|says?|said|asks?|asked|brings?|brought|knows?|knew|looks?|looked"
+_VERBS = "tells?|told|says?|said|asks?|asked|brings?|brought|knows?|knew|looks?(?! like)|looked(?! like)"
 _ADVERBS = "also|already|always|itself|never|only|still|then"
 _LINKS = "and|are|be|but|does|is|not|or|that|was|were"
 _PREPOSITIONS = "as|at|by|for|from|in|of|on|than|to|with"
