@@ -35,7 +35,6 @@ NOT_REWRITTEN = {
     "docs/adr/0005-conditional-write-is-the-commit-point.md",
     "docs/adr/0017-a-transfer-ends-when-confirmed.md",
     "docs/audit.md",
-    "docs/runbook.md",
 }
 """Pages that are not in plain English yet. A page leaves this set when it is rewritten; no page joins it."""
 
