@@ -15,6 +15,7 @@ the state machine returns `what`. The approver who decides sees the plan.
 | -- | -- |
 | `under_way` | a table has no limit of length, so that this row may be longer than one hundred characters are |
 
+- [What the verifier checks](#what-the-verifier-checks)
 - [a line that is one link has no limit](https://example.com/a/very/long/address/that/cannot/be/wrapped/anywhere)
 """
 BAD = {
@@ -72,7 +73,7 @@ def test_check_links_reports_missing_file_and_heading() -> None:
     good = "# Page\n\n[b](glossary.md#glossary) [c](https://example.com/x)\n"
     assert not list(prose.check_links("docs/page.md", good))
     bad = "# Page\n\n[a](#other) [b](glossary.md#other) [c](missing.md)\n"
-    findings = list(prose.check_links("docs/glossary.md", bad))
+    findings = list(prose.check_links("docs/page.md", bad))
     assert [finding.text for finding in findings] == ["#other", "glossary.md#other", "missing.md"]
 
 
