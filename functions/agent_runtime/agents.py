@@ -19,9 +19,7 @@ from qaes.adapters.logs import logger
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import compliance, planning
 from qaes.domain.compliance import Verdict
-from qaes.domain.errors import RefusedError
 from qaes.domain.models import CONFIRMED_LATER, Model, Outcome, Step, Task
-from qaes.domain.policy import PolicyDecision
 
 
 class EndOfTask(Model):
@@ -81,38 +79,22 @@ def check_compliance(event: dict[str, Any], context: LambdaContext) -> dict[str,
     current = LedgerClient().policy().decide(plan.analysis.action_type)
     verdict = compliance.decide(task, plan, step_index, current, approval)
     if verdict.verdict in {"await_approval", "execute"}:
-        verdict = _with_funds(task, plan.steps[step_index], current, verdict)
+        verdict = _with_funds(task, plan.steps[step_index], verdict)
     return verdict.model_dump(mode="json")
 
 
-def _with_funds(task: Task, step: Step, current: PolicyDecision, verdict: Verdict) -> Verdict:
+def _with_funds(task: Task, step: Step, verdict: Verdict) -> Verdict:
     """Deny what the ledger would refuse, before a person is asked and before the transfer is submitted.
 
-    Otherwise show the person the balance, or reserve what the transfer spends.
+    For want of room today it denies only what would be submitted now: what is approved today may be made tomorrow.
+    Whom it asks, it shows the balance.
     """
     ledger = LedgerClient()
-    funds = transfers.funds_of(ledger, step)
-    if funds.refusal is not None and not transfers.is_submitted(ledger, task.task_id, step.step_id):
-        return Verdict(verdict="denied", reason=funds.refusal)
-    if verdict.verdict == "await_approval":
-        return verdict.model_copy(update={"balance": funds.balance})
-    return _reserve(task, step, current) or verdict
-
-
-def _reserve(task: Task, step: Step, current: PolicyDecision) -> Verdict | None:
-    """Have the ledger reserve what a transfer will spend; a verdict when it refuses. Once for each step."""
-    if step.type not in CONFIRMED_LATER or not current.limits_transfers:
-        return None
-    try:
-        LedgerClient().reserve(
-            reference=transfers.reference_of(task.task_id, step.step_id),
-            source=step.parameters["from_address"],
-            destination=step.parameters["to_address"],
-            amount=step.parameters["amount"],
-        )
-    except RefusedError as error:
-        return Verdict(verdict="denied", reason=error.message)
-    return None
+    funds, is_next = transfers.funds_of(ledger, step), verdict.verdict == "execute"
+    refusal = funds.refusal or (funds.refusal_today if is_next else None)
+    if refusal is not None and not transfers.is_submitted(ledger, task.task_id, step.step_id):
+        return Verdict(verdict="denied", reason=refusal)
+    return verdict if is_next else verdict.model_copy(update={"balance": funds.balance})
 
 
 REASONS: dict[Outcome, str] = {

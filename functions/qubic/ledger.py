@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
-from uuid import uuid4
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
@@ -25,14 +24,13 @@ from qaes.domain.errors import (
     LimitError,
     NotFoundError,
     RefusedError,
-    UnavailableError,
 )
 from qaes.domain.policy import Policy
 from qaes.domain.qubic.identity import check_address
-from qubic import limits
 from qubic.hashes import check_hash, hash_state, record_instruction, write_hash
 from qubic.service import policies, submissions
-from qubic.submissions import Submission, Submissions, check_reference
+from qubic.spending import rule_for
+from qubic.submissions import Submission, Submissions, check_amount, check_reference
 from qubic.wallets import Wallets, service_identity
 
 Arguments = dict[str, Any]
@@ -129,17 +127,6 @@ def _balance(it: Submissions, arguments: Arguments) -> Result:
     }
 
 
-def _reserve(it: Submissions, arguments: Arguments) -> Result:
-    limits.reserve_for(
-        policies().in_force(),
-        Wallets(it.chain.network),
-        arguments,
-        submissions=it,
-        only_check=not it.sends_transfers,
-    )
-    return {"reference": arguments["reference"]}
-
-
 def _check_transfer(it: Submissions, arguments: Arguments) -> Result:
     return _checked_transfer(it, policies().in_force(), arguments)
 
@@ -147,38 +134,24 @@ def _check_transfer(it: Submissions, arguments: Arguments) -> Result:
 def _checked_transfer(it: Submissions, policy: Policy, terms: Any) -> Result:
     if not isinstance(terms, dict) or set(terms) != _TERMS:
         raise InvalidInputError(f"a transfer has {', '.join(sorted(_TERMS))}", field="transfer")
-    wallets = Wallets(it.chain.network)
-    refusal_today = limits.check_for(policy, wallets, terms, counts=it.sends_transfers)
-    return {"source": _balance(it, {"address": terms["source"]}), "refusal_today": refusal_today}
+    wallets, amount = Wallets(it.chain.network), check_amount(terms["amount"])
+    wallets.check_parties(terms["source"], terms["destination"])
+    rule = rule_for(policy, destination=terms["destination"], amount=amount)
+    source = wallets.identity(terms["source"])
+    refusal = it.spending.refusal_today(rule, source, amount) if it.sends_transfers else None
+    return {
+        "source": _balance(it, {"address": terms["source"]}),
+        "refusal_today": refusal.message if refusal else None,
+    }
 
 
 def _transfer(it: Submissions, arguments: Arguments) -> Result:
     terms = {name: arguments[name] for name in ("reference", "source", "destination", "amount")}
     _check_terms(arguments)
-    wallets, call = Wallets(it.chain.network), uuid4().hex
     if not it.sends_transfers:
         existing = it.get(f"transfer:{terms['reference']}")  # sent while it was allowed: that is what there is to say
-        if existing is None:
-            limits.reserve_for(policies().in_force(), wallets, arguments, submissions=it, only_check=True)
         return (existing or it.simulate_transfer(**terms)).answer()
-
-    def allow() -> None:
-        limits.reserve_for(policies().in_force(), wallets, arguments, submissions=it, call=call)
-
-    try:
-        transfer = it.submit_transfer(
-            **terms, run=arguments["run"], requested_by=str(arguments["requester"]), allow=allow
-        )
-    except (RefusedError, InvalidInputError) as refusal:
-        # The compliance agent had it reserved, or `allow` has; a call that is cut off here leaves it for an hour.
-        limits.release_refused(wallets, arguments, submissions=it, call=call)
-        if limits.is_being_signed(wallets, arguments["reference"], submissions=it, call=call):
-            # A refusal is the step's end: nobody would put on record what the other call is about to do.
-            raise UnavailableError("another call is about to sign this transfer") from refusal
-        raise
-    if transfer.state == "confirmed":
-        limits.count_found(wallets, transfer)
-    return transfer.answer()
+    return it.submit_transfer(**terms, run=arguments["run"], requested_by=str(arguments["requester"])).answer()
 
 
 def _check_terms(arguments: Arguments) -> None:
@@ -252,7 +225,6 @@ _DEFAULTS: dict[str, Arguments] = {
     "write": {"written_by": ""},
 }
 _TERMS = {"source", "destination", "amount"}
-_TRANSFER = _TERMS | {"reference"}
 _OPERATIONS: dict[str, tuple[Callable[[Submissions, Arguments], Result], set[str]]] = {
     "policy": (_policy, {"address", "transfer"}),
     "policy_document": (_policy_document, {"policy_id"}),
@@ -260,8 +232,7 @@ _OPERATIONS: dict[str, tuple[Callable[[Submissions, Arguments], Result], set[str
     "identity": (_identity, set()),
     "balance": (_balance, {"address"}),
     "check_transfer": (_check_transfer, _TERMS),
-    "reserve": (_reserve, _TRANSFER),
-    "transfer": (_transfer, _TRANSFER | {"run", "requester"}),
+    "transfer": (_transfer, _TERMS | {"reference", "run", "requester"}),
     "transfer_state": (_transfer_state, {"reference"}),
     "record_instruction": (_record_instruction, {"hash", "reference", "requester"}),
     "write": (_write, {"hash", "metadata", "written_by"}),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from qaes.adapters import settings
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import logger
+from qaes.domain.policy import PolicyDecision
 from qubic.chain import chain
-from qubic.judge import check_allowed
-from qubic.limits import Limits
 from qubic.policies import Policies
 from qubic.queue import enqueue
 from qubic.settled import publish
+from qubic.spending import rule_for
 from qubic.submissions import Submission, Submissions
 from qubic.wallets import Wallets, holds_key
 
@@ -22,7 +22,7 @@ def submissions() -> Submissions:
         network,
         on_signed=enqueue,
         on_closed=_closed,
-        check_transfer=_check_transfer,
+        rule_for=_rule_for,
         sends_transfers=network.network == "mock" or settings.optional("ALLOW_TRANSFERS") == "true",
     )
 
@@ -32,12 +32,16 @@ def policies() -> Policies:
     return Policies(submissions(), bring_forward=None if holds_key() else LedgerClient().settle_policy)
 
 
-def _check_transfer(submission: Submission) -> None:
-    """Check a transfer that waits to be sent against the policy in force, by its own terms."""
-    check_allowed(
+def _rule_for(submission: Submission) -> PolicyDecision:
+    """Return the rule of the policy in force that lets a transfer pass, by its own terms. Raises RefusedError.
+
+    The address that its caller named counts as long as it is that of the wallet which the signed bytes pay.
+    """
+    named = submission.address
+    pays_it = named and Wallets(submission.network).identity(named) == submission.destination
+    return rule_for(
         policies().in_force(),
-        Wallets(submission.network),
-        destination=submission.destination,
+        destination=named if pays_it else submission.destination,
         amount=submission.amount,
         input_type=submission.input_type,
     )
@@ -50,6 +54,4 @@ def _closed(submission: Submission) -> None:
             policies().settle()
         except Exception:  # noqa: BLE001 what is wrong with a policy is told, and must not keep the queue waiting
             logger().exception("policy not settled")  # the schedule tries it each minute
-    if submission.kind == "transfer" and submission.moved_nothing:
-        Limits().release(submission.metadata["reference"], attempt=submission.attempt)
     publish(submission)

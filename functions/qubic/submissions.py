@@ -17,6 +17,8 @@ before it is sent: what is still `signed` was never handed to the network, nor s
 about. So it takes a look-up of the id, and a list of the source's transactions in which none that was ever signed for
 this act is to be found; the list says itself up to which tick it goes. For a transfer, the balance must agree.
 
+A refusal of a transfer is stored, too: a twin of the call that was refused can then not sign it in the same run.
+
 Items (pk / sk; all with the network's name, so that what one network confirmed is never shown of another):
 SUBMISSION#<network>#<key>/SUBMISSION  the present state
 SUBMISSION#<network>#<key>/ATTEMPT#n   each transaction that was ever signed for it, never changed
@@ -33,6 +35,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from typing import Any, Literal
 
 from botocore.exceptions import BotoCoreError, ClientError
@@ -43,11 +46,13 @@ from qaes.domain.anchor import ANCHOR_INPUT_TYPE
 from qaes.domain.canonical import canonical_json
 from qaes.domain.errors import InvalidInputError, LimitError, RefusedError, UnavailableError
 from qaes.domain.ids import now, timestamp
+from qaes.domain.policy import PolicyDecision
 from qaes.domain.qubic import MAX_QU
-from qaes.domain.qubic.identity import encode_identity
+from qaes.domain.qubic.identity import check_address, encode_identity
 from qaes.domain.qubic.transaction import Transaction
 from qubic.chain.base import Balance, Chain, Included
 from qubic.items import ChangedError, Item, Items, attempts, item_key
+from qubic.spending import Spending
 from qubic.wallets import Key, Wallets, public_key, service_identity, service_key
 
 Kind = Literal["hash", "instruction", "anchor", "policy", "transfer"]
@@ -105,7 +110,11 @@ class Submission:
     requested_by
         The task's requester, or the operator who wrote a hash; empty for the system's own records.
     error
-        Why it expired or failed: `expired`, `moved_nothing`, `moved_unknown` or `no_key`, and a text.
+        Why it expired or failed: `expired`, `moved_nothing`, `moved_unknown`, `no_key` or a refusal's code, and a text.
+    address
+        Of a transfer: the destination as the caller named it, which the policy's limits are about.
+    counted_on
+        The day on which a transfer's amount counts as spent; empty: on none.
     """
 
     key: str
@@ -129,6 +138,8 @@ class Submission:
     version: int = 0
     settled: int = 0
     requested_by: str = ""
+    address: str = ""
+    counted_on: str = ""
 
     @property
     def is_open(self) -> bool:
@@ -137,8 +148,12 @@ class Submission:
     @property
     def moved_nothing(self) -> bool:
         """Whether a transfer has ended, and is known to have moved nothing: it may be asked for anew."""
-        code = self.error.partition(":")[0]
-        return self.state == "expired" or (self.state == "failed" and code in {"moved_nothing", "no_key"})
+        return self.state == "expired" or (self.state == "failed" and not self.error.startswith("moved_unknown:"))
+
+    @property
+    def may_be_found(self) -> bool:
+        """Whether it has ended without effect, and one of its transactions may turn up in its tick all the same."""
+        return self.attempt > self.settled and (self.state == "expired" or (self.state == "failed" and not self.txid))
 
     def answer(self) -> dict[str, Any]:
         """Tell what other services may know of it, as JSON.
@@ -190,11 +205,13 @@ class Submissions:
         Told of each new submission, once it is stored: somebody has to follow it.
     on_closed
         Told of each submission that is not open any more; at least once, before anything else of its source goes on.
-    check_transfer
-        Called before a transfer that has waited in the queue is sent, or signed for a later tick. Raises RefusedError
-        if the policy does not allow it any more.
+    rule_for
+        Called before a transfer is signed, before one that has waited is sent, and before one is signed for a later
+        tick. Returns the rule that lets it pass; raises RefusedError if there is none.
     sends_transfers
         False: a transfer that was not sent yet is not sent any more.
+    clock
+        The present moment, whose day a transfer counts on.
     """
 
     def __init__(
@@ -204,8 +221,9 @@ class Submissions:
         *,
         on_signed: Callable[[Submission], None] = lambda _: None,
         on_closed: Callable[[Submission], None] = lambda _: None,
-        check_transfer: Callable[[Submission], None] = lambda _: None,
+        rule_for: Callable[[Submission], PolicyDecision | None] = lambda _: None,
         sends_transfers: bool = True,
+        clock: Callable[[], datetime] | None = None,
     ) -> None:
         self.chain = chain
         self._network = chain.network
@@ -214,8 +232,9 @@ class Submissions:
         self._wallets = Wallets(chain.network)
         self._on_signed = on_signed
         self._on_closed = on_closed
-        self._check_transfer = check_transfer
+        self._rule_for = rule_for
         self.sends_transfers = sends_transfers
+        self.spending = Spending(self._items, self._network, clock=clock)
 
     # Handing in
 
@@ -267,26 +286,26 @@ class Submissions:
         amount: int,
         run: int = 1,
         requested_by: str = "",
-        allow: Callable[[], None] = lambda: None,
     ) -> Submission:
-        """Move `amount` QU, once for each `reference`; one that expired is signed anew only for a later `run`.
+        """Move `amount` QU, once for each `reference`; one that moved nothing is signed anew only for a later `run`.
 
-        `allow` is called before anything is signed, and raises RefusedError to have it left. A transfer that waits for
-        its turn is checked again by `check_transfer`; once it was sent, nothing can stop it.
+        Its amount counts as spent from the transaction that stores the signature on, until the one that closes it as
+        having moved nothing. A transfer that waits for its turn is judged again; once it was sent, nothing stops it.
 
         Raises
         ------
         InvalidInputError
             An address, the amount (1 to 10^15) or the reference is not acceptable.
         RefusedError
-            `insufficient_balance`; `no_key`; `reference_conflict`: the reference stands for another transfer.
+            The policy forbids it, by its code; `insufficient_balance`; `no_key`; `reference_conflict`: the reference
+            stands for another transfer.
         LimitError
             Too much is waiting to be written: later.
         UnavailableError
             The ledger does not answer.
         """
         wanted, key = self._wanted_transfer(reference, source, destination, amount, run)
-        return self._submit(replace(wanted, requested_by=requested_by), key, allow)
+        return self._submit(replace(wanted, requested_by=requested_by), key)
 
     def simulate_transfer(self, reference: str, *, source: str, destination: str, amount: int) -> Submission:
         """Sign a transfer and send nothing: what a network shows whose transfers are not allowed here.
@@ -294,6 +313,7 @@ class Submissions:
         Nothing is stored: the same call gives another tick, and so another id. Raises as `submit_transfer`.
         """
         wanted, key = self._wanted_transfer(reference, source, destination, amount, 1)
+        self._rule_for(wanted)
         balance = self.chain.balance(key.identity).balance
         if balance < amount:
             raise RefusedError("insufficient_balance", _TOO_SMALL, balance=balance, amount=amount)
@@ -325,6 +345,7 @@ class Submissions:
             input_type=0,
             payload=b"",
             metadata={"reference": reference},
+            address=check_address(destination),
             attempt=0,
             run=run,
             tick=0,
@@ -335,7 +356,7 @@ class Submissions:
         )
         return wanted, key
 
-    def _submit(self, wanted: Submission, key: Key, allow: Callable[[], None] = lambda: None) -> Submission:
+    def _submit(self, wanted: Submission, key: Key) -> Submission:
         for _ in attempts():
             before = self.get(wanted.key)
             if before is not None:
@@ -343,24 +364,45 @@ class Submissions:
                 if not _may_be_repeated(before, wanted):
                     return self._adopted(before, wanted.run)
             try:
-                if before is not None and before.state == "expired" and self._close_if_found(before):
+                if before is not None and before.may_be_found and (found := self._close_if_found(before)):
+                    self._on_closed(found)
                     continue
                 source = self._source(wanted.source)
-                may_wait = wanted.kind in {"hash", "instruction"} or (
-                    wanted.amount and wanted.source == service_identity()
-                )
-                limit = MAX_OPEN_HASHES if may_wait else MAX_OPEN
-                if len(source.open) >= limit:
-                    raise LimitError("the ledger has too much to write at the moment", max_open=limit)
-                if wanted.amount:
-                    source = self._check_balance(source, wanted.amount)
-                allow()
-                signed = self._sign(wanted, key, before, source)
+                self._check_queue(wanted, source)
+                try:
+                    rule = self._rule_for(wanted) if wanted.amount else None
+                    if wanted.amount:
+                        source = self._check_balance(source, wanted.amount)
+                    signed = self._sign(wanted, key, before, source, rule)
+                except RefusedError as refusal:
+                    self._store_refusal(wanted, before, refusal)
+                    raise
             except ChangedError:
                 continue
             self._send_soon(signed, alone=not source.open)
             return signed
         raise UnavailableError("others are writing to the ledger at the moment")
+
+    def _check_queue(self, wanted: Submission, source: _Source) -> None:
+        may_wait = wanted.kind in {"hash", "instruction"} or (wanted.amount and wanted.source == service_identity())
+        limit = MAX_OPEN_HASHES if may_wait else MAX_OPEN
+        if len(source.open) >= limit:
+            raise LimitError("the ledger has too much to write at the moment", max_open=limit)
+
+    def _store_refusal(self, wanted: Submission, before: Submission | None, refusal: RefusedError) -> None:
+        """Store that a transfer is refused in this run. Raises ChangedError when a twin was first.
+
+        Whoever is refused ends the step; so a twin, which may have read another balance, must not sign it later.
+        """
+        refused = _changed(
+            before or wanted,
+            state="failed",
+            error=f"{refusal.code}: {refusal.message}",
+            txid="",
+            encoded=b"",
+            run=wanted.run,
+        )
+        self._items.write(self._put_submission(refused, before))
 
     def _adopted(self, before: Submission, run: int) -> Submission:
         """Return it; what is under way is a later run's from now on: its end is not taken for an earlier one's."""
@@ -408,10 +450,16 @@ class Submissions:
                 promised -= head.amount
         return found, found.balance - promised
 
-    def _sign(self, wanted: Submission, key: Key, before: Submission | None, source: _Source) -> Submission:
-        """Sign for a tick that is free, and store it: the commit point. Raises ChangedError when others were first."""
+    def _sign(
+        self, wanted: Submission, key: Key, before: Submission | None, source: _Source, rule: PolicyDecision | None
+    ) -> Submission:
+        """Sign for a tick that is free, and store it, with what it spends: the commit point.
+
+        Raises ChangedError when others were first, RefusedError when the day's limit has no room.
+        """
         tick = max(self._present_tick(), source.last_tick) + LEAD_TICKS
         transaction = _transaction(wanted, key, tick)
+        counted_on, spends = self._spend(wanted, rule)
         signed = replace(
             wanted,
             state="signed",
@@ -419,7 +467,8 @@ class Submissions:
             txid=transaction.id,
             encoded=transaction.encode(),
             attempt=(before.attempt if before else 0) + 1,
-            settled=before.attempt if before and before.state == "failed" else before.settled if before else 0,
+            settled=_settled_before(before),
+            counted_on=counted_on,
             created_at=before.created_at if before else wanted.created_at,
             updated_at=timestamp(now()),
             version=(before.version if before else 0) + 1,
@@ -434,12 +483,28 @@ class Submissions:
                 item_key(f"TXID#{self._network}#{signed.txid}", "TXID") | {"key": {"S": signed.key}} | _signed(signed)
             ),
             self._put_source(queue),
+            *spends,
         ]
         if source.version == 0:
             named = item_key(f"SOURCES#{self._network}", source.identity)
             writes.append({"Put": {"TableName": self._table, "Item": named}})
         self._items.write(*writes)
         return signed
+
+    def _spend(self, wanted: Submission, rule: PolicyDecision | None) -> tuple[str, list[Item]]:
+        """Return the day on which a transfer counts, and what its signature's transaction writes for that.
+
+        One that is signed again on a later day, not having been sent, counts on that day instead.
+        """
+        today = self.spending.today()
+        if not wanted.amount or wanted.counted_on == today:
+            return wanted.counted_on, []
+        if rule is not None and (refusal := self.spending.refusal_today(rule, wanted.source, wanted.amount)):
+            raise refusal
+        writes = [self.spending.add(wanted.source, wanted.amount, today, rule.daily_limit if rule else None)]
+        if wanted.counted_on:
+            writes += self.spending.give_back(wanted.source, wanted.amount, wanted.counted_on)
+        return today, writes
 
     def _present_tick(self) -> int:
         """Return the present tick, if it can be true: a wrong one would hold up its source for ever."""
@@ -536,7 +601,7 @@ class Submissions:
         if not self.sends_transfers:
             return "transfers are not allowed any more"
         try:
-            self._check_transfer(submission)
+            self._rule_for(submission)
         except (RefusedError, InvalidInputError) as error:
             return error.message
         return ""
@@ -551,10 +616,13 @@ class Submissions:
             metrics.count_one(REFUSED_METRIC)
             raise UnavailableError(f"{submission.source} has no balance: the network takes nothing of it")
         logger().info("signed anew", extra={"submission": submission.key, "passed": submission.tick})
-        self._sign(submission, key, submission, source)
+        try:
+            self._sign(submission, key, submission, source, self._rule_for(submission) if submission.amount else None)
+        except RefusedError as error:  # it is a transfer that was never sent
+            self._close(submission, "expired", f"expired: {error.message}; nothing was moved")
 
-    def _close_if_found(self, submission: Submission) -> bool:
-        """Close it if a transaction that was ever signed for it is in its tick. False: none is, and none will be.
+    def _close_if_found(self, submission: Submission) -> Submission | None:
+        """Close it if a transaction that was ever signed for it is in its tick. None: none is, and none will be.
 
         Raises UnavailableError while that cannot be told.
         """
@@ -563,11 +631,10 @@ class Submissions:
         for each in self._listed(submission.source, first, submission.tick):
             if each.txid in signed:
                 found = replace(submission, txid=each.txid, tick=each.tick, encoded=each.transaction.encode())
-                self._close(found, *self._moved(found))
-                return True
+                return self._close(found, *self._moved(found))
         if submission.amount:
             self._check_balance_agrees(submission)
-        return False
+        return None
 
     def _signed_for(self, submission: Submission) -> dict[str, Item]:
         """Return what was signed for it and may still be found, by id."""
@@ -635,10 +702,20 @@ class Submissions:
                 metrics.count_one(REFUSED_METRIC)
         return True
 
-    def _close(self, submission: Submission, state: State, error: str) -> None:
+    def _close(self, submission: Submission, state: State, error: str) -> Submission:
+        """Store how it has ended, and in the same transaction give back what it did not spend, or count what it did."""
         closed = _changed(submission, state=state, error=error)
-        self._items.write(self._put_submission(closed, submission))
+        spends: list[Item] = []
+        if closed.counted_on and closed.moved_nothing:
+            spends = self.spending.give_back(closed.source, closed.amount, closed.counted_on)
+            closed = replace(closed, counted_on="")
+        elif closed.amount and not closed.counted_on and not closed.moved_nothing:
+            # It was given up, and has been found after all: no limit undoes that.
+            closed = replace(closed, counted_on=self.spending.today())
+            spends = [self.spending.add(closed.source, closed.amount, closed.counted_on)]
+        self._items.write(self._put_submission(closed, submission), *spends)
         logger().info("closed", extra={"submission": closed.key, "state": state, "tick": closed.tick})
+        return closed
 
     # Reading
 
@@ -759,6 +836,13 @@ def _check_same(before: Submission, wanted: Submission) -> None:
         if wanted.kind == "transfer":
             raise RefusedError("reference_conflict", "this reference was used for another transfer")
         raise RefusedError("key_conflict", "something else was written under this key")
+
+
+def _settled_before(before: Submission | None) -> int:
+    """Tell how many of the transactions signed before are in their tick, and have moved nothing."""
+    if before is None:
+        return 0
+    return before.attempt if before.state == "failed" and before.txid else before.settled
 
 
 def _may_be_repeated(before: Submission, wanted: Submission) -> bool:

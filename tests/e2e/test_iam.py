@@ -59,7 +59,7 @@ MAY_INVOKE = {
         "ReconcilerFunction", "ExecuteStepFunction", "AwaitConfirmationFunction", "TransferEndedFunction",
         "WorkerApiFunction", "AuditApiFunction", "QubicApiFunction",
     },
-    "LedgerTransferFunction": {"CheckComplianceFunction", "ExecuteStepFunction"},
+    "LedgerTransferFunction": {"ExecuteStepFunction"},
     "LedgerAnchorFunction": {"AnchorFunction"},
     "LedgerRecordFunction": {"QubicApiFunction"},
 }  # fmt: skip

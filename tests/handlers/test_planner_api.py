@@ -370,7 +370,7 @@ def test_preview_says_when_the_day_has_no_room(api: Api, monkeypatch: pytest.Mon
     asks = Policy(policy_id=f"policy-v1-{8:064x}", version=1, rules={"transfer_funds": rule})
     monkeypatch.setattr(Policies, "in_force", lambda _: asks)
     terms = {"reference": "task_1:step_3", "source": SOURCE, "destination": DESTINATION, "amount": 100}
-    LedgerClient("LedgerTransferFunction").reserve(**terms)
+    LedgerClient("LedgerTransferFunction").transfer(**terms, requester="alice")
     verdict = create(api)["verdict"]
     assert (verdict["verdict"], verdict["approvals"]) == ("await_approval", 1)
     assert "approved now, it would be denied: over daily_limit" in verdict["reason"]
@@ -378,4 +378,4 @@ def test_preview_says_when_the_day_has_no_room(api: Api, monkeypatch: pytest.Mon
     monkeypatch.setattr(Policies, "in_force", lambda _: free)
     verdict = create(api)["verdict"]
     assert (verdict["allowed"], verdict["verdict"]) == (False, "denied")
-    assert "100 are spent or reserved" in verdict["reason"]
+    assert "100 QU are spent today" in verdict["reason"]

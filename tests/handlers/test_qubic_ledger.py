@@ -5,8 +5,6 @@ from __future__ import annotations
 import base64
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import replace
-from datetime import timedelta
 from typing import Any
 
 import boto3
@@ -15,21 +13,17 @@ from botocore.exceptions import ClientError
 
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.settings import SettingsError
-from qaes.domain.errors import RefusedError, UnavailableError
-from qaes.domain.ids import now
+from qaes.domain.errors import RefusedError
 from qaes.domain.policy import DEFAULT_RULES
 from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.qubic.transaction import decode
 from qubic import ledger, service, wallets
-from qubic.chain.base import SentList
 from qubic.chain.mock import FIRST_TICK, Faults, MockChain
 from qubic.ledger import _OPERATIONS
-from qubic.limits import SIGNING_SECONDS
-from qubic.submissions import Submissions
 from qubic.wallets import DEMO_BALANCES, genesis
 from tests.support.cloud import PARAMETERS, Cloud, Context, cloud
 from tests.support.cloud import _environment as function_environment
-from tests.support.template import environment, resources
+from tests.support.template import environment
 
 RICH, POOR, EMPTY = DEMO_BALANCES
 ZERO = encode_identity(bytes(32))
@@ -42,7 +36,7 @@ Call = Callable[..., dict[str, Any]]
 
 
 def function_for(operation: Any) -> str:
-    changing = {"transfer": "LedgerTransferFunction", "reserve": "LedgerTransferFunction"}
+    changing = {"transfer": "LedgerTransferFunction"}
     changing |= {"record_instruction": "LedgerTransferFunction", "submit_anchor": "LedgerAnchorFunction"}
     changing |= {"write": "LedgerRecordFunction", "settle_policy": "LedgerRecordFunction"}
     return changing.get(operation, "LedgerFunction") if isinstance(operation, str) else "LedgerFunction"
@@ -125,15 +119,28 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         ({"reference": ""}, "invalid_input"),
         ({"reference": 7}, "invalid_input"),
         ({"reference": "x" * 3000}, "invalid_input"),
-        ({"amount": 1001}, "insufficient_balance"),
-        ({"source": EMPTY, "destination": RICH}, "insufficient_balance"),
     ],
 )
 def test_what_is_refused_leaves_nothing(call: Call, transfer: Call, changes: dict[str, Any], expected: str) -> None:
     assert code(transfer(**changes)) == expected
     assert code(call("transfer_state", reference="task#step_3")) == "not_found"
-    items = boto3.client("dynamodb").scan(TableName="LedgerTable")["Items"]
-    assert sum(int(item["spent"]["N"]) for item in items if item["sk"]["S"] == "SPENT") == 0
+    assert spent() == 0
+
+
+@pytest.mark.parametrize("changes", [{"amount": 1001}, {"source": EMPTY, "destination": RICH}])
+def test_what_cannot_be_paid_has_failed(call: Call, transfer: Call, changes: dict[str, Any]) -> None:
+    assert code(transfer(**changes)) == "insufficient_balance"
+    for answer in (transfer(**changes), call("transfer_state", reference="task#step_3")):
+        state = answer["result"]
+        assert (state["state"], state["txid"], state["encoded"]) == ("failed", "", "")
+        assert state["error"] == "insufficient_balance: the source's balance is too small"
+    assert spent() == 0
+
+
+def spent() -> int:
+    """What all wallets have spent, on all days."""
+    found = boto3.client("dynamodb").scan(TableName="LedgerTable")["Items"]
+    return sum(int(item["spent"]["N"]) for item in found if item["sk"]["S"] == "SPENT")
 
 
 @pytest.mark.parametrize(("changes", "expected"), REFUSED)
@@ -143,15 +150,17 @@ def test_check_transfer_refuses_what_transfer_would(call: Call, changes: dict[st
     assert call("check_transfer", **terms)["ok"]
 
 
-def test_check_transfer_returns_balance_and_todays_refusal(call: Call, limited: Callable[[], int]) -> None:
+def test_check_transfer_returns_balance_and_todays_refusal(call: Call, limited: None) -> None:
     terms = {"source": RICH, "destination": EMPTY, "amount": 600}
     free = call("check_transfer", **terms)["result"]
     assert (free["source"]["balance"], free["source"]["available"], free["refusal_today"]) == (1000, 1000, None)
     call("transfer", reference="task#step_3", run=1, **terms)
     full = call("check_transfer", **terms)["result"]
     assert (full["source"]["balance"], full["source"]["available"]) == (1000, 400)
-    assert full["refusal_today"].startswith("over daily_limit: a wallet may send 1000 QU a day, 600 are spent")
-    assert limited() == 600
+    assert full["refusal_today"].startswith("over daily_limit: policy policy-v2-")
+    assert full["refusal_today"].endswith("lets a wallet send at most 1000 QU a day, and 600 QU are spent today")
+    assert code(call("check_transfer", **terms | {"amount": 1001})) == "over_daily_limit"  # on any day
+    assert spent() == 600
 
 
 def test_policy_answers_the_balance_of_an_address(call: Call) -> None:
@@ -204,194 +213,15 @@ def test_check_parties_reads_no_seed(aws: Cloud, network: str, monkeypatch: pyte
         held.check_parties(NOBODY, own)
 
 
-# What a refused transfer gives back
-
-
 @pytest.fixture
-def limited(aws: Cloud) -> Callable[[], int]:
-    """A policy with a daily limit; what RICH and POOR have spent of it."""
+def limited(aws: Cloud) -> None:
+    """A policy with a daily limit is in force."""
     rule = DEFAULT_RULES["transfer_funds"].model_copy(update={"daily_limit": 1000})
     with function_environment(environment("LedgerFunction", PARAMETERS)):
         store = service.policies()
         store.propose(DEFAULT_RULES | {"transfer_funds": rule}, subject="olivia")
         store.approve(2, subject="oscar", four_eyes=True)
     aws.settle()
-
-    def spent() -> int:
-        found = boto3.client("dynamodb").scan(TableName="LedgerTable")["Items"]
-        return sum(int(item["spent"]["N"]) for item in found if item["sk"]["S"] == "SPENT")
-
-    return spent
-
-
-@pytest.fixture
-def reserve(call: Call) -> Call:
-    def send(**changes: Any) -> dict[str, Any]:
-        terms = {
-            "reference": "task#step_3", "source": RICH, "destination": EMPTY, "amount": 10,
-        }  # fmt: skip
-        return call("reserve", **terms | changes)
-
-    return send
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({"destination": RICH}, "invalid_address"),
-        ({"destination": ZERO}, "invalid_address"),
-        ({"destination": CONTRACT}, "invalid_address"),
-        ({"destination": "0x12"}, "invalid_address"),
-    ],
-)
-def test_a_refused_transfer_gives_back_what_was_reserved_for_it(
-    limited: Callable[[], int], reserve: Call, transfer: Call, changes: dict[str, Any], expected: str
-) -> None:
-    assert reserve()["ok"]
-    assert limited() == 10
-    assert code(transfer(**changes)) == expected
-    assert limited() == 0
-
-
-def test_a_transfer_that_is_refused_when_it_is_tried_again_gives_back_that_attempts(
-    aws: Cloud, limited: Callable[[], int], reserve: Call, transfer: Call, call: Call
-) -> None:
-    chain = MockChain(genesis=genesis(), table="ChainTable", clock=aws.clock, tick_milliseconds=1000)
-    chain.set_faults(Faults(drop=1))  # it is sent, and never gets there
-    assert transfer(source=POOR, amount=300)["ok"]
-    assert limited() == 300
-    aws.settle()
-    assert call("transfer_state", reference="task#step_3")["result"]["state"] == "expired"
-    assert limited() == 0
-    assert reserve(source=POOR, amount=300)["ok"]
-    assert transfer(reference="other", source=POOR, amount=300)["ok"]
-    aws.settle()
-    assert limited() == 600
-    assert code(transfer(source=POOR, amount=300, run=2)) == "insufficient_balance"
-    assert limited() == 300
-
-
-def refuse(*_: Any) -> None:
-    raise RefusedError("insufficient_balance", "the source's balance is too small")
-
-
-@pytest.mark.parametrize(
-    ("point", "told"),
-    [("_check_balance", "insufficient_balance"), ("_sign", "later")],
-    ids=["before it is let through", "after"],
-)
-def test_a_twin_that_is_refused_takes_nothing_from_the_one_that_signs(
-    aws: Cloud,
-    limited: Callable[[], int],
-    reserve: Call,
-    transfer: Call,
-    monkeypatch: pytest.MonkeyPatch,
-    point: str,
-    told: str,
-) -> None:
-    """Two calls for one transfer; one is refused while the other is on its way to its signature.
-
-    Once that one is let through, a refusal would be wrong: it would end the step, and then the money moves.
-    """
-    real, twins = getattr(Submissions, point), []
-
-    def meanwhile(it: Submissions, *arguments: Any) -> Any:
-        if not twins:
-            twins.append("")
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(Submissions, "_check_balance", refuse)
-                try:
-                    twins[0] = code(transfer())
-                except UnavailableError:
-                    twins[0] = "later"
-        return real(it, *arguments)
-
-    monkeypatch.setattr(Submissions, point, meanwhile)
-    assert reserve()["ok"]
-    assert transfer()["result"]["state"] == "signed"
-    assert twins == [told]
-    assert limited() == 10
-    aws.settle()
-    assert limited() == 10
-
-
-def test_the_last_of_two_that_are_refused_gives_it_back(
-    limited: Callable[[], int], reserve: Call, transfer: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    depth: list[int] = []
-
-    def refused_late(*arguments: Any) -> None:
-        depth.append(limited())
-        if len(depth) == 1:
-            with pytest.raises(UnavailableError):
-                transfer()
-            depth.append(limited())
-        refuse()
-
-    monkeypatch.setattr(Submissions, "_sign", refused_late)
-    assert reserve()["ok"]
-    assert code(transfer()) == "insufficient_balance"
-    assert depth == [10, 10, 10]
-    assert limited() == 0
-
-
-def test_a_transfer_that_was_given_up_and_is_found_after_all_counts(
-    aws: Cloud, limited: Callable[[], int], transfer: Call
-) -> None:
-    """Whoever asked the network was told that it is nowhere; a later run looks again before it pays."""
-    first = transfer()["result"]
-    real = MockChain.balance
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MockChain, "transaction", lambda *_: None)
-        patch.setattr(MockChain, "sent", lambda *_: SentList((), 2**31))
-        patch.setattr(MockChain, "balance", lambda it, who: replace(real(it, who), latest_outgoing_transfer_tick=0))
-        aws.settle()
-    assert limited() == 0
-    found = transfer(run=2)["result"]
-    assert (found["state"], found["txid"]) == ("confirmed", first["txid"])
-    assert limited() == 10
-    assert transfer(run=2)["result"]["state"] == "confirmed"
-    assert limited() == 10
-
-
-def test_a_call_that_was_cut_off_leaves_its_reservation(
-    limited: Callable[[], int], transfer: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It may have signed: nobody knows whether the write went through."""
-
-    def cut_off(*_: Any) -> None:
-        raise ClientError({"Error": {"Code": "RequestTimeout"}}, "TransactWriteItems")
-
-    monkeypatch.setattr(Submissions, "_sign", cut_off)
-    with pytest.raises(ClientError):
-        transfer()
-    monkeypatch.setattr(Submissions, "_check_balance", refuse)
-    with pytest.raises(UnavailableError, match="about to sign"):
-        transfer()
-    later = now() + timedelta(seconds=SIGNING_SECONDS)
-    monkeypatch.setattr("qubic.limits.now", lambda: later)
-    assert code(transfer()) == "insufficient_balance"
-    assert limited() == 10
-
-
-def test_who_was_let_through_is_waited_for_longer_than_a_call_may_take() -> None:
-    assert resources("AWS::Serverless::Function")["LedgerTransferFunction"]["Properties"]["Timeout"] < SIGNING_SECONDS
-
-
-def test_who_was_let_through_for_an_attempt_that_has_ended_is_not_waited_for(
-    aws: Cloud, limited: Callable[[], int], transfer: Call, call: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is in the reservation still: whoever closes an attempt may not have come to give it back."""
-    chain = MockChain(genesis=genesis(), table="ChainTable", clock=aws.clock, tick_milliseconds=1000)
-    chain.set_faults(Faults(drop=1))
-    assert transfer()["ok"]
-    with monkeypatch.context() as patch:
-        patch.setattr("qubic.limits.Limits.release", lambda *_, **__: None)
-        aws.settle()
-    assert call("transfer_state", reference="task#step_3")["result"]["state"] == "expired"
-    assert limited() == 10
-    monkeypatch.setattr(Submissions, "_check_balance", refuse)
-    assert code(transfer(run=2)) == "insufficient_balance"
 
 
 def test_another_transfer_under_the_same_reference_is_refused(transfer: Call) -> None:
@@ -418,8 +248,9 @@ def test_on_a_real_network_a_transfer_is_only_shown_unless_it_is_allowed(
     shown = call("transfer", **terms)["result"]
     assert (shown["state"], shown["network"]) == ("simulated", "mainnet")
     assert (len(shown["txid"]), shown["encoded"]) == (60, "")
-    assert call("reserve", **{name: each for name, each in terms.items() if name != "run"})["ok"]
-    assert not [item for item in boto3.client("dynamodb").scan(TableName="LedgerTable")["Items"] if "spent" in item]
+    check = {name: terms[name] for name in ("source", "destination", "amount")}
+    assert call("check_transfer", **check)["result"]["refusal_today"] is None
+    assert spent() == 0
     assert code(call("transfer_state", reference="task#step_3")) == "not_found"
     assert code(call("transfer", **terms | {"source": RICH})) == "invalid_address"
     assert code(call("transfer", **terms | {"source": NOBODY, "destination": service})) == "no_key"

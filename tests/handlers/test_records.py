@@ -281,4 +281,6 @@ def test_approval_survives_when_signer_fails(aws: Cloud, request_: Request) -> N
 
 def test_ledger_client_refuses_unknown_operation_of_signer(aws: Cloud) -> None:
     with pytest.raises(RefusedError):
-        LedgerClient("LedgerRecordFunction").reserve(reference="x", source=RICH, destination=EMPTY, amount=1)
+        LedgerClient("LedgerRecordFunction").transfer(
+            reference="x", source=RICH, destination=EMPTY, amount=1, requester="alice"
+        )

@@ -706,7 +706,8 @@ def test_what_the_source_does_not_have_is_refused_with_nothing_signed(ledger, nu
     with pytest.raises(RefusedError) as refused:
         ledger.transfer(f"task{number}", ledger.balance(SOURCE) + 1)
     assert refused.value.code == "insufficient_balance"
-    assert ledger.it.get(f"transfer:task{number}") is None
+    refused = ledger.it.get(f"transfer:task{number}")
+    assert (refused.state, refused.txid, refused.attempt) == ("failed", "", 0)
 
 
 def test_what_is_under_way_counts_as_spent(ledger, number):

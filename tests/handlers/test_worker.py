@@ -301,7 +301,7 @@ def test_compliance_denies_what_was_spent_since_the_approval(
     assert verdict["verdict"] == "denied"
     assert verdict["reason"].startswith("insufficient_balance: the wallet holds 1000 QU, of which 751 QU are promised")
     assert store.step(task_id, 2) is None
-    assert asked["reserve"] == 0
+    assert asked["transfer"] == 0
 
 
 def test_compliance_needs_no_funds_for_a_submitted_transfer(

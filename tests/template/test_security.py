@@ -161,7 +161,7 @@ def invokes(template: Any) -> dict[str, set[str]]:
 
 def test_only_the_compliance_agent_and_the_worker_may_have_money_moved(template: Any) -> None:
     found = invokes(template)
-    assert found["LedgerTransferFunction"] == {"CheckComplianceFunction", "ExecuteStepFunction"}
+    assert found["LedgerTransferFunction"] == {"ExecuteStepFunction"}
     assert found["LedgerAnchorFunction"] == {"AnchorFunction"}
     assert found["LedgerRecordFunction"] == {"QubicApiFunction"}
     assert "AnchorFunction" not in found["LedgerFunction"]
@@ -189,7 +189,7 @@ def test_who_may_invoke_a_function_of_the_ledger_knows_its_name_and_nobody_else(
 def test_each_operation_of_the_ledger_is_one_functions(template: Any) -> None:
     operations = {name: environment(name)["LEDGER_OPERATIONS"].split(",") for name in LEDGER}
     assert sorted(each for found in operations.values() for each in found) == sorted(_OPERATIONS)
-    assert set(operations["LedgerTransferFunction"]) == {"transfer", "reserve", "record_instruction"}
+    assert set(operations["LedgerTransferFunction"]) == {"transfer", "record_instruction"}
     assert operations["LedgerAnchorFunction"] == ["submit_anchor"]
     assert operations["LedgerRecordFunction"] == ["write", "settle_policy"]
     assert [name for name in template.functions if "LEDGER_OPERATIONS" in environment(name)] == [

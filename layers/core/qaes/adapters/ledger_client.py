@@ -18,7 +18,6 @@ CALL_SECONDS = 30
 
 _FUNCTIONS = {
     "transfer": "LEDGER_TRANSFER_FUNCTION",
-    "reserve": "LEDGER_TRANSFER_FUNCTION",
     "record_instruction": "LEDGER_TRANSFER_FUNCTION",
     "write": "LEDGER_RECORD_FUNCTION",
     "settle_policy": "LEDGER_RECORD_FUNCTION",
@@ -90,19 +89,11 @@ class LedgerClient:
         """`{state, txid, tick, error}` of a transfer; `state` is signed, broadcast, confirmed, expired or failed."""
         return self._call("transfer_state", reference=reference)
 
-    def reserve(self, *, reference: str, source: str, destination: str, amount: int) -> None:
-        """Reserve `amount` of what the policy lets a wallet spend today, once for each `reference`.
-
-        Raises RefusedError (`not_allowed`, `over_max_amount`, `over_daily_limit`, `address_not_allowed`) when the
-        policy in force does not allow it.
-        """
-        self._call("reserve", reference=reference, source=source, destination=destination, amount=amount)
-
     def check_transfer(self, *, source: str, destination: str, amount: int) -> tuple[WalletBalance, str | None]:
         """Return the balance of the wallet that is to pay, and why the day's limit has no room now; reserve nothing.
 
-        Raises RefusedError when the ledger would refuse the transfer on any day: as `reserve`, and `no_key` or
-        `invalid_address`. The balance decides nothing here.
+        Raises RefusedError when the ledger would refuse the transfer on any day: `not_allowed`, `over_max_amount`,
+        `over_daily_limit`, `address_not_allowed`, `no_key` or `invalid_address`. The balance decides nothing here.
         """
         return _checked_transfer(self._call("check_transfer", source=source, destination=destination, amount=amount))
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from datetime import datetime, timedelta
 from typing import Literal
 
+from qaes.domain import limits
 from qaes.domain.errors import ConflictError, InvalidInputError, RefusedError
 from qaes.domain.ids import parse_timestamp
 from qaes.domain.models import TERMINAL, Approval, Model, Plan, Step, Task, WalletBalance
 from qaes.domain.planning import step_requires_approval
 from qaes.domain.policy import PolicyDecision
-from qaes.domain.qubic.identity import check_address, check_payable
+from qaes.domain.qubic.identity import check_payable
 
 REJECTED = "an approver rejected it"
 
@@ -176,26 +177,12 @@ def refusal_by_balance(step: Step, balance: WalletBalance) -> str | None:
 
 
 def refusal_by_limits(step: Step, policy: PolicyDecision) -> str | None:
-    """Tell which limit of the policy a transfer is beyond; None when it is within all of them, or no transfer."""
-    if step.type != "onchain_action" or not policy.limits_transfers:
+    """Tell which limit of the policy a transfer is beyond on any day; None when it is within all, or no transfer."""
+    if step.type != "onchain_action":
         return None
-    amount, destination = step.parameters.get("amount"), step.parameters.get("to_address")
-    if type(amount) is not int or amount < 1:
-        return f"policy {policy.policy_id} has limits, and the amount is no whole number"
-    if policy.max_amount is not None and amount > policy.max_amount:
-        return f"over max_amount: policy {policy.policy_id} lets a transfer move at most {policy.max_amount} QU"
-    if policy.daily_limit is not None and amount > policy.daily_limit:
-        return f"over daily_limit: policy {policy.policy_id} lets a wallet send at most {policy.daily_limit} QU a day"
-    if policy.allowed_addresses is not None and not _is_among(destination, policy.allowed_addresses):
-        return f"not among allowed_addresses: policy {policy.policy_id} does not let money go to that address"
-    return None
-
-
-def _is_among(address: object, allowed: tuple[str, ...]) -> bool:
-    try:
-        return check_address(address) in allowed
-    except InvalidInputError:
-        return False
+    to, amount = step.parameters.get("to_address"), step.parameters.get("amount")
+    refusal = limits.refusal_by_limits(policy, destination=to, amount=amount)
+    return refusal.message if refusal else None
 
 
 def needs_approval(step: Step, current: PolicyDecision) -> bool:

@@ -13,8 +13,8 @@ from qaes.domain.errors import RefusedError
 from qaes.domain.policy import DEFAULT_RULES, Policy, Rule
 from qubic import service
 from qubic.chain.mock import MockChain
-from qubic.judge import check_allowed
-from qubic.wallets import DEMO_BALANCES, Wallets, genesis
+from qubic.spending import rule_for
+from qubic.wallets import DEMO_BALANCES, demo_key, genesis
 from tests.support.cloud import PARAMETERS, Cloud, cloud
 from tests.support.cloud import _environment as function_environment
 from tests.support.template import environment
@@ -55,21 +55,19 @@ def code(answer: dict[str, Any]) -> str:
     return str(answer["error"]["code"])
 
 
-def held() -> list[dict[str, Any]]:
+def signed() -> list[dict[str, Any]]:
+    """What was signed of the transfer, or counted as spent."""
     items = boto3.client("dynamodb").scan(TableName="LedgerTable")["Items"]
-    kinds = ("RESERVATION#", "SPENT#", "SUBMISSION#mock#transfer")
-    return [item for item in items if item["pk"]["S"].startswith(kinds)]
+    attempts = [item for item in items if item["pk"]["S"].startswith("SUBMISSION#mock#transfer") and "txid" in item]
+    return [item for item in attempts if item["txid"]["S"]] + [item for item in items if item["sk"]["S"] == "SPENT"]
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
-@pytest.mark.parametrize("operation", ["reserve", "transfer"])
-def test_ledger_refuses_forbidden_transfer_by_any_name(
-    aws: Cloud, enforce: Enforce, operation: str, claim: object
-) -> None:
+def test_ledger_refuses_forbidden_transfer_by_any_name(aws: Cloud, enforce: Enforce, claim: object) -> None:
     enforce()
-    sent = {"operation": operation, **TERMS, "action_type": claim} | ({"run": 1} if operation == "transfer" else {})
+    sent = {"operation": "transfer", **TERMS, "run": 1, "action_type": claim}
     assert code(aws.invoke("LedgerTransferFunction", sent)) == "not_allowed"
-    assert held() == []
+    assert signed() == []
 
 
 @pytest.mark.parametrize(
@@ -85,10 +83,9 @@ def test_ledger_applies_transfer_limits_by_any_name(
     aws: Cloud, enforce: Enforce, rule: dict[str, Any], expected: str, claim: str
 ) -> None:
     enforce(allowed=True, **rule)
-    for operation, run in (("reserve", {}), ("transfer", {"run": 1})):
-        sent = {"operation": operation, **TERMS, **run, "action_type": claim}
-        assert code(aws.invoke("LedgerTransferFunction", sent)) == expected
-    assert held() == []
+    sent = {"operation": "transfer", **TERMS, "run": 1, "action_type": claim}
+    assert code(aws.invoke("LedgerTransferFunction", sent)) == expected
+    assert signed() == []
 
 
 @pytest.mark.parametrize("claim", ["monitoring", "transfer_funds"])
@@ -139,22 +136,40 @@ def test_ledger_keeps_confirming_what_was_sent_before(aws: Cloud, enforce: Enfor
     assert _state(aws, "task#step_3")["state"] == "confirmed"
 
 
-def test_rule_of_transaction_does_not_judge_transfers(aws: Cloud) -> None:
+def test_rule_of_transaction_does_not_judge_transfers() -> None:
     rules = {"transfer_funds": ALLOWED, "transaction": FORBIDDEN}
     policy = Policy(policy_id="policy-v7-0123456789ab", version=7, rules=rules)
-    rule = check_allowed(policy, Wallets("mock"), destination=EMPTY, amount=10)
+    rule = rule_for(policy, destination=EMPTY, amount=10)
     assert rule.action_type == "transfer_funds"
 
 
-def test_transaction_with_input_type_has_no_rule(aws: Cloud) -> None:
+def test_transaction_with_input_type_has_no_rule() -> None:
     policy = Policy(policy_id="policy-v7-0123456789ab", version=7, rules={"transfer_funds": ALLOWED})
     with pytest.raises(RefusedError) as caught:
-        check_allowed(policy, Wallets("mock"), destination=EMPTY, amount=10, input_type=1)
+        rule_for(policy, destination=EMPTY, amount=10, input_type=1)
     assert caught.value.code == "not_allowed"
 
 
 def test_client_has_no_way_to_name_an_action(aws: Cloud, enforce: Enforce) -> None:
     enforce()
     with pytest.raises(RefusedError) as caught:
-        LedgerClient("LedgerTransferFunction").reserve(**TERMS)  # type: ignore[arg-type]
+        LedgerClient("LedgerTransferFunction").transfer(**TERMS, requester="alice")  # type: ignore[arg-type]
     assert caught.value.code == "not_allowed"
+
+
+def test_ledger_judges_the_wallet_that_the_signed_bytes_pay(aws: Cloud, enforce: Enforce) -> None:
+    """Whoever can write the table cannot have another wallet paid in the name of an allowed address."""
+    enforce(allowed=True, allowed_addresses=(EMPTY,))
+    for number in range(2):
+        sent = {"operation": "transfer", **TERMS, "reference": f"task_{number}#step_3", "run": 1}
+        assert aws.invoke("LedgerTransferFunction", sent)["ok"]
+    key = {"pk": {"S": "SUBMISSION#mock#transfer:task_1#step_3"}, "sk": {"S": "SUBMISSION"}}
+    boto3.client("dynamodb").update_item(
+        TableName="LedgerTable",
+        Key=key,
+        UpdateExpression="SET destination = :other",
+        ExpressionAttributeValues={":other": {"S": demo_key(POOR).identity}},
+    )
+    aws.settle()
+    assert _state(aws, "task_0#step_3")["state"] == "confirmed"
+    assert "not among allowed_addresses" in _state(aws, "task_1#step_3")["error"]

@@ -1,0 +1,109 @@
+"""What a wallet has spent of its daily limit: counted in the transaction that stores a transfer's signature.
+
+Item (pk / sk): SPENT#<network>#<identity>#<day>/SPENT, with `spent`: the sum of the transfers that were signed on that
+day (UTC) and have moved their amount, or may. Each is counted, whether there is a limit or not: a limit that is set at
+noon has the morning's transfers in it. A submission's `counted_on` is the day on which it counts; empty: on none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+from qaes.adapters.logs import logger
+from qaes.domain.errors import RefusedError
+from qaes.domain.ids import now
+from qaes.domain.limits import refusal_by_daily_limit, refusal_by_limits
+from qaes.domain.policy import TRANSFER_ACTION, Policy, PolicyDecision
+from qubic.items import Item, Items, item_key
+
+
+def rule_for(policy: Policy, *, destination: str, amount: int, input_type: int = 0) -> PolicyDecision:
+    """Return the rule that lets a transaction with this effect move money: the effect names it, never the caller.
+
+    | effect | rule |
+    |---|---|
+    | moves QU to another wallet: an amount above 0, input type 0 | `transfer_funds` |
+    | writes a record: amount 0, from the service's identity to itself | none: it moves nothing, and is no transfer |
+    | anything else, a call of a smart contract for example | none: refused, because no rule covers it |
+
+    Raises RefusedError: `not_allowed`, or beyond which limit the transfer is on any day.
+    """
+    rule = policy.decide(TRANSFER_ACTION)
+    if input_type:
+        raise RefusedError("not_allowed", f"policy {policy.policy_id} has no rule for input type {input_type}")
+    if not rule.allowed:
+        raise RefusedError("not_allowed", f"policy {policy.policy_id} does not allow {TRANSFER_ACTION}")
+    if refusal := refusal_by_limits(rule, destination=destination, amount=amount):
+        raise refusal
+    return rule
+
+
+class Spending:
+    """The sums of the wallets of one network.
+
+    Parameters
+    ----------
+    items
+        The ledger's table.
+    clock
+        The present moment, whose day in UTC is today.
+    """
+
+    def __init__(self, items: Items, network: str, *, clock: Callable[[], datetime] | None = None) -> None:
+        self._items = items
+        self._network = network
+        self._clock = clock or now
+
+    def today(self) -> str:
+        """Return the day of UTC: `2026-11-23`."""
+        return self._clock().astimezone(UTC).date().isoformat()
+
+    def spent(self, identity: str, day: str) -> int:
+        """Return what a wallet has spent on a day, in QU."""
+        item = self._items.get(self._pk(identity, day), "SPENT")
+        return int(item["spent"]["N"]) if item else 0
+
+    def refusal_today(self, rule: PolicyDecision, identity: str, amount: int) -> RefusedError | None:
+        """Return why a wallet may not send so much more today; None if it may."""
+        if rule.daily_limit is None:
+            return None
+        return refusal_by_daily_limit(rule, amount=amount, spent=self.spent(identity, self.today()))
+
+    def add(self, identity: str, amount: int, day: str, limit: int | None = None) -> Item:
+        """For a transaction: add a transfer's amount to a day's sum, under the condition that `limit` has room for it.
+
+        `limit` is at least `amount`, so that a day without a sum has room.
+        """
+        change = self._change(identity, amount, day)
+        if limit is not None:
+            leaves_room = "attribute_not_exists(spent) OR spent <= :room"
+            change["Update"]["ConditionExpression"] = leaves_room
+            change["Update"]["ExpressionAttributeValues"][":room"] = {"N": str(limit - amount)}
+        return change
+
+    def give_back(self, identity: str, amount: int, day: str) -> list[Item]:
+        """For a transaction: take back from a day's sum what `add` added to it. The sum never goes below 0.
+
+        A table that was set back may have lost the sum: then there is nothing to give back.
+        """
+        if self.spent(identity, day) < amount:
+            logger().error("a day's sum is less than a transfer counted on it", extra={"source": identity, "day": day})
+            return []
+        change = self._change(identity, -amount, day)
+        change["Update"]["ConditionExpression"] = "spent >= :given"
+        change["Update"]["ExpressionAttributeValues"][":given"] = {"N": str(amount)}
+        return [change]
+
+    def _change(self, identity: str, by: int, day: str) -> Item:
+        return {
+            "Update": {
+                "TableName": self._items.table,
+                "Key": item_key(self._pk(identity, day), "SPENT"),
+                "UpdateExpression": "ADD spent :by",
+                "ExpressionAttributeValues": {":by": {"N": str(by)}},
+            }
+        }
+
+    def _pk(self, identity: str, day: str) -> str:
+        return f"SPENT#{self._network}#{identity}#{day}"
