@@ -297,6 +297,7 @@ def test_compliance_denies_what_was_spent_since_the_approval(
     approve(store, task_id, plan, 2)
     assert verdict_on(aws, task_id)["verdict"] == "execute"
     spend(751)
+    asked.clear()
     verdict = verdict_on(aws, task_id)
     assert verdict["verdict"] == "denied"
     assert verdict["reason"].startswith("insufficient_balance: the wallet holds 1000 QU, of which 751 QU are promised")
@@ -452,7 +453,7 @@ def test_a_transfer_whose_handing_in_was_not_answered_is_not_refused_afterwards(
     assert (run(aws, task_id, 2)["status"], balance(DESTINATION)) == ("succeeded", 250)
 
 
-def test_a_twin_that_is_refused_does_not_end_the_step_of_the_one_that_signs(
+def test_a_twin_that_was_refused_keeps_the_other_from_signing(
     aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first call still runs when the state tries again; the balance has changed in between."""
@@ -468,14 +469,17 @@ def test_a_twin_that_is_refused_does_not_end_the_step_of_the_one_that_signs(
             twins.append("begun")
             with monkeypatch.context() as patch:
                 patch.setattr(Submissions, "_check_balance", refuse)
-                with pytest.raises(UnavailableError):
-                    submit(aws, task_id)
-            twins.append(record_of(store, task_id).status)
+                twins.append(submit(aws, task_id)["status"])
         return sign(it, *arguments)
 
     monkeypatch.setattr(Submissions, "_sign", meanwhile)
-    assert submit(aws, task_id)["status"] == "submitted"
-    assert twins == ["begun", "running"]
+    answer = submit(aws, task_id)
+    assert (answer["status"], answer["error"].partition(":")[0]) == ("failed", "insufficient_balance")
+    assert twins == ["begun", "failed"]
+    aws.settle()
+    assert balance(DESTINATION) == 0
+    next_run(store, task_id)
+    approve(store, task_id, plan, 2)
     assert submit(aws, task_id)["status"] == "submitted"
     aws.settle()
     assert (run(aws, task_id, 2)["status"], balance(DESTINATION)) == ("succeeded", 250)
