@@ -43,6 +43,7 @@ from moto.stepfunctions.parser.asl.jsonata import jsonata as moto_jsonata
 
 from qaes.adapters import clients
 from tests.support import template
+from tests.support.tracing import traced, untraced, untraced_threads
 
 SEED = "qaestestseedthatsignsforthetestsandisworthnothingatallx"
 PARAMETERS = {"Stage": "local", "ApprovalTimeoutSeconds": "60", "RetryIntervalSeconds": "1", "RetryMaxAttempts": "2"}
@@ -102,7 +103,7 @@ _environment_lock = threading.RLock()
 DYNAMODB_LOCK = threading.Lock()
 _committed: set[str] = set()
 """Tokens of the transactions that were committed."""
-_make_api_call = BaseClient._make_api_call
+_make_api_call = untraced(BaseClient._make_api_call)
 _moto_transact_write_items = DynamoDBBackend.transact_write_items
 
 
@@ -405,6 +406,7 @@ def cloud(
     policies._verified.clear()  # of tables of the same name, which are gone
     policies._seen.clear()
 
+    @traced
     def invoke(
         backend: Any, function_name: str, qualifier: Any, body: Any, headers: Any, response_headers: Any
     ) -> bytes:
@@ -433,6 +435,7 @@ def cloud(
     with (
         patch.dict(os.environ, _every_variable() | CREDENTIALS),
         mock_aws(config=config),
+        untraced_threads("moto"),
         patch("boto3.DEFAULT_SESSION", _session()),
         patch("boto3.client", _client),
         patch.object(LambdaSimpleBackend, "invoke", invoke),
@@ -483,6 +486,7 @@ class _Snapshot:
     made: float = field(default_factory=time.monotonic)
 
     @classmethod
+    @untraced
     def of(cls, it: Cloud) -> _Snapshot:
         found = [
             ((services, account, region), backend)
@@ -498,6 +502,7 @@ class _Snapshot:
         """Whether its moment is still as good as the present one, which the mock network's clock begins with."""
         return time.monotonic() - self.made < SNAPSHOT_SECONDS
 
+    @untraced
     def restore(self, it: Cloud) -> None:
         it.machine_arn, it.clock.moment = self.machine_arn, self.moment
         # Copied in one go: one service's backend has references to another's.
