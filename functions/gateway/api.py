@@ -16,17 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from qaes.adapters import settings
 from qaes.adapters.executions import Executions
-from qaes.adapters.http import (
-    OPEN,
-    Caller,
-    TaskId,
-    add_health,
-    create_app,
-    make_handler,
-    require,
-    state_machine_answers,
-    tasks_table_answers,
-)
+from qaes.adapters.health import add_health, state_machine_answers, tasks_table_answers
+from qaes.adapters.http import OPEN, Caller, TaskId, create_app, make_handler, require
 from qaes.adapters.logs import logger, note
 from qaes.adapters.task_items import Idempotency
 from qaes.adapters.task_list import list_tasks
