@@ -99,7 +99,7 @@ fuzz: $(VENV)/.all-stamp ## All that make test samples; then some 10,000 request
 	@QAES_FUZZ=1 $(BIN)/python -m pytest -q tests/unit/test_attacks.py tests/unit/test_verifier_search.py tests/handlers/test_audit_crashes.py tests/handlers/test_writer.py
 	@QAES_FUZZ=500 $(BIN)/python -m pytest -q tests/e2e/test_schemathesis.py
 
-openapi: $(VENV)/.all-stamp ## Write docs/openapi.json, docs/api.md and what the gateway serves of them, from the code
+openapi: $(VENV)/.all-stamp ## Write the document that the gateway serves (docs/openapi.json links to it) and docs/api.md, from the code
 	@PYTHONPATH=functions:layers/core $(BIN)/python -m local.openapi
 
 format: $(VENV)/.all-stamp ## Format code, apply the fixes of ruff, wrap the documentation
