@@ -321,7 +321,7 @@ class Cloud:
             "LEDGER_TABLE": self.resources["LedgerTable"],
             "LEDGER_FUNCTION": self.resources["LedgerFunction"],
             "SEQUENCER_FUNCTION": self.resources["SequencerFunction"],
-            "RECORDER_FUNCTION": self.resources["RecordAuditFunction"],
+            "RECORDER_FUNCTION": self.resources["RecordEventsFunction"],
         }
         lines = [
             "# The local AWS, with credentials that are good for nothing else.",

@@ -38,11 +38,7 @@ def seed(store: TaskStore, policy: Policy) -> None:
             store.get_task(task_id)  # an earlier run wrote it
         except NotFoundError:
             store.start_task(task)
-    if store.get_task(PLANNED_TASK).plan_id is None:
-        store.begin_planning(PLANNED_TASK)
-        plan = _plan(policy)
-        store.record_policy(PLANNED_TASK, plan.analysis, plan.policy)
-        store.save_plan(PLANNED_TASK, plan)
+    store.plan_task(store.get_task(PLANNED_TASK), _plan(policy))
 
 
 def _plan(policy: Policy) -> Plan:

@@ -7,8 +7,16 @@ from typing import Annotated, Any, Literal
 from fastapi import Depends
 from pydantic import BaseModel, Field
 
-from qaes.adapters.health import add_health, state_machine_answers, tasks_table_answers
-from qaes.adapters.http import Caller, TaskId, create_app, make_handler, require
+from qaes.adapters.http import (
+    Caller,
+    TaskId,
+    add_health,
+    create_app,
+    make_handler,
+    require,
+    state_machine_answers,
+    tasks_table_answers,
+)
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.errors import NotFoundError
 from qaes.domain.ids import is_task_id
@@ -75,9 +83,12 @@ def _state(task: Task, index: int, step: Step, record: StepRecord | None) -> Ste
     status: StepStatus | Literal["waiting_approval", "skipped"] = "pending"
     # A worker that died leaves its step as it was; the task has ended all the same. A transfer may still happen.
     died = record is not None and record.status == "running" and record.type not in CONFIRMED_LATER
+    died = died or (record is None and task.status == "failed" and step.step_id == task.failed_step)
     interrupted = died and task.status in TERMINAL
-    if record is not None:
-        status = "failed" if interrupted else record.status
+    if interrupted:
+        status = "failed"
+    elif record is not None:
+        status = record.status
     elif task.status in TERMINAL:
         status = "skipped"
     elif task.status == "waiting_approval" and index == task.current_step:

@@ -189,10 +189,8 @@ def _settle_transfers(store: TaskStore, context: LambdaContext) -> list[str]:
             task, newest = store.get_task(task_id), store.step(task_id, record.step_index)
             if newest is None or newest.status != "running":
                 continue  # the index is behind
-            ended = transfers.settle(store, LedgerClient(), task, newest).record
-            if ended.status != "running":
+            if transfers.settle_and_tell(store, LedgerClient(), task, newest).status != "running":
                 settled.append(task_id)
-                transfers.tell(store, task, ended)
         except Exception:  # noqa: BLE001 as above
             logger().exception("could not settle a transfer", extra={"task_id": task_id})
     return settled

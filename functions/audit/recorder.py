@@ -1,9 +1,10 @@
 """The audit agent's recorder: turns a task's events into the entries of its chain.
 
-Called by the state RecordAudit, so that a step counts only once it is on record, and by the stream of the tasks table
-for what happens outside of steps. Both do the same `drain`, at the same time too, and it may stop anywhere: what is
-there stays, what is not there yet is done by the next one. The ledger is not asked: the entries' stream brings them
-into the log (`audit.sequencer`), and the log is anchored as a whole (`audit.anchor`).
+The stream of the tasks table invokes it, within about a second of each change. The state ExecuteAction invokes it for
+one task before an effect, if the stream is late, and the sweeper for what the stream gave up on. All do the same
+`drain`, at the same time too, and it may stop anywhere: what is there stays, what is not there yet is done by the next
+one. The ledger is not asked: the entries' stream brings them into the log (`audit.sequencer`), and the log is anchored
+as a whole (`audit.anchor`).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from audit.store import AuditStore, Outbox, StoredEntry
 from qaes.adapters import settings
-from qaes.adapters.handlers import function, state
+from qaes.adapters.handlers import function
 from qaes.adapters.logs import logger
 from qaes.domain.audit import GENESIS, BrokenChainError, build_entry
 
@@ -73,20 +74,18 @@ def recorder() -> Recorder:
     return Recorder(Outbox(), AuditStore(), log_id=settings.text("LOG_ID"))
 
 
-@state("RecordAudit")
-def record_audit(event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
-    """Take `{task_id}`, give `{recorded, seq}`; raises when anything is unavailable, so that the state tries again."""
-    drained = recorder().drain(str(event["task_id"]))
-    return {"recorded": drained.recorded, "seq": drained.seq}
-
-
 @function
 def record_events(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Take a batch of the tasks table's stream, give `{"batchItemFailures": [{"itemIdentifier": sequence number}]}`.
 
+    `{task_id}`, from a function of this system, gives `{recorded, seq}`, and raises when anything is unavailable.
+
     A task is drained once however many of its events are in the batch; when that fails, all of them are to be
     delivered again. One task that cannot be recorded does not keep the others from being recorded.
     """
+    if "task_id" in event:
+        drained = recorder().drain(str(event["task_id"]))
+        return {"recorded": drained.recorded, "seq": drained.seq}
     deliveries: dict[str, list[str]] = {}
     for record in event["Records"]:
         change = record["dynamodb"]

@@ -1,8 +1,7 @@
-"""Waiting for the ledger: the state AwaitConfirmation leaves its task token here; the end of a transfer wakes it.
+"""The end of a transfer: it is put on record, which ends the task, and then ExecuteAction is woken, if it still waits.
 
-First the end is put on record, then the execution is woken, if it still waits. Who comes first does not matter: who
-leaves a token looks whether the transfer has ended already, and the qubic service publishes its end at least once.
-What both miss, the reconciler finds.
+Who comes first does not matter: ExecuteAction reads the record after it has left its token, and the qubic service
+publishes the end at least once. What both miss, the reconciler finds.
 """
 
 from __future__ import annotations
@@ -11,33 +10,17 @@ from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from qaes.adapters import clients, metrics, settings, transfers
-from qaes.adapters.handlers import function, state
+from qaes.adapters import clients, metrics, transfers
+from qaes.adapters.handlers import function
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import logger
-from qaes.adapters.task_store import TaskStore, refuse_other_execution
-from qaes.domain.errors import ConflictError, NotFoundError
+from qaes.adapters.task_store import TaskStore
+from qaes.domain.errors import NotFoundError
 from qaes.domain.models import StepRecord, Task
 
 clients.prepare("stepfunctions")  # to wake executions; no environment variable names them
 
 NOT_ON_RECORD_METRIC = "TransferNotOnRecord"
-
-
-@state("AwaitConfirmation")
-def await_confirmation(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """`{task_id, step_index, task_token, execution?}` → `{state}` of the transfer; nobody sees the token."""
-    store, ledger, step_index = TaskStore(), LedgerClient(), int(event["step_index"])
-    task = store.get_task(str(event["task_id"]))
-    refuse_other_execution(task, event.get("execution"))
-    limit = settings.number("CONFIRMATION_TIMEOUT_SECONDS")
-    store.put_waiter(task.task_id, step_index, str(event["task_token"]), expires_in=limit, run=task.run)
-    record = store.step(task.task_id, step_index)
-    if record is None:
-        raise ConflictError("this transfer was never handed in", task_status=task.status)
-    settled = transfers.settle(store, ledger, task, record)
-    transfers.tell(store, task, settled.record)
-    return {"state": "under_way" if settled.under_way else settled.record.status}
 
 
 @function
@@ -68,9 +51,7 @@ def _ended(reference: str) -> StepRecord | None:
     if record is None:
         logger().warning("a transfer of no step that was begun", extra={"reference": reference})
         return None
-    settled = transfers.settle(store, LedgerClient(), task, record)
-    transfers.tell(store, task, settled.record)
-    return settled.record
+    return transfers.settle_and_tell(store, LedgerClient(), task, record)
 
 
 def _check_on_record(record: StepRecord | None, reference: str, txid: str) -> None:

@@ -149,7 +149,7 @@ def audit_environment(cloud: Cloud) -> dict[str, str]:
         "AUDIT_ANCHORS_TABLE": "AuditAnchorsTable",
         "LEDGER_FUNCTION": "LedgerFunction",
         "SEQUENCER_FUNCTION": "SequencerFunction",
-        "RECORDER_FUNCTION": "RecordAuditFunction",
+        "RECORDER_FUNCTION": "RecordEventsFunction",
     }
     return cloud.environment | {name: cloud.resources[resource] for name, resource in names.items()}
 

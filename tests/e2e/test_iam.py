@@ -55,23 +55,22 @@ def _refused(call: Callable[..., Any], **arguments: Any) -> None:
 
 MAY_INVOKE = {
     "LedgerFunction": {
-        "PlannerApiFunction", "AnalyzeTaskFunction", "CheckPolicyFunction", "CheckComplianceFunction",
-        "ReconcilerFunction", "ExecuteStepFunction", "AwaitConfirmationFunction", "TransferEndedFunction",
+        "PlannerApiFunction", "PlanTaskFunction", "RunStepFunction", "AwaitApprovalFunction",
+        "ReconcilerFunction", "ExecuteActionFunction", "TransferEndedFunction",
         "WorkerApiFunction", "AuditApiFunction", "QubicApiFunction",
     },
-    "LedgerTransferFunction": {"ExecuteStepFunction"},
+    "LedgerTransferFunction": {"ExecuteActionFunction"},
     "LedgerAnchorFunction": {"AnchorFunction"},
     "LedgerRecordFunction": {"QubicApiFunction"},
 }  # fmt: skip
 SIGNERS = {*MAY_INVOKE, "LedgerWriterFunction"}
 QUBIC = SIGNERS | {"QubicApiFunction"}
-WRITERS_OF_THE_TRAIL = {"RecordAuditFunction", "RecordEventsFunction"}
+WRITERS_OF_THE_TRAIL = {"RecordEventsFunction"}
 FUNCTIONS = (
     "GatewayFunction", "PlannerApiFunction", "AgentRuntimeApiFunction", "WorkerApiFunction", "AuditApiFunction",
-    "QubicApiFunction", "AuthorizerFunction", "AnalyzeTaskFunction", "CheckPolicyFunction", "BuildPlanFunction",
-    "ValidatePlanFunction", "CheckComplianceFunction", "EndTaskFunction", "RequestApprovalFunction",
-    "ReconcilerFunction", "ExecuteStepFunction", "RecordAuditFunction", "RecordEventsFunction", "LedgerFunction",
-    "SequencerFunction", "AnchorFunction", "LedgerWriterFunction", "AwaitConfirmationFunction",
+    "QubicApiFunction", "AuthorizerFunction", "PlanTaskFunction", "RunStepFunction", "AwaitApprovalFunction",
+    "ExecuteActionFunction", "EndTaskFunction", "ReconcilerFunction", "RecordEventsFunction", "LedgerFunction",
+    "SequencerFunction", "AnchorFunction", "LedgerWriterFunction",
     "TransferEndedFunction", "LedgerTransferFunction", "LedgerAnchorFunction", "LedgerRecordFunction",
     "AuditSweeperFunction", "PublicLogFunction",
 )  # fmt: skip
@@ -165,7 +164,7 @@ def test_each_role_invokes_what_it_needs_of_the_ledger_and_nothing_else(
 
 
 STARTERS = {"GatewayFunction", "ReconcilerFunction"}
-WAKERS = STARTERS | {"AwaitConfirmationFunction", "TransferEndedFunction", "RequestApprovalFunction"}
+WAKERS = STARTERS | {"ExecuteActionFunction", "TransferEndedFunction", "AwaitApprovalFunction"}
 
 
 @pytest.mark.parametrize("function", sorted(set(FUNCTIONS) - STARTERS))
@@ -175,18 +174,30 @@ def test_only_gateway_and_reconciler_start_an_execution_and_only_who_has_tokens_
     step_functions = session(function).client("stepfunctions", endpoint_url=local_cloud.endpoint)
     if function not in WAKERS:
         _refused(step_functions.send_task_success, taskToken="x", output="{}")
+        _refused(step_functions.send_task_failure, taskToken="x", error="ApprovalRejectedError")
     _refused(
         step_functions.start_execution, stateMachineArn=local_cloud.outputs["StateMachineArn"], name="x", input="{}"
     )
 
 
-@pytest.mark.parametrize("function", ["GatewayFunction", "PlannerApiFunction", "ExecuteStepFunction"])
+@pytest.mark.parametrize("function", ["GatewayFunction", "PlannerApiFunction", "RunStepFunction"])
 def test_who_does_not_audit_does_not_read_the_trail(
     local_cloud: Cloud, session: Callable[[str], boto3.Session], function: str
 ) -> None:
     dynamodb = session(function).client("dynamodb", endpoint_url=local_cloud.endpoint)
     for table in ("AuditEntriesTable", "AuditLogTable"):
         _refused(dynamodb.get_item, TableName=local_cloud.resources[table], Key=KEY)
+
+
+RECORDERS_CALLERS = {"ExecuteActionFunction", "AuditSweeperFunction"}
+
+
+@pytest.mark.parametrize("function", sorted(set(FUNCTIONS) - RECORDERS_CALLERS))
+def test_only_execute_action_and_the_sweeper_invoke_the_recorder(
+    local_cloud: Cloud, session: Callable[[str], boto3.Session], function: str
+) -> None:
+    client = session(function).client("lambda", endpoint_url=local_cloud.endpoint)
+    _refused(client.invoke, FunctionName=local_cloud.resources["RecordEventsFunction"], Payload='{"task_id": "x"}')
 
 
 def test_a_role_may_still_do_its_work(local_cloud: Cloud, session: Callable[[str], boto3.Session]) -> None:
@@ -226,7 +237,7 @@ def test_audit_api_alone_finds_entries_by_a_hash(
         "ExpressionAttributeNames": {"#role": role},
         "ExpressionAttributeValues": {":hash": value},
     }
-    for function in ("RecordAuditFunction", "SequencerFunction", "AuditSweeperFunction", "GatewayFunction"):
+    for function in ("RecordEventsFunction", "SequencerFunction", "AuditSweeperFunction", "GatewayFunction"):
         _refused(session(function).client("dynamodb", endpoint_url=local_cloud.endpoint).query, **query)
     found = session("AuditApiFunction").client("dynamodb", endpoint_url=local_cloud.endpoint).query(**query)
     assert found["Items"] == []

@@ -93,6 +93,6 @@ def test_recording_again_changes_no_entry(api: Api) -> None:
     task_id = api.start(MONITORING)
     api.wait(task_id)
     before = api.trail(task_id)
-    api.invoke("RecordAuditFunction", {"task_id": task_id})
-    api.invoke("RecordAuditFunction", {"task_id": task_id})
+    api.invoke("RecordEventsFunction", {"task_id": task_id})
+    api.invoke("RecordEventsFunction", {"task_id": task_id})
     assert api.trail(task_id) == before

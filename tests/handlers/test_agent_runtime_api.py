@@ -10,8 +10,9 @@ import pytest
 
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.models import Outcome
+from qaes.domain.tasks.lifecycle import StepOutcome
 from tests.handlers.test_gateway import UNKNOWN
-from tests.handlers.test_task_store import new_task, planned
+from tests.handlers.test_task_store import claim, new_task, planned, waiting
 from tests.support.api import ALICE, BOB, CAROL, MALLORY, NOBODY, OLIVIA, Api
 from tests.support.cloud import Cloud, cloud
 
@@ -45,15 +46,8 @@ def steps(body: dict[str, Any]) -> list[str]:
 def run(store: TaskStore, task_id: str, step_index: int, *, error: str | None = None) -> None:
     """What the worker records of a step."""
     task = store.get_task(task_id)
-    record = store.claim_step(
-        task_id,
-        step_index,
-        store.plan_of(task).steps[step_index],
-        None,
-        run=task.run,
-        current=store.plan_of(task).policy,
-    )
-    store.finish_step(task_id, record, result={"balance": 1000} if error is None else None, error=error)
+    record = claim(store, task_id, store.plan_of(task), step_index, run=task.run)
+    store.finish_step(task_id, record, StepOutcome(result={"balance": 1000} if error is None else None, error=error))
 
 
 def end(store: TaskStore, task_id: str, outcome: Outcome, failed_step: str | None = None) -> None:
@@ -82,14 +76,12 @@ def test_a_task_without_a_plan_has_no_steps_yet(api: Api, store: TaskStore) -> N
     task, _ = store.start_task(new_task())
     nothing_yet = {"current_step": 0, "total_steps": 0, "steps": [], "requires_approval": False, "reason": None}
     assert status_of(api, task.task_id) == {"task_id": task.task_id, "status": "pending"} | nothing_yet
-    store.begin_planning(task.task_id)
-    assert status_of(api, task.task_id) == {"task_id": task.task_id, "status": "planning"} | nothing_yet
 
 
 def test_a_step_that_is_tried_again_says_how_often(api: Api, store: TaskStore) -> None:
     task_id, plan = planned(store)
     for _ in range(2):
-        store.claim_step(task_id, 0, plan.steps[0], None, run=1, current=plan.policy)
+        claim(store, task_id, plan, 0, None, run=1, current=plan.policy)
     body = status_of(api, task_id)
     assert steps(body) == ["running", "pending", "pending"]
     assert (body["steps"][0]["attempt"], body["steps"][0]["duration_ms"]) == (2, None)
@@ -99,7 +91,7 @@ def test_the_step_that_waits_for_a_person_says_so_until_it_is_decided(api: Api, 
     task_id, plan = planned(store)
     for index in range(2):
         run(store, task_id, index)
-    store.request_approval(task_id, 2, plan.steps[2], "token-1", 60)
+    store.request_approval(store.get_task(task_id), plan, 2, "token-1", 60)
     body = status_of(api, task_id)
     assert (body["status"], body["requires_approval"], body["current_step"]) == ("waiting_approval", True, 2)
     assert steps(body) == ["succeeded", "succeeded", "waiting_approval"]
@@ -122,7 +114,7 @@ def test_a_failed_task_shows_the_step_that_failed_and_why(api: Api, store: TaskS
 
 def test_a_step_whose_worker_died_has_failed_with_the_task(api: Api, store: TaskStore) -> None:
     task_id, plan = planned(store)
-    store.claim_step(task_id, 0, plan.steps[0], None, run=1, current=plan.policy)
+    claim(store, task_id, plan, 0, None, run=1, current=plan.policy)
     reason = "a service did not answer"
     store.end_task(task_id, "failed", actor="execution", reason=reason, failed_step="step_1")
     body = status_of(api, task_id)
@@ -134,7 +126,7 @@ def test_a_transfer_that_the_ledger_may_still_make_has_not_failed_with_its_task(
     task_id, plan = planned(store)
     for index in range(2):
         run(store, task_id, index)
-    store.claim_step(task_id, 2, plan.steps[2], None, run=1, current=plan.policy)
+    claim(store, task_id, plan, 2, None, run=1, current=plan.policy)
     end(store, task_id, "failed")
     assert plan.steps[2].type == "onchain_action"
     assert steps(status_of(api, task_id)) == ["succeeded", "succeeded", "running"]
@@ -143,11 +135,23 @@ def test_a_transfer_that_the_ledger_may_still_make_has_not_failed_with_its_task(
 def test_steps_that_a_task_did_not_come_to_are_skipped(api: Api, store: TaskStore) -> None:
     outcomes: tuple[Outcome, ...] = ("denied", "rejected", "expired", "failed")
     for outcome in outcomes:
-        task_id, _ = planned(store)
+        task_id, _ = waiting(store) if outcome in {"rejected", "expired"} else planned(store)
         run(store, task_id, 0)
+        if outcome == "rejected":
+            store.decide(task_id, approved=False, subject="bob", reason="no")
         end(store, task_id, outcome)
         body = status_of(api, task_id)
         assert (body["status"], steps(body)) == (outcome, ["succeeded", "skipped", "skipped"])
+
+
+def test_a_step_that_never_ran_shows_why_the_task_failed(api: Api, store: TaskStore) -> None:
+    """A plain step leaves no record when its function fails for good: the task says which step it was."""
+    task_id, _ = planned(store)
+    run(store, task_id, 0)
+    end(store, task_id, "failed", failed_step="step_2")
+    body = status_of(api, task_id)
+    assert steps(body) == ["succeeded", "failed", "skipped"]
+    assert body["steps"][1]["error"] == "because"
 
 
 def test_a_task_that_was_denied_before_it_had_a_plan_has_no_steps(api: Api, store: TaskStore) -> None:

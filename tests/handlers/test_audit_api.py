@@ -15,7 +15,7 @@ import pytest
 from audit.api import MAX_PAGE
 from audit.evidence import CHECKS, MATCHES
 from audit.store import AuditStore, Occurrence, StoredEntry
-from qaes.adapters.task_store import MAX_RETRIES, TaskStore
+from qaes.adapters.task_store import TaskStore
 from qaes.domain import planning
 from qaes.domain.audit import GENESIS
 from qaes.domain.canonical import canonical_json, hash_of, salted_hash
@@ -24,6 +24,7 @@ from qaes.domain.ids import new_plan_id, new_task_id
 from qaes.domain.merkle import leaf_digest, leaf_hash, verify_consistency, verify_inclusion
 from qaes.domain.note import parse_checkpoint, verify_note
 from qaes.domain.policy import Rule, policy_of
+from qaes.domain.tasks.lifecycle import MAX_RETRIES, StepOutcome
 from tests.handlers.test_audit_recorder import (
     EVENTS,
     OTHER_HASH,
@@ -33,10 +34,10 @@ from tests.handlers.test_audit_recorder import (
     start_task,
     task_with,
 )
-from tests.handlers.test_task_store import new_task
+from tests.handlers.test_task_store import claim, new_task
 from tests.support import template
 from tests.support.bundles import policy_text
-from tests.support.cloud import PARAMETERS, Cloud, Context, cloud, prepared
+from tests.support.cloud import PARAMETERS, Cloud, Context, cloud
 from tests.support.trail import ORIGIN, anchor, anchor_all, log, new_recorder, put_entries, sequence_all, store
 
 Get = Callable[..., tuple[int, dict[str, Any]]]
@@ -91,14 +92,10 @@ def get(aws: Cloud) -> Get:
 @pytest.fixture
 def recorded(aws: Cloud) -> str:
     """A task of alice's with four entries on record and anchored."""
-
-    def record() -> str:
-        task_id = task_with(4)
-        new_recorder().drain(task_id)
-        anchor_all(aws)
-        return task_id
-
-    return str(prepared(aws, "recorded", record))
+    task_id = task_with(4)
+    new_recorder().drain(task_id)
+    anchor_all(aws)
+    return task_id
 
 
 def rewrite(task_id: str, seq: int, text: str, leaf: str) -> None:
@@ -523,17 +520,14 @@ def test_who_retries_as_often_as_they_may_still_gets_the_bundle(get: Get, aws: C
     policy = policy_of(policy_text({"salaries": Rule(allowed=True, requires_approval=False, risk_level="low")}))
     analysis, decision = planning.analyze("salaries", policy), policy.decide("salaries")
     task, _ = store.start_task(task)
-    store.begin_planning(task.task_id)
-    store.record_policy(task.task_id, analysis, decision)
     plan = planning.build_plan(
         plan_id=new_plan_id(), task_id=task.task_id, created_at=task.created_at, task_type="salaries",
         description=task.description, parameters=task.parameters, analysis=analysis, policy=decision,
     )  # fmt: skip
-    store.save_plan(task.task_id, plan)
-    store.begin_execution(task.task_id)
+    store.plan_task(task, plan)
     for run in range(1, MAX_RETRIES + 2):
-        running = store.claim_step(task.task_id, 1, plan.steps[1], None, run=run, current=decision)
-        store.finish_step(task.task_id, running, result=None, error="no")
+        running = claim(store, task.task_id, plan, 1, None, run=run, current=decision)
+        store.finish_step(task.task_id, running, StepOutcome(result=None, error="no"))
         store.end_task(task.task_id, "failed", actor="execution", reason="r" * 2000, failed_step="step_2")
         if store.get_task(task.task_id).run <= MAX_RETRIES:
             store.retry(task.task_id, subject="alice")

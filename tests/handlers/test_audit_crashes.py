@@ -84,7 +84,7 @@ def the_way(aws: Cloud, task_id: str) -> list[Callable[[], Any]]:
     """What AWS calls, in order; each may fail, and the next still comes."""
     return [
         lambda: aws.invoke("RecordEventsFunction", stream_event(task_id)[0]),
-        lambda: aws.invoke("RecordAuditFunction", {"task_id": task_id}),
+        lambda: aws.invoke("RecordEventsFunction", {"task_id": task_id}),
         lambda: aws.invoke("SequencerFunction", json_of(stream_of(entry_items(task_id)))),
         lambda: aws.invoke("AnchorFunction", {}),
         aws.settle,

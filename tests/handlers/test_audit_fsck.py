@@ -21,7 +21,7 @@ from qaes.adapters import clients
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.domain.tiles import appended, tree_root
 from tests.handlers.test_audit_recorder import add_events, end_task, start_task, task_with
-from tests.support.cloud import Cloud, cloud, prepared
+from tests.support.cloud import Cloud, cloud
 from tests.support.trail import (
     anchor,
     anchor_all,
@@ -47,16 +47,12 @@ def aws() -> Iterator[Cloud]:
 @pytest.fixture
 def sound(aws: Cloud) -> str:
     """Two tasks with two anchors; the id of the first."""
-
-    def record() -> str:
-        found = []
-        for events in (3, 2):
-            found.append(task_with(events))
-            new_recorder().drain(found[-1])
-            anchor_all(aws)
-        return found[0]
-
-    return str(prepared(aws, "sound", record))
+    found = []
+    for events in (3, 2):
+        found.append(task_with(events))
+        new_recorder().drain(found[-1])
+        anchor_all(aws)
+    return found[0]
 
 
 def check() -> Report:
@@ -223,7 +219,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         "AUDIT_LOG_TABLE": LOG,
         "AUDIT_ANCHORS_TABLE": ANCHORS,
     }
-    names |= {"RECORDER_FUNCTION": "RecordAuditFunction", "SEQUENCER_FUNCTION": "SequencerFunction"}
+    names |= {"RECORDER_FUNCTION": "RecordEventsFunction", "SEQUENCER_FUNCTION": "SequencerFunction"}
     for name, value in (names | {"LEDGER_FUNCTION": "LedgerFunction"}).items():
         monkeypatch.setenv(name, value)
 

@@ -108,10 +108,10 @@ def check_complete(task_id: str, count: int) -> None:
 
 def test_the_state_records_what_is_outstanding_and_says_how_much(aws: Cloud) -> None:
     task_id = start_task()
-    assert aws.invoke("RecordAuditFunction", {"task_id": task_id}) == {"recorded": 1, "seq": 1}
+    assert aws.invoke("RecordEventsFunction", {"task_id": task_id}) == {"recorded": 1, "seq": 1}
     end_task(task_id)
-    assert aws.invoke("RecordAuditFunction", {"task_id": task_id}) == {"recorded": 1, "seq": 2}
-    assert aws.invoke("RecordAuditFunction", {"task_id": task_id}) == {"recorded": 0, "seq": 2}
+    assert aws.invoke("RecordEventsFunction", {"task_id": task_id}) == {"recorded": 1, "seq": 2}
+    assert aws.invoke("RecordEventsFunction", {"task_id": task_id}) == {"recorded": 0, "seq": 2}
     check_complete(task_id, 2)
 
 
@@ -126,7 +126,7 @@ def test_an_entry_says_what_the_event_said(aws: Cloud) -> None:
 
 
 def test_a_task_without_events_has_nothing_to_record(aws: Cloud) -> None:
-    assert aws.invoke("RecordAuditFunction", {"task_id": new_task_id()}) == {"recorded": 0, "seq": 0}
+    assert aws.invoke("RecordEventsFunction", {"task_id": new_task_id()}) == {"recorded": 0, "seq": 0}
 
 
 def test_recording_does_not_ask_the_ledger(aws: Cloud) -> None:
@@ -311,13 +311,13 @@ def test_the_stream_gets_back_the_events_of_the_task_that_could_not_be_recorded(
 
 def test_the_stream_and_the_state_do_the_same(aws: Cloud) -> None:
     task_id = task_with(3)
-    assert aws.invoke("RecordAuditFunction", {"task_id": task_id})["recorded"] == 3
+    assert aws.invoke("RecordEventsFunction", {"task_id": task_id})["recorded"] == 3
     assert aws.invoke("RecordEventsFunction", stream_event(task_id)[0]) == {"batchItemFailures": []}
     check_complete(task_id, 3)
 
 
 def test_the_sample_events_are_taken(aws: Cloud) -> None:
-    assert aws.invoke("RecordAuditFunction", json.loads((EVENTS / "record_audit.json").read_text())) == {
+    assert aws.invoke("RecordEventsFunction", json.loads((EVENTS / "record_task.json").read_text())) == {
         "recorded": 0,
         "seq": 0,
     }

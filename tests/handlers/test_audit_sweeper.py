@@ -33,7 +33,7 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     with cloud(state_machine=False, policy=False) as it:
         clients.client("dynamodb")
         clients.lambda_client()
-        monkeypatch.setenv("RECORDER_FUNCTION", "RecordAuditFunction")
+        monkeypatch.setenv("RECORDER_FUNCTION", "RecordEventsFunction")
         monkeypatch.setenv("SEQUENCER_FUNCTION", "SequencerFunction")
         yield it
 
@@ -166,7 +166,7 @@ def test_what_cannot_be_recorded_stays_on_the_list_and_keeps_nobody_waiting(
 def test_a_recorder_that_does_not_answer_leaves_everything_for_the_next_run(aws: Cloud) -> None:
     task_id = start_task()
 
-    aws.faults["RecordAuditFunction"] = down
+    aws.faults["RecordEventsFunction"] = down
     assert sweep().behind == 1
     with patch.object(sweeper, "_invoke", side_effect=RuntimeError("throttled")), pytest.raises(RuntimeError):
         sweep(3 * MINUTE)
@@ -247,7 +247,7 @@ def erase(task_id: str) -> None:
 
 
 def test_a_task_that_was_erased_leaves_the_list(aws: Cloud, caplog: pytest.LogCaptureFixture) -> None:
-    aws.faults["RecordAuditFunction"] = down
+    aws.faults["RecordEventsFunction"] = down
     erased, other = task_with(2), start_task()
     assert sweep().behind == 2
     erase(erased)

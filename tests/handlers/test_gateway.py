@@ -557,7 +557,9 @@ def test_a_task_that_has_ended_says_why_and_at_which_step(api: Api, store: TaskS
         ("expired", "", None, {"step_id": None, "reason": "expired"}),
     )
     for outcome, reason, step, error in endings:
-        task_id, _ = planned(store)
+        task_id, _ = waiting(store) if outcome in {"rejected", "expired"} else planned(store)
+        if outcome == "rejected":
+            store.decide(task_id, approved=False, subject="bob", reason=reason)
         store.end_task(task_id, outcome, actor="execution", reason=reason, failed_step=step)
         body = api("GET", f"/task/{task_id}").body
         assert (body["status"], body["error"], body["approval"]) == (outcome, error, None)

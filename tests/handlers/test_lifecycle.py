@@ -15,13 +15,15 @@ from audit.store import Outbox
 from qaes.adapters import task_store
 from qaes.adapters.executions import Executions
 from qaes.adapters.ledger_client import LedgerClient
-from qaes.adapters.task_store import MAX_RETRIES, TaskStore
+from qaes.adapters.task_store import TaskStore
 from qaes.domain.ids import now, parse_timestamp
 from qaes.domain.policy import Policy
+from qaes.domain.tasks.lifecycle import MAX_RETRIES
 from tests.handlers.test_gateway import DOWN, MONITOR, NO, SOURCE, TRANSFER, YES, executions, start, start_waiting
 from tests.handlers.test_task_store import new_task, planned, replace_approval, waiting
 from tests.support.api import ALICE, BOB, CAROL, MALLORY, OLIVIA, Api, items, named, set_environment
 from tests.support.cloud import Cloud, cloud
+from tests.workflow.test_paths import in_force
 
 BARBARA = {"subject": "barbara", "roles": "approver"}
 BOTH = {"subject": "alice", "roles": "requester approver"}
@@ -65,7 +67,7 @@ def rule(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             rules = found.rules | {"transfer_funds": found.rules["transfer_funds"].model_copy(update=changes)}
             return found.model_copy(update={"rules": rules})
 
-        monkeypatch.setattr(LedgerClient, "policy", changed)
+        in_force(monkeypatch, changed)
 
     return change
 
@@ -223,7 +225,9 @@ def test_who_may_cancel_and_retry(api: Api, store: TaskStore) -> None:
 def test_what_has_ended_is_not_cancelled_and_only_some_of_it_is_retried(
     api: Api, store: TaskStore, outcome: Any
 ) -> None:
-    task_id, _ = planned(store)
+    task_id, _ = waiting(store) if outcome in {"rejected", "expired"} else planned(store)
+    if outcome == "rejected":
+        store.decide(task_id, approved=False, subject="bob", reason="so")
     store.end_task(task_id, outcome, actor="test", reason="so")
     answer = api("POST", f"/task/{task_id}/cancel")
     assert (answer.status, answer.body["task_status"]) == (409, outcome)
@@ -235,7 +239,7 @@ def test_who_retried_a_task_of_somebody_else_does_not_decide_on_it(api: Api, sto
     task_id, plan = planned(store)
     store.end_task(task_id, "failed", actor="test", reason="so")
     assert api("POST", f"/task/{task_id}/retry", **OLIVIA).status == 202
-    store.request_approval(task_id, 2, plan.steps[2], "token-2", 60)
+    store.request_approval(store.get_task(task_id), plan, 2, "token-2", 60)
     for body in (YES, {"approved": False, "reason": "no"}):
         answer = api("POST", f"/task/{task_id}/approve", body, **OLIVIA)
         assert (answer.status, answer.body["detail"]) == (403, "you cannot decide on a task that you retried")
@@ -269,11 +273,10 @@ def test_a_retry_resumes_at_the_step_that_failed_and_both_attempts_are_on_record
     ledger = LedgerClient("LedgerTransferFunction")
 
     def spend(event: dict[str, Any]) -> None:
-        if event.get("submit"):
-            elsewhere = {"source": SOURCE, "destination": "0xabcdef1234567890", "amount": 1, "requester": "olivia"}
-            ledger.transfer(reference="spent as it is submitted", **elsewhere)
+        elsewhere = {"source": SOURCE, "destination": "0xabcdef1234567890", "amount": 1, "requester": "olivia"}
+        ledger.transfer(reference="spent as it is submitted", **elsewhere)
 
-    live.aws.faults["ExecuteStepFunction"] = spend
+    live.aws.faults["RecordEventsFunction"] = spend  # between the claim and the submission
     live("POST", f"/task/{task_id}/approve", YES, **BOB)
     live.aws.wait(task_id, "failed")
     live.aws.execution(task_id)
@@ -282,14 +285,15 @@ def test_a_retry_resumes_at_the_step_that_failed_and_both_attempts_are_on_record
     gift = {"source": "0xabcdef1234567890", "destination": SOURCE, "amount": 500}
     ledger.transfer(reference="a gift", requester="olivia", **gift)
     live.aws.settle()
-    executed = live.aws.invocations["ExecuteStepFunction"]
+    ran = live.aws.invocations.copy()
 
     answer = live("POST", f"/task/{task_id}/retry")
     assert (answer.status, answer.body["status"]) == (202, "executing")
     live.aws.wait(task_id, "waiting_approval")  # what was approved was used up: it is asked for anew
     assert live("POST", f"/task/{task_id}/approve", YES, **BOB).status == 200
     live.aws.wait(task_id, "completed")
-    assert live.aws.invocations["ExecuteStepFunction"] == executed + 2  # handed in, and asked for
+    again = live.aws.invocations - ran
+    assert (again["RunStepFunction"], again["ExecuteActionFunction"]) == (0, 1)
     assert balance() == 1499 - 1000
     steps = [event for event in kinds(task_id) if event == "step_executed"]
     assert len(steps) == 4, "check_balance, policy_check, and the transfer twice"
@@ -322,7 +326,7 @@ def test_a_task_that_failed_before_it_had_a_plan_starts_from_the_beginning(live:
     def fail(_: Any) -> None:
         raise ConnectionError("down")
 
-    live.aws.faults["CheckPolicyFunction"] = fail
+    live.aws.faults["PlanTaskFunction"] = fail
     task_id = start(live, MONITOR)
     live.aws.wait(task_id, "failed")
     live.aws.execution(task_id)

@@ -102,4 +102,4 @@ def test_warm_up_calls_nothing(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize("event", [{"warm_up": False}, {"warm_up": True, "task_id": "x"}, {"warm_up": 1.5}])
 def test_other_events_are_no_warm_up(aws: Cloud, event: dict[str, Any]) -> None:
     with pytest.raises(Exception):  # noqa: B017, PT011 - whatever the handler makes of it
-        aws.invoke("ValidatePlanFunction", event)
+        aws.invoke("PlanTaskFunction", event)

@@ -10,8 +10,9 @@ import boto3
 import pytest
 
 from qaes.adapters.ledger_client import LedgerClient
+from qaes.adapters.task_items import plan_item
 from qaes.adapters.task_store import TaskStore
-from qaes.domain.errors import InvalidInputError, UnavailableError
+from qaes.domain.errors import ConflictError
 from qaes.domain.ids import is_plan_id, parse_timestamp
 from qaes.domain.models import Plan
 from qaes.domain.policy import Policy, Rule, policy_of
@@ -184,46 +185,76 @@ def test_health_names_what_does_not_answer(api: Api) -> None:
     assert api("GET", "/planner/health", **NOBODY).body["failing"] == ["tasks_table", "ledger"]
 
 
-# The node that checks the policy
+# The state that plans
 
-DOCUMENT = policy_text()
-OTHER = policy_of(DOCUMENT)
+OTHER = policy_of(policy_text())
 
 
-def begun(aws: Cloud, store: TaskStore) -> dict[str, Any]:
-    """What the node gets for a task that has been analyzed."""
+def test_plan_task_writes_one_transaction_after_one_call(aws: Cloud, store: TaskStore) -> None:
     task, _ = store.start_task(new_task())
-    return {"task_id": task.task_id, **aws.invoke("AnalyzeTaskFunction", {"task_id": task.task_id})}
+    answer = aws.invoke("PlanTaskFunction", {"task_id": task.task_id})
+    assert store.get_task(task.task_id).version == task.version + 1
+    assert aws.invocations["LedgerFunction"] == 1
+    assert [each["step_index"] for each in answer["steps"]] == [0, 1]
+    assert answer["action"] == {"step_index": 2, "step_id": "step_3", "step_type": "onchain_action"}
+
+
+def test_plan_task_called_again_returns_the_same_plan(aws: Cloud, store: TaskStore) -> None:
+    task, _ = store.start_task(new_task())
+    first = aws.invoke("PlanTaskFunction", {"task_id": task.task_id})
+    before = store.get_task(task.task_id)
+    assert aws.invoke("PlanTaskFunction", {"task_id": task.task_id}) == first
+    assert (store.get_task(task.task_id), aws.invocations["LedgerFunction"]) == (before, 1)
+
+
+def test_plan_task_leaves_out_what_has_succeeded(aws: Cloud, store: TaskStore) -> None:
+    task, _ = store.start_task(new_task())
+    event = {"task_id": task.task_id}
+    aws.invoke("PlanTaskFunction", event)
+    aws.invoke("RunStepFunction", event | {"step_index": 0})
+    store.end_task(task.task_id, "failed", actor="test", reason="so")
+    store.retry(task.task_id, subject="alice")
+    answer = aws.invoke("PlanTaskFunction", event)
+    assert [each["step_index"] for each in answer["steps"]] == [1]
+    assert answer["action"]["step_index"] == 2
+
+
+@pytest.mark.parametrize("outcome", ["cancelled", "denied"])
+def test_plan_task_plans_nothing_for_an_ended_task(aws: Cloud, store: TaskStore, outcome: Any) -> None:
+    task, _ = store.start_task(new_task())
+    store.end_task(task.task_id, outcome, actor="alice", reason="so")
+    before = store.get_task(task.task_id)
+    assert aws.invoke("PlanTaskFunction", {"task_id": task.task_id})["allowed"] is False
+    assert (store.get_task(task.task_id), aws.invocations["LedgerFunction"]) == (before, 0)
 
 
 def test_an_attempt_that_was_overtaken_does_not_go_by_another_policy(
     aws: Cloud, store: TaskStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another attempt pins its policy while this one has read a newer one."""
-    event, policy, overtaken = begun(aws, store), LedgerClient.policy, iter([True])
+    """Another attempt stores its plan while this one has read a newer policy."""
+    task, _ = store.start_task(new_task())
+    event, policy, overtaken = {"task_id": task.task_id}, LedgerClient.policy, iter([True])
     first: list[Any] = []
 
     def newer(ledger: LedgerClient) -> Policy:
         if not next(overtaken, False):
             return policy(ledger)
-        first.append(aws.invoke("CheckPolicyFunction", event))
+        first.append(aws.invoke("PlanTaskFunction", event))
         return OTHER
 
     monkeypatch.setattr(LedgerClient, "policy", newer)
-    with pytest.raises(UnavailableError):
-        aws.invoke("CheckPolicyFunction", event)
-    assert aws.invoke("CheckPolicyFunction", event) == first[0]
-    assert store.get_task(event["task_id"]).policy_id == first[0]["policy"]["policy_id"] != OTHER.policy_id
+    assert aws.invoke("PlanTaskFunction", event) == first[0]
+    pinned = store.get_task(task.task_id).policy_id
+    assert pinned == first[0]["nodes"][1]["result"]["policy_id"] != OTHER.policy_id
 
 
-def test_a_document_that_is_not_the_pinned_one_decides_nothing(
-    aws: Cloud, store: TaskStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    event = begun(aws, store)
-    aws.invoke("CheckPolicyFunction", event)
-    monkeypatch.setattr(LedgerClient, "policy_document", lambda *_: {"text": DOCUMENT})
-    with pytest.raises(InvalidInputError, match="pinned"):
-        aws.invoke("CheckPolicyFunction", event)
+def test_plan_task_runs_no_plan_that_was_altered(aws: Cloud, store: TaskStore) -> None:
+    task_id, plan = planned(store)
+    richer = plan.steps[2].model_copy(update={"parameters": plan.steps[2].parameters | {"amount": 999}})
+    altered = plan_item(plan.model_copy(update={"steps": (*plan.steps[:2], richer)}))
+    boto3.client("dynamodb").put_item(TableName="TasksTable", Item=altered)
+    with pytest.raises(ConflictError, match="not the one that was recorded"):
+        aws.invoke("PlanTaskFunction", {"task_id": task_id})
 
 
 # The verdict
@@ -264,47 +295,60 @@ def random_case(seed: int) -> tuple[Policy, dict[str, Any]]:
     return Policy(policy_id=f"policy-v1-{seed:064x}", version=1, rules=rules), request
 
 
-def engine(aws: Cloud, store: TaskStore, task_id: str) -> tuple[str, str | None, str]:
+@pytest.fixture(autouse=True)
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """The answers to callback tokens."""
+    answers: list[dict[str, str]] = []
+    monkeypatch.setattr("qaes.adapters.executions._send", lambda _, **said: answers.append(said) or True)
+    return answers
+
+
+Sent = list[dict[str, str]]
+
+
+def engine(aws: Cloud, store: TaskStore, task_id: str, sent: Sent) -> tuple[str, str | None, str]:
     """What the state machine's functions say of a task: the first verdict that is not `execute`, step by step.
 
-    A transfer that may be executed is handed in: the ledger must take it.
+    A transfer that may be executed is submitted: the ledger must take it.
     """
-    event = {"task_id": task_id}
-    event |= aws.invoke("AnalyzeTaskFunction", event)
-    event |= aws.invoke("CheckPolicyFunction", event)
-    if not event["policy"]["allowed"]:
-        ended = aws.invoke("EndTaskFunction", {"task_id": task_id, "outcome": "denied"})
-        return "denied", None, ended["reason"]
-    event |= aws.invoke("BuildPlanFunction", event)
-    for step in aws.invoke("ValidatePlanFunction", event)["steps"]:
-        asked = {"task_id": task_id, "step_index": step["step_index"]}
-        verdict = aws.invoke("CheckComplianceFunction", asked)
-        if verdict["verdict"] != "execute":
-            return verdict["verdict"], step["step_id"], verdict["reason"]
-        if step["step_type"] == "onchain_action":
-            assert hand_in(aws, task_id)["status"] == "submitted"
+    planned = aws.invoke("PlanTaskFunction", {"task_id": task_id})
+    if not planned["allowed"]:
+        return "denied", None, str(store.get_task(task_id).reason)
+    for step in planned["steps"]:
+        aws.invoke("RunStepFunction", {"task_id": task_id, "step_index": step["step_index"]})
+    if "action" not in planned:
+        return "execute", None, ""
+    verdict, reason = ask(aws, task_id, sent)
+    if verdict != "execute":
+        return verdict, planned["action"]["step_id"], reason
+    if planned["action"]["step_type"] == "onchain_action":
+        assert submit(aws, task_id) == "submitted"
     return "execute", None, ""
 
 
-def hand_in(aws: Cloud, task_id: str) -> dict[str, Any]:
-    answer: dict[str, Any] = aws.invoke("ExecuteStepFunction", {"task_id": task_id, "step_index": 2, "submit": True})
-    return answer
+def ask(aws: Cloud, task_id: str, sent: Sent) -> tuple[str, str]:
+    """The compliance agent's verdict on the action, and its reason."""
+    answer = aws.invoke("AwaitApprovalFunction", {"task_id": task_id, "task_token": "token"})
+    if "verdict" not in answer:
+        assert answer["status"] == "StepDeniedError"
+        return "denied", sent[-1]["cause"]
+    return {"pending": "await_approval"}.get(answer["verdict"], answer["verdict"]), answer["reason"]
 
 
-def approve(aws: Cloud, store: TaskStore, task_id: str, step_id: str, approvals: int) -> dict[str, Any]:
-    """As many people as the policy wants approve the step; returns the compliance agent's verdict after that."""
-    plan = store.plan_of(store.get_task(task_id))
-    index = [step.step_id for step in plan.steps].index(step_id)
-    store.request_approval(task_id, index, plan.steps[index], "token", 60, required=approvals)
+def submit(aws: Cloud, task_id: str) -> str:
+    return str(aws.invoke("ExecuteActionFunction", {"task_id": task_id, "task_token": "token"})["status"])
+
+
+def approve(aws: Cloud, store: TaskStore, task_id: str, approvals: int, sent: Sent) -> tuple[str, str]:
+    """As many people as the policy wants approve the action; returns the compliance agent's verdict after that."""
     for subject in ("bob", "carol")[:approvals]:
         store.decide(task_id, approved=True, subject=subject, reason="")
-    verdict: dict[str, Any] = aws.invoke("CheckComplianceFunction", {"task_id": task_id, "step_index": index})
-    return verdict
+    return ask(aws, task_id, sent)
 
 
 @pytest.mark.parametrize("first", range(0, 60, 10))
 def test_preview_verdict_is_the_started_tasks(
-    api: Api, store: TaskStore, first: int, monkeypatch: pytest.MonkeyPatch
+    api: Api, store: TaskStore, sent: Sent, first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And what it says may run, or may be approved, is taken by the ledger."""
     monkeypatch.setenv("MAX_OPEN_TASKS", "100")
@@ -320,17 +364,17 @@ def test_preview_verdict_is_the_started_tasks(
             assert (preview.status, named(preview)) == (started.status, named(started)) != (202, set()), seed
             continue
         previewed, task_id = preview.body["verdict"], started.body["task_id"]
-        verdict, step_id, reason = engine(api.aws, store, task_id)
+        verdict, step_id, reason = engine(api.aws, store, task_id, sent)
         assert (previewed["verdict"], previewed["step_id"]) == (verdict, step_id), (seed, previewed, reason)
         assert previewed["allowed"] is (verdict != "denied")
         assert verdict == "execute" or previewed["reason"].startswith(reason), (seed, previewed, reason)
         if verdict == "await_approval" and step_id is not None:
-            approved = approve(api.aws, store, task_id, step_id, previewed["approvals"])
+            approved, why = approve(api.aws, store, task_id, previewed["approvals"], sent)
             denied_today = "approved now, it would be denied: " in previewed["reason"]
-            assert approved["verdict"] == ("denied" if denied_today else "execute"), (seed, previewed, approved)
-            assert not denied_today or previewed["reason"].endswith(approved["reason"])
+            assert approved == ("denied" if denied_today else "execute"), (seed, previewed, why)
+            assert not denied_today or previewed["reason"].endswith(why)
             if request["task_type"] == "transfer_funds" and not denied_today:
-                assert hand_in(api.aws, task_id)["status"] == "submitted", (seed, previewed)
+                assert submit(api.aws, task_id) == "submitted", (seed, previewed)
 
 
 @pytest.mark.parametrize("asks", [True, False])
@@ -343,7 +387,14 @@ def test_preview_verdict_is_the_started_tasks(
     ],
 )
 def test_preview_and_task_deny_what_the_source_cannot_pay(
-    api: Api, store: TaskStore, monkeypatch: pytest.MonkeyPatch, asks: bool, source: str, amount: int, reason: str
+    api: Api,
+    store: TaskStore,
+    sent: Sent,
+    monkeypatch: pytest.MonkeyPatch,
+    asks: bool,
+    source: str,
+    amount: int,
+    reason: str,
 ) -> None:
     rule = Rule(allowed=True, requires_approval=asks, risk_level="high")
     policy = Policy(policy_id=f"policy-v1-{9:064x}", version=1, rules={"transfer_funds": rule})
@@ -351,7 +402,7 @@ def test_preview_and_task_deny_what_the_source_cannot_pay(
     request = TRANSFER | {"wallet_address": source, "parameters": {"to_address": HALF, "amount": amount}}
     previewed = create(api, request)["verdict"]
     started = Api(api.aws, "GatewayFunction")("POST", "/task/start", request)
-    verdict = engine(api.aws, store, started.body["task_id"])
+    verdict = engine(api.aws, store, started.body["task_id"], sent)
     assert (previewed["verdict"], previewed["step_id"], previewed["reason"]) == verdict
     assert verdict[:2] == ("denied", "step_3") and verdict[2].startswith(reason)
 

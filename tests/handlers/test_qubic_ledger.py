@@ -182,7 +182,7 @@ def test_policy_answers_the_check_of_a_transfer(call: Call, changes: dict[str, A
 
 
 def test_ledger_client_returns_the_policy_and_a_refusal(aws: Cloud) -> None:
-    with function_environment(environment("CheckComplianceFunction", PARAMETERS)):
+    with function_environment(environment("AwaitApprovalFunction", PARAMETERS)):
         client = LedgerClient()
         policy, balance = client.policy_and_balance(RICH)
         assert (policy, balance) == (client.policy(), client.wallet_balance(RICH))

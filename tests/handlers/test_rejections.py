@@ -16,7 +16,7 @@ from qaes.domain.errors import ConflictError, ForbiddenError
 from qaes.domain.ids import now
 from qaes.domain.models import Approval, Plan, Task
 from tests.handlers.test_gateway import NO, YES
-from tests.handlers.test_task_store import events, planned, waiting
+from tests.handlers.test_task_store import claim, events, planned, waiting
 from tests.support.api import ALICE, BOB, OLIVIA, Api, set_environment
 from tests.support.cloud import Cloud, cloud
 
@@ -99,7 +99,7 @@ def test_retry_returns_409_after_a_rejection(
     task_id, _ = waiting(store)
     reject(store, task_id)
     with monkeypatch.context() as before_this_rule:
-        before_this_rule.setattr("qaes.adapters.task_store._rejected", lambda approvals: None)
+        before_this_rule.setattr("qaes.domain.tasks.lifecycle.rejected_of", lambda approvals: None)
         assert end(store, task_id, "failed").status == "failed"
     told = events(task_id)
     answer = api("POST", f"/task/{task_id}/retry", **caller)
@@ -196,7 +196,7 @@ def test_retry_goes_on_after_an_expired_approval(store: TaskStore) -> None:
     store.expire(task_id)
     assert end(store, task_id, "expired").status == "expired"
     assert store.retry(task_id, subject="alice").run == 2
-    store.request_approval(task_id, 2, plan.steps[2], "token-2", 60)
+    store.request_approval(store.get_task(task_id), plan, 2, "token-2", 60)
     assert approve(store, task_id).status == "approved"
 
 
@@ -207,7 +207,7 @@ def test_an_expiry_in_run_1_does_not_make_run_2_rejected(store: TaskStore) -> No
     store.retry(task_id, subject="alice")
     assert store.end_task(task_id, "failed", actor="execution", reason="x").status == "failed"
     store.retry(task_id, subject="alice")
-    store.request_approval(task_id, 2, plan.steps[2], "token-3", 60)
+    store.request_approval(store.get_task(task_id), plan, 2, "token-3", 60)
     reject(store, task_id)
     assert store.end_task(task_id, "failed", actor="execution", reason="x").status == "rejected"
 
@@ -233,14 +233,16 @@ def test_a_decision_that_arrives_after_the_retry_decides_nothing(api: Api, store
 
 def test_a_late_request_of_run_1_asks_nothing_in_run_2(aws: Cloud, store: TaskStore) -> None:
     task_id, plan = retried(store)
-    late = {"task_id": task_id, "step_index": 2, "task_token": "token of run 1", "execution": task_id}
+    for step_index in (0, 1):
+        aws.invoke("RunStepFunction", {"task_id": task_id, "step_index": step_index})
+    late = {"task_id": task_id, "task_token": "token of run 1", "execution": task_id}
     with pytest.raises(ConflictError, match="another execution"):
-        aws.invoke("RequestApprovalFunction", late)
+        aws.invoke("AwaitApprovalFunction", late)
     assert store.get_task(task_id).status == "executing" and store.open_approval(task_id) is None
-    ours = {"task_id": task_id, "step_index": 2, "task_token": "token of run 2", "execution": f"{task_id}-2"}
-    aws.invoke("RequestApprovalFunction", ours)
+    ours = {"task_id": task_id, "task_token": "token of run 2", "execution": f"{task_id}-2"}
+    aws.invoke("AwaitApprovalFunction", ours)
     with pytest.raises(ConflictError, match="another execution"):
-        aws.invoke("RequestApprovalFunction", late)
+        aws.invoke("AwaitApprovalFunction", late)
     approval = store.open_approval(task_id)
     assert approval is not None and (approval.run, approval.token) == (2, "token of run 2")
     assert plan.steps[2].hash() == approval.step_hash
@@ -255,35 +257,37 @@ def test_a_request_that_a_retry_overtakes_replaces_no_token(store: TaskStore, mo
         if next(overtaken, False):
             end(store, task_id, "failed")
             store.retry(task_id, subject="alice")
-            store.request_approval(task_id, 2, plan.steps[2], "token of run 2", 60, execution=f"{task_id}-2")
+            store.request_approval(store.get_task(task_id), plan, 2, "token of run 2", 60, execution=f"{task_id}-2")
         transact(writes)
 
     monkeypatch.setattr(dynamo, "transact", after_a_retry)
     with pytest.raises(ConflictError, match="another execution"):
-        store.request_approval(task_id, 2, plan.steps[2], "late token of run 1", 60, execution=task_id)
+        store.request_approval(store.get_task(task_id), plan, 2, "late token of run 1", 60, execution=task_id)
     approval = store.open_approval(task_id)
     assert approval is not None and (approval.run, approval.token) == (2, "token of run 2")
 
 
 def test_a_late_worker_of_run_1_changes_nothing_in_run_2(aws: Cloud, store: TaskStore) -> None:
     task_id, plan = retried(store)
-    store.request_approval(task_id, 2, plan.steps[2], "token-2", 60)
+    store.request_approval(store.get_task(task_id), plan, 2, "token-2", 60)
     told = events(task_id)
-    for submit in ({"submit": True}, {}):
+    late = {"task_id": task_id, "step_index": 2, "task_token": "token of run 1", "execution": task_id}
+    for function in ("RunStepFunction", "ExecuteActionFunction", "AwaitApprovalFunction", "PlanTaskFunction"):
         with pytest.raises(ConflictError, match="another execution"):
-            aws.invoke("ExecuteStepFunction", {"task_id": task_id, "step_index": 2, "execution": task_id} | submit)
+            aws.invoke(function, late)
+    task = store.get_task(task_id)
     with pytest.raises(ConflictError, match="another execution"):
-        store.refuse_step(task_id, 2, plan.steps[2], None, "no approval", run=1)
+        store.refuse_step(task.model_copy(update={"run": 1}), plan, 2, None, "no approval")
     assert events(task_id) == told and store.step(task_id, 2) is None
 
 
 def test_a_late_wait_of_run_1_does_not_take_run_2_s_token(aws: Cloud, store: TaskStore) -> None:
     task_id, plan = retried(store)
-    store.claim_step(task_id, 2, plan.steps[2], None, run=2, current=plan.policy)
+    claim(store, task_id, plan, 2, None, run=2, current=plan.policy)
     store.put_waiter(task_id, 2, "token of run 2", 60, run=2)
-    late = {"task_id": task_id, "step_index": 2, "task_token": "token of run 1", "execution": task_id}
+    late = {"task_id": task_id, "task_token": "token of run 1", "execution": task_id}
     with pytest.raises(ConflictError, match="another execution"):
-        aws.invoke("AwaitConfirmationFunction", late)
+        aws.invoke("ExecuteActionFunction", late)
     with pytest.raises(ConflictError, match="another execution"):
         store.put_waiter(task_id, 2, "token of run 1", 60, run=1)
     assert store.waiter(task_id, 2) == "token of run 2"
@@ -299,7 +303,7 @@ def test_decide_returns_403_to_everybody_who_ever_retried(api: Api, store: TaskS
     for caller in (OLIVIA, ALICE, {"subject": "otto", "roles": "operator"}, ALICE):
         store.end_task(task_id, "failed", actor="test", reason="so")
         assert api("POST", f"/task/{task_id}/retry", **caller).status == 202
-    store.request_approval(task_id, 2, plan.steps[2], "token-2", 60)
+    store.request_approval(store.get_task(task_id), plan, 2, "token-2", 60)
     both = "requester approver operator"
     for subject in ("olivia", "otto", "alice", " olivia", "otto\u200b"):
         for body in (YES, NO):
@@ -312,7 +316,7 @@ def test_decide_returns_403_to_everybody_who_ever_retried(api: Api, store: TaskS
 
 def test_the_store_refuses_the_requester_and_retriers(store: TaskStore) -> None:
     task_id, plan = retried(store, by="olivia")
-    store.request_approval(task_id, 2, plan.steps[2], "token-2", 60)
+    store.request_approval(store.get_task(task_id), plan, 2, "token-2", 60)
     for subject in ("alice", "olivia"):
         with pytest.raises(ForbiddenError, match="you cannot decide"):
             store.decide(task_id, approved=True, subject=subject, reason="x")
@@ -330,7 +334,7 @@ def test_a_decision_is_refused_when_its_decider_retries_first(
         if next(overtaken, False):
             end(store, task_id, "failed")
             store.retry(task_id, subject="olivia")
-            store.request_approval(task_id, 2, plan.steps[2], "token-2", 60)
+            store.request_approval(store.get_task(task_id), plan, 2, "token-2", 60)
         transact(writes)
 
     monkeypatch.setattr(dynamo, "transact", after_a_retry)

@@ -25,7 +25,7 @@ from qubic.chain.mock import Faults, MockChain
 from qubic.spending import rule_for
 from qubic.submissions import LEAD_TICKS, Submission, Submissions
 from qubic.wallets import DEMO_BALANCES, Wallets, demo_key
-from tests.handlers.test_task_store import TRANSFER, waiting
+from tests.handlers.test_task_store import waiting
 from tests.support.api import set_environment
 from tests.support.cloud import Cloud, cloud
 
@@ -500,43 +500,61 @@ def approved_task(store: TaskStore) -> str:
     return task_id
 
 
-def verdict(aws: Cloud, task_id: str) -> dict[str, Any]:
-    return dict(aws.invoke("CheckComplianceFunction", {"task_id": task_id, "step_index": 2}))
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
+    """The answers to callback tokens."""
+    answers: list[dict[str, str]] = []
+    monkeypatch.setattr("qaes.adapters.executions._send", lambda _, **said: answers.append(said) or True)
+    return answers
 
 
-def test_the_compliance_agent_denies_what_has_no_room_today(aws: Cloud) -> None:
+def run_first_steps(aws: Cloud, task_id: str) -> str:
+    for step_index in (0, 1):
+        aws.invoke("RunStepFunction", {"task_id": task_id, "step_index": step_index})
+    return task_id
+
+
+def outcome(aws: Cloud, task_id: str, function: str = "AwaitApprovalFunction") -> str:
+    """The compliance agent's verdict, or the worker's word, on the action."""
+    answer = aws.invoke(function, {"task_id": task_id, "task_token": "a token"})
+    return str(answer.get("verdict") or answer["status"])
+
+
+def test_the_compliance_agent_denies_what_has_no_room_today(aws: Cloud, sent: list[dict[str, str]]) -> None:
     publish(aws, daily_limit=8)
     store = TaskStore("TasksTable")
-    [unapproved, _], first, second = waiting(store), approved_task(store), approved_task(store)
-    assert verdict(aws, unapproved)["verdict"] == "await_approval"
+    tasks = [waiting(store)[0], approved_task(store), approved_task(store)]
+    unapproved, first, second = (run_first_steps(aws, task_id) for task_id in tasks)
+    assert outcome(aws, unapproved) == "pending"
     for task_id in (first, second):
-        assert verdict(aws, task_id)["verdict"] == "execute"
-    terms = {"source": RICH, "destination": EMPTY, "amount": TRANSFER["amount"], "run": 1, "requester": "alice"}
-    sent = {"operation": "transfer", "reference": f"{first}#step_3", **terms}
-    assert aws.invoke("LedgerTransferFunction", sent)["ok"]
-    assert verdict(aws, first)["verdict"] == "execute"  # it is its own
-    denied = verdict(aws, second)
-    assert denied["verdict"] == "denied"
-    assert "daily_limit" in denied["reason"]
-    assert service.policies().in_force().policy_id in denied["reason"]
-    assert verdict(aws, unapproved)["verdict"] == "await_approval"  # it may be made on another day
+        assert outcome(aws, task_id) == "execute"
+    for _ in range(2):  # submitted twice, it counts once
+        assert outcome(aws, first, "ExecuteActionFunction") == "submitted"
+    assert outcome(aws, first) == "execute"  # it is its own
+    for function in ("AwaitApprovalFunction", "ExecuteActionFunction"):
+        assert outcome(aws, second, function) == "StepDeniedError"
+        assert "daily_limit" in sent[-1]["cause"]
+        assert service.policies().in_force().policy_id in sent[-1]["cause"]
+    assert store.step(second, 2) is None
+    assert outcome(aws, unapproved) == "pending"  # it may be made on another day
 
 
-def test_the_compliance_agent_only_reads_the_ledger(aws: Cloud) -> None:
+def test_the_compliance_agent_only_reads_the_ledger(aws: Cloud, sent: list[dict[str, str]]) -> None:
     publish(aws, daily_limit=8)
-    task_id = approved_task(TaskStore("TasksTable"))
+    task_id = run_first_steps(aws, approved_task(TaskStore("TasksTable")))
     aws.invocations.clear()
-    assert verdict(aws, task_id)["verdict"] == "execute"
-    assert set(aws.invocations) == {"CheckComplianceFunction", "LedgerFunction"}
+    assert outcome(aws, task_id) == "execute"
+    assert aws.invocations == {"AwaitApprovalFunction": 1, "LedgerFunction": 1}
     assert sums() == []
 
 
-def test_a_ledger_that_does_not_answer_lets_nothing_run(aws: Cloud) -> None:
+def test_a_ledger_that_does_not_answer_lets_nothing_run(aws: Cloud, sent: list[dict[str, str]]) -> None:
     publish(aws, daily_limit=8)
-    task_id = approved_task(TaskStore("TasksTable"))
+    task_id = run_first_steps(aws, approved_task(TaskStore("TasksTable")))
     aws.faults["LedgerFunction"] = lambda event: 1 / 0  # type: ignore[assignment]
-    with pytest.raises(UnavailableError):
-        verdict(aws, task_id)
+    for function in ("AwaitApprovalFunction", "ExecuteActionFunction"):
+        with pytest.raises(UnavailableError):
+            outcome(aws, task_id, function)
 
 
 def test_what_is_only_simulated_counts_nothing(ledger: Ledger) -> None:

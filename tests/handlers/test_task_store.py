@@ -17,8 +17,9 @@ from qaes.adapters.task_store import TaskStore
 from qaes.domain import planning
 from qaes.domain.errors import ConflictError, NotFoundError, ThrottledError, UnavailableError
 from qaes.domain.ids import new_plan_id, new_task_id, now, timestamp
-from qaes.domain.models import Approval, Plan, Task
+from qaes.domain.models import Approval, Plan, StepRecord, Task
 from qaes.domain.policy import PolicyDecision
+from qaes.domain.tasks.lifecycle import StepOutcome
 from tests.support.cloud import cloud
 from tests.unit.test_planning import POLICY, TRANSFER
 
@@ -46,13 +47,25 @@ def new_task(requester: str = "alice") -> Task:
 def planned(store: TaskStore) -> tuple[str, Plan]:
     """A task that executes its plan."""
     task, _ = store.start_task(new_task())
-    store.begin_planning(task.task_id)
-    analysis = planning.analyze(task.task_type, POLICY)
-    decision = POLICY.decide(analysis.action_type)
-    store.record_policy(task.task_id, analysis, decision)
-    plan = store.save_plan(task.task_id, build(task.task_id))
-    store.begin_execution(task.task_id)
+    _, plan = store.plan_task(task, build(task.task_id))
     return task.task_id, plan
+
+
+def claim(
+    store: TaskStore,
+    task_id: str,
+    plan: Plan,
+    step_index: int,
+    approval: Approval | None = None,
+    *,
+    run: int = 1,
+    current: PolicyDecision | None = None,
+) -> StepRecord:
+    """Claim a step for an execution of the task, which may be one before a retry."""
+    task = store.get_task(task_id)
+    if task.run != run:
+        task = task.model_copy(update={"run": run, "version": task.version - 1})
+    return store.claim_step(task, plan, step_index, approval, current or plan.policy)[1]
 
 
 def replace_approval(store: TaskStore, task_id: str, approval: Approval) -> None:
@@ -82,7 +95,7 @@ def build(task_id: str | None) -> Plan:
 
 def waiting(store: TaskStore, expires_in: int = 60) -> tuple[str, Plan]:
     task_id, plan = planned(store)
-    store.request_approval(task_id, 2, plan.steps[2], "token-1", expires_in)
+    store.request_approval(store.get_task(task_id), plan, 2, "token-1", expires_in)
     return task_id, plan
 
 
@@ -95,10 +108,8 @@ def events(task_id: str) -> list[str]:
 def test_everything_called_twice_changes_nothing_the_second_time(store: TaskStore) -> None:
     task_id, plan = planned(store)
     before = store.get_task(task_id)
-    store.begin_planning(task_id)
-    store.record_policy(task_id, plan.analysis, plan.policy)
-    assert store.save_plan(task_id, build(task_id)) == plan
-    store.begin_execution(task_id)
+    assert store.plan_task(before, build(task_id)) == (before, plan)
+    assert store.deny_task(before, plan.analysis, plan.policy) == before
     assert store.get_task(task_id) == before
     assert events(task_id) == ["task_started", "policy_checked", "plan_built"]
 
@@ -143,8 +154,8 @@ def test_what_is_not_there_is_not_found(store: TaskStore) -> None:
 def test_waiting_and_token_are_one_write_and_the_newest_token_counts(store: TaskStore) -> None:
     task_id, plan = waiting(store)
     assert store.get_task(task_id).status == "waiting_approval"
-    store.request_approval(task_id, 2, plan.steps[2], "token-1", 60)
-    again = store.request_approval(task_id, 2, plan.steps[2], "token-2", 60)
+    store.request_approval(store.get_task(task_id), plan, 2, "token-1", 60)
+    again = store.request_approval(store.get_task(task_id), plan, 2, "token-2", 60)
     assert (again.token, again.round) == ("token-2", 1)
     assert store.open_approval(task_id) == again
     assert events(task_id).count("approval_requested") == 1
@@ -159,7 +170,7 @@ def test_what_was_decided_on_is_not_asked_again_in_the_same_execution(store: Tas
     else:
         store.decide(task_id, approved=outcome == "approved", subject="bob", reason="x")
     before = store.get_task(task_id), events(task_id), store.latest_approval(task_id, 2)
-    again = store.request_approval(task_id, 2, plan.steps[2], "token-2", 60)
+    again = store.request_approval(store.get_task(task_id), plan, 2, "token-2", 60)
     assert before[2] is not None and again == before[2].model_copy(update={"token": "token-2"})
     assert store.approvals(task_id) == [again] and again.status == outcome
     assert (store.get_task(task_id).status, events(task_id)) == (before[0].status, before[1])
@@ -168,19 +179,19 @@ def test_what_was_decided_on_is_not_asked_again_in_the_same_execution(store: Tas
 def test_a_yes_by_fewer_than_are_required_by_now_is_asked_for_anew(store: TaskStore) -> None:
     task_id, plan = waiting(store)
     store.decide(task_id, approved=True, subject="bob", reason="x")
-    again = store.request_approval(task_id, 2, plan.steps[2], "token-2", 60, required=2)
+    again = store.request_approval(store.get_task(task_id), plan, 2, "token-2", 60, required=2)
     assert (again.round, again.status, again.required) == (2, "pending", 2)
     store.decide(task_id, approved=False, subject="carol", reason="x")
-    assert store.request_approval(task_id, 2, plan.steps[2], "token-3", 60, required=3).status == "rejected"
+    assert store.request_approval(store.get_task(task_id), plan, 2, "token-3", 60, required=3).status == "rejected"
 
 
 def test_an_approval_that_was_used_stays_used_whoever_asks_again(store: TaskStore) -> None:
     """A call that is answered long afterwards does not write over what has happened since."""
     task_id, plan = waiting(store)
     approval = store.decide(task_id, approved=True, subject="bob", reason="x")
-    store.claim_step(task_id, 2, plan.steps[2], approval, run=1, current=plan.policy)
+    claim(store, task_id, plan, 2, approval, run=1, current=plan.policy)
     with pytest.raises(ThrottledError):
-        store.request_approval(task_id, 2, plan.steps[2], "token-2", 60)
+        store.request_approval(store.get_task(task_id), plan, 2, "token-2", 60)
     item = boto3.client("dynamodb").get_item(
         TableName="TasksTable", Key={"pk": {"S": task_id}, "sk": {"S": "APPROVAL#002#01"}}
     )["Item"]
@@ -236,24 +247,24 @@ def test_a_time_out_after_the_decision_is_neither_expiry_nor_a_lost_decision(
 def test_an_approval_is_consumed_once(store: TaskStore) -> None:
     task_id, plan = waiting(store)
     approval = store.decide(task_id, approved=True, subject="bob", reason="ok")
-    store.claim_step(task_id, 2, plan.steps[2], approval, run=1, current=plan.policy)
+    claim(store, task_id, plan, 2, approval, run=1, current=plan.policy)
     # Another step cannot be run on the same approval.
     with pytest.raises(ThrottledError):
-        store.claim_step(task_id, 1, plan.steps[1], approval, run=1, current=plan.policy)
+        claim(store, task_id, plan, 1, approval, run=1, current=plan.policy)
     assert store.step(task_id, 1) is None
 
 
 def test_a_step_is_claimed_counted_and_ended_once(store: TaskStore) -> None:
     task_id, plan = planned(store)
-    first = store.claim_step(task_id, 0, plan.steps[0], None, run=1, current=plan.policy)
-    second = store.claim_step(task_id, 0, plan.steps[0], None, run=1, current=plan.policy)
+    first = claim(store, task_id, plan, 0, None, run=1, current=plan.policy)
+    second = claim(store, task_id, plan, 0, None, run=1, current=plan.policy)
     assert (first.attempt, second.attempt) == (1, 2)
     assert events(task_id).count("step_started") == 1, "to attempt it once more is not another decision"
-    ended = store.finish_step(task_id, first, result={"balance": 1}, error=None)
+    ended = store.finish_step(task_id, first, StepOutcome(result={"balance": 1}, error=None))
     assert ended.status == "succeeded" and ended.attempt == 2
-    late = store.finish_step(task_id, second, result=None, error="too late")
+    late = store.finish_step(task_id, second, StepOutcome(result=None, error="too late"))
     assert late == ended and store.steps(task_id) == [ended]
-    assert store.claim_step(task_id, 0, plan.steps[0], None, run=1, current=plan.policy) == ended
+    assert claim(store, task_id, plan, 0, None, run=1, current=plan.policy) == ended
     assert events(task_id).count("step_executed") == 1
 
 
@@ -261,12 +272,12 @@ def test_a_claim_tells_what_was_decided(store: TaskStore) -> None:
     task_id, plan = waiting(store)
     approval = store.decide(task_id, approved=True, subject="bob", reason="ok")
     stricter = plan.policy.model_copy(update={"policy_id": "policy-v2-" + "0" * 64, "approvals": 1})
-    store.claim_step(task_id, 2, plan.steps[2], approval, run=1, current=stricter)
+    claim(store, task_id, plan, 2, approval, run=1, current=stricter)
     told = next(event for event in Outbox("TasksTable").disclosed(task_id).values() if event.kind == "step_started")
     assert (told.actor, told.status, told.step_index, told.step_id) == ("worker", "running", 2, "step_3")
     assert (told.policy_id, told.plan_hash) == (plan.policy.policy_id, plan.hash())
-    claim = {"step_hash": plan.steps[2].hash(), "run": 1, "attempt": 1, "approval": approval.round}
-    assert json.loads(told.input) == claim
+    expected = {"step_hash": plan.steps[2].hash(), "run": 1, "attempt": 1, "approval": approval.round}
+    assert json.loads(told.input) == expected
     assert PolicyDecision.model_validate_json(told.output) == stricter
 
 
@@ -276,7 +287,7 @@ def test_what_was_decided_for_one_execution_begins_nothing_in_another(store: Tas
     store.end_task(task_id, "failed", actor="execution", reason="x")
     store.retry(task_id, subject="alice")
     with pytest.raises(ConflictError, match="another execution"):
-        store.claim_step(task_id, 2, plan.steps[2], approval, run=1, current=plan.policy)
+        claim(store, task_id, plan, 2, approval, run=1, current=plan.policy)
     assert store.step(task_id, 2) is None and "step_started" not in events(task_id)
 
 
@@ -285,11 +296,10 @@ def test_terminal_statuses_never_change(store: TaskStore) -> None:
     store.end_task(task_id, "failed", actor="execution", reason="x", failed_step="step_1")
     before = store.get_task(task_id)
     store.end_task(task_id, "completed", actor="execution", reason="", failed_step=None)
-    store.begin_planning(task_id)
+    store.plan_task(before, build(task_id))
     for late in (
-        lambda: store.begin_execution(task_id),
-        lambda: store.claim_step(task_id, 0, plan.steps[0], None, run=1, current=plan.policy),
-        lambda: store.request_approval(task_id, 2, plan.steps[2], "t", 60),
+        lambda: claim(store, task_id, plan, 0, None, run=1, current=plan.policy),
+        lambda: store.request_approval(store.get_task(task_id), plan, 2, "t", 60),
     ):
         with pytest.raises(ConflictError):
             late()
@@ -316,12 +326,13 @@ def test_open_tasks_omit_a_task_that_has_just_left(store: TaskStore, monkeypatch
     read = dynamo.get_many
 
     def after_it_moved(*arguments: Any, **options: Any) -> Iterator[dict[str, Any]]:
-        store.begin_planning(moving.task_id)
+        if store.get_task(moving.task_id).status == "pending":
+            store.plan_task(moving, build(moving.task_id))
         return read(*arguments, **options)
 
     monkeypatch.setattr(dynamo, "get_many", after_it_moved)
     assert [each.task_id for each in store.open_tasks("pending", -1)] == [still.task_id]
-    assert [each.task_id for each in store.open_tasks("planning", -1)] == [moving.task_id]
+    assert [each.task_id for each in store.open_tasks("executing", -1)] == [moving.task_id]
 
 
 def test_a_write_that_loses_every_race_gives_up_with_a_clear_error(
@@ -329,7 +340,7 @@ def test_a_write_that_loses_every_race_gives_up_with_a_clear_error(
 ) -> None:
     task, _ = store.start_task(new_task())
     stale = store.get_task(task.task_id)
-    store.begin_planning(task.task_id)
+    store.plan_task(task, build(task.task_id))
 
     def read_stale(self: TaskStore, task_id: str) -> Task:
         return stale
@@ -337,7 +348,7 @@ def test_a_write_that_loses_every_race_gives_up_with_a_clear_error(
     monkeypatch.setattr(TaskStore, "get_task", read_stale)
     monkeypatch.setattr("qaes.adapters.task_store.time.sleep", lambda seconds: None)
     with pytest.raises(ThrottledError):
-        store.begin_planning(task.task_id)
+        store.plan_task(stale, build(task.task_id))
 
 
 def test_other_errors_of_the_table_are_not_swallowed(store: TaskStore, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,29 +5,40 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import boto3
 import pytest
 
+from audit.recorder import Drained
 from audit.store import Outbox
 from qaes.adapters import transfers
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import planning
 from qaes.domain.canonical import hash_of
-from qaes.domain.errors import ConflictError, RefusedError, UnavailableError
+from qaes.domain.errors import (
+    ApprovalExpiredError,
+    ApprovalNeededError,
+    ApprovalRejectedError,
+    ConflictError,
+    RefusedError,
+    StepDeniedError,
+    StepFailedError,
+    UnavailableError,
+)
 from qaes.domain.ids import new_plan_id, timestamp
 from qaes.domain.ids import now as moment
 from qaes.domain.models import Event, Plan, StepRecord
 from qaes.domain.policy import Policy
 from qaes.domain.qubic.identity import encode_identity
+from qaes.domain.tasks.lifecycle import StepOutcome
 from qubic.chain.mock import Faults, MockChain
 from qubic.submissions import Submissions
-from tests.handlers.test_task_store import new_task
+from tests.handlers.test_task_store import claim, new_task
 from tests.support.cloud import Cloud, Context, call, cloud
 from tests.support.template import resolve, template
-from worker.app import NotConfirmedYetError
 
 SOURCE, DESTINATION = "0x1234567890abcdef", "0xfedcba0987654321"
 KEYLESS = encode_identity(bytes([7]) * 32)
@@ -48,17 +59,31 @@ def store(aws: Cloud) -> TaskStore:
     return TaskStore("TasksTable")
 
 
+Sent = list[tuple[str, dict[str, str]]]
+
+
+@pytest.fixture(autouse=True)
+def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
+    """The answers to callback tokens; what Step Functions does with them is tested by the workflow's tests."""
+    answers: Sent = []
+    monkeypatch.setattr("qaes.adapters.executions._send", lambda name, **said: answers.append((name, said)) or True)
+    return answers
+
+
 @pytest.fixture
-def plan_for(store: TaskStore) -> Plans:
-    """A task of that type that executes its plan, under the ledger's policy."""
+def woken(sent: Sent) -> Callable[[], list[str]]:
+    """The tokens that were answered."""
+    return lambda: [said["taskToken"] for _, said in sent]
+
+
+@pytest.fixture
+def plan_for(aws: Cloud, store: TaskStore) -> Plans:
+    """A task of that type under the ledger's policy, whose steps before the last have succeeded."""
     policy = Policy.model_validate(call("LedgerFunction", {"operation": "policy"})["result"])
 
-    def make(task_type: str, parameters: dict[str, Any]) -> tuple[str, Plan]:
+    def make(task_type: str, parameters: dict[str, Any], *, begun: bool = True) -> tuple[str, Plan]:
         task, _ = store.start_task(new_task().model_copy(update={"task_type": task_type, "parameters": parameters}))
-        store.begin_planning(task.task_id)
         analysis = planning.analyze(task_type, policy)
-        decision = policy.decide(analysis.action_type)
-        store.record_policy(task.task_id, analysis, decision)
         plan = planning.build_plan(
             plan_id=new_plan_id(),
             task_id=task.task_id,
@@ -67,26 +92,26 @@ def plan_for(store: TaskStore) -> Plans:
             description=task.description,
             parameters=parameters,
             analysis=analysis,
-            policy=decision,
+            policy=policy.decide(analysis.action_type),
         )
-        store.save_plan(task.task_id, plan)
-        store.begin_execution(task.task_id)
+        store.plan_task(task, plan)
+        for step_index in range(len(plan.steps) - 1 if begun else 0):
+            run(aws, task.task_id, step_index)
         return task.task_id, plan
 
     return make
 
 
 def run(aws: Cloud, task_id: str, step_index: int) -> dict[str, Any]:
-    """As the state ExecuteStep does."""
-    answer: dict[str, Any] = aws.invoke("ExecuteStepFunction", {"task_id": task_id, "step_index": step_index})
+    """As the state RunStep does."""
+    answer: dict[str, Any] = aws.invoke("RunStepFunction", {"task_id": task_id, "step_index": step_index})
     return answer
 
 
-def submit(aws: Cloud, task_id: str) -> dict[str, Any]:
-    """As the state SubmitTransfer does, for the third step."""
-    event = {"task_id": task_id, "step_index": 2, "submit": True}
-    answer: dict[str, Any] = aws.invoke("ExecuteStepFunction", event)
-    return answer
+def act(aws: Cloud, task_id: str, token: str = WAITER) -> str:
+    """As the state ExecuteAction does; the outcome."""
+    answer: dict[str, Any] = aws.invoke("ExecuteActionFunction", {"task_id": task_id, "task_token": token})
+    return str(answer["status"])
 
 
 def record_of(store: TaskStore, task_id: str) -> StepRecord:
@@ -96,7 +121,7 @@ def record_of(store: TaskStore, task_id: str) -> StepRecord:
 
 
 def events_of(task_id: str) -> list[Event]:
-    return [event for _, event in Outbox("TasksTable").events_after(task_id, 0)]
+    return list(Outbox("TasksTable").disclosed(task_id).values())
 
 
 def ends_of_the_transfer(task_id: str) -> list[str]:
@@ -130,8 +155,16 @@ def reconcile(aws: Cloud) -> list[str]:
 
 
 def check(aws: Cloud, task_id: str) -> str:
-    """The compliance agent's verdict on the transfer."""
-    return str(aws.invoke("CheckComplianceFunction", {"task_id": task_id, "step_index": 2})["verdict"])
+    """The compliance agent's verdict on the action, as the state AwaitApproval; it asks people if they must approve."""
+    answer = aws.invoke("AwaitApprovalFunction", {"task_id": task_id, "task_token": WAITER})
+    return VERDICTS.get(answer.get("status"), answer.get("verdict"))
+
+
+VERDICTS = {
+    StepDeniedError.__name__: "denied",
+    ApprovalRejectedError.__name__: "rejected",
+    ApprovalExpiredError.__name__: "expired",
+}
 
 
 def next_run(store: TaskStore, task_id: str) -> None:
@@ -141,7 +174,7 @@ def next_run(store: TaskStore, task_id: str) -> None:
 
 
 def approve(store: TaskStore, task_id: str, plan: Plan, step_index: int, *, approved: bool = True) -> None:
-    store.request_approval(task_id, step_index, plan.steps[step_index], "token", 60)
+    store.request_approval(store.get_task(task_id), plan, step_index, "token", 60)
     store.decide(task_id, approved=approved, subject="bob", reason="because")
 
 
@@ -150,22 +183,73 @@ def balance(address: str) -> int:
 
 
 def test_a_balance_is_read_and_the_record_has_its_hashes(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
-    task_id, plan = plan_for("transfer_funds", TRANSFER)
-    answer = run(aws, task_id, 0)
+    task_id, plan = plan_for("transfer_funds", TRANSFER, begun=False)
+    assert run(aws, task_id, 0) == {"step_id": "step_1", "status": "succeeded", "attempt": 1}
     result = {"wallet_address": SOURCE, "balance": 1000}
-    assert answer == {"step_id": "step_1", "status": "succeeded", "result": result, "error": None, "attempt": 1}
     record = store.step(task_id, 0)
     assert record is not None
+    assert (record.result, record.error) == (result, None)
     assert (record.input_hash, record.output_hash) == (hash_of(plan.steps[0].parameters), hash_of(result))
     assert record.duration_ms is not None
     assert record.duration_ms >= 0
 
 
-def test_the_policy_in_force_is_compared_with_the_pinned_one(aws: Cloud, plan_for: Plans) -> None:
+def test_run_step_writes_one_transaction_after_one_call(
+    aws: Cloud, store: TaskStore, plan_for: Plans, asked: Counter[str]
+) -> None:
+    task_id, _ = plan_for("monitor_wallet", {"wallet_address": SOURCE}, begun=False)
+    for step_index in range(3):
+        before = store.get_task(task_id)
+        run(aws, task_id, step_index)
+        assert store.get_task(task_id).version == before.version + 1
+    assert asked == {"policy": 3}
+    steps = ["step_started", "step_executed"]
+    assert [event.kind for event in events_of(task_id)[-7:]] == [*steps * 3, "task_ended"]
+    assert store.get_task(task_id).status == "completed"
+
+
+def test_run_step_called_again_returns_the_record(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
+    task_id, _ = plan_for("monitor_wallet", {"wallet_address": SOURCE}, begun=False)
+    first = run(aws, task_id, 0)
+    before = store.get_task(task_id)
+    assert run(aws, task_id, 0) == first
+    assert store.get_task(task_id) == before
+
+
+def test_run_step_runs_no_step_before_its_turn(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
+    task_id, _ = plan_for("monitor_wallet", {"wallet_address": SOURCE}, begun=False)
+    with pytest.raises(ConflictError, match="a step before this one"):
+        run(aws, task_id, 1)
+    assert store.steps(task_id) == []
+
+
+def test_run_step_runs_no_step_with_an_effect(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
-    result = run(aws, task_id, 1)["result"]
-    assert result["pinned"] is True
-    assert result["policy_id"] == plan.policy.policy_id
+    approve(store, task_id, plan, 2)
+    with pytest.raises(ConflictError, match="has an effect"):
+        run(aws, task_id, 2)
+    assert (store.step(task_id, 2), balance(SOURCE)) == (None, 1000)
+
+
+def test_run_step_records_nothing_when_the_ledger_is_down(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
+    task_id, _ = plan_for("monitor_wallet", {"wallet_address": SOURCE}, begun=False)
+    before = store.get_task(task_id)
+
+    def down(event: Any) -> None:
+        raise ConnectionError("down")
+
+    aws.faults["LedgerFunction"] = down
+    with pytest.raises(UnavailableError):
+        run(aws, task_id, 0)
+    assert (store.get_task(task_id), store.steps(task_id)) == (before, [])
+
+
+def test_the_policy_in_force_is_compared_with_the_pinned_one(store: TaskStore, plan_for: Plans) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    record = store.step(task_id, 1)
+    assert record is not None and record.result is not None
+    assert record.result["pinned"] is True
+    assert record.result["policy_id"] == plan.policy.policy_id
 
 
 @pytest.mark.parametrize(
@@ -177,29 +261,40 @@ def test_the_policy_in_force_is_compared_with_the_pinned_one(aws: Cloud, plan_fo
     ],
 )
 def test_a_monitor_says_what_it_saw(
-    aws: Cloud, plan_for: Plans, threshold: int | None, alert: bool, message: str
+    aws: Cloud, store: TaskStore, plan_for: Plans, threshold: int | None, alert: bool, message: str
 ) -> None:
     parameters = {"wallet_address": SOURCE} | ({} if threshold is None else {"alert_threshold": threshold})
     task_id, _ = plan_for("monitor_wallet", parameters)
-    result = run(aws, task_id, 2)["result"]
+    run(aws, task_id, 2)
+    result = record_of(store, task_id).result or {}
     assert (result["alert"], result["message"], result["balance"]) == (alert, message, 1000)
 
 
-def test_a_monitor_without_a_wallet_fails_with_the_reason(aws: Cloud, plan_for: Plans) -> None:
+def test_a_monitor_without_a_wallet_fails_with_the_reason(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
     task_id, plan = plan_for("monitor_wallet", {})
     assert [step.type for step in plan.steps] == ["policy_check", "monitor_action"]
-    answer = run(aws, task_id, 1)
-    assert (answer["status"], answer["error"]) == ("failed", "no_wallet: there is no wallet_address to monitor")
+    reason = "no_wallet: there is no wallet_address to monitor"
+    for _ in range(2):
+        with pytest.raises(StepFailedError, match=reason):
+            run(aws, task_id, 1)
+    record, task = store.step(task_id, 1), store.get_task(task_id)
+    assert record is not None and (record.status, record.error) == ("failed", reason)
+    assert (task.status, task.failed_step, task.reason) == ("failed", "step_2", reason)
 
 
-def test_a_generic_action_leaves_a_receipt_on_the_ledger(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
+def test_a_generic_action_leaves_a_receipt_on_the_ledger(
+    aws: Cloud, store: TaskStore, plan_for: Plans, sent: Sent
+) -> None:
     task_id, plan = plan_for("transaction", {"wallet_address": SOURCE, "anything": [1, "two"]})
     assert plan.steps[2].type == "generic_action"
     approve(store, task_id, plan, 2)
-    answer = run(aws, task_id, 2)
+    assert act(aws, task_id) == "succeeded"
+    result = record_of(store, task_id).result or {}
     aws.settle()
-    found = call("LedgerFunction", {"operation": "verify", "hash": answer["result"]["instruction_hash"]})["result"]
-    assert (found["verified"], found["txid"]) == (True, answer["result"]["txid"])
+    found = call("LedgerFunction", {"operation": "verify", "hash": result["instruction_hash"]})["result"]
+    assert (found["verified"], found["txid"]) == (True, result["txid"])
+    assert (sent[-1][0], store.waiter(task_id, 2)) == ("send_task_success", None)
+    assert store.get_task(task_id).status == "completed"
     assert balance(SOURCE) == 1000
 
 
@@ -208,21 +303,25 @@ def test_a_transfer_is_submitted_and_has_succeeded_when_the_ledger_has_confirmed
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
-    submitted = {"step_id": "step_3", "status": "submitted", "result": None, "error": None, "attempt": 1}
-    assert [submit(aws, task_id) for _ in range(3)] == [submitted] * 3
+    assert [act(aws, task_id) for _ in range(3)] == ["submitted"] * 3
     assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
     aws.settle()
-    done = run(aws, task_id, 2)
-    assert (done["status"], done["attempt"]) == ("succeeded", 1)
-    assert done["result"]["network"] == "mock"
-    assert run(aws, task_id, 2) == submit(aws, task_id) == done
+    assert act(aws, task_id) == "succeeded"
+    done = record_of(store, task_id)
+    assert (done.attempt, (done.result or {})["network"], store.get_task(task_id).status) == (1, "mock", "completed")
+    assert (act(aws, task_id), record_of(store, task_id)) == ("succeeded", done)
     assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
     assert ends_of_the_transfer(task_id) == ["succeeded"]
 
 
-def verdict_on(aws: Cloud, task_id: str) -> dict[str, Any]:
-    answer: dict[str, Any] = aws.invoke("CheckComplianceFunction", {"task_id": task_id, "step_index": 2})
-    return answer
+def verdict_on(aws: Cloud, task_id: str, sent: Sent) -> dict[str, Any]:
+    """The verdict with its reason, and the balance that the approver sees."""
+    verdict = check(aws, task_id)
+    if verdict == "denied":
+        return {"verdict": verdict, "reason": sent[-1][1]["cause"], "balance": None}
+    approval = TaskStore("TasksTable").open_approval(task_id)
+    found = approval.balance.model_dump() if approval and approval.balance else None
+    return {"verdict": verdict, "balance": found}
 
 
 def spend(amount: int, source: str = SOURCE, destination: str = DESTINATION) -> None:
@@ -231,78 +330,81 @@ def spend(amount: int, source: str = SOURCE, destination: str = DESTINATION) -> 
     LedgerClient("LedgerTransferFunction").transfer(reference="another", requester="olivia", **terms)
 
 
-def test_compliance_denies_what_the_wallet_cannot_pay(aws: Cloud, plan_for: Plans) -> None:
+def test_compliance_denies_what_the_wallet_cannot_pay(aws: Cloud, plan_for: Plans, sent: Sent) -> None:
     task_id, _ = plan_for("transfer_funds", TRANSFER | {"amount": 1001})
-    verdict = verdict_on(aws, task_id)
+    verdict = verdict_on(aws, task_id, sent)
     assert (verdict["verdict"], verdict["balance"]) == ("denied", None)
     assert verdict["reason"] == "insufficient_balance: the wallet holds 1000 QU; the transfer needs 1001 QU"
 
 
-def test_compliance_denies_what_is_promised_elsewhere(aws: Cloud, plan_for: Plans) -> None:
+def test_compliance_denies_what_is_promised_elsewhere(aws: Cloud, plan_for: Plans, sent: Sent) -> None:
     """600 of the 1,000 QU are in a transfer whose tick has not come."""
     spend(600)
     task_id, _ = plan_for("transfer_funds", TRANSFER | {"amount": 401})
-    verdict = verdict_on(aws, task_id)
+    verdict = verdict_on(aws, task_id, sent)
     assert verdict["verdict"] == "denied"
     assert "1000 QU, of which 600 QU are promised to other transfers; the transfer needs 401 QU" in verdict["reason"]
     task_id, _ = plan_for("transfer_funds", TRANSFER | {"amount": 400})
-    verdict = verdict_on(aws, task_id)
+    verdict = verdict_on(aws, task_id, sent)
     assert (verdict["verdict"], verdict["balance"]["balance"], verdict["balance"]["available"]) == (
-        "await_approval", 1000, 400,
+        "pending", 1000, 400,
     )  # fmt: skip
 
 
-def test_compliance_decides_nothing_without_a_balance(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
+def test_compliance_decides_nothing_without_a_balance(
+    aws: Cloud, store: TaskStore, plan_for: Plans, sent: Sent
+) -> None:
     """An error, which the state machine tries again: neither a denial nor a request."""
 
     def down(event: Any) -> None:
-        if event["operation"] == "check_transfer":
+        if event.get("transfer"):
             raise ConnectionError("down")
 
     task_id, _ = plan_for("transfer_funds", TRANSFER | {"amount": 1001})
     aws.faults["LedgerFunction"] = down
     with pytest.raises(UnavailableError):
-        verdict_on(aws, task_id)
+        verdict_on(aws, task_id, sent)
     aws.faults.clear()
-    assert verdict_on(aws, task_id)["verdict"] == "denied"
+    assert verdict_on(aws, task_id, sent)["verdict"] == "denied"
     assert store.approvals(task_id) == []
 
 
 def test_compliance_denies_an_address_that_the_network_lacks(
-    aws: Cloud, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
+    aws: Cloud, plan_for: Plans, sent: Sent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise RefusedError("invalid_address", "address: on mainnet an address is an identity of 60 letters")
+    def refuse(self: LedgerClient, **__: Any) -> Any:
+        return self.policy(), RefusedError("invalid_address", "address: on mainnet it is an identity of 60 letters")
 
-    monkeypatch.setattr(LedgerClient, "check_transfer", refuse)
+    monkeypatch.setattr(LedgerClient, "policy_and_check", refuse)
     task_id, _ = plan_for("transfer_funds", TRANSFER)
-    assert verdict_on(aws, task_id)["reason"].startswith("invalid_address: ")
+    assert verdict_on(aws, task_id, sent)["reason"].startswith("invalid_address: ")
 
 
-def test_compliance_denies_a_wallet_without_a_key(aws: Cloud, plan_for: Plans) -> None:
+def test_compliance_denies_a_wallet_without_a_key(aws: Cloud, plan_for: Plans, sent: Sent) -> None:
     """Its balance would cover the amount: it is not that which is missing."""
     spend(600, destination=KEYLESS)
     aws.settle()
     assert balance(KEYLESS) == 600
     task_id, _ = plan_for("transfer_funds", TRANSFER | {"wallet_address": KEYLESS})
-    verdict = verdict_on(aws, task_id)
+    verdict = verdict_on(aws, task_id, sent)
     assert (verdict["verdict"], verdict["balance"]) == ("denied", None)
     assert verdict["reason"] == "no_key: this service does not hold the key of the wallet that is to pay"
 
 
 def test_compliance_denies_what_was_spent_since_the_approval(
-    aws: Cloud, store: TaskStore, plan_for: Plans, asked: Counter[str]
+    aws: Cloud, store: TaskStore, plan_for: Plans, asked: Counter[str], sent: Sent
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
-    assert verdict_on(aws, task_id)["verdict"] == "execute"
+    assert verdict_on(aws, task_id, sent)["verdict"] == "execute"
     spend(751)
-    asked.clear()
-    verdict = verdict_on(aws, task_id)
+    verdict = verdict_on(aws, task_id, sent)
     assert verdict["verdict"] == "denied"
     assert verdict["reason"].startswith("insufficient_balance: the wallet holds 1000 QU, of which 751 QU are promised")
-    assert store.step(task_id, 2) is None
-    assert asked["transfer"] == 0
+    assert act(aws, task_id) == "StepDeniedError"
+    assert sent[-1][1]["cause"] == verdict["reason"]
+    assert (store.step(task_id, 2), store.waiter(task_id, 2)) == (None, None)
+    assert asked["transfer"] == 1  # the other task's
 
 
 def test_compliance_needs_no_funds_for_a_submitted_transfer(
@@ -319,35 +421,37 @@ def test_compliance_needs_no_funds_for_a_submitted_transfer(
 
     with monkeypatch.context() as patch:
         patch.setattr(LedgerClient, "transfer", refused)
-        assert submit(aws, task_id)["status"] == "failed"
+        assert act(aws, task_id) == "StepFailedError"
     assert call("LedgerTransferFunction", {"operation": "transfer", **terms})["ok"]
     next_run(store, task_id)
-    assert check(aws, task_id) == "await_approval"  # it is under way
+    assert check(aws, task_id) == "pending"  # it is under way
     approve(store, task_id, plan, 2)
     aws.settle()
     assert balance(SOURCE) == 400
     assert check(aws, task_id) == "execute"  # it is confirmed
-    submit(aws, task_id)
-    assert (run(aws, task_id, 2)["status"], balance(SOURCE)) == ("succeeded", 400)
+    assert (act(aws, task_id), balance(SOURCE)) == ("succeeded", 400)
 
 
-def test_compliance_reads_no_balance_where_no_money_moves(aws: Cloud, plan_for: Plans, asked: Counter[str]) -> None:
+def test_compliance_reads_no_balance_where_no_money_moves(
+    aws: Cloud, plan_for: Plans, asked: Counter[str], sent: Sent
+) -> None:
     task_id, _ = plan_for("transaction", {"wallet_address": SOURCE, "amount": 10**9})
-    verdict = verdict_on(aws, task_id)
-    assert (verdict["verdict"], verdict["balance"]) == ("await_approval", None)
-    assert set(asked) == {"policy"}
+    asked.clear()
+    verdict = verdict_on(aws, task_id, sent)
+    assert (verdict["verdict"], verdict["balance"]) == ("pending", None)
+    assert asked == {"policy": 1}
 
 
-def test_request_approval_keeps_the_balance_that_was_read(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
+def test_request_approval_keeps_the_balance_that_was_read(
+    aws: Cloud, store: TaskStore, plan_for: Plans, sent: Sent
+) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
-    verdict = verdict_on(aws, task_id)
-    event = {"task_id": task_id, "step_index": 2, "task_token": "token", "balance": verdict["balance"]}
-    aws.invoke("RequestApprovalFunction", event)
-    aws.invoke("RequestApprovalFunction", event | {"balance": None})  # the state was retried
+    verdict = verdict_on(aws, task_id, sent)
+    spend(100)
+    assert verdict_on(aws, task_id, sent) == verdict  # the state was retried
     [approval] = store.approvals(task_id)
     assert approval.balance is not None
-    assert approval.balance.model_dump() == verdict["balance"]
-    assert (approval.balance.balance, approval.plan_hash) == (1000, plan.hash())
+    assert (approval.balance.balance, approval.balance.available, approval.plan_hash) == (1000, 1000, plan.hash())
 
 
 def test_a_transfer_that_expired_has_failed_and_a_retry_of_the_task_makes_it(
@@ -356,19 +460,24 @@ def test_a_transfer_that_expired_has_failed_and_a_retry_of_the_task_makes_it(
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     mock_chain(aws).set_faults(Faults(empty_ticks=30))
-    assert submit(aws, task_id)["status"] == "submitted"
+    assert act(aws, task_id) == "submitted"
     aws.settle()
-    failed = run(aws, task_id, 2)
-    assert (failed["status"], failed["error"].split(":")[0]) == ("failed", "expired")
-    assert run(aws, task_id, 2) == submit(aws, task_id) == failed
+    failed, task = record_of(store, task_id), store.get_task(task_id)
+    assert (failed.status, str(failed.error).split(":")[0]) == ("failed", "expired")
+    assert (task.status, task.failed_step, task.reason) == ("failed", "step_3", failed.error)
+    assert (act(aws, task_id), record_of(store, task_id)) == ("StepFailedError", failed)
     mock_chain(aws).set_faults(Faults())
     next_run(store, task_id)
-    assert check(aws, task_id) == "await_approval"
+    assert check(aws, task_id) == "pending"
     approve(store, task_id, plan, 2)
-    assert submit(aws, task_id)["status"] == "submitted"
+    assert act(aws, task_id) == "submitted"
     aws.settle()
-    assert (run(aws, task_id, 2)["status"], balance(DESTINATION)) == ("succeeded", 250)
+    assert (record_of(store, task_id).status, balance(DESTINATION)) == ("succeeded", 250)
     assert ends_of_the_transfer(task_id) == ["failed", "succeeded"]
+
+
+def raise_always(event: Any) -> None:
+    raise ConnectionError("down")
 
 
 def mock_chain(aws: Cloud) -> MockChain:
@@ -385,35 +494,87 @@ def test_only_the_state_that_submits_has_the_ledger_make_a_transfer(
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     mock_chain(aws).set_faults(Faults(empty_ticks=30))
-    submit(aws, task_id)
+    act(aws, task_id)
     aws.settle()
     mock_chain(aws).set_faults(Faults())
     next_run(store, task_id)
     asked.clear()
-    answer = run(aws, task_id, 2)
-    assert (answer["status"], answer["error"].split(":")[0]) == ("failed", "expired")
-    assert asked == {"transfer_state": 1}
-    assert run(aws, task_id, 2) == answer
-    await_confirmation(aws, task_id)
+    assert check(aws, task_id) == "pending"
+    assert str(record_of(store, task_id).error).split(":")[0] == "expired"
     reconcile(aws)
-    assert asked == {"transfer_state": 1}
+    assert (asked["transfer_state"], asked["transfer"]) == (1, 0)
     aws.settle()
     assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
 
 
-def test_who_asks_too_early_is_told_so_by_a_name_and_changes_nothing(
-    aws: Cloud, store: TaskStore, plan_for: Plans, asked: Counter[str]
+def test_execute_action_called_again_waits_and_changes_nothing(
+    aws: Cloud, store: TaskStore, plan_for: Plans, sent: Sent
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
-    with pytest.raises(ConflictError, match="never handed in"):
-        run(aws, task_id, 2)
     approve(store, task_id, plan, 2)
-    submit(aws, task_id)
-    before = record_of(store, task_id)
-    asked.clear()
-    with pytest.raises(NotConfirmedYetError):
-        run(aws, task_id, 2)
-    assert (record_of(store, task_id), asked) == (before, {"transfer_state": 1})
+    act(aws, task_id)
+    before = (record_of(store, task_id), store.get_task(task_id), balance(SOURCE))
+    assert act(aws, task_id, "another") == "submitted"
+    assert (record_of(store, task_id), store.get_task(task_id), balance(SOURCE)) == before
+    assert (store.waiter(task_id, 2), sent) == ("another", [])
+
+
+# On record before the effect
+
+
+@pytest.fixture
+def stream_is_late(aws: Cloud) -> list[str]:
+    """What happens to the audit trail and on the ledger, in order."""
+    order: list[str] = []
+    aws.faults["RecordEventsFunction"] = lambda event: order.append("record")
+    aws.faults["LedgerTransferFunction"] = lambda event: order.append(event["operation"])
+    return order
+
+
+@pytest.mark.parametrize("task_type", ["transfer_funds", "transaction"])
+def test_the_intent_is_on_record_before_the_effect(
+    aws: Cloud, store: TaskStore, plan_for: Plans, stream_is_late: list[str], task_type: str
+) -> None:
+    task_id, plan = plan_for(task_type, TRANSFER)
+    approve(store, task_id, plan, 2)
+    act(aws, task_id)
+    assert stream_is_late == ["record", "transfer" if task_type == "transfer_funds" else "record_instruction"]
+    act(aws, task_id)
+    assert stream_is_late.count("record") == 1, "what is on record is not recorded again"
+
+
+def test_no_recorder_is_invoked_when_the_stream_was_in_time(
+    aws: Cloud, store: TaskStore, plan_for: Plans, stream_is_late: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    claimed = TaskStore.claim_step
+
+    def then_the_stream(*arguments: Any, **named: Any) -> Any:
+        claim = claimed(*arguments, **named)
+        call("RecordEventsFunction", {"task_id": task_id})
+        return claim
+
+    monkeypatch.setattr(TaskStore, "claim_step", then_the_stream)
+    assert act(aws, task_id) == "submitted"
+    assert stream_is_late == ["transfer"]
+
+
+@pytest.mark.parametrize("recorder", ["fails", "lies"])
+def test_no_effect_without_the_intent_on_record(
+    aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch, recorder: str
+) -> None:
+    """What the recorder answers is not believed: the table is read."""
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr("audit.recorder.Recorder.drain", lambda *_: 1 / 0 if recorder == "fails" else Drained(9, 99))
+        for _ in range(2):
+            with pytest.raises(UnavailableError):
+                act(aws, task_id)
+    assert record_of(store, task_id).status == "running"
+    assert aws.invocations["LedgerTransferFunction"] == 0
+    assert act(aws, task_id) == "submitted"
 
 
 def test_a_transfer_that_is_only_simulated_is_finished_at_once(
@@ -424,10 +585,11 @@ def test_a_transfer_that_is_only_simulated_is_finished_at_once(
     approve(store, task_id, plan, 2)
     simulated = {"state": "simulated", "txid": "x" * 60, "tick": 7, "network": "mainnet", "error": None}
     monkeypatch.setattr(LedgerClient, "transfer", lambda self, **terms: simulated)
-    answer = submit(aws, task_id)
-    assert (answer["status"], answer["result"]["network"]) == ("succeeded", "mainnet")
-    assert "not sent" in answer["result"]["simulated"]
-    assert run(aws, task_id, 2) == answer
+    assert act(aws, task_id) == "succeeded"
+    result = record_of(store, task_id).result or {}
+    assert (result["network"], store.get_task(task_id).status) == ("mainnet", "completed")
+    assert "not sent" in result["simulated"]
+    assert act(aws, task_id) == "succeeded"
 
 
 def test_a_transfer_whose_handing_in_was_not_answered_is_not_refused_afterwards(
@@ -446,11 +608,11 @@ def test_a_transfer_whose_handing_in_was_not_answered_is_not_refused_afterwards(
 
     monkeypatch.setattr(LedgerClient, "transfer", lost)
     with pytest.raises(UnavailableError):
-        submit(aws, task_id)
+        act(aws, task_id)
     monkeypatch.setattr(LedgerClient, "transfer", refused)
-    assert submit(aws, task_id)["status"] == "submitted"
+    assert act(aws, task_id) == "submitted"
     aws.settle()
-    assert (run(aws, task_id, 2)["status"], balance(DESTINATION)) == ("succeeded", 250)
+    assert (record_of(store, task_id).status, balance(DESTINATION)) == ("succeeded", 250)
 
 
 def test_a_twin_that_was_refused_keeps_the_other_from_signing(
@@ -469,37 +631,23 @@ def test_a_twin_that_was_refused_keeps_the_other_from_signing(
             twins.append("begun")
             with monkeypatch.context() as patch:
                 patch.setattr(Submissions, "_check_balance", refuse)
-                twins.append(submit(aws, task_id)["status"])
+                twins.append(act(aws, task_id))
         return sign(it, *arguments)
 
     monkeypatch.setattr(Submissions, "_sign", meanwhile)
-    answer = submit(aws, task_id)
-    assert (answer["status"], answer["error"].partition(":")[0]) == ("failed", "insufficient_balance")
-    assert twins == ["begun", "failed"]
+    assert act(aws, task_id) == "StepFailedError"
+    assert str(record_of(store, task_id).error).startswith("insufficient_balance:")
+    assert twins == ["begun", "StepFailedError"]
     aws.settle()
     assert balance(DESTINATION) == 0
     next_run(store, task_id)
     approve(store, task_id, plan, 2)
-    assert submit(aws, task_id)["status"] == "submitted"
+    assert act(aws, task_id) == "submitted"
     aws.settle()
-    assert (run(aws, task_id, 2)["status"], balance(DESTINATION)) == ("succeeded", 250)
+    assert (record_of(store, task_id).status, balance(DESTINATION)) == ("succeeded", 250)
 
 
 # Waiting for the ledger
-
-
-def await_confirmation(aws: Cloud, task_id: str, token: str = WAITER) -> dict[str, Any]:
-    event = {"task_id": task_id, "step_index": 2, "task_token": token}
-    answer: dict[str, Any] = aws.invoke("AwaitConfirmationFunction", event)
-    return answer
-
-
-@pytest.fixture
-def woken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The tokens that were woken; what Step Functions does with them is tested by the workflow's tests."""
-    tokens: list[str] = []
-    monkeypatch.setattr("qaes.adapters.transfers.wake", lambda token, output: tokens.append(token) or True)
-    return tokens
 
 
 def ended(task_id: str, outcome: str = "confirmed", txid: str = "x") -> dict[str, Any]:
@@ -512,50 +660,66 @@ def test_the_end_of_a_transfer_is_on_record_before_who_waits_is_woken(
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
-    submit(aws, task_id)
-    woken: list[tuple[str, str]] = []
-    monkeypatch.setattr(
-        "qaes.adapters.transfers.wake",
-        lambda token, output: woken.append((token, record_of(store, task_id).status)) or True,
-    )
-    assert await_confirmation(aws, task_id) == {"state": "under_way"}
+    answers: list[tuple[str, str, str]] = []
+
+    def send(operation: str, **said: str) -> bool:
+        answers.append((operation, said["taskToken"], record_of(store, task_id).status))
+        return True
+
+    monkeypatch.setattr("qaes.adapters.executions._send", send)
+    assert act(aws, task_id) == "submitted"
     for outcome in ("confirmed", "expired"):  # it is not so
         assert aws.invoke("TransferEndedFunction", ended(task_id, outcome)) == {"status": "running"}
-    assert woken == []
+    assert answers == []
     aws.settle()  # and with it, the qubic service's event
-    assert woken == [("a token", "succeeded")]
+    assert answers == [("send_task_success", WAITER, "succeeded")]
+    assert store.get_task(task_id).status == "completed"
 
 
 def test_who_comes_after_the_end_does_not_wait(
-    aws: Cloud, store: TaskStore, plan_for: Plans, woken: list[str], missed: None
+    aws: Cloud, store: TaskStore, plan_for: Plans, woken: Callable[[], list[str]], missed: None
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
-    with pytest.raises(ConflictError, match="never handed in"):
-        await_confirmation(aws, task_id)
     approve(store, task_id, plan, 2)
-    submit(aws, task_id)
+    act(aws, task_id)
     aws.settle()
-    assert await_confirmation(aws, task_id) == {"state": "succeeded"}
-    assert await_confirmation(aws, task_id, "another") == {"state": "succeeded"}
-    assert woken == ["a token", "another"]
+    assert [act(aws, task_id, "second"), act(aws, task_id, "third")] == ["succeeded"] * 2
+    assert (woken(), store.waiter(task_id, 2)) == (["second", "third"], None)
     assert ends_of_the_transfer(task_id) == ["succeeded"]
 
 
+def test_an_end_before_the_token_is_kept_is_answered(
+    aws: Cloud, store: TaskStore, plan_for: Plans, woken: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between this attempt's look at the step and its token, the end of the one before is put on record."""
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    act(aws, task_id)
+    put = TaskStore.put_waiter
+
+    def settled_first(*arguments: Any, **named: Any) -> None:
+        aws.settle()
+        put(*arguments, **named)
+
+    monkeypatch.setattr(TaskStore, "put_waiter", settled_first)
+    assert act(aws, task_id, "second") == "succeeded"
+    assert woken() == [WAITER, "second"]
+
+
 def test_the_newest_token_counts_and_is_forgotten_when_it_was_used(
-    aws: Cloud, store: TaskStore, plan_for: Plans, woken: list[str]
+    aws: Cloud, store: TaskStore, plan_for: Plans, woken: Callable[[], list[str]]
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
-    submit(aws, task_id)
-    await_confirmation(aws, task_id, "first")
-    await_confirmation(aws, task_id, "second")
+    act(aws, task_id, "first")
+    act(aws, task_id, "second")
     key = {"pk": {"S": task_id}, "sk": {"S": "WAITER#002"}}
     kept = boto3.client("dynamodb").get_item(TableName="TasksTable", Key=key)["Item"]
     assert 7000 < int(kept["expires_at_epoch"]["N"]) - moment().timestamp() <= 7201  # when the state gives up
     store.forget_waiter(task_id, 2, "first")
     assert store.waiter(task_id, 2) == "second"
     aws.settle()
-    assert woken == ["second"]
+    assert woken() == ["second"]
     assert store.waiter(task_id, 2) is None
 
 
@@ -564,9 +728,8 @@ def test_when_nobody_waits_any_more_the_end_is_on_record_all_the_same(
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
-    submit(aws, task_id)
-    await_confirmation(aws, task_id)
-    monkeypatch.setattr("qaes.adapters.transfers.wake", lambda token, output: False)
+    act(aws, task_id)
+    monkeypatch.setattr("qaes.adapters.executions._send", lambda *_, **__: False)
     aws.settle()
     assert (record_of(store, task_id).status, store.waiter(task_id, 2)) == ("succeeded", None)
 
@@ -576,15 +739,14 @@ def test_what_a_cancelled_task_has_done_is_put_on_record_once(
     aws: Cloud,
     store: TaskStore,
     plan_for: Plans,
-    woken: list[str],
+    woken: Callable[[], list[str]],
     no_grace: None,
     monkeypatch: pytest.MonkeyPatch,
     by: str,
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
-    submit(aws, task_id)
-    await_confirmation(aws, task_id)
+    act(aws, task_id)
     store.cancel(task_id, subject="alice", reason="changed my mind")
     assert reconcile(aws) == []
     with monkeypatch.context() as patch:
@@ -593,7 +755,8 @@ def test_what_a_cancelled_task_has_done_is_put_on_record_once(
         aws.settle()
     assert reconcile(aws) == ([task_id] if by == "reconciler" else [])
     record = record_of(store, task_id)
-    assert (record.status, balance(DESTINATION), woken, store.waiter(task_id, 2)) == ("succeeded", 250, [WAITER], None)
+    assert (record.status, balance(DESTINATION)) == ("succeeded", 250)
+    assert (woken(), store.waiter(task_id, 2)) == ([WAITER], None)
     assert aws.invoke("TransferEndedFunction", ended(task_id)) == {"status": "succeeded"}
     assert reconcile(aws) == []
     assert record_of(store, task_id) == record
@@ -608,7 +771,7 @@ def test_a_step_that_waits_for_the_ledger_is_found_without_a_scan_until_it_is_fi
     run(aws, task_id, 0)
     assert store.transfers_under_way(-1) == []
     approve(store, task_id, plan, 2)
-    submit(aws, task_id)
+    act(aws, task_id)
     assert store.transfers_under_way(-1) == [(task_id, record_of(store, task_id))]
     assert store.transfers_under_way(60) == []
     aws.settle()
@@ -620,13 +783,13 @@ def test_a_task_that_was_cancelled_before_its_transfer_was_handed_in_pays_nothin
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
-    mock_chain(aws).set_faults(Faults(fail_requests=50))
-    with pytest.raises(Exception, match="ledger"):
-        submit(aws, task_id)  # the intent is on record, the ledger did not answer
-    mock_chain(aws).set_faults(Faults())
+    aws.faults["LedgerTransferFunction"] = raise_always
+    with pytest.raises(UnavailableError, match="ledger"):
+        act(aws, task_id)  # the intent is on record, the ledger did not answer
+    del aws.faults["LedgerTransferFunction"]
     store.cancel(task_id, subject="alice", reason="changed my mind")
     with pytest.raises(ConflictError, match="has ended"):
-        submit(aws, task_id)
+        act(aws, task_id)
     assert reconcile(aws) == []  # a call may still be at the ledger
     assert record_of(store, task_id).status == "running"
     monkeypatch.setattr("qaes.adapters.transfers.LATE_SECONDS", -1)
@@ -638,12 +801,12 @@ def test_a_task_that_was_cancelled_before_its_transfer_was_handed_in_pays_nothin
 
 
 def test_the_end_of_a_transfer_of_no_task_or_no_begun_step_harms_nobody(
-    aws: Cloud, store: TaskStore, plan_for: Plans, woken: list[str]
+    aws: Cloud, store: TaskStore, plan_for: Plans, woken: Callable[[], list[str]]
 ) -> None:
     task_id, _ = plan_for("transfer_funds", TRANSFER)
     for each in ("task_none", task_id):
         assert aws.invoke("TransferEndedFunction", ended(each)) == {"status": None}
-    assert (woken, store.step(task_id, 2)) == ([], None)
+    assert (woken(), store.step(task_id, 2)) == ([], None)
 
 
 def not_on_record(output: str) -> int:
@@ -674,7 +837,7 @@ def test_a_transfer_that_is_confirmed_after_its_step_has_failed_raises_an_alarm_
 
     with monkeypatch.context() as patch:
         patch.setattr(LedgerClient, "transfer", refused)
-        assert submit(aws, task_id)["status"] == "failed"
+        assert act(aws, task_id) == "StepFailedError"
     store.end_task(task_id, "failed", actor="test", reason="step 3 failed")
     assert call("LedgerTransferFunction", {"operation": "transfer", **terms})["ok"]
     assert not_on_record(capsys.readouterr().out) == 0
@@ -684,8 +847,7 @@ def test_a_transfer_that_is_confirmed_after_its_step_has_failed_raises_an_alarm_
 
     store.retry(task_id, subject="alice")
     approve(store, task_id, plan, 2)
-    submit(aws, task_id)
-    assert run(aws, task_id, 2)["status"] == "succeeded"
+    assert act(aws, task_id) == "succeeded"
     aws.settle()
     assert (record_of(store, task_id).status, balance(DESTINATION)) == ("succeeded", 250)
 
@@ -695,7 +857,7 @@ def test_no_alarm_is_raised_for_a_transfer_that_is_on_record(
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
-    submit(aws, task_id)
+    act(aws, task_id)
     aws.invoke("TransferEndedFunction", ended(task_id))  # nothing is known of it yet
     aws.settle()
     asked.clear()
@@ -714,7 +876,7 @@ def test_transfer_ended_believes_the_ledger_not_the_event(
     aws.invoke("TransferEndedFunction", ended("task_none", "expired"))
     aws.invoke("TransferEndedFunction", ended(task_id))
     assert store.step(task_id, 2) is None
-    submit(aws, task_id)
+    act(aws, task_id)
     for outcome in ("confirmed", "failed"):
         aws.invoke("TransferEndedFunction", ended(task_id, outcome))
     assert record_of(store, task_id).status == "running"
@@ -745,7 +907,7 @@ def test_who_has_no_time_left_for_a_call_of_the_ledger_begins_none(
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
-    submit(aws, task_id)
+    act(aws, task_id)
     asked.clear()
     monkeypatch.setattr(Context, "get_remaining_time_in_millis", lambda self: 29_000)
     assert reconcile(aws) == []
@@ -753,47 +915,53 @@ def test_who_has_no_time_left_for_a_call_of_the_ledger_begins_none(
 
 
 def test_the_reconciler_finishes_what_everybody_missed_and_wakes_who_waits(
-    aws: Cloud, store: TaskStore, plan_for: Plans, woken: list[str], missed: None, no_grace: None
+    aws: Cloud, store: TaskStore, plan_for: Plans, woken: Callable[[], list[str]], missed: None, no_grace: None
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
-    submit(aws, task_id)
-    await_confirmation(aws, task_id)
+    act(aws, task_id)
     assert reconcile(aws) == []
     aws.settle()
-    assert woken == []
+    assert woken() == []
     assert reconcile(aws) == [task_id]
-    assert (woken, record_of(store, task_id).status) == (["a token"], "succeeded")
+    assert (woken(), record_of(store, task_id).status) == (["a token"], "succeeded")
     assert reconcile(aws) == []
 
 
 def test_the_reconciler_wakes_for_who_finished_the_step_and_did_not_come_to_tell(
-    aws: Cloud, store: TaskStore, plan_for: Plans, woken: list[str], monkeypatch: pytest.MonkeyPatch
+    aws: Cloud,
+    store: TaskStore,
+    plan_for: Plans,
+    woken: Callable[[], list[str]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The second execution waits for what the first one has handed in, and that moved nothing."""
     from agent_runtime import reconciler
 
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     assert reconciler._wake(store.get_task(task_id), store) is False
-    submit(aws, task_id)
-    await_confirmation(aws, task_id)
+    mock_chain(aws).set_faults(Faults(empty_ticks=40))
+    act(aws, task_id, "of the first")
+    next_run(store, task_id)
+    assert act(aws, task_id) == "submitted"
     assert reconciler._wake(store.get_task(task_id), store) is False
     with monkeypatch.context() as patch:
         patch.setattr("qaes.adapters.transfers.tell", lambda *arguments: False)
         aws.settle()
-    assert (record_of(store, task_id).status, woken) == ("succeeded", [])
+    assert (record_of(store, task_id).status, store.get_task(task_id).status, woken()) == ("failed", "executing", [])
     assert reconciler._wake(store.get_task(task_id), store) is True
-    assert woken == ["a token"]
+    assert woken() == [WAITER]
     assert reconciler._wake(store.get_task(task_id), store) is False
 
 
 def test_an_execution_that_began_to_wait_while_the_ledger_was_asked_is_woken(
-    aws: Cloud, store: TaskStore, plan_for: Plans, woken: list[str], monkeypatch: pytest.MonkeyPatch
+    aws: Cloud, store: TaskStore, plan_for: Plans, woken: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The task had ended when it was read; it was retried since, and the token is the new execution's."""
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
-    submit(aws, task_id)
+    act(aws, task_id)
     store.end_task(task_id, "failed", actor="test", reason="the ledger has not confirmed it in time")
     state_of, retried = transfers.state_of, []
 
@@ -806,7 +974,7 @@ def test_an_execution_that_began_to_wait_while_the_ledger_was_asked_is_woken(
     monkeypatch.setattr("qaes.adapters.transfers.state_of", slow)
     aws.settle()
     assert retried
-    assert (record_of(store, task_id).status, woken) == ("succeeded", ["the new one's"])
+    assert (record_of(store, task_id).status, woken()) == ("succeeded", ["the new one's"])
     assert store.waiter(task_id, 2) is None
 
 
@@ -819,7 +987,7 @@ def test_a_later_execution_asks_nobody_about_a_transfer_that_was_let_through(
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
-    submit(aws, task_id)
+    act(aws, task_id)
     next_run(store, task_id)
     if known != "under way":
         with monkeypatch.context() as patch:
@@ -827,13 +995,15 @@ def test_a_later_execution_asks_nobody_about_a_transfer_that_was_let_through(
                 patch.setattr("worker.confirmations._ended", lambda reference: None)
             aws.settle()
     asked.clear()
-    assert check(aws, task_id) == "execute"
-    assert submit(aws, task_id)["status"] == ("submitted" if known == "under way" else "succeeded")
+    # What is on record has ended the task: then there is nothing left to do.
+    assert check(aws, task_id) == ("denied" if known == "on record" else "execute")
+    assert act(aws, task_id) == ("submitted" if known == "under way" else "succeeded")
     assert set(asked) <= {"transfer_state"}
     aws.settle()
-    done = run(aws, task_id, 2)
+    done = record_of(store, task_id)
     # The first execution handed it in, under what was approved then: the entry says so.
-    assert (done["status"], done["result"]["run"], done["attempt"]) == ("succeeded", 1, 1)
+    assert (done.status, (done.result or {})["run"], done.attempt) == ("succeeded", 1, 1)
+    assert store.get_task(task_id).status == "completed"
     assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
     assert ends_of_the_transfer(task_id) == ["succeeded"]
 
@@ -841,16 +1011,16 @@ def test_a_later_execution_asks_nobody_about_a_transfer_that_was_let_through(
 def test_a_later_execution_pays_for_no_other_plan(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
-    submit(aws, task_id)
+    act(aws, task_id)
     next_run(store, task_id)
     step = plan.steps[2]
     richer = step.model_copy(update={"parameters": step.parameters | {"amount": 999}})
     swapped = plan.model_copy(update={"steps": (*plan.steps[:2], richer)})
     item = {"pk": {"S": plan.plan_id}, "sk": {"S": "PLAN"}, "data": {"S": swapped.model_dump_json()}}
     boto3.client("dynamodb").put_item(TableName="TasksTable", Item=item)
-    for act in (check, submit):
+    for call_again in (check, act):
         with pytest.raises(ConflictError, match="not the one that was recorded"):
-            act(aws, task_id)
+            call_again(aws, task_id)
 
 
 def test_the_end_of_an_earlier_attempt_is_on_record_before_anybody_is_asked_anew(
@@ -860,13 +1030,13 @@ def test_the_end_of_an_earlier_attempt_is_on_record_before_anybody_is_asked_anew
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     mock_chain(aws).set_faults(Faults(empty_ticks=30))
-    submit(aws, task_id)
+    act(aws, task_id)
     aws.settle()
     next_run(store, task_id)
     assert record_of(store, task_id).status == "running"
-    assert check(aws, task_id) == "await_approval"
+    assert check(aws, task_id) == "pending"
     assert ends_of_the_transfer(task_id) == ["failed"]
-    assert check(aws, task_id) == "await_approval"
+    assert check(aws, task_id) == "pending"
     assert ends_of_the_transfer(task_id) == ["failed"]
 
 
@@ -875,17 +1045,17 @@ def test_what_was_never_handed_in_is_decided_on_anew_by_a_later_execution(
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
-    mock_chain(aws).set_faults(Faults(fail_requests=50))
-    with pytest.raises(Exception, match="ledger"):
-        submit(aws, task_id)
-    mock_chain(aws).set_faults(Faults())
+    aws.faults["LedgerTransferFunction"] = raise_always
+    with pytest.raises(UnavailableError, match="ledger"):
+        act(aws, task_id)
+    del aws.faults["LedgerTransferFunction"]
     next_run(store, task_id)
-    assert check(aws, task_id) == "await_approval"
-    assert (submit(aws, task_id)["status"], balance(SOURCE)) == ("failed", 1000)  # the worker looks itself
+    assert check(aws, task_id) == "pending"
+    assert (act(aws, task_id), balance(SOURCE)) == ("ApprovalNeededError", 1000)  # the worker looks itself
     next_run(store, task_id)
     approve(store, task_id, plan, 2)
     assert check(aws, task_id) == "execute"
-    assert submit(aws, task_id)["status"] == "submitted"
+    assert act(aws, task_id) == "submitted"
     aws.settle()
     record = record_of(store, task_id)
     assert (record.status, record.run, balance(DESTINATION)) == ("succeeded", 3, 250)
@@ -898,7 +1068,7 @@ def test_the_late_end_of_an_earlier_attempt_is_not_taken_for_this_ones(
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     mock_chain(aws).set_faults(Faults(empty_ticks=30))
-    submit(aws, task_id)
+    act(aws, task_id)
     aws.settle()
     mock_chain(aws).set_faults(Faults())
     next_run(store, task_id)
@@ -910,14 +1080,14 @@ def test_the_late_end_of_an_earlier_attempt_is_not_taken_for_this_ones(
 
     aws.faults["LedgerTransferFunction"] = down
     with pytest.raises(UnavailableError):
-        submit(aws, task_id)
+        act(aws, task_id)
     claimed = record_of(store, task_id)
     assert (claimed.status, claimed.run) == ("running", 2)
     assert aws.invoke("TransferEndedFunction", ended(task_id, "expired")) == {"status": "running"}
     reconcile(aws)
     assert record_of(store, task_id) == claimed
     del aws.faults["LedgerTransferFunction"]
-    assert submit(aws, task_id)["status"] == "submitted"
+    assert act(aws, task_id) == "submitted"
     aws.invoke("TransferEndedFunction", ended(task_id, "expired"))
     assert record_of(store, task_id) == claimed
     aws.settle()
@@ -929,11 +1099,11 @@ def test_who_was_slow_to_tell_of_an_earlier_attempt_does_not_finish_the_later_on
     store: TaskStore, plan_for: Plans
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
-    first = store.claim_step(task_id, 2, plan.steps[2], None, run=1, current=plan.policy)
-    store.finish_step(task_id, first, result=None, error="expired: nothing was moved")
+    first = claim(store, task_id, plan, 2, None, run=1, current=plan.policy)
+    store.finish_step(task_id, first, StepOutcome(result=None, error="expired: nothing was moved"))
     next_run(store, task_id)
-    second = store.claim_step(task_id, 2, plan.steps[2], None, run=2, current=plan.policy)
-    assert store.finish_step(task_id, first, result=None, error="expired: nothing was moved") == second
+    second = claim(store, task_id, plan, 2, None, run=2, current=plan.policy)
+    assert store.finish_step(task_id, first, StepOutcome(result=None, error="expired: nothing was moved")) == second
     assert record_of(store, task_id) == second
     assert ends_of_the_transfer(task_id) == ["failed"]
 
@@ -945,54 +1115,84 @@ def test_a_step_that_a_worker_lost_is_decided_on_anew_by_the_next_execution(
     aws: Cloud, store: TaskStore, plan_for: Plans
 ) -> None:
     task_id, plan = plan_for("monitor_wallet", {"wallet_address": SOURCE})
-    store.claim_step(task_id, 2, plan.steps[2], None, run=1, current=plan.policy)
+    claim(store, task_id, plan, 2)
     next_run(store, task_id)
     approve(store, task_id, plan, 2, approved=False)
-    refused = run(aws, task_id, 2)
-    assert (refused["status"], refused["error"]) == ("failed", "an approver rejected it")
-    # The trail tells a refusal from the outcome of what the first execution has begun.
-    [told] = [each for each in events_of(task_id) if (each.kind, each.step_id) == ("step_executed", "step_3")]
-    assert json.loads(told.output) == {"error": "an approver rejected it", "begun": False}
+    with pytest.raises(ApprovalRejectedError):
+        run(aws, task_id, 2)
+    assert act(aws, task_id) == "ApprovalRejectedError"
+    assert ends_of_the_transfer(task_id) == []
+
+
+def test_execute_action_runs_a_reading_step_that_was_approved(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
+    """The policy in force has asked for a person: RunStep leaves the step to ExecuteAction."""
+    task_id, plan = plan_for("monitor_wallet", {"wallet_address": SOURCE})
+    approve(store, task_id, plan, 2)
+    with pytest.raises(ApprovalNeededError):
+        run(aws, task_id, 2)
+    assert act(aws, task_id) == "succeeded"
+    claimed = [json.loads(event.input) for event in events_of(task_id) if event.kind == "step_started"][-1]
+    assert (claimed["approval"], store.get_task(task_id).status) == (1, "completed")
+    assert aws.invocations["LedgerTransferFunction"] == 0
 
 
 def test_a_transfer_that_nobody_approved_does_not_run_even_when_the_worker_is_called_by_itself(
-    aws: Cloud, plan_for: Plans
+    aws: Cloud, store: TaskStore, plan_for: Plans
 ) -> None:
     task_id, _ = plan_for("transfer_funds", TRANSFER)
-    assert submit(aws, task_id)["status"] == "failed"
+    assert act(aws, task_id) == "ApprovalNeededError"
+    assert (store.step(task_id, 2), store.waiter(task_id, 2)) == (None, None)
     assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
 
 
 def test_a_transfer_that_was_rejected_does_not_run(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2, approved=False)
-    answer = submit(aws, task_id)
-    assert (answer["status"], answer["error"]) == ("failed", "an approver rejected it")
+    assert act(aws, task_id) == "ApprovalRejectedError"
     assert balance(SOURCE) == 1000
 
 
 def test_a_balance_that_does_not_suffice_is_told_and_moves_nothing(
-    aws: Cloud, store: TaskStore, plan_for: Plans
+    aws: Cloud, store: TaskStore, plan_for: Plans, sent: Sent
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER | {"amount": 1001})
     approve(store, task_id, plan, 2)
-    answer = submit(aws, task_id)
-    assert answer["status"] == "failed"
-    assert "insufficient_balance" in answer["error"]
-    assert submit(aws, task_id) == answer
+    assert [act(aws, task_id), act(aws, task_id)] == ["StepDeniedError"] * 2
+    assert all("insufficient_balance" in said["cause"] for _, said in sent)
     assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
 
 
-def test_a_refusal_does_not_overrule_an_attempt_that_is_at_work(
+def test_a_handler_that_raises_answers_its_token_with_the_error(
+    aws: Cloud, plan_for: Plans, sent: Sent, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a function's own failure does not fail its state, the token does; the cause tells no secret."""
+    task_id, _ = plan_for("transfer_funds", TRANSFER)
+    monkeypatch.setattr(TaskStore, "plan_of", lambda *_: 1 / 0)
+    for function in ("AwaitApprovalFunction", "ExecuteActionFunction"):
+        with pytest.raises(ZeroDivisionError):
+            aws.invoke(function, {"task_id": task_id, "task_token": WAITER})
+        said = {"taskToken": WAITER, "error": "ZeroDivisionError", "cause": ""}
+        assert sent.pop() == ("send_task_failure", said)
+
+
+def test_a_refusal_does_not_overrule_an_attempt_that_is_at_work(store: TaskStore, plan_for: Plans) -> None:
+    """Between this attempt's look and its refusal, another one, which had its approval, has begun."""
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    claim(store, task_id, plan, 2)
+    with pytest.raises(UnavailableError, match="another attempt is at work"):
+        store.refuse_step(store.get_task(task_id), plan, 2, None, "its approval is too old")
+    assert record_of(store, task_id).status == "running"
+
+
+def test_an_approval_that_is_too_old_refuses_the_step(
     aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between this attempt's look and its claim, another one, which had its approval, has begun."""
     task_id, plan = plan_for("transfer_funds", TRANSFER)
-    store.claim_step(task_id, 2, plan.steps[2], None, run=1, current=plan.policy)
-    look, first = TaskStore.step, iter([True])
-    monkeypatch.setattr(TaskStore, "step", lambda *key: None if next(first, False) else look(*key))
-    with pytest.raises(Exception, match="another attempt is at work"):
-        submit(aws, task_id)
-    record = store.step(task_id, 2)
-    assert record is not None
-    assert record.status == "running"
+    approve(store, task_id, plan, 2)
+    monkeypatch.setattr("worker.states.now", lambda: moment() + timedelta(hours=2))
+    assert act(aws, task_id) == "StepFailedError"
+    # The trail tells a refusal from the outcome of what was begun.
+    [told] = [each for each in events_of(task_id) if (each.kind, each.step_id) == ("step_executed", "step_3")]
+    assert json.loads(told.output)["begun"] is False
+    task = store.get_task(task_id)
+    assert (task.status, task.failed_step) == ("failed", "step_3") and "retry the task" in str(task.reason)

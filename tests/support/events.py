@@ -21,18 +21,14 @@ _API = {
 }
 _FUNCTIONS = {
     "authorizer": "AuthorizerFunction",
-    "planner/analyze_task": "AnalyzeTaskFunction",
-    "planner/check_policy": "CheckPolicyFunction",
-    "planner/build_plan": "BuildPlanFunction",
-    "agent_runtime/validate_plan": "ValidatePlanFunction",
-    "agent_runtime/check_compliance": "CheckComplianceFunction",
-    "agent_runtime/request_approval": "RequestApprovalFunction",
+    "planner/plan_task": "PlanTaskFunction",
+    "agent_runtime/await_approval": "AwaitApprovalFunction",
     "agent_runtime/end_task": "EndTaskFunction",
     "agent_runtime/reconciler": "ReconcilerFunction",
-    "worker/execute_step": "ExecuteStepFunction",
-    "worker/await_confirmation": "AwaitConfirmationFunction",
+    "worker/run_step": "RunStepFunction",
+    "worker/execute_action": "ExecuteActionFunction",
     "worker/transfer_ended": "TransferEndedFunction",
-    "audit/record_audit": "RecordAuditFunction",
+    "audit/record_task": "RecordEventsFunction",
     "audit/record_events": "RecordEventsFunction",
     "audit/sequence": "SequencerFunction",
     "audit/anchor": "AnchorFunction",
@@ -49,8 +45,8 @@ _FUNCTIONS = {
 
 # In the order of a task's life: a later one may need what an earlier one wrote.
 _ORDER = (
-    "qubic/ledger", "planner/analyze", "planner/check", "planner/build", "agent_runtime/validate",
-    "agent_runtime/check", "worker/execute", "agent_runtime/request", "audit/record",
+    "qubic/ledger", "planner/plan", "worker/run_step_1", "worker/run_step_2", "agent_runtime/await",
+    "worker/execute_action", "audit/record",
     "audit/sequence_task", "audit/sequence", "audit/anchor",
 )  # fmt: skip
 
@@ -100,17 +96,14 @@ _WHEN_ANCHORED = {
 """Found only when the ledger has confirmed an anchor, which takes some ticks."""
 
 _EXPECTED: dict[str, Callable[[Any], bool]] = {
-    "analyze_task": lambda it: it == {"analysis": {"action_type": "transfer_funds", "risk_level": "high"}},
-    "check_policy": lambda it: it["policy"]["requires_approval"] is True,
-    "build_plan": lambda it: it["plan_id"].startswith("plan_") and len(it["plan_hash"]) == 64,
-    "validate_plan": lambda it: [step["step_index"] for step in it["steps"]] == [0, 1, 2],
-    "check_compliance": lambda it: it["verdict"] == "execute",
-    "request_approval": lambda it: it["status"] == "pending" and "token" not in str(it),
+    "plan_task": lambda it: it["allowed"] is True and it["action"]["step_type"] == "onchain_action",
+    "await_approval": lambda it: it["verdict"] == "pending" and "token" not in str(it),
     "end_task": lambda it: it["status"] == "failed",
     "reconciler": lambda it: isinstance(it["reconciled"], list),
-    "execute_step": lambda it: it["status"] == "succeeded" and it["step_id"] == "step_1",
-    "execute_step_submit": lambda it: it["status"] == "failed" and it["step_id"] == "step_3",  # nobody has approved it
-    "record_audit": lambda it: it["recorded"] >= 0,
+    "run_step_1": lambda it: it == {"step_id": "step_1", "status": "succeeded", "attempt": 1},
+    "run_step_2": lambda it: it == {"step_id": "step_2", "status": "succeeded", "attempt": 1},
+    "execute_action": lambda it: it == {"status": "ApprovalNeededError"},  # nobody has approved it
+    "record_task": lambda it: it["recorded"] >= 0,
     "record_events": lambda it: it["batchItemFailures"] == [],
     "sequence_task": lambda it: it == {"broken": []},
     "sequence_entries": lambda it: it == {"batchItemFailures": []},
@@ -119,6 +112,5 @@ _EXPECTED: dict[str, Callable[[Any], bool]] = {
     "ledger": lambda it: it["ok"] is True,
     "writer_queue": lambda it: it == {"batchItemFailures": []},
     "writer_schedule": lambda it: it == {"open": []},
-    "await_confirmation": lambda it: it == {"state": "failed"},
     "transfer_ended": lambda it: it["status"] in {None, "running", "failed"},
 }

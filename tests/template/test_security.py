@@ -159,9 +159,9 @@ def invokes(template: Any) -> dict[str, set[str]]:
     return found
 
 
-def test_only_the_compliance_agent_and_the_worker_may_have_money_moved(template: Any) -> None:
+def test_only_execute_action_may_have_money_moved(template: Any) -> None:
     found = invokes(template)
-    assert found["LedgerTransferFunction"] == {"ExecuteStepFunction"}
+    assert found["LedgerTransferFunction"] == {"ExecuteActionFunction"}
     assert found["LedgerAnchorFunction"] == {"AnchorFunction"}
     assert found["LedgerRecordFunction"] == {"QubicApiFunction"}
     assert "AnchorFunction" not in found["LedgerFunction"]

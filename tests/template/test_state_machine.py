@@ -10,11 +10,19 @@ import pytest
 
 from qaes.adapters import clients
 from qaes.adapters.ledger_client import CALL_SECONDS
-from qaes.domain.errors import ThrottledError
-from worker.app import NotConfirmedYetError
+from qaes.domain.compliance import Verdict, stopped_by
+from qaes.domain.errors import (
+    ApprovalExpiredError,
+    ApprovalNeededError,
+    ApprovalRejectedError,
+    ConflictError,
+    InvalidInputError,
+    StepDeniedError,
+    StoppedError,
+    ThrottledError,
+)
 
 DEFINITION = Path(__file__).parents[2] / "statemachine" / "task_execution.asl.json"
-ENDS = {"CompleteTask", "DenyTask", "RejectTask", "ExpireTask", "FailTask"}
 
 States = dict[str, dict[str, Any]]
 
@@ -52,18 +60,19 @@ def test_every_task_has_a_time_limit_and_retries_with_backoff_and_jitter(states:
 def test_a_token_waits_for_its_own_time_and_never_twice(template: Any, states: States) -> None:
     waiting = {name: each for name, each in states.items() if str(each.get("Resource")).endswith(".waitForTaskToken")}
     limits = {
-        "AwaitApproval": ("ApprovalTimeoutSeconds", "ApprovalExpired"),
-        "AwaitConfirmation": ("ConfirmationTimeoutSeconds", "ConfirmationTimedOut"),
+        "AwaitApproval": ("ApprovalTimeoutSeconds", "expired"),
+        "ExecuteAction": ("ConfirmationTimeoutSeconds", "failed"),
     }
     assert set(waiting) == set(limits)
     for name, state in waiting.items():
-        parameter, end = limits[name]
+        parameter, outcome = limits[name]
         assert state["TimeoutSeconds"] == template.parameters[parameter]["Default"]
-        assert {"ErrorEquals": ["States.Timeout"], "Next": end} in state["Catch"]
+        [end] = [each for each in state["Catch"] if "States.Timeout" in each["ErrorEquals"]]
+        assert (end["Next"], end["Output"]["outcome"]) == ("EndTask", outcome)
         assert all("States.Timeout" not in retry["ErrorEquals"] for retry in state["Retry"])
-    variables = template.functions["RequestApprovalFunction"]["Environment"]["Variables"]
+    variables = template.functions["AwaitApprovalFunction"]["Environment"]["Variables"]
     assert variables["APPROVAL_TIMEOUT_SECONDS"] == {"Ref": "ApprovalTimeoutSeconds"}
-    variables = template.functions["AwaitConfirmationFunction"]["Environment"]["Variables"]
+    variables = template.functions["ExecuteActionFunction"]["Environment"]["Variables"]
     assert variables["CONFIRMATION_TIMEOUT_SECONDS"] == {"Ref": "ConfirmationTimeoutSeconds"}
 
 
@@ -71,58 +80,102 @@ def test_every_error_has_an_end(definition: dict[str, Any]) -> None:
     for name, state in definition["States"].items():
         if state["Type"] in {"Task", "Map"}:
             last = state["Catch"][-1]
-            end = "TaskFailed" if name == "FailTask" else "FailTask"
+            end = "TaskFailed?" if name == "EndTask" else "EndTask"
             assert (last["ErrorEquals"], last["Next"]) == (["States.ALL"], end), name
+            assert last["Output"]["error"] == "{% $states.errorOutput %}", name
 
 
-def test_what_stops_a_step_ends_the_task_by_its_name(states: States) -> None:
-    caught = {each["ErrorEquals"][0]: each["Next"] for each in states["ExecuteSteps"]["Catch"]}
-    inner = states_in(states["ExecuteSteps"])
-    raised = {state["Error"] for state in inner.values() if state["Type"] == "Fail"}
-    assert caught == {
-        "StepDenied": "DenyTask",
-        "ApprovalRejected": "RejectTask",
-        "ApprovalExpired": "ExpireTask",
-        "States.ALL": "FailTask",
-    }
-    # A transfer without an end in time is no end of its own: the task has failed, and a retry finds the transfer.
-    assert raised == set(caught) - {"States.ALL"} | {"ConfirmationTimedOut"}
+OUTCOMES = {
+    StepDeniedError: "denied",
+    ApprovalRejectedError: "rejected",
+    ApprovalExpiredError: "expired",
+    ApprovalNeededError: None,
+}
+"""What stops a step, and the outcome that its task has by it; None: people are asked."""
+STOPPED = {
+    "RunSteps": {StepDeniedError, ApprovalNeededError, ApprovalRejectedError},
+    "RunFirstSteps": {StepDeniedError, ApprovalNeededError, ApprovalRejectedError},
+    "AwaitApproval": {StepDeniedError, ApprovalRejectedError, ApprovalExpiredError},
+    "ExecuteAction": {StepDeniedError, ApprovalNeededError, ApprovalRejectedError, ApprovalExpiredError},
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_what_stops_a_step_ends_the_task_by_its_name(states: States, name: str) -> None:
+    caught = {error: each for each in states[name]["Catch"] for error in each["ErrorEquals"]}
+    assert {error.__name__ for error in STOPPED[name]} == {error for error in caught if error.endswith("Error")}
+    for error in STOPPED[name]:
+        catch = caught[error.__name__]
+        expected = ("AwaitApproval", None) if OUTCOMES[error] is None else ("EndTask", OUTCOMES[error])
+        assert (catch["Next"], catch.get("Output", {}).get("outcome")) == expected
+    assert caught["States.ALL"]["Output"]["outcome"] == "failed"
 
 
 def test_steps_run_one_at_a_time(states: States) -> None:
-    assert states["ExecuteSteps"]["MaxConcurrency"] == 1
+    maps = {name: state for name, state in states.items() if state["Type"] == "Map"}
+    assert set(maps) == {"RunSteps", "RunFirstSteps"}
+    assert all(state["MaxConcurrency"] == 1 for state in maps.values())
 
 
-@pytest.mark.parametrize("name", ["ExecuteStep", "SubmitTransfer"])
-def test_a_step_that_was_refused_is_never_tried_again(states: States, name: str) -> None:
-    first = states[name]["Retry"][0]
-    assert "States.QueryEvaluationError" in first["ErrorEquals"]
-    assert first["MaxAttempts"] == 0
-    assert "$error(" in states[name]["Output"]
+def test_what_would_meet_the_same_again_is_never_tried_again(states: States) -> None:
+    """What stops a step, and what another attempt cannot change."""
+    for name, state in tasks(states).items():
+        first = state["Retry"][0]
+        assert first["MaxAttempts"] == 0
+        stops = {error.__name__ for error in StoppedError.__subclasses__()}
+        assert set(first["ErrorEquals"]) == stops | {ConflictError.__name__, InvalidInputError.__name__}, name
 
 
 def test_a_transfer_is_executed_only_when_the_ledger_has_said_what_became_of_it(states: States) -> None:
-    assert successors(states["SubmitTransfer"]) == {"AwaitConfirmation"}
-    assert successors(states["AwaitConfirmation"]) == {"ExecuteStep", "ConfirmationTimedOut"}
-    assert "submitted" not in states["ExecuteStep"]["Output"]
+    """ExecuteAction goes on when its token is answered, not when its function returns."""
+    state = states["ExecuteAction"]
+    assert state["Resource"].endswith(".waitForTaskToken")
+    assert successors(state) == {"AwaitApproval", "EndTask"} and state["End"] is True
 
 
-def test_who_is_woken_too_early_waits_again_and_does_not_poll(states: States) -> None:
-    too_early = NotConfirmedYetError.__name__
-    state = states["ExecuteStep"]
-    assert state["Catch"] == [{"ErrorEquals": [too_early], "Next": "AwaitConfirmation"}]
-    assert too_early in state["Retry"][0]["ErrorEquals"]
-    assert state["Retry"][0]["MaxAttempts"] == 0
+SENDS = {"states:SendTaskSuccess", "states:SendTaskFailure"}
 
 
-def test_one_state_alone_hands_a_transfer_in(states: States) -> None:
-    handing_in = {name for name, state in states.items() if "submit" in state.get("Arguments", {}).get("Payload", {})}
-    assert handing_in == {"SubmitTransfer"}
-    assert states["SubmitTransfer"]["Arguments"]["Payload"]["submit"] is True
+def test_run_step_can_neither_move_money_nor_answer_a_token(template: Any, states: States) -> None:
+    """States are split by permission: the one that moves money is the one that people have approved."""
+    for state in ("RunStep", "RunFirstStep"):
+        assert states[state]["Arguments"]["FunctionName"] == states["RunStep"]["Arguments"]["FunctionName"]
+    granted = {name: actions_of(template, name) for name in template.functions}
+    ledger = ("lambda:InvokeFunction", "LedgerFunction")
+    assert {each for each in granted["RunStepFunction"] if each[0].startswith(("lambda", "states"))} == {ledger}
+    assert {each for each in granted["PlanTaskFunction"] if each[0].startswith(("lambda", "states"))} == {ledger}
+    moves_money = {
+        name for name, each in granted.items() if ("lambda:InvokeFunction", "LedgerTransferFunction") in each
+    }
+    assert moves_money == {"ExecuteActionFunction"}
+    answers = {name for name, each in granted.items() if SENDS & {action for action, _ in each}}
+    assert answers == {
+        "GatewayFunction",
+        "ReconcilerFunction",
+        "AwaitApprovalFunction",
+        "ExecuteActionFunction",
+        "TransferEndedFunction",
+    }
+    assert all({action for action, _ in granted[name]} >= SENDS for name in answers)
+    assert {name for name, each in granted.items() if ("lambda:InvokeFunction", "RecordEventsFunction") in each} == {
+        "ExecuteActionFunction",
+        "AuditSweeperFunction",
+    }
+
+
+def actions_of(template: Any, function: str) -> set[tuple[str, str]]:
+    """Each allowed action of a function with the resource that it is for, by its name in the template."""
+    found = set()
+    for statement in template.statements(function):
+        if statement["Effect"] == "Allow":
+            targets = [each["Fn::GetAtt"][0] if "Fn::GetAtt" in each else "*" for each in statement["Resource"]]
+            found |= {(action, target) for action in statement["Action"] for target in targets}
+    return found
 
 
 LEDGER_CALLS = {
-    "CheckComplianceFunction": 3, "ExecuteStepFunction": 4, "AwaitConfirmationFunction": 1, "TransferEndedFunction": 2,
+    "PlanTaskFunction": 1, "RunStepFunction": 1, "AwaitApprovalFunction": 3, "ExecuteActionFunction": 7,
+    "TransferEndedFunction": 2,
 }  # fmt: skip
 """How often one invocation asks the ledger at most, of those that do not stop when their time is short."""
 
@@ -145,25 +198,30 @@ def test_who_asks_the_ledger_has_the_time_for_it(template: Any, monkeypatch: pyt
 
 
 def test_nothing_runs_without_a_clear_yes(states: States) -> None:
-    assert states["PolicyAllowed?"]["Default"] == "DenyTask"
-    assert states["Verdict?"]["Default"] == "StepDenied"
+    state = states["PolicyAllows?"]
+    assert state["Default"] == "TaskEnded"
+    assert all("$states.input.allowed = true" in choice["Condition"] for choice in state["Choices"])
+    # A verdict that nobody knows stops the step: it denies it.
+    unknown = Verdict.model_construct(verdict="maybe", reason="")
+    assert isinstance(stopped_by(unknown), StepDeniedError)
 
 
 def test_the_end_of_a_task_does_not_loop(states: States) -> None:
-    for name in ENDS:
-        assert successors(states[name]) <= {"FailTask", "TaskFailed"}, name
-    assert successors(states["FailTask"]) == {"TaskFailed"}
-    assert successors(states["TaskFailed"]) == set()
+    assert successors(states["EndTask"]) == {"TaskFailed?"}
+    assert successors(states["TaskFailed?"]) == {"TaskFailed", "TaskEnded"}
+    assert successors(states["TaskFailed"]) == successors(states["TaskEnded"]) == set()
 
 
 def test_every_state_is_reached_and_exists(definition: dict[str, Any], states: States) -> None:
-    for machine in (definition, states["ExecuteSteps"]["ItemProcessor"]):
+    maps = [state["ItemProcessor"] for state in states.values() if state["Type"] == "Map"]
+    for machine in (definition, *maps):
         reached, open_states = set(), {machine["StartAt"]}
         while open_states:
             name = open_states.pop()
             reached.add(name)
             open_states |= successors(machine["States"][name]) - reached
-        assert reached == set(machine["States"])
+        outside = set(definition["States"]) if machine is not definition else set()
+        assert reached - outside == set(machine["States"])
 
 
 def test_the_machine_may_call_its_functions_and_no_others(template: Any) -> None:
@@ -172,19 +230,13 @@ def test_the_machine_may_call_its_functions_and_no_others(template: Any) -> None
     assert sorted(map(str, called)) == sorted(map(str, invoke["Resource"]))
 
 
-def test_a_task_stays_within_its_budget_of_transitions() -> None:
+def test_a_task_stays_within_its_budget_of_transitions(states: States) -> None:
     """Standard workflows are billed by the transition: three monitoring steps, and a transfer with one approval."""
-    planning = ["AnalyzeTask", "CheckPolicy", "PolicyAllowed?", "BuildPlan", "ValidatePlan", "ExecuteSteps"]
-    step = ["CheckCompliance", "Verdict?", "ExecuteStep", "RecordAudit"]
-    approval = ["CheckCompliance", "Verdict?", "AwaitApproval"]
-    assert len([*planning, *step * 3, "CompleteTask"]) <= 20
-    transfer = ["SubmitTransfer", "AwaitConfirmation"]
-    assert len([*planning, *step * 3, *approval, *transfer, "CompleteTask"]) <= 24
-
-
-def states_in(map_state: dict[str, Any]) -> States:
-    inner: States = map_state["ItemProcessor"]["States"]
-    return inner
+    monitoring = ["PlanTask", "PolicyAllows?", "RunSteps", *["RunStep"] * 3]
+    transfer = ["PlanTask", "PolicyAllows?", "RunFirstSteps", *["RunFirstStep"] * 2, "AwaitApproval", "ExecuteAction"]
+    assert {*monitoring, *transfer} <= set(states)
+    assert len(monitoring) <= 7
+    assert len(transfer) <= 9
 
 
 THROTTLING = {

@@ -15,7 +15,7 @@ import pytest
 from tests.support.template import environment
 from tests.template.conftest import ROOT
 
-NEEDS_EVERY_RESOURCE = ("logs:", "states:SendTaskSuccess")
+NEEDS_EVERY_RESOURCE = ("logs:", "states:SendTaskSuccess", "states:SendTaskFailure")
 """Actions for which IAM knows no resource: the delivery of Step Functions' logs, and a task token's answer."""
 HEALTH_ROUTES = {
     "/health",
@@ -106,7 +106,7 @@ OWNERS = {
     "LedgerTable": QUBIC,
     "ChainTable": QUBIC,
     "AuditEntriesTable": {
-        "RecordAuditFunction",
+        "ExecuteActionFunction",
         "RecordEventsFunction",
         "SequencerFunction",
         "AuditSweeperFunction",
@@ -225,7 +225,6 @@ def test_every_handler_can_be_imported(template: Any, monkeypatch: pytest.Monkey
 
 
 def test_a_function_ends_before_its_state_does(template: Any) -> None:
-    shortest_state = template.parameters["TaskTimeoutSeconds"]["MinValue"]
     common = template.document["Globals"]["Function"]["Timeout"]
     called = {
         value["Fn::GetAtt"][0]
@@ -234,6 +233,10 @@ def test_a_function_ends_before_its_state_does(template: Any) -> None:
     }
     assert called
     for name in called:
+        # ExecuteAction waits for the ledger's confirmation, which takes longer than its function.
+        parameter = "ConfirmationTimeoutSeconds" if name == "ExecuteActionFunction" else "TaskTimeoutSeconds"
+        limits = template.parameters[parameter]
+        shortest_state = limits["Default" if name == "ExecuteActionFunction" else "MinValue"]
         assert template.functions[name].get("Timeout", common) < shortest_state, name
 
 
@@ -383,17 +386,23 @@ def test_every_action_says_which_call_needs_it() -> None:
 def test_only_the_recorder_puts_audit_entries(template: Any) -> None:
     entries = {"Fn::GetAtt": ["AuditEntriesTable", "Arn"]}
     writers = {name for name in template.functions if ("dynamodb:PutItem", entries) in list(allowed(template, name))}
-    assert writers == {"RecordAuditFunction", "RecordEventsFunction"}
+    assert writers == {"RecordEventsFunction"}
 
 
 def test_recorder_only_reads_but_for_the_put_of_an_entry(template: Any) -> None:
     entries, tasks = ({"Fn::GetAtt": [table, "Arn"]} for table in ("AuditEntriesTable", "TasksTable"))
-    for name in ("RecordAuditFunction", "RecordEventsFunction"):
-        assert all("Condition" not in each for each in template.statements(name))
-        assert sorted(map(str, allowed(template, name))) == sorted(
-            [str((f"dynamodb:{read}", table)) for read in ("GetItem", "Query") for table in (entries, tasks)]
-            + [str(("dynamodb:PutItem", entries))]
-        )
+    name = "RecordEventsFunction"
+    assert all("Condition" not in each for each in template.statements(name))
+    assert sorted(map(str, allowed(template, name))) == sorted(
+        [str((f"dynamodb:{read}", table)) for read in ("GetItem", "Query") for table in (entries, tasks)]
+        + [str(("dynamodb:PutItem", entries))]
+    )
+
+
+def test_execute_action_reads_single_entries_and_writes_none(template: Any) -> None:
+    entries = {"Fn::GetAtt": ["AuditEntriesTable", "Arn"]}
+    actions = [action for action, resource in allowed(template, "ExecuteActionFunction") if resource == entries]
+    assert actions == ["dynamodb:GetItem"]
 
 
 def test_audit_api_queries_the_indexes_of_hashes_and_nobody_else(template: Any) -> None:
@@ -415,7 +424,6 @@ def table_policy(template: Any, table: str) -> list[dict[str, Any]]:
 
 
 AUDITS_ROLES = {
-    "RecordAuditFunction": "recorder",
     "RecordEventsFunction": "recorder",
     "SequencerFunction": "sequencer",
     "AnchorFunction": "anchor",

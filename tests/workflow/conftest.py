@@ -7,6 +7,7 @@ from typing import Any
 import boto3
 import pytest
 
+from qaes.adapters.executions import Executions
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.ids import new_task_id, now, timestamp
 from qaes.domain.models import Approval, Task
@@ -58,11 +59,11 @@ def transfer(start: Callable[..., str]) -> Callable[..., str]:
 def decide(aws: Cloud) -> Callable[..., Approval]:
     """Commit a decision and wake the execution, as the gateway does."""
 
-    def commit(task_id: str, *, approved: bool, deliver: bool = True) -> Approval:
+    def commit(task_id: str, *, approved: bool, deliver: bool = True, subject: str = "bob") -> Approval:
         aws.wait(task_id, "waiting_approval")
-        approval = TaskStore("TasksTable").decide(task_id, approved=approved, subject="bob", reason="because")
-        if deliver:
-            boto3.client("stepfunctions").send_task_success(taskToken=approval.token, output="{}")
+        approval = TaskStore("TasksTable").decide(task_id, approved=approved, subject=subject, reason="because")
+        if deliver and approval.status != "pending":
+            Executions.deliver(approval)
         return approval
 
     return commit

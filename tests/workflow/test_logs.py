@@ -13,9 +13,9 @@ from qaes.adapters.logs import MAX_LINE_BYTES, logger
 from qaes.domain.models import Approval
 from tests.support.cloud import Cloud, call
 from tests.workflow.conftest import DESTINATION, SOURCE
-from tests.workflow.test_paths import policy_of
+from tests.workflow.test_paths import in_force, policy_of
 
-ELSEWHERE = {"PolicyAllowed?", "ExecuteSteps", "Verdict?", "StepDenied", "ApprovalRejected", "TaskFailed"}
+ELSEWHERE = {"PolicyAllows?", "RunSteps", "RunFirstSteps", "TaskFailed?", "TaskFailed", "TaskEnded"}
 """States that run no function."""
 
 
@@ -47,7 +47,7 @@ def check(lines: Lines, aws: Cloud, task_id: str) -> list[str]:
     """Return what each state came to; they are those of the execution's history, in its order."""
     found = [line for line in lines.of(task_id) if "ms" in line]
     assert [line["message"].partition(":")[0] for line in found] == [
-        state for state in aws.history(task_id) if state not in ELSEWHERE
+        state.replace("RunFirstStep", "RunStep") for state in aws.history(task_id) if state not in ELSEWHERE
     ]
     for line in found:
         assert line["correlation_id"] == task_id
@@ -67,29 +67,20 @@ def test_completed_transfer_logs_each_state(
     aws.wait(task_id, "completed")
     aws.execution(task_id)
     found = check(lines, aws, task_id)
-    for line in (
-        "CheckPolicy: allowed",
-        "CheckCompliance: await_approval",
-        "AwaitApproval: pending",
-        "CheckCompliance: execute",
-        "SubmitTransfer: submitted",
-        "ExecuteStep: succeeded",
-        "RecordAudit: done",
-        "CompleteTask: completed",
-    ):
-        assert line in found
+    plain = ["RunStep: succeeded"] * 2
+    assert found == ["PlanTask: allowed", *plain, "AwaitApproval: pending", "ExecuteAction: submitted"]
 
 
 def test_denied_task_logs_its_denial(
     aws: Cloud, lines: Lines, start: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     denied = policy_of(monitoring={"allowed": False, "requires_approval": False, "risk_level": "low"})
-    monkeypatch.setattr("qaes.adapters.ledger_client.LedgerClient.policy", denied)
+    in_force(monkeypatch, denied)
     task_id = start()
     aws.wait(task_id, "denied")
     aws.execution(task_id)
     found = check(lines, aws, task_id)
-    assert found[-2:] == ["CheckPolicy: denied", "DenyTask: denied"]
+    assert found == ["PlanTask: denied"]
 
 
 def test_rejected_task_logs_its_rejection(
@@ -99,11 +90,11 @@ def test_rejected_task_logs_its_rejection(
     decide(task_id, approved=False)
     aws.wait(task_id, "rejected")
     aws.execution(task_id)
-    assert check(lines, aws, task_id)[-2:] == ["CheckCompliance: rejected", "RejectTask: rejected"]
+    assert check(lines, aws, task_id)[-2:] == ["AwaitApproval: pending", "EndTask: rejected"]
 
 
 def test_state_that_raises_logs_the_kind_of_error(aws: Cloud, lines: Lines) -> None:
     task_id = "task_019ab000-0000-7000-8000-00000000dead"
     with pytest.raises(Exception, match="no such task"):
-        call("ValidatePlanFunction", {"task_id": task_id, "plan_id": "plan_x"})
-    assert [line["message"] for line in lines.of(task_id)] == ["ValidatePlan: NotFoundError"]
+        call("PlanTaskFunction", {"task_id": task_id})
+    assert [line["message"] for line in lines.of(task_id)] == ["PlanTask: NotFoundError"]

@@ -16,7 +16,7 @@ from qaes.adapters.task_store import TaskStore
 from qaes.domain.canonical import canonical_json
 from qaes.domain.errors import InvalidInputError
 from qaes.domain.ids import now
-from qaes.domain.models import Approval
+from qaes.domain.models import Approval, Task
 from qaes.domain.requests import MAX_PARAMETERS_BYTES, TaskRequest
 from tests.handlers.test_task_store import new_task
 from tests.support.cloud import Cloud, call
@@ -50,9 +50,9 @@ def test_a_decision_at_the_very_moment_it_is_asked_for_is_not_dropped(
     """Decided and delivered before the function that stores the token has even returned to the state that waits."""
     request = TaskStore.request_approval
 
-    def and_decide(self: TaskStore, task_id: str, *arguments: Any, **named: Any) -> Approval:
-        asked = request(self, task_id, *arguments, **named)
-        decided = self.decide(task_id, approved=True, subject="bob", reason="quick")
+    def and_decide(self: TaskStore, task: Task, *arguments: Any, **named: Any) -> Approval:
+        asked = request(self, task, *arguments, **named)
+        decided = self.decide(task.task_id, approved=True, subject="bob", reason="quick")
         assert Executions(aws.machine_arn).deliver(decided)
         return asked
 
@@ -62,7 +62,6 @@ def test_a_decision_at_the_very_moment_it_is_asked_for_is_not_dropped(
     assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
 
 
-@pytest.mark.parametrize("delivered_by", ["the retry", "the reconciler"])
 @pytest.mark.parametrize(("outcome", "ends"), [("approved", "completed"), ("rejected", "rejected"), ("expired",) * 2])
 def test_a_decision_before_the_state_that_asks_is_retried_stands(
     aws: Cloud,
@@ -70,15 +69,14 @@ def test_a_decision_before_the_state_that_asks_is_retried_stands(
     monkeypatch: pytest.MonkeyPatch,
     outcome: str,
     ends: str,
-    delivered_by: str,
 ) -> None:
     """The approval is written, the function's answer is lost, it is decided on; then the state asks again."""
-    store, losses, undelivered = TaskStore("TasksTable"), iter([True]), list[Approval]()
+    store, losses = TaskStore("TasksTable"), iter([True])
 
     def decided_and_lost(event: Any) -> None:
         if not next(losses, False):
             return
-        call("RequestApprovalFunction", event, aws.parameters)
+        call("AwaitApprovalFunction", event, aws.parameters)
         if outcome == "expired":
             with pytest.MonkeyPatch.context() as later:
                 later.setattr("qaes.adapters.task_store.now", lambda: now() + timedelta(hours=1))
@@ -87,23 +85,12 @@ def test_a_decision_before_the_state_that_asks_is_retried_stands(
             store.decide(event["task_id"], approved=outcome == "approved", subject="bob", reason="because")
         raise ConnectionError("the answer was lost")
 
-    aws.faults["RequestApprovalFunction"] = decided_and_lost
-    if delivered_by == "the retry":
-        task_id = transfer(250)
-    else:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Executions, "deliver", lambda approval: bool(undelivered.append(approval)))
-            task_id = transfer(250)
-            deadline = time.monotonic() + 20
-            while not undelivered and time.monotonic() < deadline:
-                time.sleep(0.02)
-        assert store.approvals(task_id) == undelivered
-        monkeypatch.setattr("agent_runtime.reconciler.GRACE_SECONDS", -7200)
-        assert aws.invoke("ReconcilerFunction", {}) == {"reconciled": [task_id]}
+    aws.faults["AwaitApprovalFunction"] = decided_and_lost
+    task_id = transfer(250)
     task = aws.wait(task_id, ends)
     if outcome == "rejected":
         assert task["reason"] == "because"
-    assert aws.invocations["RequestApprovalFunction"] == 2
+    assert aws.invocations["AwaitApprovalFunction"] == 2
     assert [approval.status for approval in store.approvals(task_id)] == [outcome]
     assert kinds(aws, task_id).count("approval_requested:pending") == 1
     assert balance(DESTINATION) == (250 if outcome == "approved" else 0)
@@ -145,7 +132,7 @@ def test_the_largest_task_stays_far_within_a_states_limit(aws: Cloud, decide: Ca
         for name, text in details.items()
         if name in {"input", "output", "parameters"}
     ]
-    assert len(sizes) > 40
+    assert len(sizes) > 20
     assert max(sizes) < STATE_LIMIT / 2, f"{max(sizes)} bytes"
 
 

@@ -56,16 +56,23 @@ def verify_bundle(aws: Cloud, task_id: str) -> None:
     load_verifier().verify(answer["body"].encode(), log_id=LOG_ID, anchor_identity=identity, task_id=task_id)
 
 
-def test_analysis_and_decision_are_by_one_policy_when_it_changes_between_two_states(
+def test_analysis_and_decision_are_by_one_policy_when_it_changes_between_two_attempts(
     aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Approval]
 ) -> None:
+    """The first attempt has read the policy and loses its transaction."""
     published: list[str] = []
 
-    def then_changed(_: Any) -> None:
-        if not published:
-            published.append(publish(LESS_RISKY))
+    def lost_at_first(event: Any) -> None:
+        if published:
+            return
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(TaskStore, "plan_task", lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                call("PlanTaskFunction", event)
+        published.append(publish(LESS_RISKY))
+        raise ConnectionError("the table did not answer")
 
-    aws.faults["CheckPolicyFunction"] = then_changed
+    aws.faults["PlanTaskFunction"] = lost_at_first
     task_id = transfer(250)
     decide(task_id, approved=True)
     aws.wait(task_id, "completed")
@@ -77,19 +84,41 @@ def test_analysis_and_decision_are_by_one_policy_when_it_changes_between_two_sta
 
 
 def failed_before_its_plan(aws: Cloud, transfer: Callable[..., str]) -> str:
-    """A task that has its policy and no plan."""
-    aws.faults["BuildPlanFunction"] = raise_always
+    """A task of which nothing is on record but its start and its end."""
+    aws.faults["PlanTaskFunction"] = raise_always
     task_id = transfer(250)
     aws.wait(task_id, "failed")
     aws.execution(task_id)
     aws.faults.clear()
+    assert kinds(aws, task_id) == ["task_started:pending", "task_ended:failed"]
     return task_id
 
 
-def test_a_retry_without_a_plan_is_planned_by_the_policy_that_is_on_record(
+def test_a_retry_without_a_plan_is_planned_by_the_policy_in_force(
     aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Approval]
 ) -> None:
-    task_id, first = failed_before_its_plan(aws, transfer), in_force()
+    """Policy and plan are on record together: a task without a plan is pinned to no policy."""
+    task_id = failed_before_its_plan(aws, transfer)
+    newest = publish(LESS_RISKY)
+    retry(aws, task_id)
+    decide(task_id, approved=True)
+    aws.wait(task_id, "completed")
+    store = TaskStore("TasksTable")
+    plan = store.plan_of(store.get_task(task_id))
+    assert (plan.policy.policy_id, plan.analysis.risk_level) == (newest, "low")
+    assert kinds(aws, task_id).count("policy_checked:allowed") == 1
+    verify_bundle(aws, task_id)
+
+
+def test_a_retry_with_a_plan_goes_by_the_policy_that_is_on_record(
+    aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Approval]
+) -> None:
+    first = in_force()
+    aws.faults["RunStepFunction"] = raise_always
+    task_id = transfer(250)
+    aws.wait(task_id, "failed")
+    aws.execution(task_id)
+    aws.faults.clear()
     publish(LESS_RISKY)
     retry(aws, task_id)
     decide(task_id, approved=True)

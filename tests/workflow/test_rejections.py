@@ -8,6 +8,7 @@ from typing import Any
 import boto3
 import pytest
 
+from qaes.adapters.executions import Executions
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.errors import ConflictError
@@ -15,7 +16,7 @@ from qaes.domain.models import Approval
 from tests.support.api import set_environment
 from tests.support.cloud import Cloud
 from tests.workflow.conftest import DESTINATION, SOURCE
-from tests.workflow.test_paths import balance, kinds, policy_of, raise_always, retry
+from tests.workflow.test_paths import balance, in_force, kinds, policy_of, raise_always, retry
 from tests.workflow.test_policy_changes import verify_bundle
 
 
@@ -51,7 +52,7 @@ def test_a_rejection_stands_when_the_ledger_does_not_answer(
     aws.wait(task_id, "rejected", "failed")
     aws.faults.clear()
     assert_rejected_for_good(aws, store, task_id)
-    assert "FailTask" not in aws.history(task_id), "the ledger is not asked about a rejection"
+    assert aws.execution(task_id)["status"] == "SUCCEEDED", "the ledger is not asked about a rejection"
     verify_bundle(aws, task_id)
 
 
@@ -67,20 +68,24 @@ def test_a_rejection_stands_when_the_policy_changes(
     task_id = transfer(250)
     aws.wait(task_id, "waiting_approval")
     rule = {"allowed": allowed, "requires_approval": False, "risk_level": "low"}
-    monkeypatch.setattr("qaes.adapters.ledger_client.LedgerClient.policy", policy_of(transfer_funds=rule))
+    in_force(monkeypatch, policy_of(transfer_funds=rule))
     decide(task_id, approved=False)
     assert_rejected_for_good(aws, store, task_id)
 
 
-@pytest.mark.parametrize("function", ["CheckComplianceFunction", "EndTaskFunction"])
+@pytest.mark.parametrize("function", ["AwaitApprovalFunction", "EndTaskFunction"])
 def test_a_rejection_stands_when_a_function_fails_for_good(
     aws: Cloud, store: TaskStore, transfer: Callable[..., str], decide: Callable[..., Any], function: str
 ) -> None:
+    """The state that asks is woken by the rejection, or fails because it is tried again after that."""
     task_id = transfer(250)
-    aws.wait(task_id, "waiting_approval")
+    approval = decide(task_id, approved=False, deliver=False)
     aws.faults[function] = raise_always
-    decide(task_id, approved=False)
-    assert aws.execution(task_id)["status"] == "FAILED"
+    if function == "AwaitApprovalFunction":
+        boto3.client("stepfunctions").send_task_failure(taskToken=approval.token, error="ConnectionError")
+    else:
+        Executions.deliver(approval)
+    assert aws.execution(task_id)["status"] == ("FAILED" if function == "EndTaskFunction" else "SUCCEEDED")
     aws.faults.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("agent_runtime.reconciler.GRACE_SECONDS", -1)
@@ -160,7 +165,7 @@ def test_a_late_request_of_run_1_does_not_take_run_2_s_token(
     aws: Cloud, store: TaskStore, transfer: Callable[..., str], decide: Callable[..., Approval]
 ) -> None:
     requests: list[dict[str, Any]] = []
-    aws.faults["RequestApprovalFunction"] = requests.append
+    aws.faults["AwaitApprovalFunction"] = requests.append
     task_id = transfer(250)
     aws.wait(task_id, "waiting_approval")
     arn = f"{aws.machine_arn.replace(':stateMachine:', ':execution:')}:{task_id}"
@@ -171,7 +176,7 @@ def test_a_late_request_of_run_1_does_not_take_run_2_s_token(
     of_run_1, of_run_2 = requests
     assert (of_run_1["execution"], of_run_2["execution"]) == (task_id, f"{task_id}-2")
     with pytest.raises(ConflictError, match="another execution"):
-        aws.invoke("RequestApprovalFunction", of_run_1)
+        aws.invoke("AwaitApprovalFunction", of_run_1)
     approval = store.open_approval(task_id)
     assert approval is not None and approval.token == of_run_2["task_token"]
     decide(task_id, approved=True)

@@ -14,7 +14,7 @@ from botocore.exceptions import ClientError
 from moto.stepfunctions.parser.asl.component.common.retry import retrier_decl
 from moto.stepfunctions.parser.asl.component.eval_component import EvalComponent
 
-from qaes.adapters.executions import Executions, wake
+from qaes.adapters.executions import Executions, answer, fail
 from qaes.domain.errors import ThrottledError
 from tests.support.cloud import Cloud, template
 
@@ -66,7 +66,8 @@ def test_60_tasks_end_as_they_should_when_lambda_throttles(
     aws.throttle = throttle = Throttle()
     transfers = [start("transfer_funds", amount=10)]
     monitoring = [start()]
-    denied = [start("delete_everything") for _ in range(TASKS - len(transfers) - len(monitoring))]
+    denied = [start("transfer_funds", amount=5000)]
+    denied += [start("delete_everything") for _ in range(TASKS - len(transfers) - len(monitoring) - len(denied))]
     for task_id in transfers:
         aws.wait(task_id, "waiting_approval", seconds=WAIT_SECONDS)
         decide(task_id, approved=True)
@@ -98,7 +99,8 @@ def test_step_functions_throttling_is_named_for_the_retrier(
         lambda: executions.status(task),
         lambda: executions.running(lambda: True),
         lambda: executions.stop(task, "stop"),
-        lambda: wake("token", {}),
+        lambda: answer("token", {}),
+        lambda: fail("token", ThrottledError("")),
     ]
     with monkeypatch.context() as patched:
         patched.setattr("botocore.client.BaseClient._make_api_call", refuse)

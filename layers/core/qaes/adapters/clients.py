@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
+
+from qaes.domain.errors import ThrottledError, UnavailableError
 
 if TYPE_CHECKING:
     from botocore.config import Config
@@ -69,7 +72,7 @@ def client(name: Name) -> Any:
 
 @cache
 def lambda_client() -> Any:
-    """For the ledger: one attempt, since a failure is the state's to retry."""
+    """For `invoke`: one attempt, since a failure is the state's to retry."""
     import boto3
 
     return boto3.client("lambda", config=_config(retries={"max_attempts": 0}, connect_timeout=2, read_timeout=27))
@@ -86,6 +89,32 @@ def prepare(*names: Name) -> None:
     told = {name for ending, name in RESOURCES if any(variable.endswith(ending) for variable in os.environ)}
     for each in sorted({*told, *names}):
         lambda_client() if each == "lambda" else client(each)
+
+
+def invoke(function: str, event: dict[str, Any], what: str) -> Any:
+    """Invoke a function of this system, `what` it is, once; returns its answer.
+
+    Raises
+    ------
+    UnavailableError
+        The function did not answer, or has failed (ThrottledError while AWS throttles).
+    """
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        response = lambda_client().invoke(FunctionName=function, Payload=json.dumps(event))
+        answer = json.loads(response["Payload"].read())
+    except ClientError as error:
+        if is_busy(error.response["Error"]["Code"]):
+            raise ThrottledError(f"{what} is busy: try again") from error
+        raise UnavailableError(f"{what} did not answer ({type(error).__name__})") from error
+    except (BotoCoreError, ValueError) as error:
+        raise UnavailableError(f"{what} did not answer ({type(error).__name__})") from error
+    if isinstance(answer, dict) and answer.get("errorType") == ThrottledError.__name__:
+        raise ThrottledError(f"{what} is busy: try again")
+    if response.get("FunctionError"):
+        raise UnavailableError(f"{what} failed to answer")
+    return answer
 
 
 def reset() -> None:

@@ -9,7 +9,14 @@ from typing import Any
 
 from qaes.adapters import clients, settings
 from qaes.adapters.logs import logger
-from qaes.domain.errors import ThrottledError, UnavailableError
+from qaes.domain import compliance
+from qaes.domain.errors import (
+    ApprovalExpiredError,
+    ApprovalRejectedError,
+    QaesError,
+    ThrottledError,
+    UnavailableError,
+)
 from qaes.domain.models import Approval, Task
 
 
@@ -76,9 +83,13 @@ class Executions:
     def deliver(approval: Approval) -> bool:
         """Resume the execution that waits for this decision; False when it no longer waits (delivered, or too late).
 
-        The execution reads the decision from the table: what is sent only wakes it.
+        What is sent only wakes the execution, and names the way it goes: it reads the decision from the table.
         """
-        return wake(approval.token, {"decision": approval.status})
+        if approval.status == "approved":
+            return answer(approval.token, {"decision": approval.status})
+        if approval.status == "rejected":
+            return fail(approval.token, ApprovalRejectedError(compliance.REJECTED))
+        return fail(approval.token, ApprovalExpiredError("nobody decided in time"))
 
 
 @contextmanager
@@ -96,8 +107,21 @@ def _asking() -> Iterator[None]:
         raise
 
 
-def wake(token: str, output: dict[str, Any]) -> bool:
-    """Let the execution go on that waits under this task token; False when nobody waits under it any more."""
+def answer(token: str, output: dict[str, Any]) -> bool:
+    """Let the execution go on that waits under this callback token; False when none waits under it any more."""
+    return _send("send_task_success", taskToken=token, output=json.dumps(output))
+
+
+def fail(token: str, error: Exception) -> bool:
+    """Fail the state that waits under this callback token with the error's class; False when none waits any more.
+
+    The cause is what a QaesError says. What else an exception says is for the log.
+    """
+    cause = error.message if isinstance(error, QaesError) else ""
+    return _send("send_task_failure", taskToken=token, error=type(error).__name__, cause=cause)
+
+
+def _send(operation: str, **arguments: str) -> bool:
     step_functions = clients.client("stepfunctions")
     gone = (
         step_functions.exceptions.TaskTimedOut,
@@ -106,7 +130,7 @@ def wake(token: str, output: dict[str, Any]) -> bool:
     )
     try:
         with _asking():
-            step_functions.send_task_success(taskToken=token, output=json.dumps(output))
+            getattr(step_functions, operation)(**arguments)
     except gone as error:
         logger().info("nobody waits for this any more", extra={"reason": type(error).__name__})
         return False

@@ -9,14 +9,17 @@ changes nothing. Only who may invoke the function can send one: API Gateway, str
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from qaes.adapters import clients, logs
+from qaes.adapters import clients, executions, logs
+from qaes.domain.errors import StoppedError
 
 Event = dict[str, Any]
 Handler = Callable[[Event, LambdaContext], dict[str, Any]]
@@ -41,8 +44,8 @@ def function(handler: Handler) -> Handler:
     return run
 
 
-def state(name: str | Callable[[Event], str]) -> Callable[[Handler], Handler]:
-    """Decorate the handler of a state, or of several states that the event tells apart.
+def state(name: str) -> Callable[[Handler], Handler]:
+    """Decorate the handler of a state.
 
     The line says `<state>: <outcome>`. The outcome is what the handler has noted as `outcome`, or the answer's
     `verdict`, `status` or `state`, or the class of the exception that the handler raises.
@@ -52,21 +55,50 @@ def state(name: str | Callable[[Event], str]) -> Callable[[Handler], Handler]:
         @function
         @wraps(handler)
         def run(event: Event, context: LambdaContext) -> dict[str, Any]:
-            called = name if isinstance(name, str) else name(event)
             task_id, step_index, started = event.get("task_id"), event.get("step_index"), time.perf_counter()
             with logs.invocation(task_id if isinstance(task_id, str) else None):
                 logs.note(step_index=step_index if isinstance(step_index, int) else None)
                 try:
                     answer = handler(event, context)
                 except Exception as error:
-                    logs.note(outcome=type(error).__name__)
+                    if not logs.has_noted("outcome"):
+                        logs.note(outcome=type(error).__name__)
                     raise
                 else:
                     if not logs.has_noted("outcome"):
                         logs.note(outcome=next((str(answer[key]) for key in _OUTCOMES if key in answer), "done"))
                     return answer
                 finally:
-                    logs.report(called, int((time.perf_counter() - started) * 1000))
+                    logs.report(name, int((time.perf_counter() - started) * 1000))
+
+        return run
+
+    return decorate
+
+
+def token_state(name: str) -> Callable[[Handler], Handler]:
+    """Decorate the handler of a state that waits for its callback token to be answered (`task_token`).
+
+    If the handler raises, the token is answered with the error, so that the state goes by the error's name at once. An
+    error that stops the step is an outcome of the handler; every other one is raised as well.
+    """
+
+    def decorate(handler: Handler) -> Handler:
+        if os.environ.get("_HANDLER", "").endswith(f".{handler.__name__}"):  # the function that runs, not a sibling's
+            clients.prepare("stepfunctions")
+
+        @state(name)
+        @wraps(handler)
+        def run(event: Event, context: LambdaContext) -> dict[str, Any]:
+            try:
+                return handler(event, context)
+            except StoppedError as stopped:
+                executions.fail(str(event["task_token"]), stopped)
+                return {"status": type(stopped).__name__}
+            except Exception as error:
+                with suppress(Exception):  # where the function's own failure counts, it is the same
+                    executions.fail(str(event["task_token"]), error)
+                raise
 
         return run
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from qaes.adapters import clients, settings
-from qaes.domain.errors import LimitError, RefusedError, ThrottledError, UnavailableError
+from qaes.domain.errors import LimitError, RefusedError, UnavailableError
 from qaes.domain.models import WalletBalance
 from qaes.domain.policy import Policy
 
@@ -145,24 +144,9 @@ class LedgerClient:
         return self._call("health")
 
     def _call(self, operation: str, **arguments: Any) -> dict[str, Any]:
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        payload = json.dumps({"operation": operation, **arguments})
-        try:
-            response = clients.lambda_client().invoke(
-                FunctionName=self._function_name or settings.text(_FUNCTIONS.get(operation, "LEDGER_FUNCTION")),
-                Payload=payload,
-            )
-            answer = json.loads(response["Payload"].read())
-        except ClientError as error:
-            if clients.is_busy(error.response["Error"]["Code"]):
-                raise ThrottledError("the ledger is busy: try again") from error
-            raise UnavailableError(f"the ledger did not answer ({type(error).__name__})") from error
-        except (BotoCoreError, ValueError) as error:
-            raise UnavailableError(f"the ledger did not answer ({type(error).__name__})") from error
-        if isinstance(answer, dict) and answer.get("errorType") == ThrottledError.__name__:
-            raise ThrottledError("the ledger is busy: try again")
-        if response.get("FunctionError") or not isinstance(answer, dict) or "ok" not in answer:
+        function = self._function_name or settings.text(_FUNCTIONS.get(operation, "LEDGER_FUNCTION"))
+        answer = clients.invoke(function, {"operation": operation, **arguments}, "the ledger")
+        if not isinstance(answer, dict) or "ok" not in answer:
             raise UnavailableError("the ledger failed to answer")
         return _result(answer)
 

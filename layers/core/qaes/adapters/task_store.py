@@ -14,57 +14,21 @@ import secrets
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 from qaes.adapters import dynamo, metrics, settings
 from qaes.adapters.shards import UNDER_WAY, status_keys
 from qaes.adapters.task_items import Idempotency, Item, TaskItems, is_counter, plan_item, task_item
-from qaes.domain.canonical import SALT_LETTERS, canonical_json, hash_of, salted_hash
-from qaes.domain.compliance import REJECTED
-from qaes.domain.errors import (
-    ConflictError,
-    ForbiddenError,
-    LimitError,
-    NotFoundError,
-    ThrottledError,
-    UnavailableError,
-)
-from qaes.domain.ids import now, parse_timestamp, timestamp
-from qaes.domain.models import (
-    RETRYABLE,
-    TERMINAL,
-    Analysis,
-    Approval,
-    ApprovalStatus,
-    Decision,
-    Event,
-    EventKind,
-    Outcome,
-    Plan,
-    Status,
-    Step,
-    StepRecord,
-    Task,
-    WalletBalance,
-    by_agent,
-)
+from qaes.domain.canonical import SALT_LETTERS, hash_of
+from qaes.domain.errors import ConflictError, LimitError, NotFoundError, ThrottledError, UnavailableError
+from qaes.domain.ids import now, timestamp
+from qaes.domain.models import Analysis, Approval, Outcome, Plan, Status, StepRecord, Task, WalletBalance
 from qaes.domain.policy import PolicyDecision
-from qaes.domain.text import same_subject
+from qaes.domain.tasks import approvals, events, lifecycle
+from qaes.domain.tasks.lifecycle import Change, History, StepOutcome
 
-MAX_RETRIES = 20
-"""How often a task may be retried: its trail, and the bundle of it, stay small enough to be sent."""
 _ATTEMPTS = 8
-
-
-@dataclass(frozen=True)
-class _Change:
-    """What to write: fields of the task, events, and further writes of the same transaction."""
-
-    task: dict[str, Any] = field(default_factory=dict)
-    events: tuple[Event, ...] = ()
-    writes: tuple[Item, ...] = ()
 
 
 class ReplayedError(Exception):
@@ -112,6 +76,10 @@ class TaskStore:
         """The records of the steps that were begun, in order."""
         return [StepRecord.model_validate_json(item["data"]["S"]) for item in self._query(task_id, "STEP#")]
 
+    def records(self, task_id: str) -> dict[int, StepRecord]:
+        """The records of the steps that were begun, by the step's index."""
+        return {record.step_index: record for record in self.steps(task_id)}
+
     def approvals(self, task_id: str) -> list[Approval]:
         """All approvals that were asked for, by step, then by round."""
         return [Approval.model_validate_json(item["data"]["S"]) for item in self._query(task_id, "APPROVAL#")]
@@ -122,7 +90,7 @@ class TaskStore:
 
     def open_approval(self, task_id: str) -> Approval | None:
         """The approval that a person is asked for now."""
-        return next((each for each in self.approvals(task_id) if each.status == "pending"), None)
+        return approvals.pending_of(self.approvals(task_id))
 
     def open_tasks(self, status: Status, older_than_seconds: int) -> list[Task]:
         """Tasks in that status that have not changed for so long, oldest first; an eventually consistent read."""
@@ -170,14 +138,15 @@ class TaskStore:
             The requester has `max_open` tasks that have not ended.
         """
         task = task.model_copy(update={"events": 1, "salt": _new_salt()})
-        event = _event(
+        output = {"task_id": task.task_id, "idempotency_key": _key_hash(idempotency)}
+        event = events.make(
             task,
             "task_started",
             task.requester,
             task.status,
             task.request(),
-            {"task_id": task.task_id, "idempotency_key": _key_hash(idempotency)},
-            timestamp=task.created_at,
+            output,
+            at=task.created_at,
             input_of="request",
         )
         counter = self._items.count_open(task.requester, 1, max_open)
@@ -208,74 +177,24 @@ class TaskStore:
         answer: dict[str, Any] = json.loads(item["answer"]["S"])
         return answer
 
-    def begin_planning(self, task_id: str) -> Task:
-        """`pending` → `planning`."""
-        return self._change(task_id, lambda task: _Change({"status": "planning"}) if task.status == "pending" else None)
+    def plan_task(self, task: Task, plan: Plan) -> tuple[Task, Plan]:
+        """Pin the plan's policy and store the plan: `pending` → `executing`, once. The plan that was first stays."""
+        changed, _ = self._apply(task.task_id, lambda newest: lifecycle.plan_task(newest, plan, now()), known=task)
+        return changed, plan if changed.plan_id == plan.plan_id else self.plan_of(changed)
 
-    def record_policy(self, task_id: str, analysis: Analysis, decision: PolicyDecision) -> Task:
-        """Pin the policy's decision to the task, once; what was pinned first stays."""
-
-        def change(task: Task) -> _Change | None:
-            if task.policy_id is not None or task.status in TERMINAL:
-                return None
-            event = _event(
-                task,
-                "policy_checked",
-                "planner",
-                "allowed" if decision.allowed else "denied",
-                analysis.model_dump(mode="json"),
-                decision.model_dump(mode="json"),
-                policy_id=decision.policy_id,
-            )
-            return _Change({"policy_id": decision.policy_id}, (event,))
-
-        return self._change(task_id, change)
-
-    def save_plan(self, task_id: str, plan: Plan) -> Plan:
-        """Store the task's plan, once: a retry gets the plan that was stored first."""
-
-        def change(task: Task) -> _Change | None:
-            if task.plan_id is not None:
-                return None
-            _refuse_ended(task)
-            event = _event(
-                task,
-                "plan_built",
-                "planner",
-                "planned",
-                task.request(),
-                plan.model_dump(mode="json"),
-                plan_hash=plan.hash(),
-                policy_id=plan.policy.policy_id,
-                input_of="request",
-                output_of="plan",
-            )
-            fields = {
-                "plan_id": plan.plan_id,
-                "plan_hash": plan.hash(),
-                "total_steps": len(plan.steps),
-                "requires_approval": any(step.requires_approval for step in plan.steps),
-            }
-            return _Change(fields, (event,), (self._items.put(plan_item(plan), unless_exists=True),))
-
-        return self.plan_of(self._change(task_id, change))
-
-    def begin_execution(self, task_id: str) -> Task:
-        """`planning` → `executing`."""
-
-        def change(task: Task) -> _Change | None:
-            _refuse_ended(task)
-            return _Change({"status": "executing", "current_step": 0}) if task.status == "planning" else None
-
-        return self._change(task_id, change)
+    def deny_task(self, task: Task, analysis: Analysis, decision: PolicyDecision) -> Task:
+        """Pin the policy that does not allow the task, and end the task, once."""
+        return self._apply(
+            task.task_id, lambda newest: lifecycle.deny_task(newest, analysis, decision, now()), known=task
+        )[0]
 
     # Approvals
 
     def request_approval(
         self,
-        task_id: str,
+        task: Task,
+        plan: Plan,
         step_index: int,
-        step: Step,
         token: str,
         expires_in: int,
         *,
@@ -285,59 +204,25 @@ class TaskStore:
     ) -> Approval:
         """Ask for an approval: the item that says "waiting" and the one that holds the token are one write.
 
-        Asked again in the same execution (the state was retried), the newest token is the one that counts. What was
-        decided in between, or has expired, is returned as it is, and is to be delivered: nobody is asked twice, unless
-        fewer have approved than are `required` by now (a policy that has become stricter).
-
-        Raises ConflictError when the task has ended, or `execution` is not its execution (any more): a token of an
-        execution before a retry wakes nobody, and never replaces the token of the present one.
+        Returns the approval as it is: one that was decided on before, or has expired, is to be delivered. Raises what
+        `approvals.request` raises.
         """
-        asked: list[Approval] = []
 
-        def change(task: Task) -> _Change | None:
-            _refuse_ended(task)
-            refuse_other_execution(task, execution)
-            plan = self.plan_of(task)
-            latest = self.latest_approval(task_id, step_index)
-            if latest is not None and latest.run == task.run and not latest.is_too_little(required):
-                approval = latest.model_copy(update={"token": token})
-                asked[:] = [approval]
-                if latest.token == token:
-                    return None
-                fields = {"status": "waiting_approval"} if latest.status == "pending" else {}
-                return _Change(fields, (), (self._items.put_approval(task_id, approval, latest.status),))
-            requested = now()
-            approval = Approval(
-                step_index=step_index,
-                round=latest.round + 1 if latest else 1,
-                run=task.run,
-                status="pending",
-                required=required,
-                plan_hash=plan.hash(),
-                step_hash=step.hash(),
-                policy_id=plan.policy.policy_id,
+        def decide(newest: Task) -> Change:
+            return approvals.request(
+                newest,
+                plan,
+                step_index,
+                self.latest_approval(newest.task_id, step_index),
                 token=token,
-                requested_at=timestamp(requested),
-                expires_at=timestamp(requested + timedelta(seconds=expires_in)),
+                expires_in=expires_in,
+                required=required,
+                execution=execution,
                 balance=balance,
-            )
-            asked[:] = [approval]
-            event = _approval_event(
-                task, "approval_requested", "compliance", "pending", approval, step, approval.requested_at
-            )
-            return _Change(
-                {
-                    "status": "waiting_approval",
-                    "current_step": step_index,
-                    "waiting_since": approval.requested_at,
-                    "waiting_until": approval.expires_at,
-                },
-                (event,),
-                (self._items.put_approval(task_id, approval, None),),
+                at=now(),
             )
 
-        self._change(task_id, change)
-        return asked[0]
+        return _approval_of(self._apply(task.task_id, decide, known=task)[1])
 
     def decide(
         self,
@@ -352,246 +237,124 @@ class TaskStore:
     ) -> Approval:
         """Commit a person's decision, once. Delivering it, when it was the last that was needed, comes after.
 
-        A rejection ends the approval, and so does the last of the approvals that are required; each is another
-        person's. Until then the task goes on waiting.
-
-        Raises
-        ------
-        ConflictError
-            The task waits for no approval (any more), with its status and who decided; this person has approved
-            already; or `plan_hash` is not what would be approved.
-        ForbiddenError
-            With `four_eyes`: this person has started the task, or has retried it, in whatever run.
-        ReplayedError
-            The decision was taken earlier, under the same idempotency key.
+        Raises what `approvals.decide` raises, and ReplayedError when the decision was taken earlier under the same
+        idempotency key.
         """
-        decided: list[Approval] = []
 
-        def change(task: Task) -> _Change | None:
-            if four_eyes:
-                _refuse_involved(task, subject)
-            approval = self.open_approval(task_id)
-            if task.status != "waiting_approval" or approval is None or approval.run != task.run:
-                raise self._not_waiting(task)
-            moment = now()
-            if moment >= parse_timestamp(approval.expires_at):
-                raise ConflictError("the approval has expired", task_status="expired")
-            if plan_hash is not None and plan_hash != approval.plan_hash:
-                raise ConflictError(
-                    "the plan is not the one that was decided on", field="plan_hash", plan_hash=approval.plan_hash
-                )
-            if any(same_subject(each.subject, subject) for each in approval.decisions):
-                raise ConflictError("this person has approved already", task_status=task.status, decided_by=subject)
-            decisions = (
-                *approval.decisions,
-                Decision(subject=subject, approved=approved, reason=reason, decided_at=timestamp(moment)),
-            )
-            ends = not approved or len(decisions) >= approval.required
-            status = ("approved" if approved else "rejected") if ends else "pending"
-            decision = approval.model_copy(update={"status": status, "decisions": decisions})
-            decided[:] = [decision]
-            step = self.plan_of(task).steps[approval.step_index]
-            event = _approval_event(
+        def decide(task: Task) -> Change:
+            return approvals.decide(
                 task,
-                "approval_decided",
-                subject,
-                "approved" if approved else "rejected",
-                decision,
-                step,
-                timestamp(moment),
-                idempotency,
-            )
-            return _Change(
-                {"status": "executing", "waiting_until": None} if ends else {},
-                (event,),
-                (
-                    self._items.put_approval(task_id, decision, "pending"),
-                    *self._keep(idempotency, decided_answer(task_id, decision)),
-                ),
+                self._plan_if_any(task),
+                self.approvals(task_id),
+                approved=approved,
+                subject=subject,
+                reason=reason,
+                at=now(),
+                plan_hash=plan_hash,
+                four_eyes=four_eyes,
+                key_hash=_key_hash(idempotency),
             )
 
-        self._change(task_id, change, idempotency)
-        return decided[0]
+        def answer(change: Change) -> dict[str, Any]:
+            return decided_answer(task_id, _approval_of(change))
 
-    def _not_waiting(self, task: Task) -> ConflictError:
-        last = self.approvals(task.task_id)[-1:]
-        by = {"decided_by": last[0].decided_by, "decision": last[0].status} if last and last[0].decided_by else {}
-        return ConflictError("the task does not wait for an approval", task_status=task.status, **by)
+        return _approval_of(self._apply(task_id, decide, idempotency=idempotency, answer=answer)[1])
 
     def remind(self, task_id: str) -> bool:
         """Tell, once for each approval, that it will expire soon; returns whether it was told now."""
-        told = False
 
-        def change(task: Task) -> _Change | None:
-            nonlocal told
-            approval = self.open_approval(task_id)
-            told = task.status == "waiting_approval" and approval is not None and approval.reminded_at is None
-            if not told or approval is None:
-                return None
-            moment = timestamp(now())
-            step = self.plan_of(task).steps[approval.step_index]
-            event = _approval_event(task, "approval_reminder", "reconciler", "pending", approval, step, moment)
-            reminded = approval.model_copy(update={"reminded_at": moment})
-            return _Change({}, (event,), (self._items.put_approval(task_id, reminded, "pending"),))
+        def decide(task: Task) -> Change:
+            return approvals.remind(task, self._plan_if_any(task), self.approvals(task_id), now())
 
-        self._change(task_id, change)
-        return told
+        return not self._apply(task_id, decide)[1].writes_nothing
 
     def expire(self, task_id: str) -> Approval | None:
         """Close the approval whose time is over; returns it, so that the execution that waits for it can be woken."""
-        expired: list[Approval] = []
 
-        def change(task: Task) -> _Change | None:
-            expired.clear()
-            approval = self.open_approval(task_id)
-            if task.status != "waiting_approval" or approval is None or now() < parse_timestamp(approval.expires_at):
-                return None
-            writes, events = self._close(task, approval, "expired", timestamp(now()))
-            expired[:] = [approval.model_copy(update={"status": "expired"})]
-            return _Change({"status": "executing", "waiting_until": None}, tuple(events), tuple(writes))
+        def decide(task: Task) -> Change:
+            return approvals.expire(task, self._plan_if_any(task), self.approvals(task_id), now())
 
-        self._change(task_id, change)
-        return expired[0] if expired else None
-
-    def _close(
-        self, task: Task, approval: Approval, status: ApprovalStatus, moment: str
-    ) -> tuple[list[Item], list[Event]]:
-        """Close an open approval that nobody will decide on any more."""
-        closed = approval.model_copy(update={"status": status})
-        step = self.plan_of(task).steps[approval.step_index]
-        kind: EventKind = "approval_expired" if status == "expired" else "approval_cancelled"
-        event = _approval_event(task, kind, "compliance", status, closed, step, moment)
-        return [self._items.put_approval(task.task_id, closed, "pending")], [event]
+        return self._apply(task_id, decide)[1].approval
 
     # Steps
 
+    def run_step(
+        self,
+        task: Task,
+        plan: Plan,
+        step_index: int,
+        outcome: StepOutcome,
+        current: PolicyDecision,
+        *,
+        started: datetime,
+    ) -> StepRecord:
+        """Record a plain step from its beginning to its end; the last one, and one that failed, end the task.
+
+        Returns the record; the one of an attempt before, if that has finished the step. Raises what
+        `lifecycle.run_step` raises.
+        """
+
+        def decide(newest: Task) -> Change:
+            # Only of a task that has ever waited for people there are approvals.
+            asked = self._asked_in_this_run(newest) if newest.waiting_since else []
+            history = History(plan, self.records(newest.task_id), asked)
+            return lifecycle.run_step(newest, step_index, history, outcome, current, started=started, at=now())
+
+        return _record_of(self._apply(task.task_id, decide, known=task)[1])
+
     def claim_step(
         self,
-        task_id: str,
+        task: Task,
+        plan: Plan,
         step_index: int,
-        step: Step,
         approval: Approval | None,
-        *,
-        run: int,
         current: PolicyDecision,
+        *,
         replaces: str | None = None,
-    ) -> StepRecord:
+    ) -> tuple[Task, StepRecord]:
         """Record the intent to run a step before it acts; its approval is consumed by that, once.
 
-        Returns the record: `running` with the number of this attempt, or finished, when an attempt before has ended it.
-        `run` is the execution for which it was decided, `current` what the policy in force said, which the event tells;
-        to attempt it once more in one execution is not another decision, and no event. `replaces` is the transaction
-        of an attempt that moved nothing.
-
-        Raises ConflictError when the task has ended, or another execution of it has begun.
+        Returns the task and the record: `running` with the number of this attempt, or finished, when an attempt before
+        has ended it. Raises what `lifecycle.claim_step` raises.
         """
-        claimed: list[StepRecord] = []
 
-        def change(task: Task) -> _Change | None:
-            record = self.step(task_id, step_index)
-            if record is not None and not record.may_run(task):
-                claimed[:] = [record]
-                return None
-            _refuse_ended(task)
-            _refuse_other_run(task, run)
-            if record is not None and record.status == "running":
-                begun = record.model_copy(update={"attempt": record.attempt + 1, "run": task.run})
-            else:
-                begun = _first_record(task, step_index, step, record).model_copy(update={"replaces": replaces})
-            claimed[:] = [begun]
-            writes = [self._items.put_step(task_id, _step_sk(begun), begun, before=record)]
-            twin = record is not None and record.status == "running" and record.run == task.run
-            if twin:  # whose claim was told, and has consumed the approval
-                return _Change({"current_step": step_index}, (), tuple(writes))
-            if approval is not None:
-                writes.append(self._items.consume_approval(task_id, approval))
-            event = _claim_event(task, begun, step, approval, current)
-            return _Change({"current_step": step_index}, (event,), tuple(writes))
+        def decide(newest: Task) -> Change:
+            history = History(plan, self.records(newest.task_id))
+            return lifecycle.claim_step(
+                newest, step_index, history, approval, current, run=task.run, at=now(), replaces=replaces
+            )
 
-        self._change(task_id, change)
-        return claimed[0]
+        changed, change = self._apply(task.task_id, decide, known=task)
+        return changed, _record_of(change)
 
-    def finish_step(
-        self, task_id: str, running: StepRecord, *, result: dict[str, Any] | None, error: str | None
-    ) -> StepRecord:
-        """Record how a step ended, once, and tell it; whoever ends it first is believed.
+    def attempt_again(self, task: Task, plan: Plan, step_index: int) -> StepRecord:
+        """Count another attempt of a step that this execution has claimed; returns its record."""
 
-        An execution that has claimed the step since `running` was read is not told by one before it how it ended: then
-        the record stays as it is.
+        def decide(newest: Task) -> Change:
+            return lifecycle.attempt_again(newest, step_index, History(plan, self.records(newest.task_id)))
+
+        return _record_of(self._apply(task.task_id, decide, known=task)[1])
+
+    def finish_step(self, task_id: str, running: StepRecord, outcome: StepOutcome) -> StepRecord:
+        """Record how a step ended, once, and end the task if it ends with that; whoever ends it first is believed."""
+
+        def decide(newest: Task) -> Change:
+            history = History(self.plan_of(newest), self.records(task_id), self._asked_in_this_run(newest))
+            return lifecycle.finish_step(newest, running, history, outcome, now())
+
+        return _record_of(self._apply(task_id, decide)[1])
+
+    def refuse_step(self, task: Task, plan: Plan, step_index: int, before: StepRecord | None, error: str) -> StepRecord:
+        """Record that a step may not run, which this execution has not begun, and end the task as failed.
+
+        Raises what `lifecycle.refuse_step` raises.
         """
-        ended: list[StepRecord] = []
 
-        def change(task: Task) -> _Change | None:
-            record = self.step(task_id, running.step_index)
-            if record is not None and (record.status != "running" or record.run != running.run):
-                ended[:] = [record]
-                return None
-            final, event = self._finished(task, record or running, result, error)
-            ended[:] = [final]
-            # A task that has ended in the meantime (cancelled, say) still gets the record of what was done.
-            put = self._items.put_step(task_id, _step_sk(final), final, before=record or running)
-            return _Change(events=(event,), writes=(put,))
+        def decide(newest: Task) -> Change:
+            history = History(plan, self.records(newest.task_id), self._asked_in_this_run(newest))
+            return lifecycle.refuse_step(newest, step_index, history, before, error, run=task.run, at=now())
 
-        self._change(task_id, change)
-        return ended[0]
-
-    def refuse_step(
-        self, task_id: str, step_index: int, step: Step, before: StepRecord | None, error: str, *, run: int
-    ) -> StepRecord:
-        """Record that a step may not run: this execution has not begun it, which the event says.
-
-        Raises
-        ------
-        UnavailableError
-            Another attempt has begun since `before` was read: that one is not overruled.
-        ConflictError
-            The task has ended, or another execution of it than `run` has begun, which may yet run the step.
-        """
-        refused: list[StepRecord] = []
-
-        def change(task: Task) -> _Change | None:
-            record = self.step(task_id, step_index)
-            if record != before:
-                raise UnavailableError("another attempt is at work on this step")
-            _refuse_ended(task)
-            _refuse_other_run(task, run)
-            never_begun = _first_record(task, step_index, step, record)
-            final, event = self._finished(task, never_begun, None, error, begun=False)
-            refused[:] = [final]
-            put = self._items.put_step(task_id, _step_sk(final), final, before=record)
-            return _Change({"current_step": step_index}, (event,), (put,))
-
-        self._change(task_id, change)
-        return refused[0]
-
-    def _finished(
-        self, task: Task, record: StepRecord, result: dict[str, Any] | None, error: str | None, *, begun: bool = True
-    ) -> tuple[StepRecord, Event]:
-        moment = now()
-        output = result if error is None else {"error": error} | ({} if begun else {"begun": False})
-        final = record.model_copy(
-            update={
-                "status": "succeeded" if error is None else "failed",
-                "result": result,
-                "error": error,
-                "output_hash": hash_of(output),
-                "duration_ms": int((moment - parse_timestamp(record.started_at)).total_seconds() * 1000),
-            }
-        )
-        event = _event(
-            task,
-            "step_executed",
-            "worker",
-            final.status,
-            self.plan_of(task).steps[final.step_index].parameters,
-            output,
-            step_index=final.step_index,
-            step_id=final.step_id,
-            step_type=final.type,
-            timestamp=timestamp(moment),
-            input_of="parameters",
-        )
-        return final, event
+        return _record_of(self._apply(task.task_id, decide)[1])
 
     # Waiting for the ledger
 
@@ -653,12 +416,14 @@ class TaskStore:
         With `execution`, only if that is (still) the task's execution: one that ended before a retry has no say.
         """
 
-        def change(task: Task) -> _Change | None:
-            if task.status in TERMINAL or execution not in {None, task.execution_name}:
-                return None
-            return self._ending(task, outcome, actor, reason, failed_step)
+        def decide(task: Task) -> Change:
+            if execution not in {None, task.execution_name}:
+                return Change(writes_nothing=True)
+            return lifecycle.end_task(
+                task, outcome, self._end_of(task), actor=actor, reason=reason, failed_step=failed_step, at=now()
+            )
 
-        return self._change(task_id, change)
+        return self._apply(task_id, decide)[0]
 
     def cancel(
         self,
@@ -679,15 +444,24 @@ class TaskStore:
             As in `decide`.
         """
 
-        def change(task: Task) -> _Change | None:
-            _refuse_ended(task)
-            if (rejected := _rejected(self._asked_in_this_run(task))) is not None:
-                raise _rejected_already(task, rejected)
-            ending = self._ending(task, "cancelled", subject, reason, None, idempotency, agent)
-            kept = self._keep(idempotency, lifecycle_answer(task_id, "cancelled"))
-            return _Change(ending.task, ending.events, (*ending.writes, *kept))
+        def decide(task: Task) -> Change:
+            lifecycle.refuse_ended(task)
+            history = self._end_of(task)
+            lifecycle.refuse_rejected(task, history.asked)
+            return lifecycle.end_task(
+                task,
+                "cancelled",
+                history,
+                actor=subject,
+                reason=reason,
+                at=now(),
+                key_hash=_key_hash(idempotency),
+                agent=agent,
+            )
 
-        return self._change(task_id, change, idempotency)
+        return self._apply(
+            task_id, decide, idempotency=idempotency, answer=lambda _: lifecycle_answer(task_id, "cancelled")
+        )[0]
 
     def retry(
         self,
@@ -700,125 +474,99 @@ class TaskStore:
     ) -> Task:
         """Take back the end of a task that failed or expired: it goes on at the step that did not succeed.
 
-        A task without a plan is `pending` again, one with a plan `executing`. Starting the execution comes after.
-
-        Raises
-        ------
-        ConflictError
-            The task has not ended, or in a way that no retry takes back, or has been retried `MAX_RETRIES` times; or an
-            approver has rejected it, in whatever run.
-        LimitError, ReplayedError
-            As in `start_task` and `decide`.
+        Starting the execution comes after. Raises what `lifecycle.retry_task` raises, LimitError as `start_task`, and
+        ReplayedError as `decide`.
         """
 
-        def change(task: Task) -> _Change | None:
-            if task.status not in RETRYABLE:
-                raise ConflictError("only a task that failed or expired can be retried", task_status=task.status)
-            # A rejected task ends as that. Those of the time when it could end otherwise are not retried either.
-            if (rejected := _rejected(self.approvals(task_id))) is not None:
-                raise _rejected_already(task, rejected)
-            if task.run > MAX_RETRIES:
-                raise ConflictError(
-                    f"a task is retried at most {MAX_RETRIES} times: start another", task_status=task.status
-                )
-            status: Status = "executing" if task.plan_id else "pending"
-            fields = {
-                "status": status, "run": task.run + 1, "retriers": tuple(dict.fromkeys((*task.retriers, subject))),
-                "reason": None, "failed_step": None, "waiting_until": None,
-            }  # fmt: skip
-            event = _event(
-                task,
-                "task_retried",
-                subject,
-                status,
-                _request_again(task),
-                {"run": task.run + 1, "idempotency_key": _key_hash(idempotency), **by_agent(agent)},
+        def decide(task: Task) -> Change:
+            key_hash = _key_hash(idempotency)
+            return lifecycle.retry_task(
+                task, self.approvals(task_id), subject=subject, at=now(), agent=agent, key_hash=key_hash
             )
-            kept = self._keep(idempotency, lifecycle_answer(task_id, status))
-            return _Change(fields, (event,), (self._items.count_open(task.requester, 1, max_open), *kept))
 
-        return self._change(task_id, change, idempotency, max_open)
+        return self._apply(
+            task_id,
+            decide,
+            idempotency=idempotency,
+            answer=lambda change: lifecycle_answer(task_id, change.task["status"]),
+            max_open=max_open,
+        )[0]
 
-    def _ending(
-        self,
-        task: Task,
-        outcome: Outcome,
-        actor: str,
-        reason: str,
-        failed_step: str | None,
-        idempotency: Idempotency | None = None,
-        agent: str | None = None,
-    ) -> _Change:
-        moment = timestamp(now())
-        events: list[Event] = []
-        writes: list[Item] = [self._items.count_open(task.requester, -1, None)]
+    def _plan_if_any(self, task: Task) -> Plan | None:
+        return self.plan_of(task) if task.plan_id else None
+
+    def _end_of(self, task: Task) -> History:
+        """Read what the end of a task depends on: the approvals of this run, and the plan if there are any."""
         asked = self._asked_in_this_run(task)
-        last, rejected = asked[-1] if asked else None, _rejected(asked)
-        if rejected is not None:
-            # Whatever else has gone wrong since, and whoever ends it: nobody passes over a no.
-            outcome, reason, failed_step = "rejected", rejected.reason or REJECTED, None
-        elif last is not None and last.status == "pending":
-            closed, told = self._close(task, last, "expired" if outcome == "expired" else "cancelled", moment)
-            writes += closed
-            events += told
-        elif last is not None and outcome == "expired" and last.status == "approved":
-            # Decided in time, but the decision did not reach the execution: that is neither expiry nor rejection.
-            outcome, reason = "failed", "the approval could not be delivered in time"
-            step = self.plan_of(task).steps[last.step_index]
-            events.append(_approval_event(task, "approval_undeliverable", actor, "undeliverable", last, step, moment))
-        final = {"status": outcome, "reason": reason or None, "failed_step": failed_step}
-        events.append(
-            _event(
-                task,
-                "task_ended",
-                actor,
-                outcome,
-                _request_again(task),
-                final | {"idempotency_key": _key_hash(idempotency), **by_agent(agent)},
-                timestamp=moment,
-            )
-        )
-        return _Change(final | {"waiting_until": None}, tuple(events), tuple(writes))
+        return History(plan=self.plan_of(task) if asked else None, asked=asked)
 
     def _asked_in_this_run(self, task: Task) -> list[Approval]:
         return [approval for approval in self.approvals(task.task_id) if approval.run == task.run]
 
     # DynamoDB
 
-    def _change(
+    def _apply(
         self,
         task_id: str,
-        decide: Callable[[Task], _Change | None],
+        decide: Callable[[Task], Change],
+        *,
+        known: Task | None = None,
         idempotency: Idempotency | None = None,
+        answer: Callable[[Change], dict[str, Any]] | None = None,
         max_open: int | None = None,
-    ) -> Task:
+    ) -> tuple[Task, Change]:
+        """Write what is decided on the task as it is; when somebody has changed it since, decide again.
+
+        Returns the task and the change. `known` is the task as it was read: the first decision is on that. Under the
+        idempotency key the `answer` is kept.
+        """
         for attempt in range(_ATTEMPTS):
             self._replay(idempotency)
-            task = self.get_task(task_id)
+            task = self.get_task(task_id) if known is None or attempt else known
             try:
                 change = decide(task)
             except ConflictError:
                 self._replay(idempotency)  # it may be the same request's twin that has changed the task just now
                 raise
-            if change is None:
-                return task
+            if change.writes_nothing:
+                return task, change
             counters = {"version": task.version + 1, "events": task.events + len(change.events)}
-            updated = task.model_copy(update=change.task | counters | {"updated_at": timestamp(now())})
-            writes = [self._items.put_task(updated, before=task)]
-            if change.events:
-                writes.append(self._items.put_events(task_id, task.events + 1, change.events))
-            writes += change.writes
+            updated = task.model_copy(update={**change.task, **counters, "updated_at": timestamp(now())})
+            writes = [self._items.put_task(updated, before=task), *self._writes(task, change, max_open)]
+            if idempotency is not None and answer is not None:
+                writes.append(self._items.put_idempotency(idempotency, answer(change)))
             try:
                 dynamo.transact(writes)
             except dynamo.ConditionFailedError as error:
-                counter = next((write for write in change.writes if is_counter(write)), None)
+                counter = next((write for write in writes if is_counter(write)), None)
                 self._refuse_beyond(max_open, counter, writes, error)
                 _pause(attempt)
                 continue
             for event in change.events:
                 metrics.count(event)
-            return updated
+            return updated, change
         raise ThrottledError("others keep changing this task: try again")
+
+    def _writes(self, task: Task, change: Change, max_open: int | None) -> list[Item]:
+        """Return the items of a change beside the task's own."""
+        writes: list[Item] = []
+        if change.events:
+            writes.append(self._items.put_events(task.task_id, task.events + 1, change.events))
+        if change.plan is not None:
+            writes.append(self._items.put(plan_item(change.plan), unless_exists=True))
+        if change.step is not None:
+            writes.append(
+                self._items.put_step(task.task_id, _step_sk(change.step), change.step, before=change.step_before)
+            )
+        if change.approval is not None:
+            writes.append(self._items.put_approval(task.task_id, change.approval, change.approval_before))
+        if change.consumed is not None:
+            writes.append(self._items.consume_approval(task.task_id, change.consumed))
+        if change.ends:
+            writes.append(self._items.count_open(task.requester, -1, None))
+        if change.opens:
+            writes.append(self._items.count_open(task.requester, 1, max_open))
+        return writes
 
     def _get(self, pk: str, sk: str) -> Item | None:
         return dynamo.get(self._table, pk, sk)
@@ -842,9 +590,6 @@ class TaskStore:
     def _replay(self, idempotency: Idempotency | None) -> None:
         if idempotency is not None and (answer := self.answered(idempotency)) is not None:
             raise ReplayedError(answer)
-
-    def _keep(self, idempotency: Idempotency | None, answer: dict[str, Any]) -> tuple[Item, ...]:
-        return () if idempotency is None else (self._items.put_idempotency(idempotency, answer),)
 
 
 def decided_answer(task_id: str, approval: Approval) -> dict[str, Any]:
@@ -886,54 +631,16 @@ def _waiter_key(task_id: str, step_index: int) -> Item:
     return {"pk": {"S": task_id}, "sk": {"S": f"WAITER#{step_index:03d}"}}
 
 
-def _first_record(task: Task, step_index: int, step: Step, before: StepRecord | None) -> StepRecord:
-    return StepRecord(
-        step_index=step_index,
-        step_id=step.step_id,
-        type=step.type,
-        status="running",
-        attempt=before.attempt + 1 if before else 1,
-        run=task.run,
-        input_hash=hash_of(step.parameters),
-        started_at=timestamp(now()),
-    )
+def _record_of(change: Change) -> StepRecord:
+    if change.step is None:
+        raise ConflictError("this step was never begun")
+    return change.step
 
 
-def _refuse_ended(task: Task) -> None:
-    if task.status in TERMINAL:
-        raise ConflictError(f"the task has ended: {task.status}", task_status=task.status)
-
-
-def _refuse_involved(task: Task, subject: str) -> None:
-    """Raise ForbiddenError if this person has started the task, or has retried it in any run."""
-    if same_subject(subject, task.requester):
-        raise ForbiddenError("you cannot decide on a task that you started")
-    if any(same_subject(subject, retrier) for retrier in task.retriers):
-        raise ForbiddenError("you cannot decide on a task that you retried")
-
-
-def refuse_other_execution(task: Task, execution: str | None) -> None:
-    """Raise ConflictError unless `execution` is the task's; None is one from before executions gave their name."""
-    if execution not in {None, task.execution_name}:
-        raise ConflictError("another execution of the task has begun", task_status=task.status)
-
-
-def _refuse_other_run(task: Task, run: int) -> None:
-    if task.run != run:
-        raise ConflictError("another execution of the task has begun", task_status=task.status)
-
-
-def _rejected(approvals: list[Approval]) -> Approval | None:
-    return next((approval for approval in approvals if approval.status == "rejected"), None)
-
-
-def _rejected_already(task: Task, rejected: Approval) -> ConflictError:
-    return ConflictError(
-        "an approver has rejected the task: start another one",
-        task_status=task.status,
-        decided_by=rejected.decided_by,
-        decision="rejected",
-    )
+def _approval_of(change: Change) -> Approval:
+    if change.approval is None:
+        raise ConflictError("nobody was asked")
+    return change.approval
 
 
 def _new_salt() -> str:
@@ -943,92 +650,3 @@ def _new_salt() -> str:
 def _key_hash(idempotency: Idempotency | None) -> str | None:
     """What stands for the caller's key: nobody can use it from here."""
     return hash_of([idempotency.subject, idempotency.key]) if idempotency else None
-
-
-def _request_again(task: Task) -> dict[str, Any]:
-    """The request, by its hash: it stands in the trail's first entry, and an end and a retry may be many."""
-    return {"request_hash": hash_of(task.request())}
-
-
-def _event(task: Task, kind: EventKind, actor: str, status: str, input_: Any, output: Any, **more: Any) -> Event:
-    """The event for what came in and what came out, by their salted hashes."""
-    of_the_task = {"plan_hash": task.plan_hash or "", "policy_id": task.policy_id or "", "timestamp": timestamp(now())}
-    return Event(
-        kind=kind,
-        actor=actor,
-        status=status,
-        input_hash=salted_hash(task.salt, input_),
-        output_hash=salted_hash(task.salt, output),
-        input=canonical_json(input_),
-        output=canonical_json(output),
-        **(of_the_task | more),
-    )
-
-
-def _claim_event(
-    task: Task, begun: StepRecord, step: Step, approval: Approval | None, current: PolicyDecision
-) -> Event:
-    """What was decided when a step was begun: which step, with whose approval; and by the policy in force."""
-    claim = {
-        "step_hash": step.hash(),
-        "run": begun.run,
-        "attempt": begun.attempt,
-        "approval": approval.round if approval else None,
-    }
-    return _event(
-        task,
-        "step_started",
-        "worker",
-        begun.status,
-        claim,
-        current.model_dump(mode="json"),
-        step_index=begun.step_index,
-        step_id=begun.step_id,
-        step_type=begun.type,
-    )
-
-
-def _approval_event(
-    task: Task,
-    kind: EventKind,
-    actor: str,
-    status: str,
-    approval: Approval,
-    step: Step,
-    moment: str,
-    idempotency: Idempotency | None = None,
-) -> Event:
-    """What people were asked goes in: the plan and the step by their hashes. What was said to it comes out."""
-    asked = {
-        "plan_hash": approval.plan_hash,
-        "step_hash": approval.step_hash,
-        "policy_id": approval.policy_id,
-        "round": approval.round,
-        "required": approval.required,
-        "expires_at": approval.expires_at,
-    }
-    said: dict[str, Any] = {"status": status, "actor": actor}
-    if kind == "approval_decided":
-        said |= {
-            "approved": approval.decisions[-1].approved,
-            "reason": approval.decisions[-1].reason,
-            "decided_at": approval.decisions[-1].decided_at,
-            "approvals": sum(each.approved for each in approval.decisions),
-            "plan_hash": approval.plan_hash,
-            "step_hash": approval.step_hash,
-            "idempotency_key": _key_hash(idempotency),
-        }
-    return _event(
-        task,
-        kind,
-        actor,
-        status,
-        asked,
-        said,
-        step_index=approval.step_index,
-        step_id=step.step_id,
-        step_type=step.type,
-        plan_hash=approval.plan_hash,
-        policy_id=approval.policy_id,
-        timestamp=moment,
-    )

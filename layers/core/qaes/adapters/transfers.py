@@ -1,6 +1,6 @@
 """What became of a step's transfer: the way from the ledger to the step's record, and to who waits for it.
 
-Only the state SubmitTransfer hands a transfer in. Whoever else wants to know asks here, and asking moves nothing.
+Only the state ExecuteAction submits a transfer. Everything else reads what became of it here, and moves nothing.
 """
 
 from __future__ import annotations
@@ -8,13 +8,15 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from qaes.adapters.executions import wake
+from qaes.adapters.executions import answer, fail
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import compliance
-from qaes.domain.errors import RefusedError
+from qaes.domain.errors import RefusedError, StepFailedError
 from qaes.domain.ids import now, parse_timestamp
 from qaes.domain.models import CONFIRMED_LATER, TERMINAL, Step, StepRecord, Task, WalletBalance
+from qaes.domain.policy import Policy
+from qaes.domain.tasks.lifecycle import StepOutcome
 
 OPEN: frozenset[str] = frozenset({"signed", "broadcast"})
 """The states in which a transfer may still happen."""
@@ -79,6 +81,20 @@ def funds_of(ledger: LedgerClient, step: Step) -> Funds:
     return Funds(balance, compliance.refusal_by_balance(step, balance), refusal_today)
 
 
+def policy_and_funds(ledger: LedgerClient, step: Step) -> tuple[Policy, Funds]:
+    """Read the policy in force, and what `funds_of` says under it: one call of the ledger."""
+    if step.type not in CONFIRMED_LATER:
+        return ledger.policy(), Funds(None, None, None)
+    terms = step.parameters
+    policy, checked = ledger.policy_and_check(
+        source=terms["from_address"], destination=terms["to_address"], amount=terms["amount"]
+    )
+    if isinstance(checked, RefusedError):
+        return policy, Funds(None, f"{checked.code}: {checked.message}", None)
+    balance, refusal_today = checked
+    return policy, Funds(balance, compliance.refusal_by_balance(step, balance), refusal_today)
+
+
 def is_submitted(ledger: LedgerClient, task_id: str, step_id: str) -> bool:
     """Whether the ledger has the step's transfer, confirmed or under way: then it needs no funds any more."""
     state = state_of(ledger, task_id, step_id)
@@ -101,27 +117,37 @@ def settle(store: TaskStore, ledger: LedgerClient, task: Task, record: StepRecor
         result = result_of(parameters, state)
         if record.run < task.run:
             result["run"] = record.run  # the execution that handed it in, under what was approved then
-        return Settled(store.finish_step(task.task_id, record, result=result, error=None), under_way=False)
+        return Settled(store.finish_step(task.task_id, record, StepOutcome(result=result)), under_way=False)
     if state is not None and state["txid"] != record.replaces:
         error = str(state["error"] or f"the transfer is {state['state']}")
-        return Settled(store.finish_step(task.task_id, record, result=None, error=error), under_way=False)
+        return Settled(store.finish_step(task.task_id, record, StepOutcome(error=error)), under_way=False)
     if task.status in TERMINAL and now() - parse_timestamp(task.updated_at) > timedelta(seconds=LATE_SECONDS):
         error = str(state["error"]) if state is not None else "not_submitted: the task ended before"
-        return Settled(store.finish_step(task.task_id, record, result=None, error=error), under_way=False)
+        return Settled(store.finish_step(task.task_id, record, StepOutcome(error=error)), under_way=False)
     return Settled(record, under_way=False)
 
 
-def tell(store: TaskStore, task: Task, record: StepRecord) -> bool:
-    """Wake who waits for a step that is finished; False when nobody waits. Its token is of no use afterwards.
+def settle_and_tell(store: TaskStore, ledger: LedgerClient, task: Task, record: StepRecord) -> StepRecord:
+    """Put the end of a step's transfer on record, which ends its task, and wake the execution that waits for it."""
+    settled = settle(store, ledger, task, record)
+    tell(store, task, settled.record)
+    return settled.record
 
-    What is sent says nothing: the execution reads the record.
+
+def tell(store: TaskStore, task: Task, record: StepRecord) -> bool:
+    """Wake the execution that waits for a step that is finished; False when none waits.
+
+    The record is believed, not what is sent. The token is of no use afterwards.
     """
     token = store.waiter(task.task_id, record.step_index) if record.status != "running" else None
     if token is None:
         return False
     # Whatever `task` says: it may have been retried since it was read, and then the token is the new execution's. One
     # whose task has ended finds that out by itself.
-    woken = wake(token, {"status": record.status})
+    if record.status == "failed":
+        woken = fail(token, StepFailedError(record.error or ""))
+    else:
+        woken = answer(token, {"status": record.status})
     store.forget_waiter(task.task_id, record.step_index, token)
     return woken
 

@@ -6,7 +6,16 @@ from datetime import datetime, timedelta
 from typing import Literal
 
 from qaes.domain import limits
-from qaes.domain.errors import ConflictError, InvalidInputError, RefusedError
+from qaes.domain.errors import (
+    ApprovalExpiredError,
+    ApprovalNeededError,
+    ApprovalRejectedError,
+    ConflictError,
+    InvalidInputError,
+    RefusedError,
+    StepDeniedError,
+    StoppedError,
+)
 from qaes.domain.ids import parse_timestamp
 from qaes.domain.models import TERMINAL, Approval, Model, Plan, Step, Task, WalletBalance
 from qaes.domain.planning import step_requires_approval
@@ -31,6 +40,20 @@ class Verdict(Model):
     """Seconds that they have; None: as long as the system allows."""
     balance: WalletBalance | None = None
     """Of the wallet that is to pay, when `verdict` is `await_approval` for a transfer; it is shown to the approver."""
+
+
+_STOPS: dict[str, type[StoppedError]] = {
+    "await_approval": ApprovalNeededError,
+    "rejected": ApprovalRejectedError,
+    "expired": ApprovalExpiredError,
+}
+
+
+def stopped_by(verdict: Verdict) -> StoppedError | None:
+    """Return the error that stops a step by this verdict; None when the step may run. What is no clear yes denies."""
+    if verdict.verdict == "execute":
+        return None
+    return _STOPS.get(verdict.verdict, StepDeniedError)(verdict.reason)
 
 
 def check_same_plan(task: Task, plan: Plan) -> None:
@@ -202,13 +225,13 @@ def check_may_act(
 
     Raises
     ------
+    StoppedError
+        The step may not run, or not yet: by its class.
     RefusedError
-        The step may not run; `code` is the verdict. `approval_too_old`: its approval expired `MAX_APPROVAL_AGE` ago or
-        earlier, so a retry of the task asks for a new one.
+        `approval_too_old`: its approval expired `MAX_APPROVAL_AGE` ago or earlier, so a retry asks for a new one.
     """
-    verdict = decide(task, plan, step_index, current, approval)
-    if verdict.verdict != "execute":
-        raise RefusedError(verdict.verdict, verdict.reason)
+    if stopped := stopped_by(decide(task, plan, step_index, current, approval)):
+        raise stopped
     if approval is None or approval.run != task.run:
         return
     if at - parse_timestamp(approval.expires_at) >= MAX_APPROVAL_AGE:

@@ -7,6 +7,12 @@ QaesError
 ├── ConflictError       it cannot be done in the present state                               (409)
 ├── LimitError          the caller has too much under way: later                             (429)
 ├── RefusedError        an outside system said no, for good: never retry                     (422)
+├── StoppedError        a step may not run, or has failed: the state machine knows each by its class
+│   ├── StepDeniedError         a policy, a limit or the ledger does not let it run
+│   ├── ApprovalNeededError     people must approve it first
+│   ├── ApprovalRejectedError   an approver rejected it
+│   ├── ApprovalExpiredError    nobody decided in time
+│   └── StepFailedError         it has failed, which is on record
 └── UnavailableError    an outside system did not answer: retry                              (503)
     └── ThrottledError      AWS refuses calls for now: retry for minutes                     (503)
 """
@@ -52,6 +58,30 @@ class RefusedError(QaesError):
     def __init__(self, code: str, message: str, **details: Any) -> None:
         super().__init__(message, **details)
         self.code = code
+
+
+class StoppedError(QaesError):
+    """A step may not run now, or has failed. Another attempt would meet the same: the state machine retries none."""
+
+
+class StepDeniedError(StoppedError):
+    """A policy, a limit or the ledger does not let the step run."""
+
+
+class ApprovalNeededError(StoppedError):
+    """People must approve the step before it runs."""
+
+
+class ApprovalRejectedError(StoppedError):
+    """An approver rejected the step."""
+
+
+class ApprovalExpiredError(StoppedError):
+    """Nobody decided on the step in time."""
+
+
+class StepFailedError(StoppedError):
+    """The step has failed, which is on record."""
 
 
 class UnavailableError(QaesError):

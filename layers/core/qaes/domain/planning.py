@@ -90,6 +90,11 @@ def build_plan(
     )
 
 
+def is_plain(step: Step) -> bool:
+    """Whether a step only reads and needs nobody's approval by the plan: RunStep runs it."""
+    return step.type not in EFFECT_TYPES and not step.requires_approval
+
+
 def step_requires_approval(type_: StepType, policy: PolicyDecision) -> bool:
     return policy.requires_approval and type_ in EFFECT_TYPES | {"monitor_action"}
 
@@ -122,8 +127,8 @@ def check_plan(plan: Plan, task_id: str) -> None:
     Raises
     ------
     InvalidInputError
-        It is another task's, has no steps or too many, a step id twice, or asks for less approval than its policy; or
-        it transfers money under the rule of another action.
+        It is another task's, has no steps or too many, a step id twice, or asks for less approval than its policy; it
+        transfers money under the rule of another action; or a step before its last one is no plain step.
     """
     if plan.task_id != task_id:
         raise InvalidInputError("the plan belongs to another task", field="plan.task_id")
@@ -138,3 +143,5 @@ def check_plan(plan: Plan, task_id: str) -> None:
             raise InvalidInputError(f"only a plan for {TRANSFER_ACTION} transfers", field=f"plan.steps.{number}")
         if step_requires_approval(step.type, plan.policy) and not step.requires_approval:
             raise InvalidInputError("the policy asks for an approval here", field=f"plan.steps.{number}")
+        if number < len(plan.steps) - 1 and not is_plain(step):
+            raise InvalidInputError("only the last step has an effect or needs approval", field=f"plan.steps.{number}")

@@ -1,0 +1,159 @@
+"""The agents of the runtime that are states of the state machine.
+
+compliance agent   `await_approval`    may the action run now, must people approve it first, or is it denied?
+execution agent    `end_task`          how did the execution end, if no step has ended the task?
+
+People who are asked see no callback token. When the state is retried (the function's answer was lost), they may have
+decided in between, and have woken a token that nobody waits under any more: the decision is delivered to the new one.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from qaes.adapters import settings, transfers
+from qaes.adapters.executions import Executions, answer
+from qaes.adapters.handlers import state, token_state
+from qaes.adapters.ledger_client import LedgerClient
+from qaes.adapters.logs import logger, note
+from qaes.adapters.task_store import TaskStore
+from qaes.domain import compliance, planning
+from qaes.domain.compliance import Verdict
+from qaes.domain.errors import StepDeniedError
+from qaes.domain.models import CONFIRMED_LATER, Approval, Model, Plan, StepRecord, Task
+from qaes.domain.tasks import lifecycle
+
+
+@token_state("AwaitApproval")
+def await_approval(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
+    """Compliance agent. `{task_id, task_token, execution?}` → `{verdict, reason}`; `verdict` may be `pending`.
+
+    A rejection comes first: no plan has to be read for it, and no ledger has to answer. What an attempt before has
+    handed in is not decided on again. If it has ended without moving anything, that is put on record first: what is
+    asked for after that is for another attempt.
+    """
+    store, token = TaskStore(), str(event["task_token"])
+    task = store.get_task(str(event["task_id"]))
+    lifecycle.refuse_other_execution(task, event.get("execution"))
+    approvals = store.approvals(task.task_id)
+    for approval in approvals:
+        if rejection := compliance.rejection(task, approval):
+            return _answered(token, rejection)
+    plan, records = store.plan_of(task), store.records(task.task_id)
+    step_index = lifecycle.next_step(plan, records)
+    note(step_index=step_index)
+    asked = [approval for approval in approvals if approval.step_index == step_index]
+    verdict = _verdict(store, task, plan, step_index, records.get(step_index), asked[-1] if asked else None)
+    if verdict.verdict != "await_approval":
+        return _answered(token, verdict)
+    longest = settings.number("APPROVAL_TIMEOUT_SECONDS")
+    asked_for = store.request_approval(
+        task,
+        plan,
+        step_index,
+        token,
+        min(verdict.expires_after or longest, longest),
+        required=verdict.approvals,
+        execution=event.get("execution"),
+        balance=verdict.balance,
+    )
+    if asked_for.status != "pending":
+        Executions.deliver(asked_for)
+    return {"verdict": asked_for.status, "reason": verdict.reason, "expires_at": asked_for.expires_at}
+
+
+def _answered(token: str, verdict: Verdict) -> dict[str, Any]:
+    """Answer the token at once, as nobody is asked: with the verdict, or with the error that stops the step."""
+    if stopped := compliance.stopped_by(verdict):
+        note(outcome=verdict.verdict)
+        raise stopped
+    answer(token, {"verdict": verdict.verdict})
+    return {"verdict": verdict.verdict, "reason": verdict.reason}
+
+
+def _verdict(
+    store: TaskStore, task: Task, plan: Plan, step_index: int, record: StepRecord | None, approval: Approval | None
+) -> Verdict:
+    ledger, step = LedgerClient(), plan.steps[step_index]
+    if record is not None and record.type in CONFIRMED_LATER:
+        compliance.check_same_plan(task, plan)
+        if transfers.settle(store, ledger, task, record).let_through:
+            return compliance.go_on(task, plan)
+    policy, funds = transfers.policy_and_funds(ledger, step)
+    verdict = compliance.decide(task, plan, step_index, policy.decide(plan.analysis.action_type), approval)
+    if verdict.verdict not in {"await_approval", "execute"}:
+        return verdict
+    # What the ledger would refuse is denied before a person is asked and before the transfer is submitted. The day's
+    # limit may have room by the time people approve.
+    refusal = funds.refusal or (funds.refusal_today if verdict.verdict == "execute" else None)
+    if refusal is not None and not transfers.is_submitted(ledger, task.task_id, step.step_id):
+        return Verdict(verdict="denied", reason=refusal)
+    return verdict.model_copy(update={"balance": funds.balance})
+
+
+class EndOfTask(Model):
+    """What the state machine says at its end; `error` is the state's error output."""
+
+    task_id: str
+    outcome: Literal["denied", "rejected", "expired", "failed"]
+    execution: str | None = None
+    error: dict[str, Any] | None = None
+
+
+REASONS = {
+    "denied": "policy {policy_id} does not allow {action_type}",
+    "rejected": compliance.REJECTED,
+    "expired": "nobody decided in time",
+    "failed": "a step failed",
+}
+KIND_OF_FAILURE = {
+    "States.Timeout": "the time limit was reached",
+    "ConfirmationTimedOut": "the ledger has not confirmed the transfer in time; a retry asks again, and pays once",
+}
+
+
+@state("EndTask")
+def end_task(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
+    """Execution agent. `{task_id, outcome, execution?, error?}` → `{status, reason}`: the terminal status, once.
+
+    What went wrong is read from the step records: the state's error output names functions and ARNs, which are for
+    the logs, not for users. Only that of StepDeniedError is our own: the compliance agent's verdict.
+    """
+    end = EndOfTask.model_validate(event)
+    store = TaskStore()
+    task = store.get_task(end.task_id)
+    name = str((end.error or {}).get("Error"))
+    reason, failed_step = REASONS[end.outcome], None
+    if end.outcome == "failed":
+        logger().error("the execution failed", extra={"state_error": name})
+        failed_step, error = _failed_step(store, task)
+        reason = error or KIND_OF_FAILURE.get(name, "a service did not answer")
+    elif end.outcome == "denied":
+        reason = reason.format(policy_id=task.policy_id, action_type=planning.action_type(task.task_type))
+        reason = _cause(end.error) or reason if name == StepDeniedError.__name__ else reason
+    ended = store.end_task(
+        task.task_id, end.outcome, actor="execution", reason=reason, failed_step=failed_step, execution=end.execution
+    )
+    return {"status": ended.status, "reason": ended.reason}
+
+
+def _failed_step(store: TaskStore, task: Task) -> tuple[str | None, str | None]:
+    """Return the step at which the task has failed, and its error if it has one."""
+    if task.plan_id is None:
+        return None, None
+    plan, records = store.plan_of(task), store.records(task.task_id)
+    step_index = lifecycle.next_step(plan, records)
+    record = records.get(step_index)
+    return plan.steps[step_index].step_id, record.error if record else None
+
+
+def _cause(error: dict[str, Any] | None) -> str:
+    """Return what the error says: a token's answer is the text itself, a function's exception comes in JSON."""
+    cause = str((error or {}).get("Cause") or "")
+    try:
+        return str(json.loads(cause)["errorMessage"])
+    except (ValueError, KeyError, TypeError):
+        return cause

@@ -1,0 +1,167 @@
+"""The worker's states: RunStep runs a plain step, ExecuteAction the one that has an effect or that people approved.
+
+Only ExecuteAction's role may move money, and only RunStep's runs without a callback token. What becomes of a transfer
+is put on record by `transfer_ended`, or by the reconciler; both then wake ExecuteAction, if it still waits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from aws_lambda_powertools.utilities.typing import LambdaContext
+
+from qaes.adapters import audit_trail, settings, transfers
+from qaes.adapters.executions import answer
+from qaes.adapters.handlers import state, token_state
+from qaes.adapters.ledger_client import LedgerClient
+from qaes.adapters.task_store import TaskStore
+from qaes.domain import compliance
+from qaes.domain.errors import ConflictError, RefusedError, StepDeniedError, StepFailedError
+from qaes.domain.ids import now
+from qaes.domain.models import CONFIRMED_LATER, TERMINAL, Plan, StepRecord, Task
+from qaes.domain.tasks import lifecycle
+from qaes.domain.tasks.lifecycle import StepOutcome
+from worker import steps
+from worker.steps import Effect, Submitted
+
+
+@state("RunStep")
+def run_step(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
+    """`{task_id, step_index, execution?}` → `{step_id, status, attempt}`: a step that only reads, in one transaction.
+
+    Raises
+    ------
+    StoppedError
+        The step may not run, people must be asked first, or it has failed.
+    """
+    store, step_index = TaskStore(), int(event["step_index"])
+    task = store.get_task(str(event["task_id"]))
+    lifecycle.refuse_other_execution(task, event.get("execution"))
+    plan, started = store.plan_of(task), now()
+    step = plan.steps[step_index]
+    if step.type not in steps.READS:
+        raise ConflictError("this step has an effect: it is no plain step", step_index=step_index)
+    readings = steps.read(LedgerClient(), step)
+    record = store.run_step(
+        task,
+        plan,
+        step_index,
+        steps.outcome_of(step, readings),
+        readings.policy.decide(plan.analysis.action_type),
+        started=started,
+    )
+    if record.status == "failed":
+        raise StepFailedError(record.error or "")
+    return record.model_dump(mode="json", include={"step_id", "status", "attempt"})
+
+
+@token_state("ExecuteAction")
+def execute_action(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
+    """`{task_id, task_token, execution?}` → `{step_id, status, attempt}`; `status` is `submitted` until it is known.
+
+    The action is the plan's last step. Its outcome ends the task, and the token is answered then.
+    """
+    store, ledger, token = TaskStore(), LedgerClient(), str(event["task_token"])
+    task = store.get_task(str(event["task_id"]))
+    lifecycle.refuse_other_execution(task, event.get("execution"))
+    plan, records = store.plan_of(task), store.records(task.task_id)
+    step_index = lifecycle.next_step(plan, records)
+    limit = settings.number("CONFIRMATION_TIMEOUT_SECONDS")
+    store.put_waiter(task.task_id, step_index, token, expires_in=limit, run=task.run)
+    record = records.get(step_index)
+    if record is not None and record.status == "running":
+        record = store.step(task.task_id, step_index)  # it may have ended before this token was there to be answered
+    ended = None
+    try:
+        ended = execute(store, ledger, task, plan, step_index, record)
+    finally:
+        if ended is None or ended.status != "running":
+            store.forget_waiter(task.task_id, step_index, token)
+    if ended.status == "failed":
+        raise StepFailedError(ended.error or "")
+    if ended.status == "succeeded":
+        answer(token, {"status": ended.status})
+    said = ended.model_dump(mode="json", include={"step_id", "status", "attempt"})
+    return said | ({"status": "submitted"} if ended.status == "running" else {})
+
+
+def execute(
+    store: TaskStore, ledger: LedgerClient, task: Task, plan: Plan, step_index: int, record: StepRecord | None
+) -> StepRecord:
+    """Run the action; `record` is what an attempt before has left. The record is `running` while its outcome is open.
+
+    A refusal is a value (`failed`); only what may work when tried again is raised. The intent is recorded, and the
+    approval consumed, before the step acts; the effect carries (task, step) as its reference, so that the ledger
+    answers a repetition from its record.
+
+    Raises
+    ------
+    StoppedError
+        The step may not run, or people must be asked (again).
+    UnavailableError
+        The intent is not in the audit table yet, or the ledger did not answer.
+    """
+    if record is not None and not record.may_run(task):
+        if record.status == "succeeded" and task.status not in TERMINAL:
+            store.end_task(task.task_id, "completed", actor="execution", reason="", execution=task.execution_name)
+        return record
+    compliance.check_same_plan(task, plan)
+    lifecycle.refuse_ended(task)
+    step, replaces = plan.steps[step_index], None
+    if step.type in CONFIRMED_LATER and record is not None and record.run < task.run:
+        # What an execution before this one has handed in was let through then: its end is this step's, whatever it is.
+        settled = transfers.settle(store, ledger, task, record)
+        if settled.under_way or settled.record != record:
+            return settled.record
+        before = transfers.state_of(ledger, task.task_id, step.step_id) if record.status == "failed" else None
+        replaces = before["txid"] if before else None
+    if record is not None and record.status == "running" and record.run == task.run:
+        # The claim stands, whatever the policy says by now. To hand a transfer in again is not another attempt.
+        claimed = record if step.type in CONFIRMED_LATER else store.attempt_again(task, plan, step_index)
+    else:
+        task, claimed = _claim(store, ledger, task, plan, step_index, record, replaces)
+    if claimed.status != "running":
+        return claimed
+    if step.type in steps.READS:
+        return store.finish_step(task.task_id, claimed, steps.outcome_of(step, steps.read(ledger, step)))
+    audit_trail.ensure_recorded(task.task_id, task.events)
+    return _act(store, ledger, task, plan, claimed)
+
+
+def _act(store: TaskStore, ledger: LedgerClient, task: Task, plan: Plan, claimed: StepRecord) -> StepRecord:
+    step = plan.steps[claimed.step_index]
+    effect = Effect(transfers.reference_of(task.task_id, step.step_id), ledger, task.requester, task.run)
+    try:
+        result = steps.ACTS[step.type](step.parameters, effect)
+    except RefusedError as refusal:
+        if step.type in CONFIRMED_LATER and transfers.settle(store, ledger, task, claimed).under_way:
+            return claimed  # it was handed in by a call whose answer was lost, and that is not refused any more
+        return store.finish_step(task.task_id, claimed, StepOutcome(error=f"{refusal.code}: {refusal.message}"))
+    if isinstance(result, Submitted):
+        return claimed
+    return store.finish_step(task.task_id, claimed, StepOutcome(result=result))
+
+
+def _claim(
+    store: TaskStore,
+    ledger: LedgerClient,
+    task: Task,
+    plan: Plan,
+    step_index: int,
+    record: StepRecord | None,
+    replaces: str | None,
+) -> tuple[Task, StepRecord]:
+    """Record the intent to act, if the step may run by the policy in force, its limits and the wallet's balance now."""
+    step = plan.steps[step_index]
+    policy, funds = transfers.policy_and_funds(ledger, step)
+    current, approval = policy.decide(plan.analysis.action_type), store.latest_approval(task.task_id, step_index)
+    try:
+        compliance.check_may_act(task, plan, step_index, current, approval, at=now())
+    except RefusedError as too_old:
+        return task, store.refuse_step(task, plan, step_index, record, too_old.message)
+    refusal = funds.refusal or funds.refusal_today
+    if refusal is not None and not transfers.is_submitted(ledger, task.task_id, step.step_id):
+        raise StepDeniedError(refusal)
+    # Who was asked in this execution has approved it, whether that was needed or not.
+    consumed = approval if approval is not None and approval.run == task.run else None
+    return store.claim_step(task, plan, step_index, consumed, current, replaces=replaces)

@@ -1,0 +1,168 @@
+"""The five step types: what each reads or does, and what its result says.
+
+A step in READS only reads: the state RunStep runs it, or ExecuteAction if people had to approve it. A step in ACTS has
+an effect, which happens once for each reference (task and step): only ExecuteAction runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from qaes.adapters.ledger_client import LedgerClient
+from qaes.adapters.transfers import OPEN, result_of
+from qaes.domain.canonical import hash_of
+from qaes.domain.errors import RefusedError
+from qaes.domain.models import Step, StepType, WalletBalance
+from qaes.domain.policy import Policy
+from qaes.domain.tasks.lifecycle import StepOutcome
+
+Parameters = dict[str, Any]
+Result = dict[str, Any]
+
+SIMULATED = "signed, not sent: AllowTransfers is not set for this network"
+
+
+@dataclass(frozen=True)
+class Readings:
+    """What the ledger says, read in one call: the policy in force, and the wallet of a step that names one."""
+
+    policy: Policy
+    wallet: WalletBalance | RefusedError | None = None
+
+    @property
+    def balance(self) -> int:
+        """The wallet's balance in QU. Raises the ledger's refusal, if that was its answer."""
+        if isinstance(self.wallet, RefusedError):
+            raise self.wallet
+        if self.wallet is None:
+            raise RefusedError("no_wallet", "there is no wallet_address to monitor")
+        return self.wallet.balance
+
+
+@dataclass(frozen=True)
+class Effect:
+    """What a step with an effect is given: `reference` names task and step, `run` is the execution that asks."""
+
+    reference: str
+    ledger: LedgerClient
+    requester: str
+    run: int
+
+
+@dataclass(frozen=True)
+class Submitted:
+    """The effect is under way, and its outcome is not known yet: the step is finished when it is."""
+
+    txid: str
+    tick: int
+
+
+# Steps that read
+
+
+def check_balance(parameters: Parameters, readings: Readings) -> Result:
+    """`{wallet_address}` → `{wallet_address, balance}` in QU."""
+    return {"wallet_address": parameters["wallet_address"], "balance": readings.balance}
+
+
+def policy_check(parameters: Parameters, readings: Readings) -> Result:
+    """`{action_type, policy_id}` → the decision of the policy in force, and whether it is the pinned one."""
+    decision = readings.policy.decide(parameters["action_type"])
+    return decision.model_dump(mode="json") | {"pinned": decision.policy_id == parameters["policy_id"]}
+
+
+def monitor_action(parameters: Parameters, readings: Readings) -> Result:
+    """`{wallet_address, alert_threshold?}` → `{wallet_address, balance, alert_threshold, alert, message}`.
+
+    `alert` is true when the balance is below the threshold; without a threshold it is false.
+    """
+    balance, threshold = readings.balance, parameters["alert_threshold"]
+    alert = threshold is not None and balance < threshold
+    if threshold is None:
+        message = f"balance {balance} QU; no alert_threshold was set"
+    else:
+        message = f"balance {balance} QU is {'below' if alert else 'not below'} the threshold of {threshold} QU"
+    return {
+        "wallet_address": parameters["wallet_address"],
+        "balance": balance,
+        "alert_threshold": threshold,
+        "alert": alert,
+        "message": message,
+    }
+
+
+# Steps with an effect
+
+
+def onchain_action(parameters: Parameters, effect: Effect) -> Result | Submitted:
+    """`{from_address, to_address, amount}` → `{txid, tick, amount, from_address, to_address, network}`, or `Submitted`.
+
+    `Submitted` until the ledger has confirmed the transfer. Where transfers are not allowed on a real network, the
+    result says `simulated`, and there is nothing to wait for.
+
+    Raises
+    ------
+    RefusedError
+        `insufficient_balance`, `invalid_address`, `over_daily_limit`…, with nothing moved; `expired` or `moved_nothing`
+        when its tick passed without moving anything; `moved_unknown` when that cannot be told.
+    """
+    transfer = effect.ledger.transfer(
+        reference=effect.reference,
+        source=parameters["from_address"],
+        destination=parameters["to_address"],
+        amount=parameters["amount"],
+        requester=effect.requester,
+        run=effect.run,
+    )
+    state = transfer["state"]
+    if state in OPEN:
+        return Submitted(transfer["txid"], transfer["tick"])
+    if state not in {"confirmed", "simulated"}:
+        code, _, message = str(transfer["error"] or "").partition(": ")
+        raise RefusedError(code or str(state), message or f"the transfer is {state}")
+    result = result_of(parameters, transfer)
+    return result | {"simulated": SIMULATED} if state == "simulated" else result
+
+
+def generic_action(parameters: Parameters, effect: Effect) -> Result:
+    """`{task_type, description, parameters}` → `{task_type, instruction_hash, txid, tick}`: a receipt, no effect.
+
+    The system cannot perform such an action itself: it puts the instruction's hash on the ledger. `txid` and `tick` are
+    those of the transaction that was submitted. If its tick passes without it, the ledger signs another:
+    `GET /verify/{instruction_hash}` returns the one that is confirmed.
+    """
+    instruction = hash_of({"reference": effect.reference, "instruction": parameters})
+    written = effect.ledger.record_instruction(instruction, reference=effect.reference, requester=effect.requester)
+    return {
+        "task_type": parameters["task_type"],
+        "instruction_hash": instruction,
+        "txid": written["txid"],
+        "tick": written["tick"],
+    }
+
+
+READS: dict[StepType, Callable[[Parameters, Readings], Result]] = {
+    "check_balance": check_balance,
+    "policy_check": policy_check,
+    "monitor_action": monitor_action,
+}
+ACTS: dict[StepType, Callable[[Parameters, Effect], Result | Submitted]] = {
+    "onchain_action": onchain_action,
+    "generic_action": generic_action,
+}
+
+
+def read(ledger: LedgerClient, step: Step) -> Readings:
+    """Read what a step of READS needs, in one call of the ledger."""
+    wallet = step.parameters.get("wallet_address")
+    return Readings(ledger.policy()) if wallet is None else Readings(*ledger.policy_and_balance(wallet))
+
+
+def outcome_of(step: Step, readings: Readings) -> StepOutcome:
+    """Return the outcome of a step of READS; the ledger's refusal is its failure."""
+    try:
+        return StepOutcome(result=READS[step.type](step.parameters, readings))
+    except RefusedError as refusal:
+        return StepOutcome(error=f"{refusal.code}: {refusal.message}")

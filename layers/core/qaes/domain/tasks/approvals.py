@@ -1,0 +1,159 @@
+"""How people are asked to approve a step, decide, are reminded, and how their time ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+
+from qaes.domain.errors import ConflictError, ForbiddenError
+from qaes.domain.ids import parse_timestamp, timestamp
+from qaes.domain.models import Approval, ApprovalStatus, Decision, Plan, Task, WalletBalance
+from qaes.domain.tasks import events
+from qaes.domain.tasks.lifecycle import Change, of_closed, refuse_ended, refuse_other_execution
+from qaes.domain.text import same_subject
+
+
+def request(
+    task: Task,
+    plan: Plan,
+    step_index: int,
+    latest: Approval | None,
+    *,
+    token: str,
+    expires_in: int,
+    required: int,
+    execution: str | None,
+    balance: WalletBalance | None,
+    at: datetime,
+) -> Change:
+    """Ask people to approve a step; `latest` is what they were asked about it before.
+
+    Asked again in the same execution (the state was retried), the newest token is the one that counts. What was decided
+    in between, or has expired, stays as it is: nobody is asked twice, unless fewer have approved than are `required`
+    by now (a policy that has become stricter).
+
+    Raises ConflictError when the task has ended, or `execution` is not its execution (any more): a token of an
+    execution before a retry wakes nobody, and never replaces the token of the present one.
+    """
+    refuse_ended(task)
+    refuse_other_execution(task, execution)
+    if latest is not None and latest.run == task.run and not latest.is_too_little(required):
+        approval = latest.model_copy(update={"token": token})
+        waits = {"status": "waiting_approval"} if latest.status == "pending" else {}
+        return Change(waits, approval=approval, approval_before=latest.status, writes_nothing=latest.token == token)
+    approval = Approval(
+        step_index=step_index,
+        round=latest.round + 1 if latest else 1,
+        run=task.run,
+        status="pending",
+        required=required,
+        plan_hash=plan.hash(),
+        step_hash=plan.steps[step_index].hash(),
+        policy_id=plan.policy.policy_id,
+        token=token,
+        requested_at=timestamp(at),
+        expires_at=timestamp(at + timedelta(seconds=expires_in)),
+        balance=balance,
+    )
+    step = plan.steps[step_index]
+    asked = events.of_approval(task, "approval_requested", "compliance", "pending", approval, step, timestamp(at))
+    fields: dict[str, str | int] = {
+        "status": "waiting_approval",
+        "current_step": step_index,
+        "waiting_since": approval.requested_at,
+        "waiting_until": approval.expires_at,
+    }
+    return Change(fields, (asked,), approval=approval)
+
+
+def decide(
+    task: Task,
+    plan: Plan | None,
+    approvals: Sequence[Approval],
+    *,
+    approved: bool,
+    subject: str,
+    reason: str,
+    at: datetime,
+    plan_hash: str | None = None,
+    four_eyes: bool = True,
+    key_hash: str | None = None,
+) -> Change:
+    """Take a person's decision on the approval that is pending, of all `approvals` of the task.
+
+    A rejection ends the approval, and so does the last of the approvals that are required; each is another person's.
+
+    Raises
+    ------
+    ConflictError
+        The task waits for no approval (any more), with its status and who decided; this person has approved already;
+        or `plan_hash` is not what would be approved.
+    ForbiddenError
+        With `four_eyes`: this person has started the task, or has retried it, in whatever run.
+    """
+    if four_eyes:
+        _refuse_involved(task, subject)
+    approval = pending_of(approvals)
+    if task.status != "waiting_approval" or plan is None or approval is None or approval.run != task.run:
+        raise _not_waiting(task, approvals)
+    if at >= parse_timestamp(approval.expires_at):
+        raise ConflictError("the approval has expired", task_status="expired")
+    if plan_hash is not None and plan_hash != approval.plan_hash:
+        raise ConflictError(
+            "the plan is not the one that was decided on", field="plan_hash", plan_hash=approval.plan_hash
+        )
+    if any(same_subject(each.subject, subject) for each in approval.decisions):
+        raise ConflictError("this person has approved already", task_status=task.status, decided_by=subject)
+    moment, said = timestamp(at), "approved" if approved else "rejected"
+    decision = Decision(subject=subject, approved=approved, reason=reason, decided_at=moment)
+    decisions = (*approval.decisions, decision)
+    ends = not approved or len(decisions) >= approval.required
+    decided = approval.model_copy(update={"status": said if ends else "pending", "decisions": decisions})
+    step = plan.steps[approval.step_index]
+    event = events.of_approval(task, "approval_decided", subject, said, decided, step, moment, key_hash)
+    fields = {"status": "executing", "waiting_until": None} if ends else {}
+    return Change(fields, (event,), approval=decided, approval_before="pending")
+
+
+def remind(task: Task, plan: Plan | None, approvals: Sequence[Approval], at: datetime) -> Change:
+    """Remind of the approval that is pending, once."""
+    approval = pending_of(approvals)
+    if task.status != "waiting_approval" or plan is None or approval is None or approval.reminded_at is not None:
+        return Change(writes_nothing=True)
+    moment, step = timestamp(at), plan.steps[approval.step_index]
+    event = events.of_approval(task, "approval_reminder", "reconciler", "pending", approval, step, moment)
+    reminded = approval.model_copy(update={"reminded_at": moment})
+    return Change({}, (event,), approval=reminded, approval_before="pending")
+
+
+def expire(task: Task, plan: Plan | None, approvals: Sequence[Approval], at: datetime) -> Change:
+    """Close the approval that is pending, if its time is over."""
+    approval = pending_of(approvals)
+    if task.status != "waiting_approval" or plan is None or approval is None:
+        return Change(writes_nothing=True)
+    if at < parse_timestamp(approval.expires_at):
+        return Change(writes_nothing=True)
+    expired: ApprovalStatus = "expired"
+    closed = approval.model_copy(update={"status": expired})
+    event = of_closed(task, closed, plan, timestamp(at))
+    fields = {"status": "executing", "waiting_until": None}
+    return Change(fields, (event,), approval=closed, approval_before="pending")
+
+
+def pending_of(approvals: Sequence[Approval]) -> Approval | None:
+    """Return the approval that people are asked for now."""
+    return next((approval for approval in approvals if approval.status == "pending"), None)
+
+
+def _not_waiting(task: Task, approvals: Sequence[Approval]) -> ConflictError:
+    last = approvals[-1] if approvals else None
+    by = {"decided_by": last.decided_by, "decision": last.status} if last and last.decided_by else {}
+    return ConflictError("the task does not wait for an approval", task_status=task.status, **by)
+
+
+def _refuse_involved(task: Task, subject: str) -> None:
+    """Raise ForbiddenError if this person has started the task, or has retried it in any run."""
+    if same_subject(subject, task.requester):
+        raise ForbiddenError("you cannot decide on a task that you started")
+    if any(same_subject(subject, retrier) for retrier in task.retriers):
+        raise ForbiddenError("you cannot decide on a task that you retried")
