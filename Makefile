@@ -99,13 +99,13 @@ fuzz: $(VENV)/.all-stamp ## All that make test samples; then some 10,000 request
 	@QAES_FUZZ=1 $(BIN)/python -m pytest -q tests/unit/test_attacks.py tests/unit/test_verifier_search.py tests/handlers/test_audit_crashes.py tests/handlers/test_writer.py
 	@QAES_FUZZ=500 $(BIN)/python -m pytest -q tests/e2e/test_schemathesis.py
 
-openapi: $(VENV)/.all-stamp ## Write docs/openapi.json, docs/api.md and what the gateway serves of them, from the code
+openapi: $(VENV)/.all-stamp ## Write the document that the gateway serves (docs/openapi.json links to it) and docs/api.md, from the code
 	@PYTHONPATH=functions:layers/core $(BIN)/python -m local.openapi
 
 format: $(VENV)/.all-stamp ## Format code, apply the fixes of ruff, wrap the documentation
 	@$(BIN)/ruff check --quiet --fix . && $(BIN)/ruff format --quiet . && $(BIN)/python -m local.prose --write
 
-bench: $(VENV)/.all-stamp ## Measure; writes docs/performance.md and .json (ONLY=cost: what a task costs alone)
+bench: $(VENV)/.all-stamp ## Measure; writes docs/performance.md and .json (ONLY=cost, ONLY=growth: that section alone)
 	@PYTHONPATH=functions:layers/core $(BIN)/python -m benchmarks.run $(ONLY)
 
 hammer: $(VENV)/.all-stamp ## Load the audit log of a local AWS of its own, verify every proof, print figures (HAMMER_ARGS)

@@ -10,10 +10,11 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
-from benchmarks import cost, imports, latency, memory
+from benchmarks import cost, growth, imports, latency, memory
 from benchmarks import primitives as qubic
 from local.build import BUILD
 from local.cloud import Cloud
@@ -82,7 +83,7 @@ none on AWS, compiles in 10 to 35 ms.
 def costs() -> str:
     """What two tasks cost, before the workflow was simplified and now; also writes docs/performance.json."""
     found, before = cost.report(), json.loads(cost.BASELINE.read_text())
-    FIGURES.write_text(json.dumps({"cost": found}, indent=2) + "\n")
+    _write_figures(cost=found)
     head = (
         "",
         *(f"{name}, {build}" for name in cost.TASKS for build in ("before", "now")),
@@ -108,6 +109,55 @@ memory. Dollars are before logs and traces, which have rows of their own.
 {table(head, rows)}
 
 An idle stack costs by the month, in dollars: {bill}."""
+
+
+def _write_figures(**sections: Any) -> None:
+    """Replace these sections of docs/performance.json."""
+    kept = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
+    FIGURES.write_text(json.dumps(kept | sections, indent=2) + "\n")
+
+
+def growths() -> str:
+    """What requests and scheduled runs cost after few tasks and after many; also writes docs/performance.json."""
+    (small, before), (large, after) = ((size, growth.measure(size)) for size in growth.SIZES)
+    created, figures, rows = after[0], {}, []
+    for name, units in after[1].items():
+        less, ratio = before[1][name], growth.grown(before[1][name], units)
+        counts = [each for pair in ((less.read, units.read), (less.written, units.written)) for each in pair]
+        target = f"≤ {growth.MOST_GROWTH}× {mark(ratio <= growth.MOST_GROWTH)}"
+        rows.append((name, *(f"{count:g}" for count in counts), f"{ratio:.2f}×", target))
+        figures[name] = {"read_units": units.read, "write_units": units.written, "growth": round(ratio, 3)}
+    _write_figures(growth=figures)
+    head = (
+        "",
+        *(f"{kind} units at {size:,}" for kind in ("read", "write") for size in (small, large)),
+        "growth",
+        "target",
+    )
+    kinds = ", ".join(f"{count:,} {kind} items" for kind, count in created.items())
+    still = " and ".join(f"{count} {status}" for status, count in growth.OPEN.items())
+    return f"""## How costs grow with the number of tasks
+
+By `make bench ONLY=growth`: the same requests and scheduled runs, on moto, when the stack has had {small:,} tasks and when it has had {large:,}. The tasks are
+created directly. At {large:,} tasks these are {kinds}, with all their keys in the table and in its six indexes; what is read is a whole
+item, copied from a task that has really run. They have no other items (plans, steps, approvals, audit entries, batches, tiles), which none of the operations below
+reads of another task. They spread over {growth.DAYS} days and {growth.REQUESTERS:,} requesters; a tenth is one requester's, whose lists are measured. At both sizes {still} tasks have
+not ended, and {growth.FRESH} changes are {growth.FRESH_SECONDS} seconds old: the reconciler reads each open task, and the sweeper each new change. A page has 20 tasks. The list of running
+executions, one call of Step Functions for each 1,000 of them, is not counted.
+
+{table(head, rows)}
+
+What grows with the load, not with the history: the reconciler's run with the tasks that are open ({_each(after[1], "the reconciler's run", sum(growth.OPEN.values()))} read units for each), and
+the sweeper's with the changes of the last three minutes ({_each(after[1], "the sweeper's run", growth.FRESH)} for each).
+
+Limits of one partition, at 1,000 write units a second: `by_status` has four shards for the statuses that a task passes through, so 2,000 tasks a second without
+an approval; `by_day` has eight, so 8,000 changes a second; `by_kind` and the key `completed` are written once for each task, so 1,000 tasks a second. One requester starts
+at most 25 to 35 tasks a second, because each start changes the requester's count of open tasks in a transaction ([ADR 12](adr/0012-open-tasks-are-counted.md)); more are
+answered 503 with `Retry-After`."""
+
+
+def _each(found: growth.Measured, name: str, count: int) -> str:
+    return f"{found[name].read / count:.1f}"
 
 
 def latencies(cloud: Cloud) -> str:
@@ -200,14 +250,21 @@ def _bytes(path: Path) -> int:
     return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
 
 
+SECTIONS: dict[str, tuple[str, Callable[[], str]]] = {
+    "cost": ("What a task costs", costs),
+    "growth": ("How costs grow with the number of tasks", growths),
+}
+"""The sections that can be measured alone, by their names on the command line: title, and what measures it."""
+
+
 def main() -> None:
-    """Measure everything, then write the report in one go; with `cost` as the argument, replace that section alone."""
+    """Measure everything, then write the report in one go; with an argument, replace that section of SECTIONS alone."""
     progress = Progress()
-    if sys.argv[1:] == ["cost"]:
-        replaced = re.sub(
-            r"## What a task costs\n.*?(?=\n## )", lambda _: costs() + "\n", REPORT.read_text(), flags=re.DOTALL
-        )
-        REPORT.write_text(replaced)
+    if sys.argv[1:]:
+        [only] = sys.argv[1:]
+        title, section = SECTIONS[only]
+        pattern = rf"## {title}\n.*?(?=\n## )"
+        REPORT.write_text(re.sub(pattern, lambda _: section() + "\n", REPORT.read_text(), flags=re.DOTALL))
         return
     progress("Qubic primitives")
     parts = [primitives()]
@@ -215,15 +272,17 @@ def main() -> None:
     parts.insert(0, import_times())
     progress("costs")
     parts.insert(1, costs())
+    progress("how costs grow")
+    parts.insert(2, growths())
     with Cloud(f"bench-{os.getpid()}", progress=progress) as cloud:
         progress("requests and tasks")
-        parts.insert(2, latencies(cloud))
+        parts.insert(3, latencies(cloud))
         progress("size and memory")
         _seed(cloud)
-        parts.insert(3, sizes(cloud))
+        parts.insert(4, sizes(cloud))
     cloud.remove_directory()
     progress("the audit log under load")
-    parts.insert(3, audit_log())
+    parts.insert(4, audit_log())
     head = f"""# Performance
 
 Written by `make bench` on {now():%Y-%m-%d}, with {os.cpu_count()} cores and Python {platform.python_version()}. Absolute times are this machine's; ratios within the run

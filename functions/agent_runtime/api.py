@@ -7,16 +7,8 @@ from typing import Annotated, Any, Literal
 from fastapi import Depends
 from pydantic import BaseModel, Field
 
-from qaes.adapters.http import (
-    Caller,
-    TaskId,
-    add_health,
-    create_app,
-    make_handler,
-    require,
-    state_machine_answers,
-    tasks_table_answers,
-)
+from qaes.adapters.health import add_health, state_machine_answers, tasks_table_answers
+from qaes.adapters.http import Caller, TaskId, create_app, make_handler, require
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.errors import NotFoundError
 from qaes.domain.ids import is_task_id

@@ -30,12 +30,11 @@ from qaes.adapters.handlers import function
 from qaes.adapters.ledger_client import CALL_SECONDS, LedgerClient
 from qaes.adapters.logs import logger
 from qaes.adapters.metrics import namespace
-from qaes.domain.anchor import ANCHOR_INPUT_TYPE, AnchorPayload, decode, log_id_bytes
+from qaes.domain.anchor import AnchorPayload, decode, failed_checks, log_id_bytes
 from qaes.domain.errors import RefusedError, UnavailableError
 from qaes.domain.ids import now, parse_timestamp, timestamp
 from qaes.domain.note import checkpoint_text, public_key_of, sign_note, verifier_key
 from qaes.domain.qubic import transaction as qubic
-from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.tiles import tree_root
 
 _ROUNDS = 3
@@ -190,21 +189,6 @@ def checked_transaction(payload: bytes, answer: dict[str, Any]) -> bytes:
     if failed:
         raise CorruptLogError(f"the anchor's transaction is not what was sealed: {', '.join(failed)}")
     return encoded
-
-
-def failed_checks(found: qubic.Transaction, payload: bytes, *, txid: str, tick: int, source: str) -> list[str]:
-    """Which parts of a transaction are not those of the anchor with that payload."""
-    held = {
-        "payload": found.payload == payload,
-        "input type": found.input_type == ANCHOR_INPUT_TYPE,
-        "amount": found.amount == 0,
-        "source": encode_identity(found.source) == source,
-        "destination": found.destination == found.source,
-        "tick": found.tick == tick,
-        "txid": found.id == txid,
-        "signature": found.is_signed_by_source(),
-    }
-    return [name for name, holds in held.items() if not holds]
 
 
 def _count(anchor: Anchor) -> None:

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from audit.anchor import failed_checks
 from audit.anchors import Anchor, Anchoring
 from audit.log import CorruptLogError, Indexed, Log
 from audit.store import AuditStore, Occurrence, StoredEntry
 from qaes.adapters.ledger_client import LedgerClient
-from qaes.domain.anchor import AnchorPayload, decode, log_id_bytes
+from qaes.domain.anchor import AnchorPayload, decode, failed_checks, log_id_bytes
 from qaes.domain.audit import AuditEntry, BrokenChainError, verify_chain
 from qaes.domain.errors import RefusedError
 from qaes.domain.merkle import ProofError, leaf_digest, leaf_hash, verify_inclusion

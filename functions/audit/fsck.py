@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
-from audit.anchor import failed_checks
 from audit.log import Batch, Head, Indexed, Leaf, Log
 from audit.store import ROLES, AuditStore, EntryKey, Item, Outbox, StoredEntry, lookup
 from qaes.adapters.dynamo import BATCH_GET
 from qaes.adapters.ledger_client import LedgerClient
-from qaes.domain.anchor import AnchorPayload, decode, log_id_bytes
+from qaes.domain.anchor import AnchorPayload, decode, failed_checks, log_id_bytes
 from qaes.domain.audit import AuditEntry, BrokenChainError, build_entry, verify_chain
 from qaes.domain.errors import RefusedError
 from qaes.domain.merkle import EMPTY_ROOT, HASH_BYTES, ProofError, node_hash

@@ -16,17 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from qaes.adapters import settings
 from qaes.adapters.executions import Executions
-from qaes.adapters.http import (
-    OPEN,
-    Caller,
-    TaskId,
-    add_health,
-    create_app,
-    make_handler,
-    require,
-    state_machine_answers,
-    tasks_table_answers,
-)
+from qaes.adapters.health import add_health, state_machine_answers, tasks_table_answers
+from qaes.adapters.http import OPEN, Caller, TaskId, create_app, make_handler, require
 from qaes.adapters.logs import logger, note
 from qaes.adapters.task_items import Idempotency
 from qaes.adapters.task_list import list_tasks
@@ -244,7 +235,7 @@ def get_about() -> About:
     )
 
 
-HERE = Path(__file__).parent
+DOCUMENT = Path(__file__).with_name("openapi.json")
 # The page has no script, and nothing from elsewhere; its style is its own, and its icon is none (data:).
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'; base-uri 'none'; "
@@ -255,14 +246,15 @@ PAGE_POLICY = (
 @app.get("/openapi.json", include_in_schema=False)
 def get_openapi() -> Response:
     """Serve the API's document."""
-    return Response((HERE / "openapi.json").read_text(), media_type="application/json")
+    return Response(DOCUMENT.read_text(), media_type="application/json")
 
 
 @app.get("/docs", include_in_schema=False)
 def get_docs() -> Response:
     """Serve the API's document as a page."""
-    page = (HERE / "docs.html").read_text()
-    return Response(page, media_type="text/html", headers={"Content-Security-Policy": PAGE_POLICY})
+    from gateway.docs_page import page
+
+    return Response(page(DOCUMENT), media_type="text/html", headers={"Content-Security-Policy": PAGE_POLICY})
 
 
 @app.get("/task/{task_id}")

@@ -9,7 +9,8 @@ from pydantic import BaseModel, Field
 
 from planner import previews
 from qaes.adapters import settings, transfers
-from qaes.adapters.http import Caller, PlanId, add_health, create_app, make_handler, require, tasks_table_answers
+from qaes.adapters.health import add_health, tasks_table_answers
+from qaes.adapters.http import Caller, PlanId, create_app, make_handler, require
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import compliance, planning

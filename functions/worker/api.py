@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from qaes.adapters.http import add_health, create_app, make_handler, tasks_table_answers
+from qaes.adapters.health import add_health, tasks_table_answers
+from qaes.adapters.http import create_app, make_handler
 from qaes.adapters.ledger_client import LedgerClient
 
 app = create_app("worker")

@@ -37,7 +37,7 @@ from tests.handlers.test_audit_recorder import (
 from tests.handlers.test_task_store import claim, new_task
 from tests.support import template
 from tests.support.bundles import policy_text
-from tests.support.cloud import PARAMETERS, Cloud, Context, cloud
+from tests.support.cloud import PARAMETERS, Cloud, Context, cloud, prepared
 from tests.support.trail import ORIGIN, anchor, anchor_all, log, new_recorder, put_entries, sequence_all, store
 
 Get = Callable[..., tuple[int, dict[str, Any]]]
@@ -92,10 +92,14 @@ def get(aws: Cloud) -> Get:
 @pytest.fixture
 def recorded(aws: Cloud) -> str:
     """A task of alice's with four entries on record and anchored."""
-    task_id = task_with(4)
-    new_recorder().drain(task_id)
-    anchor_all(aws)
-    return task_id
+
+    def record() -> str:
+        task_id = task_with(4)
+        new_recorder().drain(task_id)
+        anchor_all(aws)
+        return task_id
+
+    return str(prepared(aws, "recorded", record))
 
 
 def rewrite(task_id: str, seq: int, text: str, leaf: str) -> None:

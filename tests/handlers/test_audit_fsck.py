@@ -21,7 +21,7 @@ from qaes.adapters import clients
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.domain.tiles import appended, tree_root
 from tests.handlers.test_audit_recorder import add_events, end_task, start_task, task_with
-from tests.support.cloud import Cloud, cloud
+from tests.support.cloud import Cloud, cloud, prepared
 from tests.support.trail import (
     anchor,
     anchor_all,
@@ -47,12 +47,16 @@ def aws() -> Iterator[Cloud]:
 @pytest.fixture
 def sound(aws: Cloud) -> str:
     """Two tasks with two anchors; the id of the first."""
-    found = []
-    for events in (3, 2):
-        found.append(task_with(events))
-        new_recorder().drain(found[-1])
-        anchor_all(aws)
-    return found[0]
+
+    def record() -> str:
+        found = []
+        for events in (3, 2):
+            found.append(task_with(events))
+            new_recorder().drain(found[-1])
+            anchor_all(aws)
+        return found[0]
+
+    return str(prepared(aws, "sound", record))
 
 
 def check() -> Report:

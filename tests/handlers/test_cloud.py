@@ -10,11 +10,11 @@ import pytest
 from botocore.exceptions import ClientError
 from moto.core.serialize import BaseJSONSerializer
 
-from tests.support import cloud as support
+from tests.support import shortcuts
 from tests.support.api import items
 from tests.support.cloud import cloud
 
-LEDGER, TASKS = "LedgerTable", "TasksTable"
+ENTRIES, TASKS = "AuditEntriesTable", "TasksTable"
 
 
 def item(name: str, **attributes: Any) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def put(table: str, name: str, **attributes: Any) -> None:
 
 def streamed() -> list[tuple[str, str]]:
     streams = boto3.client("dynamodbstreams")
-    [stream] = streams.list_streams(TableName=LEDGER)["Streams"]
+    [stream] = streams.list_streams(TableName=ENTRIES)["Streams"]
     [shard] = streams.describe_stream(StreamArn=stream["StreamArn"])["StreamDescription"]["Shards"]
     iterator = streams.get_shard_iterator(
         StreamArn=stream["StreamArn"], ShardId=shard["ShardId"], ShardIteratorType="TRIM_HORIZON"
@@ -44,10 +44,10 @@ def transaction(*, passes: bool) -> list[dict[str, Any]]:
     changed = {"UpdateExpression": update, "ExpressionAttributeValues": values}
     made = {"UpdateExpression": "SET fresh = :new", "ExpressionAttributeValues": {":new": {"S": "new"}}}
     return [
-        {"Put": {"TableName": LEDGER, "Item": item("new")}},
-        {"Put": {"TableName": LEDGER, "Item": item("replaced", by={"S": "another"})}},
-        {"Delete": {"TableName": LEDGER, "Key": item("deleted")}},
-        {"Update": {"TableName": LEDGER, "Key": item("updated"), **changed}},
+        {"Put": {"TableName": ENTRIES, "Item": item("new")}},
+        {"Put": {"TableName": ENTRIES, "Item": item("replaced", by={"S": "another"})}},
+        {"Delete": {"TableName": ENTRIES, "Key": item("deleted")}},
+        {"Update": {"TableName": ENTRIES, "Key": item("updated"), **changed}},
         {"Update": {"TableName": TASKS, "Key": item("updated"), **changed}},
         {"Update": {"TableName": TASKS, "Key": item("unknown"), **made}},
         {"ConditionCheck": {"TableName": TASKS, "Key": item("other"), "ConditionExpression": condition}},
@@ -57,14 +57,14 @@ def transaction(*, passes: bool) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("passes", [True, False])
 def test_a_transaction_happens_as_a_whole_or_not_at_all(passes: bool) -> None:
     with cloud(state_machine=False, policy=False):
-        for table in (LEDGER, TASKS):
+        for table in (ENTRIES, TASKS):
             for name in ("replaced", "deleted", "updated", "other"):
                 put(table, name, deep={"M": {"deeper": {"S": "old"}}}, number_={"N": "1"})
-        before, told = items(LEDGER, TASKS), streamed()
+        before, told = items(ENTRIES, TASKS), streamed()
         client = boto3.client("dynamodb")
         if passes:
             client.transact_write_items(TransactItems=transaction(passes=True))
-            assert {each["pk"]["S"] for each in items(LEDGER)} == {"new", "replaced", "updated", "other"}
+            assert {each["pk"]["S"] for each in items(ENTRIES)} == {"new", "replaced", "updated", "other"}
             [updated] = [each for each in items(TASKS) if each["pk"]["S"] == "updated"]
             assert updated["deep"] == {"M": {"deeper": {"S": "new"}}}
             assert (updated["number_"], updated["fresh"]) == ({"N": "2"}, {"S": "new"})
@@ -74,9 +74,9 @@ def test_a_transaction_happens_as_a_whole_or_not_at_all(passes: bool) -> None:
         else:
             with pytest.raises(ClientError, match="ConditionalCheckFailed"):
                 client.transact_write_items(TransactItems=transaction(passes=False))
-            assert items(LEDGER, TASKS) == before
+            assert items(ENTRIES, TASKS) == before
             assert streamed() == told
-            put(LEDGER, "later")
+            put(ENTRIES, "later")
             assert streamed() == [*told, ("INSERT", "later")]
 
 
@@ -91,10 +91,10 @@ def test_a_cloud_has_nothing_of_the_one_before() -> None:
         fresh = found()
     with cloud(state_machine=False) as aws:
         assert found() == fresh, "it is a copy"
-        put(LEDGER, "mine")
-        version = next(each for each in items(LEDGER) if each["pk"]["S"] != "mine")
+        put(ENTRIES, "mine")
+        [version, *_] = items("LedgerTable")
         boto3.client("dynamodb").update_item(
-            TableName=LEDGER,
+            TableName="LedgerTable",
             Key={name: version[name] for name in ("pk", "sk")},
             UpdateExpression="SET mine = :mine",
             ExpressionAttributeValues={":mine": {"S": "mine"}},
@@ -116,7 +116,7 @@ def test_serializer_of_values_returns_what_motos_does() -> None:
         client = boto3.client("dynamodb")
         client.put_item(TableName="TasksTable", Item=item)
         fast = client.get_item(TableName="TasksTable", Key={"pk": item["pk"], "sk": item["sk"]})["Item"]
-        with patch.object(BaseJSONSerializer, "_serialize_type_structure", support._serialize_structure):
+        with patch.object(BaseJSONSerializer, "_serialize_type_structure", shortcuts._serialize_structure):
             slow = client.get_item(TableName="TasksTable", Key={"pk": item["pk"], "sk": item["sk"]})["Item"]
     for found in (fast, slow):
         for name in ("ss", "ns", "bs"):

@@ -20,6 +20,7 @@ from moto.backends import get_backend
 
 from tests.support import events, template
 from tests.support.cloud import DYNAMODB_LOCK, PARAMETERS, Cloud, Context
+from tests.support.tracing import untraced
 
 ALICE = {"subject": "alice", "roles": "requester"}
 BOB = {"subject": "bob", "roles": "approver"}
@@ -83,6 +84,7 @@ class Api:
         with ThreadPoolExecutor(len(requests)) as pool:
             return [self.checked(answer) for answer in pool.map(send, requests)]
 
+    @untraced
     def event(
         self,
         method: str,
@@ -111,6 +113,7 @@ class Api:
             return event | {"body": base64.b64encode(body).decode(), "isBase64Encoded": True}
         return event | {"body": body if body is None or isinstance(body, str) else json.dumps(body)}
 
+    @untraced
     def checked(self, answer: dict[str, Any]) -> Answer:
         """What holds of every answer, whatever was asked."""
         text = json.dumps(answer)
@@ -146,6 +149,7 @@ def named(answer: Answer) -> set[str]:
     return {error["field"] for error in answer.body.get("errors", [])}
 
 
+@untraced
 def items(*tables: str) -> list[dict[str, Any]]:
     """Every item of `tables`; without an argument, of all tables of the template. A table that is gone has none.
 

@@ -8,7 +8,6 @@ nothing else. The mock network's clock is the tests' own: its ticks pass when no
 
 from __future__ import annotations
 
-import base64
 import copy
 import importlib
 import io
@@ -17,34 +16,32 @@ import logging
 import os
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import cache
-from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import boto3
 import jsonata
+from botocore import UNSIGNED
 from botocore.client import BaseClient
+from botocore.config import Config
 from moto import mock_aws
 from moto.awslambda_simple.models import LambdaSimpleBackend
 from moto.core.base_backend import BackendDict
 from moto.core.exceptions import JsonRESTError
 from moto.core.responses import ActionResult, EmptyResult
-from moto.core.serialize import BaseJSONSerializer
-from moto.dynamodb import models as moto_dynamodb
-from moto.dynamodb.models import DynamoDBBackend
-from moto.dynamodb.models.dynamo_type import DynamoType
-from moto.dynamodb.models.table import Table
 from moto.stepfunctions.parser.asl.jsonata import jsonata as moto_jsonata
 from moto.stepfunctions.responses import StepFunctionResponse
 
 from qaes.adapters import clients
 from tests.support import template
+from tests.support.shortcuts import shortcuts
+from tests.support.tracing import traced, untraced, untraced_threads
 
 SEED = "qaestestseedthatsignsforthetestsandisworthnothingatallx"
 PARAMETERS = {"Stage": "local", "ApprovalTimeoutSeconds": "60", "RetryIntervalSeconds": "1", "RetryMaxAttempts": "2"}
@@ -104,8 +101,7 @@ _environment_lock = threading.RLock()
 DYNAMODB_LOCK = threading.Lock()
 _committed: set[str] = set()
 """Tokens of the transactions that were committed."""
-_make_api_call = BaseClient._make_api_call
-_moto_transact_write_items = DynamoDBBackend.transact_write_items
+_make_api_call = untraced(BaseClient._make_api_call)
 
 
 def _one_at_a_time(client: Any, operation: str, arguments: Any) -> Any:
@@ -119,68 +115,8 @@ def _one_at_a_time(client: Any, operation: str, arguments: Any) -> Any:
         answer = _make_api_call(client, operation, arguments)
         if token:
             _committed.add(token)
-        return answer
-
-
-def _transact_write_items(backend: DynamoDBBackend, transact_items: list[dict[str, Any]]) -> None:
-    """What moto does, except for what it keeps to go back to.
-
-    It copies every item of a table, for each of a transaction's items once more: a third of the tests' time. Only what
-    an update changes in place has to be copied; all else is put and taken away as a whole.
-    """
-    updates = [each["Update"] for each in transact_items if "Update" in each]
-
-    def deepcopy(value: Any) -> Any:
-        if not isinstance(value, Table):
-            return copy.deepcopy(value)
-        kept = copy.copy(value)
-        kept.items = defaultdict(
-            dict, {each: found.copy() if isinstance(found, dict) else found for each, found in value.items.items()}
-        )
-        for key in (each["Key"] for each in updates if each["TableName"] == value.name):
-            hash_value, range_value = backend.get_keys_value(value, key)
-            if item := copy.deepcopy(value.get_item(hash_value, range_value)):
-                if value.has_range_key:
-                    kept.items[hash_value][range_value] = item
-                else:
-                    kept.items[hash_value] = item
-        if value.stream_shard:
-            kept.stream_shard = copy.copy(value.stream_shard)
-            kept.stream_shard.items, kept.stream_shard.table = list(value.stream_shard.items), kept
-        return kept
-
-    with patch.object(moto_dynamodb, "copy", SimpleNamespace(deepcopy=deepcopy)):
-        _moto_transact_write_items(backend, transact_items)
-
-
-_serialize_structure = BaseJSONSerializer._serialize_type_structure
-
-
-def _serialize_type_structure(self: BaseJSONSerializer, serialized: Any, value: Any, shape: Any, key: str) -> None:
-    """What moto's serializer does, but for a typed value of DynamoDB's, which needs no look at botocore's model."""
-    if shape.name == "AttributeValue":
-        serialized[key] = _typed(value)
-    else:
-        _serialize_structure(self, serialized, value, shape, key)
-
-
-def _typed(value: Any) -> dict[str, Any]:
-    if isinstance(value, DynamoType):
-        value = {value.type: value.value}
-    [(kind, content)] = value.items()
-    if kind == "M":
-        return {kind: {name: _typed(each) for name, each in content.items()}}
-    if kind == "L":
-        return {kind: [_typed(each) for each in content]}
-    if kind == "B":
-        return {kind: _base64(content)}
-    if kind in {"SS", "NS", "BS"}:
-        return {kind: [_base64(each) if kind == "BS" else each for each in content]}
-    return {kind: content}
-
-
-def _base64(content: bytes | str) -> str:
-    return base64.b64encode(content.encode() if isinstance(content, str) else content).decode()
+    time.sleep(0)  # now another thread's call may come first, as it may on AWS
+    return answer
 
 
 def _send_task_failure(self: StepFunctionResponse) -> ActionResult:
@@ -418,6 +354,7 @@ def cloud(
     policies._verified.clear()  # of tables of the same name, which are gone
     policies._seen.clear()
 
+    @traced
     def invoke(
         backend: Any, function_name: str, qualifier: Any, body: Any, headers: Any, response_headers: Any
     ) -> bytes:
@@ -446,11 +383,11 @@ def cloud(
     with (
         patch.dict(os.environ, _every_variable() | CREDENTIALS),
         mock_aws(config=config),
+        untraced_threads("moto"),
         patch("boto3.DEFAULT_SESSION", _session()),
         patch("boto3.client", _client),
         patch.object(LambdaSimpleBackend, "invoke", invoke),
-        patch.object(DynamoDBBackend, "transact_write_items", _transact_write_items),
-        patch.object(BaseJSONSerializer, "_serialize_type_structure", _serialize_type_structure),
+        shortcuts(),
         patch.object(moto_jsonata, "_eval_jsonata", evaluate),
         patch.object(StepFunctionResponse, "send_task_failure", _send_task_failure),
         patch.object(BaseClient, "_make_api_call", api_call),
@@ -471,10 +408,14 @@ _clients: dict[tuple[str, str], Any] = {}
 
 
 def _client(service_name: str, *, config: Any = None, **options: Any) -> Any:
-    """Return the one client of a service and configuration: to make one takes longer than most calls."""
+    """Return the one client of a service and configuration: to make one takes longer than most calls.
+
+    moto reads neither signature nor user agent, and both take time.
+    """
     key = (service_name, repr((sorted(vars(config).items()) if config else None, sorted(options.items()))))
     if key not in _clients:
-        _clients[key] = _session().client(service_name, config=config, **options)  # type: ignore[call-overload]
+        merged = (config or Config()).merge(Config(user_agent="tests", signature_version=UNSIGNED))
+        _clients[key] = _session().client(service_name, config=merged, **options)  # type: ignore[call-overload]
     return _clients[key]
 
 
@@ -497,6 +438,7 @@ class _Snapshot:
     made: float = field(default_factory=time.monotonic)
 
     @classmethod
+    @untraced
     def of(cls, it: Cloud) -> _Snapshot:
         found = [
             ((services, account, region), backend)
@@ -512,6 +454,7 @@ class _Snapshot:
         """Whether its moment is still as good as the present one, which the mock network's clock begins with."""
         return time.monotonic() - self.made < SNAPSHOT_SECONDS
 
+    @untraced
     def restore(self, it: Cloud) -> None:
         it.machine_arn, it.clock.moment = self.machine_arn, self.moment
         # Copied in one go: one service's backend has references to another's.
@@ -520,6 +463,21 @@ class _Snapshot:
 
 
 _snapshots: dict[tuple[Any, ...], _Snapshot] = {}
+_prepared: dict[str, tuple[_Snapshot, Any]] = {}
+
+
+def prepared(it: Cloud, name: str, prepare: Callable[[], Any]) -> Any:
+    """Call `prepare` on a fresh cloud, or put a copy of what it left there the last time; its result.
+
+    The copy has no messages of queues.
+    """
+    known = _prepared.get(name)
+    if known and known[0].is_new:
+        known[0].restore(it)
+        return known[1]
+    result = prepare()
+    _prepared[name] = _Snapshot.of(it), result
+    return result
 
 
 def _fill(it: Cloud, *, state_machine: bool, policy: bool) -> None:

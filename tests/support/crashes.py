@@ -5,7 +5,6 @@ To die before a call is to die right after the one before it: `after` alone enum
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -16,10 +15,10 @@ from botocore.client import BaseClient
 from botocore.exceptions import BotoCoreError
 
 from qaes.domain.errors import QaesError
+from tests.support.sampling import SEED, WHOLE
 
 When = Literal["before", "after"]
-SEED = int(os.environ.get("QAES_SEED", "1"))
-STRIDE = 1 if os.environ.get("QAES_FUZZ") else 3
+STRIDE = 1 if WHOLE else 3
 """Each run tries every third call, by the seed; `make fuzz` tries every call."""
 
 

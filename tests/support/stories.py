@@ -10,8 +10,10 @@ from boto3.dynamodb.types import TypeDeserializer
 from audit.store import Outbox
 from qaes.domain.canonical import sha256_hex
 from tests.support.bundles import load_verifier, not_enforced
+from tests.support.tracing import untraced
 
 
+@untraced
 def check_every_story(network: str = "mock") -> int:
     """Tell the verifier every task's events, as they are in the tables; how many tasks there are.
 

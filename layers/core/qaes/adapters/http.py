@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 from urllib.parse import quote
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
@@ -21,12 +21,11 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from mangum import Mangum
-from pydantic import BaseModel
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qaes.adapters import clients, dynamo, logs, settings
+from qaes.adapters import clients, logs, settings
 from qaes.adapters.auth import AGENT_ROLES, ROLES
 from qaes.adapters.handlers import function
 from qaes.adapters.logs import logger
@@ -223,68 +222,6 @@ def roles_of(route: APIRoute) -> tuple[str, ...] | None:
 def is_deciding(route: APIRoute) -> bool:
     """Whether `route` is for people alone (`require(…, deciding=True)`)."""
     return any(getattr(dependency.call, "deciding", False) for dependency in route.dependant.dependencies)
-
-
-# Health
-
-
-class Healthy(BaseModel):
-    """Every part that the service needs answers."""
-
-    status: Literal["healthy"]
-    service: str
-
-
-class Unhealthy(BaseModel):
-    """The parts that do not answer."""
-
-    status: Literal["unhealthy"]
-    service: str
-    failing: list[str]
-    detail: str
-
-
-def add_health(app: FastAPI, path: str, checks: dict[str, Callable[[], object]]) -> None:
-    """`GET path`: healthy when none of `checks` raises; otherwise 503 with the names of those that did."""
-    service: str = app.state.service
-
-    def health() -> JSONResponse:
-        failing: list[str] = []
-        for name, check in checks.items():
-            try:
-                check()
-            except Exception as error:  # noqa: BLE001 - whatever it is, the part is not healthy
-                logger().warning("unhealthy", extra={"part": name, "error": type(error).__name__})
-                failing.append(name)
-        if not failing:
-            return JSONResponse({"status": "healthy", "service": service})
-        body = {
-            "status": "unhealthy",
-            "service": service,
-            "failing": failing,
-            "detail": f"does not answer: {', '.join(failing)}",
-        }
-        return JSONResponse(body, 503, {"Retry-After": str(RETRY_AFTER_SECONDS)})
-
-    health.__doc__ = "Healthy when every part that the service needs answers; 503 names those that do not."
-    app.add_api_route(
-        path,
-        health,
-        methods=["GET"],
-        operation_id=f"{service.replace('-', '_')}_health",
-        openapi_extra=OPEN,
-        responses={200: {"model": Healthy}, 503: {"model": Unhealthy}},
-    )
-
-
-def tasks_table_answers() -> None:
-    """Check for `add_health`: the tasks table is there."""
-    dynamo.call("describe_table", TableName=settings.text("TASKS_TABLE"))
-
-
-def state_machine_answers() -> None:
-    """Check for `add_health`: the state machine is there."""
-    clients.client("stepfunctions").describe_state_machine(stateMachineArn=settings.text("STATE_MACHINE_ARN"))
 
 
 # Errors as they go out

@@ -22,6 +22,8 @@ import struct
 from dataclasses import dataclass
 
 from qaes.domain.merkle import HASH_BYTES, ProofError
+from qaes.domain.qubic.identity import encode_identity
+from qaes.domain.qubic.transaction import Transaction
 
 ANCHOR_INPUT_TYPE = 0x5141
 """The input type of the transaction: no protocol meaning."""
@@ -99,3 +101,18 @@ def decode(payload: bytes) -> AnchorPayload:
     if (magic, version) != (MAGIC, VERSION):
         raise ProofError("payload", "not an anchor of this version")
     return AnchorPayload(log_id, size, root, previous, sequence)
+
+
+def failed_checks(found: Transaction, payload: bytes, *, txid: str, tick: int, source: str) -> list[str]:
+    """Name the parts of a transaction that are not those of the anchor with this payload."""
+    held = {
+        "payload": found.payload == payload,
+        "input type": found.input_type == ANCHOR_INPUT_TYPE,
+        "amount": found.amount == 0,
+        "source": encode_identity(found.source) == source,
+        "destination": found.destination == found.source,
+        "tick": found.tick == tick,
+        "txid": found.id == txid,
+        "signature": found.is_signed_by_source(),
+    }
+    return [name for name, holds in held.items() if not holds]
