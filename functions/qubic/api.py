@@ -14,11 +14,12 @@ from qaes.adapters.http import OPEN, Caller, Sha256, create_app, make_handler, r
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.domain.errors import NotFoundError, UnavailableError
 from qaes.domain.qubic.identity import is_transaction_id_shaped
-from qubic import policy_api, rpc
-from qubic.hashes import check_hash, check_remark, hash_state
-from qubic.service import policies, submissions
-from qubic.submissions import Kind, State
+from qubic import policy_api
+from qubic.network.mock_rpc_api import add_rpc_routes
+from qubic.transactions.hashes import check_hash, check_remark, hash_state
+from qubic.transactions.model import Kind, State
 from qubic.wallets import service_identity
+from qubic.wiring import policies, submissions
 
 app = create_app("qubic")
 EVERY_ROLE = require("requester", "approver", "auditor")
@@ -193,6 +194,6 @@ def health(response: Response) -> LedgerHealthy | LedgerUnhealthy:
     )
 
 
-rpc.add_rpc_routes(app)
+add_rpc_routes(app)
 
 handler = make_handler(app)

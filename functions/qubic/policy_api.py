@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from qaes.adapters.http import Caller, require
 from qaes.domain.planning import RECORDED_ONLY, Effect, action_step, effect_of
 from qaes.domain.policy import MAX_RULES, POLICY_ID_PATTERN, ActionType, PolicyDifference, Rule, Rules
-from qubic.policies import Policies, PolicyVersion
+from qubic.policy.lifecycle import Policies
+from qubic.policy.versions import PolicyVersion
 
 EVERY_ROLE = require("requester", "approver", "auditor")
 Operator = Annotated[Caller, Depends(require("operator", deciding=True))]
@@ -96,9 +97,9 @@ class RejectRequest(BaseModel):
 
 def policies() -> Policies:
     """Make the policy's store."""
-    from qubic import service
+    from qubic import wiring
 
-    return service.policies()
+    return wiring.policies()
 
 
 def get_policy(

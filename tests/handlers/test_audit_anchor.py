@@ -182,8 +182,8 @@ def test_what_the_ledger_has_given_up_for_good_is_said(aws: Cloud, ledger: Ledge
 def test_a_new_key_takes_over_the_anchor_that_the_former_left(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the real ledger: the former key's transaction missed its tick, and nobody can sign for it any more."""
     from qubic import wallets
-    from qubic.chain import chain
-    from qubic.chain.mock import Faults
+    from qubic.network import chain
+    from qubic.network.faults import Faults
 
     grow(aws)
     with function_environment(template.environment("LedgerFunction", PARAMETERS)):
@@ -193,7 +193,7 @@ def test_a_new_key_takes_over_the_anchor_that_the_former_left(aws: Cloud, monkey
     with function_environment(template.environment("LedgerFunction", PARAMETERS)):
         former = wallets.service_key()
         successor = wallets.demo_key("0x1234567890abcdef")
-    for module in ("qubic.submissions", "qubic.wallets"):
+    for module in ("qubic.transactions.submissions", "qubic.wallets"):
         monkeypatch.setattr(f"{module}.service_key", lambda: successor)
     aws.settle()  # the event of its failure has the anchor submitted again: the same, signed by the successor
     assert anchor(aws)["state"] == "confirmed"

@@ -22,7 +22,7 @@ from audit.fsck import fsck
 from qaes.adapters import clients
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
-from qubic.chain import chain
+from qubic.network import chain
 from tests.handlers.test_audit_recorder import start_task, stream_event
 from tests.support import template
 from tests.support.cloud import PARAMETERS, Cloud, cloud

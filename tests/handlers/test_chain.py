@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
 from qaes.domain.qubic.transaction import Transaction
-from qubic.chain.base import Chain, SentList
-from qubic.chain.mock import FIRST_EPOCH, FIRST_TICK, Faults, MockChain
-from qubic.chain.rpc import RpcChain
+from qubic.network.base import Chain, SentList
+from qubic.network.faults import Faults
+from qubic.network.mock import FIRST_EPOCH, FIRST_TICK, MockChain
+from qubic.network.rpc_client import RpcChain
 from tests.support.chain import TICK_MILLISECONDS, Clock, Key, key
 from tests.support.cloud import cloud
 from tests.support.rpc import served
@@ -315,7 +316,7 @@ def test_sent_lists_a_range_of_one_tick(network: Network) -> None:
 
 
 def test_sent_lists_more_than_a_page(network: Network, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qubic.chain.rpc.PAGE", 2)
+    monkeypatch.setattr("qubic.network.rpc_client.PAGE", 2)
     sent = network.send_some(ALICE, BOB, 5)
     assert sent_by(network, ALICE) == sent[::-1]
 

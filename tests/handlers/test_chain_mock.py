@@ -19,8 +19,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from qaes.domain.errors import RefusedError, UnavailableError
 from qubic import items as qubic_items
-from qubic.chain import mock
-from qubic.chain.mock import FIRST_TICK, MAX_TICKS_AHEAD, Faults, MockChain
+from qubic.network import mock
+from qubic.network.faults import Faults
+from qubic.network.mock import FIRST_TICK, MAX_TICKS_AHEAD, MockChain
 from tests.support.chain import TICK_MILLISECONDS, Clock, Key, key
 from tests.support.cloud import cloud
 

@@ -12,10 +12,11 @@ import pytest
 from fastapi.routing import APIRoute
 
 from qaes.adapters.http import create_app, roles_of
-from qubic import rpc
-from qubic.chain import rules
-from qubic.chain.mock import FIRST_TICK, Faults, MockChain
-from qubic.chain.rpc import RpcChain
+from qubic.network import mock_rpc_api as rpc
+from qubic.network import rules
+from qubic.network.faults import Faults
+from qubic.network.mock import FIRST_TICK, MockChain
+from qubic.network.rpc_client import RpcChain
 from tests.support import template
 from tests.support.api import ALICE, BOB, CAROL, NOBODY, OLIVIA, PROBLEM, Api
 from tests.support.chain import Clock, key

@@ -16,9 +16,10 @@ import pytest
 from qaes.domain.errors import RefusedError, UnavailableError
 from qaes.domain.qubic import fourq
 from qaes.domain.qubic.transaction import Transaction
-from qubic.chain import chain, rpc
-from qubic.chain.base import Chain, SentList
-from qubic.chain.rpc import ATTEMPTS, MAX_ANSWER_BYTES, MAX_LISTED, PAGE, RpcChain
+from qubic.network import chain
+from qubic.network import rpc_client as rpc
+from qubic.network.base import Chain, SentList
+from qubic.network.rpc_client import ATTEMPTS, MAX_ANSWER_BYTES, MAX_LISTED, PAGE, RpcChain
 from tests.support.chain import key
 from tests.support.http_server import serve
 

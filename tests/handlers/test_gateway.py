@@ -17,7 +17,7 @@ from qaes.adapters.task_store import TaskStore
 from qaes.domain.errors import QaesError
 from qaes.domain.ids import is_task_id, parse_timestamp
 from qaes.domain.qubic.identity import encode_identity
-from qubic.chain.mock import FIRST_TICK
+from qubic.network.mock import FIRST_TICK
 from qubic.wallets import demo_key
 from tests.handlers.test_task_store import new_task, planned, waiting
 from tests.support.api import ALICE, BOB, CAROL, MALLORY, NOBODY, OLIVIA, Api, items, named, set_environment

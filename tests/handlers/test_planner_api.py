@@ -16,7 +16,7 @@ from qaes.domain.errors import ConflictError
 from qaes.domain.ids import is_plan_id, parse_timestamp
 from qaes.domain.models import Plan
 from qaes.domain.policy import Policy, Rule, policy_of
-from qubic.policies import Policies
+from qubic.policy.lifecycle import Policies
 from tests.handlers.test_gateway import (
     BAD,
     CONTRACT,

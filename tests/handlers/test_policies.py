@@ -27,13 +27,15 @@ from qaes.domain.errors import (
 from qaes.domain.policy import DEFAULT_RULES, DENIED, PolicyDocument, Rule
 from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.qubic.transaction import Transaction, decode
-from qubic import policies as module
-from qubic import service, wallets
-from qubic.chain import chain
-from qubic.chain.base import Included, SentList
-from qubic.chain.mock import Faults, MockChain
-from qubic.policies import Policies, PolicyVersion
-from qubic.submissions import Submissions
+from qubic import wallets, wiring
+from qubic.network import chain
+from qubic.network.base import Included, SentList
+from qubic.network.faults import Faults
+from qubic.network.mock import MockChain
+from qubic.policy import trust
+from qubic.policy.lifecycle import Policies
+from qubic.policy.versions import PolicyVersion
+from qubic.transactions.submissions import Submissions
 from qubic.wallets import Key, demo_key, service_key
 from tests.support.api import items, set_environment
 from tests.support.cloud import Cloud, cloud
@@ -56,7 +58,7 @@ def aws(environment: None) -> Iterator[Cloud]:
 
 @pytest.fixture
 def store(aws: Cloud) -> Policies:
-    return service.policies()
+    return wiring.policies()
 
 
 def at_once(*calls: Callable[[], Any]) -> list[Any]:
@@ -104,7 +106,7 @@ def remove(pk: str, sk: str) -> None:
 
 
 def alter_record(version: int, **changes: Any) -> None:
-    record = service.policies().get(version).model_copy(update=changes)
+    record = wiring.policies().get(version).model_copy(update=changes)
     alter("POLICY#mock", f"VERSION#{version:09d}", record={"S": record.model_dump_json()})
 
 
@@ -114,8 +116,8 @@ def alter_head(**numbers: int) -> None:
 
 def forget() -> None:
     """Be another process from now on."""
-    module._verified.clear()
-    module._seen.clear()
+    trust._verified.clear()
+    trust._seen.clear()
 
 
 def submissions_of_policies() -> list[str]:
@@ -129,22 +131,22 @@ def submissions_of_policies() -> list[str]:
 def test_until_the_first_version_is_confirmed_there_is_none(environment: None) -> None:
     with cloud(state_machine=False, policy=False) as aws:
         with pytest.raises(UnavailableError, match="not on the ledger yet"):
-            service.policies().in_force()
-        assert service.policies().get(1).status == "anchoring"
+            wiring.policies().in_force()
+        assert wiring.policies().get(1).status == "anchoring"
         with pytest.raises(UnavailableError):
-            service.policies().propose(RULES, subject="olivia")
+            wiring.policies().propose(RULES, subject="olivia")
         aws.settle()
-        policy = service.policies().in_force()
+        policy = wiring.policies().in_force()
         assert (policy.version, policy.rules) == (1, DEFAULT_RULES)
 
 
 def test_whoever_asks_first_submits_the_first_version_once(environment: None) -> None:
     with cloud(state_machine=False, policy=False) as aws:
-        found = at_once(*[lambda: service.policies().in_force()] * 8)
+        found = at_once(*[lambda: wiring.policies().in_force()] * 8)
         assert {type(each) for each in found} == {UnavailableError}
         aws.settle()
-        found = at_once(*[lambda: service.policies().in_force()] * 8)
-        assert {policy.policy_id for policy in found} == {service.policies().in_force().policy_id}
+        found = at_once(*[lambda: wiring.policies().in_force()] * 8)
+        assert {policy.policy_id for policy in found} == {wiring.policies().in_force().policy_id}
         assert submissions_of_policies() == ["policy:1 ATTEMPT#000001", "policy:1 SUBMISSION"]
 
 
@@ -152,9 +154,9 @@ def test_a_first_version_whose_confirmation_nobody_told_of(environment: None) ->
     """No writer at all: whoever asks looks whether the ledger has it by now."""
     with cloud(state_machine=False, policy=False) as aws:
         with pytest.raises(UnavailableError):
-            service.policies().in_force()
+            wiring.policies().in_force()
         aws.clock.pass_seconds(60)
-        assert service.policies().in_force().version == 1
+        assert wiring.policies().in_force().version == 1
 
 
 # The life of a version
@@ -317,7 +319,7 @@ def test_of_two_approvals_at_once_one_wins(aws: Cloud, store: Policies) -> None:
     store.propose(RULES, subject="olivia")
     store.propose(OTHER_RULES, subject="olivia")
     found = at_once(
-        *(lambda n=n, who=who: service.policies().approve(n, subject=who, four_eyes=True)
+        *(lambda n=n, who=who: wiring.policies().approve(n, subject=who, four_eyes=True)
           for n, who in ((2, "oscar"), (3, "otto"), (2, "otto"), (3, "oscar")))
     )  # fmt: skip
     won = [each for each in found if isinstance(each, PolicyVersion)]
@@ -331,8 +333,8 @@ def test_of_two_approvals_at_once_one_wins(aws: Cloud, store: Policies) -> None:
 def test_an_approval_and_a_rejection_at_once(aws: Cloud, store: Policies) -> None:
     store.propose(RULES, subject="olivia")
     found = at_once(
-        lambda: service.policies().approve(2, subject="oscar", four_eyes=True),
-        lambda: service.policies().reject(2, subject="olivia"),
+        lambda: wiring.policies().approve(2, subject="oscar", four_eyes=True),
+        lambda: wiring.policies().reject(2, subject="olivia"),
     )
     assert sorted(type(each).__name__ for each in found) == ["ConflictError", "PolicyVersion"]
     aws.settle()
@@ -341,7 +343,7 @@ def test_an_approval_and_a_rejection_at_once(aws: Cloud, store: Policies) -> Non
 
 
 def test_proposals_at_once_have_different_numbers(store: Policies) -> None:
-    found = at_once(*(lambda who=who: service.policies().propose(RULES, subject=who) for who in "abcdef"))
+    found = at_once(*(lambda who=who: wiring.policies().propose(RULES, subject=who) for who in "abcdef"))
     assert sorted(each.version for each in found) == [2, 3, 4, 5, 6, 7]
     assert {store.get(each.version).proposed_by for each in found} == set("abcdef")
 
@@ -351,7 +353,7 @@ def test_many_settle_at_once(aws: Cloud, store: Policies) -> None:
     store.approve(2, subject="oscar", four_eyes=True)
     confirm_silently(aws)
     assert store.get(2).status == "anchoring"
-    assert at_once(*[lambda: service.policies().settle()] * 6) == [None] * 6
+    assert at_once(*[lambda: wiring.policies().settle()] * 6) == [None] * 6
     assert (store.get(2).status, store.get(1).status) == ("in_force", "superseded")
     store.settle()
     assert store.in_force().version == 2
@@ -409,20 +411,20 @@ def test_a_crash_at_each_write(aws: Cloud, monkeypatch: pytest.MonkeyPatch, done
     monkeypatch.setattr(BaseClient, "_make_api_call", cut)
     for number in range(1, 40):
         rule = Rule(allowed=True, requires_approval=True, risk_level="low", max_amount=number)
-        version = service.policies().propose(DEFAULT_RULES | {"transfer_funds": rule}, subject="olivia").version
+        version = wiring.policies().propose(DEFAULT_RULES | {"transfer_funds": rule}, subject="olivia").version
         left[0] = number
         try:
-            service.policies().approve(version, subject="oscar", four_eyes=True)
+            wiring.policies().approve(version, subject="oscar", four_eyes=True)
             confirm_silently(aws)
-            service.policies().settle()
+            wiring.policies().settle()
             finished = True
         except Cut:
             finished = False
         left[0] = 10**9
-        service.policies().approve(version, subject="oscar", four_eyes=True)
+        wiring.policies().approve(version, subject="oscar", four_eyes=True)
         aws.settle()
-        assert service.policies().in_force().version == version
-        assert service.policies().get(version - 1).status == "superseded"
+        assert wiring.policies().in_force().version == version
+        assert wiring.policies().get(version - 1).status == "superseded"
         if finished:
             break
     assert finished
@@ -452,7 +454,7 @@ def test_an_altered_document_is_refused_and_the_last_good_one_is_in_force(
     publish(aws, store)
     store.in_force()
     if not known:
-        module._verified.clear()
+        trust._verified.clear()
     alter_text(2, text)
     capsys.readouterr()
     assert store.in_force().version == 1
@@ -512,18 +514,18 @@ def test_nothing_takes_the_place_of_a_first_version_that_was_altered(
         with monkeypatch.context() as patch:
             if not confirmed:
                 patch.setattr(Policies, "_submit", lambda *_: None)
-            service.policies().settle()
-        text = service.policies().read(1)[1]
+            wiring.policies().settle()
+        text = wiring.policies().read(1)[1]
         alter_text(1, looser(1))
         aws.settle()
         for _ in range(2):
             with pytest.raises(UnavailableError, match="was altered"):
-                service.policies().in_force()
+                wiring.policies().in_force()
         assert submissions_of_policies() == ["policy:1 ATTEMPT#000001", "policy:1 SUBMISSION"] * confirmed
         alter_text(1, text)  # which is how it is mended
-        service.policies().settle()
+        wiring.policies().settle()
         aws.settle()
-        assert service.policies().in_force().version == 1
+        assert wiring.policies().in_force().version == 1
 
 
 def test_a_document_altered_before_its_approval_cannot_be_approved(store: Policies) -> None:
@@ -636,9 +638,9 @@ def test_a_document_is_not_given_with_a_transaction_that_the_network_does_not_ha
     """Though this process knows the version, by the right one."""
     publish(aws, store)
     store.in_force()
-    verified = dict(module._verified)
+    verified = dict(trust._verified)
     forge(aws, sign=service_key(), include=False)
-    module._verified.update(verified)
+    trust._verified.update(verified)
     assert store.in_force().version == 2
     with pytest.raises(RefusedError, match="the network does not have"):
         store.document(store.get(2).policy_id)
@@ -690,7 +692,7 @@ def test_the_network_is_asked_once_for_each_version(
     original = MockChain.transaction
     monkeypatch.setattr(MockChain, "transaction", lambda self, txid: (asked.append(txid), original(self, txid))[1])
     for _ in range(3):
-        service.policies().in_force()
+        wiring.policies().in_force()
         store.document(store.get(2).policy_id)
     assert asked == [store.get(2).txid]
 
@@ -710,9 +712,9 @@ def test_a_look_up_that_finds_nothing_is_not_believed_alone(
 ) -> None:
     publish(aws, store)
     store.in_force()
-    first = next(good for known, good in module._verified.items() if known[2] == 1)
+    first = next(good for known, good in trust._verified.items() if known[2] == 1)
     forget()
-    module._verified["LedgerTable", "mock", 1, first.policy.policy_id.rpartition("-")[2]] = first
+    trust._verified["LedgerTable", "mock", 1, first.policy.policy_id.rpartition("-")[2]] = first
     submission = store._submissions.get("policy:2")
     assert submission is not None
     has = (decode(submission.encoded),) if page.pop("has", False) else ()
@@ -786,7 +788,7 @@ def test_the_first_version_too(monkeypatch: pytest.MonkeyPatch) -> None:
         set_environment("LedgerRecordFunction", monkeypatch)
         chain().set_faults(Faults(drop=1000))  # type: ignore[attr-defined]
         with pytest.raises(UnavailableError):
-            service.policies().in_force()
+            wiring.policies().in_force()
         aws.clock.pass_seconds(60)
         former = replace_seed()
         monkeypatch.setenv("QUBIC_FORMER_IDENTITIES", former)
@@ -795,7 +797,7 @@ def test_the_first_version_too(monkeypatch: pytest.MonkeyPatch) -> None:
         fund(aws, service_key())
         aws.invoke("LedgerWriterFunction", {})
         aws.settle()
-        assert service.policies().in_force().version == 1
+        assert wiring.policies().in_force().version == 1
 
 
 def fund(aws: Cloud, key: Key) -> None:
@@ -895,16 +897,16 @@ def test_a_process_that_has_not_seen_the_newer_version(
 ) -> None:
     """It looks again when HEAD is another, and after a minute even if it is the same."""
     store.in_force()
-    seen = dict(module._seen)
+    seen = dict(trust._seen)
     [head] = [item for item in items(TABLE) if item["sk"]["S"] == "HEAD"]
     publish(aws, store)
-    module._seen.clear()
-    module._seen.update(seen)
+    trust._seen.clear()
+    trust._seen.update(seen)
     if later:
         boto3.client("dynamodb").put_item(TableName=TABLE, Item=head)
         assert not rolled_back(store, capsys)
         now = time.monotonic()
-        monkeypatch.setattr(time, "monotonic", lambda: now + module.LOOK_AGAIN_SECONDS)
+        monkeypatch.setattr(time, "monotonic", lambda: now + trust.LOOK_AGAIN_SECONDS)
     else:
         alter_head(in_force=1)
     assert rolled_back(store, capsys)
@@ -942,7 +944,7 @@ def test_a_version_that_comes_into_force_at_that_moment_is_no_rollback(
 
     def settled(self: Policies, *arguments: Any) -> Any:
         monkeypatch.setattr(Policies, "_records", original)
-        service.policies().settle()
+        wiring.policies().settle()
         return original(self, *arguments)
 
     monkeypatch.setattr(Policies, "_records", settled)
@@ -976,14 +978,14 @@ def test_reading_what_is_in_force_takes_two_reads(aws: Cloud, store: Policies, m
 def test_bytes_that_are_not_the_transaction_of_that_id(aws: Cloud, store: Policies) -> None:
     publish(aws, store)
     for encoded in (b"", store._submissions.get("policy:1").encoded):  # type: ignore[union-attr]
-        module._verified.clear()
+        trust._verified.clear()
         alter("SUBMISSION#mock#policy:2", "SUBMISSION", encoded={"B": encoded or b"\0"})
         assert store.in_force().version == 1
 
 
 def test_a_version_counts_only_while_its_submission_is_confirmed(aws: Cloud, store: Policies) -> None:
     publish(aws, store)
-    module._verified.clear()
+    trust._verified.clear()
     alter("SUBMISSION#mock#policy:2", "SUBMISSION", state={"S": "broadcast"})
     assert store.in_force().version == 1
 
@@ -992,12 +994,12 @@ def test_a_transaction_is_checked_once_for_each_version(
     aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(aws, store)
-    module._verified.clear()
+    trust._verified.clear()
     checked: list[str] = []
-    original = module._check_anchor
-    monkeypatch.setattr(module, "_check_anchor", lambda *a: (checked.append(a[0]), original(*a))[1])
+    original = trust._check_anchor
+    monkeypatch.setattr(trust, "_check_anchor", lambda *a: (checked.append(a[0]), original(*a))[1])
     for _ in range(3):
-        service.policies().in_force()
+        wiring.policies().in_force()
     assert checked == [store.get(2).hash]
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from qaes.domain.qubic.transaction import decode
-from qubic.chain.mock import Faults, MockChain
+from qubic.network.faults import Faults
+from qubic.network.mock import MockChain
 from qubic.wallets import genesis
 from tests.support.api import Api
 from tests.support.cloud import Cloud, cloud

@@ -17,9 +17,10 @@ from qaes.domain.errors import RefusedError
 from qaes.domain.policy import DEFAULT_RULES
 from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.qubic.transaction import decode
-from qubic import ledger, service, wallets
-from qubic.chain.mock import FIRST_TICK, Faults, MockChain
-from qubic.ledger import _OPERATIONS
+from qubic import operations, wallets, wiring
+from qubic.network.faults import Faults
+from qubic.network.mock import FIRST_TICK, MockChain
+from qubic.operations import _OPERATIONS
 from qubic.wallets import DEMO_BALANCES, genesis
 from tests.support.cloud import PARAMETERS, Cloud, Context, cloud
 from tests.support.cloud import _environment as function_environment
@@ -218,7 +219,7 @@ def limited(aws: Cloud) -> None:
     """A policy with a daily limit is in force."""
     rule = DEFAULT_RULES["transfer_funds"].model_copy(update={"daily_limit": 1000})
     with function_environment(environment("LedgerFunction", PARAMETERS)):
-        store = service.policies()
+        store = wiring.policies()
         store.propose(DEFAULT_RULES | {"transfer_funds": rule}, subject="olivia")
         store.approve(2, subject="oscar", four_eyes=True)
     aws.settle()
@@ -236,7 +237,7 @@ def test_on_a_real_network_a_transfer_is_only_shown_unless_it_is_allowed(
         network = "mainnet"
 
     real = Real(genesis=genesis(), table="ChainTable", clock=aws.clock, tick_milliseconds=1000)
-    monkeypatch.setattr("qubic.service.chain", lambda: real)
+    monkeypatch.setattr("qubic.wiring.chain", lambda: real)
     service = wallets.service_identity()
     terms = {
         "reference": "task#step_3", "source": service, "destination": NOBODY, "amount": 1, "run": 1,
@@ -333,9 +334,9 @@ def test_a_function_that_is_told_of_no_operations_does_none(aws: Cloud, monkeypa
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LEDGER_OPERATIONS", "")
     with pytest.raises(SettingsError, match="LEDGER_OPERATIONS"):
-        ledger.handler({"operation": "health"}, Context())
+        operations.handler({"operation": "health"}, Context())
     monkeypatch.setenv("LEDGER_OPERATIONS", "health_check")
-    assert code(ledger.handler({"operation": "health"}, Context())) == "unknown_operation"
+    assert code(operations.handler({"operation": "health"}, Context())) == "unknown_operation"
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,11 @@ from qaes.adapters.settings import SettingsError
 from qaes.domain.errors import RefusedError
 from qaes.domain.qubic.transaction import decode
 from qubic import wallets
-from qubic.chain.mock import Faults, MockChain
-from qubic.hashes import hash_state
-from qubic.submissions import INPUT_TYPES, Submissions
+from qubic.network.faults import Faults
+from qubic.network.mock import MockChain
+from qubic.transactions.hashes import hash_state
+from qubic.transactions.model import INPUT_TYPES
+from qubic.transactions.submissions import Submissions
 from qubic.wallets import DEMO_BALANCES, demo_key, genesis
 from tests.support.api import Api
 from tests.support.cloud import PARAMETERS, Cloud, cloud
@@ -245,7 +247,7 @@ def test_api_brings_first_policy_forward_without_key() -> None:
 
 
 def test_write_answers_429_when_ledger_is_busy(aws: Cloud, request_: Request, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qubic.submissions.MAX_OPEN_HASHES", 0)
+    monkeypatch.setattr("qubic.transactions.submissions.MAX_OPEN_HASHES", 0)
     status, body = request_("POST", "/write", body={"hash": HASH, "metadata": {}})
     assert status == 429
     assert body["max_open"] == 0

@@ -19,11 +19,14 @@ from qaes.adapters.task_store import TaskStore
 from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
 from qaes.domain.policy import DEFAULT_RULES, Policy, Rule
 from qaes.domain.qubic.identity import encode_identity
-from qubic import service
-from qubic.chain.base import SentList
-from qubic.chain.mock import Faults, MockChain
+from qubic import wiring
+from qubic.network.base import SentList
+from qubic.network.faults import Faults
+from qubic.network.mock import MockChain
 from qubic.spending import rule_for
-from qubic.submissions import LEAD_TICKS, Submission, Submissions
+from qubic.transactions.model import Submission
+from qubic.transactions.signing import LEAD_TICKS
+from qubic.transactions.submissions import Submissions
 from qubic.wallets import DEMO_BALANCES, Wallets, demo_key
 from tests.handlers.test_task_store import waiting
 from tests.support.api import set_environment
@@ -488,7 +491,7 @@ def test_a_call_that_was_cut_off_counts_what_it_has_signed(ledger: Ledger, monke
 
 
 def publish(aws: Cloud, **limits: Any) -> None:
-    store = service.policies()
+    store = wiring.policies()
     store.propose(policy(**limits).rules, subject="olivia")
     store.approve(2, subject="oscar", four_eyes=True)
     aws.settle()
@@ -534,7 +537,7 @@ def test_the_compliance_agent_denies_what_has_no_room_today(aws: Cloud, sent: li
     for function in ("AwaitApprovalFunction", "ExecuteActionFunction"):
         assert outcome(aws, second, function) == "StepDeniedError"
         assert "daily_limit" in sent[-1]["cause"]
-        assert service.policies().in_force().policy_id in sent[-1]["cause"]
+        assert wiring.policies().in_force().policy_id in sent[-1]["cause"]
     assert store.step(second, 2) is None
     assert outcome(aws, unapproved) == "pending"  # it may be made on another day
 

@@ -17,17 +17,13 @@ import pytest
 from qaes.domain.errors import InvalidInputError, LimitError, RefusedError, UnavailableError
 from qaes.domain.qubic.transaction import Transaction, decode
 from qubic import wallets
-from qubic.chain.base import ProcessedTick, SentList
-from qubic.chain.mock import Faults, MockChain
-from qubic.submissions import (
-    EXPIRY_MARGIN_TICKS,
-    LEAD_TICKS,
-    MAX_TICKS_AHEAD,
-    MIN_LEAD_TICKS,
-    REFUSED_METRIC,
-    Submission,
-    Submissions,
-)
+from qubic.network.base import ProcessedTick, SentList
+from qubic.network.faults import Faults
+from qubic.network.mock import MockChain
+from qubic.transactions.model import Submission
+from qubic.transactions.signing import LEAD_TICKS, MAX_TICKS_AHEAD
+from qubic.transactions.submissions import Submissions
+from qubic.transactions.tracking import EXPIRY_MARGIN_TICKS, MIN_LEAD_TICKS, REFUSED_METRIC
 from tests.support.cloud import SEED, Cloud, cloud
 
 SOURCE, DESTINATION, EMPTY = "0x1234567890abcdef", "0xfedcba0987654321", "0xabcdef1234567890"
@@ -174,8 +170,8 @@ def test_one_transaction_of_a_source_is_in_flight_and_each_keeps_the_id_that_it_
 
 
 def test_a_full_queue_says_so_and_loses_nothing(ledger, number, monkeypatch):
-    monkeypatch.setattr("qubic.submissions.MAX_OPEN", 4)
-    monkeypatch.setattr("qubic.submissions.MAX_OPEN_HASHES", 3)
+    monkeypatch.setattr("qubic.transactions.submissions.MAX_OPEN", 4)
+    monkeypatch.setattr("qubic.transactions.submissions.MAX_OPEN_HASHES", 3)
     for each in range(3):
         ledger.write(number + each)
     with pytest.raises(LimitError, match="too much to write"):
@@ -568,7 +564,7 @@ def test_the_service_s_own_wallet_is_not_emptied_and_keeps_places_for_its_record
     with pytest.raises(RefusedError) as refused:
         ledger.transfer(f"task{number}", ledger.balance(service), source=service)
     assert refused.value.code == "insufficient_balance"
-    monkeypatch.setattr("qubic.submissions.MAX_OPEN_HASHES", 2)
+    monkeypatch.setattr("qubic.transactions.submissions.MAX_OPEN_HASHES", 2)
     for part in range(2):
         ledger.transfer(f"task{number}-{part}", 1, source=service)
     with pytest.raises(LimitError):
@@ -621,7 +617,7 @@ def test_a_tick_that_cannot_be_true_is_not_believed(ledger, number, monkeypatch)
 
 def test_an_empty_wallet_is_told_and_nothing_is_signed_for_it_again_and_again(ledger, number, monkeypatch, capsys):
     poor = wallets.key_of_seed("p" * 55)
-    monkeypatch.setattr("qubic.submissions.service_key", lambda: poor)
+    monkeypatch.setattr("qubic.transactions.submissions.service_key", lambda: poor)
     monkeypatch.setattr("qubic.wallets.service_key", lambda: poor)
     written = ledger.write(number)
     assert REFUSED_METRIC not in capsys.readouterr().out  # the RPC takes it, and the nodes drop it
@@ -638,7 +634,7 @@ def test_an_empty_wallet_is_told_and_nothing_is_signed_for_it_again_and_again(le
 
 def replace_the_service_key(monkeypatch: pytest.MonkeyPatch) -> None:
     other = wallets.demo_key(EMPTY)
-    monkeypatch.setattr("qubic.submissions.service_key", lambda: other)
+    monkeypatch.setattr("qubic.transactions.submissions.service_key", lambda: other)
     monkeypatch.setattr("qubic.wallets.service_key", lambda: other)
 
 

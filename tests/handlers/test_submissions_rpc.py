@@ -9,9 +9,13 @@ import pytest
 from qaes.domain.errors import RefusedError
 from qaes.domain.qubic.transaction import Transaction
 from qubic import wallets
-from qubic.chain.mock import Faults, MockChain
-from qubic.chain.rpc import RpcChain
-from qubic.submissions import EXPIRY_MARGIN_TICKS, LEAD_TICKS, REFUSED_METRIC, Submission, Submissions
+from qubic.network.faults import Faults
+from qubic.network.mock import MockChain
+from qubic.network.rpc_client import RpcChain
+from qubic.transactions.model import Submission
+from qubic.transactions.signing import LEAD_TICKS
+from qubic.transactions.submissions import Submissions
+from qubic.transactions.tracking import EXPIRY_MARGIN_TICKS, REFUSED_METRIC
 from tests.support.cloud import Cloud, cloud
 from tests.support.rpc import served
 
@@ -96,8 +100,8 @@ def test_wallet_used_elsewhere_expires_when_lists_explain_it(ledger: Ledger) -> 
 
 def test_thousands_of_incoming_transfers_hide_nothing(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """Only what the wallet sent is listed: anybody could fill the list of what it received."""
-    monkeypatch.setattr("qubic.chain.rpc.MAX_LISTED", 1)
-    monkeypatch.setattr("qubic.chain.rpc.PAGE", 1)
+    monkeypatch.setattr("qubic.network.rpc_client.MAX_LISTED", 1)
+    monkeypatch.setattr("qubic.network.rpc_client.PAGE", 1)
     ledger.mock.set_faults(Faults(drop=1))
     missed = ledger.transfer("task-1:step_3")
     for number in (1, 2, 3):
@@ -114,7 +118,7 @@ def test_thousands_of_incoming_transfers_hide_nothing(ledger: Ledger, monkeypatc
 def test_a_broadcast_that_comes_too_late_is_no_alarm(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """The live service refuses it with 400, as it refuses a wrong signature."""
     counted: list[str] = []
-    monkeypatch.setattr("qubic.submissions.metrics.count_one", counted.append)
+    monkeypatch.setattr("qubic.transactions.tracking.metrics.count_one", counted.append)
     sent = ledger.transfer("task-1:step_3")
     broadcast = ledger.mock.broadcast
 

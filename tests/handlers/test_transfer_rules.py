@@ -11,8 +11,8 @@ import pytest
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.domain.errors import RefusedError
 from qaes.domain.policy import DEFAULT_RULES, Policy, Rule
-from qubic import service
-from qubic.chain.mock import MockChain
+from qubic import wiring
+from qubic.network.mock import MockChain
 from qubic.spending import rule_for
 from qubic.wallets import DEMO_BALANCES, demo_key, genesis
 from tests.support.cloud import PARAMETERS, Cloud, cloud
@@ -41,7 +41,7 @@ def enforce(aws: Cloud) -> Enforce:
         rules = DEFAULT_RULES | {"transaction": ALLOWED, "monitoring": ALLOWED, "pay_invoice": ALLOWED}
         rule = FORBIDDEN.model_copy(update=transfer)
         with function_environment(environment("LedgerFunction", PARAMETERS)):
-            store = service.policies()
+            store = wiring.policies()
             proposed = store.propose(rules | {"transfer_funds": rule}, subject="olivia")
             store.approve(proposed.version, subject="oscar", four_eyes=True)
         if settle:
@@ -94,10 +94,10 @@ def test_ledger_does_not_simulate_forbidden_transfer(
 ) -> None:
     enforce()
     monkeypatch.setattr(
-        "qubic.service.chain",
+        "qubic.wiring.chain",
         lambda: MockChain(genesis=genesis(), table="ChainTable", clock=aws.clock, tick_milliseconds=1000),
     )
-    monkeypatch.setattr("qubic.ledger.submissions", lambda: _without_transfers(service.submissions()))
+    monkeypatch.setattr("qubic.operations.submissions", lambda: _without_transfers(wiring.submissions()))
     sent = {"operation": "transfer", **TERMS, "run": 1, "action_type": claim}
     assert code(aws.invoke("LedgerTransferFunction", sent)) == "not_allowed"
 

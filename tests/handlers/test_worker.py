@@ -34,8 +34,9 @@ from qaes.domain.models import Event, Plan, StepRecord
 from qaes.domain.policy import Policy
 from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.tasks.lifecycle import StepOutcome
-from qubic.chain.mock import Faults, MockChain
-from qubic.submissions import Submissions
+from qubic.network.faults import Faults
+from qubic.network.mock import MockChain
+from qubic.transactions.submissions import Submissions
 from tests.handlers.test_task_store import claim, new_task
 from tests.support.cloud import Cloud, Context, call, cloud
 from tests.support.template import resolve, template

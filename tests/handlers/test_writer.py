@@ -13,10 +13,12 @@ from botocore.exceptions import ClientError, EndpointConnectionError
 
 from qaes.domain.errors import LimitError, UnavailableError
 from qubic import wallets
-from qubic.chain.mock import Faults, MockChain
-from qubic.queue import MAX_DELAY_SECONDS
-from qubic.submissions import LEAD_TICKS, Submissions
-from qubic.writer import STUCK_METRIC
+from qubic.network.faults import Faults
+from qubic.network.mock import MockChain
+from qubic.transactions.queue import MAX_DELAY_SECONDS
+from qubic.transactions.signing import LEAD_TICKS
+from qubic.transactions.submissions import Submissions
+from qubic.worker import STUCK_METRIC
 from tests.support.cloud import SEED, Cloud, cloud
 from tests.support.crashes import crash_at, sampled_numbers
 
@@ -321,7 +323,7 @@ def test_whatever_happens_to_one_source_the_others_are_followed_and_the_policy_i
             follow(self, identity, **arguments)
 
         monkeypatch.setattr(Submissions, "follow", throttled)
-        monkeypatch.setattr("qubic.policies.Policies.settle", lambda self: settled.append(1))
+        monkeypatch.setattr("qubic.policy.lifecycle.Policies.settle", lambda self: settled.append(1))
         assert it.invoke("LedgerWriterFunction", {}) == {"open": seen[:1]}
         assert (len(seen), settled) == (2, [1])
         assert f'"{STUCK_METRIC}":[1.0]' in capsys.readouterr().out
@@ -335,7 +337,7 @@ def test_what_is_wrong_with_a_policy_does_not_keep_a_queue_waiting(monkeypatch, 
         def broken(self: Any) -> None:
             raise UnavailableError("version 1 of the policy is missing")
 
-        monkeypatch.setattr("qubic.policies.Policies.settle", broken)
+        monkeypatch.setattr("qubic.policy.lifecycle.Policies.settle", broken)
         for _ in range(2):
             it.clock.pass_seconds(LEAD_TICKS + 2)
             with pytest.raises(UnavailableError):

@@ -233,7 +233,7 @@ class Cloud:
                 return False
             waiting = self._waiting_ticks()
             if waiting:
-                from qubic.submissions import EXPIRY_MARGIN_TICKS
+                from qubic.transactions.tracking import EXPIRY_MARGIN_TICKS
 
                 # One tick further than the first that is named: what waits behind it has not been sent yet.
                 self.clock.pass_seconds(max(0, min(waiting) + 2 - self._tick()))
@@ -245,7 +245,7 @@ class Cloud:
             return bool(waiting)
 
     def _tick(self) -> int:
-        from qubic.chain import chain
+        from qubic.network import chain
 
         with _environment(template.environment("LedgerFunction", PARAMETERS | self.parameters)):
             return chain().tick_info().tick
@@ -345,14 +345,15 @@ def cloud(
 
     Where there is a state machine, ticks pass by themselves; elsewhere `settle` lets them.
     """
-    from qubic import policies, wallets
-    from qubic.chain.mock import MockChain
+    from qubic import wallets
+    from qubic.network.mock import MockChain
+    from qubic.policy import trust
 
     it = Cloud(parameters=parameters or {})
     wallets._key_of_secret.cache_clear()
     wallets._identity_of_the_ledger.cache_clear()
-    policies._verified.clear()  # of tables of the same name, which are gone
-    policies._seen.clear()
+    trust._verified.clear()  # of tables of the same name, which are gone
+    trust._seen.clear()
 
     @traced
     def invoke(

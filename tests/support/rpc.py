@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from qaes.adapters.http import create_app, make_handler
-from qubic import rpc
-from qubic.chain.base import Chain
+from qubic.network import mock_rpc_api as rpc
+from qubic.network.base import Chain
 from tests.support.api import OLIVIA, Api, set_environment
 from tests.support.cloud import Cloud, Context
 from tests.support.http_server import serve

@@ -15,7 +15,7 @@ from samtranslator.translator.translator import Translator
 
 from qaes.adapters.auth import ROLES
 from qaes.adapters.http import PROBLEM, PROBLEM_SCHEMA
-from qubic.ledger import _OPERATIONS
+from qubic.operations import _OPERATIONS
 from tests.support.template import environment, resolve
 from tests.template.conftest import load_template
 from tests.template.test_template import HOLDERS_OF_THE_SEED, LEDGER, QUBIC, allowed

@@ -16,7 +16,8 @@ from qaes.adapters.task_items import plan_item
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import policy
 from qaes.domain.policy import Policy, PolicyDocument, Rule
-from qubic.chain.mock import Faults, MockChain
+from qubic.network.faults import Faults
+from qubic.network.mock import MockChain
 from tests.support import template
 from tests.support.cloud import Cloud, call, cloud
 from tests.support.stories import check_every_story

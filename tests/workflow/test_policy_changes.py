@@ -12,7 +12,7 @@ import pytest
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.models import Approval
 from qaes.domain.policy import DEFAULT_RULES, DENIED, Rule
-from qubic import service
+from qubic import wiring
 from tests.handlers.test_audit_api import request
 from tests.support.api import set_environment
 from tests.support.bundles import load_verifier
@@ -35,7 +35,7 @@ def in_force() -> str:
 
 def publish(rule: Rule) -> str:
     """Another rule for transfers, by a new version; returns its id when it is in force."""
-    policies, before = service.policies(), in_force()
+    policies, before = wiring.policies(), in_force()
     proposed = policies.propose(DEFAULT_RULES | {"transfer_funds": rule}, subject="olivia")
     policies.approve(proposed.version, subject="oscar", four_eyes=True)
     deadline = time.monotonic() + 20

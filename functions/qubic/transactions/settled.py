@@ -16,7 +16,7 @@ from typing import Any
 
 from qaes.adapters import clients, settings
 from qaes.domain.errors import UnavailableError
-from qubic.submissions import Submission
+from qubic.transactions.model import Submission
 
 SOURCE = "qaes.qubic"
 

@@ -27,11 +27,12 @@ from qaes.domain.errors import (
 )
 from qaes.domain.policy import Policy
 from qaes.domain.qubic.identity import check_address
-from qubic.hashes import check_hash, hash_state, record_instruction, write_hash
-from qubic.service import policies, submissions
 from qubic.spending import rule_for
-from qubic.submissions import Submission, Submissions, check_amount, check_reference
+from qubic.transactions.hashes import check_hash, hash_state, record_instruction, write_hash
+from qubic.transactions.model import Submission, check_amount, check_reference
+from qubic.transactions.submissions import Submissions
 from qubic.wallets import Wallets, service_identity
+from qubic.wiring import policies, submissions
 
 Arguments = dict[str, Any]
 Result = dict[str, Any]

@@ -10,7 +10,8 @@ import re
 from typing import Any
 
 from qaes.domain.errors import InvalidInputError
-from qubic.submissions import Submission, Submissions, check_metadata, check_reference
+from qubic.transactions.model import Submission, check_metadata, check_reference
+from qubic.transactions.submissions import Submissions
 
 RESERVED = "reference"
 """The name in a record's metadata under which the service itself names the task and the step."""

@@ -24,21 +24,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from datetime import datetime
 from typing import Any, Literal
 
 from botocore.exceptions import BotoCoreError, ClientError
-from pydantic import BaseModel, ConfigDict, Field
 
 from qaes.adapters import dynamo, settings
 from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
 from qaes.domain.ids import now
 from qaes.domain.qubic.identity import decode_identity, encode_identity, is_transaction_id_shaped
-from qaes.domain.qubic.transaction import Transaction, decode
-from qubic.chain.base import Balance, Included, ProcessedTick, SentList, TickInfo
-from qubic.chain.rules import MAX_TICK, check_ticks
+from qaes.domain.qubic.transaction import decode
 from qubic.items import ChangedError, Item, Items, attempts, item_key
+from qubic.network.base import Balance, Included, ProcessedTick, SentList, TickInfo
+from qubic.network.faults import Counter, Faults, Place, State, changes_for, left_of
+from qubic.network.rules import MAX_TICK, check_ticks
 
 NETWORK = "mock"
 FIRST_TICK = 20_000_000
@@ -46,84 +46,6 @@ FIRST_EPOCH = 1
 MAX_TICKS_AHEAD = 100_000
 MAX_GENESIS = 90
 """DynamoDB takes 100 items in one transaction."""
-
-
-_Counter = Literal["drop", "fail_after_accepting", "fail_requests"]
-
-
-class Faults(BaseModel):
-    """What goes wrong. Setting it replaces what was set before; reading it tells what is left."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    drop: int = Field(0, ge=0, le=10**6, description="the next broadcasts that are answered and reach no pool")
-    delay: int = Field(0, ge=0, le=10**6, description="ticks by which broadcasts reach the pool late")
-    empty_ticks: int = Field(0, ge=0, le=10**6, description="the next ticks that come out empty")
-    paused: bool = Field(default=False, description="no tick follows the present one")
-    jump: int = Field(0, ge=0, le=10**7, description="ticks to jump over, once; a new epoch begins after it")
-    fail_after_accepting: int = Field(0, ge=0, le=10**6, description="the next broadcasts that are accepted and fail")
-    fail_requests: int = Field(0, ge=0, le=10**6, description="the next calls that fail and do nothing")
-    lag: int = Field(0, ge=0, le=10**6, description="ticks by which look-ups lag behind")
-
-
-@dataclass(frozen=True)
-class _State:
-    """The STATE item. `version` changes with all but `closed_tick` and the counters of faults.
-
-    `closed_tick` is the last tick that has passed; the present one follows it. `skipped` are the ranges of ticks that a
-    jump left out, as long as something may still wait for them.
-    """
-
-    supply: int
-    version: int
-    closed_tick: int
-    origin_tick: int
-    origin_time: int  # milliseconds since 1970
-    tick_milliseconds: int
-    paused: int
-    epoch: int
-    initial_tick: int
-    empty_from: int
-    empty_to: int
-    delay: int
-    lag: int
-    drop: int
-    fail_after_accepting: int
-    fail_requests: int
-    skipped: tuple[tuple[int, int], ...] = ()
-
-    @property
-    def tick(self) -> int:
-        return self.closed_tick + 1
-
-    @property
-    def processed_tick(self) -> int:
-        """The last tick that look-ups know."""
-        return self.closed_tick - self.lag
-
-    def tick_at(self, moment: int) -> int:
-        """The tick by the clock, which may be behind that of another caller, who has closed later ones."""
-        passed = 0 if self.paused else (moment - self.origin_time) // self.tick_milliseconds
-        return self.origin_tick + passed
-
-    def time_of(self, tick: int) -> int:
-        return self.origin_time + (tick - self.origin_tick) * self.tick_milliseconds
-
-    def comes_out_empty(self, tick: int) -> bool:
-        return any(first <= tick <= last for first, last in (*self.skipped, (self.empty_from, self.empty_to)))
-
-
-@dataclass(frozen=True)
-class _Place:
-    """What waits in a source's place of the pool."""
-
-    txid: str
-    tick: int
-    transaction: Transaction
-
-    @property
-    def source(self) -> str:
-        return encode_identity(self.transaction.source)
 
 
 class MockChain:
@@ -243,7 +165,7 @@ class MockChain:
                     f"Target tick: {transaction.tick} for the transaction should be greater than max tick: {state.tick}"
                 )
                 raise RefusedError("broadcast_refused", late)
-            place = _Place(transaction.id, transaction.tick, transaction)
+            place = Place(transaction.id, transaction.tick, transaction)
             if self._balance_of(place.source) > 0 and not (state.drop and self._consume("drop")):
                 self._take_place(place, state)
             if state.fail_after_accepting and self._consume("fail_after_accepting"):
@@ -254,7 +176,7 @@ class MockChain:
         item = self._items.get(*_balance_key(identity))
         return int(item["balance"]["N"]) if item else 0
 
-    def _take_place(self, place: _Place, state: _State) -> None:
+    def _take_place(self, place: Place, state: State) -> None:
         """Put a transaction into its source's place, if it is there in time and nothing for a later tick waits."""
         for attempt in attempts(20, 0.005):
             if attempt:
@@ -271,7 +193,7 @@ class MockChain:
             return
         raise UnavailableError("others keep changing the same place of the pool")
 
-    def _take(self, place: _Place, before: Item | None) -> Item:
+    def _take(self, place: Place, before: Item | None) -> Item:
         as_it_was = "attribute_not_exists(pk)" if before is None else "txid = :before AND waiting = :waiting"
         put: Item = {
             "TableName": self._table,
@@ -305,15 +227,7 @@ class MockChain:
         """What is left of the faults that were set."""
         with _answering():
             state = self._advance()
-        return Faults(
-            drop=state.drop,
-            delay=state.delay,
-            empty_ticks=max(0, state.empty_to - max(state.tick, state.empty_from - 1)),
-            paused=bool(state.paused),
-            fail_after_accepting=state.fail_after_accepting,
-            fail_requests=state.fail_requests,
-            lag=state.lag,
-        )
+        return left_of(state)
 
     def set_faults(self, faults: Faults) -> None:
         """Let these things go wrong from now on, and nothing else."""
@@ -321,33 +235,13 @@ class MockChain:
             for _ in attempts(20, 0.005):
                 state = self._advance()
                 try:
-                    self._set_faults(faults, state)
+                    self._change(state, *changes_for(faults, state, self._milliseconds()))
                 except ChangedError:
                     continue
                 return
         raise UnavailableError("others keep changing the mock's faults")
 
-    def _set_faults(self, faults: Faults, state: _State) -> None:
-        tick = state.tick + faults.jump
-        changes: dict[str, int] = {
-            "delay": faults.delay,
-            "lag": faults.lag,
-            "drop": faults.drop,
-            "fail_after_accepting": faults.fail_after_accepting,
-            "fail_requests": faults.fail_requests,
-            "empty_from": tick + 1,
-            "empty_to": tick + faults.empty_ticks,
-        }
-        if faults.jump or faults.paused != bool(state.paused):
-            changes |= {"origin_tick": tick, "origin_time": self._milliseconds(), "paused": int(faults.paused)}
-        # Nothing waits for a tick that is closed: `_advance` has just executed it all.
-        skipped = [each for each in state.skipped if each[1] > state.closed_tick]
-        if faults.jump:
-            changes |= {"epoch": state.epoch + 1, "initial_tick": tick}
-            skipped.append((state.tick + 1, tick - 1))
-        self._change(state, changes, skipped)
-
-    def _consume(self, counter: _Counter) -> bool:
+    def _consume(self, counter: Counter) -> bool:
         """Take one of a fault that is counted; False when others have taken the last one."""
         try:
             self._items.update(
@@ -363,14 +257,14 @@ class MockChain:
 
     # Time passes
 
-    def _asked(self) -> _State:
+    def _asked(self) -> State:
         """Begin a call: all that is due has been executed, and the call is not one that shall fail."""
         state = self._advance()
         if state.fail_requests and self._consume("fail_requests"):
             raise UnavailableError("the node does not answer")
         return state
 
-    def _advance(self) -> _State:
+    def _advance(self) -> State:
         """Close the ticks that have passed, and execute what waited for them."""
         for _ in attempts(20, 0.005):
             state = self._state()
@@ -394,20 +288,20 @@ class MockChain:
             return state
         raise UnavailableError("others keep changing the mock's state")
 
-    def _state(self) -> _State:
+    def _state(self) -> State:
         item = self._items.get("STATE", "STATE")
         if item is None:
             self._write_genesis()
             item = self._items.get("STATE", "STATE")
             if item is None:
                 raise UnavailableError("the mock's state cannot be read")
-        names = {field.name for field in fields(_State)} - {"skipped"}
+        names = {field.name for field in fields(State)} - {"skipped"}
         numbers = {name: int(item[name]["N"]) for name in names}
         skipped = tuple((first, last) for first, last in json.loads(item["skipped"]["S"]))
-        return _State(skipped=skipped, **numbers)
+        return State(skipped=skipped, **numbers)
 
     def _write_genesis(self) -> None:
-        first = _State(
+        first = State(
             supply=sum(self._genesis.values()),
             version=1,
             closed_tick=FIRST_TICK - 1,
@@ -425,7 +319,7 @@ class MockChain:
             fail_after_accepting=0,
             fail_requests=0,
         )
-        numbers = {field.name: getattr(first, field.name) for field in fields(_State) if field.name != "skipped"}
+        numbers = {field.name: getattr(first, field.name) for field in fields(State) if field.name != "skipped"}
         state = {name: {"N": str(value)} for name, value in numbers.items()}
         items = [self._items.put_new(item_key("STATE", "STATE") | state | {"skipped": {"S": "[]"}})]
         for identity, amount in self._genesis.items():
@@ -443,15 +337,15 @@ class MockChain:
         except ChangedError:
             return  # somebody else has written it
 
-    def _close(self, state: _State, tick: int) -> _State:
+    def _close(self, state: State, tick: int) -> State:
         self._update_state({"closed_tick": {"N": str(tick)}}, state)
         return replace(state, closed_tick=tick)
 
-    def _change(self, state: _State, changes: dict[str, int], skipped: list[tuple[int, int]]) -> None:
+    def _change(self, state: State, changes: dict[str, int], skipped: list[tuple[int, int]]) -> None:
         numbers = {name: {"N": str(value)} for name, value in (changes | {"version": state.version + 1}).items()}
         self._update_state(numbers | {"skipped": {"S": json.dumps(skipped)}}, state)
 
-    def _update_state(self, changes: Item, state: _State) -> None:
+    def _update_state(self, changes: Item, state: State) -> None:
         """Change STATE as it was read; raises ChangedError when it is no longer so."""
         as_it_was = "#version = :version_as_read AND #closed_tick = :closed_as_read"
         names = {"version", "closed_tick", *changes}
@@ -466,7 +360,7 @@ class MockChain:
 
     # Execution
 
-    def _due(self, state: _State) -> list[_Place]:
+    def _due(self, state: State) -> list[Place]:
         """What waits for ticks that have passed, in the order in which it is executed."""
         found = []
         for page in self._query(
@@ -480,10 +374,10 @@ class MockChain:
         ):
             for item in page["Items"]:
                 transaction = decode(bytes(item["encoded"]["B"]))
-                found.append(_Place(item["txid"]["S"], transaction.tick, transaction))
+                found.append(Place(item["txid"]["S"], transaction.tick, transaction))
         return sorted(found, key=lambda place: (place.tick, place.txid))
 
-    def _execute(self, place: _Place, state: _State) -> None:
+    def _execute(self, place: Place, state: State) -> None:
         """Execute what waits in a place, unless somebody else has. Whatever comes before it is done by now."""
         for attempt in attempts(20, 0.005):
             if attempt:
@@ -500,7 +394,7 @@ class MockChain:
             return
         raise UnavailableError("others keep changing what is to be executed")
 
-    def _leave(self, place: _Place) -> Item:
+    def _leave(self, place: Place) -> Item:
         return {
             "Update": {
                 "TableName": self._table,
@@ -515,7 +409,7 @@ class MockChain:
             }
         }
 
-    def _inclusion(self, place: _Place, state: _State) -> list[Item]:
+    def _inclusion(self, place: Place, state: State) -> list[Item]:
         transaction = place.transaction
         source, destination = place.source, encode_identity(transaction.destination)
         balance = self._balance_of(source)

@@ -1,4 +1,4 @@
-"""The writer: follows what was signed until its fate is known, without anybody's waiting for it.
+"""The transaction worker: tracks what was signed until its fate is known, without anybody's waiting for it.
 
 A submission has one message in the queue, which comes back when its tick should have passed, until it is closed. Every
 minute, whatever is open is looked at as well: a message may have been lost between the commit and the queue.
@@ -16,9 +16,10 @@ from qaes.adapters import metrics
 from qaes.adapters.handlers import function
 from qaes.adapters.logs import logger
 from qaes.domain.errors import LimitError, UnavailableError
-from qubic.queue import enqueue
-from qubic.service import policies, submissions
-from qubic.submissions import FOLLOW_SECONDS, Submissions
+from qubic.transactions.queue import enqueue
+from qubic.transactions.submissions import Submissions
+from qubic.transactions.tracking import FOLLOW_SECONDS
+from qubic.wiring import policies, submissions
 
 STUCK_METRIC = "LedgerStuck"
 SECONDS_FOR_A_SOURCE = 18

@@ -6,7 +6,8 @@ import json
 from math import ceil
 
 from qaes.adapters import clients, settings
-from qubic.submissions import LEAD_TICKS, Submission
+from qubic.transactions.model import Submission
+from qubic.transactions.signing import LEAD_TICKS
 
 MAX_DELAY_SECONDS = 60
 """Longest pause between two looks: ticks may stand still for an hour."""

@@ -6,17 +6,18 @@ from qaes.adapters import settings
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import logger
 from qaes.domain.policy import PolicyDecision
-from qubic.chain import chain
-from qubic.policies import Policies
-from qubic.queue import enqueue
-from qubic.settled import publish
+from qubic.network import chain
+from qubic.policy.lifecycle import Policies
 from qubic.spending import rule_for
-from qubic.submissions import Submission, Submissions
+from qubic.transactions.model import Submission
+from qubic.transactions.queue import enqueue
+from qubic.transactions.settled import publish
+from qubic.transactions.submissions import Submissions
 from qubic.wallets import Wallets, holds_key
 
 
 def submissions() -> Submissions:
-    """Make the submissions to the chain of QUBIC_NETWORK, each followed by the writer."""
+    """Make the submissions to the chain of QUBIC_NETWORK, each tracked by the transaction worker."""
     network = chain()
     return Submissions(
         network,

@@ -30,8 +30,8 @@ from urllib3.util import Retry, Timeout, parse_url
 from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
 from qaes.domain.qubic.identity import decode_identity, decode_transaction_id
 from qaes.domain.qubic.transaction import Transaction, decode
-from qubic.chain.base import Balance, Included, ProcessedTick, SentList, TickInfo
-from qubic.chain.rules import MAX_TICK, check_ticks
+from qubic.network.base import Balance, Included, ProcessedTick, SentList, TickInfo
+from qubic.network.rules import MAX_TICK, check_ticks
 
 MAX_ANSWER_BYTES = 1024 * 1024
 CONNECT_SECONDS = 2.0

@@ -5,14 +5,14 @@ from __future__ import annotations
 from functools import cache
 
 from qaes.adapters import settings
-from qubic.chain.base import Chain
+from qubic.network.base import Chain
 
 
 def chain() -> Chain:
     """Make the chain of QUBIC_NETWORK."""
     network = settings.text("QUBIC_NETWORK")
     if network == "mock":
-        from qubic.chain.mock import MockChain
+        from qubic.network.mock import MockChain
         from qubic.wallets import genesis
 
         return MockChain(genesis=genesis())
@@ -24,6 +24,6 @@ def chain() -> Chain:
 @cache
 def _rpc(url: str, network: str) -> Chain:
     # One for each process: it keeps its connections, and so the handshakes of TLS.
-    from qubic.chain.rpc import RpcChain
+    from qubic.network.rpc_client import RpcChain
 
     return RpcChain(url, network=network)

@@ -33,9 +33,10 @@ from qaes.domain.errors import (
 )
 from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.qubic.transaction import decode
-from qubic.chain import chain, rules
-from qubic.chain.base import Included
-from qubic.chain.mock import Faults, MockChain
+from qubic.network import chain, rules
+from qubic.network.base import Included
+from qubic.network.faults import Faults
+from qubic.network.mock import MockChain
 
 EVERY_ROLE = require("requester", "approver", "auditor")
 OPERATORS = require("operator")

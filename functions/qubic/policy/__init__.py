@@ -1,0 +1,1 @@
+"""The policy's versions: their life, and which of them to believe."""

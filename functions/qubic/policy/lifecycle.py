@@ -1,0 +1,373 @@
+"""The policy's versions, and which of them is in force: the newest one whose document's hash the ledger has.
+
+    proposed → approved → anchoring → in_force → superseded
+             → rejected
+
+An operator proposes, another one approves; approving hands the hash of the document to the ledger, as the submission
+`policy:<version>`. `settle` puts the version in force once that is confirmed. One version at a time is on its way, so
+that none overtakes another. Version 1 has the default rules; whoever asks first submits it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from botocore.exceptions import BotoCoreError, ClientError
+
+from qaes.adapters.logs import logger
+from qaes.domain.canonical import sha256_hex
+from qaes.domain.errors import (
+    ConflictError,
+    ForbiddenError,
+    LimitError,
+    RefusedError,
+    UnavailableError,
+)
+from qaes.domain.ids import now, timestamp
+from qaes.domain.policy import (
+    DEFAULT_RULES,
+    Policy,
+    PolicyDifference,
+    PolicyDocument,
+    Rule,
+    check_enforceable,
+    check_removals,
+    difference,
+    policy_id_of,
+    version_of,
+)
+from qaes.domain.text import same_subject
+from qubic.items import ChangedError, Item, attempts
+from qubic.policy.trust import AlteredError, Trust, submission_key
+from qubic.policy.versions import MAX_VERSION, Head, PolicyVersion, record_of, text_of, version_sk
+from qubic.transactions.submissions import Submissions
+
+
+class Policies(Trust):
+    """The versions of the policy on one network.
+
+    Parameters
+    ----------
+    submissions
+        The service's submissions; their network is the policy's.
+    table
+        By default that of LEDGER_TABLE.
+    bring_forward
+        What to call, instead of signing here, to have a version handed in: for a function without the key.
+    """
+
+    def __init__(
+        self, submissions: Submissions, table: str | None = None, *, bring_forward: Callable[[], None] | None = None
+    ) -> None:
+        super().__init__(submissions, table)
+        self._elsewhere = bring_forward
+
+    # What is on its way
+
+    def bring_forward(self) -> None:
+        """Settle, by the function that holds the key; before the first version is in force, follow that one too.
+
+        Raises as `settle`.
+        """
+        if self._elsewhere is not None:
+            self._elsewhere()
+            return
+        self.settle()
+        first = self._submissions.get(submission_key(1)) if not self._head().in_force else None
+        if first is not None:
+            if first.is_open:
+                self._submissions.follow(first.source)
+            self.settle()
+
+    def settle(self) -> None:
+        """Bring the version that is on its way forward, and put it in force when the ledger has it.
+
+        To be called by anybody, as often as one likes: when a submission of kind `policy` is confirmed, and from time
+        to time. Raises UnavailableError when the ledger cannot take it now.
+        """
+        for _ in attempts():
+            head = self._head()
+            try:
+                if not head.newest:
+                    self._create_first(head)
+                elif not head.approved:
+                    return
+                else:
+                    self._settle(head)
+                    return
+            except ChangedError:
+                continue
+        raise UnavailableError("others are changing the policy at the moment")
+
+    def _settle(self, head: Head) -> None:
+        """Take the step that is due with the version that is on its way. Raises ChangedError when others took it."""
+        number = head.approved
+        item = self._item(number)
+        if item is None:
+            raise UnavailableError(f"version {number} of the policy is missing")
+        record = record_of(item)
+        submission = self._submissions.get(submission_key(number))
+        if submission is not None and submission.is_open:
+            return
+        try:
+            if submission is None or (submission.state == "failed" and submission.error.startswith("no_key")):
+                self._submit(record, text_of(item))  # by the key that the service has now
+                return
+            if submission.state != "confirmed":
+                raise AlteredError(f"its transaction is {submission.state}: {submission.error}")  # noqa: TRY301
+            self._good(number, item, submission)
+        except AlteredError as error:
+            self._report(number, error)
+            if number == 1:
+                return  # nothing could take its place
+            given_up = record.model_copy(
+                update={"status": "rejected", "rejected_at": timestamp(now()), "reason": str(error)}
+            )
+            self._write(head, replace(head, approved=0), self._changed(given_up))
+            return
+        arrived = record.model_copy(
+            update={
+                "status": "in_force",
+                "in_force_at": timestamp(now()),
+                "txid": submission.txid,
+                "tick": submission.tick,
+            }
+        )
+        writes = [self._changed(arrived)]
+        before = self._item(head.in_force) if head.in_force else None
+        if before is not None:
+            writes.append(self._changed(record_of(before).model_copy(update={"status": "superseded"})))
+        self._write(head, replace(head, approved=0, in_force=number), *writes)
+        logger().info("policy in force", extra={"policy_id": arrived.policy_id, "txid": arrived.txid})
+
+    def _begin(self) -> Head:
+        """Nothing is in force: bring version 1 forward. Raises UnavailableError while it is on its way."""
+        self.bring_forward()
+        head = self._head()
+        if head.in_force:
+            return head
+        submission = self._submissions.get(submission_key(1))
+        if submission is not None and submission.is_open:
+            raise UnavailableError(
+                "the first version of the policy is not on the ledger yet: it is in force once it is confirmed there"
+            )
+        raise UnavailableError(
+            "the first version of the policy was altered, or its transaction failed, and no other can take its place"
+        )
+
+    def _create_first(self, head: Head) -> None:
+        document = PolicyDocument.write(DEFAULT_RULES, version=1)
+        moment = timestamp(now())
+        first = _new_record(document, moment).model_copy(update={"status": "approved", "approved_at": moment})
+        self._write(head, replace(head, newest=1, approved=1), self._put(first, document.text()))
+
+    def _submit(self, record: PolicyVersion, text: str) -> None:
+        """Hand the hash in. Raises AlteredError unless the text is the one that was approved."""
+        if sha256_hex(text) != record.hash:
+            raise AlteredError("its text is not what was approved")  # and would be anchored in its place
+        try:
+            self._submissions.submit_record(
+                submission_key(record.version),
+                bytes.fromhex(record.hash),
+                kind="policy",
+                metadata={"policy_id": record.policy_id, "version": record.version},
+            )
+        except LimitError as error:
+            raise UnavailableError(error.message) from error
+
+    # Decisions
+
+    def propose(
+        self, rules: dict[str, Rule], *, subject: str, based_on: str | None = None, remove: Sequence[str] = ()
+    ) -> PolicyVersion:
+        """Write a new version down, for another operator to approve. The same proposal again is the same version.
+
+        Parameters
+        ----------
+        rules
+            All rules: what is not among them is denied.
+        subject
+            Who proposes.
+        based_on
+            The `policy_id` that was looked at; by default the one in force.
+        remove
+            The rules in force that the new version drops: each has to be named.
+
+        Raises
+        ------
+        ConflictError
+            `based_on` is not in force (any more), or a version is on its way to the ledger.
+        InvalidInputError
+            The document is not acceptable, or `remove` does not name just what it drops.
+        """
+        for _ in attempts():
+            head = self._head()
+            current = self.in_force()
+            based_on = based_on or current.policy_id
+            self._check_not_stale(head, based_on, current)
+            newest = self._item(head.newest)
+            document = PolicyDocument.write(
+                rules, version=head.newest + 1, proposed_by=subject, based_on=current.policy_id
+            )
+            check_enforceable(rules)
+            check_removals(current.rules, rules, remove)
+            if newest is not None and _is_same_proposal(newest, document):
+                return record_of(newest)
+            proposed = _new_record(document, timestamp(now()))
+            try:
+                self._write(head, replace(head, newest=document.version), self._put(proposed, document.text()))
+            except ChangedError:
+                continue
+            logger().info("policy proposed", extra={"policy_id": proposed.policy_id, "subject": subject})
+            return proposed
+        raise UnavailableError("others are changing the policy at the moment")
+
+    def approve(self, version: int, *, subject: str, four_eyes: bool) -> PolicyVersion:
+        """Approve a proposal, and hand its hash to the ledger. Again by the same person: nothing more.
+
+        Raises
+        ------
+        ForbiddenError
+            It is the caller's own proposal, and `four_eyes` is on.
+        ConflictError
+            It was decided already, or has become stale: another version has come into force, or is on its way.
+        NotFoundError
+            There is no such version.
+        """
+        for _ in attempts():
+            head = self._head()
+            item = self._existing(version)
+            record = record_of(item)
+            if four_eyes and record.proposed_by is not None and same_subject(record.proposed_by, subject):
+                raise ForbiddenError("a policy is approved by somebody else than who proposed it")
+            if record.approved_by == subject:
+                self._settle_soon()
+                return self.get(version)
+            if record.status != "proposed":
+                raise ConflictError(f"version {version} is {record.status}", policy_status=record.status)
+            self._check_not_stale(head, record.based_on, self.in_force())
+            if sha256_hex(text_of(item)) != record.hash:
+                raise ConflictError("the text is not what was proposed", field="version")
+            approved = record.model_copy(
+                update={"status": "approved", "approved_by": subject, "approved_at": timestamp(now())}
+            )
+            try:
+                self._write(head, replace(head, approved=version), self._changed(approved))
+            except ChangedError:
+                continue
+            logger().info("policy approved", extra={"policy_id": record.policy_id, "subject": subject})
+            self._settle_soon()
+            return self.get(version)
+        raise UnavailableError("others are changing the policy at the moment")
+
+    def reject(self, version: int, *, subject: str, reason: str = "") -> PolicyVersion:
+        """Reject a proposal, or withdraw one's own. One that was rejected already stays so.
+
+        Raises
+        ------
+        ConflictError
+            It was approved: its hash is on its way to the ledger, or there.
+        NotFoundError
+            There is no such version.
+        """
+        for _ in attempts():
+            head = self._head()
+            record = record_of(self._existing(version))
+            if record.status == "rejected":
+                return record
+            if record.status != "proposed":
+                raise ConflictError(f"version {version} is {record.status}", policy_status=record.status)
+            rejected = record.model_copy(
+                update={
+                    "status": "rejected",
+                    "rejected_by": subject,
+                    "rejected_at": timestamp(now()),
+                    "reason": reason,
+                }
+            )
+            try:
+                self._write(head, head, self._changed(rejected))
+            except ChangedError:
+                continue
+            logger().info("policy rejected", extra={"policy_id": record.policy_id, "subject": subject})
+            return rejected
+        raise UnavailableError("others are changing the policy at the moment")
+
+    def _check_not_stale(self, head: Head, based_on: str | None, current: Policy) -> None:
+        if head.approved:
+            raise ConflictError(
+                f"version {head.approved} was approved, and is on its way to the ledger", field="based_on"
+            )
+        if based_on != current.policy_id:
+            raise ConflictError(
+                f"{current.policy_id} is in force by now", field="based_on", policy_id=current.policy_id
+            )
+
+    def _settle_soon(self) -> None:
+        """Submit what was approved; what fails here is the transaction worker's to do."""
+        try:
+            self.bring_forward()
+        except (UnavailableError, RefusedError, BotoCoreError, ClientError) as error:
+            logger().warning("policy not submitted yet", extra={"error": type(error).__name__})
+
+    # Reading
+
+    def get(self, version: int) -> PolicyVersion:
+        """Return what became of a version. Raises NotFoundError."""
+        return self._shown(record_of(self._existing(version)))
+
+    def read(self, version: int) -> tuple[PolicyVersion, str]:
+        """Return the same, and the document. Raises NotFoundError."""
+        item = self._existing(version)
+        return self._shown(record_of(item)), text_of(item)
+
+    def difference(self, version: int) -> PolicyDifference | None:
+        """Compare a version with the one that it is based on; None when one of the two texts cannot be read.
+
+        Raises NotFoundError when there is no such version.
+        """
+        record, text = self.read(version)
+        before = self._item(version_of(record.based_on) or 0) if record.based_on else None
+        if record.based_on and before is None:
+            return None
+        try:
+            rules = PolicyDocument.read(text_of(before)).rules if before else {}
+            return difference(rules, PolicyDocument.read(text).rules)
+        except ValueError:
+            return None
+
+    def list(self, limit: int = 20, before: int | None = None) -> list[PolicyVersion]:
+        """List versions, newest first; `before` leaves out that one and those that are newer."""
+        newest = version_sk(before - 1 if before is not None else MAX_VERSION)
+        return [self._shown(record) for record in self._records(version_sk(0), newest, limit)]
+
+    def _shown(self, record: PolicyVersion) -> PolicyVersion:
+        if record.status != "approved":
+            return record
+        submission = self._submissions.get(submission_key(record.version))
+        if submission is None:
+            return record
+        return record.model_copy(update={"status": "anchoring", "txid": submission.txid, "tick": submission.tick})
+
+
+def _new_record(document: PolicyDocument, moment: str) -> PolicyVersion:
+    hash_ = sha256_hex(document.text())
+    return PolicyVersion(
+        version=document.version,
+        policy_id=policy_id_of(document.version, hash_),
+        status="proposed",
+        hash=hash_,
+        based_on=document.based_on,
+        proposed_by=document.proposed_by,
+        proposed_at=moment,
+    )
+
+
+def _is_same_proposal(item: Item, document: PolicyDocument) -> bool:
+    """Tell whether the newest version is this very proposal, still open: it was sent twice."""
+    version = document.version - 1
+    return (
+        record_of(item).status == "proposed"
+        and text_of(item) == document.model_copy(update={"version": version}).text()
+    )

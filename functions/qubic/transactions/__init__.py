@@ -1,0 +1,1 @@
+"""What the service signs, from the signature until its fate is known."""

@@ -1,0 +1,177 @@
+"""Signing: the DynamoDB transaction that stores a signature, what it spends, and its place in the source's queue.
+
+A transaction is signed and stored, bytes and id, before it is sent; so whatever crashes, the same bytes can be sent
+again and their fate be found out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+
+from qaes.domain.errors import UnavailableError
+from qaes.domain.ids import now, timestamp
+from qaes.domain.policy import PolicyDecision
+from qaes.domain.qubic.transaction import Transaction
+from qubic.items import Item, item_key
+from qubic.network.base import Balance, Chain
+from qubic.spending import Spending
+from qubic.transactions.model import (
+    Place,
+    Source,
+    Store,
+    Submission,
+    head_of,
+    signed_item,
+)
+from qubic.wallets import Key, Wallets, public_key, service_identity
+
+LEAD_TICKS = 15
+"""How far ahead the named tick is (Qubic's documents: 15 to 20), and how far the ticks of one source are apart."""
+MAX_TICKS_AHEAD = 2_000
+"""A present tick so far beyond what look-ups know is not believed: a source's ticks only go up."""
+KEPT_BALANCE = 1
+"""What the service's own wallet keeps, in QU: the network takes nothing of a source without any balance."""
+
+
+class Signing(Store):
+    """Signs for one chain, by the keys that the service holds.
+
+    Parameters
+    ----------
+    chain
+        The network.
+    table
+        By default that of LEDGER_TABLE.
+    on_signed
+        Told of each new submission, once it is stored: somebody has to follow it.
+    on_closed
+        Told of each submission that is not open any more; at least once, before anything else of its source goes on.
+    rule_for
+        Called before a transfer is signed, before one that has waited is sent, and before one is signed for a later
+        tick. Returns the rule that lets it pass; raises RefusedError if there is none.
+    sends_transfers
+        False: a transfer that was not sent yet is not sent any more.
+    clock
+        The present moment, whose day a transfer counts on.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        table: str | None = None,
+        *,
+        on_signed: Callable[[Submission], None] = lambda _: None,
+        on_closed: Callable[[Submission], None] = lambda _: None,
+        rule_for: Callable[[Submission], PolicyDecision | None] = lambda _: None,
+        sends_transfers: bool = True,
+        clock: Callable[[], datetime] | None = None,
+    ) -> None:
+        super().__init__(chain.network, table)
+        self.chain = chain
+        self._wallets = Wallets(chain.network)
+        self._on_signed = on_signed
+        self._on_closed = on_closed
+        self._rule_for = rule_for
+        self.sends_transfers = sends_transfers
+        self.spending = Spending(self._items, self._network, clock=clock)
+
+    def available(self, identity: str) -> tuple[Balance, int]:
+        """Return an identity's balance, and what of it is not promised to its transfers in flight: 0 at least."""
+        balance, available = self._available(self._source(identity))
+        return balance, max(available, 0)
+
+    def _available(self, source: Source) -> tuple[Balance, int]:
+        """Return the balance, and what of it is not promised.
+
+        What was sent and has its tick behind it is in the balance, or moves nothing; only the first can be that far.
+        """
+        found = self.chain.balance(source.identity)
+        promised = sum(place.amount for place in source.open)
+        if source.identity == service_identity():
+            promised += KEPT_BALANCE
+        if source.open:
+            head = head_of(source)
+            submission = self.get(head.key) if head.tick <= found.valid_for_tick else None
+            if submission is not None and submission.tick == head.tick and submission.state != "signed":
+                promised -= head.amount
+        return found, found.balance - promised
+
+    def _sign(
+        self, wanted: Submission, key: Key, before: Submission | None, source: Source, rule: PolicyDecision | None
+    ) -> Submission:
+        """Sign for a tick that is free, and store it, with what it spends: the commit point.
+
+        Raises ChangedError when others were first, RefusedError when the day's limit has no room.
+        """
+        tick = max(self._present_tick(), source.last_tick) + LEAD_TICKS
+        transaction = transaction_of(wanted, key, tick)
+        counted_on, spends = self._spend(wanted, rule)
+        signed = replace(
+            wanted,
+            state="signed",
+            tick=tick,
+            txid=transaction.id,
+            encoded=transaction.encode(),
+            attempt=(before.attempt if before else 0) + 1,
+            settled=settled_before(before),
+            counted_on=counted_on,
+            created_at=before.created_at if before else wanted.created_at,
+            updated_at=timestamp(now()),
+            version=(before.version if before else 0) + 1,
+            error="",
+        )
+        places = tuple(place for place in source.open if place.key != signed.key)
+        queue = replace(source, last_tick=tick, open=(*places, Place(tick, signed.key, signed.amount)))
+        writes = [
+            self._put_submission(signed, before),
+            self._items.put_new(item_key(self._pk(signed.key), f"ATTEMPT#{signed.attempt:06d}") | signed_item(signed)),
+            self._items.put_new(
+                item_key(f"TXID#{self._network}#{signed.txid}", "TXID")
+                | {"key": {"S": signed.key}}
+                | signed_item(signed)
+            ),
+            self._put_source(queue),
+            *spends,
+        ]
+        if source.version == 0:
+            named = item_key(f"SOURCES#{self._network}", source.identity)
+            writes.append({"Put": {"TableName": self._table, "Item": named}})
+        self._items.write(*writes)
+        return signed
+
+    def _spend(self, wanted: Submission, rule: PolicyDecision | None) -> tuple[str, list[Item]]:
+        """Return the day on which a transfer counts, and what its signature's transaction writes for that.
+
+        One that is signed again on a later day, not having been sent, counts on that day instead.
+        """
+        today = self.spending.today()
+        if not wanted.amount or wanted.counted_on == today:
+            return wanted.counted_on, []
+        if rule is not None and (refusal := self.spending.refusal_today(rule, wanted.source, wanted.amount)):
+            raise refusal
+        writes = [self.spending.add(wanted.source, wanted.amount, today, rule.daily_limit if rule else None)]
+        if wanted.counted_on:
+            writes += self.spending.give_back(wanted.source, wanted.amount, wanted.counted_on)
+        return today, writes
+
+    def _present_tick(self) -> int:
+        """Return the present tick, if it can be true: a wrong one would hold up its source for ever."""
+        tick, processed = self.chain.tick_info().tick, self.chain.last_processed_tick().tick
+        if tick > processed + MAX_TICKS_AHEAD:
+            raise UnavailableError(f"the present tick is said to be {tick}, look-ups are at {processed}")
+        return max(tick, processed)
+
+
+def transaction_of(wanted: Submission, key: Key, tick: int) -> Transaction:
+    return Transaction(
+        key.public_key, public_key(wanted.destination), wanted.amount, tick, wanted.input_type, wanted.payload
+    ).sign(key.subseed)
+
+
+def settled_before(before: Submission | None) -> int:
+    """Tell how many of the transactions signed before are in their tick, and have moved nothing."""
+    if before is None:
+        return 0
+    return before.attempt if before.state == "failed" and before.txid else before.settled

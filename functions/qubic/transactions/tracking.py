@@ -1,0 +1,245 @@
+"""Tracking: what is first in a source's queue is sent, and looked up until its fate is known.
+
+"Its tick passed without it" ends a transfer, and has a record signed again; a node that is behind must not bring that
+about. So it takes a look-up of the id, and a list of the source's transactions in which none that was ever signed for
+this act is to be found; the list says itself up to which tick it goes. For a transfer, the balance must agree.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+from qaes.adapters import metrics
+from qaes.adapters.logs import logger
+from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
+from qaes.domain.qubic.identity import encode_identity
+from qaes.domain.qubic.transaction import Transaction
+from qubic.items import ChangedError, Item
+from qubic.network.base import Included
+from qubic.transactions.model import (
+    MAX_OPEN,
+    Place,
+    Source,
+    State,
+    Submission,
+    changed,
+    head_of,
+)
+from qubic.transactions.signing import (
+    Signing,
+)
+
+MIN_LEAD_TICKS = 3
+"""What has fewer ticks left when its turn comes is not sent any more: it would hardly get there."""
+EXPIRY_MARGIN_TICKS = 5
+"""Absent counts only so many ticks after the named one: nodes behind one address may not all be at the same tick."""
+FOLLOW_SECONDS = 5.0
+"""How long a request follows a source's queue: what is left is the transaction worker's."""
+REFUSED_METRIC = "LedgerRefused"
+
+
+class Tracking(Signing):
+    """Brings the queues of one chain's sources forward."""
+
+    def follow(self, identity: str, *, seconds: float = 15) -> None:
+        """Bring a source's queue forward as far as it goes now; called by anybody, at any time.
+
+        After so many `seconds` nothing further is begun. Raises UnavailableError when the network does not answer: to
+        be called again.
+        """
+        end = time.monotonic() + seconds
+        attempts_at_first: dict[str, int] = {}
+        for look in range(4 * MAX_OPEN):
+            if look and time.monotonic() > end:
+                return
+            source = self._source(identity)
+            if not source.open:
+                return
+            head = head_of(source)
+            submission = self.get(head.key)
+            if submission is None:
+                raise UnavailableError("a submission is missing")  # written with its place, in one transaction
+            if submission.attempt > attempts_at_first.setdefault(submission.key, submission.attempt) + 1:
+                raise UnavailableError("what was just signed is late again: the network's ticks are not to be trusted")
+            try:
+                if not self._bring_forward(submission, head, source):
+                    return
+            except ChangedError:
+                pass  # somebody else brings it forward at the same time
+        raise UnavailableError("others are writing to the ledger at the moment")
+
+    def _bring_forward(self, submission: Submission, head: Place, source: Source) -> bool:
+        """Take the next step with the first of a queue; False when there is none yet."""
+        if submission.is_open and submission.source == source.identity:
+            if submission.tick != head.tick:
+                return True  # signed anew since the queue was read: it is not the first any more
+            return self._decide(submission, source)
+        if not submission.is_open:
+            self._on_closed(submission)
+        self._items.write(self._put_source(replace(source, open=tuple(each for each in source.open if each != head))))
+        return True
+
+    def _decide(self, submission: Submission, source: Source) -> bool:
+        """Find out the fate of what is in flight; False when there is none yet."""
+        if submission.state == "signed":
+            if refusal := self._refusal(submission):
+                # No byte of it has left: that it moves nothing is certain.
+                self._close(submission, "expired", f"expired: {refusal}; nothing was moved")
+                return True
+            if self._send(submission):
+                return False
+            self._sign_anew(submission, source)
+            return True
+        processed = self.chain.last_processed_tick().tick
+        if processed < submission.tick:
+            self._send(submission)
+            return False
+        if self.chain.transaction(submission.txid) is not None:
+            # The id is that of the bytes, so these are the bytes that were signed; the tick is in them.
+            self._close(submission, *self._moved(submission))
+            return True
+        if processed < submission.tick + EXPIRY_MARGIN_TICKS:
+            return False
+        if self._close_if_found(submission):
+            return True
+        if submission.kind == "transfer":
+            self._close(
+                submission, "expired", f"expired: tick {submission.tick} has passed without it, nothing was moved"
+            )
+        else:
+            self._sign_anew(submission, source)
+        return True
+
+    def _refusal(self, submission: Submission) -> str:
+        """Return why a transfer that was never sent may not be sent any more; empty if it may, or is none."""
+        if submission.kind != "transfer" and not submission.amount and submission.destination == submission.source:
+            return ""
+        if not self.sends_transfers:
+            return "transfers are not allowed any more"
+        try:
+            self._rule_for(submission)
+        except (RefusedError, InvalidInputError) as error:
+            return error.message
+        return ""
+
+    def _sign_anew(self, submission: Submission, source: Source) -> None:
+        try:
+            key = self._wallets.key(submission.source)
+        except RefusedError as error:
+            self._close(submission, "failed", f"{error.code}: {error.message}")
+            return
+        if not self.chain.balance(submission.source).balance:
+            metrics.count_one(REFUSED_METRIC)
+            raise UnavailableError(f"{submission.source} has no balance: the network takes nothing of it")
+        logger().info("signed anew", extra={"submission": submission.key, "passed": submission.tick})
+        try:
+            self._sign(submission, key, submission, source, self._rule_for(submission) if submission.amount else None)
+        except RefusedError as error:  # it is a transfer that was never sent
+            self._close(submission, "expired", f"expired: {error.message}; nothing was moved")
+
+    def _close_if_found(self, submission: Submission) -> Submission | None:
+        """Close it if a transaction that was ever signed for it is in its tick. None: none is, and none will be.
+
+        Raises UnavailableError while that cannot be told.
+        """
+        signed = self._signed_for(submission)
+        first = min(int(item["tick"]["N"]) for item in signed.values())
+        for each in self._listed(submission.source, first, submission.tick):
+            if each.txid in signed:
+                found = replace(submission, txid=each.txid, tick=each.tick, encoded=each.transaction.encode())
+                return self._close(found, *self._moved(found))
+        if submission.amount:
+            self._check_balance_agrees(submission)
+        return None
+
+    def _signed_for(self, submission: Submission) -> dict[str, Item]:
+        """Return what was signed for it and may still be found, by id."""
+        found = self._items.query(
+            KeyConditionExpression="pk = :pk AND sk > :settled",
+            ExpressionAttributeValues={
+                ":pk": {"S": self._pk(submission.key)},
+                ":settled": {"S": f"ATTEMPT#{submission.settled:06d}"},
+            },
+        )
+        return {item["txid"]["S"]: item for item in found if item["sk"]["S"] != "SUBMISSION"}
+
+    def _listed(self, identity: str, first_tick: int, last_tick: int) -> tuple[Included, ...]:
+        """List what an identity sent, from a node that has got past `last_tick`; it says so in the same answer."""
+        found = self.chain.sent(identity, first_tick, last_tick)
+        if found.valid_for_tick < last_tick:
+            raise UnavailableError("the node that lists transactions is behind")
+        return found.transactions
+
+    def _check_balance_agrees(self, submission: Submission) -> None:
+        """Check that the balance has no transfer that may be this one. Raises UnavailableError."""
+        balance = self.chain.balance(submission.source)
+        if balance.valid_for_tick < submission.tick:
+            raise UnavailableError("the balance after the transfer is not known yet")
+        newest = balance.latest_outgoing_transfer_tick
+        if newest < submission.tick:
+            return
+        # The wallet's key is used elsewhere, too; or look-ups are behind, and then they do not have that one either.
+        if any(each.transaction.amount for each in self._listed(submission.source, newest, newest)):
+            return
+        raise UnavailableError("the balance shows a transfer that look-ups do not")
+
+    def _moved(self, submission: Submission) -> tuple[State, str]:
+        """Tell whether an included transfer moved something; one that its source cannot pay is included, too.
+
+        What the RPC says of that (`moneyFlew`) is not relied on. Only one transaction of the source is in flight, so
+        its newest outgoing transfer is this one, or this one moved nothing.
+        """
+        if not submission.amount:
+            return "confirmed", ""
+        balance = self.chain.balance(submission.source)
+        if balance.valid_for_tick < submission.tick:
+            raise UnavailableError("the balance after the transfer is not known yet")
+        newest = balance.latest_outgoing_transfer_tick
+        if newest == submission.tick:
+            return "confirmed", ""
+        if newest < submission.tick:
+            return "failed", f"moved_nothing: tick {submission.tick} has it, and the source could not pay it"
+        return "failed", "moved_unknown: the wallet's key is used elsewhere, too; look the transaction up"
+
+    def _send(self, submission: Submission) -> bool:
+        """Send it; False when it could hardly get there in time."""
+        left = submission.tick - self.chain.tick_info().tick
+        if left < (MIN_LEAD_TICKS if submission.state == "signed" else 1):
+            return False
+        if submission.state == "signed":
+            # Whoever finds it so does not know whether it was sent; whoever finds it `signed`, that it was not.
+            self._items.write(self._put_submission(changed(submission, state="broadcast"), submission))
+        try:
+            self.chain.broadcast(submission.encoded)
+        except RefusedError as error:
+            # Its tick will pass without it, if that stays so; nothing is known to be lost before.
+            logger().error("the network refuses it", extra={"submission": submission.key, "reason": error.message})
+            if submission.tick > self.chain.tick_info().tick:  # else it came too late, which is nobody's fault
+                metrics.count_one(REFUSED_METRIC)
+        return True
+
+    def _close(self, submission: Submission, state: State, error: str) -> Submission:
+        """Store how it has ended, and in the same transaction give back what it did not spend, or count what it did."""
+        closed = changed(submission, state=state, error=error)
+        spends: list[Item] = []
+        if closed.counted_on and closed.moved_nothing:
+            spends = self.spending.give_back(closed.source, closed.amount, closed.counted_on)
+            closed = replace(closed, counted_on="")
+        elif closed.amount and not closed.counted_on and not closed.moved_nothing:
+            # It was given up, and has been found after all: no limit undoes that.
+            closed = replace(closed, counted_on=self.spending.today())
+            spends = [self.spending.add(closed.source, closed.amount, closed.counted_on)]
+        self._items.write(self._put_submission(closed, submission), *spends)
+        logger().info("closed", extra={"submission": closed.key, "state": state, "tick": closed.tick})
+        return closed
+
+    def is_included(self, transaction: Transaction) -> bool:
+        """Tell whether the network has a transaction in its tick, by id or by its source's list.
+
+        Raises UnavailableError while that cannot be told.
+        """
+        if self.chain.transaction(transaction.id) is not None:
+            return True
+        listed = self._listed(encode_identity(transaction.source), transaction.tick, transaction.tick)
+        return any(each.txid == transaction.id for each in listed)
