@@ -10,7 +10,7 @@ from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from qaes.adapters import clients, metrics, transfers
+from qaes.adapters import metrics, transfers
 from qaes.adapters.handlers import function
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import logger
@@ -18,8 +18,8 @@ from qaes.adapters.task_store import TaskStore
 from qaes.domain.errors import NotFoundError
 from qaes.domain.models import StepRecord, Task
 
-clients.prepare("stepfunctions")  # to wake executions; no environment variable names them
-
+SETTLED = "transfer_settled"
+"""The qubic service's event."""
 NOT_ON_RECORD_METRIC = "TransferNotOnRecord"
 
 

@@ -1,7 +1,7 @@
 """The worker's states: RunStep runs a plain step, ExecuteAction the one that has an effect or that people approved.
 
-Only ExecuteAction's role may move money, and only RunStep's runs without a callback token. What becomes of a transfer
-is put on record by `transfer_ended`, or by the reconciler; both then wake ExecuteAction, if it still waits.
+Only ExecuteAction's role may move money. Its function also takes the qubic service's event that a transfer is settled,
+puts that on record, and wakes the execution, if it still waits. The reconciler does the same for events that were lost.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from qaes.domain.models import CONFIRMED_LATER, TERMINAL, Plan, StepRecord, Task
 from qaes.domain.tasks import lifecycle
 from qaes.domain.tasks.lifecycle import StepOutcome
 from worker import steps
+from worker.confirmations import SETTLED, transfer_ended
 from worker.steps import Effect, Submitted
 
 
@@ -53,6 +54,13 @@ def run_step(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     if record.status == "failed":
         raise StepFailedError(record.error or "")
     return record.model_dump(mode="json", include={"step_id", "status", "attempt"})
+
+
+def handle_action(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
+    """Handle the state ExecuteAction, and the event that settles what it has submitted."""
+    if event.get("detail-type") == SETTLED:
+        return transfer_ended(event, context)
+    return execute_action(event, context)
 
 
 @token_state("ExecuteAction")

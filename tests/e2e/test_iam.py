@@ -56,7 +56,7 @@ def _refused(call: Callable[..., Any], **arguments: Any) -> None:
 MAY_INVOKE = {
     "LedgerFunction": {
         "PlannerApiFunction", "PlanTaskFunction", "RunStepFunction", "AwaitApprovalFunction",
-        "ReconcilerFunction", "ExecuteActionFunction", "TransferEndedFunction",
+        "ReconcilerFunction", "ExecuteActionFunction",
         "WorkerApiFunction", "AuditApiFunction", "QubicApiFunction",
     },
     "LedgerTransferFunction": {"ExecuteActionFunction"},
@@ -71,7 +71,7 @@ FUNCTIONS = (
     "QubicApiFunction", "AuthorizerFunction", "PlanTaskFunction", "RunStepFunction", "AwaitApprovalFunction",
     "ExecuteActionFunction", "EndTaskFunction", "ReconcilerFunction", "RecordEventsFunction", "LedgerFunction",
     "SequencerFunction", "AnchorFunction", "LedgerWriterFunction",
-    "TransferEndedFunction", "LedgerTransferFunction", "LedgerAnchorFunction", "LedgerRecordFunction",
+    "LedgerTransferFunction", "LedgerAnchorFunction", "LedgerRecordFunction",
     "AuditSweeperFunction", "PublicLogFunction",
 )  # fmt: skip
 
@@ -164,7 +164,7 @@ def test_each_role_invokes_what_it_needs_of_the_ledger_and_nothing_else(
 
 
 STARTERS = {"GatewayFunction", "ReconcilerFunction"}
-WAKERS = STARTERS | {"ExecuteActionFunction", "TransferEndedFunction", "AwaitApprovalFunction"}
+WAKERS = STARTERS | {"ExecuteActionFunction", "AwaitApprovalFunction"}
 
 
 @pytest.mark.parametrize("function", sorted(set(FUNCTIONS) - STARTERS))

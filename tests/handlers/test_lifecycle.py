@@ -293,7 +293,7 @@ def test_a_retry_resumes_at_the_step_that_failed_and_both_attempts_are_on_record
     assert live("POST", f"/task/{task_id}/approve", YES, **BOB).status == 200
     live.aws.wait(task_id, "completed")
     again = live.aws.invocations - ran
-    assert (again["RunStepFunction"], again["ExecuteActionFunction"]) == (0, 1)
+    assert (again["RunStepFunction"], again["ExecuteActionFunction"]) == (0, 2)  # submitted, and settled
     assert balance() == 1499 - 1000
     steps = [event for event in kinds(task_id) if event == "step_executed"]
     assert len(steps) == 4, "check_balance, policy_check, and the transfer twice"

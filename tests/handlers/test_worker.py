@@ -670,7 +670,7 @@ def test_the_end_of_a_transfer_is_on_record_before_who_waits_is_woken(
     monkeypatch.setattr("qaes.adapters.executions._send", send)
     assert act(aws, task_id) == "submitted"
     for outcome in ("confirmed", "expired"):  # it is not so
-        assert aws.invoke("TransferEndedFunction", ended(task_id, outcome)) == {"status": "running"}
+        assert aws.invoke("ExecuteActionFunction", ended(task_id, outcome)) == {"status": "running"}
     assert answers == []
     aws.settle()  # and with it, the qubic service's event
     assert answers == [("send_task_success", WAITER, "succeeded")]
@@ -758,7 +758,7 @@ def test_what_a_cancelled_task_has_done_is_put_on_record_once(
     record = record_of(store, task_id)
     assert (record.status, balance(DESTINATION)) == ("succeeded", 250)
     assert (woken(), store.waiter(task_id, 2)) == ([WAITER], None)
-    assert aws.invoke("TransferEndedFunction", ended(task_id)) == {"status": "succeeded"}
+    assert aws.invoke("ExecuteActionFunction", ended(task_id)) == {"status": "succeeded"}
     assert reconcile(aws) == []
     assert record_of(store, task_id) == record
     assert ends_of_the_transfer(task_id) == ["succeeded"]
@@ -806,7 +806,7 @@ def test_the_end_of_a_transfer_of_no_task_or_no_begun_step_harms_nobody(
 ) -> None:
     task_id, _ = plan_for("transfer_funds", TRANSFER)
     for each in ("task_none", task_id):
-        assert aws.invoke("TransferEndedFunction", ended(each)) == {"status": None}
+        assert aws.invoke("ExecuteActionFunction", ended(each)) == {"status": None}
     assert (woken(), store.step(task_id, 2)) == ([], None)
 
 
@@ -859,10 +859,10 @@ def test_no_alarm_is_raised_for_a_transfer_that_is_on_record(
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     act(aws, task_id)
-    aws.invoke("TransferEndedFunction", ended(task_id))  # nothing is known of it yet
+    aws.invoke("ExecuteActionFunction", ended(task_id))  # nothing is known of it yet
     aws.settle()
     asked.clear()
-    aws.invoke("TransferEndedFunction", ended(task_id, txid=record_of(store, task_id).result["txid"]))
+    aws.invoke("ExecuteActionFunction", ended(task_id, txid=record_of(store, task_id).result["txid"]))
     assert not asked
     assert not_on_record(capsys.readouterr().out) == 0
 
@@ -873,13 +873,13 @@ def test_transfer_ended_believes_the_ledger_not_the_event(
     """Whoever can put an event on the bus can neither end a step nor raise the alarm."""
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
-    aws.invoke("TransferEndedFunction", ended("task_none"))
-    aws.invoke("TransferEndedFunction", ended("task_none", "expired"))
-    aws.invoke("TransferEndedFunction", ended(task_id))
+    aws.invoke("ExecuteActionFunction", ended("task_none"))
+    aws.invoke("ExecuteActionFunction", ended("task_none", "expired"))
+    aws.invoke("ExecuteActionFunction", ended(task_id))
     assert store.step(task_id, 2) is None
     act(aws, task_id)
     for outcome in ("confirmed", "failed"):
-        aws.invoke("TransferEndedFunction", ended(task_id, outcome))
+        aws.invoke("ExecuteActionFunction", ended(task_id, outcome))
     assert record_of(store, task_id).status == "running"
     assert not_on_record(capsys.readouterr().out) == 0
 
@@ -895,7 +895,7 @@ def test_an_alarm_is_raised_for_a_transfer_of_no_step(aws: Cloud, capsys: pytest
 def test_an_end_that_cannot_be_told_is_delivered_again(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TaskStore, "get_task", lambda *key: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        aws.invoke("TransferEndedFunction", ended("task_none"))
+        aws.invoke("ExecuteActionFunction", ended("task_none"))
 
 
 def test_who_has_no_time_left_for_a_call_of_the_ledger_begins_none(
@@ -1084,12 +1084,12 @@ def test_the_late_end_of_an_earlier_attempt_is_not_taken_for_this_ones(
         act(aws, task_id)
     claimed = record_of(store, task_id)
     assert (claimed.status, claimed.run) == ("running", 2)
-    assert aws.invoke("TransferEndedFunction", ended(task_id, "expired")) == {"status": "running"}
+    assert aws.invoke("ExecuteActionFunction", ended(task_id, "expired")) == {"status": "running"}
     reconcile(aws)
     assert record_of(store, task_id) == claimed
     del aws.faults["LedgerTransferFunction"]
     assert act(aws, task_id) == "submitted"
-    aws.invoke("TransferEndedFunction", ended(task_id, "expired"))
+    aws.invoke("ExecuteActionFunction", ended(task_id, "expired"))
     assert record_of(store, task_id) == claimed
     aws.settle()
     assert (record_of(store, task_id).status, balance(DESTINATION)) == ("succeeded", 250)

@@ -27,7 +27,7 @@ _FUNCTIONS = {
     "agent_runtime/reconciler": "ReconcilerFunction",
     "worker/run_step": "RunStepFunction",
     "worker/execute_action": "ExecuteActionFunction",
-    "worker/transfer_ended": "TransferEndedFunction",
+    "worker/transfer_ended": "ExecuteActionFunction",
     "audit/record_task": "RecordEventsFunction",
     "audit/record_events": "RecordEventsFunction",
     "audit/sequence": "SequencerFunction",

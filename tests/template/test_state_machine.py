@@ -154,7 +154,6 @@ def test_run_step_can_neither_move_money_nor_answer_a_token(template: Any, state
         "ReconcilerFunction",
         "AwaitApprovalFunction",
         "ExecuteActionFunction",
-        "TransferEndedFunction",
     }
     assert all({action for action, _ in granted[name]} >= SENDS for name in answers)
     assert {name for name, each in granted.items() if ("lambda:InvokeFunction", "RecordEventsFunction") in each} == {
@@ -175,7 +174,6 @@ def actions_of(template: Any, function: str) -> set[tuple[str, str]]:
 
 LEDGER_CALLS = {
     "PlanTaskFunction": 1, "RunStepFunction": 1, "AwaitApprovalFunction": 3, "ExecuteActionFunction": 7,
-    "TransferEndedFunction": 2,
 }  # fmt: skip
 """How often one invocation asks the ledger at most, of those that do not stop when their time is short."""
 

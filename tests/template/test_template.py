@@ -550,7 +550,7 @@ def test_anchor_runs_on_growth_on_confirmation_and_by_itself(template: Any) -> N
     window = {"Ref": "AnchorWindowSeconds"}
     assert events["LogHasGrown"]["Properties"]["MaximumBatchingWindowInSeconds"] == window
     assert [each for each in events.values() if each["Type"] == "Schedule"]
-    assert listeners(template) == {"AnchorFunction": ["anchor_settled"], "TransferEndedFunction": ["transfer_settled"]}
+    assert listeners(template) == {"AnchorFunction": ["anchor_settled"], "ExecuteActionFunction": ["transfer_settled"]}
 
 
 def listeners(template: Any) -> dict[str, list[str]]:
@@ -583,14 +583,14 @@ def test_events_of_the_ledger_are_not_lost(template: Any) -> None:
     queue = {"Fn::GetAtt": ["UndeliveredQueue", "Arn"]}
     for name in listeners(template):
         assert [rule["DeadLetterConfig"]["Arn"] for rule in bus_rules(template.functions[name])] == [queue]
-    ended = template.functions["TransferEndedFunction"]["EventInvokeConfig"]
+    ended = template.functions["ExecuteActionFunction"]["EventInvokeConfig"]
     assert ended["DestinationConfig"]["OnFailure"]["Destination"] == queue
     assert ended["MaximumRetryAttempts"] > 0
     # The anchor's next minute does the same, so nothing is kept of what it gives up on.
     assert template.functions["AnchorFunction"]["EventInvokeConfig"]["MaximumRetryAttempts"] == 0
     [statement] = template.resources["UndeliveredQueuePolicy"]["Properties"]["PolicyDocument"]["Statement"]
     assert statement["Condition"]["ArnEquals"]["aws:SourceArn"] == [
-        {"Fn::GetAtt": ["TransferEndedFunctionTransferSettled", "Arn"]},
+        {"Fn::GetAtt": ["ExecuteActionFunctionTransferSettled", "Arn"]},
         {"Fn::GetAtt": ["AnchorFunctionAnchorSettled", "Arn"]},
     ]
     assert template.resources["UndeliveredAlarm"]["Properties"]["Threshold"] == 1

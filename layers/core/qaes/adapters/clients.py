@@ -17,6 +17,7 @@ Name = Literal["dynamodb", "events", "s3", "secretsmanager", "sqs", "stepfunctio
 RESOURCES: tuple[tuple[str, Name | Literal["lambda"]], ...] = (
     ("_TABLE", "dynamodb"),
     ("STATE_MACHINE_ARN", "stepfunctions"),
+    ("_TIMEOUT_SECONDS", "stepfunctions"),  # of a state that waits until its callback token is answered
     ("_QUEUE", "sqs"),
     ("_SECRET", "secretsmanager"),
     ("_SIGNING_KEY", "secretsmanager"),

@@ -9,7 +9,6 @@ changes nothing. Only who may invoke the function can send one: API Gateway, str
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -84,9 +83,6 @@ def token_state(name: str) -> Callable[[Handler], Handler]:
     """
 
     def decorate(handler: Handler) -> Handler:
-        if os.environ.get("_HANDLER", "").endswith(f".{handler.__name__}"):  # the function that runs, not a sibling's
-            clients.prepare("stepfunctions")
-
         @state(name)
         @wraps(handler)
         def run(event: Event, context: LambdaContext) -> dict[str, Any]:
