@@ -14,13 +14,15 @@ import pytest
 from tests.support import template
 from tests.template.conftest import load_template
 
+pytestmark = pytest.mark.xdist_group("clients")  # one process loads the functions for all
 ROOT = Path(__file__).parents[2]
+TEMPLATE = load_template()
 SERVICES = {"dynamodb": "dynamodb", "lambda": "lambda", "states": "stepfunctions", "secretsmanager": "secretsmanager"}
 SERVICES |= {"events": "events", "sqs": "sqs"}
 LOADER = """
 import importlib, json, os, sys
 import boto3
-import aws_lambda_powertools.logging, pydantic
+import aws_lambda_powertools.logging, fastapi, mangum, pydantic
 made = []
 boto3.client = lambda name, **_: made.append(name)
 for name, (handler, environment) in json.load(sys.stdin).items():
@@ -58,7 +60,7 @@ def permitted(function: str) -> set[str]:
     """Return the clients that a function's policy is for."""
     actions = [
         action
-        for statement in load_template().statements(function)
+        for statement in TEMPLATE.statements(function)
         if statement["Effect"] == "Allow"
         for action in statement["Action"]
     ]

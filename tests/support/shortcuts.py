@@ -18,6 +18,8 @@ from moto.dynamodb import models as moto_dynamodb
 from moto.dynamodb.models import DynamoDBBackend
 from moto.dynamodb.models.dynamo_type import DynamoType
 from moto.dynamodb.models.table import Table
+from moto.stepfunctions.parser.asl.parse.asl_parser import AmazonStateLanguageParser
+from moto.stepfunctions.parser.asl.parse.preprocessor import Preprocessor
 
 from qaes.domain.qubic import fourq, identity, schnorrq, transaction
 from qaes.domain.qubic.k12 import k12
@@ -34,6 +36,8 @@ def _remembered(function: Callable[..., Any]) -> Callable[..., Any]:
 
 _k12, _multiply_add = _remembered(k12), _remembered(fourq.multiply_add)
 _method_names_from_class = cache(responses.method_names_from_class)
+_syntax_tree = cache(lambda definition: _moto_parse(definition)[1])
+_moto_parse = AmazonStateLanguageParser.parse
 _moto_transact_write_items = DynamoDBBackend.transact_write_items
 
 
@@ -43,6 +47,7 @@ def shortcuts() -> Iterator[None]:
         for owner, name, shorter in (
             (DynamoDBBackend, "transact_write_items", _transact_write_items),
             (BaseJSONSerializer, "_serialize_type_structure", _serialize_type_structure),
+            (AmazonStateLanguageParser, "parse", staticmethod(_parse)),
             (responses, "method_names_from_class", _method_names_from_class),
             (fourq, "multiply_add", _multiply_add),
             (identity, "k12", _k12),
@@ -51,6 +56,12 @@ def shortcuts() -> Iterator[None]:
         ):
             stack.enter_context(patch.object(owner, name, shorter))
         yield
+
+
+def _parse(definition: str) -> tuple[Any, Any]:
+    """Make the state machine of a definition whose syntax tree is known: to parse it takes longer than to run it."""
+    tree = _syntax_tree(definition)
+    return Preprocessor().visit(tree), tree
 
 
 def _transact_write_items(backend: DynamoDBBackend, transact_items: list[dict[str, Any]]) -> None:
