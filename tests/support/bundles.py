@@ -25,6 +25,7 @@ from qaes.domain.qubic import schnorrq
 from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.qubic.transaction import Transaction, decode
 from qaes.domain.tiles import appended, inclusion_proof, tile_path, tree_root
+from tests.support.tracing import untraced
 
 LOG_ID = "qaes-test"
 TASK_ID = "task_019ab000-0000-7000-8000-000000000001"
@@ -41,13 +42,15 @@ TRANSFER = {"wallet_address": WALLET, "to_address": TARGET, "amount": 100}
 
 
 def load_verifier() -> ModuleType:
-    """The stranger's file, which is in no package."""
+    """The stranger's file, which is in no package, and which coverage does not count."""
     path = Path(__file__).parents[2] / "verifier" / "verify_bundle.py"
     spec = importlib.util.spec_from_file_location("verify_bundle", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules["verify_bundle"] = module
     spec.loader.exec_module(module)
+    for owner, name in ((module, "verify"), (module, "main"), (module.Story, "tell")):
+        setattr(owner, name, untraced(getattr(owner, name)))
     return module
 
 

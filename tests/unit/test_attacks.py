@@ -55,6 +55,7 @@ from tests.support.bundles import (
 )
 from tests.support.http_server import serve
 from tests.support.sampling import sample
+from tests.support.tracing import untraced
 from tests.unit.test_canonical import JSON
 
 verifier = load_verifier()
@@ -613,6 +614,7 @@ def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
     return copy
 
 
+@untraced
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_value_replaced_is_caught_by_a_check_and_never_crashes(data: st.DataObject) -> None:
@@ -622,6 +624,7 @@ def test_any_value_replaced_is_caught_by_a_check_and_never_crashes(data: st.Data
         assert caught(bundle, open_=True)
 
 
+@untraced
 @settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_whatever_is_recorded_is_judged_and_never_crashes(data: st.DataObject) -> None:

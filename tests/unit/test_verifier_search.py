@@ -23,6 +23,7 @@ from qaes.domain.merkle import leaf_hash
 from qaes.domain.policy import Rule
 from tests.support.bundles import LOG_ID, RULES, SALT, START, TASK_ID, Anchorer, Trail, load_verifier, not_enforced
 from tests.support.sampling import SEED, WHOLE, sample
+from tests.support.tracing import untraced
 
 verifier = load_verifier()
 ANCHORER = Anchorer()
@@ -332,6 +333,7 @@ SEARCHES = [("paint", (), 11), ("monitor", (), 10), ("paint", BEFORE_THE_ACTION,
 
 
 @pytest.mark.parametrize(("name", "prefix", "depth"), SEARCHES)
+@untraced
 def test_verifier_accepts_what_the_model_accepts(name: str, prefix: tuple[str, ...], depth: int) -> None:
     of, chosen, kinds = life(name), random.Random(SEED), set()  # noqa: S311 - a sample that is the same each time
     count, verified, writer, story = 0, [], Writer(of), new_story(of)
@@ -361,6 +363,7 @@ NOTICED = (
 
 
 @pytest.mark.parametrize("rule", NOTICED)
+@untraced
 def test_search_notices_a_rule_that_is_not_enforced(rule: str) -> None:
     with not_enforced(verifier, rule):
         difference = None
