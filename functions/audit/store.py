@@ -315,7 +315,7 @@ def _agent_of(fields: dict[str, Any], texts: Texts) -> str | None:
 
 
 def _events_said(item: Item) -> int:
-    return int(json.loads(item["data"]["S"])["events"])
+    return int(json.loads(item["data"]["S"]).get("events", 0))
 
 
 def entry_of(item: Item) -> StoredEntry:

@@ -310,4 +310,6 @@ def test_a_retry_reopens_only_what_failed_or_expired() -> None:
 
 def test_times_of_events_are_those_of_the_change() -> None:
     change = run(WATCHES, MONITORING, 0, History(MONITORING))
-    assert [event.timestamp for event in change.events] == [NOW, timestamp(AT + timedelta(seconds=1))]
+    assert [event.timestamp for event in change.events] == [timestamp(AT + timedelta(seconds=1))] * 2
+    assert change.step is not None
+    assert change.step.started_at == NOW

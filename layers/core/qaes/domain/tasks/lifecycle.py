@@ -174,7 +174,7 @@ def run_step(
         raise ApprovalNeededError("people were asked about this step")
     begun = _begin(task, step_index, plan, before, started)
     final, executed = _finish(task, plan, begun, outcome, at)
-    claimed = events.step_started(task, begun, plan, None, current, timestamp(started))
+    claimed = events.step_started(task, begun, plan, None, current, timestamp(at))  # both are of one transaction
     change = Change({"current_step": step_index}, (claimed, executed), step=final, step_before=before)
     return _with_end(change, task, history, final, at)
 
