@@ -29,7 +29,6 @@ GENERATED = {"docs/api.md", "docs/performance.md"}
 
 NOT_REWRITTEN = {
     "README.md",
-    "docs/adr/0017-a-transfer-ends-when-confirmed.md",
 }
 """Pages that are not in plain English yet. A page leaves this set when it is rewritten; no page joins it."""
 
