@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cost, growth, imports, latency, memory
+from benchmarks import cost, growth, imports, latency, memory, window
 from benchmarks import primitives as qubic
 from local.build import BUILD
 from local.cloud import Cloud
@@ -160,6 +160,30 @@ def _each(found: growth.Measured, name: str, count: int) -> str:
     return f"{found[name].read / count:.1f}"
 
 
+def windows() -> str:
+    """What the windows of the sequencer and of the anchor save."""
+    kinds = ("BATCH", "HEAD", "TILE", "INDEX")
+    rows = [
+        (
+            f"{each.rate:g}",
+            f"{each.sequencer_window} s / {each.anchor_window} s",
+            f"{each.batches:.2f}",
+            f"{each.anchor_calls:.2f}",
+            *(f"{each.written[kind]:.1f}" for kind in kinds),
+            f"{sum(each.written.values()):.1f}",
+            f"{each.read:.1f}",
+        )
+        for each in window.measure()
+    ]
+    head = ("tasks a second", "windows", "sequencer's calls", "anchor's calls", *kinds, "write units", "read units")
+    return f"""## What the log's windows save
+
+By `make bench ONLY=window`, on moto, for each task, of {window.TASKS} with {window.EVENTS} entries each: the sequencer waits so long for further entries, and the anchor so long for
+further growth. The columns BATCH to INDEX are write units. The anchor's calls are those of the log's growth alone.
+
+{table(head, rows)}"""
+
+
 def latencies(cloud: Cloud) -> str:
     """What requests and tasks take."""
     found = latency.measure(cloud)
@@ -252,6 +276,7 @@ def _bytes(path: Path) -> int:
 
 SECTIONS: dict[str, tuple[str, Callable[[], str]]] = {
     "cost": ("What a task costs", costs),
+    "window": ("What the log's windows save", windows),
     "growth": ("How costs grow with the number of tasks", growths),
 }
 """The sections that can be measured alone, by their names on the command line: title, and what measures it."""
@@ -272,17 +297,19 @@ def main() -> None:
     parts.insert(0, import_times())
     progress("costs")
     parts.insert(1, costs())
+    progress("the log's windows")
+    parts.insert(2, windows())
     progress("how costs grow")
-    parts.insert(2, growths())
+    parts.insert(3, growths())
     with Cloud(f"bench-{os.getpid()}", progress=progress) as cloud:
         progress("requests and tasks")
-        parts.insert(3, latencies(cloud))
+        parts.insert(4, latencies(cloud))
         progress("size and memory")
         _seed(cloud)
-        parts.insert(4, sizes(cloud))
+        parts.insert(5, sizes(cloud))
     cloud.remove_directory()
     progress("the audit log under load")
-    parts.insert(4, audit_log())
+    parts.insert(5, audit_log())
     head = f"""# Performance
 
 Written by `make bench` on {now():%Y-%m-%d}, with {os.cpu_count()} cores and Python {platform.python_version()}. Absolute times are this machine's; ratios within the run
