@@ -141,9 +141,7 @@ def _act(store: TaskStore, ledger: LedgerClient, task: Task, plan: Plan, claimed
     effect = Effect(transfers.reference_of(task.task_id, step.step_id), ledger, task.requester, task.run)
     try:
         result = steps.ACTS[step.type](step.parameters, effect)
-    except RefusedError as refusal:
-        if step.type in CONFIRMED_LATER and transfers.settle(store, ledger, task, claimed).under_way:
-            return claimed  # it was handed in by a call whose answer was lost, and that is not refused any more
+    except RefusedError as refusal:  # the ledger refuses nothing that it has signed, nor signs what it has refused
         return store.finish_step(task.task_id, claimed, StepOutcome(error=f"{refusal.code}: {refusal.message}"))
     if isinstance(result, Submitted):
         return claimed

@@ -37,6 +37,7 @@ from qaes.domain.tasks.lifecycle import StepOutcome
 from qubic.network.faults import Faults
 from qubic.network.mock import MockChain
 from qubic.transactions.submissions import Submissions
+from qubic.wallets import Wallets
 from tests.handlers.test_task_store import claim, new_task
 from tests.support.cloud import Cloud, Context, call, cloud
 from tests.support.template import resolve, template
@@ -604,13 +605,14 @@ def test_a_transfer_whose_handing_in_was_not_answered_is_not_refused_afterwards(
         transfer(self, **terms)
         raise UnavailableError("the ledger did not answer")
 
-    def refused(self: LedgerClient, **terms: Any) -> Any:
+    def keyless(*_: Any) -> Any:
         raise RefusedError("no_key", "this wallet's key is not here any more")
 
-    monkeypatch.setattr(LedgerClient, "transfer", lost)
-    with pytest.raises(UnavailableError):
-        act(aws, task_id)
-    monkeypatch.setattr(LedgerClient, "transfer", refused)
+    with monkeypatch.context() as patch:
+        patch.setattr(LedgerClient, "transfer", lost)
+        with pytest.raises(UnavailableError):
+            act(aws, task_id)
+    monkeypatch.setattr(Wallets, "_held", keyless)
     assert act(aws, task_id) == "submitted"
     aws.settle()
     assert (record_of(store, task_id).status, balance(DESTINATION)) == ("succeeded", 250)

@@ -18,7 +18,7 @@ A refusal of a transfer is stored, too: a twin of the call that was refused can 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -90,7 +90,7 @@ class Submissions(Tracking):
             created_at=timestamp(now()),
             updated_at="",
         )
-        return self._submit(wanted, signer)
+        return self._submit(wanted, lambda: signer)
 
     def submit_transfer(
         self,
@@ -119,15 +119,18 @@ class Submissions(Tracking):
         UnavailableError
             The ledger does not answer.
         """
-        wanted, key = self._wanted_transfer(reference, source, destination, amount, run)
-        return self._submit(replace(wanted, requested_by=requested_by), key)
+        wanted = self._wanted_transfer(reference, source, destination, amount, run)
+        return self._submit(
+            replace(wanted, requested_by=requested_by), lambda: self._wallets.parties(source, destination)[0]
+        )
 
     def simulate_transfer(self, reference: str, *, source: str, destination: str, amount: int) -> Submission:
         """Sign a transfer and send nothing: what a network shows whose transfers are not allowed here.
 
         Nothing is stored: the same call gives another tick, and so another id. Raises as `submit_transfer`.
         """
-        wanted, key = self._wanted_transfer(reference, source, destination, amount, 1)
+        wanted = self._wanted_transfer(reference, source, destination, amount, 1)
+        key, _ = self._wallets.parties(source, destination)
         self._rule_for(wanted)
         balance = self.chain.balance(key.identity).balance
         if balance < amount:
@@ -143,19 +146,16 @@ class Submissions(Tracking):
             updated_at=wanted.created_at,
         )
 
-    def _wanted_transfer(
-        self, reference: str, source: str, destination: str, amount: int, run: int
-    ) -> tuple[Submission, Key]:
+    def _wanted_transfer(self, reference: str, source: str, destination: str, amount: int, run: int) -> Submission:
         check_reference(reference)
         check_amount(amount)
-        key, to = self._wallets.parties(source, destination)
-        wanted = Submission(
+        return Submission(
             key=f"transfer:{reference}",
             network=self._network,
             kind="transfer",
             state="signed",
-            source=key.identity,
-            destination=to,
+            source=self._wallets.identity(source, "source"),
+            destination=self._wallets.identity(destination, "destination"),
             amount=amount,
             input_type=0,
             payload=b"",
@@ -169,15 +169,16 @@ class Submissions(Tracking):
             created_at=timestamp(now()),
             updated_at="",
         )
-        return wanted, key
 
-    def _submit(self, wanted: Submission, key: Key) -> Submission:
+    def _submit(self, wanted: Submission, find_key: Callable[[], Key]) -> Submission:
+        """Sign it, unless that was done before: then no key is needed, and no policy asked."""
         for _ in attempts():
             before = self.get(wanted.key)
             if before is not None:
                 _check_same(before, wanted)
                 if not _may_be_repeated(before, wanted):
                     return self._adopted(before, wanted.run)
+            key = find_key()
             try:
                 if before is not None and before.may_be_found and (found := self._close_if_found(before)):
                     self._on_closed(found)
