@@ -18,7 +18,7 @@ from tests.support import template
 ROOT = Path(__file__).resolve().parents[1]
 BASELINE = "import boto3; boto3.client('dynamodb', region_name='us-east-1')"
 LIMITS = {"authorizer": 1.0, "api": 2.3, "workflow": 1.6}
-ROUNDS = 7
+ROUNDS = 3
 UNCOMPILED = """
 import _frozen_importlib_external as machinery
 cached = machinery.cache_from_source

@@ -275,6 +275,7 @@ def _bytes(path: Path) -> int:
 
 
 SECTIONS: dict[str, tuple[str, Callable[[], str]]] = {
+    "imports": ("Loading a function", import_times),
     "cost": ("What a task costs", costs),
     "window": ("What the log's windows save", windows),
     "growth": ("How costs grow with the number of tasks", growths),
@@ -289,7 +290,10 @@ def main() -> None:
         [only] = sys.argv[1:]
         title, section = SECTIONS[only]
         pattern = rf"## {title}\n.*?(?=\n## )"
-        REPORT.write_text(re.sub(pattern, lambda _: section() + "\n", REPORT.read_text(), flags=re.DOTALL))
+        text, replaced = re.subn(pattern, lambda _: section() + "\n", REPORT.read_text(), flags=re.DOTALL)
+        if not replaced:
+            sys.exit(f"{REPORT.relative_to(ROOT)} has no section `{title}` yet: run make bench")
+        REPORT.write_text(text)
         return
     progress("Qubic primitives")
     parts = [primitives()]
