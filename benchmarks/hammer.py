@@ -318,6 +318,7 @@ def _hammer_a_cloud(arguments: argparse.Namespace) -> None:
             os.environ.update(cloud.environment)
             names = {
                 "TASKS_TABLE": "TasksTable",
+                "DECISIONS_TABLE": "DecisionsTable",
                 "AUDIT_ENTRIES_TABLE": "AuditEntriesTable",
                 "AUDIT_LOG_TABLE": "AuditLogTable",
                 "AUDIT_ANCHORS_TABLE": "AuditAnchorsTable",

@@ -315,6 +315,8 @@ class Cloud:
             "API_URL": self.url,
             "STATE_MACHINE_ARN": self.outputs["StateMachineArn"],
             "TASKS_TABLE": self.resources["TasksTable"],
+            "DECISIONS_TABLE": self.resources["DecisionsTable"],
+            "CALLBACKS_TABLE": self.resources["CallbacksTable"],
             "AUDIT_ENTRIES_TABLE": self.resources["AuditEntriesTable"],
             "AUDIT_LOG_TABLE": self.resources["AuditLogTable"],
             "AUDIT_ANCHORS_TABLE": self.resources["AuditAnchorsTable"],

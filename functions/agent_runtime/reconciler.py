@@ -120,14 +120,15 @@ def _reconciled(task: Task, store: TaskStore, executions: Executions, running: C
 def reconcile(task: Task, store: TaskStore, executions: Executions, running: Collection[str] = ()) -> bool:
     """Bring one open task forward, if it is stuck; returns whether it did. What is in `running` is not described."""
     status = "RUNNING" if task.execution_name in running else executions.status(task)
+    if status == "RUNNING" and _waits(task):
+        return _waiting(task, store, executions)
+    task = store.get_task(task.task_id)  # the list has copies: the run is what people decided
     if status is None:
         if task.status != "pending" and task.run == 1:
             return False
         executions.start(task)
         return True
     if status == "RUNNING":
-        if _waits(task):
-            return _waiting(task, store, executions)
         return _deliver(task, store, executions) or _wake(task, store)
     _end(store, task, status)
     return True
@@ -142,7 +143,7 @@ def _waiting(task: Task, store: TaskStore, executions: Executions) -> bool:
         return False
     if now() >= parse_timestamp(approval.expires_at):
         expired = store.expire(task.task_id)
-        return expired is not None and executions.deliver(expired)
+        return expired is not None and executions.deliver(task.task_id, expired)
     if approval.reminded_at is None and _is_due(approval.requested_at, approval.expires_at):
         return store.remind(task.task_id)
     return False
@@ -163,7 +164,7 @@ def _deliver(task: Task, store: TaskStore, executions: Executions) -> bool:
     record = store.step(task.task_id, last.step_index)
     if last.run != task.run or (record is not None and record.run == task.run):
         return False
-    return executions.deliver(last)
+    return executions.deliver(task.task_id, last)
 
 
 def _wake(task: Task, store: TaskStore) -> bool:

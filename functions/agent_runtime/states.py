@@ -38,7 +38,7 @@ def await_approval(event: dict[str, Any], context: LambdaContext) -> dict[str, A
     store, token = TaskStore(), str(event["task_token"])
     task = store.get_task(str(event["task_id"]))
     lifecycle.refuse_other_execution(task, event.get("execution"))
-    approvals = store.approvals(task.task_id)
+    approvals = store.approvals(task.task_id, of=task)
     for approval in approvals:
         if rejection := compliance.rejection(task, approval):
             return _answered(token, rejection)
@@ -61,7 +61,7 @@ def await_approval(event: dict[str, Any], context: LambdaContext) -> dict[str, A
         balance=verdict.balance,
     )
     if asked_for.status != "pending":
-        Executions.deliver(asked_for)
+        Executions.deliver(task.task_id, asked_for)
     return {"verdict": asked_for.status, "reason": verdict.reason, "expires_at": asked_for.expires_at}
 
 

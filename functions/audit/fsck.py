@@ -12,7 +12,16 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from audit.log import Batch, Head, Indexed, Leaf, Log
-from audit.store import ROLES, AuditStore, EntryKey, Item, Outbox, StoredEntry, lookup
+from audit.store import (
+    ROLES,
+    AuditStore,
+    EntryKey,
+    EventWithoutDecisionError,
+    Item,
+    Outbox,
+    StoredEntry,
+    lookup,
+)
 from qaes.adapters.dynamo import BATCH_GET
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.domain.anchor import AnchorPayload, decode, failed_checks, log_id_bytes
@@ -27,6 +36,7 @@ from qaes.domain.tiles import TILE_WIDTH, tile_root
 INVARIANTS = {
     "unrecorded": "every event of a task is on record as an entry",
     "event": "an entry says what its event says, and no event is missing",
+    "decision": "an event that a person made has its decision, which the gateway recorded",
     "chain": "the entries of a task have their hashes, name each other, and none is missing",
     "lookup": "an entry has the attributes by which it is found: the hashes of its input and output, and no others",
     "unsequenced": "every entry has an index in the log",
@@ -268,7 +278,7 @@ class Fsck:
             verify_chain([(each.text, each.leaf) for each, _ in trail], log_id=self._log_id, task_id=task_id)
         except BrokenChainError as error:
             self._tell("chain", f"{task_id} {error.seq}", error.message)
-        events = dict(self._outbox.events_after(task_id, 0)) if self._outbox is not None else {}
+        events = self._events(self._outbox, task_id) if self._outbox is not None else {}
         self._report.erased += self._outbox is not None and not events
         indexes, before = self._indexes(task_id), -1
         for entry, stored in trail:
@@ -280,6 +290,14 @@ class Fsck:
             before = self._check_index(task_id, entry, indexes.get(entry.seq), before)
         for seq in indexes.keys() - {entry.seq for entry, _ in trail}:
             self._tell("index", f"{task_id} {seq}", "it has an index, and is not there")
+
+    def _events(self, outbox: Outbox, task_id: str) -> dict[int, Event]:
+        events: dict[int, Event] = {}
+        try:
+            events.update(outbox.events_after(task_id, 0))  # those before the error stay
+        except EventWithoutDecisionError as error:
+            self._tell("decision", task_id, error.message)
+        return events
 
     def _check_event(self, task_id: str, said: AuditEntry, seq: int, event: Event | None) -> None:
         if event is None:

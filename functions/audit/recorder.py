@@ -14,12 +14,13 @@ from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from audit.store import AuditStore, Outbox, StoredEntry
-from qaes.adapters import settings
+from audit.store import AuditStore, EventWithoutDecisionError, Outbox, StoredEntry
+from qaes.adapters import metrics, settings
 from qaes.adapters.handlers import function
 from qaes.adapters.logs import logger
 from qaes.domain.audit import GENESIS, BrokenChainError, build_entry
 
+FORGED_EVENT_METRIC = "ForgedEvent"
 SECONDS_FOR_A_TASK = 10
 """With less time left, the recorder begins no other task of a batch."""
 
@@ -49,7 +50,17 @@ class Recorder:
             A table did not answer; to be called again.
         BrokenChainError
             An event is missing, or the stored entries were altered: nothing is recorded on top of that.
+        EventWithoutDecisionError
+            An event says that a person made it, and the gateway has no such decision: as above.
         """
+        try:
+            return self._drain(task_id)
+        except EventWithoutDecisionError as error:
+            logger().error("forged event refused", extra={"task_id": task_id, "why": error.message})
+            metrics.count_one(FORGED_EVENT_METRIC)
+            raise
+
+    def _drain(self, task_id: str) -> Drained:
         last = self._store.last_entry(task_id)
         seq, prev = (last.seq, last.intact().leaf) if last else (0, GENESIS)
         recorded = 0

@@ -10,19 +10,22 @@ import heapq
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, timedelta
 from itertools import groupby
 from typing import Any, Literal, TypeVar
 
 from qaes.adapters import dynamo, settings
+from qaes.adapters.decisions import DecisionsTable
 from qaes.adapters.dynamo import get_many, key
 from qaes.adapters.shards import day_keys
-from qaes.adapters.task_events import Texts, events_of, fields_of
+from qaes.adapters.task_events import Texts, events_of
 from qaes.domain.audit import AuditEntry, BrokenChainError, entry_text, parse_entry
-from qaes.domain.errors import InvalidInputError
+from qaes.domain.errors import InvalidInputError, NotFoundError, QaesError
 from qaes.domain.merkle import leaf_hash
 from qaes.domain.models import Event
+from qaes.domain.tasks.decisions import Decided, is_decision
 
 Item = dict[str, Any]
 Role = Literal["leaf", "input", "output"]
@@ -69,31 +72,59 @@ class Occurrence:
     role: Role
 
 
-class Outbox:
-    """The events of tasks, written by the execution side; only read here."""
+class EventWithoutDecisionError(QaesError):
+    """An event of a kind that only a person can make, which no decision of a person stands behind."""
 
-    def __init__(self, table: str | None = None) -> None:
+
+class Outbox:
+    """The events of tasks, written by the execution side; only read here.
+
+    An event that a person made is believed only if the gateway has recorded the decision: its body is read there.
+    """
+
+    def __init__(self, table: str | None = None, decisions: str | None = None) -> None:
         self._table = table or settings.text("TASKS_TABLE")
+        self._decisions = DecisionsTable(decisions)
 
     def events_after(self, task_id: str, seq: int) -> Iterator[tuple[int, Event]]:
-        """Read the events after number `seq` as (number, event), in order, without the texts that other items have."""
+        """Read the events after number `seq` as (number, event), in order, without the texts that other items have.
+
+        Raises EventWithoutDecisionError at the first event that somebody else than the gateway says a person made.
+        """
         for item in _range(self._table, task_id, "EVENT", seq + 1, _LAST):
-            yield from ((number, event) for number, event in events_of(item) if number > seq)
+            yield from (
+                (number, self._genuine(task_id, number, event)) for number, event in events_of(item) if number > seq
+            )
+
+    def _genuine(self, task_id: str, number: int, event: Event | Decided) -> Event:
+        if isinstance(event, Event) and not is_decision(event):
+            return event
+        decision = self._decisions.event(task_id, number) if isinstance(event, Decided) else None
+        if decision is None or not is_decision(decision):
+            raise EventWithoutDecisionError(f"event {number} is a person's, and no decision stands behind it")
+        return decision
 
     def disclosed(self, task_id: str) -> dict[int, Event]:
-        """Read all events of a task, with their texts, by their numbers."""
-        texts = Texts(self._table, task_id)
-        return {number: texts.disclose(event) for number, event in self.events_after(task_id, 0)}
+        """Read the events of a task, with their texts, by their numbers; none after one without its decision."""
+        texts = Texts(self._table, task_id, self._request(task_id))
+        found: dict[int, Event] = {}
+        with suppress(EventWithoutDecisionError):
+            for number, event in self.events_after(task_id, 0):
+                found[number] = texts.disclose(event)
+        return found
 
     def agents(self, task_id: str) -> dict[int, str]:
-        """Read which agents acted: the ids of their clients, by the event's number.
+        """Read which agents acted: the ids of their clients, by the event's number."""
+        try:
+            events = self._decisions.of(task_id).events
+        except NotFoundError:
+            return {}
+        found = {number: _agent_of(event) for number, event in events.items()}
+        return {number: agent for number, agent in found.items() if agent is not None}
 
-        An event that was altered has none here: the task's bundle shows what is wrong with it.
-        """
-        texts = Texts(self._table, task_id)
-        items = _range(self._table, task_id, "EVENT", 1, _LAST)
-        found = {number: _agent_of(fields, texts) for item in items for number, fields in fields_of(item)}
-        return {seq: agent for seq, agent in found.items() if agent is not None}
+    def _request(self, task_id: str) -> str:
+        request = self._decisions.event(task_id, 1)
+        return request.input if request else ""
 
     def written(self, first: str, last: str) -> Iterator[tuple[str, str, int]]:
         """Find the changes with a timestamp from `first` to `last`, as (timestamp, task, number), the oldest first.
@@ -299,18 +330,13 @@ def _number(item: Item) -> int:
     return int(item["sk"]["S"].partition("#")[2])
 
 
-_AGENT_STANDS_IN = {"task_started": "input", "task_retried": "output", "task_ended": "output"}
-
-
-def _agent_of(fields: dict[str, Any], texts: Texts) -> str | None:
+def _agent_of(event: Event) -> str | None:
     """Find the agent in what an event's hashes are over."""
-    side = _AGENT_STANDS_IN.get(fields.get("kind", ""), "")
-    text = texts.text(of, -1) if (of := fields.get(f"{side}_of")) else fields.get(side)
+    text = event.input if event.kind == "task_started" else event.output
     try:
-        said = json.loads(str(text))
-    except (ValueError, RecursionError):
+        agent = json.loads(text).get("agent")
+    except (ValueError, AttributeError, RecursionError):
         return None
-    agent = said.get("agent") if isinstance(said, dict) else None
     return agent if isinstance(agent, str) else None
 
 

@@ -264,7 +264,7 @@ def get_task(
     """Show a task; while it waits for a person, with what is asked."""
     store = TaskStore()
     task = _visible(store, task_id, caller)
-    approval = store.open_approval(task_id) if task.status == "waiting_approval" else None
+    approval = store.open_approval(task_id, of=task) if task.status == "waiting_approval" else None
     return TaskAnswer(
         task_id=task.task_id,
         status=task.status,
@@ -322,10 +322,11 @@ def decide(
     A person cannot decide on a task that they started or retried, in any run.
     """
     store = TaskStore()
-    _visible(store, task_id, caller)
+    task = _visible(store, task_id, caller)
     try:
         approval = store.decide(
             task_id,
+            known=task,
             approved=body.approved,
             subject=caller.subject,
             reason=body.reason,
@@ -338,7 +339,7 @@ def decide(
         return DecisionAnswer.model_validate(replayed.answer)
     note(decision="approved" if body.approved else "rejected", approval=approval.status)
     if approval.status != "pending":
-        _afterwards("not delivered yet", task_id, lambda: Executions().deliver(approval))
+        _afterwards("not delivered yet", task_id, lambda: Executions().deliver(task_id, approval))
     return DecisionAnswer.model_validate(decided_answer(task_id, approval))
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from qaes.adapters import audit_trail, settings, transfers
+from qaes.adapters.callbacks import CallbacksTable
 from qaes.adapters.executions import answer
 from qaes.adapters.handlers import state, token_state
 from qaes.adapters.ledger_client import LedgerClient
@@ -75,7 +76,8 @@ def execute_action(event: dict[str, Any], context: LambdaContext) -> dict[str, A
     plan, records = store.plan_of(task), store.records(task.task_id)
     step_index = lifecycle.next_step(plan, records)
     limit = settings.number("CONFIRMATION_TIMEOUT_SECONDS")
-    store.put_waiter(task.task_id, step_index, token, expires_in=limit, run=task.run)
+    callbacks = CallbacksTable()
+    callbacks.wait("ACTION", task.task_id, step_index, token, limit, run=task.run)
     record = records.get(step_index)
     if record is not None and record.status == "running":
         record = store.step(task.task_id, step_index)  # it may have ended before this token was there to be answered
@@ -84,7 +86,7 @@ def execute_action(event: dict[str, Any], context: LambdaContext) -> dict[str, A
         ended = execute(store, ledger, task, plan, step_index, record)
     finally:
         if ended is None or ended.status != "running":
-            store.forget_waiter(task.task_id, step_index, token)
+            callbacks.forget("ACTION", task.task_id, step_index, token)
     if ended.status == "failed":
         raise StepFailedError(ended.error or "")
     if ended.status == "succeeded":
@@ -160,7 +162,8 @@ def _claim(
     """Record the intent to act, if the step may run by the policy in force, its limits and the wallet's balance now."""
     step = plan.steps[step_index]
     policy, funds = transfers.policy_and_funds(ledger, step)
-    current, approval = policy.decide(plan.analysis.action_type), store.latest_approval(task.task_id, step_index)
+    current = policy.decide(plan.analysis.action_type)
+    approval = store.latest_approval(task.task_id, step_index, of=task)
     try:
         compliance.check_may_act(task, plan, step_index, current, approval, at=now())
     except RefusedError as too_old:

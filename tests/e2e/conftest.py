@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import boto3
 import httpx
 import pytest
 
 from local.cloud import Cloud
+from local.environment import REGION
 from local.fsck import settled, show
 from local.tokens import PEOPLE
 from qaes.adapters import clients
@@ -144,6 +146,8 @@ def audit_environment(cloud: Cloud) -> dict[str, str]:
     """What `local.fsck` finds the audit by, as in `.local/aws.env`."""
     names = {
         "TASKS_TABLE": "TasksTable",
+        "DECISIONS_TABLE": "DecisionsTable",
+        "CALLBACKS_TABLE": "CallbacksTable",
         "AUDIT_ENTRIES_TABLE": "AuditEntriesTable",
         "AUDIT_LOG_TABLE": "AuditLogTable",
         "AUDIT_ANCHORS_TABLE": "AuditAnchorsTable",
@@ -236,3 +240,33 @@ def waiting(api: Api) -> Callable[..., str]:
         return task_id
 
     return start
+
+
+@pytest.fixture(scope="session")
+def session(local_cloud: Cloud) -> Callable[[str], boto3.Session]:
+    """A function's own role, assumed; for that its trust policy lets this account's root in, which changes no right."""
+    sessions: dict[str, boto3.Session] = {}
+
+    def assume(function: str) -> boto3.Session:
+        if function not in sessions:
+            found = local_cloud.client("lambda").get_function_configuration(
+                FunctionName=local_cloud.resources[function]
+            )
+            arn = found["Role"]
+            trust = {
+                "Version": "2012-10-17",
+                "Statement": [
+                    {"Effect": "Allow", "Principal": {"Service": "lambda.amazonaws.com"}, "Action": "sts:AssumeRole"},
+                    {"Effect": "Allow", "Principal": {"AWS": "*"}, "Action": "sts:AssumeRole"},
+                ],
+            }
+            local_cloud.client("iam").update_assume_role_policy(
+                RoleName=arn.rpartition("/")[2], PolicyDocument=json.dumps(trust)
+            )
+            given = local_cloud.client("sts").assume_role(RoleArn=arn, RoleSessionName="test")["Credentials"]
+            sessions[function] = boto3.Session(
+                given["AccessKeyId"], given["SecretAccessKey"], given["SessionToken"], region_name=REGION
+            )
+        return sessions[function]
+
+    return assume

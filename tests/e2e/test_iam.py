@@ -11,40 +11,9 @@ import pytest
 from botocore.exceptions import ClientError
 
 from local.cloud import Cloud
-from local.environment import REGION
 
 KEY = {"pk": {"S": "task_x"}, "sk": {"S": "ENTRY#000001"}}
 DENIED = {"AccessDenied", "AccessDeniedException"}
-
-
-@pytest.fixture(scope="session")
-def session(local_cloud: Cloud) -> Callable[[str], boto3.Session]:
-    """A function's own role, assumed; for that its trust policy lets this account's root in, which changes no right."""
-    sessions: dict[str, boto3.Session] = {}
-
-    def assume(function: str) -> boto3.Session:
-        if function not in sessions:
-            found = local_cloud.client("lambda").get_function_configuration(
-                FunctionName=local_cloud.resources[function]
-            )
-            arn = found["Role"]
-            trust = {
-                "Version": "2012-10-17",
-                "Statement": [
-                    {"Effect": "Allow", "Principal": {"Service": "lambda.amazonaws.com"}, "Action": "sts:AssumeRole"},
-                    {"Effect": "Allow", "Principal": {"AWS": "*"}, "Action": "sts:AssumeRole"},
-                ],
-            }
-            local_cloud.client("iam").update_assume_role_policy(
-                RoleName=arn.rpartition("/")[2], PolicyDocument=json.dumps(trust)
-            )
-            given = local_cloud.client("sts").assume_role(RoleArn=arn, RoleSessionName="test")["Credentials"]
-            sessions[function] = boto3.Session(
-                given["AccessKeyId"], given["SecretAccessKey"], given["SessionToken"], region_name=REGION
-            )
-        return sessions[function]
-
-    return assume
 
 
 def _refused(call: Callable[..., Any], **arguments: Any) -> None:

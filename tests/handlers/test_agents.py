@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -116,11 +117,10 @@ def test_the_trail_is_read_though_an_event_was_altered(aws: Cloud, api: Api, sto
         [
             {
                 "Update": {
-                    "TableName": "TasksTable",
-                    "Key": {"pk": {"S": task_id}, "sk": {"S": "EVENT#000002"}},
-                    "UpdateExpression": "SET #output = :altered",
-                    "ExpressionAttributeNames": {"#output": "output"},
-                    "ExpressionAttributeValues": {":altered": {"S": altered}},
+                    "TableName": "DecisionsTable",
+                    "Key": {"pk": {"S": task_id}, "sk": {"S": "DECISION#000002"}},
+                    "UpdateExpression": "SET texts = :altered",
+                    "ExpressionAttributeValues": {":altered": {"B": zlib.compress(f"{altered}\n{altered}".encode())}},
                 }
             }
         ]

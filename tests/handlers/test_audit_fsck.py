@@ -122,11 +122,19 @@ def renamed(batch: Batch) -> str:
     return f"task_x 1 {len(batch.leaves)}"
 
 
+def forge_decision(task_id: str) -> None:
+    """An event after the last says that a person decided, and the task counts it."""
+    add_events(task_id, 4, 4)
+    change(TASKS, task_id, "EVENT#000004", kind={"S": "approval_decided"})
+
+
 TASKS, ENTRIES, LOG, NEWEST = "TasksTable", "AuditEntriesTable", "AuditLogTable", "SIZE#000000000005"
 ANCHORS = "AuditAnchorsTable"
 BROKEN: dict[str, tuple[set[str], Callable[[str], Any]]] = {
     "event not recorded": ({"unrecorded"}, lambda task: add_events(task, 4, 4)),
     "event altered": ({"event"}, lambda task: change(TASKS, task, "EVENT#000002", actor={"S": "mallory"})),
+    "decision gone": ({"decision"}, lambda task: remove("DecisionsTable", task, "DECISION#000001")),
+    "event forged": ({"decision", "unrecorded"}, forge_decision),
     "event gone": ({"event"}, lambda task: remove(TASKS, task, "EVENT#000002")),
     "entry altered": ({"chain"}, lambda task: change(ENTRIES, task, "ENTRY#000002", text={"S": "{}"})),
     "entry with another hash": (

@@ -20,7 +20,8 @@ from botocore.exceptions import ReadTimeoutError
 
 from audit.recorder import Recorder
 from audit.store import AuditStore, Outbox, StoredEntry
-from qaes.adapters import clients
+from qaes.adapters import clients, dynamo
+from qaes.adapters.decisions import DecisionsTable
 from qaes.adapters.task_items import TaskItems, task_item
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.audit import BrokenChainError, verify_chain
@@ -329,5 +330,10 @@ def test_the_sample_events_are_taken(aws: Cloud) -> None:
         image = record["dynamodb"]["NewImage"]
         bytes_ = {name: {"B": base64.b64decode(value["B"])} for name, value in image.items() if "B" in value}
         client.put_item(TableName="TasksTable", Item=image | bytes_)
+    started = Event(
+        kind="task_started", actor="demo_user", status="pending", input_hash=SOME_HASH, output_hash=OTHER_HASH,
+        timestamp=sample["NewImage"]["timestamp"]["S"],
+    )  # fmt: skip
+    dynamo.transact([DecisionsTable().put(sample["Keys"]["pk"]["S"], 1, started)])
     assert aws.invoke("RecordEventsFunction", events) == {"batchItemFailures": []}
     check_complete(sample["Keys"]["pk"]["S"], 3)

@@ -16,6 +16,7 @@ from botocore.exceptions import ClientError, EndpointConnectionError, ReadTimeou
 
 from audit import store as audit_store
 from qaes.adapters import dynamo
+from qaes.adapters.callbacks import CallbacksTable
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.errors import ThrottledError, UnavailableError
 from qaes.domain.ids import new_task_id
@@ -153,8 +154,8 @@ READERS: dict[str, Callable[[], object]] = {
     "get_many": lambda: list(dynamo.get_many(LEDGER, [dynamo.key("a", "X")])),
     "query": lambda: TaskStore("TasksTable").open_tasks("pending", 0),
     "scan": lambda: list(dynamo.items("scan", TableName=LEDGER)),
-    "put": lambda: TaskStore("TasksTable").put_waiter("task_1", 0, "token", 60, run=1),
-    "delete": lambda: TaskStore("TasksTable").forget_waiter("task_1", 0, "token"),
+    "put": lambda: CallbacksTable().wait("ACTION", "task_1", 0, "token", 60, run=1),
+    "delete": lambda: CallbacksTable().forget("ACTION", "task_1", 0, "token"),
 }
 
 

@@ -23,6 +23,7 @@ from tests.handlers.test_gateway import DOWN, MONITOR, NO, SOURCE, TRANSFER, YES
 from tests.handlers.test_task_store import new_task, planned, replace_approval, waiting
 from tests.support.api import ALICE, BOB, CAROL, MALLORY, OLIVIA, Api, items, named, set_environment
 from tests.support.cloud import Cloud, cloud
+from tests.support.tokens import approval_token
 from tests.workflow.test_paths import in_force
 
 BARBARA = {"subject": "barbara", "roles": "approver"}
@@ -202,7 +203,7 @@ def test_an_execution_that_could_not_be_stopped_executes_nothing_more(
         patch.setattr(Executions, "stop", fail)
         assert live("POST", f"/task/{task_id}/cancel").status == 200
     # Whatever wakes it up by then:
-    boto3.client("stepfunctions").send_task_success(taskToken=approval.token, output="{}")
+    boto3.client("stepfunctions").send_task_success(taskToken=approval_token(task_id), output="{}")
     live.aws.execution(task_id)
     assert live("GET", f"/task/{task_id}").body["status"] == "cancelled"
     assert balance() == 1000

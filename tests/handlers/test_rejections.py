@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from qaes.adapters import clients, dynamo
+from qaes.adapters.callbacks import CallbacksTable
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.errors import ConflictError, ForbiddenError
 from qaes.domain.ids import now
@@ -19,6 +20,7 @@ from tests.handlers.test_gateway import NO, YES
 from tests.handlers.test_task_store import claim, events, planned, waiting
 from tests.support.api import ALICE, BOB, OLIVIA, Api, set_environment
 from tests.support.cloud import Cloud, cloud
+from tests.support.tokens import action_token, approval_token
 
 Step = Callable[[TaskStore, str], object]
 
@@ -244,7 +246,7 @@ def test_a_late_request_of_run_1_asks_nothing_in_run_2(aws: Cloud, store: TaskSt
     with pytest.raises(ConflictError, match="another execution"):
         aws.invoke("AwaitApprovalFunction", late)
     approval = store.open_approval(task_id)
-    assert approval is not None and (approval.run, approval.token) == (2, "token of run 2")
+    assert approval is not None and (approval.run, approval_token(task_id)) == (2, "token of run 2")
     assert plan.steps[2].hash() == approval.step_hash
 
 
@@ -264,7 +266,7 @@ def test_a_request_that_a_retry_overtakes_replaces_no_token(store: TaskStore, mo
     with pytest.raises(ConflictError, match="another execution"):
         store.request_approval(store.get_task(task_id), plan, 2, "late token of run 1", 60, execution=task_id)
     approval = store.open_approval(task_id)
-    assert approval is not None and (approval.run, approval.token) == (2, "token of run 2")
+    assert approval is not None and (approval.run, approval_token(task_id)) == (2, "token of run 2")
 
 
 def test_a_late_worker_of_run_1_changes_nothing_in_run_2(aws: Cloud, store: TaskStore) -> None:
@@ -284,15 +286,15 @@ def test_a_late_worker_of_run_1_changes_nothing_in_run_2(aws: Cloud, store: Task
 def test_a_late_wait_of_run_1_does_not_take_run_2_s_token(aws: Cloud, store: TaskStore) -> None:
     task_id, plan = retried(store)
     claim(store, task_id, plan, 2, None, run=2, current=plan.policy)
-    store.put_waiter(task_id, 2, "token of run 2", 60, run=2)
+    CallbacksTable().wait("ACTION", task_id, 2, "token of run 2", 60, run=2)
     late = {"task_id": task_id, "task_token": "token of run 1", "execution": task_id}
     with pytest.raises(ConflictError, match="another execution"):
         aws.invoke("ExecuteActionFunction", late)
     with pytest.raises(ConflictError, match="another execution"):
-        store.put_waiter(task_id, 2, "token of run 1", 60, run=1)
-    assert store.waiter(task_id, 2) == "token of run 2"
-    store.put_waiter(task_id, 2, "newer token of run 2", 60, run=2)
-    assert store.waiter(task_id, 2) == "newer token of run 2"
+        CallbacksTable().wait("ACTION", task_id, 2, "token of run 1", 60, run=1)
+    assert action_token(task_id) == "token of run 2"
+    CallbacksTable().wait("ACTION", task_id, 2, "newer token of run 2", 60, run=2)
+    assert action_token(task_id) == "newer token of run 2"
 
 
 # Who retries does not decide

@@ -14,6 +14,7 @@ import pytest
 from audit.recorder import Drained
 from audit.store import Outbox
 from qaes.adapters import transfers
+from qaes.adapters.callbacks import CallbacksTable
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
 from qaes.domain import planning
@@ -41,6 +42,7 @@ from qubic.wallets import Wallets
 from tests.handlers.test_task_store import claim, new_task
 from tests.support.cloud import Cloud, Context, call, cloud
 from tests.support.template import resolve, template
+from tests.support.tokens import action_token
 
 SOURCE, DESTINATION = "0x1234567890abcdef", "0xfedcba0987654321"
 KEYLESS = encode_identity(bytes([7]) * 32)
@@ -295,7 +297,7 @@ def test_a_generic_action_leaves_a_receipt_on_the_ledger(
     aws.settle()
     found = call("LedgerFunction", {"operation": "verify", "hash": result["instruction_hash"]})["result"]
     assert (found["verified"], found["txid"]) == (True, result["txid"])
-    assert (sent[-1][0], store.waiter(task_id, 2)) == ("send_task_success", None)
+    assert (sent[-1][0], action_token(task_id)) == ("send_task_success", None)
     assert store.get_task(task_id).status == "completed"
     assert balance(SOURCE) == 1000
 
@@ -405,7 +407,7 @@ def test_compliance_denies_what_was_spent_since_the_approval(
     assert verdict["reason"].startswith("insufficient_balance: the wallet holds 1000 QU, of which 751 QU are promised")
     assert act(aws, task_id) == "StepDeniedError"
     assert sent[-1][1]["cause"] == verdict["reason"]
-    assert (store.step(task_id, 2), store.waiter(task_id, 2)) == (None, None)
+    assert (store.step(task_id, 2), action_token(task_id)) == (None, None)
     assert asked["transfer"] == 1  # the other task's
 
 
@@ -518,7 +520,7 @@ def test_execute_action_called_again_waits_and_changes_nothing(
     before = (record_of(store, task_id), store.get_task(task_id), balance(SOURCE))
     assert act(aws, task_id, "another") == "submitted"
     assert (record_of(store, task_id), store.get_task(task_id), balance(SOURCE)) == before
-    assert (store.waiter(task_id, 2), sent) == ("another", [])
+    assert (action_token(task_id), sent) == ("another", [])
 
 
 # On record before the effect
@@ -687,7 +689,7 @@ def test_who_comes_after_the_end_does_not_wait(
     act(aws, task_id)
     aws.settle()
     assert [act(aws, task_id, "second"), act(aws, task_id, "third")] == ["succeeded"] * 2
-    assert (woken(), store.waiter(task_id, 2)) == (["second", "third"], None)
+    assert (woken(), action_token(task_id)) == (["second", "third"], None)
     assert ends_of_the_transfer(task_id) == ["succeeded"]
 
 
@@ -698,13 +700,13 @@ def test_an_end_before_the_token_is_kept_is_answered(
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     act(aws, task_id)
-    put = TaskStore.put_waiter
+    put = CallbacksTable.wait
 
     def settled_first(*arguments: Any, **named: Any) -> None:
         aws.settle()
         put(*arguments, **named)
 
-    monkeypatch.setattr(TaskStore, "put_waiter", settled_first)
+    monkeypatch.setattr(CallbacksTable, "wait", settled_first)
     assert act(aws, task_id, "second") == "succeeded"
     assert woken() == [WAITER, "second"]
 
@@ -716,14 +718,14 @@ def test_the_newest_token_counts_and_is_forgotten_when_it_was_used(
     approve(store, task_id, plan, 2)
     act(aws, task_id, "first")
     act(aws, task_id, "second")
-    key = {"pk": {"S": task_id}, "sk": {"S": "WAITER#002"}}
-    kept = boto3.client("dynamodb").get_item(TableName="TasksTable", Key=key)["Item"]
+    key = {"pk": {"S": task_id}, "sk": {"S": "ACTION#002"}}
+    kept = boto3.client("dynamodb").get_item(TableName="CallbacksTable", Key=key)["Item"]
     assert 7000 < int(kept["expires_at_epoch"]["N"]) - moment().timestamp() <= 7201  # when the state gives up
-    store.forget_waiter(task_id, 2, "first")
-    assert store.waiter(task_id, 2) == "second"
+    CallbacksTable().forget("ACTION", task_id, 2, "first")
+    assert action_token(task_id) == "second"
     aws.settle()
     assert woken() == ["second"]
-    assert store.waiter(task_id, 2) is None
+    assert action_token(task_id) is None
 
 
 def test_when_nobody_waits_any_more_the_end_is_on_record_all_the_same(
@@ -734,7 +736,7 @@ def test_when_nobody_waits_any_more_the_end_is_on_record_all_the_same(
     act(aws, task_id)
     monkeypatch.setattr("qaes.adapters.executions._send", lambda *_, **__: False)
     aws.settle()
-    assert (record_of(store, task_id).status, store.waiter(task_id, 2)) == ("succeeded", None)
+    assert (record_of(store, task_id).status, action_token(task_id)) == ("succeeded", None)
 
 
 @pytest.mark.parametrize("by", ["event", "reconciler"])
@@ -759,7 +761,7 @@ def test_what_a_cancelled_task_has_done_is_put_on_record_once(
     assert reconcile(aws) == ([task_id] if by == "reconciler" else [])
     record = record_of(store, task_id)
     assert (record.status, balance(DESTINATION)) == ("succeeded", 250)
-    assert (woken(), store.waiter(task_id, 2)) == ([WAITER], None)
+    assert (woken(), action_token(task_id)) == ([WAITER], None)
     assert aws.invoke("ExecuteActionFunction", ended(task_id)) == {"status": "succeeded"}
     assert reconcile(aws) == []
     assert record_of(store, task_id) == record
@@ -971,14 +973,14 @@ def test_an_execution_that_began_to_wait_while_the_ledger_was_asked_is_woken(
     def slow(*arguments: Any) -> Any:
         if not retried:
             retried.append(store.retry(task_id, subject="alice"))
-            store.put_waiter(task_id, 2, "the new one's", expires_in=100, run=2)
+            CallbacksTable().wait("ACTION", task_id, 2, "the new one's", 100, run=2)
         return state_of(*arguments)
 
     monkeypatch.setattr("qaes.adapters.transfers.state_of", slow)
     aws.settle()
     assert retried
     assert (record_of(store, task_id).status, woken()) == ("succeeded", ["the new one's"])
-    assert store.waiter(task_id, 2) is None
+    assert action_token(task_id) is None
 
 
 # An execution that finds what one before it has handed in
@@ -1144,7 +1146,7 @@ def test_a_transfer_that_nobody_approved_does_not_run_even_when_the_worker_is_ca
 ) -> None:
     task_id, _ = plan_for("transfer_funds", TRANSFER)
     assert act(aws, task_id) == "ApprovalNeededError"
-    assert (store.step(task_id, 2), store.waiter(task_id, 2)) == (None, None)
+    assert (store.step(task_id, 2), action_token(task_id)) == (None, None)
     assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
 
 

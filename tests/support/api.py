@@ -163,8 +163,7 @@ def items(*tables: str) -> list[dict[str, Any]]:
 
 
 def _task_tokens() -> list[str]:
-    found = [item for item in items("TasksTable") if item["sk"]["S"].startswith("APPROVAL#")]
-    return [json.loads(item["data"]["S"])["token"] for item in found]
+    return [item["token"]["S"] for item in items("CallbacksTable")]
 
 
 @cache

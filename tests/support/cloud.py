@@ -314,6 +314,10 @@ class Cloud:
         return [event["stateEnteredEventDetails"]["name"] for event in events if "stateEnteredEventDetails" in event]
 
 
+OWN_TABLES = {"DECISIONS_TABLE": "DecisionsTable", "CALLBACKS_TABLE": "CallbacksTable"}
+"""What a store needs that a test makes for itself, outside of every function."""
+
+
 def _every_variable() -> dict[str, str]:
     """All names that handlers' environments have, without a value if they have none yet.
 
@@ -382,7 +386,7 @@ def cloud(
         "core": {"reset_boto3_session": False},
     }
     with (
-        patch.dict(os.environ, _every_variable() | CREDENTIALS),
+        patch.dict(os.environ, _every_variable() | CREDENTIALS | OWN_TABLES),
         mock_aws(config=config),
         untraced_threads("moto"),
         patch("boto3.DEFAULT_SESSION", _session()),

@@ -395,7 +395,7 @@ def test_recorder_only_reads_but_for_the_put_of_an_entry(template: Any) -> None:
     assert all("Condition" not in each for each in template.statements(name))
     assert sorted(map(str, allowed(template, name))) == sorted(
         [str((f"dynamodb:{read}", table)) for read in ("GetItem", "Query") for table in (entries, tasks)]
-        + [str(("dynamodb:PutItem", entries))]
+        + [str(("dynamodb:PutItem", entries)), str(("dynamodb:GetItem", {"Fn::GetAtt": ["DecisionsTable", "Arn"]}))]
     )
 
 
@@ -438,7 +438,8 @@ def arn_of_roles(name: str) -> dict[str, str]:
 def test_the_roles_that_write_the_audits_tables_are_known_by_their_paths(template: Any) -> None:
     """A table's policy cannot name a role that names the table: the path is what both know."""
     paths = {name: each["RolePath"]["Fn::Sub"] for name, each in template.functions.items() if "RolePath" in each}
-    assert paths == {function: f"/${{AWS::StackName}}/{name}/" for function, name in AUDITS_ROLES.items()}
+    known = AUDITS_ROLES | {"GatewayFunction": "gateway"}
+    assert paths == {function: f"/${{AWS::StackName}}/{name}/" for function, name in known.items()}
     for name in template.functions:
         puts = {str(resource) for action, resource in allowed(template, name) if action == "dynamodb:PutItem"}
         writes_the_audit = any("'Audit" in each for each in puts)
@@ -466,6 +467,13 @@ def test_the_log_is_written_by_the_audits_roles_each_in_its_own_partitions(templ
             "ArnLike": {"aws:PrincipalArn": arn_of_roles(name)},
             "ForAnyValue:StringNotLike": {"dynamodb:LeadingKeys": leading},
         }
+
+
+def test_decisions_are_put_by_the_gateways_role_alone(template: Any) -> None:
+    changes, put = table_policy(template, "DecisionsTable")
+    assert set(changes["Action"]) == CHANGES and "Condition" not in changes
+    assert set(put["Action"]) == {"dynamodb:PutItem", "dynamodb:PartiQLInsert"}
+    assert put["Condition"] == {"ArnNotLike": {"aws:PrincipalArn": arn_of_roles("gateway")}}
 
 
 def test_anchors_are_put_by_the_anchors_role_alone(template: Any) -> None:

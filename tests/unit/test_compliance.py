@@ -44,7 +44,6 @@ APPROVED = Approval(
     plan_hash=PLAN.hash(),
     step_hash=PLAN.steps[2].hash(),
     policy_id="policy-v1-test",
-    token="t",
     requested_at=NOW,
     expires_at=NOW,
     decisions=(Decision(subject="bob", approved=True, reason="checked", decided_at=NOW),),

@@ -120,7 +120,8 @@ def test_run_step_writes_nothing_when_people_must_approve() -> None:
 
 
 def asked(task: Task, **options: Any) -> Approval:
-    given: dict[str, Any] = {"token": "t", "expires_in": 600, "required": 1, "execution": None, "balance": None}
+    given: dict[str, Any] = {"expires_in": 600, "required": 1, "execution": None, "balance": None}
+    given |= {"token": "t", "stored_token": None}
     approval = approvals.request(task, PLAN, 2, None, at=AT, **(given | options)).approval
     assert approval is not None
     return approval
@@ -199,22 +200,11 @@ def test_refuse_step_overrules_no_attempt_at_work() -> None:
 
 def test_request_asks_once_and_the_newest_token_counts() -> None:
     first = asked(PAYS)
-    again = approvals.request(
-        PAYS, PLAN, 2, first, token="new", expires_in=9, required=1, execution=None, balance=None, at=AT
-    )
-    assert (kinds(again), again.approval) == ([], changed(first, token="new"))
-    stricter = approvals.request(
-        PAYS,
-        PLAN,
-        2,
-        decide(PAYS, first, "bob"),
-        token="new",
-        expires_in=9,
-        required=2,
-        execution=None,
-        balance=None,
-        at=AT,
-    )
+    given: dict[str, Any] = {"expires_in": 9, "execution": None, "balance": None, "at": AT, "stored_token": "t"}
+    again = approvals.request(PAYS, PLAN, 2, first, token="new", required=1, **given)
+    assert (kinds(again), again.approval, again.token, again.writes_nothing) == ([], first, "new", False)
+    assert approvals.request(PAYS, PLAN, 2, first, token="t", required=1, **given).writes_nothing
+    stricter = approvals.request(PAYS, PLAN, 2, decide(PAYS, first, "bob"), token="new", required=2, **given)
     assert kinds(stricter) == ["approval_requested:pending"]
     assert stricter.approval is not None
     assert (stricter.approval.round, stricter.approval.required) == (2, 2)

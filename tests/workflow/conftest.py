@@ -63,7 +63,7 @@ def decide(aws: Cloud) -> Callable[..., Approval]:
         aws.wait(task_id, "waiting_approval")
         approval = TaskStore("TasksTable").decide(task_id, approved=approved, subject=subject, reason="because")
         if deliver and approval.status != "pending":
-            Executions.deliver(approval)
+            Executions.deliver(task_id, approval)
         return approval
 
     return commit

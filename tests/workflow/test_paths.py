@@ -21,6 +21,7 @@ from qubic.network.mock import MockChain
 from tests.support import template
 from tests.support.cloud import Cloud, call, cloud
 from tests.support.stories import check_every_story
+from tests.support.tokens import action_token, approval_token
 from tests.workflow.conftest import DESTINATION, SOURCE, begin
 
 pytestmark = pytest.mark.xdist_group("paths")  # one process: the last test asks what all the others have visited
@@ -357,14 +358,13 @@ def test_what_wakes_an_execution_decides_nothing(wakes: str) -> None:
     with cloud(parameters={"ApprovalTimeoutSeconds": "3600"}) as aws:
         task_id = begin(aws, "transfer_funds")
         aws.wait(task_id, "waiting_approval")
-        approval = TaskStore("TasksTable").open_approval(task_id)
-        assert approval is not None
         if wakes == "success":
-            boto3.client("stepfunctions").send_task_success(taskToken=approval.token, output='{"decision": "approved"}')
-            until(lambda: {TaskStore("TasksTable").open_approval(task_id).token} - {approval.token})
+            used = approval_token(task_id)
+            boto3.client("stepfunctions").send_task_success(taskToken=used, output='{"decision": "approved"}')
+            until(lambda: {approval_token(task_id)} - {used})
             assert visited(aws, task_id)[-3:] == ["AwaitApproval", "ExecuteAction", "AwaitApproval"]
         else:
-            boto3.client("stepfunctions").send_task_failure(taskToken=approval.token, error=wakes)
+            boto3.client("stepfunctions").send_task_failure(taskToken=approval_token(task_id), error=wakes)
             task = aws.wait(task_id, "failed")
             assert task["reason"] == "the execution was resumed without a decision"
             assert kinds(aws, task_id)[-2:] == ["approval_cancelled:cancelled", "task_ended:failed"]
@@ -442,7 +442,7 @@ def test_a_transfer_that_the_ledger_says_nothing_of_in_time_is_found_by_the_retr
         aws.wait(task_id, "waiting_approval")
         aws.stop_time()
         approval = TaskStore("TasksTable").decide(task_id, approved=True, subject="bob", reason="because")
-        Executions.deliver(approval)
+        Executions.deliver(task_id, approval)
         task = aws.wait(task_id, "failed")
         assert "has not confirmed the transfer in time" in str(task["reason"])
         aws.execution(task_id)
@@ -470,7 +470,7 @@ def test_an_execution_that_is_woken_too_early_leaves_its_transfer_to_the_ledger(
     aws.stop_time()
     decide(task_id, approved=True)
     store = TaskStore("TasksTable")
-    token = until(lambda: {store.waiter(task_id, 2)} - {None})
+    token = until(lambda: {action_token(task_id)} - {None})
     boto3.client("stepfunctions").send_task_success(taskToken=token, output='{"status": "succeeded"}')
     aws.execution(task_id)
     assert (store.get_task(task_id).status, balance(DESTINATION)) == ("executing", 0), "what wakes it is not believed"
@@ -538,7 +538,7 @@ def test_no_token_is_in_the_executions_history_output(aws: Cloud, transfer: Call
         for event in history["events"]
         if "stateExitedEventDetails" in event
     ]
-    assert outputs and not any(approval.token in output for output in outputs)
+    assert outputs and not any(approval_token(task_id) in output for output in outputs)
 
 
 def test_a_plan_that_fails_for_good_fails_the_task(aws: Cloud, start: Callable[..., str]) -> None:
@@ -595,7 +595,8 @@ def test_a_task_whose_end_was_never_recorded_is_ended_by_the_reconciler(outcome:
         task_id = begin(aws, "transfer_funds", amount=5000 if outcome == "denied" else 250)
         if outcome == "rejected":
             aws.wait(task_id, "waiting_approval")
-            Executions.deliver(TaskStore("TasksTable").decide(task_id, approved=False, subject="bob", reason="no"))
+            no = TaskStore("TasksTable").decide(task_id, approved=False, subject="bob", reason="no")
+            Executions.deliver(task_id, no)
         assert aws.execution(task_id)["status"] == "FAILED"
         assert visited(aws, task_id)[-3:] == ["EndTask", "TaskFailed?", "TaskFailed"]
         assert TaskStore("TasksTable").get_task(task_id).status in {"executing", "waiting_approval"}
@@ -618,7 +619,7 @@ def test_a_retry_with_nothing_left_to_do_completes(
     aws.stop_time()
     decide(task_id, approved=True)
     store = TaskStore("TasksTable")
-    until(lambda: {store.waiter(task_id, 2)} - {None})
+    until(lambda: {action_token(task_id)} - {None})
     until(lambda: {record.status for record in store.steps(task_id)[2:]} & {"running"})
     arn = f"{aws.machine_arn.replace(':stateMachine:', ':execution:')}:{task_id}"
     boto3.client("stepfunctions").stop_execution(executionArn=arn)

@@ -11,6 +11,7 @@ from typing import Any
 import boto3
 import pytest
 
+from qaes.adapters.callbacks import CallbacksTable
 from qaes.adapters.executions import Executions
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.canonical import canonical_json
@@ -34,11 +35,12 @@ def test_a_decision_that_is_delivered_again_is_no_error_and_changes_nothing(
     task_id = transfer(250)
     approval = decide(task_id, approved=True)
     executions = Executions(aws.machine_arn)
-    executions.deliver(approval)  # whether the execution still waits at this moment, or no longer
+    executions.deliver(task_id, approval)  # whether the execution still waits at this moment, or no longer
     aws.wait(task_id, "completed")
     before = kinds(aws, task_id)
-    assert executions.deliver(approval) is False
-    assert executions.deliver(approval.model_copy(update={"token": "made up"})) is False
+    assert executions.deliver(task_id, approval) is False
+    CallbacksTable().wait("APPROVAL", task_id, approval.step_index, "made up", 60, run=1)
+    assert executions.deliver(task_id, approval) is False
     assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
     assert kinds(aws, task_id) == before
     assert aws.execution(task_id)["status"] == "SUCCEEDED"
@@ -53,7 +55,7 @@ def test_a_decision_at_the_very_moment_it_is_asked_for_is_not_dropped(
     def and_decide(self: TaskStore, task: Task, *arguments: Any, **named: Any) -> Approval:
         asked = request(self, task, *arguments, **named)
         decided = self.decide(task.task_id, approved=True, subject="bob", reason="quick")
-        assert Executions(aws.machine_arn).deliver(decided)
+        assert Executions(aws.machine_arn).deliver(task_id, decided)
         return asked
 
     monkeypatch.setattr(TaskStore, "request_approval", and_decide)

@@ -15,6 +15,7 @@ from qaes.domain.errors import ConflictError
 from qaes.domain.models import Approval
 from tests.support.api import set_environment
 from tests.support.cloud import Cloud
+from tests.support.tokens import approval_token
 from tests.workflow.conftest import DESTINATION, SOURCE
 from tests.workflow.test_paths import balance, in_force, kinds, policy_of, raise_always, retry
 from tests.workflow.test_policy_changes import verify_bundle
@@ -82,9 +83,9 @@ def test_a_rejection_stands_when_a_function_fails_for_good(
     approval = decide(task_id, approved=False, deliver=False)
     aws.faults[function] = raise_always
     if function == "AwaitApprovalFunction":
-        boto3.client("stepfunctions").send_task_failure(taskToken=approval.token, error="ConnectionError")
+        boto3.client("stepfunctions").send_task_failure(taskToken=approval_token(task_id), error="ConnectionError")
     else:
-        Executions.deliver(approval)
+        Executions.deliver(task_id, approval)
     assert aws.execution(task_id)["status"] == ("FAILED" if function == "EndTaskFunction" else "SUCCEEDED")
     aws.faults.clear()
     with pytest.MonkeyPatch.context() as patch:
@@ -178,6 +179,6 @@ def test_a_late_request_of_run_1_does_not_take_run_2_s_token(
     with pytest.raises(ConflictError, match="another execution"):
         aws.invoke("AwaitApprovalFunction", of_run_1)
     approval = store.open_approval(task_id)
-    assert approval is not None and approval.token == of_run_2["task_token"]
+    assert approval is not None and approval_token(task_id) == of_run_2["task_token"]
     decide(task_id, approved=True)
     aws.wait(task_id, "completed")

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from qaes.adapters import clients, settings
+from qaes.adapters.callbacks import CallbacksTable
 from qaes.adapters.logs import logger
 from qaes.domain import compliance
 from qaes.domain.errors import (
@@ -80,16 +81,19 @@ class Executions:
         return f"{self._arn.replace(':stateMachine:', ':execution:')}:{task.execution_name}"
 
     @staticmethod
-    def deliver(approval: Approval) -> bool:
+    def deliver(task_id: str, approval: Approval) -> bool:
         """Resume the execution that waits for this decision; False when it no longer waits (delivered, or too late).
 
         What is sent only wakes the execution, and names the way it goes: it reads the decision from the table.
         """
+        token = CallbacksTable().token("APPROVAL", task_id, approval.step_index)
+        if token is None:
+            return False
         if approval.status == "approved":
-            return answer(approval.token, {"decision": approval.status})
+            return answer(token, {"decision": approval.status})
         if approval.status == "rejected":
-            return fail(approval.token, ApprovalRejectedError(compliance.REJECTED))
-        return fail(approval.token, ApprovalExpiredError("nobody decided in time"))
+            return fail(token, ApprovalRejectedError(compliance.REJECTED))
+        return fail(token, ApprovalExpiredError("nobody decided in time"))
 
 
 @contextmanager

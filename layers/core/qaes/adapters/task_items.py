@@ -1,6 +1,6 @@
 """The items of the tasks' table, and the conditions under which each is written.
 
-Under pk=task_id: TASK, EVENT#n, STEP#index, APPROVAL#index#round, WAITER#index (sk). Under pk=plan_id: PLAN. Under
+Under pk=task_id: TASK, EVENT#n, STEP#index, APPROVAL#index#round (sk). Under pk=plan_id: PLAN. Under
 pk=IDEMPOTENCY#hash: IDEMPOTENCY. Under pk=REQUESTER#hash: OPEN, the count of a requester's open tasks.
 """
 
@@ -17,8 +17,11 @@ from qaes.adapters.task_events import event_item
 from qaes.domain.canonical import canonical_json, hash_of
 from qaes.domain.ids import now, timestamp
 from qaes.domain.models import CONFIRMED_LATER, Approval, Event, Plan, Status, StepRecord, Task
+from qaes.domain.tasks.decisions import Decided
 
 IDEMPOTENCY_SECONDS = 24 * 3600
+_IN_DECISIONS = {"parameters", "salt", "retriers"}
+"""Fields of a task that its item does not have. Its other copies of what people decided are for lists alone."""
 
 Item = dict[str, Any]
 
@@ -59,7 +62,7 @@ class TaskItems:
             }
         }
 
-    def put_events(self, task_id: str, first: int, events: Sequence[Event]) -> Item:
+    def put_events(self, task_id: str, first: int, events: Sequence[Event | Decided]) -> Item:
         return self.put(event_item(task_id, first, events), unless_exists=True)
 
     def put_approval(self, task_id: str, approval: Approval, status_before: str | None) -> Item:
@@ -144,7 +147,7 @@ class TaskItems:
 
 def task_item(task: Task) -> Item:
     # Without the fields that say nothing, a task of usual length costs the write units of one kilobyte.
-    fields = task.model_dump(mode="json", exclude_defaults=True)
+    fields = task.model_dump(mode="json", exclude=_IN_DECISIONS, exclude_defaults=True)
     return {
         "pk": {"S": task.task_id},
         "sk": {"S": "TASK"},

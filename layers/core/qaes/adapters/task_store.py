@@ -12,23 +12,28 @@ import json
 import random
 import secrets
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
+from functools import cached_property
 from typing import Any
 
 from qaes.adapters import dynamo, metrics, settings
+from qaes.adapters.callbacks import CallbacksTable
+from qaes.adapters.decisions import DecisionsTable
 from qaes.adapters.shards import UNDER_WAY, status_keys
 from qaes.adapters.task_items import Idempotency, Item, TaskItems, is_counter, plan_item, task_item
 from qaes.domain.canonical import SALT_LETTERS, hash_of
 from qaes.domain.errors import ConflictError, LimitError, NotFoundError, ThrottledError, UnavailableError
-from qaes.domain.ids import now, timestamp
-from qaes.domain.models import Analysis, Approval, Outcome, Plan, Status, StepRecord, Task, WalletBalance
+from qaes.domain.ids import now, parse_timestamp, timestamp
+from qaes.domain.models import Analysis, Approval, Event, Outcome, Plan, Status, StepRecord, Task, WalletBalance
 from qaes.domain.policy import PolicyDecision
 from qaes.domain.tasks import approvals, events, lifecycle
+from qaes.domain.tasks.decisions import Decided, Decisions, is_decision
 from qaes.domain.tasks.lifecycle import Change, History, StepOutcome
 
 _ATTEMPTS = 8
+_TOKEN_SECONDS = 7 * 24 * 3600
+"""How long the token of an approval is kept after the approval's time: a decision may be delivered late."""
 
 
 class ReplayedError(Exception):
@@ -45,15 +50,27 @@ class TaskStore:
     def __init__(self, table: str | None = None) -> None:
         self._table = table or settings.text("TASKS_TABLE")
         self._items = TaskItems(self._table)
+        self._read: tuple[str, int, Decisions] | None = None
+        """The decisions that belong to the version of the task that was read last: each decision makes another one."""
+
+    @cached_property
+    def _decisions(self) -> DecisionsTable:
+        return DecisionsTable()
+
+    @cached_property
+    def _callbacks(self) -> CallbacksTable:
+        return CallbacksTable()
 
     # Reading
 
     def get_task(self, task_id: str) -> Task:
-        """Raises NotFoundError."""
+        """Read a task; what people decided about it is read from their decisions. Raises NotFoundError."""
         item = self._get(task_id, "TASK")
         if item is None:
             raise NotFoundError("no such task", field="task_id")
-        return Task.model_validate_json(item["data"]["S"])
+        task, decisions = Task.model_validate_json(item["data"]["S"]), self._decisions.of(task_id)
+        self._read = (task_id, task.version, decisions)
+        return decisions.of_task(task)
 
     def get_plan(self, plan_id: str) -> Plan:
         """Raises NotFoundError."""
@@ -80,17 +97,29 @@ class TaskStore:
         """The records of the steps that were begun, by the step's index."""
         return {record.step_index: record for record in self.steps(task_id)}
 
-    def approvals(self, task_id: str) -> list[Approval]:
-        """All approvals that were asked for, by step, then by round."""
-        return [Approval.model_validate_json(item["data"]["S"]) for item in self._query(task_id, "APPROVAL#")]
+    def approvals(self, task_id: str, *, of: Task | None = None) -> list[Approval]:
+        """All approvals that were asked for, by step, then by round, each with the decisions that people made on it.
 
-    def latest_approval(self, task_id: str, step_index: int) -> Approval | None:
-        items = self._query(task_id, f"APPROVAL#{step_index:03d}#")
-        return Approval.model_validate_json(items[-1]["data"]["S"]) if items else None
+        With `of`, the decisions are those of that version of the task, which need not be read again.
+        """
+        return self._approvals(task_id, "APPROVAL#", of)
 
-    def open_approval(self, task_id: str) -> Approval | None:
+    def latest_approval(self, task_id: str, step_index: int, *, of: Task | None = None) -> Approval | None:
+        found = self._approvals(task_id, f"APPROVAL#{step_index:03d}#", of)
+        return found[-1] if found else None
+
+    def open_approval(self, task_id: str, *, of: Task | None = None) -> Approval | None:
         """The approval that a person is asked for now."""
-        return approvals.pending_of(self.approvals(task_id))
+        return approvals.pending_of(self.approvals(task_id, of=of))
+
+    def _approvals(self, task_id: str, prefix: str, of: Task | None) -> list[Approval]:
+        asked = [Approval.model_validate_json(item["data"]["S"]) for item in self._query(task_id, prefix)]
+        return self._decisions_on(task_id, of).of_approvals(asked) if asked else []
+
+    def _decisions_on(self, task_id: str, of: Task | None) -> Decisions:
+        if of is not None and self._read is not None and self._read[:2] == (of.task_id, of.version):
+            return self._read[2]
+        return self._decisions.of(task_id)
 
     def open_tasks(self, status: Status, older_than_seconds: int) -> list[Task]:
         """Tasks in that status that have not changed for so long, oldest first; an eventually consistent read."""
@@ -152,7 +181,7 @@ class TaskStore:
         counter = self._items.count_open(task.requester, 1, max_open)
         writes = [
             self._items.put(task_item(task), unless_exists=True),
-            self._items.put_events(task.task_id, 1, [event]),
+            *self._events(task.task_id, 1, [event], salt=task.salt),
             counter,
         ]
         if idempotency is not None:
@@ -209,12 +238,14 @@ class TaskStore:
         """
 
         def decide(newest: Task) -> Change:
+            latest = self.latest_approval(newest.task_id, step_index, of=newest)
             return approvals.request(
                 newest,
                 plan,
                 step_index,
-                self.latest_approval(newest.task_id, step_index),
+                latest,
                 token=token,
+                stored_token=self._callbacks.token("APPROVAL", newest.task_id, step_index) if latest else None,
                 expires_in=expires_in,
                 required=required,
                 execution=execution,
@@ -233,6 +264,7 @@ class TaskStore:
         reason: str,
         plan_hash: str | None = None,
         four_eyes: bool = True,
+        known: Task | None = None,
         idempotency: Idempotency | None = None,
     ) -> Approval:
         """Commit a person's decision, once. Delivering it, when it was the last that was needed, comes after.
@@ -245,7 +277,7 @@ class TaskStore:
             return approvals.decide(
                 task,
                 self._plan_if_any(task),
-                self.approvals(task_id),
+                self.approvals(task_id, of=task),
                 approved=approved,
                 subject=subject,
                 reason=reason,
@@ -258,13 +290,13 @@ class TaskStore:
         def answer(change: Change) -> dict[str, Any]:
             return decided_answer(task_id, _approval_of(change))
 
-        return _approval_of(self._apply(task_id, decide, idempotency=idempotency, answer=answer)[1])
+        return _approval_of(self._apply(task_id, decide, known=known, idempotency=idempotency, answer=answer)[1])
 
     def remind(self, task_id: str) -> bool:
         """Tell, once for each approval, that it will expire soon; returns whether it was told now."""
 
         def decide(task: Task) -> Change:
-            return approvals.remind(task, self._plan_if_any(task), self.approvals(task_id), now())
+            return approvals.remind(task, self._plan_if_any(task), self.approvals(task_id, of=task), now())
 
         return not self._apply(task_id, decide)[1].writes_nothing
 
@@ -272,7 +304,7 @@ class TaskStore:
         """Close the approval whose time is over; returns it, so that the execution that waits for it can be woken."""
 
         def decide(task: Task) -> Change:
-            return approvals.expire(task, self._plan_if_any(task), self.approvals(task_id), now())
+            return approvals.expire(task, self._plan_if_any(task), self.approvals(task_id, of=task), now())
 
         return self._apply(task_id, decide)[1].approval
 
@@ -356,49 +388,6 @@ class TaskStore:
 
         return _record_of(self._apply(task.task_id, decide)[1])
 
-    # Waiting for the ledger
-
-    def put_waiter(self, task_id: str, step_index: int, token: str, expires_in: int, *, run: int) -> None:
-        """Keep the token of the state that waits for a step's confirmation; the newest of a run is the one that counts.
-
-        It goes when it was used (`forget_waiter`), or after `expires_in` seconds, when the state has given up. Raises
-        ConflictError when a later run than `run` waits: its token is not replaced.
-        """
-        step_functions_waits = _waiter_key(task_id, step_index) | {
-            "token": {"S": token},
-            "run": {"N": str(run)},
-            "expires_at_epoch": {"N": str(int(time.time()) + expires_in)},
-        }
-        no_later_run_waits = "attribute_not_exists(#run) OR #run <= :run"
-        try:
-            dynamo.call(
-                "put_item",
-                TableName=self._table,
-                Item=step_functions_waits,
-                ConditionExpression=no_later_run_waits,
-                ExpressionAttributeNames={"#run": "run"},
-                ExpressionAttributeValues={":run": {"N": str(run)}},
-            )
-        except dynamo.ConditionFailedError as error:
-            raise ConflictError("another execution of the task has begun") from error
-
-    def waiter(self, task_id: str, step_index: int) -> str | None:
-        """Return the token of the state that waits for a step's confirmation."""
-        item = self._get(task_id, f"WAITER#{step_index:03d}")
-        return item["token"]["S"] if item else None
-
-    def forget_waiter(self, task_id: str, step_index: int, token: str) -> None:
-        """Delete a token that was used; one that has come since then stays."""
-        with suppress(dynamo.ConditionFailedError):
-            dynamo.call(
-                "delete_item",
-                TableName=self._table,
-                Key=_waiter_key(task_id, step_index),
-                ConditionExpression="#token = :token",
-                ExpressionAttributeNames={"#token": "token"},
-                ExpressionAttributeValues={":token": {"S": token}},
-            )
-
     # Ending, and taking an end back
 
     def end_task(
@@ -481,7 +470,7 @@ class TaskStore:
         def decide(task: Task) -> Change:
             key_hash = _key_hash(idempotency)
             return lifecycle.retry_task(
-                task, self.approvals(task_id), subject=subject, at=now(), agent=agent, key_hash=key_hash
+                task, self.approvals(task_id, of=task), subject=subject, at=now(), agent=agent, key_hash=key_hash
             )
 
         return self._apply(
@@ -501,7 +490,7 @@ class TaskStore:
         return History(plan=self.plan_of(task) if asked else None, asked=asked)
 
     def _asked_in_this_run(self, task: Task) -> list[Approval]:
-        return [approval for approval in self.approvals(task.task_id) if approval.run == task.run]
+        return [approval for approval in self.approvals(task.task_id, of=task) if approval.run == task.run]
 
     # DynamoDB
 
@@ -551,7 +540,7 @@ class TaskStore:
         """Return the items of a change beside the task's own."""
         writes: list[Item] = []
         if change.events:
-            writes.append(self._items.put_events(task.task_id, task.events + 1, change.events))
+            writes += self._events(task.task_id, task.events + 1, change.events)
         if change.plan is not None:
             writes.append(self._items.put(plan_item(change.plan), unless_exists=True))
         if change.step is not None:
@@ -560,6 +549,13 @@ class TaskStore:
             )
         if change.approval is not None:
             writes.append(self._items.put_approval(task.task_id, change.approval, change.approval_before))
+        if change.approval is not None and change.token is not None:
+            left = parse_timestamp(change.approval.expires_at) - now()
+            kept = int(left.total_seconds()) + _TOKEN_SECONDS
+            step_index = change.approval.step_index
+            writes.append(
+                self._callbacks.put("APPROVAL", task.task_id, step_index, change.token, kept, run=change.approval.run)
+            )
         if change.consumed is not None:
             writes.append(self._items.consume_approval(task.task_id, change.consumed))
         if change.ends:
@@ -567,6 +563,13 @@ class TaskStore:
         if change.opens:
             writes.append(self._items.count_open(task.requester, 1, max_open))
         return writes
+
+    def _events(self, task_id: str, first: int, happened: Sequence[Event], *, salt: str | None = None) -> list[Item]:
+        """Put events into the outbox. An event that a person made is a decision, and the outbox only refers to it."""
+        decided = {number: event for number, event in enumerate(happened, start=first) if is_decision(event)}
+        outbox = [Decided(timestamp=event.timestamp) if is_decision(event) else event for event in happened]
+        puts = [self._decisions.put(task_id, number, event, salt=salt) for number, event in decided.items()]
+        return [self._items.put_events(task_id, first, outbox), *puts]
 
     def _get(self, pk: str, sk: str) -> Item | None:
         return dynamo.get(self._table, pk, sk)
@@ -625,10 +628,6 @@ def _pause(attempt: int) -> None:
 
 def _step_sk(record: StepRecord) -> str:
     return f"STEP#{record.step_index:03d}"
-
-
-def _waiter_key(task_id: str, step_index: int) -> Item:
-    return {"pk": {"S": task_id}, "sk": {"S": f"WAITER#{step_index:03d}"}}
 
 
 def _record_of(change: Change) -> StepRecord:

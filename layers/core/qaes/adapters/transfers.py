@@ -8,6 +8,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any, NamedTuple
 
+from qaes.adapters.callbacks import CallbacksTable
 from qaes.adapters.executions import answer, fail
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_store import TaskStore
@@ -139,7 +140,8 @@ def tell(store: TaskStore, task: Task, record: StepRecord) -> bool:
 
     The record is believed, not what is sent. The token is of no use afterwards.
     """
-    token = store.waiter(task.task_id, record.step_index) if record.status != "running" else None
+    callbacks = CallbacksTable()
+    token = callbacks.token("ACTION", task.task_id, record.step_index) if record.status != "running" else None
     if token is None:
         return False
     # Whatever `task` says: it may have been retried since it was read, and then the token is the new execution's. One
@@ -148,7 +150,7 @@ def tell(store: TaskStore, task: Task, record: StepRecord) -> bool:
         woken = fail(token, StepFailedError(record.error or ""))
     else:
         woken = answer(token, {"status": record.status})
-    store.forget_waiter(task.task_id, record.step_index, token)
+    callbacks.forget("ACTION", task.task_id, record.step_index, token)
     return woken
 
 

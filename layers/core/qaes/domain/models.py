@@ -106,7 +106,7 @@ class Task(Model):
     status: Status
     task_type: str
     description: str
-    parameters: dict[str, Any]
+    parameters: dict[str, Any] = {}
     requester: str
     agent: str | None = None
     retriers: tuple[str, ...] = ()
@@ -206,7 +206,7 @@ class Decision(Model):
 
 
 class Approval(Model):
-    """People were asked. Bound to the hashes of the plan and of the step; the token never leaves the service.
+    """People were asked. Bound to the hashes of the plan and of the step.
 
     `required` people have to approve; one rejection ends it. `run` is the task's execution that asks. `balance` is that
     of the wallet that is to pay, as it was read right before; it is shown, and nothing is bound to it.
@@ -221,7 +221,6 @@ class Approval(Model):
     plan_hash: str
     step_hash: str
     policy_id: str
-    token: str
     requested_at: str
     expires_at: str
     reminded_at: str | None = None

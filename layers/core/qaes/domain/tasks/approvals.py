@@ -20,13 +20,14 @@ def request(
     latest: Approval | None,
     *,
     token: str,
+    stored_token: str | None,
     expires_in: int,
     required: int,
     execution: str | None,
     balance: WalletBalance | None,
     at: datetime,
 ) -> Change:
-    """Ask people to approve a step; `latest` is what they were asked about it before.
+    """Ask people to approve a step; `latest` is what they were asked about it before, under the `stored_token`.
 
     Asked again in the same execution (the state was retried), the newest token is the one that counts. What was decided
     in between, or has expired, stays as it is: nobody is asked twice, unless fewer have approved than are `required`
@@ -38,9 +39,9 @@ def request(
     refuse_ended(task)
     refuse_other_execution(task, execution)
     if latest is not None and latest.run == task.run and not latest.is_too_little(required):
-        approval = latest.model_copy(update={"token": token})
         waits = {"status": "waiting_approval"} if latest.status == "pending" else {}
-        return Change(waits, approval=approval, approval_before=latest.status, writes_nothing=latest.token == token)
+        unchanged = stored_token == token
+        return Change(waits, approval=latest, approval_before=latest.status, token=token, writes_nothing=unchanged)
     approval = Approval(
         step_index=step_index,
         round=latest.round + 1 if latest else 1,
@@ -50,7 +51,6 @@ def request(
         plan_hash=plan.hash(),
         step_hash=plan.steps[step_index].hash(),
         policy_id=plan.policy.policy_id,
-        token=token,
         requested_at=timestamp(at),
         expires_at=timestamp(at + timedelta(seconds=expires_in)),
         balance=balance,
@@ -63,7 +63,7 @@ def request(
         "waiting_since": approval.requested_at,
         "waiting_until": approval.expires_at,
     }
-    return Change(fields, (asked,), approval=approval)
+    return Change(fields, (asked,), approval=approval, token=token)
 
 
 def decide(

@@ -49,7 +49,8 @@ class Change:
     """What one transaction writes: fields of the task, events in order, and the items that go with them.
 
     `step` is the step's record; it replaces `step_before` (None: there is none yet). `approval` replaces one with the
-    status `approval_before` (None: it is new); `consumed` is one that was approved and is used up.
+    status `approval_before` (None: it is new); `consumed` is one that was approved and is used up. `token` is
+    that of the state that waits for the decision on `approval`.
     """
 
     task: Mapping[str, Any] = field(default_factory=dict)
@@ -60,6 +61,7 @@ class Change:
     approval: Approval | None = None
     approval_before: ApprovalStatus | None = None
     consumed: Approval | None = None
+    token: str | None = None
     opens: bool = False
     writes_nothing: bool = False
 

@@ -1,0 +1,72 @@
+"""CallbacksTable: the tokens of the states that wait, for people or for the ledger. A token never leaves the service.
+
+pk=task_id, sk=APPROVAL#step or ACTION#step. It is the only table from which a role may delete: a token that was used.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from typing import Any, Literal
+
+from qaes.adapters import dynamo, settings
+from qaes.domain.errors import ConflictError
+
+Item = dict[str, Any]
+Waits = Literal["APPROVAL", "ACTION"]
+
+
+class CallbacksTable:
+    """The callback tokens of tasks. All reads are consistent."""
+
+    def __init__(self, table: str | None = None) -> None:
+        self._table = table or settings.text("CALLBACKS_TABLE")
+
+    def put(self, waits: Waits, task_id: str, step_index: int, token: str, expires_in: int, *, run: int) -> Item:
+        """Make the write of a token; the newest of a run is the one that counts.
+
+        It stays for `expires_in` seconds, unless it is used before. A later run's token is not replaced.
+        """
+        item = _key(waits, task_id, step_index) | {
+            "token": {"S": token},
+            "run": {"N": str(run)},
+            "expires_at_epoch": {"N": str(int(time.time()) + expires_in)},
+        }
+        no_later_run_waits = "attribute_not_exists(#run) OR #run <= :run"
+        put = {
+            "TableName": self._table,
+            "Item": item,
+            "ConditionExpression": no_later_run_waits,
+            "ExpressionAttributeNames": {"#run": "run"},
+            "ExpressionAttributeValues": {":run": {"N": str(run)}},
+        }
+        return {"Put": put}
+
+    def wait(self, waits: Waits, task_id: str, step_index: int, token: str, expires_in: int, *, run: int) -> None:
+        """Store a token by itself, as `put`. Raises ConflictError when a later run waits."""
+        try:
+            dynamo.call("put_item", **self.put(waits, task_id, step_index, token, expires_in, run=run)["Put"])
+        except dynamo.ConditionFailedError as error:
+            raise ConflictError("another execution of the task has begun") from error
+
+    def token(self, waits: Waits, task_id: str, step_index: int) -> str | None:
+        """Read the token of the state that waits."""
+        key = _key(waits, task_id, step_index)
+        item = dynamo.get(self._table, key["pk"]["S"], key["sk"]["S"])
+        return str(item["token"]["S"]) if item else None
+
+    def forget(self, waits: Waits, task_id: str, step_index: int, token: str) -> None:
+        """Delete a token that was used; one that was stored since then stays."""
+        with suppress(dynamo.ConditionFailedError):
+            dynamo.call(
+                "delete_item",
+                TableName=self._table,
+                Key=_key(waits, task_id, step_index),
+                ConditionExpression="#token = :token",
+                ExpressionAttributeNames={"#token": "token"},
+                ExpressionAttributeValues={":token": {"S": token}},
+            )
+
+
+def _key(waits: Waits, task_id: str, step_index: int) -> Item:
+    return dynamo.key(task_id, f"{waits}#{step_index:03d}")

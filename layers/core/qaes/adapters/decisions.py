@@ -1,0 +1,67 @@
+"""DecisionsTable: what people decided about tasks. The gateway's role alone writes it; nothing in it ever changes.
+
+pk=task_id, sk=DECISION#n: the event with the number n. `texts` has its input and its output, one line each, compressed
+by zlib. The first decision is the request, and it has the salt of the task's hashes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Any
+
+from qaes.adapters import dynamo, settings
+from qaes.adapters.task_events import event_attributes, event_of
+from qaes.domain.errors import NotFoundError
+from qaes.domain.models import Event
+from qaes.domain.tasks.decisions import Decisions
+
+Item = dict[str, Any]
+
+_PREFIX = "DECISION#"
+_NOT_OF_THE_EVENT = frozenset({"pk", "sk", "salt", "texts"})
+
+
+class DecisionsTable:
+    """The decisions on tasks. All reads are consistent."""
+
+    def __init__(self, table: str | None = None) -> None:
+        self._table = table or settings.text("DECISIONS_TABLE")
+
+    def put(self, task_id: str, number: int, event: Event, *, salt: str | None = None) -> Item:
+        """Make the write of a decision, once; `salt` goes with the request."""
+        texts = {"texts": {"B": zlib.compress(f"{event.input}\n{event.output}".encode())}}
+        bare = event_attributes(event.model_copy(update={"input": "", "output": ""}))
+        item = _key(task_id, number) | bare | texts | ({"salt": {"S": salt}} if salt else {})
+        not_there_yet = "attribute_not_exists(pk)"
+        return {"Put": {"TableName": self._table, "Item": item, "ConditionExpression": not_there_yet}}
+
+    def event(self, task_id: str, number: int) -> Event | None:
+        """Read one decision."""
+        item = dynamo.get(self._table, task_id, f"{_PREFIX}{number:06d}")
+        return _event(item) if item else None
+
+    def of(self, task_id: str) -> Decisions:
+        """Read all decisions on a task. Raises NotFoundError if nobody asked for such a task."""
+        items = list(
+            dynamo.items(
+                TableName=self._table,
+                KeyConditionExpression="pk = :pk AND begins_with(sk, :prefix)",
+                ExpressionAttributeValues={":pk": {"S": task_id}, ":prefix": {"S": _PREFIX}},
+                ConsistentRead=True,
+            )
+        )
+        events = {int(item["sk"]["S"].removeprefix(_PREFIX)): _event(item) for item in items}
+        if 1 not in events:
+            raise NotFoundError("no such task", field="task_id")
+        return Decisions(str(items[0]["salt"]["S"]), events)
+
+
+def _key(task_id: str, number: int) -> Item:
+    return dynamo.key(task_id, f"{_PREFIX}{number:06d}")
+
+
+def _event(item: Item) -> Event:
+    event = event_of({name: value for name, value in item.items() if name not in _NOT_OF_THE_EVENT})
+    # Canonical JSON has no line breaks.
+    input_, _, output = zlib.decompress(item["texts"]["B"]).decode().partition("\n")
+    return event.model_copy(update={"input": input_, "output": output})
