@@ -12,7 +12,7 @@ from qaes.adapters import clients
 from qaes.adapters.task_store import TaskStore
 from qaes.domain.ids import new_task_id, now, timestamp
 from qaes.domain.models import Task
-from tests.e2e.conftest import MONITORING, SOURCE, Api
+from tests.e2e.conftest import MONITORING, SOURCE, Api, audit_environment
 
 LONG_AGO = "2026-01-01T00:00:00.000Z"
 
@@ -20,9 +20,8 @@ LONG_AGO = "2026-01-01T00:00:00.000Z"
 @pytest.fixture
 def store(api: Api, monkeypatch: pytest.MonkeyPatch) -> Iterator[TaskStore]:
     """The tasks' table, as this account's root; for what the API does not let one do."""
-    for name, value in api.cloud.environment.items():
-        if name.startswith("AWS_"):
-            monkeypatch.setenv(name, value)
+    for name, value in audit_environment(api.cloud).items():
+        monkeypatch.setenv(name, value)
     clients.reset()
     yield TaskStore(api.cloud.resources["TasksTable"])
     clients.reset()
