@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain import planning
 from qaes.domain.errors import NotFoundError
 from qaes.domain.ids import now, timestamp

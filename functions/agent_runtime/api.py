@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 
 from qaes.adapters.health import add_health, state_machine_answers, tasks_table_answers
 from qaes.adapters.http import Caller, TaskId, create_app, make_handler, require
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.errors import NotFoundError
 from qaes.domain.ids import is_task_id
 from qaes.domain.models import CONFIRMED_LATER, TERMINAL, Status, Step, StepRecord, StepStatus, StepType, Task

@@ -21,7 +21,7 @@ from qaes.adapters.executions import Executions
 from qaes.adapters.handlers import function
 from qaes.adapters.ledger_client import CALL_SECONDS, LedgerClient
 from qaes.adapters.logs import logger
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.errors import NotFoundError
 from qaes.domain.ids import now, parse_timestamp
 from qaes.domain.models import OPEN, TERMINAL, Task

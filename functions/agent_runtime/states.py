@@ -19,7 +19,7 @@ from qaes.adapters.executions import Executions, answer
 from qaes.adapters.handlers import state, token_state
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import logger, note
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain import compliance, planning
 from qaes.domain.compliance import Verdict
 from qaes.domain.errors import StepDeniedError

@@ -32,7 +32,7 @@ from qaes.adapters.health import add_health
 from qaes.adapters.http import Caller, Sha256, TaskId, create_app, make_handler, require
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import logger
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.bundle import Bundle, TrailEntry, build_bundle, policy_ids
 from qaes.domain.errors import InvalidInputError, NotFoundError, RefusedError
 from qaes.domain.ids import is_task_id

@@ -19,9 +19,10 @@ from qaes.adapters.executions import Executions
 from qaes.adapters.health import add_health, state_machine_answers, tasks_table_answers
 from qaes.adapters.http import OPEN, Caller, TaskId, create_app, make_handler, require
 from qaes.adapters.logs import logger, note
+from qaes.adapters.task_changes import ReplayedError
 from qaes.adapters.task_items import Idempotency
 from qaes.adapters.task_list import list_tasks
-from qaes.adapters.task_store import ReplayedError, TaskStore, decided_answer, lifecycle_answer
+from qaes.adapters.task_repository import TaskStore, decided_answer, lifecycle_answer
 from qaes.domain.canonical import hash_of
 from qaes.domain.errors import ForbiddenError, InvalidInputError, NotFoundError, UnavailableError
 from qaes.domain.ids import TASK_ID_PATTERN, is_task_id, new_task_id, now, timestamp

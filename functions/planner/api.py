@@ -12,7 +12,7 @@ from qaes.adapters import settings, transfers
 from qaes.adapters.health import add_health, tasks_table_answers
 from qaes.adapters.http import Caller, PlanId, create_app, make_handler, require
 from qaes.adapters.ledger_client import LedgerClient
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain import compliance, planning
 from qaes.domain.errors import NotFoundError
 from qaes.domain.ids import is_plan_id, is_task_id, new_plan_id, now, timestamp

@@ -9,7 +9,7 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 from qaes.adapters.handlers import state
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import note
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain import compliance, planning
 from qaes.domain.ids import new_plan_id, now, timestamp
 from qaes.domain.models import TERMINAL, Analysis, Plan, Task

@@ -14,7 +14,7 @@ from qaes.adapters import metrics, transfers
 from qaes.adapters.handlers import function
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import logger
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.errors import NotFoundError
 from qaes.domain.models import StepRecord, Task
 

@@ -15,7 +15,7 @@ from qaes.adapters.callbacks import CallbacksTable
 from qaes.adapters.executions import answer
 from qaes.adapters.handlers import state, token_state
 from qaes.adapters.ledger_client import LedgerClient
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain import compliance
 from qaes.domain.errors import ConflictError, RefusedError, StepDeniedError, StepFailedError
 from qaes.domain.ids import now

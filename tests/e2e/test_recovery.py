@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from qaes.adapters import clients
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.ids import new_task_id, now, timestamp
 from qaes.domain.models import Task
 from tests.e2e.conftest import MONITORING, SOURCE, Api, audit_environment

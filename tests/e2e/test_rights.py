@@ -14,7 +14,7 @@ from botocore.exceptions import ClientError
 from local.cloud import Cloud
 from qaes.adapters.callbacks import CallbacksTable
 from qaes.adapters.task_items import task_item
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from tests.e2e.conftest import DESTINATION, SOURCE, Api, audit_environment
 from tests.support import template
 from tests.support.forgery import approval_of_bob, event_of_bob, task_that_goes_on

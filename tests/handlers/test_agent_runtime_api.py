@@ -8,7 +8,7 @@ from typing import Any
 import boto3
 import pytest
 
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.models import Outcome
 from qaes.domain.tasks.lifecycle import StepOutcome
 from tests.handlers.test_gateway import UNKNOWN

@@ -12,7 +12,7 @@ import pytest
 from audit.store import Outbox
 from qaes.adapters import dynamo
 from qaes.adapters.http import Caller
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.canonical import hash_of, salted_hash
 from tests.handlers.test_gateway import NO, TRANSFER, YES, start
 from tests.handlers.test_task_store import events, planned, waiting

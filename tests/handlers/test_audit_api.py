@@ -15,7 +15,7 @@ import pytest
 from audit.api import MAX_PAGE
 from audit.evidence import CHECKS, MATCHES
 from audit.store import AuditStore, Occurrence, StoredEntry
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain import planning
 from qaes.domain.audit import GENESIS
 from qaes.domain.canonical import canonical_json, hash_of, salted_hash

@@ -21,7 +21,7 @@ from botocore.exceptions import ReadTimeoutError
 from audit.fsck import fsck
 from qaes.adapters import clients
 from qaes.adapters.ledger_client import LedgerClient
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qubic.network import chain
 from tests.handlers.test_audit_recorder import start_task, stream_event
 from tests.support import template

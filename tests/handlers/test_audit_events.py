@@ -10,7 +10,7 @@ import pytest
 
 from audit.store import Outbox
 from qaes.adapters.task_items import Idempotency
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.canonical import canonical_json, hash_of, salted_hash
 from qaes.domain.models import Event
 from tests.handlers.test_task_store import new_task, planned, waiting

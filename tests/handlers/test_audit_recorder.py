@@ -23,7 +23,7 @@ from audit.store import AuditStore, Outbox, StoredEntry
 from qaes.adapters import clients, dynamo
 from qaes.adapters.decisions import DecisionsTable
 from qaes.adapters.task_items import TaskItems, task_item
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.audit import BrokenChainError, verify_chain
 from qaes.domain.errors import UnavailableError
 from qaes.domain.ids import new_task_id, now, timestamp

@@ -17,7 +17,7 @@ from botocore.exceptions import ClientError, EndpointConnectionError, ReadTimeou
 from audit import store as audit_store
 from qaes.adapters import dynamo
 from qaes.adapters.callbacks import CallbacksTable
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.errors import ThrottledError, UnavailableError
 from qaes.domain.ids import new_task_id
 from qubic.items import ChangedError, Items

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from local.seed import seed
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.policy import Policy
 from tests.support import events, template
 from tests.support.cloud import call, cloud

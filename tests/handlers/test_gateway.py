@@ -13,7 +13,7 @@ from botocore.exceptions import ClientError, EndpointConnectionError
 from audit.store import Outbox
 from qaes.adapters import clients
 from qaes.adapters.executions import Executions
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.errors import QaesError
 from qaes.domain.ids import is_task_id, parse_timestamp
 from qaes.domain.qubic.identity import encode_identity

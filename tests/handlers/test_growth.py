@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks import growth
 from benchmarks.units import Units
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 
 SIZES = (400, 4_000)
 OPERATIONS = [

@@ -12,10 +12,10 @@ import boto3
 import pytest
 
 from audit.store import Outbox
-from qaes.adapters import task_store
+from qaes.adapters import task_changes
 from qaes.adapters.executions import Executions
 from qaes.adapters.ledger_client import LedgerClient
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.ids import now, parse_timestamp
 from qaes.domain.policy import Policy
 from qaes.domain.tasks.lifecycle import MAX_RETRIES
@@ -377,7 +377,7 @@ def expire(task_id: str) -> None:
     approval = store.open_approval(task_id)
     assert approval is not None
     moments = {name: now() - timedelta(hours=hours) for name, hours in {"requested_at": 25, "expires_at": 1}.items()}
-    past = approval.model_copy(update={name: task_store.timestamp(moment) for name, moment in moments.items()})
+    past = approval.model_copy(update={name: task_changes.timestamp(moment) for name, moment in moments.items()})
     replace_approval(store, task_id, past)
 
 
@@ -458,7 +458,7 @@ def test_people_are_reminded_once_before_an_approval_expires(live: Api) -> None:
     approval = store.open_approval(task_id)
     assert approval is not None
     soon = {"requested_at": now() - timedelta(hours=20), "expires_at": now() + timedelta(hours=4)}
-    late = approval.model_copy(update={name: task_store.timestamp(moment) for name, moment in soon.items()})
+    late = approval.model_copy(update={name: task_changes.timestamp(moment) for name, moment in soon.items()})
     replace_approval(store, task_id, late)
     assert live.aws.invoke("ReconcilerFunction", {})["reconciled"] == [task_id]
     assert live.aws.invoke("ReconcilerFunction", {})["reconciled"] == []
@@ -517,8 +517,8 @@ def test_twenty_cancellations_at_once_under_one_key_get_one_answer(api: Api, sto
 def test_a_key_is_forgotten_after_a_day(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     key = {"headers": {"Idempotency-Key": "k"}}
     first = start(api, **key)
-    real = task_store.time.time
-    monkeypatch.setattr(task_store.time, "time", lambda: real() + 24 * 3600 + 1)
+    real = task_changes.time.time
+    monkeypatch.setattr(task_changes.time, "time", lambda: real() + 24 * 3600 + 1)
     assert start(api, **key) != first
 
 

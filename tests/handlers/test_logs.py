@@ -11,7 +11,7 @@ from botocore.client import BaseClient
 
 from qaes.adapters.handlers import WARM_UP
 from qaes.adapters.logs import MAX_LINE_BYTES
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from tests.handlers.test_gateway import MONITOR, TRANSFER, YES
 from tests.handlers.test_task_store import waiting
 from tests.support import template

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from qaes.adapters import task_store
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters import task_changes
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.ids import now, timestamp
 from tests.handlers.test_task_store import events, replace_approval, waiting
 from tests.support.cloud import Cloud, cloud
@@ -110,7 +110,7 @@ def ask(store: TaskStore, *, ago: float, left: float = 3600) -> str:
     assert approval is not None
     moments = {"requested_at": now() - timedelta(seconds=ago), "expires_at": now() + timedelta(seconds=left)}
     older = approval.model_copy(
-        update={name: task_store.timestamp(moment) for name, moment in moments.items()}
+        update={name: task_changes.timestamp(moment) for name, moment in moments.items()}
         | {"reminded_at": timestamp(now())}
     )
     replace_approval(store, task_id, older)

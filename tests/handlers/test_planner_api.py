@@ -11,7 +11,7 @@ import pytest
 
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_items import plan_item
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.errors import ConflictError
 from qaes.domain.ids import is_plan_id, parse_timestamp
 from qaes.domain.models import Plan

@@ -14,7 +14,7 @@ from botocore.client import BaseClient
 
 from qaes.adapters.executions import Executions
 from qaes.adapters.task_items import task_item
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.errors import ThrottledError
 from qaes.domain.ids import new_task_id, now, timestamp
 from qaes.domain.models import Task

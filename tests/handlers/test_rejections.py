@@ -12,7 +12,7 @@ import pytest
 
 from qaes.adapters import clients, dynamo
 from qaes.adapters.callbacks import CallbacksTable
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.errors import ConflictError, ForbiddenError
 from qaes.domain.ids import now
 from qaes.domain.models import Approval, Plan, Task
@@ -121,12 +121,12 @@ def test_of_a_rejection_and_an_end_at_once_one_stands(
     def after_a_rejection(writes: Any) -> None:
         if next(rejected, False):
             with monkeypatch.context() as in_time:
-                in_time.setattr("qaes.adapters.task_store.now", now)
+                in_time.setattr("qaes.adapters.task_repository.now", now)
                 reject(TaskStore("TasksTable"), task_id)
         transact(writes)
 
     with monkeypatch.context() as patch:
-        patch.setattr("qaes.adapters.task_store.now", lambda: now() + ahead)
+        patch.setattr("qaes.adapters.task_repository.now", lambda: now() + ahead)
         patch.setattr(dynamo, "transact", after_a_rejection)
         if how == "cancel":
             with pytest.raises(ConflictError, match="has rejected"):

@@ -15,7 +15,7 @@ import boto3
 import pytest
 from botocore.exceptions import ClientError
 
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
 from qaes.domain.policy import DEFAULT_RULES, Policy, Rule
 from qaes.domain.qubic.identity import encode_identity

@@ -13,7 +13,7 @@ from audit.store import AuditStore, Outbox
 from benchmarks.units import item_size
 from qaes.adapters.task_events import event_item, events_of
 from qaes.adapters.task_items import TaskItems
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.canonical import hash_of
 from qaes.domain.ids import new_task_id, timestamp
 from qaes.domain.ids import now as moment

@@ -13,7 +13,7 @@ import pytest
 from audit.store import Outbox
 from qaes.adapters import clients, dynamo
 from qaes.adapters.task_items import Idempotency, task_item
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain import planning
 from qaes.domain.errors import ConflictError, NotFoundError, ThrottledError, UnavailableError
 from qaes.domain.ids import new_plan_id, new_task_id, now, timestamp
@@ -347,7 +347,7 @@ def test_a_write_that_loses_every_race_gives_up_with_a_clear_error(
         return stale
 
     monkeypatch.setattr(TaskStore, "get_task", read_stale)
-    monkeypatch.setattr("qaes.adapters.task_store.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("qaes.adapters.task_changes.time.sleep", lambda seconds: None)
     with pytest.raises(ThrottledError):
         store.plan_task(stale, build(task.task_id))
 

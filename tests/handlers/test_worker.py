@@ -16,7 +16,7 @@ from audit.store import Outbox
 from qaes.adapters import transfers
 from qaes.adapters.callbacks import CallbacksTable
 from qaes.adapters.ledger_client import LedgerClient
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain import planning
 from qaes.domain.canonical import hash_of
 from qaes.domain.errors import (

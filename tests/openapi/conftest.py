@@ -9,7 +9,7 @@ import pytest
 
 from local.openapi_examples import PAYER, SIGNED, SIGNED_ID
 from qaes.adapters.ledger_client import LedgerClient
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.policy import DEFAULT_RULES
 from qaes.domain.tiles import TILE_WIDTH
 from tests.handlers.test_task_store import new_task, planned, waiting

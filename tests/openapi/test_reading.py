@@ -7,7 +7,7 @@ from collections import defaultdict
 import boto3
 import pytest
 
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from tests.handlers.test_task_store import waiting
 from tests.openapi.conftest import OPERATIONS, routes
 from tests.support.api import Api

@@ -284,7 +284,7 @@ class Cloud:
 
     def wait(self, task_id: str, *statuses: str, seconds: float = 20) -> dict[str, Any]:
         """Wait until the task's own record has one of `statuses`."""
-        from qaes.adapters.task_store import TaskStore
+        from qaes.adapters.task_repository import TaskStore
 
         deadline = time.monotonic() + seconds
         while True:

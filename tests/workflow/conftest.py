@@ -8,7 +8,7 @@ import boto3
 import pytest
 
 from qaes.adapters.executions import Executions
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.ids import new_task_id, now, timestamp
 from qaes.domain.models import Approval, Task
 from tests.support.cloud import Cloud, cloud

@@ -9,7 +9,7 @@ import pytest
 
 from audit.store import Outbox
 from qaes.adapters.executions import Executions
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.models import Approval
 from tests.handlers.test_task_store import new_task
 from tests.support.api import set_environment

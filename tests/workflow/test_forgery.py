@@ -12,7 +12,7 @@ import pytest
 from audit.store import AuditStore
 from qaes.adapters.executions import answer
 from qaes.adapters.ledger_client import LedgerClient
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.models import Task
 from tests.support.api import set_environment
 from tests.support.bundles import load_verifier

@@ -13,7 +13,7 @@ import pytest
 from qaes.adapters.executions import Executions
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_items import plan_item
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain import policy
 from qaes.domain.policy import Policy, PolicyDocument, Rule
 from qubic.network.faults import Faults

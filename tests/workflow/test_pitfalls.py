@@ -13,7 +13,7 @@ import pytest
 
 from qaes.adapters.callbacks import CallbacksTable
 from qaes.adapters.executions import Executions
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.canonical import canonical_json
 from qaes.domain.errors import InvalidInputError
 from qaes.domain.ids import now
@@ -81,7 +81,7 @@ def test_a_decision_before_the_state_that_asks_is_retried_stands(
         call("AwaitApprovalFunction", event, aws.parameters)
         if outcome == "expired":
             with pytest.MonkeyPatch.context() as later:
-                later.setattr("qaes.adapters.task_store.now", lambda: now() + timedelta(hours=1))
+                later.setattr("qaes.adapters.task_repository.now", lambda: now() + timedelta(hours=1))
                 assert store.expire(event["task_id"])
         else:
             store.decide(event["task_id"], approved=outcome == "approved", subject="bob", reason="because")

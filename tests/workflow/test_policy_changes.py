@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.models import Approval
 from qaes.domain.policy import DEFAULT_RULES, DENIED, Rule
 from qubic import wiring

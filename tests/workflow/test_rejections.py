@@ -10,7 +10,7 @@ import pytest
 
 from qaes.adapters.executions import Executions
 from qaes.adapters.ledger_client import LedgerClient
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain.errors import ConflictError
 from qaes.domain.models import Approval
 from tests.support.api import set_environment

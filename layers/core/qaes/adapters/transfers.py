@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from qaes.adapters.callbacks import CallbacksTable
 from qaes.adapters.executions import answer, fail
 from qaes.adapters.ledger_client import LedgerClient
-from qaes.adapters.task_store import TaskStore
+from qaes.adapters.task_repository import TaskStore
 from qaes.domain import compliance
 from qaes.domain.errors import RefusedError, StepFailedError
 from qaes.domain.ids import now, parse_timestamp

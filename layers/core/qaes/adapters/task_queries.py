@@ -1,0 +1,141 @@
+"""Tasks as they are: what the tasks table has, and what people decided about it.
+
+All reads are consistent, but for those of an index.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from functools import cached_property
+
+from qaes.adapters import dynamo, settings
+from qaes.adapters.callbacks import CallbacksTable
+from qaes.adapters.decisions import DecisionsTable
+from qaes.adapters.shards import UNDER_WAY, status_keys
+from qaes.adapters.task_items import Item, TaskItems
+from qaes.domain.errors import ConflictError, NotFoundError
+from qaes.domain.ids import now, timestamp
+from qaes.domain.models import Approval, Plan, Status, StepRecord, Task
+from qaes.domain.tasks import approvals
+from qaes.domain.tasks.decisions import Decisions
+
+
+class TaskQueries:
+    """Reads tasks with their plans, steps and approvals."""
+
+    def __init__(self, table: str | None = None) -> None:
+        self._table = table or settings.text("TASKS_TABLE")
+        self._items = TaskItems(self._table)
+        self._read: tuple[str, int, Decisions] | None = None
+        """The decisions that belong to the version of the task that was read last: each decision makes another one."""
+
+    @cached_property
+    def _decisions(self) -> DecisionsTable:
+        return DecisionsTable()
+
+    @cached_property
+    def _callbacks(self) -> CallbacksTable:
+        return CallbacksTable()
+
+    def get_task(self, task_id: str) -> Task:
+        """Read a task; what people decided about it is read from their decisions. Raises NotFoundError."""
+        item = self._get(task_id, "TASK")
+        if item is None:
+            raise NotFoundError("no such task", field="task_id")
+        task, decisions = Task.model_validate_json(item["data"]["S"]), self._decisions.of(task_id)
+        self._read = (task_id, task.version, decisions)
+        return decisions.of_task(task)
+
+    def get_plan(self, plan_id: str) -> Plan:
+        """Raises NotFoundError."""
+        item = self._get(plan_id, "PLAN")
+        if item is None:
+            raise NotFoundError("no such plan", field="plan_id")
+        return Plan.model_validate_json(item["data"]["S"])
+
+    def plan_of(self, task: Task) -> Plan:
+        """The plan of a task. Raises ConflictError when it has none yet."""
+        if task.plan_id is None:
+            raise ConflictError("the task has no plan", task_status=task.status)
+        return self.get_plan(task.plan_id)
+
+    def step(self, task_id: str, step_index: int) -> StepRecord | None:
+        item = self._get(task_id, f"STEP#{step_index:03d}")
+        return StepRecord.model_validate_json(item["data"]["S"]) if item else None
+
+    def steps(self, task_id: str) -> list[StepRecord]:
+        """The records of the steps that were begun, in order."""
+        return [StepRecord.model_validate_json(item["data"]["S"]) for item in self._query(task_id, "STEP#")]
+
+    def records(self, task_id: str) -> dict[int, StepRecord]:
+        """The records of the steps that were begun, by the step's index."""
+        return {record.step_index: record for record in self.steps(task_id)}
+
+    def approvals(self, task_id: str, *, of: Task | None = None) -> list[Approval]:
+        """All approvals that were asked for, by step, then by round, each with the decisions that people made on it.
+
+        With `of`, the decisions are those of that version of the task, which need not be read again.
+        """
+        return self._approvals(task_id, "APPROVAL#", of)
+
+    def latest_approval(self, task_id: str, step_index: int, *, of: Task | None = None) -> Approval | None:
+        found = self._approvals(task_id, f"APPROVAL#{step_index:03d}#", of)
+        return found[-1] if found else None
+
+    def open_approval(self, task_id: str, *, of: Task | None = None) -> Approval | None:
+        """The approval that a person is asked for now."""
+        return approvals.pending_of(self.approvals(task_id, of=of))
+
+    def _approvals(self, task_id: str, prefix: str, of: Task | None) -> list[Approval]:
+        asked = [Approval.model_validate_json(item["data"]["S"]) for item in self._query(task_id, prefix)]
+        return self._decisions_on(task_id, of).of_approvals(asked) if asked else []
+
+    def _decisions_on(self, task_id: str, of: Task | None) -> Decisions:
+        if of is not None and self._read is not None and self._read[:2] == (of.task_id, of.version):
+            return self._read[2]
+        return self._decisions.of(task_id)
+
+    def open_tasks(self, status: Status, older_than_seconds: int) -> list[Task]:
+        """Tasks in that status that have not changed for so long, oldest first; an eventually consistent read."""
+        tasks = [Task.model_validate_json(item["data"]["S"]) for item in self._by_status(status)]
+        return [task for task in tasks if task.status == status and task.updated_at < _ago(older_than_seconds)]
+
+    def transfers_under_way(self, older_than_seconds: int) -> list[tuple[str, StepRecord]]:
+        """(task id, record) of each step that was begun so long ago and waits for the ledger; its task may have ended.
+
+        An eventually consistent read.
+        """
+        items = self._by_status(UNDER_WAY)
+        found = [(item["pk"]["S"], StepRecord.model_validate_json(item["data"]["S"])) for item in items]
+        return [(task_id, record) for task_id, record in found if record.started_at < _ago(older_than_seconds)]
+
+    def _by_status(self, status: str) -> list[Item]:
+        """Read the items that the index has in this status; it names them, in the order of their tasks' start."""
+        keys = [
+            {"pk": item["pk"], "sk": item["sk"]}
+            for status_key in status_keys(status)
+            for item in dynamo.items(
+                TableName=self._table,
+                IndexName="by_status",
+                KeyConditionExpression="status_key = :status",
+                ExpressionAttributeValues={":status": {"S": status_key}},
+            )
+        ]
+        found = dynamo.get_many(self._table, keys, ConsistentRead=False)
+        return sorted(found, key=lambda item: (item["pk"]["S"], item["sk"]["S"]))
+
+    def _get(self, pk: str, sk: str) -> Item | None:
+        return dynamo.get(self._table, pk, sk)
+
+    def _query(self, pk: str, prefix: str) -> list[Item]:
+        found = dynamo.items(
+            TableName=self._table,
+            KeyConditionExpression="pk = :pk AND begins_with(sk, :prefix)",
+            ExpressionAttributeValues={":pk": {"S": pk}, ":prefix": {"S": prefix}},
+            ConsistentRead=True,
+        )
+        return list(found)
+
+
+def _ago(seconds: int) -> str:
+    return timestamp(now() - timedelta(seconds=seconds))
