@@ -27,11 +27,6 @@ TEST_NAME_LENGTH = 65
 GENERATED = {"docs/api.md", "docs/performance.md"}
 """Written by local/openapi.py and benchmarks/run.py: their generators need the same rules first."""
 
-NOT_REWRITTEN = {
-    "README.md",
-}
-"""Pages that are not in plain English yet. A page leaves this set when it is rewritten; no page joins it."""
-
 _COMPONENTS = (
     "agents?|alarms?|anchors?|API|APIs|authorizer|bundles?|checkpoints?|documents?|entry|entries|errors?|events?|"
     "executions?|fsck|functions?|gateway|index|indexes|Lambda|ledger|lines?|log|logs|messages?|metrics?|mock|network|"
@@ -212,7 +207,7 @@ def check_page(path: str, text: str) -> list[Finding]:
 def pages() -> list[str]:
     """Return the pages that are checked."""
     every = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
-    return sorted({str(path.relative_to(ROOT)) for path in every} - GENERATED - NOT_REWRITTEN)
+    return sorted({str(path.relative_to(ROOT)) for path in every} - GENERATED)
 
 
 def test_names() -> list[str]:
@@ -226,7 +221,7 @@ def main() -> None:
     """Check the pages and the names, or wrap the pages with `--write`."""
     parser = argparse.ArgumentParser(prog="python -m local.prose", description=__doc__)
     parser.add_argument("--write", action="store_true", help="wrap the pages")
-    parser.add_argument("pages", nargs="*", help="pages to check; without any, all that are rewritten")
+    parser.add_argument("pages", nargs="*", help="pages to check; all pages by default")
     arguments = parser.parse_args()
     texts = {name: (ROOT / name).read_text() for name in arguments.pages or pages()}
     if arguments.write:
@@ -235,7 +230,7 @@ def main() -> None:
         return
     findings = [finding for name, text in texts.items() for finding in check_page(name, text)]
     if not arguments.pages:
-        for name in sorted(GENERATED | NOT_REWRITTEN):
+        for name in sorted(GENERATED):
             findings += check_links(name, (ROOT / name).read_text())
         decisions = sorted(path.name for path in (ROOT / "docs" / "adr").glob("[0-9]*.md"))
         findings += check_decisions((ROOT / "docs" / "adr" / "README.md").read_text(), decisions)

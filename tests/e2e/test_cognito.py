@@ -23,7 +23,7 @@ class OwnIssuer(Cloud):
     """The local cloud, with users of the stack's user pool instead of tokens of the local issuer."""
 
     def user(self, *groups: str) -> tuple[str, dict[str, str]]:
-        """Create a user in these groups as the README says, and sign in: their id, and their tokens by use."""
+        """Create a user in these groups as docs/deploy.md describes, and sign in: their id, and their tokens by use."""
         cognito, name = self.client("cognito-idp"), f"user-{uuid.uuid4().hex[:8]}"
         pool = {"UserPoolId": self.outputs["UserPoolId"]}
         # The password that Cognito would make up itself; the local AWS makes one up that its own policy refuses.

@@ -101,11 +101,11 @@ def test_deploy_asks_nothing(deployment: Deployment) -> None:
 
 @pytest.mark.parametrize("shell", SHELLS)
 def test_readme_makes_a_user_and_a_token(deployment: Deployment, shell: str) -> None:
-    """The README's commands, pasted into an interactive shell."""
+    """The commands of docs/deploy.md, pasted into an interactive shell."""
     for program in (shell, "aws"):
         if not shutil.which(program):
             pytest.skip(f"{program} is not installed")
-    [block] = [block for block in blocks("README.md") if block.startswith("POOL=")]
+    [block] = [block for block in blocks("docs/deploy.md") if block.startswith("POOL=")]
     result = subprocess.run(
         SHELLS[shell],
         input=f"set -e\n{block}\nprintf 'pool %s token %s\\n' $POOL $TOKEN\nexit 0\n",
