@@ -87,6 +87,7 @@ check: $(VENV)/.all-stamp ## Lint, types, import contracts, template, requiremen
 	@echo "sam validate" && AWS_DEFAULT_REGION=us-east-1 AWS_ACCESS_KEY_ID=test AWS_SECRET_ACCESS_KEY=test $(BIN)/sam validate --lint > .local/sam-validate.log 2>&1 || { cat .local/sam-validate.log; exit 1; }
 	@echo "checkov" && $(BIN)/checkov --config-file .checkov.yaml > .local/checkov.log || { cat .local/checkov.log; exit 1; }
 	@echo "openapi" && PYTHONPATH=functions:layers/core $(BIN)/python -m local.openapi --check
+	@echo "reference" && PYTHONPATH=functions:layers/core $(BIN)/python -m local.reference --check
 	@echo "prose" && $(BIN)/python -m local.prose
 	@echo "uv.lock and the layer's requirements" && $(BIN)/uv lock --check --quiet && $(EXPORT) | diff - layers/core/requirements.txt || { echo "layers/core/requirements.txt differs from uv.lock: make requirements" >&2; exit 1; }
 
@@ -99,8 +100,9 @@ fuzz: $(VENV)/.all-stamp ## All that make test samples; then some 10,000 request
 	@QAES_FUZZ=1 $(BIN)/python -m pytest -q tests/unit/test_attacks.py tests/unit/test_verifier_search.py tests/handlers/test_audit_crashes.py tests/handlers/test_writer.py
 	@QAES_FUZZ=500 $(BIN)/python -m pytest -q tests/e2e/test_schemathesis.py
 
-openapi: $(VENV)/.all-stamp ## Write the document that the gateway serves (docs/openapi.json links to it) and docs/api.md, from the code
+openapi: $(VENV)/.all-stamp ## Write the parts of the documentation that come from code: API, parameters, state machine
 	@PYTHONPATH=functions:layers/core $(BIN)/python -m local.openapi
+	@PYTHONPATH=functions:layers/core $(BIN)/python -m local.reference
 
 format: $(VENV)/.all-stamp ## Format code, apply the fixes of ruff, wrap the documentation
 	@$(BIN)/ruff check --quiet --fix . && $(BIN)/ruff format --quiet . && $(BIN)/python -m local.prose --write

@@ -244,8 +244,8 @@ Each request carries `Authorization: Bearer …`, a JWT (RS256 or ES256) whose r
 
 - `make up` writes one for each role: `source .local/tokens.env` gives `$REQUESTER`, `$APPROVER`, `$AUDITOR` and `$OPERATOR`,
   and `$APPROVER2` and `$OPERATOR2` for a second person. `make token ROLE=approver SUBJECT=dave` prints one for anybody else.
-- On AWS, your issuer gives them (`JwtIssuer`, `JwtAudience`, `JwksUrl`), or the stack's own Cognito user pool, if you name no issuer: the README
-  has the commands.
+- On AWS, your issuer gives them (`JwtIssuer`, `JwtAudience`, `JwksUrl`), or the stack's own Cognito user pool, if you name no issuer:
+  [deploy.md](deploy.md) has the commands.
 
 No token, or one that is not the issuer's, has expired or is for somebody else: 401. Clocks may differ by 60 seconds.
 

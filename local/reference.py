@@ -15,7 +15,7 @@ from typing import Any
 
 from local.environment import ROOT
 from local.prose import wrapped
-from tests.support.template import template
+from local.template import parse
 
 DEFINITION = ROOT / "statemachine" / "task_execution.asl.json"
 _SUBSTITUTION = re.compile(r"(?<=: )\$\{\w+\}")
@@ -83,7 +83,7 @@ def _definition() -> dict[str, Any]:
 
 
 PARTS: dict[str, tuple[str, Callable[[], str]]] = {
-    "parameters": ("docs/configuration.md", lambda: parameters(template())),
+    "parameters": ("docs/configuration.md", lambda: parameters(parse(ROOT / "template.yaml"))),
     "state machine": ("docs/architecture.md", lambda: state_machine(_definition())),
 }
 """The page of each part, and its text."""
