@@ -247,7 +247,8 @@ Each request carries `Authorization: Bearer …`, a JWT (RS256 or ES256) whose r
 - On AWS, your issuer gives them (`JwtIssuer`, `JwtAudience`, `JwksUrl`), or the stack's own Cognito user pool, if you name no issuer:
   [deploy.md](deploy.md) has the commands.
 
-No token, or one that is not the issuer's, has expired or is for somebody else: 401. Clocks may differ by 60 seconds.
+No token, or one that is not the issuer's, has expired or is for somebody else: 401. A token
+works for at most 60 seconds after it has expired. Clocks may differ by 60 seconds.
 
 ## The examples
 

@@ -28,6 +28,7 @@ _CLIENT_CLAIMS = ("client_id", "azp", "cid", "appid")
 """Where issuers name the client that a token was issued to: RFC 9068, OpenID Connect, Okta, Entra ID."""
 
 LEEWAY_SECONDS = 60
+"""How far the clock of an issuer may be ahead."""
 FRESH_SECONDS = 300
 """How long keys count without being fetched again."""
 STALE_SECONDS = 3600
@@ -161,6 +162,8 @@ class TokenVerifier:
             )
         except (jwt.PyJWTError, ValueError, TypeError) as error:
             raise InvalidTokenError(type(error).__name__) from error
+        if int(claims["exp"]) <= time.time():  # without leeway: API Gateway keeps this answer for a minute
+            raise InvalidTokenError("expired")
         if claims.get("token_use", "access") != "access":
             # Cognito's ID tokens have the client as their audience, and tell it who signed in: no key to the API.
             raise InvalidTokenError("token use")
