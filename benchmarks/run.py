@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import cost, growth, imports, latency, memory, window
+from benchmarks import compare, cost, growth, imports, latency, memory, window
 from benchmarks import primitives as qubic
 from local.build import BUILD
 from local.cloud import Cloud
@@ -41,6 +41,7 @@ COST_ROWS: dict[str, tuple[str, tuple[int, int]]] = {
 }
 """Title and targets (monitoring, transfer) of each figure."""
 LAYER_MEGABYTES = 60
+COMPARISON = "The time of a task beside another build"
 
 
 def mark(holds: bool) -> str:
@@ -202,6 +203,32 @@ process on this machine: the ratio to a function that does nothing (without an a
 From `POST /task/start` to `completed`, a monitoring task: median {statistics.median(found.tasks):.1f} s of {latency.TASKS}, which is {statistics.median(found.tasks) * 1000 / bare:.0f} bare requests."""
 
 
+def comparison() -> str:
+    """What tasks take beside another build, whose checkout is BEFORE."""
+    other = Path(os.environ.get("BEFORE", "")).resolve()
+    if other == ROOT or not (other / "template.yaml").is_file():
+        sys.exit("BEFORE=… names a checkout of another version: make bench ONLY=compare BEFORE=/path/to/it")
+    revision = ["git", "-C", str(other), "rev-parse", "--short", "HEAD"]
+    name = subprocess.run(revision, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
+    rows = [
+        (
+            kind,
+            f"{found['before_seconds']:.2f} s",
+            f"{found['now_seconds']:.2f} s",
+            f"{found['ratio']:.0%}",
+            f"≤ {found['target']:.0%}",
+            mark(found["ratio"] <= found["target"]),
+        )
+        for kind, found in compare.report(*compare.measure(other)).items()
+    ]
+    return f"""## {COMPARISON}
+
+By `make bench ONLY=compare BEFORE=…`: from `POST /task/start` to `completed`, on two local clouds that run at the same time ("before" is revision `{name}`), by turns in an order
+by chance; medians of {compare.ROUNDS}. A transfer is approved as soon as it waits.
+
+{table(("task", "before", "now", "now / before", "target", ""), rows)}"""
+
+
 def sizes(cloud: Cloud) -> str:
     """The layer's size and each function's peak memory."""
     layer = BUILD / "CoreLayer" / "python"
@@ -274,7 +301,14 @@ def _bytes(path: Path) -> int:
     return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
 
 
+def _section(title: str) -> str | None:
+    """Return a section of the report as it is now, with the line that ends it."""
+    found = re.search(rf"## {title}\n.*?\n(?=\n## )", REPORT.read_text(), flags=re.DOTALL)
+    return found[0] if found else None
+
+
 SECTIONS: dict[str, tuple[str, Callable[[], str]]] = {
+    "compare": (COMPARISON, comparison),
     "imports": ("Loading a function", import_times),
     "cost": ("What a task costs", costs),
     "window": ("What the log's windows save", windows),
@@ -289,11 +323,10 @@ def main() -> None:
     if sys.argv[1:]:
         [only] = sys.argv[1:]
         title, section = SECTIONS[only]
-        pattern = rf"## {title}\n.*?(?=\n## )"
-        text, replaced = re.subn(pattern, lambda _: section() + "\n", REPORT.read_text(), flags=re.DOTALL)
-        if not replaced:
+        before = _section(title)
+        if before is None:
             sys.exit(f"{REPORT.relative_to(ROOT)} has no section `{title}` yet: run make bench")
-        REPORT.write_text(text)
+        REPORT.write_text(REPORT.read_text().replace(before, section() + "\n"))
         return
     progress("Qubic primitives")
     parts = [primitives()]
@@ -314,6 +347,8 @@ def main() -> None:
     cloud.remove_directory()
     progress("the audit log under load")
     parts.insert(5, audit_log())
+    if (compared := _section(COMPARISON)) is not None:  # it needs another checkout: what was measured last stays
+        parts.insert(5, compared.rstrip())
     head = f"""# Performance
 
 Written by `make bench` on {now():%Y-%m-%d}, with {os.cpu_count()} cores and Python {platform.python_version()}. Absolute times are this machine's; ratios within the run
