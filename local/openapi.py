@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from local.environment import ROOT
 from local.openapi_examples import EXAMPLES
+from qaes import VERSION
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -84,7 +85,7 @@ def document() -> Document:
         "openapi": "3.1.0",
         "info": {
             "title": "Qubic Autonomous Execution System",
-            "version": "1.0.0",
+            "version": VERSION,
             "description": DESCRIPTION,
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from local.seed import PLAN, PLANNED_TASK
+from qaes import VERSION
 
 HASH = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 TXID = "qepeyezutyuvpavhngoaggqfoxikrrkzmhqfzygkjyzqpwgkcrrsvhzbklbe"
@@ -49,7 +50,7 @@ PROPOSED = {
     "txid": None,
     "tick": None,
 }
-VERSION = {"version": 2}
+POLICY_VERSION = {"version": 2}
 DOCUMENT = f'{{"based_on":"{POLICY_ID}","format":1,"proposed_by":"olivia","rules":{{}},"version":2}}'
 PAYLOAD = "5141455301" + "1f2e3d4c5b6a7988" + "0100000000000000" + HASH + "0" * 64 + "0" * 16
 IDENTITY = "BAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAARMID"
@@ -138,7 +139,7 @@ FAULTS = {
 
 
 def _health(service: str) -> dict[str, Any]:
-    return {"answer": {"status": "healthy", "service": service}}
+    return {"answer": {"status": "healthy", "service": service, "version": VERSION}}
 
 
 EXAMPLES: dict[str, dict[str, Any]] = {
@@ -338,17 +339,17 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "answer": {"network": "mock", "versions": [PROPOSED], "next_before": None},
     },
     "get_policy_version": {
-        "parameters": VERSION,
+        "parameters": POLICY_VERSION,
         "answer": PROPOSED | {"network": "mock", "difference": DIFFERENCE, "text": DOCUMENT},
     },
     "approve_policy": {
-        "parameters": VERSION,
+        "parameters": POLICY_VERSION,
         "answer": PROPOSED
         | {"network": "mock", "status": "anchoring", "approved_by": "oscar", "approved_at": MOMENT}
         | {"txid": TXID, "tick": 48239423},
     },
     "reject_policy": {
-        "parameters": VERSION,
+        "parameters": POLICY_VERSION,
         "body": {"reason": "the limit is too high"},
         "answer": PROPOSED
         | {"network": "mock", "status": "rejected", "rejected_by": "oscar", "rejected_at": MOMENT}
@@ -442,6 +443,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     "get_about": {
         "answer": {
             "service": "Qubic Autonomous Execution System",
+            "version": VERSION,
             "description": (
                 "Runs tasks of agents under a policy, with approvals and an audit trail that anyone can verify."
             ),
@@ -460,6 +462,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
             "network": "mock",
             "status": "healthy",
             "service": "qubic",
+            "version": VERSION,
             "tick": 48239423,
             "policy_id": POLICY_ID,
         }

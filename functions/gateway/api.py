@@ -14,6 +14,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from fastapi import Depends, Header, Query, Response
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from qaes import VERSION
 from qaes.adapters import settings
 from qaes.adapters.executions import Executions
 from qaes.adapters.health import add_health, state_machine_answers, tasks_table_answers
@@ -218,6 +219,7 @@ class About(BaseModel):
     """What this API is; the other fields are paths below its address."""
 
     service: str
+    version: str
     description: str
     documentation: str
     openapi: str
@@ -229,6 +231,7 @@ def get_about() -> About:
     """Return what this service is, and where its documentation is."""
     return About(
         service="Qubic Autonomous Execution System",
+        version=VERSION,
         description="Runs tasks of agents under a policy, with approvals and an audit trail that anyone can verify.",
         documentation="/docs",
         openapi="/openapi.json",

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from fastapi import Depends, Path, Response
 from pydantic import BaseModel, ConfigDict, Field
 
+from qaes import VERSION
 from qaes.adapters.http import OPEN, Caller, Sha256, create_app, make_handler, require
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.domain.errors import NotFoundError, UnavailableError
@@ -103,6 +104,7 @@ class LedgerHealthy(_Answer):
 
     status: Literal["healthy"]
     service: str
+    version: str = VERSION
     tick: int
     policy_id: str
 
@@ -112,6 +114,7 @@ class LedgerUnhealthy(_Answer):
 
     status: Literal["unhealthy"]
     service: str
+    version: str = VERSION
     failing: list[str]
     detail: str
 

@@ -8,6 +8,7 @@ from typing import Any
 import boto3
 import pytest
 
+from qaes import VERSION
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain.models import Outcome
 from qaes.domain.tasks.lifecycle import StepOutcome
@@ -201,4 +202,4 @@ def test_health_names_what_is_missing(api: Api) -> None:
 def test_health_is_well_when_all_is_there() -> None:
     with cloud() as aws:
         answer = Api(aws, "AgentRuntimeApiFunction")("GET", "/agent-runtime/health", **NOBODY)
-    assert (answer.status, answer.body) == (200, {"status": "healthy", "service": "agent-runtime"})
+    assert (answer.status, answer.body) == (200, {"status": "healthy", "service": "agent-runtime", "version": VERSION})

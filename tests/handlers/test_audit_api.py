@@ -15,6 +15,7 @@ import pytest
 from audit.api import MAX_PAGE
 from audit.evidence import CHECKS, MATCHES
 from audit.store import AuditStore, Occurrence, StoredEntry
+from qaes import VERSION
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain import planning
 from qaes.domain.audit import GENESIS
@@ -738,7 +739,7 @@ def test_an_entry_that_the_log_has_and_the_table_has_not_is_no_tile(get: Get, re
 
 
 def test_health_names_the_part_that_fails(get: Get, aws: Cloud) -> None:
-    assert get("/audit/health", subject=None) == (200, {"status": "healthy", "service": "audit"})
+    assert get("/audit/health", subject=None) == (200, {"status": "healthy", "service": "audit", "version": VERSION})
 
     def down(event: Any) -> None:
         raise RuntimeError("down")

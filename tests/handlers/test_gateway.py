@@ -11,6 +11,7 @@ import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError
 
 from audit.store import Outbox
+from qaes import VERSION
 from qaes.adapters import clients
 from qaes.adapters.executions import Executions
 from qaes.adapters.task_repository import TaskStore
@@ -749,7 +750,7 @@ def test_a_decision_for_which_nobody_waits_any_more_is_recorded(api: Api, store:
 
 def test_health_says_so_to_everybody(live: Api) -> None:
     answer = live("GET", "/health", **NOBODY)
-    assert (answer.status, answer.body) == (200, {"status": "healthy", "service": "gateway"})
+    assert (answer.status, answer.body) == (200, {"status": "healthy", "service": "gateway", "version": VERSION})
 
 
 def test_health_names_what_is_missing_and_says_no_more(api: Api) -> None:
@@ -761,6 +762,7 @@ def test_health_names_what_is_missing_and_says_no_more(api: Api) -> None:
     assert answer.body == {
         "status": "unhealthy",
         "service": "gateway",
+        "version": VERSION,
         "failing": ["tasks_table", "state_machine"],
         "detail": "does not answer: tasks_table, state_machine",
     }

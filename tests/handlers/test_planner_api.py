@@ -9,6 +9,7 @@ from typing import Any
 import boto3
 import pytest
 
+from qaes import VERSION
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_items import plan_item
 from qaes.adapters.task_repository import TaskStore
@@ -177,7 +178,7 @@ def test_without_the_ledgers_policy_there_is_no_plan(api: Api) -> None:
 
 def test_health_names_what_does_not_answer(api: Api) -> None:
     answer = api("GET", "/planner/health", **NOBODY)
-    assert (answer.status, answer.body) == (200, {"status": "healthy", "service": "planner"})
+    assert (answer.status, answer.body) == (200, {"status": "healthy", "service": "planner", "version": VERSION})
     api.aws.faults["LedgerFunction"] = down
     answer = api("GET", "/planner/health", **NOBODY)
     assert (answer.status, answer.body["status"], answer.body["failing"]) == (503, "unhealthy", ["ledger"])

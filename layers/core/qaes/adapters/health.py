@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel
 
+from qaes import VERSION
 from qaes.adapters import clients, dynamo, settings
 from qaes.adapters.http import OPEN, RETRY_AFTER_SECONDS
 from qaes.adapters.logs import logger
@@ -19,6 +20,7 @@ class Healthy(BaseModel):
 
     status: Literal["healthy"]
     service: str
+    version: str
 
 
 class Unhealthy(BaseModel):
@@ -26,6 +28,7 @@ class Unhealthy(BaseModel):
 
     status: Literal["unhealthy"]
     service: str
+    version: str
     failing: list[str]
     detail: str
 
@@ -43,10 +46,11 @@ def add_health(app: FastAPI, path: str, checks: dict[str, Callable[[], object]])
                 logger().warning("unhealthy", extra={"part": name, "error": type(error).__name__})
                 failing.append(name)
         if not failing:
-            return JSONResponse({"status": "healthy", "service": service})
+            return JSONResponse({"status": "healthy", "service": service, "version": VERSION})
         body = {
             "status": "unhealthy",
             "service": service,
+            "version": VERSION,
             "failing": failing,
             "detail": f"does not answer: {', '.join(failing)}",
         }
