@@ -16,7 +16,7 @@ from qaes.adapters import metrics
 from qaes.adapters.handlers import function
 from qaes.adapters.logs import logger
 from qaes.domain.errors import LimitError, UnavailableError
-from qubic.transactions.queue import enqueue
+from qubic.transactions.queue import enqueue, wait_until_due
 from qubic.transactions.submissions import Submissions
 from qubic.transactions.tracking import FOLLOW_SECONDS
 from qubic.wiring import policies, submissions
@@ -66,6 +66,7 @@ def _look(it: Submissions, message: dict[str, Any], followed: dict[str, int]) ->
     source = submission.source
     if source not in followed:
         followed[source] = 0
+        wait_until_due(message)
         try:
             it.follow(source, seconds=FOLLOW_SECONDS)
             followed[source] = it.chain.tick_info().tick

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
@@ -15,6 +16,7 @@ from qaes.domain.errors import LimitError, UnavailableError
 from qubic import wallets
 from qubic.network.faults import Faults
 from qubic.network.mock import MockChain
+from qubic.transactions import queue
 from qubic.transactions.queue import MAX_DELAY_SECONDS
 from qubic.transactions.signing import LEAD_TICKS
 from qubic.transactions.submissions import Submissions
@@ -271,6 +273,25 @@ def test_pauses_grow_while_ticks_stand_still_and_are_short_again_when_they_come(
         chain.set_faults(Faults())
         it.clock.pass_seconds(5)
         assert look() < LEAD_TICKS  # ticks come: there are so many left
+
+
+def test_a_look_waits_for_the_rest_of_a_second(monkeypatch):
+    slept: list[float] = []
+
+    def at(moment: float) -> None:
+        monkeypatch.setattr(queue, "time", SimpleNamespace(time=lambda: moment, sleep=slept.append))
+
+    with cloud(state_machine=False, parameters={"QubicTickMilliseconds": "100"}) as it:
+        sent = _sent(monkeypatch)
+        at(1_000.0)
+        it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
+        [message] = sent
+        assert (message["delay"], message["due"]) == (1, 1_000 + (LEAD_TICKS + 2) / 10)
+        for moment in (1_000.0, 1_001.5, 1_001.7, 1_009.0):
+            at(moment)
+            queue.wait_until_due(message)
+        queue.wait_until_due({"key": "without a time"})
+        assert slept == [pytest.approx(0.2)]
 
 
 def test_a_batch_follows_each_source_once(monkeypatch):

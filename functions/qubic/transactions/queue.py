@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from math import ceil
+import time
+from typing import Any
 
 from qaes.adapters import clients, settings
 from qubic.transactions.model import Submission
@@ -11,6 +12,13 @@ from qubic.transactions.signing import LEAD_TICKS
 
 MAX_DELAY_SECONDS = 60
 """Longest pause between two looks: ticks may stand still for an hour."""
+
+
+def wait_until_due(message: dict[str, Any]) -> None:
+    """Wait for the rest of a second: the queue's delays are whole seconds, so a message comes up to one too early."""
+    rest = float(message.get("due", 0)) - time.time()
+    if 0 < rest < 1:
+        time.sleep(rest)
 
 
 def enqueue(submission: Submission, tick: int = 0, *, seen: int = 0, looks: int = 0) -> None:
@@ -26,8 +34,14 @@ def enqueue(submission: Submission, tick: int = 0, *, seen: int = 0, looks: int 
     """
     looks = looks + 1 if tick <= seen else 0
     until = (submission.tick + 2 - (tick or submission.tick - LEAD_TICKS)) * settings.number("QUBIC_TICK_MILLISECONDS")
-    delay = min(MAX_DELAY_SECONDS, max(1, ceil(until / 1000), 2 ** min(looks - 2, 6) if looks > 2 else 1))
-    message = {"key": submission.key, "network": submission.network, "seen": max(tick, seen), "looks": looks}
+    pause = min(MAX_DELAY_SECONDS, max(1, until / 1000, 2 ** min(looks - 2, 6) if looks > 2 else 1))
+    message = {
+        "key": submission.key,
+        "network": submission.network,
+        "seen": max(tick, seen),
+        "looks": looks,
+        "due": round(time.time() + pause, 3),
+    }
     clients.client("sqs").send_message(
-        QueueUrl=settings.text("LEDGER_WRITER_QUEUE"), MessageBody=json.dumps(message), DelaySeconds=delay
+        QueueUrl=settings.text("LEDGER_WRITER_QUEUE"), MessageBody=json.dumps(message), DelaySeconds=int(pause)
     )
