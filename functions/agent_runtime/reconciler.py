@@ -122,7 +122,11 @@ def reconcile(task: Task, store: TaskStore, executions: Executions, running: Col
     status = "RUNNING" if task.execution_name in running else executions.status(task)
     if status == "RUNNING" and _waits(task):
         return _waiting(task, store, executions)
-    task = store.get_task(task.task_id)  # the list has copies: the run is what people decided
+    listed, task = task, store.get_task(task.task_id)  # the list has copies: the run is what people decided
+    if task.status in TERMINAL:
+        return False
+    if task.execution_name != listed.execution_name:  # retried since it was listed: how the run before ended is no end
+        status = executions.status(task)
     if status is None:
         if task.status != "pending" and task.run == 1:
             return False

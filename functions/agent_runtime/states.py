@@ -111,6 +111,7 @@ REASONS = {
 }
 KIND_OF_FAILURE = {
     "States.Timeout": "the time limit was reached",
+    "LimitError": "the ledger had too much to write; retry the task",
     "ConfirmationTimedOut": "the ledger has not confirmed the transfer in time; a retry asks again, and pays once",
 }
 

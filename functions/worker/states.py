@@ -76,9 +76,9 @@ def execute_action(event: dict[str, Any], context: LambdaContext) -> dict[str, A
     plan, records = store.plan_of(task), store.records(task.task_id)
     step_index = lifecycle.next_step(plan, records)
     limit = settings.number("CONFIRMATION_TIMEOUT_SECONDS")
-    callbacks = CallbacksTable()
-    callbacks.wait("ACTION", task.task_id, step_index, token, limit, run=task.run)
-    record = records.get(step_index)
+    callbacks, record = CallbacksTable(), records.get(step_index)
+    attempt_of = record.run if record is not None and record.status == "running" else task.run
+    callbacks.wait("ACTION", task.task_id, step_index, token, limit, run=task.run, attempt_of=attempt_of)
     if record is not None and record.status == "running":
         record = store.step(task.task_id, step_index)  # it may have ended before this token was there to be answered
     ended = None

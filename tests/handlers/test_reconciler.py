@@ -126,6 +126,28 @@ def test_success_without_an_outcome_is_found_within_a_minute(aws: Cloud, store: 
     assert reconcile(aws) == []
 
 
+@pytest.mark.parametrize("ending", ["retried", "cancelled"])
+def test_a_task_that_changed_since_it_was_listed_is_left_alone(
+    aws: Cloud, store: TaskStore, monkeypatch: pytest.MonkeyPatch, ending: str
+) -> None:
+    """How the execution before a retry has ended is not how the new one ends."""
+    from agent_runtime import reconciler
+
+    task_id, _ = planned(store)
+    listed = store.get_task(task_id)
+    store.end_task(task_id, "failed", actor="execution", reason="a service did not answer", execution=task_id)
+    store.retry(task_id, subject="alice")
+    if ending == "cancelled":
+        store.cancel(task_id, subject="alice", reason="changed my mind")
+    statuses = {task_id: "FAILED", f"{task_id}-2": "RUNNING" if ending == "retried" else None}
+    started: list[Task] = []
+    monkeypatch.setattr(Executions, "status", lambda self, task: statuses[task.execution_name])
+    monkeypatch.setattr(Executions, "start", lambda self, task: started.append(task))
+    assert reconciler.reconcile(listed, store, Executions(aws.machine_arn)) is False
+    assert store.get_task(task_id).status == {"retried": "executing"}.get(ending, ending)
+    assert started == []
+
+
 @pytest.mark.parametrize(
     "event",
     [

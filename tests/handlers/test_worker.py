@@ -960,6 +960,25 @@ def test_the_reconciler_wakes_for_who_finished_the_step_and_did_not_come_to_tell
     assert reconciler._wake(store.get_task(task_id), store) is False
 
 
+def test_an_attempt_s_end_told_again_does_not_fail_the_next_run(
+    aws: Cloud, store: TaskStore, plan_for: Plans, woken: Callable[[], list[str]]
+) -> None:
+    """The next execution has kept its token, and has not claimed the step yet."""
+    from agent_runtime import reconciler
+
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    mock_chain(aws).set_faults(Faults(empty_ticks=30))
+    act(aws, task_id, "of the first")
+    aws.settle()
+    store.retry(task_id, subject="alice")
+    before = woken()
+    CallbacksTable().wait("ACTION", task_id, 2, "of the second", 100, run=2)
+    assert aws.invoke("ExecuteActionFunction", ended(task_id, "expired")) == {"status": "failed"}
+    assert reconciler._wake(store.get_task(task_id), store) is False
+    assert (woken(), action_token(task_id)) == (before, "of the second")
+
+
 def test_an_execution_that_began_to_wait_while_the_ledger_was_asked_is_woken(
     aws: Cloud, store: TaskStore, plan_for: Plans, woken: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from qaes.domain.errors import (
     ApprovalRejectedError,
     ConflictError,
     InvalidInputError,
+    LimitError,
     StepDeniedError,
     StoppedError,
     ThrottledError,
@@ -245,6 +246,7 @@ THROTTLING = {
     "Lambda.ClientExecutionTimeoutException",
     "Lambda.Unknown",
     ThrottledError.__name__,
+    LimitError.__name__,
 }
 
 

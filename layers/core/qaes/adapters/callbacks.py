@@ -22,14 +22,26 @@ class CallbacksTable:
     def __init__(self, table: str | None = None) -> None:
         self._table = table or settings.text("CALLBACKS_TABLE")
 
-    def put(self, waits: Waits, task_id: str, step_index: int, token: str, expires_in: int, *, run: int) -> Item:
+    def put(
+        self,
+        waits: Waits,
+        task_id: str,
+        step_index: int,
+        token: str,
+        expires_in: int,
+        *,
+        run: int,
+        attempt_of: int | None = None,
+    ) -> Item:
         """Make the write of a token; the newest of a run is the one that counts.
 
-        It stays for `expires_in` seconds, unless it is used before. A later run's token is not replaced.
+        It stays for `expires_in` seconds, unless it is used before. A later run's token is not replaced. `attempt_of`
+        is the run whose attempt the state waits for, if it is not its own.
         """
         item = _key(waits, task_id, step_index) | {
             "token": {"S": token},
             "run": {"N": str(run)},
+            "attempt_of": {"N": str(attempt_of or run)},
             "expires_at_epoch": {"N": str(int(time.time()) + expires_in)},
         }
         no_later_run_waits = "attribute_not_exists(#run) OR #run <= :run"
@@ -42,18 +54,31 @@ class CallbacksTable:
         }
         return {"Put": put}
 
-    def wait(self, waits: Waits, task_id: str, step_index: int, token: str, expires_in: int, *, run: int) -> None:
+    def wait(
+        self,
+        waits: Waits,
+        task_id: str,
+        step_index: int,
+        token: str,
+        expires_in: int,
+        *,
+        run: int,
+        attempt_of: int | None = None,
+    ) -> None:
         """Store a token by itself, as `put`. Raises ConflictError when a later run waits."""
+        put = self.put(waits, task_id, step_index, token, expires_in, run=run, attempt_of=attempt_of)
         try:
-            dynamo.call("put_item", **self.put(waits, task_id, step_index, token, expires_in, run=run)["Put"])
+            dynamo.call("put_item", **put["Put"])
         except dynamo.ConditionFailedError as error:
             raise ConflictError("another execution of the task has begun") from error
 
-    def token(self, waits: Waits, task_id: str, step_index: int) -> str | None:
-        """Read the token of the state that waits."""
+    def token(self, waits: Waits, task_id: str, step_index: int, *, failed: int | None = None) -> str | None:
+        """Read the token of the state that waits; with `failed`, unless it waits for an attempt after that run's."""
         key = _key(waits, task_id, step_index)
         item = dynamo.get(self._table, key["pk"]["S"], key["sk"]["S"])
-        return str(item["token"]["S"]) if item else None
+        if item is None or (failed is not None and failed < int(item["attempt_of"]["N"])):
+            return None
+        return str(item["token"]["S"])
 
     def forget(self, waits: Waits, task_id: str, step_index: int, token: str) -> None:
         """Delete a token that was used; one that was stored since then stays."""

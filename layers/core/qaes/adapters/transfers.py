@@ -140,8 +140,12 @@ def tell(store: TaskStore, task: Task, record: StepRecord) -> bool:
 
     The record is believed, not what is sent. The token is of no use afterwards.
     """
+    if record.status == "running":
+        return False
     callbacks = CallbacksTable()
-    token = callbacks.token("ACTION", task.task_id, record.step_index) if record.status != "running" else None
+    # An execution that is about to try anew is not failed by the attempt before, whose end may be told again.
+    failed = record.run if record.status == "failed" else None
+    token = callbacks.token("ACTION", task.task_id, record.step_index, failed=failed)
     if token is None:
         return False
     # Whatever `task` says: it may have been retried since it was read, and then the token is the new execution's. One
