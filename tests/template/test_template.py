@@ -611,3 +611,17 @@ def test_nobody_reads_the_ledgers_items_from_a_stream(template: Any) -> None:
 def test_only_the_anchor_reads_the_key_of_the_logs_checkpoints(template: Any) -> None:
     read_key = ("secretsmanager:GetSecretValue", {"Fn::GetAtt": ["LogSigningKey", "Id"]})
     assert {name for name in template.functions if read_key in list(allowed(template, name))} == {"AnchorFunction"}
+
+
+def test_function_that_sends_to_its_own_queue_may_recurse(template: Any) -> None:
+    """Lambda stops a message that a function has sent to the queue that invokes it, after 16 times."""
+    recurse = set()
+    for name, function in template.functions.items():
+        queues = [
+            event["Properties"]["Queue"] for event in function.get("Events", {}).values() if event["Type"] == "SQS"
+        ]
+        sends_to = function.get("Environment", {}).get("Variables", {}).values()
+        if any({"Ref": queue["Fn::GetAtt"][0]} in sends_to for queue in queues):
+            recurse.add(name)
+    assert recurse == {"LedgerWriterFunction"}
+    assert {name for name, each in template.functions.items() if each.get("RecursiveLoop") == "Allow"} == recurse
