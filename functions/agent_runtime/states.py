@@ -78,10 +78,16 @@ def _verdict(
     store: TaskStore, task: Task, plan: Plan, step_index: int, record: StepRecord | None, approval: Approval | None
 ) -> Verdict:
     ledger, step = LedgerClient(), plan.steps[step_index]
-    if record is not None and record.type in CONFIRMED_LATER:
-        compliance.check_same_plan(task, plan)
-        if transfers.settle(store, ledger, task, record).let_through:
-            return compliance.go_on(task, plan)
+    compliance.check_same_plan(task, plan)
+    planning.check_follows(plan, task)
+    if record is not None and record.status == "succeeded":
+        return compliance.go_on(task, plan)  # it succeeded after its execution had ended: nobody is asked about it
+    if (
+        record is not None
+        and record.type in CONFIRMED_LATER
+        and transfers.settle(store, ledger, task, record).let_through
+    ):
+        return compliance.go_on(task, plan)
     policy, funds = transfers.policy_and_funds(ledger, step)
     verdict = compliance.decide(task, plan, step_index, policy.decide(plan.analysis.action_type), approval)
     if verdict.verdict not in {"await_approval", "execute"}:

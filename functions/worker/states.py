@@ -16,7 +16,7 @@ from qaes.adapters.executions import answer
 from qaes.adapters.handlers import state, token_state
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_repository import TaskStore
-from qaes.domain import compliance
+from qaes.domain import compliance, planning
 from qaes.domain.errors import ConflictError, RefusedError, StepDeniedError, StepFailedError
 from qaes.domain.ids import now
 from qaes.domain.models import CONFIRMED_LATER, TERMINAL, Plan, StepRecord, Task
@@ -116,6 +116,7 @@ def execute(
             store.end_task(task.task_id, "completed", actor="execution", reason="", execution=task.execution_name)
         return record
     compliance.check_same_plan(task, plan)
+    planning.check_follows(plan, task)
     lifecycle.refuse_ended(task)
     step, replaces = plan.steps[step_index], None
     if step.type in CONFIRMED_LATER and record is not None and record.run < task.run:
@@ -128,13 +129,16 @@ def execute(
     if record is not None and record.status == "running" and record.run == task.run:
         # The claim stands, whatever the policy says by now. To hand a transfer in again is not another attempt.
         claimed = record if step.type in CONFIRMED_LATER else store.attempt_again(task, plan, step_index)
+        task = store.get_task(task.task_id)  # the claim may be newer than `task`, and it is what has to be on record
+        lifecycle.refuse_ended(task)
+        lifecycle.refuse_other_run(task, claimed.run)
     else:
         task, claimed = _claim(store, ledger, task, plan, step_index, record, replaces)
     if claimed.status != "running":
         return claimed
     if step.type in steps.READS:
         return store.finish_step(task.task_id, claimed, steps.outcome_of(step, steps.read(ledger, step)))
-    audit_trail.ensure_recorded(task.task_id, task.events)
+    audit_trail.ensure_recorded(task.task_id, task.events, step_id=step.step_id)
     return _act(store, ledger, task, plan, claimed)
 
 
@@ -167,7 +171,8 @@ def _claim(
     try:
         compliance.check_may_act(task, plan, step_index, current, approval, at=now())
     except RefusedError as too_old:
-        return task, store.refuse_step(task, plan, step_index, record, too_old.message)
+        store.refuse_step(task, plan, step_index, record, too_old.message)
+        raise StepFailedError(too_old.message) from too_old
     refusal = funds.refusal or funds.refusal_today
     if refusal is not None and not transfers.is_submitted(ledger, task.task_id, step.step_id):
         raise StepDeniedError(refusal)

@@ -37,7 +37,9 @@ def applied(task: Task, change: Change) -> Task:
 
 def run(task: Task, steps: Plan, step_index: int, history: History, **changes: Any) -> Change:
     current = changed(POLICY.decide(steps.analysis.action_type), **changes)
-    return lifecycle.run_step(task, step_index, history, OUTCOME, current, started=AT, at=AT + timedelta(seconds=1))
+    return lifecycle.run_step(
+        task, step_index, history, OUTCOME, current, run=task.run, started=AT, at=AT + timedelta(seconds=1)
+    )
 
 
 def ran(task: Task, steps: Plan, count: int) -> History:
@@ -55,21 +57,21 @@ def ran(task: Task, steps: Plan, count: int) -> History:
 
 def test_plan_task_pins_policy_and_plan_in_one_change() -> None:
     task = changed(PAYS, status="pending", plan_id=None, plan_hash=None)
-    change = lifecycle.plan_task(task, PLAN, AT)
+    change = lifecycle.plan_task(task, PLAN, AT, run=1)
     assert kinds(change) == ["policy_checked:allowed", "plan_built:planned"]
     planned = applied(task, change)
     assert (planned.status, planned.policy_id, planned.plan_hash) == ("executing", PLAN.policy.policy_id, PLAN.hash())
     assert change.plan == PLAN
-    assert lifecycle.plan_task(planned, PLAN, AT).writes_nothing
+    assert lifecycle.plan_task(planned, PLAN, AT, run=1).writes_nothing
 
 
 def test_deny_task_pins_policy_and_end_in_one_change() -> None:
     task = changed(PAYS, status="pending", plan_id=None, plan_hash=None)
-    change = lifecycle.deny_task(task, PLAN.analysis, changed(PLAN.policy, allowed=False), AT)
+    change = lifecycle.deny_task(task, PLAN.analysis, changed(PLAN.policy, allowed=False), AT, run=1)
     assert kinds(change) == ["policy_checked:denied", "task_ended:denied"]
     assert change.ends
     assert {event.policy_id for event in change.events} == {PLAN.policy.policy_id}
-    assert lifecycle.deny_task(applied(task, change), PLAN.analysis, PLAN.policy, AT).writes_nothing
+    assert lifecycle.deny_task(applied(task, change), PLAN.analysis, PLAN.policy, AT, run=1).writes_nothing
 
 
 # Steps
@@ -92,7 +94,7 @@ def test_the_last_step_ends_the_task() -> None:
 def test_a_step_that_fails_ends_the_task() -> None:
     current = POLICY.decide("monitoring")
     failed = StepOutcome(error="no_wallet: none")
-    change = lifecycle.run_step(WATCHES, 0, History(MONITORING), failed, current, started=AT, at=AT)
+    change = lifecycle.run_step(WATCHES, 0, History(MONITORING), failed, current, run=1, started=AT, at=AT)
     assert kinds(change)[-2:] == ["step_executed:failed", "task_ended:failed"]
     assert (change.task["failed_step"], change.task["reason"]) == ("step_1", "no_wallet: none")
 

@@ -41,16 +41,9 @@ class TaskStore(TaskChanges):
             The requester has `max_open` tasks that have not ended.
         """
         task = task.model_copy(update={"events": 1, "salt": _new_salt()})
-        output = {"task_id": task.task_id, "idempotency_key": _key_hash(idempotency)}
+        output, at = {"task_id": task.task_id, "idempotency_key": _key_hash(idempotency)}, task.created_at
         event = events.make(
-            task,
-            "task_started",
-            task.requester,
-            task.status,
-            task.request(),
-            output,
-            at=task.created_at,
-            input_of="request",
+            task, "task_started", task.requester, task.status, task.request(), output, at=at, input_of="request"
         )
         counter = self._items.count_open(task.requester, 1, max_open)
         writes = [
@@ -72,13 +65,16 @@ class TaskStore(TaskChanges):
 
     def plan_task(self, task: Task, plan: Plan) -> tuple[Task, Plan]:
         """Pin the plan's policy and store the plan: `pending` → `executing`, once. The plan that was first stays."""
-        changed, _ = self._apply(task.task_id, lambda newest: lifecycle.plan_task(newest, plan, now()), known=task)
+        changed, _ = self._apply(
+            task.task_id, lambda newest: lifecycle.plan_task(newest, plan, now(), run=task.run), known=task
+        )
         return changed, plan if changed.plan_id == plan.plan_id else self.plan_of(changed)
 
     def deny_task(self, task: Task, analysis: Analysis, decision: PolicyDecision) -> Task:
         """Pin the policy that does not allow the task, and end the task, once."""
+        run = task.run
         return self._apply(
-            task.task_id, lambda newest: lifecycle.deny_task(newest, analysis, decision, now()), known=task
+            task.task_id, lambda newest: lifecycle.deny_task(newest, analysis, decision, now(), run=run), known=task
         )[0]
 
     # Approvals
@@ -194,7 +190,9 @@ class TaskStore(TaskChanges):
             # Only of a task that has ever waited for people there are approvals.
             asked = self._asked_in_this_run(newest) if newest.waiting_since else []
             history = History(plan, self.records(newest.task_id), asked)
-            return lifecycle.run_step(newest, step_index, history, outcome, current, started=started, at=now())
+            return lifecycle.run_step(
+                newest, step_index, history, outcome, current, run=task.run, started=started, at=now()
+            )
 
         return _record_of(self._apply(task.task_id, decide, known=task)[1])
 
@@ -240,7 +238,7 @@ class TaskStore(TaskChanges):
 
         return _record_of(self._apply(task_id, decide)[1])
 
-    def refuse_step(self, task: Task, plan: Plan, step_index: int, before: StepRecord | None, error: str) -> StepRecord:
+    def refuse_step(self, task: Task, plan: Plan, step_index: int, before: StepRecord | None, error: str) -> None:
         """Record that a step may not run, which this execution has not begun, and end the task as failed.
 
         Raises what `lifecycle.refuse_step` raises.
@@ -250,7 +248,7 @@ class TaskStore(TaskChanges):
             history = History(plan, self.records(newest.task_id), self._asked_in_this_run(newest))
             return lifecycle.refuse_step(newest, step_index, history, before, error, run=task.run, at=now())
 
-        return _record_of(self._apply(task.task_id, decide)[1])
+        self._apply(task.task_id, decide)
 
     # Ending, and taking an end back
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from qaes.domain.errors import InvalidInputError
-from qaes.domain.models import EFFECT_TYPES, Analysis, Plan, Step, StepType
+from qaes.domain.errors import ConflictError, InvalidInputError
+from qaes.domain.models import EFFECT_TYPES, Analysis, Plan, Step, StepType, Task
 from qaes.domain.policy import TRANSFER_ACTION, Policy, PolicyDecision
 from qaes.domain.qubic.identity import check_payable
 
@@ -119,6 +119,25 @@ def _action_parameters(
             "alert_threshold": parameters.get("alert_threshold"),
         }
     return {"task_type": task_type, "description": description, "parameters": parameters}
+
+
+def check_follows(plan: Plan, task: Task) -> None:
+    """Check that a stored plan is the one that the task's request makes: roles that decide nothing can write plans.
+
+    Raises ConflictError if it is another one.
+    """
+    made = build_plan(
+        plan_id=plan.plan_id,
+        task_id=task.task_id,
+        created_at=plan.created_at,
+        task_type=task.task_type,
+        description=task.description,
+        parameters=task.parameters,
+        analysis=plan.analysis,
+        policy=plan.policy,
+    )
+    if made != plan or plan.analysis.action_type != action_type(task.task_type):
+        raise ConflictError("the plan does not follow from the request", field="plan")
 
 
 def check_plan(plan: Plan, task_id: str) -> None:

@@ -18,6 +18,7 @@ from qaes.domain.compliance import REJECTED
 from qaes.domain.errors import ApprovalNeededError, ConflictError, UnavailableError
 from qaes.domain.ids import parse_timestamp, timestamp
 from qaes.domain.models import (
+    CONFIRMED_LATER,
     EFFECT_TYPES,
     RETRYABLE,
     TERMINAL,
@@ -91,11 +92,12 @@ class History:
 # Planning
 
 
-def plan_task(task: Task, plan: Plan, at: datetime) -> Change:
+def plan_task(task: Task, plan: Plan, at: datetime, *, run: int) -> Change:
     """Pin the policy that allows the plan, and store the plan, once: the plan that was stored first stays."""
     if task.plan_id is not None:
         return Change(writes_nothing=True)
     refuse_ended(task)
+    refuse_other_run(task, run)
     moment = timestamp(at)
     checked = events.policy_checked(task, plan.analysis, plan.policy, moment, output_of="policy")
     fields = {
@@ -110,10 +112,11 @@ def plan_task(task: Task, plan: Plan, at: datetime) -> Change:
     return Change(fields, (checked, events.plan_built(task, plan, moment)), plan=plan)
 
 
-def deny_task(task: Task, analysis: Analysis, decision: PolicyDecision, at: datetime) -> Change:
+def deny_task(task: Task, analysis: Analysis, decision: PolicyDecision, at: datetime, *, run: int) -> Change:
     """Pin the policy that does not allow the task, and end the task."""
     if task.plan_id is not None or task.status in TERMINAL:
         return Change(writes_nothing=True)
+    refuse_other_run(task, run)
     checked = events.policy_checked(task, analysis, decision, timestamp(at))
     pinned = {"policy_id": decision.policy_id}
     reason = not_allowed(decision)
@@ -145,6 +148,7 @@ def run_step(
     outcome: StepOutcome,
     current: PolicyDecision,
     *,
+    run: int,
     started: datetime,
     at: datetime,
 ) -> Change:
@@ -164,6 +168,7 @@ def run_step(
     if before is not None and not before.may_run(task):
         return Change(step=before, writes_nothing=True)
     refuse_ended(task)
+    refuse_other_run(task, run)
     if step.type in EFFECT_TYPES:
         raise ConflictError("this step has an effect: it is no plain step", step_index=step_index)
     if next_step(plan, history.records) != step_index:
@@ -205,6 +210,8 @@ def claim_step(
         return Change(step=before, writes_nothing=True)
     refuse_ended(task)
     refuse_other_run(task, run)
+    if task.status != "executing":
+        raise ApprovalNeededError("people are asked about this step")
     if before is not None and before.status == "running":
         if before.run == task.run:  # another attempt of this execution has claimed it meanwhile
             return attempt_again(task, step_index, history)
@@ -247,6 +254,8 @@ def refuse_step(
 ) -> Change:
     """Record that a step may not run, which this execution has not begun, and end the task as failed.
 
+    The record of a transfer that an earlier execution began stays: its outcome is still to be recorded.
+
     Raises
     ------
     UnavailableError
@@ -261,7 +270,9 @@ def refuse_step(
     plan = _plan_of(history)
     never_begun = _begin(task, step_index, plan, before, at)
     final, executed = _finish(task, plan, never_begun, StepOutcome(error=error), at, begun=False)
-    change = Change({"current_step": step_index}, (executed,), step=final, step_before=before)
+    change = Change({"current_step": step_index}, (executed,))
+    if before is None or before.status != "running" or before.type not in CONFIRMED_LATER:
+        change = replace(change, step=final, step_before=before)
     return _with_end(change, task, history, final, at)
 
 
