@@ -16,7 +16,7 @@ from audit.store import (
     ROLES,
     AuditStore,
     EntryKey,
-    EventWithoutDecisionError,
+    ForgedEventError,
     Item,
     Outbox,
     StoredEntry,
@@ -36,7 +36,7 @@ from qaes.domain.tiles import TILE_WIDTH, tile_root
 INVARIANTS = {
     "unrecorded": "every event of a task is on record as an entry",
     "event": "an entry says what its event says, and no event is missing",
-    "decision": "an event that a person made has its decision, which the gateway recorded",
+    "decision": "an event that a person made has its decision, and no other event has a decision's number",
     "chain": "the entries of a task have their hashes, name each other, and none is missing",
     "lookup": "an entry has the attributes by which it is found: the hashes of its input and output, and no others",
     "unsequenced": "every entry has an index in the log",
@@ -294,8 +294,8 @@ class Fsck:
     def _events(self, outbox: Outbox, task_id: str) -> dict[int, Event]:
         events: dict[int, Event] = {}
         try:
-            events.update(outbox.events_after(task_id, 0))  # those before the error stay
-        except EventWithoutDecisionError as error:
+            events.update(outbox.events(task_id))  # those before the error stay
+        except ForgedEventError as error:
             self._tell("decision", task_id, error.message)
         return events
 

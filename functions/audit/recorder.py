@@ -14,7 +14,7 @@ from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from audit.store import AuditStore, EventWithoutDecisionError, Outbox, StoredEntry
+from audit.store import AuditStore, ForgedEventError, Outbox, StoredEntry
 from qaes.adapters import metrics, settings
 from qaes.adapters.handlers import function
 from qaes.adapters.logs import logger
@@ -50,12 +50,12 @@ class Recorder:
             A table did not answer; to be called again.
         BrokenChainError
             An event is missing, or the stored entries were altered: nothing is recorded on top of that.
-        EventWithoutDecisionError
+        ForgedEventError
             An event says that a person made it, and the gateway has no such decision: as above.
         """
         try:
             return self._drain(task_id)
-        except EventWithoutDecisionError as error:
+        except ForgedEventError as error:
             logger().error("forged event refused", extra={"task_id": task_id, "why": error.message})
             metrics.count_one(FORGED_EVENT_METRIC)
             raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -72,8 +72,8 @@ class Occurrence:
     role: Role
 
 
-class EventWithoutDecisionError(QaesError):
-    """An event of a kind that only a person can make, which no decision of a person stands behind."""
+class ForgedEventError(QaesError):
+    """An event that claims a person's decision without one, or that takes the number of another event."""
 
 
 class Outbox:
@@ -89,38 +89,53 @@ class Outbox:
     def events_after(self, task_id: str, seq: int) -> Iterator[tuple[int, Event]]:
         """Read the events after number `seq` as (number, event), in order, without the texts that other items have.
 
-        Raises EventWithoutDecisionError at the first event that somebody else than the gateway says a person made.
+        Raises ForgedEventError at the first event that somebody else than the gateway says a person made, or whose
+        number an item before has.
         """
+        last = 0
         for item in _range(self._table, task_id, "EVENT", seq + 1, _LAST):
-            yield from (
-                (number, self._genuine(task_id, number, event)) for number, event in events_of(item) if number > seq
-            )
+            for number, event in events_of(item):
+                if number <= last:
+                    raise ForgedEventError(f"two items have an event {number}")
+                last = number
+                if number > seq:
+                    yield number, self._genuine(task_id, number, event)
+
+    def events(self, task_id: str) -> Iterator[tuple[int, Event]]:
+        """Read all events, as `events_after`. Raises ForgedEventError also where one has a decision's number."""
+        decided = self._decided(task_id)
+        for number, event in self.events_after(task_id, 0):
+            if number in decided and not is_decision(event):
+                raise ForgedEventError(f"event {number} has the number of a person's decision")
+            yield number, event
 
     def _genuine(self, task_id: str, number: int, event: Event | Decided) -> Event:
         if isinstance(event, Event) and not is_decision(event):
             return event
         decision = self._decisions.event(task_id, number) if isinstance(event, Decided) else None
         if decision is None or not is_decision(decision):
-            raise EventWithoutDecisionError(f"event {number} is a person's, and no decision stands behind it")
+            raise ForgedEventError(f"event {number} is a person's, and no decision stands behind it")
         return decision
 
     def disclosed(self, task_id: str) -> dict[int, Event]:
-        """Read the events of a task, with their texts, by their numbers; none after one without its decision."""
+        """Read the events of a task, with their texts, by their numbers; none from a forged one on."""
         texts = Texts(self._table, task_id, self._request(task_id))
         found: dict[int, Event] = {}
-        with suppress(EventWithoutDecisionError):
-            for number, event in self.events_after(task_id, 0):
+        with suppress(ForgedEventError):
+            for number, event in self.events(task_id):
                 found[number] = texts.disclose(event)
         return found
 
     def agents(self, task_id: str) -> dict[int, str]:
         """Read which agents acted: the ids of their clients, by the event's number."""
+        found = {number: _agent_of(event) for number, event in self._decided(task_id).items()}
+        return {number: agent for number, agent in found.items() if agent is not None}
+
+    def _decided(self, task_id: str) -> Mapping[int, Event]:
         try:
-            events = self._decisions.of(task_id).events
+            return self._decisions.of(task_id).events
         except NotFoundError:
             return {}
-        found = {number: _agent_of(event) for number, event in events.items()}
-        return {number: agent for number, agent in found.items() if agent is not None}
 
     def _request(self, task_id: str) -> str:
         request = self._decisions.event(task_id, 1)

@@ -10,7 +10,8 @@ from typing import Any
 import boto3
 import pytest
 
-from audit.store import AuditStore
+from audit.fsck import fsck
+from audit.store import AuditStore, Outbox
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_events import event_item
 from qaes.adapters.task_items import plan_item, task_item
@@ -24,6 +25,7 @@ from qaes.domain.tasks import events
 from tests.handlers.test_task_store import claim, new_task
 from tests.support.cloud import Cloud, call, cloud
 from tests.support.stories import check_every_story
+from tests.support.trail import LOG_ID, log
 
 SOURCE, DESTINATION = "0x1234567890abcdef", "0xfedcba0987654321"
 TRANSFER = {"wallet_address": SOURCE, "to_address": DESTINATION, "amount": 250}
@@ -227,3 +229,31 @@ def test_action_that_succeeded_after_its_run_is_not_asked_about(aws: Cloud, stor
     assert act(aws, task_id) == "succeeded"
     assert store.get_task(task_id).status == "completed"
     assert check_every_story() == 1
+
+
+# Several events in one item
+
+
+@pytest.mark.parametrize("covers_up", [False, True])
+def test_event_that_hides_a_rejection_shows(aws: Cloud, store: TaskStore, covers_up: bool) -> None:
+    """A role of the engine takes the number of a decision before it is made, and may overwrite the item afterwards."""
+    task_id, plan = planned(aws, store)
+    store.request_approval(store.get_task(task_id), plan, 2, "token", 60)
+    aws.drain(task_id)
+    task, approval = store.get_task(task_id), store.latest_approval(task_id, 2)
+    assert approval is not None
+    step, final = plan.steps[2], {"status": "failed", "reason": "no answer", "failed_step": None}
+    closed = events.of_approval(task, "approval_cancelled", "compliance", "cancelled", approval, step, timestamp(now()))
+    never = events.task_ended(task, "execution", final, timestamp(now()))
+    put(event_item(task_id, task.events + 1, [closed, never]))
+    aws.drain(task_id)
+    assert check_every_story() == 1, "the lie alone is consistent"
+    store.decide(task_id, approved=False, subject="bob", reason="no")
+    if covers_up:
+        put(event_item(task_id, task.events + 1, [closed]))
+        put(event_item(task_id, task.events + 2, [never]))
+    assert kinds(task_id)[-2:] == ["approval_cancelled", "task_ended"]
+    told = Outbox("TasksTable").disclosed(task_id)
+    assert max(told) <= task.events + (not covers_up), "the bundle cannot disclose the lie"
+    report = fsck(AuditStore("AuditEntriesTable"), log(), None, log_id=LOG_ID, outbox=Outbox("TasksTable"))
+    assert {each.where.split()[0] for each in report.findings if each.invariant == "decision"} == {task_id}
