@@ -132,6 +132,7 @@ def execute(
         task = store.get_task(task.task_id)  # the claim may be newer than `task`, and it is what has to be on record
         lifecycle.refuse_ended(task)
         lifecycle.refuse_other_run(task, claimed.run)
+        _check_claim(store, ledger, task, plan, step_index)
     else:
         task, claimed = _claim(store, ledger, task, plan, step_index, record, replaces)
     if claimed.status != "running":
@@ -140,6 +141,21 @@ def execute(
         return store.finish_step(task.task_id, claimed, steps.outcome_of(step, steps.read(ledger, step)))
     audit_trail.ensure_recorded(task.task_id, task.events, step_id=step.step_id)
     return _act(store, ledger, task, plan, claimed)
+
+
+def _check_claim(store: TaskStore, ledger: LedgerClient, task: Task, plan: Plan, step_index: int) -> None:
+    """Check that people approved a step that is said to be begun: other roles can write its record and its event.
+
+    A transfer that the ledger has was let through. Raises StoppedError otherwise.
+    """
+    step = plan.steps[step_index]
+    if step.type in CONFIRMED_LATER and transfers.is_submitted(ledger, task.task_id, step.step_id):
+        return
+    current = ledger.policy().decide(plan.analysis.action_type)
+    approval = store.latest_approval(task.task_id, step_index, of=task)
+    verdict = compliance.decide(task, plan, step_index, current, approval)
+    if verdict.verdict != "execute":  # not ApprovalNeededError: nobody is asked about a step that was begun
+        raise StepDeniedError(f"it was begun, and may not go on: {verdict.reason}")
 
 
 def _act(store: TaskStore, ledger: LedgerClient, task: Task, plan: Plan, claimed: StepRecord) -> StepRecord:

@@ -14,14 +14,14 @@ from audit.fsck import fsck
 from audit.store import AuditStore, Outbox
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_events import event_item
-from qaes.adapters.task_items import plan_item, task_item
+from qaes.adapters.task_items import TaskItems, plan_item, task_item
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain import planning
 from qaes.domain.errors import ApprovalNeededError, ConflictError, UnavailableError
 from qaes.domain.ids import new_plan_id, now, timestamp
 from qaes.domain.models import Plan, Task
 from qaes.domain.policy import Policy
-from qaes.domain.tasks import events
+from qaes.domain.tasks import events, lifecycle
 from tests.handlers.test_task_store import claim, new_task
 from tests.support.cloud import Cloud, call, cloud
 from tests.support.stories import check_every_story
@@ -161,6 +161,21 @@ def test_claim_refused_while_people_are_asked(aws: Cloud, store: TaskStore) -> N
     with pytest.raises(ApprovalNeededError):
         store.claim_step(task, plan, 2, None, plan.policy)
     assert store.step(task_id, 2) is None
+
+
+def test_forged_beginning_moves_no_money_without_approval(aws: Cloud, store: TaskStore) -> None:
+    """A role of the engine writes the step's record, its event and the task's count, and wakes the execution."""
+    task_id, plan = planned(aws, store)
+    store.request_approval(store.get_task(task_id), plan, 2, "token", 60)
+    task = store.get_task(task_id)
+    going_on = task.model_copy(update={"status": "executing"})
+    change = lifecycle.claim_step(going_on, 2, lifecycle.History(plan), None, plan.policy, run=1, at=now())
+    assert change.step is not None
+    put(TaskItems("any").put_step(task_id, "STEP#002", change.step, before=None)["Put"]["Item"])
+    put(event_item(task_id, task.events + 1, change.events))
+    put(task_item(going_on.model_copy(update={"events": task.events + 1})))
+    assert act(aws, task_id) == "StepDeniedError"
+    assert (aws.invocations["LedgerTransferFunction"], balance(DESTINATION)) == (0, 0)
 
 
 # Late functions of an execution before a retry
