@@ -83,7 +83,10 @@ def execute_action(event: dict[str, Any], context: LambdaContext) -> dict[str, A
         record = store.step(task.task_id, step_index)  # it may have ended before this token was there to be answered
     ended = None
     try:
-        ended = execute(store, ledger, task, plan, step_index, record)
+        if attempt_of < task.run and record is not None and record.status == "failed":
+            ended = record  # as if it had ended a moment later: another attempt is for a retry
+        else:
+            ended = execute(store, ledger, task, plan, step_index, record)
     finally:
         if ended is None or ended.status != "running":
             callbacks.forget("ACTION", task.task_id, step_index, token)

@@ -711,6 +711,26 @@ def test_an_end_before_the_token_is_kept_is_answered(
     assert woken() == [WAITER, "second"]
 
 
+def test_a_failure_before_the_token_is_kept_is_the_step_s(
+    aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An execution that was to wait for the transfer of the one before makes no transfer of its own."""
+    task_id, plan = plan_for("transfer_funds", TRANSFER)
+    approve(store, task_id, plan, 2)
+    mock_chain(aws).set_faults(Faults(empty_ticks=30))
+    act(aws, task_id)
+    next_run(store, task_id)
+    put = CallbacksTable.wait
+
+    def settled_first(*arguments: Any, **named: Any) -> None:
+        aws.settle()
+        put(*arguments, **named)
+
+    monkeypatch.setattr(CallbacksTable, "wait", settled_first)
+    assert act(aws, task_id, "second") == "StepFailedError"
+    assert (record_of(store, task_id).run, action_token(task_id)) == (1, None)
+
+
 def test_the_newest_token_counts_and_is_forgotten_when_it_was_used(
     aws: Cloud, store: TaskStore, plan_for: Plans, woken: Callable[[], list[str]]
 ) -> None:
