@@ -176,7 +176,7 @@ def _wake(task: Task, store: TaskStore) -> bool:
     if task.status != "executing" or task.current_step is None:
         return False
     record = store.step(task.task_id, task.current_step)
-    return record is not None and transfers.tell(store, task, record)
+    return record is not None and transfers.tell(task, record)
 
 
 def _settle_transfers(store: TaskStore, context: LambdaContext) -> list[str]:

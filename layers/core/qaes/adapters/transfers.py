@@ -131,11 +131,11 @@ def settle(store: TaskStore, ledger: LedgerClient, task: Task, record: StepRecor
 def settle_and_tell(store: TaskStore, ledger: LedgerClient, task: Task, record: StepRecord) -> StepRecord:
     """Put the end of a step's transfer on record, which ends its task, and wake the execution that waits for it."""
     settled = settle(store, ledger, task, record)
-    tell(store, task, settled.record)
+    tell(task, settled.record)
     return settled.record
 
 
-def tell(store: TaskStore, task: Task, record: StepRecord) -> bool:
+def tell(task: Task, record: StepRecord) -> bool:
     """Wake the execution that waits for a step that is finished; False when none waits.
 
     The record is believed, not what is sent. The token is of no use afterwards.

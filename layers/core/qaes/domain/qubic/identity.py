@@ -11,7 +11,6 @@ import re
 from qaes.domain.errors import InvalidInputError
 from qaes.domain.qubic.k12 import k12
 
-LETTERS = 60
 MAX_CONTRACTS = 1024
 """qubic/core's MAX_NUMBER_OF_CONTRACTS."""
 _A = ord("A")
