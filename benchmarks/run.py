@@ -307,12 +307,22 @@ def _section(title: str) -> str | None:
     return found[0] if found else None
 
 
+def sizes_alone() -> str:
+    """Return the section of `sizes`, from a local AWS of its own."""
+    with Cloud(f"bench-{os.getpid()}") as cloud:
+        _seed(cloud)
+        section = sizes(cloud)
+    cloud.remove_directory()
+    return section
+
+
 SECTIONS: dict[str, tuple[str, Callable[[], str]]] = {
     "compare": (COMPARISON, comparison),
     "imports": ("Loading a function", import_times),
     "cost": ("What a task costs", costs),
     "window": ("What the log's windows save", windows),
     "growth": ("How costs grow with the number of tasks", growths),
+    "memory": ("Size and memory", sizes_alone),
 }
 """The sections that can be measured alone, by their names on the command line: title, and what measures it."""
 
@@ -360,11 +370,8 @@ are what to compare.
 
 def _seed(cloud: Cloud) -> None:
     """Write the tasks that the events name."""
-    environment = cloud.environment | {
-        "PYTHONPATH": os.pathsep.join(str(ROOT / each) for each in ("functions", "layers/core")),
-        "TASKS_TABLE": cloud.resources["TasksTable"],
-        "LEDGER_FUNCTION": cloud.resources["LedgerFunction"],
-    }
+    paths = os.pathsep.join(str(ROOT / each) for each in ("functions", "layers/core"))
+    environment = cloud.environment | cloud.names | {"PYTHONPATH": paths}
     subprocess.run(
         [sys.executable, "-m", "local.seed"], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL
     )

@@ -305,26 +305,31 @@ class Cloud:
         """Delete what it wrote; logs included."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
+    @property
+    def names(self) -> dict[str, str]:
+        """The names of tables and functions, as the environment of a function has them."""
+        resources = {
+            "TASKS_TABLE": "TasksTable",
+            "DECISIONS_TABLE": "DecisionsTable",
+            "CALLBACKS_TABLE": "CallbacksTable",
+            "AUDIT_ENTRIES_TABLE": "AuditEntriesTable",
+            "AUDIT_LOG_TABLE": "AuditLogTable",
+            "AUDIT_ANCHORS_TABLE": "AuditAnchorsTable",
+            "LEDGER_TABLE": "LedgerTable",
+            "LEDGER_FUNCTION": "LedgerFunction",
+            "SEQUENCER_FUNCTION": "SequencerFunction",
+            "RECORDER_FUNCTION": "RecordEventsFunction",
+        }
+        return {variable: self.resources[resource] for variable, resource in resources.items()}
+
     def write_shell_files(self) -> None:
         """Write `.local/tokens.env` and `.local/aws.env`, to be sourced in a shell, and the key for `make token`."""
         tokens = [f"export {role.upper()}={self.token(role)}" for role in PEOPLE]
         tokens += [f"export {role.upper()}2={self.token(role, subject)}" for role, subject in SECOND_PEOPLE.items()]
         write_private(WORK / "issuer.json", [self.issuer.export()])
         write_private(WORK / "tokens.env", ["# Tokens of the local cloud, for 12 hours.", *tokens])
-        wanted = {name: value for name, value in self.environment.items() if name.startswith(("AWS_", "SAM_"))} | {
-            "API_URL": self.url,
-            "STATE_MACHINE_ARN": self.outputs["StateMachineArn"],
-            "TASKS_TABLE": self.resources["TasksTable"],
-            "DECISIONS_TABLE": self.resources["DecisionsTable"],
-            "CALLBACKS_TABLE": self.resources["CallbacksTable"],
-            "AUDIT_ENTRIES_TABLE": self.resources["AuditEntriesTable"],
-            "AUDIT_LOG_TABLE": self.resources["AuditLogTable"],
-            "AUDIT_ANCHORS_TABLE": self.resources["AuditAnchorsTable"],
-            "LEDGER_TABLE": self.resources["LedgerTable"],
-            "LEDGER_FUNCTION": self.resources["LedgerFunction"],
-            "SEQUENCER_FUNCTION": self.resources["SequencerFunction"],
-            "RECORDER_FUNCTION": self.resources["RecordEventsFunction"],
-        }
+        wanted = {name: value for name, value in self.environment.items() if name.startswith(("AWS_", "SAM_"))}
+        wanted |= self.names | {"API_URL": self.url, "STATE_MACHINE_ARN": self.outputs["StateMachineArn"]}
         lines = [
             "# The local AWS, with credentials that are good for nothing else.",
             "unset AWS_PROFILE AWS_SESSION_TOKEN",

@@ -1,6 +1,6 @@
 """Tasks under fixed ids, so that the events under `events/` find what they name.
 
-`python -m local.seed` writes them to the table TASKS_TABLE of the local AWS; a second time changes nothing.
+`python -m local.seed` writes them to the tables of the local AWS; a second time changes nothing.
 """
 
 from __future__ import annotations

@@ -196,11 +196,10 @@ def _service(case: str) -> str:
 
 
 def _seed(cloud: Cloud) -> None:
-    names = {"TASKS_TABLE": cloud.resources["TasksTable"], "LEDGER_FUNCTION": cloud.resources["LedgerFunction"]}
     subprocess.run(
         [sys.executable, "-m", "local.seed"],
         cwd=ROOT,
-        env=cloud.environment | names | {"PYTHONPATH": os.pathsep.join(["layers/core", "."])},
+        env=cloud.environment | cloud.names | {"PYTHONPATH": os.pathsep.join(["layers/core", "."])},
         capture_output=True,
         check=True,
     )
