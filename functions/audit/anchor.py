@@ -1,8 +1,8 @@
 """The anchor: writes the log's size and root to the ledger, one transaction at a time.
 
-Called when the log has grown (stream of the log's table), when an anchor's transaction is confirmed (stream of the
-ledger's table), and every minute as a safety net. Each call does whatever can be done; they may overlap, and stop
-anywhere.
+Called when the log has grown (the stream of the log's table), when an anchor's transaction has ended (the qubic
+service's event `anchor_settled`), and every minute as a safety net. Each call does whatever can be done; they may
+overlap, and stop anywhere.
 
 sealed      what will be written is decided and stored. It never changes, so that no size of the log is anchored twice
             under two roots, and whoever finds it sealed submits the same bytes under the same key.
