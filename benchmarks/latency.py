@@ -116,6 +116,6 @@ def _until_completed(http: httpx.Client, api: str) -> float:
 def _wait(http: httpx.Client, api: str, task_id: str, wanted: str) -> None:
     deadline = time.monotonic() + 120
     while (status := http.get(f"{api}/task/{task_id}").json()["status"]) != wanted:
-        if status not in {"pending", "planning", "executing"} or time.monotonic() > deadline:
+        if status not in {"pending", "executing"} or time.monotonic() > deadline:
             raise RuntimeError(f"the task is {status}")
         time.sleep(0.1)

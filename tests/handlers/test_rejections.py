@@ -344,14 +344,6 @@ def test_a_decision_is_refused_when_its_decider_retries_first(
         store.decide(task_id, approved=True, subject="olivia", reason="mine")
 
 
-def test_an_item_with_one_retrier_is_read_with_it(store: TaskStore) -> None:
-    """Items of the time when a task named its last retrier alone."""
-    task_id, _ = retried(store)
-    old = store.get_task(task_id).model_dump(exclude={"retriers"})
-    assert Task.model_validate(old | {"retried_by": "olivia"}).retriers == ("olivia",)
-    assert Task.model_validate(old | {"retried_by": None}).retriers == ()
-
-
 def test_two_retries_at_once_make_one_run(api: Api, store: TaskStore) -> None:
     task_id, _ = planned(store)
     store.end_task(task_id, "failed", actor="test", reason="so")

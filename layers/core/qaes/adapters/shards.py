@@ -11,7 +11,7 @@ from zlib import crc32
 UNDER_WAY = "transfer_under_way"
 """`status_key` of a step that waits for the ledger: the index of tasks by status has it, until it is finished."""
 
-SPREAD = frozenset({"pending", "planning", "executing", UNDER_WAY})
+SPREAD = frozenset({"pending", "executing", UNDER_WAY})
 """The keys of `by_status` that every task enters and leaves within seconds."""
 STATUS_SHARDS = 4
 DAY_SHARDS = 8

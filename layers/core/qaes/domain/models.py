@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from qaes.domain.canonical import hash_of
 from qaes.domain.policy import PolicyDecision, RiskLevel
@@ -22,7 +22,8 @@ Status = Literal[
     "cancelled",
 ]
 TERMINAL: frozenset[str] = frozenset({"completed", "denied", "rejected", "expired", "failed", "cancelled"})
-OPEN: tuple[Status, ...] = ("pending", "planning", "executing", "waiting_approval")
+OPEN: tuple[Status, ...] = ("pending", "executing", "waiting_approval")
+"""The statuses of a task that has not ended. No task has `planning`, which stays in the API for its clients."""
 
 StepType = Literal["check_balance", "policy_check", "monitor_action", "onchain_action", "generic_action"]
 EFFECT_TYPES: frozenset[str] = frozenset({"onchain_action", "generic_action"})
@@ -126,16 +127,6 @@ class Task(Model):
     version: int = 0
     events: int = 0
     salt: str = Field(default="", repr=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _read_retried_by(cls, data: Any) -> Any:
-        """Read an item of the time when a task named its last retrier alone."""
-        if isinstance(data, dict) and "retried_by" in data:
-            data = dict(data)
-            if (last := data.pop("retried_by")) is not None:
-                data.setdefault("retriers", (last,))
-        return data
 
     @property
     def execution_name(self) -> str:
