@@ -1,1 +1,1 @@
-"""The qubic service: the policy and the ledger, over HTTP (`api`) and for the other services (`ledger`)."""
+"""The qubic service: the policy and the ledger, over HTTP (`api`) and for the other services (`operations`)."""
