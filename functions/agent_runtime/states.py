@@ -23,7 +23,7 @@ from qaes.adapters.task_repository import TaskStore
 from qaes.domain import compliance, planning
 from qaes.domain.compliance import Verdict
 from qaes.domain.errors import StepDeniedError
-from qaes.domain.models import CONFIRMED_LATER, Approval, Model, Plan, StepRecord, Task
+from qaes.domain.models import CONFIRMED_LATER, TERMINAL, Approval, Model, Plan, StepRecord, Task
 from qaes.domain.tasks import lifecycle
 
 
@@ -135,7 +135,8 @@ def end_task(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     name = str((end.error or {}).get("Error"))
     reason, failed_step = REASONS[end.outcome], None
     if end.outcome == "failed":
-        logger().error("the execution failed", extra={"state_error": name})
+        log = logger().info if task.status in TERMINAL else logger().error  # cancelled, say: nothing is wrong
+        log("the execution failed", extra={"state_error": name})
         failed_step, error = _failed_step(store, task)
         reason = error or KIND_OF_FAILURE.get(name, "a service did not answer")
     elif end.outcome == "denied":

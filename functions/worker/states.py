@@ -143,6 +143,8 @@ def execute(
     if step.type in steps.READS:
         return store.finish_step(task.task_id, claimed, steps.outcome_of(step, steps.read(ledger, step)))
     audit_trail.ensure_recorded(task.task_id, task.events, step_id=step.step_id)
+    # The recorder may have taken seconds, in which somebody has cancelled the task.
+    lifecycle.refuse_ended(task.model_copy(update={"status": store.status(task.task_id)}))
     return _act(store, ledger, task, plan, claimed)
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from audit.recorder import Drained
 from audit.store import Outbox
-from qaes.adapters import transfers
+from qaes.adapters import audit_trail, transfers
 from qaes.adapters.callbacks import CallbacksTable
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_repository import TaskStore
@@ -562,6 +562,29 @@ def test_no_recorder_is_invoked_when_the_stream_was_in_time(
     monkeypatch.setattr(TaskStore, "claim_step", then_the_stream)
     assert act(aws, task_id) == "submitted"
     assert stream_is_late == ["transfer"]
+
+
+@pytest.mark.parametrize("task_type", ["transfer_funds", "transaction"])
+def test_no_effect_after_a_cancel_while_the_intent_is_recorded(
+    aws: Cloud,
+    store: TaskStore,
+    plan_for: Plans,
+    stream_is_late: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    task_type: str,
+) -> None:
+    task_id, plan = plan_for(task_type, TRANSFER)
+    approve(store, task_id, plan, 2)
+    ensure = audit_trail.ensure_recorded
+
+    def meanwhile_cancelled(*arguments: Any, **named: Any) -> None:
+        ensure(*arguments, **named)
+        TaskStore().cancel(task_id, subject="alice", reason="a mistake")
+
+    monkeypatch.setattr(audit_trail, "ensure_recorded", meanwhile_cancelled)
+    with pytest.raises(ConflictError, match="the task has ended: cancelled"):
+        act(aws, task_id)
+    assert stream_is_late == ["record"]
 
 
 @pytest.mark.parametrize("recorder", ["fails", "lies"])

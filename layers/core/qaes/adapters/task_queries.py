@@ -5,6 +5,7 @@ All reads are consistent, but for those of an index.
 
 from __future__ import annotations
 
+import json
 from datetime import timedelta
 from functools import cached_property
 
@@ -45,6 +46,14 @@ class TaskQueries:
         task, decisions = Task.model_validate_json(item["data"]["S"]), self._decisions.of(task_id)
         self._read = (task_id, task.version, decisions)
         return decisions.of_task(task)
+
+    def status(self, task_id: str) -> Status:
+        """Read a task's status alone. Raises NotFoundError."""
+        item = self._get(task_id, "TASK")
+        if item is None:
+            raise NotFoundError("no such task", field="task_id")
+        status: Status = json.loads(item["data"]["S"])["status"]
+        return status
 
     def get_plan(self, plan_id: str) -> Plan:
         """Raises NotFoundError."""
