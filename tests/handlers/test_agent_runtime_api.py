@@ -13,7 +13,7 @@ from qaes.adapters.task_repository import TaskStore
 from qaes.domain.models import Outcome
 from qaes.domain.tasks.lifecycle import StepOutcome
 from tests.handlers.test_gateway import UNKNOWN
-from tests.handlers.test_task_store import claim, new_task, planned, waiting
+from tests.handlers.test_task_store import claim, new_task, planned
 from tests.support.api import ALICE, BOB, CAROL, MALLORY, NOBODY, OLIVIA, Api
 from tests.support.cloud import Cloud, cloud
 
@@ -136,8 +136,10 @@ def test_a_transfer_that_the_ledger_may_still_make_has_not_failed_with_its_task(
 def test_steps_that_a_task_did_not_come_to_are_skipped(api: Api, store: TaskStore) -> None:
     outcomes: tuple[Outcome, ...] = ("denied", "rejected", "expired", "failed")
     for outcome in outcomes:
-        task_id, _ = waiting(store) if outcome in {"rejected", "expired"} else planned(store)
+        task_id, plan = planned(store)
         run(store, task_id, 0)
+        if outcome in {"rejected", "expired"}:
+            store.request_approval(store.get_task(task_id), plan, 2, "token", 60)
         if outcome == "rejected":
             store.decide(task_id, approved=False, subject="bob", reason="no")
         end(store, task_id, outcome)

@@ -620,7 +620,8 @@ def test_a_retry_with_nothing_left_to_do_completes(
     decide(task_id, approved=True)
     store = TaskStore("TasksTable")
     until(lambda: {action_token(task_id)} - {None})
-    until(lambda: {record.status for record in store.steps(task_id)[2:]} & {"running"})
+    submitted = {"operation": "transfer_state", "reference": f"{task_id}#step_3"}
+    until(lambda: {aws.invoke("LedgerFunction", submitted)["ok"]} - {False})
     arn = f"{aws.machine_arn.replace(':stateMachine:', ':execution:')}:{task_id}"
     boto3.client("stepfunctions").stop_execution(executionArn=arn)
     store.end_task(task_id, "failed", actor="reconciler", reason="stopped", execution=task_id)
