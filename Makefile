@@ -107,7 +107,7 @@ openapi: $(VENV)/.all-stamp ## Write the parts of the documentation that come fr
 format: $(VENV)/.all-stamp ## Format code, apply the fixes of ruff, wrap the documentation
 	@$(BIN)/ruff check --quiet --fix . && $(BIN)/ruff format --quiet . && $(BIN)/python -m local.prose --write
 
-bench: $(VENV)/.all-stamp ## Measure; writes docs/performance.md and .json (ONLY=imports, cost, window, growth or memory: that section alone)
+bench: $(VENV)/.all-stamp ## Measure; writes docs/performance.md and .json (ONLY=imports, cost, window, growth, memory: that section; ONLY=compare BEFORE=/a/checkout)
 	@PYTHONPATH=functions:layers/core $(BIN)/python -m benchmarks.run $(ONLY)
 
 hammer: $(VENV)/.all-stamp ## Load the audit log of a local AWS of its own, verify every proof, print figures (HAMMER_ARGS)
