@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import date, timedelta
+from functools import cached_property
 from itertools import groupby
 from typing import Any, Literal, TypeVar
 
@@ -84,7 +85,12 @@ class Outbox:
 
     def __init__(self, table: str | None = None, decisions: str | None = None) -> None:
         self._table = table or settings.text("TASKS_TABLE")
-        self._decisions = DecisionsTable(decisions)
+        self._decisions_table = decisions
+
+    @cached_property
+    def _decisions(self) -> DecisionsTable:
+        # The sweeper reads no decision, and its function has no right to.
+        return DecisionsTable(self._decisions_table)
 
     def events_after(self, task_id: str, seq: int) -> Iterator[tuple[int, Event]]:
         """Read the events after number `seq` as (number, event), in order, without the texts that other items have.

@@ -316,3 +316,9 @@ def test_the_alarms_look_at_what_the_function_says(aws: Cloud, capsys: pytest.Ca
         alarm = template()["Resources"][name]["Properties"]
         dimensions = frozenset((each["Name"], each["Value"]) for each in alarm["Dimensions"])
         assert (resolve(alarm["Namespace"]), alarm["MetricName"], dimensions) in told, name
+
+
+def test_outbox_needs_the_decisions_only_for_what_people_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sweeper's function has neither the name of their table nor a right to it."""
+    monkeypatch.delenv("DECISIONS_TABLE", raising=False)
+    assert Outbox("TasksTable").there([]) == set()

@@ -22,7 +22,7 @@ BODIES: dict[str, Callable[[dict[str, Any]], bool]] = {
     "agent_runtime/api_status": lambda it: (
         it["task_id"] == PLANNED_TASK
         and it["total_steps"] == 3
-        and [step["status"] for step in it["steps"][:2]] == ["succeeded", "pending"]
+        and [step["status"] for step in it["steps"][:2]] == ["succeeded", "succeeded"]
     ),
     "audit/api_get": lambda it: it["task_id"] == NEW_TASK and it["logs"][0]["kind"] == "task_started",
     "audit/api_bundle": lambda it: it["task_id"] == NEW_TASK and len(it["salt"]) == 32,
