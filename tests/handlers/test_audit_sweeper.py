@@ -15,6 +15,7 @@ from botocore.client import BaseClient
 
 from audit import sweeper
 from audit.log import Swept
+from audit.store import Outbox
 from audit.sweeper import Outcome, Sweeper
 from qaes.adapters import clients, shards
 from qaes.domain.ids import now, parse_timestamp, timestamp
