@@ -147,7 +147,7 @@ class Checkpoint(_Answer):
     log_id: str
     anchor: AnchorAnswer
     note: str
-    verifier_key: str = Field(description="verifies `note`; to be had from elsewhere by who does not trust this server")
+    verifier_key: str = Field(description="verifies `note`; take it from a source that you trust")
     statement: str
 
 

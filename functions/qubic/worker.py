@@ -1,4 +1,4 @@
-"""The transaction worker: tracks what was signed until its fate is known, without anybody's waiting for it.
+"""The transaction worker: tracks signed transactions asynchronously until they are final.
 
 A submission has one message in the queue, which comes back when its tick should have passed, until it is closed. Every
 minute, whatever is open is looked at as well: a message may have been lost between the commit and the queue.

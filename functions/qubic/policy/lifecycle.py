@@ -5,7 +5,7 @@
 
 An operator proposes, another one approves; approving hands the hash of the document to the ledger, as the submission
 `policy:<version>`. `settle` puts the version in force once that is confirmed. One version at a time is on its way, so
-that none overtakes another. Version 1 has the default rules; whoever asks first submits it.
+that none overtakes another. Version 1 has the default rules; the first request submits it.
 """
 
 from __future__ import annotations

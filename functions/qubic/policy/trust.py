@@ -242,7 +242,7 @@ def _own_identities() -> frozenset[str]:
 def _check_anchor(hash_: str, submission: Submission) -> Transaction:
     """Check that its transaction is the service's own and has just this hash; return it. Raises AlteredError.
 
-    Who can write the table can write a transaction of their own there: it is the signature that counts, and whose.
+    A role that can write the table can add a transaction: only a signature of the expected identity counts.
     """
     try:
         transaction = decode(submission.encoded)

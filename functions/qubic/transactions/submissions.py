@@ -208,7 +208,7 @@ class Submissions(Tracking):
     def _store_refusal(self, wanted: Submission, before: Submission | None, refusal: RefusedError) -> None:
         """Store that a transfer is refused in this run. Raises ChangedError when a twin was first.
 
-        Whoever is refused ends the step; so a twin, which may have read another balance, must not sign it later.
+        A refusal ends the step, so a twin call, which may have read another balance, must not sign it later.
         """
         refused = changed(
             before or wanted,
@@ -267,7 +267,7 @@ def _left_to_the_worker(signed: Submission) -> Iterator[None]:
 def _check_same(before: Submission, wanted: Submission) -> None:
     """Refuse another act under the same key; metadata is a remark, and the first one stays.
 
-    A record is the same whoever signs it: the service's key may have been replaced meanwhile.
+    A record is the same under any key: the service's key may have been replaced meanwhile.
     """
     terms = ["kind", "amount", "input_type", "payload"]
     if wanted.kind == "transfer":

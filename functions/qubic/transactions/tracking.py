@@ -208,7 +208,7 @@ class Tracking(Signing):
         if left < (MIN_LEAD_TICKS if submission.state == "signed" else 1):
             return False
         if submission.state == "signed":
-            # Whoever finds it so does not know whether it was sent; whoever finds it `signed`, that it was not.
+            # `broadcast` means that it may have been sent; `signed` means that it was not.
             self._items.write(self._put_submission(changed(submission, state="broadcast"), submission))
         try:
             self.chain.broadcast(submission.encoded)

@@ -4,7 +4,7 @@
 of the state machine: it also logs one line, with the task's id, that says what the state came to.
 
 A warm-up is the event `{"warm_up": true}`. It loads the function, which makes its AWS clients; it calls nothing and
-changes nothing. Only who may invoke the function can send one: API Gateway, streams and queues wrap what they deliver.
+changes nothing. Only a role that may invoke the function can send one: API Gateway, streams and queues wrap theirs.
 """
 
 from __future__ import annotations

@@ -230,7 +230,7 @@ class TaskStore(TaskChanges):
         return _record_of(self._apply(task.task_id, decide, known=task)[1])
 
     def finish_step(self, task_id: str, running: StepRecord, outcome: StepOutcome) -> StepRecord:
-        """Record how a step ended, once, and end the task if it ends with that; whoever ends it first is believed."""
+        """Record the end of a step once, and end the task if that was its last step; the first record counts."""
 
         def decide(newest: Task) -> Change:
             history = History(self.plan_of(newest), self.records(task_id), self._asked_in_this_run(newest))
