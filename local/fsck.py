@@ -19,7 +19,7 @@ from audit.store import AuditStore, Outbox
 from qaes.adapters import clients, settings
 from qaes.adapters.ledger_client import LedgerClient
 
-UNDER_WAY = {"unrecorded", "unsequenced", "head", "index", "tile", "in flight", "anchor"}
+IN_FLIGHT = {"unrecorded", "unsequenced", "head", "index", "tile", "in flight", "anchor"}
 """What may not hold for a moment, while the log is written."""
 
 
@@ -30,7 +30,7 @@ def settled(seconds: float, *, log_id: str, ask_ledger: bool = True) -> Report:
         ledger = LedgerClient() if ask_ledger else None
         report = fsck(AuditStore(), Log(), ledger, log_id=log_id, outbox=Outbox())
         found = {each.invariant for each in report.findings}
-        if not found or found - UNDER_WAY or time.monotonic() > deadline:
+        if not found or found - IN_FLIGHT or time.monotonic() > deadline:
             return report
         time.sleep(1)
 

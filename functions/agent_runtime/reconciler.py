@@ -184,9 +184,9 @@ def _settle_transfers(store: TaskStore, context: LambdaContext) -> list[str]:
 
     In any order, so that those which the ledger is slow to answer for do not keep the others waiting for ever.
     """
-    under_way, settled = store.transfers_under_way(GRACE_SECONDS), []
-    random.shuffle(under_way)
-    for task_id, record in under_way:
+    in_flight, settled = store.transfers_in_flight(GRACE_SECONDS), []
+    random.shuffle(in_flight)
+    for task_id, record in in_flight:
         if context.get_remaining_time_in_millis() < CALL_SECONDS * 1000:
             logger().warning("no time left to ask the ledger: the others are asked for next time")
             break

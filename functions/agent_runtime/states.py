@@ -85,7 +85,7 @@ def _verdict(
     if (
         record is not None
         and record.type in CONFIRMED_LATER
-        and transfers.settle(store, ledger, task, record).let_through
+        and transfers.settle(store, ledger, task, record).submitted
     ):
         return compliance.go_on(task, plan)
     policy, funds = transfers.policy_and_funds(ledger, step)

@@ -4,10 +4,10 @@ Called when the log has grown (the stream of the log's table), when an anchor's 
 service's event `anchor_settled`), and every minute as a safety net. Each call does whatever can be done; they may
 overlap, and stop anywhere.
 
-sealed      what will be written is decided and stored. It never changes, so that no size of the log is anchored twice
-            under two roots, and whoever finds it sealed submits the same bytes under the same key.
+pending     what will be written is decided and stored. It never changes, so that no size of the log is anchored twice
+            under two roots, and whoever finds it pending submits the same bytes under the same key.
 confirmed   the ledger has its transaction for good; this was checked against the transaction's bytes. Only then may the
-            next be sealed, which names this one.
+            next begin, which names this one.
 
 What cannot be put right by calling again stops the anchor, with a metric and an alarm: docs/runbook.md says what then.
 """
@@ -31,7 +31,7 @@ from qaes.adapters.ledger_client import CALL_SECONDS, LedgerClient
 from qaes.adapters.logs import logger
 from qaes.adapters.metrics import namespace
 from qaes.domain.anchor import AnchorPayload, decode, failed_checks, log_id_bytes
-from qaes.domain.errors import RefusedError, UnavailableError
+from qaes.domain.errors import PermanentError, TransientError
 from qaes.domain.ids import now, parse_timestamp, timestamp
 from qaes.domain.note import checkpoint_text, public_key_of, sign_note, verifier_key
 from qaes.domain.qubic import transaction as qubic
@@ -44,7 +44,7 @@ ROUND_SECONDS = CALL_SECONDS + 10
 
 
 class Anchorer:
-    """Brings the newest anchor forward, and seals the next."""
+    """Brings the newest anchor forward, and begins the next."""
 
     def __init__(self, log: Log, ledger: LedgerClient, *, log_id: str, origin: str, network: str) -> None:
         self._log = log
@@ -60,13 +60,13 @@ class Anchorer:
 
         Raises
         ------
-        UnavailableError
+        TransientError
             A table or the ledger did not answer; to be called again.
-        RefusedError
+        PermanentError
             `another_network`: the log's anchors are on one network, and this is another. `key_conflict`: the ledger has
             another payload for this anchor. `given_up`: the ledger will not write it any more.
         CorruptLogError
-            The confirmed transaction is not the one that was sealed.
+            The confirmed transaction is not the pending one.
         """
         newest = self._log.anchors.anchoring()
         self._check_network(newest)
@@ -74,11 +74,11 @@ class Anchorer:
             if number and not has_time():
                 return newest
             if newest is None or newest.state == "confirmed":
-                sealed = self._seal(newest)
-                if sealed is None:
+                pending = self._begin_next(newest)
+                if pending is None:
                     return newest
-                newest = sealed
-            if newest.state == "sealed":
+                newest = pending
+            if newest.state == "pending":
                 confirmed = self._confirm(newest)
                 if confirmed is None:
                     return newest
@@ -88,13 +88,13 @@ class Anchorer:
     def _check_network(self, newest: Anchoring | None) -> None:
         """Anchors name each other: a chain that began elsewhere would have no beginning on this network."""
         if newest is not None and newest.network != self._network:
-            raise RefusedError(
+            raise PermanentError(
                 "another_network",
                 f"the log {self._log_id} is anchored on {newest.network}, and cannot go on on {self._network}: that "
                 "needs a log of another id, with tables of its own",
             )
 
-    def _seal(self, before: Anchoring | None) -> Anchoring | None:
+    def _begin_next(self, before: Anchoring | None) -> Anchoring | None:
         """Decide what the next anchor says; None when the log has not grown."""
         head = self._log.head()
         # Up to here the tiles are there, so that whatever is anchored can be proved at once.
@@ -108,49 +108,49 @@ class Anchorer:
             if before is None
             else decode(before.payload).next(size=size, root=root)
         )
-        sealed = Anchoring(payload.sequence, size, payload.encode(), timestamp(now()), "sealed", self._network)
-        if self._log.anchors.seal(sealed, after=before):
-            logger().info("sealed", extra={"sequence": sealed.sequence, "size": size})
-            return sealed
+        pending = Anchoring(payload.sequence, size, payload.encode(), timestamp(now()), "pending", self._network)
+        if self._log.anchors.begin(pending, after=before):
+            logger().info("pending", extra={"sequence": pending.sequence, "size": size})
+            return pending
         return self._log.anchors.anchoring()  # somebody else was quicker: theirs counts
 
-    def _confirm(self, sealed: Anchoring) -> Anchoring | None:
+    def _confirm(self, pending: Anchoring) -> Anchoring | None:
         """Submit it, as often as one likes; None while its transaction is under way.
 
         What the ledger has given up, because its key was replaced, the same call has signed by the new one.
         """
-        answer = self._submit(sealed)
+        answer = self._submit(pending)
         if answer["network"] != self._network:
             raise CorruptLogError(f"the ledger answers for {answer['network']}, not for {self._network}")
         if answer["state"] in {"failed", "expired"}:
-            raise RefusedError(
-                "given_up", f"the ledger has given up anchor {sealed.sequence} of {self._log_id}: {answer['error']}"
+            raise PermanentError(
+                "given_up", f"the ledger has given up anchor {pending.sequence} of {self._log_id}: {answer['error']}"
             )
         if answer["state"] != "confirmed":
             return None
-        anchor = self._anchor(sealed, answer)
-        if self._log.anchors.confirm(sealed, anchor):
-            logger().info("confirmed", extra={"sequence": sealed.sequence, "txid": anchor.txid, "tick": anchor.tick})
+        anchor = self._anchor(pending, answer)
+        if self._log.anchors.confirm(pending, anchor):
+            logger().info("confirmed", extra={"sequence": pending.sequence, "txid": anchor.txid, "tick": anchor.tick})
             _count(anchor)
         return self._log.anchors.anchoring()
 
-    def _submit(self, sealed: Anchoring) -> dict[str, Any]:
+    def _submit(self, pending: Anchoring) -> dict[str, Any]:
         try:
             return self._ledger.submit_anchor(
-                log_id=self._log_id, sequence=sealed.sequence, payload=sealed.payload.hex()
+                log_id=self._log_id, sequence=pending.sequence, payload=pending.payload.hex()
             )
-        except RefusedError as error:
+        except PermanentError as error:
             if error.code != "key_conflict":
                 raise
-            raise RefusedError(
+            raise PermanentError(
                 error.code,
-                f"the ledger has anchor {sealed.sequence} of {self._log_id} with another payload: the log's table "
+                f"the ledger has anchor {pending.sequence} of {self._log_id} with another payload: the log's table "
                 "was set back to an earlier state, or somebody else writes under this log's id",
             ) from error
 
-    def _anchor(self, sealed: Anchoring, answer: dict[str, Any]) -> Anchor:
-        payload = decode(sealed.payload)
-        encoded = checked_transaction(sealed.payload, answer)
+    def _anchor(self, pending: Anchoring, answer: dict[str, Any]) -> Anchor:
+        payload = decode(pending.payload)
+        encoded = checked_transaction(pending.payload, answer)
         text = checkpoint_text(self._origin, payload.size, payload.root)
         note, verifier = sign_checkpoint(text, self._origin)
         return Anchor(
@@ -158,7 +158,7 @@ class Anchorer:
             size=payload.size,
             root=payload.root,
             previous=payload.previous,
-            payload=sealed.payload,
+            payload=pending.payload,
             txid=str(answer["txid"]),
             tick=int(answer["tick"]),
             source=str(answer["source"]),
@@ -187,7 +187,7 @@ def checked_transaction(payload: bytes, answer: dict[str, Any]) -> bytes:
         found, payload, txid=str(answer["txid"]), tick=int(answer["tick"]), source=str(answer["source"])
     )
     if failed:
-        raise CorruptLogError(f"the anchor's transaction is not what was sealed: {', '.join(failed)}")
+        raise CorruptLogError(f"the anchor's transaction is not the pending one: {', '.join(failed)}")
     return encoded
 
 
@@ -199,16 +199,16 @@ def _count(anchor: Anchor) -> None:
 
 def _tell_age(newest: Anchoring | None) -> None:
     """Say how long the anchor has been in flight, 0 when none is; saying nothing is alarming too."""
-    in_flight = newest is not None and newest.state == "sealed"
-    age = (now() - parse_timestamp(newest.sealed_at)).total_seconds() if newest and in_flight else 0
+    in_flight = newest is not None and newest.state == "pending"
+    age = (now() - parse_timestamp(newest.begun_at)).total_seconds() if newest and in_flight else 0
     with single_metric(
         name="AnchorInFlightSeconds", unit=MetricUnit.Seconds, value=age, namespace=namespace()
     ) as metric:
         metric.add_dimension("service", "audit")
 
 
-def _tell_stopped(error: RefusedError | CorruptLogError) -> None:
-    code = error.code if isinstance(error, RefusedError) else "corrupt"
+def _tell_stopped(error: PermanentError | CorruptLogError) -> None:
+    code = error.code if isinstance(error, PermanentError) else "corrupt"
     logger().error("the log is not anchored any more", extra={"code": code, "why": error.message})
     with single_metric(name="AnchorStopped", unit=MetricUnit.Count, value=1, namespace=namespace()) as metric:
         metric.add_dimension("service", "audit")
@@ -240,10 +240,10 @@ def anchor_log(_event: dict[str, Any], context: LambdaContext) -> dict[str, Any]
     """Take anything: what is to be done is in the tables. Give `{sequence, size, state}` of the newest anchor."""
     try:
         newest = anchorer().advance(lambda: context.get_remaining_time_in_millis() >= ROUND_SECONDS * 1000)
-    except (RefusedError, CorruptLogError) as error:
+    except (PermanentError, CorruptLogError) as error:
         _tell_stopped(error)
         raise
-    except UnavailableError:
+    except TransientError:
         _tell_age(Log().anchors.anchoring())  # a ledger that does not answer is no reason not to know the age
         raise
     _tell_age(newest)

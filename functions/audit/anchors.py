@@ -1,7 +1,7 @@
 """The anchors of the log in AuditAnchorsTable, which the anchor's role alone writes: it has no right to the log's own.
 
 pk / sk                      what, and when it is written
-ANCHOR / ANCHORING           the newest anchor, sealed (in flight) or confirmed: after the one that was read
+ANCHOR / ANCHORING           the newest anchor, pending (in flight) or confirmed: after the one that was read
 ANCHOR / SIZE#size           a confirmed anchor: once
 
 All reads are consistent.
@@ -11,23 +11,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from audit.store import Item, transact
 from audit.table import Table
 from qaes.adapters import settings
 from qaes.adapters.dynamo import key
 
+State = Literal["pending", "confirmed"]
+_STORED_PENDING = "sealed"
+"""The stored word for `pending`, which older items have and older releases read (decision 19)."""
+
 
 @dataclass(frozen=True)
 class Anchoring:
-    """The newest anchor: `sealed` until its transaction is confirmed."""
+    """The newest anchor: `pending` until its transaction is confirmed."""
 
     sequence: int
     size: int
     payload: bytes
-    sealed_at: str
-    state: Literal["sealed", "confirmed"]
+    begun_at: str
+    state: State
     network: str
 
 
@@ -61,7 +65,7 @@ class Anchors(Table):
         item = self._get("ANCHOR", "ANCHORING")
         if item is None:
             return None
-        state: Any = item["state"]["S"]
+        state: State = "confirmed" if item["state"]["S"] == "confirmed" else "pending"
         return Anchoring(
             int(item["sequence"]["N"]),
             int(item["size"]["N"]),
@@ -71,7 +75,7 @@ class Anchors(Table):
             item["network"]["S"],
         )
 
-    def seal(self, sealed: Anchoring, *, after: Anchoring | None) -> bool:
+    def begin(self, pending: Anchoring, *, after: Anchoring | None) -> bool:
         """Make an anchor the one in flight; False when `after` is not the newest, confirmed one any more."""
         condition: Item = {"ConditionExpression": "attribute_not_exists(pk)"}
         if after is not None:
@@ -84,20 +88,21 @@ class Anchors(Table):
                     ":confirmed": {"S": "confirmed"},
                 },
             }
-        return transact([{"Put": {"TableName": self._table, "Item": _anchoring_item(sealed, "sealed")} | condition}])
+        item = _anchoring_item(pending, _STORED_PENDING)
+        return transact([{"Put": {"TableName": self._table, "Item": item} | condition}])
 
-    def confirm(self, sealed: Anchoring, anchor: Anchor) -> bool:
+    def confirm(self, pending: Anchoring, anchor: Anchor) -> bool:
         """Record a confirmed anchor and make room for the next; False when somebody else has done so."""
-        it_is_in_flight = "#sequence = :sequence AND #state = :sealed AND payload = :payload"
+        it_is_in_flight = "#sequence = :sequence AND #state = :pending AND payload = :payload"
         update = {
             "TableName": self._table,
-            "Item": _anchoring_item(sealed, "confirmed"),
+            "Item": _anchoring_item(pending, "confirmed"),
             "ConditionExpression": it_is_in_flight,
             "ExpressionAttributeNames": {"#sequence": "sequence", "#state": "state"},
             "ExpressionAttributeValues": {
-                ":sequence": {"N": str(sealed.sequence)},
-                ":sealed": {"S": "sealed"},
-                ":payload": {"B": sealed.payload},
+                ":sequence": {"N": str(pending.sequence)},
+                ":pending": {"S": _STORED_PENDING},
+                ":payload": {"B": pending.payload},
             },
         }
         item = key("ANCHOR", f"SIZE#{anchor.size:012d}") | {
@@ -137,7 +142,7 @@ def _anchoring_item(anchoring: Anchoring, state: str) -> Item:
         "sequence": {"N": str(anchoring.sequence)},
         "size": {"N": str(anchoring.size)},
         "payload": {"B": anchoring.payload},
-        "sealed_at": {"S": anchoring.sealed_at},
+        "sealed_at": {"S": anchoring.begun_at},
         "state": {"S": state},
         "network": {"S": anchoring.network},
     }

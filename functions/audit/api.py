@@ -34,7 +34,7 @@ from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import logger
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain.bundle import Bundle, TrailEntry, build_bundle, policy_ids
-from qaes.domain.errors import InvalidInputError, NotFoundError, RefusedError
+from qaes.domain.errors import InvalidInputError, NotFoundError, PermanentError
 from qaes.domain.ids import is_task_id
 from qaes.domain.tiles import consistency_proof, inclusion_proof
 
@@ -247,6 +247,6 @@ def _policies(entries: list[TrailEntry]) -> list[str]:
     for policy_id in sorted(ids):
         try:
             found.append(str(LedgerClient().policy_document(policy_id)["text"]))
-        except RefusedError as error:
+        except PermanentError as error:
             logger().warning("no policy document", extra={"policy_id": policy_id, "code": error.code})
     return found

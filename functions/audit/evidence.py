@@ -13,7 +13,7 @@ from audit.store import AuditStore, Occurrence, StoredEntry
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.domain.anchor import AnchorPayload, decode, failed_checks, log_id_bytes
 from qaes.domain.audit import AuditEntry, BrokenChainError, verify_chain
-from qaes.domain.errors import RefusedError
+from qaes.domain.errors import PermanentError
 from qaes.domain.merkle import ProofError, leaf_digest, leaf_hash, verify_inclusion
 from qaes.domain.qubic import transaction
 from qaes.domain.tiles import inclusion_proof
@@ -51,7 +51,7 @@ class Trail:
     indexes, anchors
         By the entry's number; of an entry, the first confirmed anchor over it.
     in_flight
-        The anchor that is sealed and not confirmed, if there is one.
+        The anchor that is pending, if there is one.
     broken
         The first thing that does not hold, None when all does.
     """
@@ -104,7 +104,7 @@ def read_trail(store: AuditStore, log: Log, task_id: str, *, log_id: str) -> Tra
     indexes = log.task_indexes(task_id)
     entries = tuple(store.entries(task_id))
     newest = log.anchors.anchoring() if indexes else None
-    in_flight = newest if newest is not None and newest.state == "sealed" else None
+    in_flight = newest if newest is not None and newest.state == "pending" else None
     return Trail(
         entries, indexes, _anchors(log, indexes), in_flight, _broken(entries, indexes, log_id=log_id, task_id=task_id)
     )
@@ -134,7 +134,7 @@ def find_matches(
 ) -> tuple[list[Match], bool]:
     """Find the newest entries, of tasks that are `visible`, in which the hash occurs, and check each.
 
-    Returns the matches, and whether there are more of them. Raises UnavailableError when the ledger cannot be asked:
+    Returns the matches, and whether there are more of them. Raises TransientError when the ledger cannot be asked:
     that is no answer, rather than a false one.
     """
     may_see = cache(visible)
@@ -212,7 +212,7 @@ def _is_on_ledger(anchor: Anchor, ledger: LedgerClient, log_id: str) -> bool:
     """Ask the ledger: its own record decides, and the one that is kept here must agree with it."""
     try:
         answer = ledger.anchor_state(log_id=log_id, sequence=anchor.sequence)
-    except RefusedError:
+    except PermanentError:
         return False
     return (answer["state"], answer["txid"], answer["network"]) == ("confirmed", anchor.txid, anchor.network)
 

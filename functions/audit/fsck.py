@@ -26,7 +26,7 @@ from qaes.adapters.dynamo import BATCH_GET
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.domain.anchor import AnchorPayload, decode, failed_checks, log_id_bytes
 from qaes.domain.audit import AuditEntry, BrokenChainError, build_entry, verify_chain
-from qaes.domain.errors import RefusedError
+from qaes.domain.errors import PermanentError
 from qaes.domain.merkle import EMPTY_ROOT, HASH_BYTES, ProofError, node_hash
 from qaes.domain.models import Event
 from qaes.domain.note import parse_checkpoint, verify_note
@@ -412,7 +412,7 @@ class Fsck:
             return
         try:
             answer = self._ledger.anchor_state(log_id=self._log_id, sequence=sequence)
-        except RefusedError as error:
+        except PermanentError as error:
             self._tell("ledger", where, error.message)
             return
         if (answer["state"], answer["txid"]) != ("confirmed", txid):
@@ -424,7 +424,7 @@ class Fsck:
             self._tell("in flight", f"anchor {sequence_before}", "it was there and is gone")
             return
         confirmed = last.sequence if last else -1
-        expected = confirmed + 1 if newest.state == "sealed" else confirmed
+        expected = confirmed + 1 if newest.state == "pending" else confirmed
         if newest.sequence != expected:
             self._tell("in flight", f"anchor {newest.sequence}", f"it is {newest.state}, and {confirmed} is confirmed")
         payload = last.payload if last and newest.state == "confirmed" else newest.payload
@@ -433,9 +433,9 @@ class Fsck:
         if self._ledger is not None:
             try:
                 self._ledger.anchor_state(log_id=self._log_id, sequence=newest.sequence + 1)
-            except RefusedError:
+            except PermanentError:
                 return
-            self._tell("in flight", f"anchor {newest.sequence + 1}", "the ledger has one that was never sealed")
+            self._tell("in flight", f"anchor {newest.sequence + 1}", "the ledger has one that was never begun here")
 
 
 def _mark(leaf: Leaf) -> bytes:

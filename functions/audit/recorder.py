@@ -46,7 +46,7 @@ class Recorder:
 
         Raises
         ------
-        UnavailableError
+        TransientError
             A table did not answer; to be called again.
         BrokenChainError
             An event is missing, or the stored entries were altered: nothing is recorded on top of that.

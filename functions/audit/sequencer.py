@@ -28,7 +28,7 @@ from qaes.adapters.handlers import function
 from qaes.adapters.logs import logger
 from qaes.adapters.metrics import namespace
 from qaes.domain.audit import GENESIS, BrokenChainError
-from qaes.domain.errors import UnavailableError
+from qaes.domain.errors import TransientError
 from qaes.domain.merkle import HASH_BYTES
 from qaes.domain.tiles import ReadTile, appended, tree_root
 
@@ -57,7 +57,7 @@ class Sequencer:
 
         Raises
         ------
-        UnavailableError
+        TransientError
             A table did not answer, or too many were at it; to be called again.
         CorruptLogError
             The log contradicts itself: nothing is added to it.
@@ -74,7 +74,7 @@ class Sequencer:
                 return broken
             # Somebody else wrote: what is outstanding now may be less. Jitter, so that two do not meet again and again.
             time.sleep(random.uniform(0.5, 1.5) * 0.02 * 2**attempt)  # noqa: S311 - not for secrets
-        raise UnavailableError("the log is busy")
+        raise TransientError("the log is busy")
 
     def integrate(self) -> Head:
         """Write the tiles and indexes of what is committed and has none; return the head, integrated."""

@@ -85,7 +85,7 @@ class Sweeper:
 
         Raises
         ------
-        UnavailableError
+        TransientError
             A table did not answer; to be called again.
         """
         before = self._log.swept() or Swept(timestamp(moment - FIRST_LOOK), {}, {})

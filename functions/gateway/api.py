@@ -25,7 +25,7 @@ from qaes.adapters.task_items import Idempotency
 from qaes.adapters.task_list import list_tasks
 from qaes.adapters.task_repository import TaskStore, decided_answer, lifecycle_answer
 from qaes.domain.canonical import hash_of
-from qaes.domain.errors import ForbiddenError, InvalidInputError, NotFoundError, UnavailableError
+from qaes.domain.errors import ForbiddenError, InvalidInputError, NotFoundError, TransientError
 from qaes.domain.ids import TASK_ID_PATTERN, is_task_id, new_task_id, now, timestamp
 from qaes.domain.models import TERMINAL, Approval, Decision, Plan, Status, Task, WalletBalance
 from qaes.domain.planning import RECORDED_ONLY, Effect, action_step, effect_of
@@ -414,7 +414,7 @@ def _afterwards(failure: str, task_id: str, act: Callable[[], object]) -> None:
     """Do what follows a commit; when it fails, the reconciler does it."""
     try:
         act()
-    except (UnavailableError, BotoCoreError, ClientError) as error:
+    except (TransientError, BotoCoreError, ClientError) as error:
         logger().warning(failure, extra={"task_id": task_id, "error": type(error).__name__})
 
 

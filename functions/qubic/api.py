@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from qaes import VERSION
 from qaes.adapters.http import OPEN, Caller, Sha256, create_app, make_handler, require
 from qaes.adapters.ledger_client import LedgerClient
-from qaes.domain.errors import NotFoundError, UnavailableError
+from qaes.domain.errors import NotFoundError, TransientError
 from qaes.domain.qubic.identity import is_transaction_id_shaped
 from qubic import policy_api
 from qubic.network.mock_rpc_api import add_rpc_routes
@@ -185,7 +185,7 @@ def health(response: Response) -> LedgerHealthy | LedgerUnhealthy:
         failing = "wallet"
         balance = it.chain.balance(service_identity()).balance
         detail = "" if balance else "the service's wallet has no balance: the network takes nothing of it"
-    except UnavailableError as error:
+    except TransientError as error:
         detail = error.message
     if not detail:
         return LedgerHealthy(

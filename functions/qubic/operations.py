@@ -23,7 +23,7 @@ from qaes.domain.errors import (
     InvalidInputError,
     LimitError,
     NotFoundError,
-    RefusedError,
+    PermanentError,
 )
 from qaes.domain.policy import Policy
 from qaes.domain.qubic.identity import check_address
@@ -56,7 +56,7 @@ def handler(event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
 def _answer(operation: object, perform: Callable[[], Result]) -> dict[str, Any]:
     try:
         return {"ok": True, "result": perform()}
-    except RefusedError as error:
+    except PermanentError as error:
         return _refused(operation, error.code, error.message)
     except InvalidInputError as error:
         return _refused(operation, _CODES.get(error.field or "", "invalid_input"), error.message)
@@ -70,7 +70,7 @@ def _answer(operation: object, perform: Callable[[], Result]) -> dict[str, Any]:
 
 def _perform(operation: object, arguments: Arguments) -> Result:
     if not isinstance(operation, str) or operation not in _OPERATIONS or operation not in _operations_here():
-        raise RefusedError("unknown_operation", "this function of the ledger has no such operation")
+        raise PermanentError("unknown_operation", "this function of the ledger has no such operation")
     perform, names = _OPERATIONS[operation]
     arguments.pop("action_type", None)  # earlier callers named an action: the effect alone names the rule
     arguments = _DEFAULTS.get(operation, {}) | arguments

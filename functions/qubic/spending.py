@@ -11,7 +11,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 
 from qaes.adapters.logs import logger
-from qaes.domain.errors import RefusedError
+from qaes.domain.errors import PermanentError
 from qaes.domain.ids import now
 from qaes.domain.limits import refusal_by_daily_limit, refusal_by_limits
 from qaes.domain.policy import TRANSFER_ACTION, Policy, PolicyDecision
@@ -27,13 +27,13 @@ def rule_for(policy: Policy, *, destination: str, amount: int, input_type: int =
     | writes a record: amount 0, from the service's identity to itself | none: it moves nothing, and is no transfer |
     | anything else, a call of a smart contract for example | none: refused, because no rule covers it |
 
-    Raises RefusedError: `not_allowed`, or beyond which limit the transfer is on any day.
+    Raises PermanentError: `not_allowed`, or beyond which limit the transfer is on any day.
     """
     rule = policy.decide(TRANSFER_ACTION)
     if input_type:
-        raise RefusedError("not_allowed", f"policy {policy.policy_id} has no rule for input type {input_type}")
+        raise PermanentError("not_allowed", f"policy {policy.policy_id} has no rule for input type {input_type}")
     if not rule.allowed:
-        raise RefusedError("not_allowed", f"policy {policy.policy_id} does not allow {TRANSFER_ACTION}")
+        raise PermanentError("not_allowed", f"policy {policy.policy_id} does not allow {TRANSFER_ACTION}")
     if refusal := refusal_by_limits(rule, destination=destination, amount=amount):
         raise refusal
     return rule
@@ -64,7 +64,7 @@ class Spending:
         item = self._items.get(self._pk(identity, day), "SPENT")
         return int(item["spent"]["N"]) if item else 0
 
-    def refusal_today(self, rule: PolicyDecision, identity: str, amount: int) -> RefusedError | None:
+    def refusal_today(self, rule: PolicyDecision, identity: str, amount: int) -> PermanentError | None:
         """Return why a wallet may not send so much more today; None if it may."""
         if rule.daily_limit is None:
             return None

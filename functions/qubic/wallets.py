@@ -13,7 +13,7 @@ from functools import cache
 
 from qaes.adapters import clients, settings
 from qaes.adapters.ledger_client import LedgerClient
-from qaes.domain.errors import InvalidInputError, RefusedError, ThrottledError, UnavailableError
+from qaes.domain.errors import InvalidInputError, PermanentError, ThrottledError, TransientError
 from qaes.domain.qubic.demo import demo_seed
 from qaes.domain.qubic.identity import (
     check_address,
@@ -69,7 +69,7 @@ def service_key() -> Key:
     ------
     SettingsError
         The secret is no seed of 55 letters a to z, or this function has none.
-    UnavailableError
+    TransientError
         It cannot be read now.
     """
     return _key_of_secret(settings.text("QUBIC_SEED_SECRET"))
@@ -83,7 +83,7 @@ def _key_of_secret(secret: str) -> Key:
         found = clients.client("secretsmanager").get_secret_value(SecretId=secret)
     except (BotoCoreError, ClientError) as error:
         code = error.response["Error"]["Code"] if isinstance(error, ClientError) else type(error).__name__
-        kind = ThrottledError if clients.is_busy(code) else UnavailableError
+        kind = ThrottledError if clients.is_busy(code) else TransientError
         raise kind(f"the ledger's key cannot be read ({code})") from error
     try:
         return key_of_seed(found.get("SecretString", ""))
@@ -115,14 +115,14 @@ class Wallets:
         ------
         InvalidInputError
             It is no address.
-        RefusedError
+        PermanentError
             `invalid_address`: one of the older clients' addresses, which only the mock knows.
         """
         address = check_address(address, field)
         if is_identity_shaped(address):
             return address
         if self._network != "mock":
-            raise RefusedError(
+            raise PermanentError(
                 "invalid_address", f"{field}: on {self._network} an address is an identity of 60 letters"
             )
         return demo_key(address).identity
@@ -134,7 +134,7 @@ class Wallets:
         ------
         InvalidInputError
             It is no address.
-        RefusedError
+        PermanentError
             `no_key`: this service does not hold its key; or as `identity`.
         """
         demo = self._held(address, field)
@@ -151,7 +151,7 @@ class Wallets:
                 return _demo_identities()[identity]
         if identity == service_identity():
             return None
-        raise RefusedError("no_key", "this service does not hold the key of the wallet that is to pay")
+        raise PermanentError("no_key", "this service does not hold the key of the wallet that is to pay")
 
     def parties(self, source: str, destination: str) -> tuple[Key, str]:
         """Return the key that pays, and the identity that is paid. Raises as `check_parties`."""
@@ -165,7 +165,7 @@ class Wallets:
         ------
         InvalidInputError
             One is no address, or a smart contract's, or the zero address; both are the same wallet.
-        RefusedError
+        PermanentError
             As `identity` and `key`.
         """
         for address, field_ in ((source, "source"), (destination, "destination")):

@@ -34,7 +34,7 @@ def policies() -> Policies:
 
 
 def _rule_for(submission: Submission) -> PolicyDecision:
-    """Return the rule of the policy in force that lets a transfer pass, by its own terms. Raises RefusedError.
+    """Return the rule of the policy in force that lets a transfer pass, by its own terms. Raises PermanentError.
 
     The address that its caller named counts as long as it is that of the wallet which the signed bytes pay.
     """

@@ -15,7 +15,7 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 from qaes.adapters import metrics
 from qaes.adapters.handlers import function
 from qaes.adapters.logs import logger
-from qaes.domain.errors import LimitError, UnavailableError
+from qaes.domain.errors import LimitError, TransientError
 from qubic.transactions.queue import enqueue, wait_until_due
 from qubic.transactions.submissions import Submissions
 from qubic.transactions.tracking import FOLLOW_SECONDS
@@ -70,7 +70,7 @@ def _look(it: Submissions, message: dict[str, Any], followed: dict[str, int]) ->
         try:
             it.follow(source, seconds=FOLLOW_SECONDS)
             followed[source] = it.chain.tick_info().tick
-        except (UnavailableError, LimitError) as error:
+        except (TransientError, LimitError) as error:
             logger().warning("not followed", extra={"source": source, "reason": error.message})
         submission = it.get(submission.key) or submission
     if submission.is_open:
@@ -88,7 +88,7 @@ def _follow_all(it: Submissions, context: LambdaContext) -> list[str]:
                 left.append(identity)
                 continue
             it.follow(identity, seconds=FOLLOW_SECONDS)
-        except (UnavailableError, LimitError) as error:
+        except (TransientError, LimitError) as error:
             logger().warning("not followed", extra={"source": identity, "reason": error.message})
             left.append(identity)
         except Exception:  # noqa: BLE001 whatever it is, it must not keep the others waiting

@@ -17,7 +17,7 @@ from qaes.adapters.handlers import state, token_state
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain import compliance, planning
-from qaes.domain.errors import ConflictError, RefusedError, StepDeniedError, StepFailedError
+from qaes.domain.errors import ConflictError, PermanentError, StepDeniedError, StepFailedError
 from qaes.domain.ids import now
 from qaes.domain.models import CONFIRMED_LATER, TERMINAL, Plan, StepRecord, Task
 from qaes.domain.tasks import lifecycle
@@ -111,7 +111,7 @@ def execute(
     ------
     StoppedError
         The step may not run, or people must be asked (again).
-    UnavailableError
+    TransientError
         The intent is not in the audit table yet, or the ledger did not answer.
     """
     if record is not None and not record.may_run(task):
@@ -125,7 +125,7 @@ def execute(
     if step.type in CONFIRMED_LATER and record is not None and record.run < task.run:
         # What an execution before this one has handed in was let through then: its end is this step's, whatever it is.
         settled = transfers.settle(store, ledger, task, record)
-        if settled.under_way or settled.record != record:
+        if settled.in_flight or settled.record != record:
             return settled.record
         before = transfers.state_of(ledger, task.task_id, step.step_id) if record.status == "failed" else None
         replaces = before["txid"] if before else None
@@ -168,7 +168,7 @@ def _act(store: TaskStore, ledger: LedgerClient, task: Task, plan: Plan, claimed
     effect = Effect(transfers.reference_of(task.task_id, step.step_id), ledger, task.requester, task.run)
     try:
         result = steps.ACTS[step.type](step.parameters, effect)
-    except RefusedError as refusal:  # the ledger refuses nothing that it has signed, nor signs what it has refused
+    except PermanentError as refusal:  # the ledger refuses nothing that it has signed, nor signs what it has refused
         return store.finish_step(task.task_id, claimed, StepOutcome(error=f"{refusal.code}: {refusal.message}"))
     if isinstance(result, Submitted):
         return claimed
@@ -191,7 +191,7 @@ def _claim(
     approval = store.latest_approval(task.task_id, step_index, of=task)
     try:
         compliance.check_may_act(task, plan, step_index, current, approval, at=now())
-    except RefusedError as too_old:
+    except PermanentError as too_old:
         store.refuse_step(task, plan, step_index, record, too_old.message)
         raise StepFailedError(too_old.message) from too_old
     refusal = funds.refusal or funds.refusal_today

@@ -13,7 +13,7 @@ from typing import Any
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.transfers import OPEN, result_of
 from qaes.domain.canonical import hash_of
-from qaes.domain.errors import RefusedError
+from qaes.domain.errors import PermanentError
 from qaes.domain.models import Step, StepType, WalletBalance
 from qaes.domain.policy import Policy
 from qaes.domain.tasks.lifecycle import StepOutcome
@@ -29,15 +29,15 @@ class Readings:
     """What the ledger says, read in one call: the policy in force, and the wallet of a step that names one."""
 
     policy: Policy
-    wallet: WalletBalance | RefusedError | None = None
+    wallet: WalletBalance | PermanentError | None = None
 
     @property
     def balance(self) -> int:
         """The wallet's balance in QU. Raises the ledger's refusal, if that was its answer."""
-        if isinstance(self.wallet, RefusedError):
+        if isinstance(self.wallet, PermanentError):
             raise self.wallet
         if self.wallet is None:
-            raise RefusedError("no_wallet", "there is no wallet_address to monitor")
+            raise PermanentError("no_wallet", "there is no wallet_address to monitor")
         return self.wallet.balance
 
 
@@ -104,9 +104,9 @@ def onchain_action(parameters: Parameters, effect: Effect) -> Result | Submitted
 
     Raises
     ------
-    RefusedError
-        `insufficient_balance`, `invalid_address`, `over_daily_limit`…, with nothing moved; `expired` or `moved_nothing`
-        when its tick passed without moving anything; `moved_unknown` when that cannot be told.
+    PermanentError
+        `insufficient_balance`, `invalid_address`, `daily_limit_exceeded`…, without effect; `expired` or
+        `moved_nothing` when its tick passed without effect; `moved_unknown` when its outcome is unknown.
     """
     transfer = effect.ledger.transfer(
         reference=effect.reference,
@@ -121,7 +121,7 @@ def onchain_action(parameters: Parameters, effect: Effect) -> Result | Submitted
         return Submitted(transfer["txid"], transfer["tick"])
     if state not in {"confirmed", "simulated"}:
         code, _, message = str(transfer["error"] or "").partition(": ")
-        raise RefusedError(code or str(state), message or f"the transfer is {state}")
+        raise PermanentError(code or str(state), message or f"the transfer is {state}")
     result = result_of(parameters, transfer)
     return result | {"simulated": SIMULATED} if state == "simulated" else result
 
@@ -164,5 +164,5 @@ def outcome_of(step: Step, readings: Readings) -> StepOutcome:
     """Return the outcome of a step of READS; the ledger's refusal is its failure."""
     try:
         return StepOutcome(result=READS[step.type](step.parameters, readings))
-    except RefusedError as refusal:
+    except PermanentError as refusal:
         return StepOutcome(error=f"{refusal.code}: {refusal.message}")

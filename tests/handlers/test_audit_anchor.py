@@ -1,4 +1,4 @@
-"""The anchor on moto: what is sealed never changes, one at a time is in flight, and only what the ledger has counts."""
+"""The anchor on moto: a pending anchor never changes, one is in flight at a time, and only the ledger confirms it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from audit.log import CorruptLogError
 from qaes.adapters import clients
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.domain.anchor import FIRST, decode, log_id_bytes
-from qaes.domain.errors import QaesError, RefusedError, UnavailableError
+from qaes.domain.errors import PermanentError, QaesError, TransientError
 from qaes.domain.note import parse_checkpoint, verify_note
 from qaes.domain.qubic import transaction as qubic
 from tests.handlers.test_audit_recorder import task_with
@@ -59,8 +59,8 @@ def test_a_log_that_is_empty_is_not_anchored(aws: Cloud, ledger: Ledger) -> None
 
 def test_what_has_grown_is_sealed_submitted_and_confirmed(aws: Cloud, ledger: Ledger) -> None:
     grow(aws, 3)
-    assert anchor(aws) == {"sequence": 0, "size": 3, "state": "sealed"}
-    assert anchor(aws) == {"sequence": 0, "size": 3, "state": "sealed"}
+    assert anchor(aws) == {"sequence": 0, "size": 3, "state": "pending"}
+    assert anchor(aws) == {"sequence": 0, "size": 3, "state": "pending"}
     assert confirmed() == []
     ledger.confirm()
     assert anchor(aws) == {"sequence": 0, "size": 3, "state": "confirmed"}
@@ -92,10 +92,10 @@ def test_one_is_in_flight_at_a_time_and_the_next_covers_all_that_came_meanwhile(
     anchor(aws)
     grow(aws, 2)
     grow(aws, 3)
-    assert anchor(aws) == {"sequence": 0, "size": 2, "state": "sealed"}
+    assert anchor(aws) == {"sequence": 0, "size": 2, "state": "pending"}
     assert list(ledger.submitted) == [(LOG_ID, 0)]
     ledger.confirm()
-    assert anchor(aws) == {"sequence": 1, "size": 7, "state": "sealed"}
+    assert anchor(aws) == {"sequence": 1, "size": 7, "state": "pending"}
     ledger.confirm()
     assert anchor(aws)["state"] == "confirmed"
     first, second = (decode(each.payload) for each in confirmed())
@@ -119,7 +119,7 @@ def test_what_is_not_integrated_yet_is_not_anchored(aws: Cloud, ledger: Ledger) 
         ExpressionAttributeNames={"#size": "size"},
         ExpressionAttributeValues={":size": {"N": "9"}, ":root": {"B": b"x" * 32}},
     )
-    assert anchor(aws) == {"sequence": 0, "size": 2, "state": "sealed"}
+    assert anchor(aws) == {"sequence": 0, "size": 2, "state": "pending"}
 
 
 def test_the_first_anchor_for_an_index_is_found(aws: Cloud, ledger: Ledger) -> None:
@@ -136,7 +136,7 @@ def test_the_first_anchor_for_an_index_is_found(aws: Cloud, ledger: Ledger) -> N
 
 def stopped(aws: Cloud) -> str:
     """Have the anchor called, which must refuse; tells why."""
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(PermanentError) as caught:
         anchor(aws)
     return caught.value.code
 
@@ -188,8 +188,8 @@ def test_a_new_key_takes_over_the_anchor_that_the_former_left(aws: Cloud, monkey
     grow(aws)
     with function_environment(template.environment("LedgerFunction", PARAMETERS)):
         chain().set_faults(Faults(drop=1))
-    assert anchor(aws)["state"] == "sealed"
-    sealed = log().anchors.anchoring()
+    assert anchor(aws)["state"] == "pending"
+    pending = log().anchors.anchoring()
     with function_environment(template.environment("LedgerFunction", PARAMETERS)):
         former = wallets.service_key()
         successor = wallets.demo_key("0x1234567890abcdef")
@@ -199,7 +199,7 @@ def test_a_new_key_takes_over_the_anchor_that_the_former_left(aws: Cloud, monkey
     assert anchor(aws)["state"] == "confirmed"
     [one] = confirmed()
     assert (one.source, former.identity != successor.identity) == (successor.identity, True)
-    assert sealed is not None and sealed.payload == one.payload
+    assert pending is not None and pending.payload == one.payload
     assert fsck(store(), log(), LedgerClient("LedgerFunction"), log_id=LOG_ID).findings == []
 
 
@@ -240,16 +240,16 @@ def test_a_ledger_that_is_down_leaves_the_same_anchor_for_the_next_call(aws: Clo
         raise RuntimeError("down")
 
     aws.faults["LedgerAnchorFunction"] = down
-    with pytest.raises(UnavailableError):
+    with pytest.raises(TransientError):
         anchor(aws)
-    sealed = log().anchors.anchoring()
-    assert sealed is not None and sealed.state == "sealed"
+    pending = log().anchors.anchoring()
+    assert pending is not None and pending.state == "pending"
     aws.faults.clear()
     grow(aws)
     ledger.confirms_at_once = True
     anchor(aws)
     assert [each.size for each in confirmed()] == [2, 4]
-    assert confirmed()[0].payload == sealed.payload
+    assert confirmed()[0].payload == pending.payload
 
 
 def test_another_payload_under_this_logs_id_stops_everything(aws: Cloud, ledger: Ledger) -> None:
@@ -263,7 +263,7 @@ def test_another_payload_under_this_logs_id_stops_everything(aws: Cloud, ledger:
 
 
 def forged(ledger: Ledger, **changes: Any) -> dict[str, Any]:
-    """An answer with a transaction that differs from the one that was sealed, and is signed as it is."""
+    """An answer with a transaction that differs from the one that was stored, and is signed as it is."""
     found = dataclasses.replace(ledger.submitted[LOG_ID, 0], signature=b"", **changes).sign(SUBSEED)
     return {"encoded": base64.b64encode(found.encode()).decode(), "txid": found.id, "tick": found.tick}
 
@@ -315,13 +315,13 @@ def test_calls_at_the_same_time_seal_and_confirm_once(aws: Cloud, ledger: Ledger
     anchor(aws)
     grow(aws)
     assert (before, grown.size) == (None, 2)
-    taken = slow._seal(before)
+    taken = slow._begin_next(before)
     assert taken is not None and (taken.sequence, taken.size, taken.state) == (0, 2, "confirmed")
     first = log().anchors.anchoring()
     assert first is not None
-    assert slow._log.anchors.confirm(dataclasses.replace(first, state="sealed"), confirmed()[0]) is False
+    assert slow._log.anchors.confirm(dataclasses.replace(first, state="pending"), confirmed()[0]) is False
     seventh, sixth = (dataclasses.replace(first, sequence=sequence) for sequence in (7, 6))
-    assert slow._log.anchors.seal(seventh, after=sixth) is False
+    assert slow._log.anchors.begin(seventh, after=sixth) is False
     assert [each.sequence for each in confirmed()] == [0]
 
 
@@ -332,9 +332,9 @@ def test_an_anchor_is_never_replaced(aws: Cloud, ledger: Ledger) -> None:
     grow(aws)
     ledger.confirms_at_once = False
     anchor(aws)
-    sealed = log().anchors.anchoring()
-    assert sealed is not None and sealed.sequence == 1
-    assert log().anchors.confirm(sealed, confirmed()[0]) is False  # its size is anchored
+    pending = log().anchors.anchoring()
+    assert pending is not None and pending.sequence == 1
+    assert log().anchors.confirm(pending, confirmed()[0]) is False  # its size is anchored
     assert len(confirmed()) == 1
 
 

@@ -25,7 +25,7 @@ from qaes.adapters.decisions import DecisionsTable
 from qaes.adapters.task_items import TaskItems, task_item
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain.audit import BrokenChainError, verify_chain
-from qaes.domain.errors import UnavailableError
+from qaes.domain.errors import TransientError
 from qaes.domain.ids import new_task_id, now, timestamp
 from qaes.domain.models import Event, Task
 from tests.support.cloud import Cloud, cloud
@@ -230,7 +230,7 @@ def test_a_crash_at_any_call_is_made_good_by_the_next_drain(aws: Cloud, after: b
         with patch.object(BaseClient, "_make_api_call", crashing(at, after=after, calls=calls)):
             try:
                 new_recorder().drain(task_id)
-            except (CrashError, UnavailableError):
+            except (CrashError, TransientError):
                 crashed.append(calls[at - 1])
         if len(calls) < at:
             break

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
+from qaes.domain.errors import InvalidInputError, PermanentError, TransientError
 from qaes.domain.qubic.transaction import Transaction
 from qubic.network.base import Chain, SentList
 from qubic.network.faults import Faults
@@ -137,7 +137,7 @@ def test_the_same_bytes_can_be_handed_in_at_any_time(network: Network) -> None:
         assert network.chain.broadcast(sent.encode()) == sent.id
         network.clock.ticks(1)
     for _ in range(4):
-        with pytest.raises(RefusedError, match="Target tick"):
+        with pytest.raises(PermanentError, match="Target tick"):
             network.chain.broadcast(sent.encode())
         network.clock.ticks(1)
     assert network.included(sent) == [True]
@@ -169,7 +169,7 @@ def test_the_place_is_free_again(network: Network) -> None:
 
 
 def refused(network: Network, encoded: bytes) -> str:
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(PermanentError) as caught:
         network.chain.broadcast(encoded)
     assert caught.value.code == "broadcast_refused"
     network.clock.ticks(10)
@@ -359,7 +359,7 @@ def test_a_network_that_does_not_answer(network: Network) -> None:
         lambda: sent_by(network, ALICE),
         lambda: network.chain.broadcast(encoded),
     ):
-        with pytest.raises(UnavailableError):
+        with pytest.raises(TransientError):
             ask()
     network.mock.set_faults(Faults())
     network.clock.ticks(5)
@@ -369,7 +369,7 @@ def test_a_network_that_does_not_answer(network: Network) -> None:
 def test_a_node_that_fails_after_accepting_has_accepted(network: Network) -> None:
     network.mock.set_faults(Faults(fail_after_accepting=1000))
     sent = ALICE.signed(DAVE, 1, network.tick() + 2)
-    with pytest.raises(UnavailableError):
+    with pytest.raises(TransientError):
         network.chain.broadcast(sent.encode())
     network.clock.ticks(4)
     assert network.included(sent) == [True]

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from qaes.domain.errors import RefusedError, UnavailableError
+from qaes.domain.errors import PermanentError, TransientError
 from qubic import items as qubic_items
 from qubic.network import mock
 from qubic.network.faults import Faults
@@ -202,7 +202,7 @@ def test_who_falls_over_half_way_is_made_good_by_the_next(chain: MockChain, cloc
             for each in sent:
                 chain.broadcast(each.encode())
             clock.ticks(4)
-            with failing_at(position, how) as calls, suppress(UnavailableError):
+            with failing_at(position, how) as calls, suppress(TransientError):
                 another(clock).last_processed_tick()
             assert balances(chain) == [before[0] - 1, before[1] - 1, before[2], before[3] + 2]
             assert supply() == SUPPLY
@@ -217,11 +217,11 @@ def test_a_broadcast_that_falls_over_can_be_handed_in_again(chain: MockChain, cl
         for position in range(20):
             sent = ALICE.signed(DAVE, 1, chain.tick_info().tick + 2)
             paid = chain.balance(ALICE.identity).number_of_outgoing_transfers
-            with failing_at(position, how) as calls, suppress(UnavailableError):
+            with failing_at(position, how) as calls, suppress(TransientError):
                 chain.broadcast(sent.encode())
             chain.broadcast(sent.encode())
             clock.ticks(3)
-            with pytest.raises(RefusedError, match="Target tick"):
+            with pytest.raises(PermanentError, match="Target tick"):
                 chain.broadcast(sent.encode())
             assert chain.transaction(sent.id) is not None
             assert chain.balance(ALICE.identity).number_of_outgoing_transfers == paid + 1
@@ -255,7 +255,7 @@ def test_what_is_due_is_not_replaced(chain: MockChain, clock: Clock) -> None:
 
     def the_tick_passes() -> None:
         clock.ticks(2)
-        with suppress(UnavailableError), failing(lambda name, _: "before" if name == "Query" else None):
+        with suppress(TransientError), failing(lambda name, _: "before" if name == "Query" else None):
             another(clock).last_processed_tick()  # closes the tick, and falls over
 
     with meanwhile("TransactWriteItems", the_tick_passes):
@@ -465,7 +465,7 @@ def test_a_jump_in_a_pause(chain: MockChain, clock: Clock) -> None:
 def test_fail_after_accepting(chain: MockChain, clock: Clock) -> None:
     chain.set_faults(Faults(fail_after_accepting=1))
     accepted = ALICE.signed(DAVE, 1, chain.tick_info().tick + 3)
-    with pytest.raises(UnavailableError):
+    with pytest.raises(TransientError):
         chain.broadcast(accepted.encode())
     assert chain.broadcast(accepted.encode()) == accepted.id
     clock.ticks(5)
@@ -484,7 +484,7 @@ def test_fail_requests(chain: MockChain, clock: Clock) -> None:
         lambda: chain.sent(ALICE.identity, 0, 2**32 - 1),
         lambda: chain.broadcast(refused.encode()),
     ):
-        with pytest.raises(UnavailableError, match="does not answer"):
+        with pytest.raises(TransientError, match="does not answer"):
             call()
     assert chain.faults() == Faults()
     clock.ticks(5)
@@ -511,7 +511,7 @@ def test_faults_are_consumed_once_each_by_many(chain: MockChain, clock: Clock) -
     def call(_: int) -> bool:
         try:
             another(clock).tick_info()
-        except UnavailableError:
+        except TransientError:
             return False
         return True
 
@@ -532,7 +532,7 @@ def test_a_new_setting_ends_the_one_before(chain: MockChain, clock: Clock) -> No
 
 def test_a_table_that_is_not_there(chain: MockChain, clock: Clock) -> None:
     boto3.client("dynamodb").delete_table(TableName=TABLE)
-    with pytest.raises(UnavailableError, match="ResourceNotFound"):
+    with pytest.raises(TransientError, match="ResourceNotFound"):
         chain.tick_info()
 
 
@@ -548,7 +548,7 @@ def test_others_who_keep_changing_the_state_end_in_unavailable(
         if operation == "UpdateItem":
             raise error
 
-    with failing(changed), pytest.raises(UnavailableError, match="keep changing"):
+    with failing(changed), pytest.raises(TransientError, match="keep changing"):
         chain.tick_info()
 
 
@@ -587,17 +587,17 @@ class Network(RuleBasedStateMachine):
         ahead=st.integers(-2, 6),
     )
     def broadcast(self, view: int, source: Key, to: Key, amount: int, ahead: int) -> None:
-        with suppress(UnavailableError):
+        with suppress(TransientError):
             transaction = source.signed(to, amount, self.views[view].tick_info().tick + ahead)
             self.sent[transaction.id] = transaction
-            with suppress(mock.RefusedError):  # who has spent everything
+            with suppress(mock.PermanentError):  # who has spent everything
                 assert self.views[view].broadcast(transaction.encode()) == transaction.id
 
     @rule(view=st.sampled_from([0, 1]), data=st.data())
     def again(self, view: int, data: st.DataObject) -> None:
         if self.sent:
             transaction = self.sent[data.draw(st.sampled_from(sorted(self.sent)))]
-            with suppress(UnavailableError, mock.RefusedError):
+            with suppress(TransientError, mock.PermanentError):
                 self.views[view].broadcast(transaction.encode())
 
     @rule(count=st.sampled_from([0.3, 1, 2, 7]))
@@ -623,17 +623,17 @@ class Network(RuleBasedStateMachine):
 
     @rule(view=st.sampled_from([0, 1]), number=st.integers(0, 6), how=st.sampled_from(["before", "after"]))
     def fall_over(self, view: int, number: int, how: str) -> None:
-        with failing_at(number, how), suppress(UnavailableError):
+        with failing_at(number, how), suppress(TransientError):
             self.views[view].last_processed_tick()
 
     @invariant()
     def nothing_told_is_taken_back(self) -> None:
         view = self.views[1]
-        with suppress(UnavailableError):
+        with suppress(TransientError):
             tick = view.tick_info().tick
             assert tick >= self.latest
             self.latest = tick
-        with suppress(UnavailableError):
+        with suppress(TransientError):
             processed = view.last_processed_tick().tick
             for txid, transaction in self.sent.items():
                 if transaction.tick > processed:

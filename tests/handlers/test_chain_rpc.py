@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from qaes.domain.errors import RefusedError, UnavailableError
+from qaes.domain.errors import PermanentError, TransientError
 from qaes.domain.qubic import fourq
 from qaes.domain.qubic.transaction import Transaction
 from qubic.network import chain
@@ -190,7 +190,7 @@ def test_a_node_that_is_busy_is_asked_again(
     pauses: list[float] = []
     monkeypatch.setattr("time.sleep", pauses.append)
     node.says(status, {"code": 14, "message": "busy"}, **{"Retry-After": "3600"})
-    with pytest.raises(UnavailableError, match=rf"^{name}: the node answered {status}"):
+    with pytest.raises(TransientError, match=rf"^{name}: the node answered {status}"):
         CALLS[name](node.chain())
     assert len(node.asked) == ATTEMPTS
     assert sum(pauses) < 5, "the node does not say how long we wait"
@@ -249,32 +249,32 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("impatient")
 def test_a_node_that_never_answers() -> None:
-    with hanging(b"", wait=5) as url, pytest.raises(UnavailableError, match="does not answer"):
+    with hanging(b"", wait=5) as url, pytest.raises(TransientError, match="does not answer"):
         RpcChain(url).tick_info()
 
 
 @pytest.mark.usefixtures("impatient")
 def test_a_node_that_stops_in_the_midst_of_its_answer() -> None:
-    with hanging(BEGUN + b"{", wait=5) as url, pytest.raises(UnavailableError, match="cut off"):
+    with hanging(BEGUN + b"{", wait=5) as url, pytest.raises(TransientError, match="cut off"):
         RpcChain(url).tick_info()
 
 
 def test_a_node_that_hangs_up_in_the_midst_of_its_answer() -> None:
-    with hanging(BEGUN + b"{}") as url, pytest.raises(UnavailableError, match="cut off"):
+    with hanging(BEGUN + b"{}") as url, pytest.raises(TransientError, match="cut off"):
         RpcChain(url).tick_info()
 
 
 def test_a_node_that_drips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each byte comes in time, the answer does not."""
     monkeypatch.setattr(rpc, "READ_SECONDS", 0.3)
-    with hanging(BEGUN, wait=0.1, chunks=100) as url, pytest.raises(UnavailableError, match="too long"):
+    with hanging(BEGUN, wait=0.1, chunks=100) as url, pytest.raises(TransientError, match="too long"):
         RpcChain(url).tick_info()
 
 
 def test_nobody_is_there(node: Node) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with pytest.raises(UnavailableError, match="does not answer"):
+    with pytest.raises(TransientError, match="does not answer"):
         RpcChain(f"http://127.0.0.1:{port}").tick_info()
 
 
@@ -289,7 +289,7 @@ def test_nobody_is_there(node: Node) -> None:
 )
 def test_what_is_not_as_documented(node: Node, name: str, answer: str) -> None:
     node.says(200, answer)
-    with pytest.raises(UnavailableError, match=rf"^{name}: the answer "):
+    with pytest.raises(TransientError, match=rf"^{name}: the answer "):
         CALLS[name](node.chain())
 
 
@@ -297,7 +297,7 @@ def test_what_is_not_as_documented(node: Node, name: str, answer: str) -> None:
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_a_redirect_is_not_followed(node: Node, name: str, status: int) -> None:
     node.says(status, TICK_INFO, Location=node.url + "/elsewhere")
-    with pytest.raises(UnavailableError, match=f"answered {status}"):
+    with pytest.raises(TransientError, match=f"answered {status}"):
         CALLS[name](node.chain())
     assert len(node.asked) == 1
 
@@ -305,7 +305,7 @@ def test_a_redirect_is_not_followed(node: Node, name: str, status: int) -> None:
 @pytest.mark.parametrize("name", CALLS)
 def test_an_answer_that_is_too_large(node: Node, name: str) -> None:
     node.says(200, {"padding": "x" * MAX_ANSWER_BYTES})
-    with pytest.raises(UnavailableError, match="larger"):
+    with pytest.raises(TransientError, match="larger"):
         CALLS[name](node.chain())
 
 
@@ -318,7 +318,7 @@ def test_an_answer_of_the_largest_size(node: Node) -> None:
 @pytest.mark.parametrize("tick", [-1, "x", "1_000", " 7", 7.0, True, None, 2**32, 2**64, "1" * 21, [7]])
 def test_a_number_that_is_none(node: Node, tick: Any) -> None:
     node.says(200, {"tickInfo": TICK_INFO["tickInfo"] | {"tick": tick}})
-    with pytest.raises(UnavailableError, match=r"^tick-info: the answer is not as documented: tickInfo\.tick$"):
+    with pytest.raises(TransientError, match=r"^tick-info: the answer is not as documented: tickInfo\.tick$"):
         node.chain().tick_info()
 
 
@@ -328,7 +328,7 @@ def test_another_s_balance(node: Node) -> None:
     balance = {"id": BOB.identity, "balance": "5", "incomingAmount": "6", "outgoingAmount": "1"} | numbers
     node.says(200, {"balance": balance})
     assert node.chain().balance(BOB.identity).balance == 5
-    with pytest.raises(UnavailableError, match="another identity"):
+    with pytest.raises(TransientError, match="another identity"):
         node.chain().balance(ALICE.identity)
 
 
@@ -387,7 +387,7 @@ def test_answer_without_what_decides_is_unavailable(node: Node, name: str, membe
     for answer in (without(whole, member), whole | {member: None}):
         node.answers.clear()
         node.says(200, wrapped(answer))
-        with pytest.raises(UnavailableError, match="not as documented"):
+        with pytest.raises(TransientError, match="not as documented"):
             CALLS[name](node.chain())
 
 
@@ -400,7 +400,7 @@ def test_transaction_without_a_member_is_proved_by_its_id(node: Node, name: str)
     assert found.transaction == empty
     node.answers.clear()
     node.says(200, {"transaction": without(content(SENT), name)})
-    with pytest.raises(UnavailableError, match="another transaction"):
+    with pytest.raises(TransientError, match="another transaction"):
         node.chain().transaction(SENT.id)
 
 
@@ -448,7 +448,7 @@ def test_absent(node: Node) -> None:
 def test_what_does_not_say_that_a_transaction_is_absent(node: Node, status: int, body: Any) -> None:
     """Whoever takes it for absent signs it anew, and it executes twice."""
     node.says(status, body)
-    with pytest.raises(UnavailableError):
+    with pytest.raises(TransientError):
         node.chain().transaction(SENT.id)
 
 
@@ -467,7 +467,7 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_node_that_changes_something(node: Node, name: str) -> None:
     node.says(200, content(SENT, **{name: CHANGES[name]}))
-    with pytest.raises(UnavailableError, match="another transaction"):
+    with pytest.raises(TransientError, match="another transaction"):
         node.chain().transaction(SENT.id)
 
 
@@ -487,7 +487,7 @@ def test_a_node_that_changes_something(node: Node, name: str) -> None:
 )
 def test_a_node_that_answers_what_is_no_transaction(node: Node, name: str, value: Any) -> None:
     node.says(200, content(SENT, **{name: value}))
-    with pytest.raises(UnavailableError, match=r"no transaction|not as documented: tickNumber"):
+    with pytest.raises(TransientError, match=r"no transaction|not as documented: tickNumber"):
         node.chain().transaction(SENT.id)
 
 
@@ -498,7 +498,7 @@ def test_a_signature_that_is_not_the_source_s(node: Node) -> None:
         forged = replace(SENT, signature=signature)
         node.answers.clear()
         node.says(200, content(forged))
-        with pytest.raises(UnavailableError, match="has not signed"):
+        with pytest.raises(TransientError, match="has not signed"):
             node.chain().transaction(forged.id)
 
 
@@ -515,7 +515,7 @@ def test_a_signature_that_is_not_the_source_s(node: Node) -> None:
 )
 def test_a_list_that_is_not_what_was_asked_for(node: Node, transactions: list[Any], match: str) -> None:
     node.says(200, listing(*transactions))
-    with pytest.raises(UnavailableError, match=match):
+    with pytest.raises(TransientError, match=match):
         node.chain().sent(ALICE.identity, 1000, 2000)
 
 
@@ -534,7 +534,7 @@ def test_sent_unavailable_when_the_list_is_incomplete(
 ) -> None:
     """A transaction that the list lacks would be taken for absent."""
     node.says(200, listing(*transactions, total=total))
-    with pytest.raises(UnavailableError, match=match):
+    with pytest.raises(TransientError, match=match):
         node.chain().sent(ALICE.identity, 1000, 2000)
 
 
@@ -551,7 +551,7 @@ def test_the_number_of_peers_decides_nothing(node: Node) -> None:
 
 def test_a_broadcast_that_is_refused(node: Node) -> None:
     node.says(400, {"code": 3, "message": "no balance\n" + "x" * 1000})
-    with pytest.raises(RefusedError, match="no balance") as caught:
+    with pytest.raises(PermanentError, match="no balance") as caught:
         node.chain().broadcast(SENT.encode())
     assert caught.value.code == "broadcast_refused"
     assert "\n" not in caught.value.message
@@ -573,13 +573,13 @@ def test_a_broadcast_that_is_refused(node: Node) -> None:
 )
 def test_a_broadcast_of_which_nothing_is_known(node: Node, status: int, body: Any) -> None:
     node.says(status, body)
-    with pytest.raises(UnavailableError):
+    with pytest.raises(TransientError):
         node.chain().broadcast(SENT.encode())
 
 
 def test_what_is_no_transaction_is_not_sent(node: Node) -> None:
     node.says(200, {})
-    with pytest.raises(RefusedError, match="malformed"):
+    with pytest.raises(PermanentError, match="malformed"):
         node.chain().broadcast(b"x" * 100)
     assert node.asked == []
 

@@ -18,7 +18,7 @@ from audit import store as audit_store
 from qaes.adapters import dynamo
 from qaes.adapters.callbacks import CallbacksTable
 from qaes.adapters.task_repository import TaskStore
-from qaes.domain.errors import ThrottledError, UnavailableError
+from qaes.domain.errors import ThrottledError, TransientError
 from qaes.domain.ids import new_task_id
 from qubic.items import ChangedError, Items
 from tests.handlers.test_task_store import new_task
@@ -186,7 +186,7 @@ def test_unprocessed_keys_are_asked_for_again(aws: Cloud) -> None:
 
 def test_unanswered_call_ends_as_unavailable(aws: Cloud) -> None:
     down = EndpointConnectionError(endpoint_url="https://dynamodb.example")
-    with failing(down, 10_000), pytest.raises(UnavailableError) as caught:
+    with failing(down, 10_000), pytest.raises(TransientError) as caught:
         dynamo.transact([put()])
     assert not isinstance(caught.value, ThrottledError)
 

@@ -17,7 +17,7 @@ from qaes.adapters.task_events import event_item
 from qaes.adapters.task_items import TaskItems, plan_item, task_item
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain import planning
-from qaes.domain.errors import ApprovalNeededError, ConflictError, UnavailableError
+from qaes.domain.errors import ApprovalNeededError, ConflictError, TransientError
 from qaes.domain.ids import new_plan_id, now, timestamp
 from qaes.domain.models import Plan, Task
 from qaes.domain.policy import Policy
@@ -119,7 +119,7 @@ def test_no_effect_before_the_claim_of_a_twin_is_on_record(
 
     monkeypatch.setattr(TaskStore, "records", after_the_twin)
     monkeypatch.setattr("audit.recorder.Recorder.drain", lambda *_: 1 / 0)
-    with pytest.raises(UnavailableError):
+    with pytest.raises(TransientError):
         act(aws, task_id)
     assert aws.invocations["LedgerTransferFunction"] == 0
 

@@ -21,8 +21,8 @@ from qaes.domain.errors import (
     ForbiddenError,
     LimitError,
     NotFoundError,
-    RefusedError,
-    UnavailableError,
+    PermanentError,
+    TransientError,
 )
 from qaes.domain.policy import DEFAULT_RULES, DENIED, PolicyDocument, Rule
 from qaes.domain.qubic.identity import encode_identity
@@ -130,10 +130,10 @@ def submissions_of_policies() -> list[str]:
 
 def test_until_the_first_version_is_confirmed_there_is_none(environment: None) -> None:
     with cloud(state_machine=False, policy=False) as aws:
-        with pytest.raises(UnavailableError, match="not on the ledger yet"):
+        with pytest.raises(TransientError, match="not on the ledger yet"):
             wiring.policies().in_force()
         assert wiring.policies().get(1).status == "anchoring"
-        with pytest.raises(UnavailableError):
+        with pytest.raises(TransientError):
             wiring.policies().propose(RULES, subject="olivia")
         aws.settle()
         policy = wiring.policies().in_force()
@@ -143,7 +143,7 @@ def test_until_the_first_version_is_confirmed_there_is_none(environment: None) -
 def test_whoever_asks_first_submits_the_first_version_once(environment: None) -> None:
     with cloud(state_machine=False, policy=False) as aws:
         found = at_once(*[lambda: wiring.policies().in_force()] * 8)
-        assert {type(each) for each in found} == {UnavailableError}
+        assert {type(each) for each in found} == {TransientError}
         aws.settle()
         found = at_once(*[lambda: wiring.policies().in_force()] * 8)
         assert {policy.policy_id for policy in found} == {wiring.policies().in_force().policy_id}
@@ -153,7 +153,7 @@ def test_whoever_asks_first_submits_the_first_version_once(environment: None) ->
 def test_a_first_version_whose_confirmation_nobody_told_of(environment: None) -> None:
     """No writer at all: whoever asks looks whether the ledger has it by now."""
     with cloud(state_machine=False, policy=False) as aws:
-        with pytest.raises(UnavailableError):
+        with pytest.raises(TransientError):
             wiring.policies().in_force()
         aws.clock.pass_seconds(60)
         assert wiring.policies().in_force().version == 1
@@ -368,7 +368,7 @@ def confirm_silently(aws: Cloud) -> None:
 # What fails half-way
 
 
-@pytest.mark.parametrize("error", [UnavailableError, LimitError])
+@pytest.mark.parametrize("error", [TransientError, LimitError])
 def test_an_approval_that_could_not_be_submitted_is_by_the_writer(
     aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
@@ -379,7 +379,7 @@ def test_an_approval_that_could_not_be_submitted_is_by_the_writer(
     with monkeypatch.context() as patch:
         patch.setattr(Submissions, "submit_record", busy)
         assert store.approve(2, subject="oscar", four_eyes=True).status == "approved"
-        with pytest.raises(UnavailableError, match="busy"):
+        with pytest.raises(TransientError, match="busy"):
             store.settle()
     aws.invoke("LedgerWriterFunction", {})
     assert store.get(2).status == "anchoring"
@@ -460,7 +460,7 @@ def test_an_altered_document_is_refused_and_the_last_good_one_is_in_force(
     assert store.in_force().version == 1
     assert '"PolicyRefused":[1.0]' in capsys.readouterr().out
     assert ("ERROR", "policy refused") in {(record.levelname, record.message) for record in caplog.records}
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(PermanentError) as caught:
         store.document(store.get(2).policy_id)
     assert caught.value.code == "policy_altered"
 
@@ -470,7 +470,7 @@ def test_when_no_version_is_good_nothing_is_allowed(aws: Cloud, store: Policies)
     alter_text(1, looser(1))
     assert store.in_force().version == 2
     alter_text(2, looser(2))
-    with pytest.raises(UnavailableError, match="nothing is allowed"):
+    with pytest.raises(TransientError, match="nothing is allowed"):
         store.in_force()
 
 
@@ -519,7 +519,7 @@ def test_nothing_takes_the_place_of_a_first_version_that_was_altered(
         alter_text(1, looser(1))
         aws.settle()
         for _ in range(2):
-            with pytest.raises(UnavailableError, match="was altered"):
+            with pytest.raises(TransientError, match="was altered"):
                 wiring.policies().in_force()
         assert submissions_of_policies() == ["policy:1 ATTEMPT#000001", "policy:1 SUBMISSION"] * confirmed
         alter_text(1, text)  # which is how it is mended
@@ -630,7 +630,7 @@ def test_a_signed_transaction_that_the_network_does_not_have_anchors_nothing(aws
     publish(aws, store)
     forge(aws, sign=service_key(), include=False)
     assert store.in_force().version == 1
-    with pytest.raises(RefusedError, match="the network does not have"):
+    with pytest.raises(PermanentError, match="the network does not have"):
         store.document(store.get(2).policy_id)
 
 
@@ -642,7 +642,7 @@ def test_a_document_is_not_given_with_a_transaction_that_the_network_does_not_ha
     forge(aws, sign=service_key(), include=False)
     trust._verified.update(verified)
     assert store.in_force().version == 2
-    with pytest.raises(RefusedError, match="the network does not have"):
+    with pytest.raises(PermanentError, match="the network does not have"):
         store.document(store.get(2).policy_id)
 
 
@@ -655,7 +655,7 @@ def test_what_the_network_does_not_tell_yet_is_neither_good_nor_bad(aws: Cloud, 
     chain().set_faults(Faults(lag=1000))  # type: ignore[attr-defined]
     assert store.in_force().version == 2  # known to this process
     forget()
-    with pytest.raises(UnavailableError, match="does not tell yet"):
+    with pytest.raises(TransientError, match="does not tell yet"):
         store.in_force()
     chain().set_faults(Faults())  # type: ignore[attr-defined]
     assert store.in_force().version == 2
@@ -667,7 +667,7 @@ def test_a_network_that_does_not_answer(aws: Cloud, store: Policies) -> None:
     chain().set_faults(Faults(fail_requests=1000))  # type: ignore[attr-defined]
     assert store.in_force().version == 2  # known to this process
     forget()
-    with pytest.raises(UnavailableError, match="does not answer"):  # and not the version before it
+    with pytest.raises(TransientError, match="does not answer"):  # and not the version before it
         store.in_force()
 
 
@@ -675,7 +675,7 @@ def test_what_the_table_alone_calls_confirmed_does_not_come_into_force(aws: Clou
     store.propose(RULES, subject="olivia")
     store.approve(2, subject="oscar", four_eyes=True)
     alter("SUBMISSION#mock#policy:2", "SUBMISSION", state={"S": "confirmed"})
-    with pytest.raises(UnavailableError, match="does not tell yet"):
+    with pytest.raises(TransientError, match="does not tell yet"):
         store.settle()
     assert (store.in_force().version, store.get(2).status) == (1, "anchoring")
     aws.clock.pass_seconds(60)  # and it was sent: so it is there after all
@@ -721,7 +721,7 @@ def test_a_look_up_that_finds_nothing_is_not_believed_alone(
     monkeypatch.setattr(MockChain, "transaction", lambda *_: None)
     monkeypatch.setattr(MockChain, "sent", listed(*has, **page))
     if version is None:
-        with pytest.raises(UnavailableError, match="does not tell yet"):
+        with pytest.raises(TransientError, match="does not tell yet"):
             store.in_force()
     else:
         assert store.in_force().version == version
@@ -746,7 +746,7 @@ def test_what_a_former_identity_anchored_stays_in_force(
     publish(aws, store)
     former = replace_seed()
     forget()
-    with pytest.raises(UnavailableError, match="nothing is allowed"):
+    with pytest.raises(TransientError, match="nothing is allowed"):
         store.in_force()
     monkeypatch.setenv("QUBIC_FORMER_IDENTITIES", f"{OTHER.identity}, {former}")
     assert store.in_force().version == 2
@@ -787,7 +787,7 @@ def test_the_first_version_too(monkeypatch: pytest.MonkeyPatch) -> None:
     with cloud(state_machine=False, policy=False) as aws:
         set_environment("LedgerRecordFunction", monkeypatch)
         chain().set_faults(Faults(drop=1000))  # type: ignore[attr-defined]
-        with pytest.raises(UnavailableError):
+        with pytest.raises(TransientError):
             wiring.policies().in_force()
         aws.clock.pass_seconds(60)
         former = replace_seed()
@@ -815,7 +815,7 @@ def rolled_back(store: Policies, capsys: pytest.CaptureFixture[str]) -> bool:
     capsys.readouterr()
     try:
         assert store.in_force().version == 1
-    except UnavailableError as error:
+    except TransientError as error:
         assert "has been in force" in error.message  # noqa: PT017
         assert '"PolicyRefused":[1.0]' in capsys.readouterr().out
         return True
@@ -851,7 +851,7 @@ def test_a_head_that_was_rolled_back_is_refused(
         lambda: store.propose(OTHER_RULES, subject="olivia"),
         lambda: store.approve(2, subject="otto", four_eyes=True),
     ):
-        with pytest.raises((UnavailableError, ConflictError, NotFoundError)):
+        with pytest.raises((TransientError, ConflictError, NotFoundError)):
             attempt()
     alter_head(in_force=2)  # which is how it is mended
     if not also:

@@ -13,7 +13,7 @@ from botocore.exceptions import ClientError
 
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.settings import SettingsError
-from qaes.domain.errors import RefusedError
+from qaes.domain.errors import PermanentError
 from qaes.domain.policy import DEFAULT_RULES
 from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.qubic.transaction import decode
@@ -76,14 +76,14 @@ def code(answer: dict[str, Any]) -> str:
 
 
 def test_a_transfer_is_under_way_and_then_confirmed(aws: Cloud, call: Call, transfer: Call) -> None:
-    under_way = transfer()["result"]
-    assert under_way["state"] == "signed"
-    assert under_way["encoded"] == ""  # not sent yet: who had the bytes could send them
+    in_flight = transfer()["result"]
+    assert in_flight["state"] == "signed"
+    assert in_flight["encoded"] == ""  # not sent yet: who had the bytes could send them
     assert call("balance", address=RICH)["result"]["balance"] == DEMO_BALANCES[RICH]
     assert call("transfer_state", reference="task#step_3")["result"]["state"] == "broadcast"
     aws.settle()
     done = call("transfer_state", reference="task#step_3")["result"]
-    assert (done["state"], done["txid"], done["error"]) == ("confirmed", under_way["txid"], None)
+    assert (done["state"], done["txid"], done["error"]) == ("confirmed", in_flight["txid"], None)
     assert decode(base64.b64decode(done["encoded"])).id == done["txid"]
     assert transfer()["result"] == done | {"network": "mock"}
     assert call("balance", address=RICH)["result"]["balance"] == DEMO_BALANCES[RICH] - 10
@@ -160,7 +160,7 @@ def test_check_transfer_returns_balance_and_todays_refusal(call: Call, limited: 
     assert (full["source"]["balance"], full["source"]["available"]) == (1000, 400)
     assert full["refusal_today"].startswith("over daily_limit: policy policy-v2-")
     assert full["refusal_today"].endswith("lets a wallet send at most 1000 QU a day, and 600 QU are spent today")
-    assert code(call("check_transfer", **terms | {"amount": 1001})) == "over_daily_limit"  # on any day
+    assert code(call("check_transfer", **terms | {"amount": 1001})) == "daily_limit_exceeded"  # on any day
     assert spent() == 600
 
 
@@ -187,12 +187,12 @@ def test_ledger_client_returns_the_policy_and_a_refusal(aws: Cloud) -> None:
         client = LedgerClient()
         policy, balance = client.policy_and_balance(RICH)
         assert (policy, balance) == (client.policy(), client.wallet_balance(RICH))
-        assert isinstance(client.policy_and_balance("0x12")[1], RefusedError)
+        assert isinstance(client.policy_and_balance("0x12")[1], PermanentError)
         allowed = client.policy_and_check(source=RICH, destination=EMPTY, amount=10)
         assert allowed == (policy, client.check_transfer(source=RICH, destination=EMPTY, amount=10))
         checked, refusal = client.policy_and_check(source=RICH, destination=EMPTY, amount=0)
     assert checked == policy
-    assert isinstance(refusal, RefusedError)
+    assert isinstance(refusal, PermanentError)
     assert refusal.code == "invalid_amount"
 
 
@@ -210,7 +210,7 @@ def test_check_parties_reads_no_seed(aws: Cloud, network: str, monkeypatch: pyte
     monkeypatch.setattr(wallets, "service_identity", lambda: own)
     held = wallets.Wallets(network)
     assert held.check_parties(own, NOBODY) == NOBODY
-    with pytest.raises(RefusedError, match="does not hold the key"):
+    with pytest.raises(PermanentError, match="does not hold the key"):
         held.check_parties(NOBODY, own)
 
 

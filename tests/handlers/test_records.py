@@ -12,7 +12,7 @@ import pytest
 
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.settings import SettingsError
-from qaes.domain.errors import RefusedError
+from qaes.domain.errors import PermanentError
 from qaes.domain.qubic.transaction import decode
 from qubic import wallets
 from qubic.network.faults import Faults
@@ -282,7 +282,7 @@ def test_approval_survives_when_signer_fails(aws: Cloud, request_: Request) -> N
 
 
 def test_ledger_client_refuses_unknown_operation_of_signer(aws: Cloud) -> None:
-    with pytest.raises(RefusedError):
+    with pytest.raises(PermanentError):
         LedgerClient("LedgerRecordFunction").transfer(
             reference="x", source=RICH, destination=EMPTY, amount=1, requester="alice"
         )

@@ -16,7 +16,7 @@ import pytest
 from botocore.exceptions import ClientError
 
 from qaes.adapters.task_repository import TaskStore
-from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
+from qaes.domain.errors import InvalidInputError, PermanentError, TransientError
 from qaes.domain.policy import DEFAULT_RULES, Policy, Rule
 from qaes.domain.qubic.identity import encode_identity
 from qubic import wiring
@@ -61,12 +61,12 @@ class Ledger:
                 return self.submissions().submit_transfer(
                     reference, source=source, destination=to, amount=amount, run=run
                 )
-            except UnavailableError:
+            except TransientError:
                 time.sleep(0.01)
         raise AssertionError("the queue stays busy")
 
     def refusal(self, *arguments: Any, **changes: Any) -> str:
-        with pytest.raises(RefusedError) as caught:
+        with pytest.raises(PermanentError) as caught:
             self.transfer(*arguments, **changes)
         return caught.value.code
 
@@ -117,7 +117,7 @@ def at_once(calls: list[Callable[[], Any]]) -> list[Any]:
         start.wait()
         try:
             return call()
-        except RefusedError as error:
+        except PermanentError as error:
             return error.code
 
     with ThreadPoolExecutor(len(calls)) as pool:
@@ -136,9 +136,9 @@ def test_the_sum_of_a_day_never_exceeds_the_limit(ledger: Ledger) -> None:
     ledger.policy = policy(daily_limit=100)
     ledger.transfer("a", 60)
     ledger.transfer("b", 40)
-    with pytest.raises(RefusedError, match="at most 100 QU a day, and 100 QU are spent today") as caught:
+    with pytest.raises(PermanentError, match="at most 100 QU a day, and 100 QU are spent today") as caught:
         ledger.transfer("c", 1)
-    assert (caught.value.code, caught.value.details) == ("over_daily_limit", {"spent": 100, "limit": 100})
+    assert (caught.value.code, caught.value.details) == ("daily_limit_exceeded", {"spent": 100, "limit": 100})
     ledger.transfer("d", 100, source=POOR)  # another wallet has its own
     ledger.moment += timedelta(days=1)
     ledger.transfer("e", 100)
@@ -156,7 +156,7 @@ def test_a_day_is_one_of_utc(ledger: Ledger) -> None:
     ("limits", "code"),
     [
         ({"max_amount": 49}, "over_max_amount"),
-        ({"daily_limit": 49}, "over_daily_limit"),
+        ({"daily_limit": 49}, "daily_limit_exceeded"),
         ({"allowed_addresses": (POOR,)}, "address_not_allowed"),
     ],
 )
@@ -178,8 +178,8 @@ def test_a_transfer_beyond_the_policy_counts_nothing(ledger: Ledger, limits: dic
         ({"reference": "x" * 257}, InvalidInputError),
         ({"amount": 0}, InvalidInputError),
         ({"amount": 10**15 + 1}, InvalidInputError),
-        ({"source": NOBODY}, RefusedError),
-        ({"source": EMPTY, "to": RICH}, RefusedError),
+        ({"source": NOBODY}, PermanentError),
+        ({"source": EMPTY, "to": RICH}, PermanentError),
     ],
 )  # fmt: skip
 def test_a_transfer_that_is_not_signed_counts_nothing(ledger: Ledger, changes: dict[str, Any], error: type) -> None:
@@ -211,7 +211,7 @@ def test_a_wallet_is_one_by_all_its_addresses(ledger: Ledger) -> None:
     ledger.policy = policy(daily_limit=100)
     ledger.transfer("a", 60)
     for number, address in enumerate((IDENTITY, RICH.upper().replace("X", "x"))):
-        assert ledger.refusal(f"b{number}", 41, source=address) == "over_daily_limit"
+        assert ledger.refusal(f"b{number}", 41, source=address) == "daily_limit_exceeded"
     assert ledger.transfer("a", 60, source=IDENTITY).source == IDENTITY
     assert ledger.spent(source=IDENTITY) == 60
 
@@ -222,7 +222,7 @@ def test_a_limit_set_at_noon_counts_the_morning(ledger: Ledger) -> None:
     ledger.transfer("b", 50)
     assert ledger.spent() == 100
     ledger.policy = policy(daily_limit=149)
-    assert ledger.refusal("c", 50) == "over_daily_limit"
+    assert ledger.refusal("c", 50) == "daily_limit_exceeded"
     ledger.policy = policy(daily_limit=150)
     assert ledger.transfer("d", 50).state == "signed"
 
@@ -258,7 +258,7 @@ def test_an_allowed_address_is_compared_in_one_spelling(
 def test_twenty_race_for_a_limit_that_has_room_for_three(ledger: Ledger) -> None:
     ledger.policy = policy(daily_limit=100)
     found = at_once([lambda n=n: ledger.transfer(f"task_{n}#step_3", 30).state for n in range(20)])
-    assert (found.count("over_daily_limit"), found.count("signed")) == (17, 3)
+    assert (found.count("daily_limit_exceeded"), found.count("signed")) == (17, 3)
     assert ledger.spent() == 90
     ledger.settle()
     assert ledger.spent() == 90
@@ -293,7 +293,7 @@ def test_an_expired_transfer_gives_back_once(ledger: Ledger) -> None:
     at_once([lambda: ledger.submissions().follow(IDENTITY)] * 8)
     assert (ledger.spent(), ledger.state("a").counted_on) == (40, "")
     ledger.transfer("c", 60)
-    assert ledger.refusal("a", 60, run=2) == "over_daily_limit"
+    assert ledger.refusal("a", 60, run=2) == "daily_limit_exceeded"
 
 
 def test_closing_at_once_gives_back_once(ledger: Ledger) -> None:
@@ -303,7 +303,7 @@ def test_closing_at_once_gives_back_once(ledger: Ledger) -> None:
     ledger.aws.clock.pass_seconds(LEAD_TICKS + 6)
 
     def follow() -> None:
-        with suppress(UnavailableError):
+        with suppress(TransientError):
             ledger.submissions().follow(IDENTITY)
 
     at_once([follow] * 6)
@@ -353,7 +353,7 @@ def test_a_transfer_that_is_found_after_all_counts_once(ledger: Ledger) -> None:
         found = ledger.transfer("a", 50, run=2)
         assert (found.state, found.txid) == ("confirmed", first.txid)
         assert ledger.spent() == 100  # no limit undoes it
-    assert ledger.refusal("c", 1) == "over_daily_limit"
+    assert ledger.refusal("c", 1) == "daily_limit_exceeded"
 
 
 def test_a_sum_that_was_set_back_keeps_no_transfer_from_closing(ledger: Ledger) -> None:
@@ -408,7 +408,7 @@ def test_signed_again_without_room_that_day_it_expires(ledger: Ledger) -> None:
 
 
 def refuse(*_: Any) -> None:
-    raise RefusedError("insufficient_balance", "the source's balance is too small")
+    raise PermanentError("insufficient_balance", "the source's balance is too small")
 
 
 def test_a_refusal_is_final_for_its_run(ledger: Ledger) -> None:
@@ -417,7 +417,7 @@ def test_a_refusal_is_final_for_its_run(ledger: Ledger) -> None:
         patch.setattr(Submissions, "_check_balance", refuse)
         assert ledger.refusal("a", 50) == "insufficient_balance"
     again = ledger.transfer("a", 50)
-    assert (again.state, again.txid, again.moved_nothing) == ("failed", "", True)
+    assert (again.state, again.txid, again.no_effect) == ("failed", "", True)
     assert again.error.startswith("insufficient_balance: ")
     assert ledger.transfer("a", 50, run=2).state == "signed"
     ledger.settle()
@@ -556,7 +556,7 @@ def test_a_ledger_that_does_not_answer_lets_nothing_run(aws: Cloud, sent: list[d
     task_id = run_first_steps(aws, approved_task(TaskStore("TasksTable")))
     aws.faults["LedgerFunction"] = lambda event: 1 / 0  # type: ignore[assignment]
     for function in ("AwaitApprovalFunction", "ExecuteActionFunction"):
-        with pytest.raises(UnavailableError):
+        with pytest.raises(TransientError):
             outcome(aws, task_id, function)
 
 
@@ -566,6 +566,6 @@ def test_what_is_only_simulated_counts_nothing(ledger: Ledger) -> None:
     for _ in range(2):
         assert ledger.submissions().simulate_transfer("a", **terms).state == "simulated"
     ledger.policy = policy(max_amount=49)
-    with pytest.raises(RefusedError):
+    with pytest.raises(PermanentError):
         ledger.submissions().simulate_transfer("a", **terms)
     assert sums() == []

@@ -14,7 +14,7 @@ from unittest.mock import ANY
 import boto3
 import pytest
 
-from qaes.domain.errors import InvalidInputError, LimitError, RefusedError, UnavailableError
+from qaes.domain.errors import InvalidInputError, LimitError, PermanentError, TransientError
 from qaes.domain.qubic.transaction import Transaction, decode
 from qubic import wallets
 from qubic.network.base import ProcessedTick, SentList
@@ -145,7 +145,7 @@ def test_at_the_same_time_too(ledger, number):
 
 def test_under_one_key_nothing_else_can_be_written(ledger, number):
     ledger.it.submit_record(f"anchor:log:{number}", b"one", kind="anchor", metadata={})
-    with pytest.raises(RefusedError, match="something else was written") as refused:
+    with pytest.raises(PermanentError, match="something else was written") as refused:
         ledger.it.submit_record(f"anchor:log:{number}", b"two", kind="anchor", metadata={})
     assert refused.value.code == "key_conflict"
 
@@ -224,7 +224,7 @@ def test_a_node_that_fails_after_accepting_has_accepted(ledger, number):
 
 def test_a_network_that_does_not_answer_has_nothing_written_or_told(ledger, number):
     ledger.chain.set_faults(Faults(fail_requests=1))
-    with pytest.raises(UnavailableError):
+    with pytest.raises(TransientError):
         ledger.write(number)
     assert ledger.it.get(f"hash:{digest(number)}") is None
 
@@ -326,7 +326,7 @@ def test_a_node_that_is_behind_does_not_have_a_record_written_twice(ledger, numb
     written = ledger.write(number)
     replicas = behind(ledger, 30)
     replicas.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
-    with pytest.raises(UnavailableError, match="behind"):
+    with pytest.raises(TransientError, match="behind"):
         replicas.follow()
     assert ledger.it.get(written.key) == replace(written, state="broadcast", version=2, updated_at=ANY)
     replicas.chain.set_faults(Faults())
@@ -339,7 +339,7 @@ def test_a_node_that_is_behind_does_not_make_a_transfer_expired(ledger, number):
     moved = ledger.transfer(f"task{number}", 3)
     replicas = behind(ledger, 30)
     replicas.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
-    with pytest.raises(UnavailableError, match="behind"):
+    with pytest.raises(TransientError, match="behind"):
         replicas.follow(moved.source)
     replicas.chain.set_faults(Faults())
     replicas.follow(moved.source)
@@ -366,7 +366,7 @@ def nothing_is_found(ledger: Ledger) -> Iterator[None]:
 def test_the_balance_has_its_say_too(ledger, number):
     moved = ledger.transfer(f"task{number}", 3)
     ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
-    with nothing_is_found(ledger), pytest.raises(UnavailableError, match="the balance shows"):
+    with nothing_is_found(ledger), pytest.raises(TransientError, match="the balance shows"):
         ledger.follow(moved.source)
     ledger.follow(moved.source)
     assert ledger.state(moved.key) == "confirmed"
@@ -379,7 +379,7 @@ def test_a_balance_of_before_the_tick_says_nothing(ledger, number, monkeypatch):
     with monkeypatch.context() as patch:
         of_before = replace(ledger.chain.balance(moved.source), valid_for_tick=moved.tick - 1)
         patch.setattr(ledger.chain, "balance", lambda identity: of_before)
-        with pytest.raises(UnavailableError, match="not known yet"):
+        with pytest.raises(TransientError, match="not known yet"):
             ledger.follow(moved.source)
     ledger.follow(moved.source)
     assert ledger.state(moved.key) == "expired"
@@ -517,7 +517,7 @@ def test_ticks_that_differ_from_call_to_call_have_nothing_signed_over_and_over(l
     first, second = ledger.write(number), ledger.write(number + 1)
     ledger.pass_ticks(2 * LEAD_TICKS + 2)
     monkeypatch.setattr(ledger.it, "_send", lambda submission: submission.key == first.key)  # late, whatever it names
-    with pytest.raises(UnavailableError, match="late again"):
+    with pytest.raises(TransientError, match="late again"):
         ledger.follow()
     assert ledger.it.get(second.key).attempt <= 3
 
@@ -551,7 +551,7 @@ def test_what_is_promised_stays_promised_when_its_turn_comes_late(ledger, number
         ledger.transfer(f"task{number}-{part}", amount, source=EMPTY) for part, amount in enumerate((1, balance - 1))
     ]
     ledger.pass_ticks(2 * LEAD_TICKS + 3)  # nobody follows
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(PermanentError) as refused:
         ledger.transfer(f"task{number}-2", 1, source=EMPTY)
     assert refused.value.code == "insufficient_balance"
     ledger.run(4 * LEAD_TICKS, moved[0].source)
@@ -561,7 +561,7 @@ def test_what_is_promised_stays_promised_when_its_turn_comes_late(ledger, number
 
 def test_the_service_s_own_wallet_is_not_emptied_and_keeps_places_for_its_records(ledger, number, monkeypatch):
     service = wallets.service_key().identity
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(PermanentError) as refused:
         ledger.transfer(f"task{number}", ledger.balance(service), source=service)
     assert refused.value.code == "insufficient_balance"
     monkeypatch.setattr("qubic.transactions.submissions.MAX_OPEN_HASHES", 2)
@@ -609,7 +609,7 @@ def test_a_tick_that_cannot_be_true_is_not_believed(ledger, number, monkeypatch)
     with monkeypatch.context() as patch:
         wrong = replace(ledger.chain.tick_info(), tick=ledger.chain.tick_info().tick + MAX_TICKS_AHEAD + 10)
         patch.setattr(ledger.chain, "tick_info", lambda: wrong)
-        with pytest.raises(UnavailableError, match="present tick"):
+        with pytest.raises(TransientError, match="present tick"):
             ledger.write(number)
     tick = ledger.chain.tick_info().tick
     assert ledger.write(number).tick < tick + 20 * LEAD_TICKS
@@ -622,7 +622,7 @@ def test_an_empty_wallet_is_told_and_nothing_is_signed_for_it_again_and_again(le
     written = ledger.write(number)
     assert REFUSED_METRIC not in capsys.readouterr().out  # the RPC takes it, and the nodes drop it
     ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
-    with pytest.raises(UnavailableError, match="has no balance"):
+    with pytest.raises(TransientError, match="has no balance"):
         ledger.follow(poor.identity)
     assert ledger.it.get(written.key).attempt == 1
     assert REFUSED_METRIC in capsys.readouterr().out
@@ -676,7 +676,7 @@ def test_what_the_former_key_has_written_stays_written(ledger, number, monkeypat
 
 def test_a_reference_stands_for_one_transfer(ledger, number):
     ledger.transfer(f"task{number}", 5)
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(PermanentError) as refused:
         ledger.transfer(f"task{number}", 6)
     assert refused.value.code == "reference_conflict"
 
@@ -699,7 +699,7 @@ def test_a_transfer_that_expired_moved_nothing_and_is_signed_anew_only_for_a_lat
 
 
 def test_what_the_source_does_not_have_is_refused_with_nothing_signed(ledger, number):
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(PermanentError) as refused:
         ledger.transfer(f"task{number}", ledger.balance(SOURCE) + 1)
     assert refused.value.code == "insufficient_balance"
     refused = ledger.it.get(f"transfer:task{number}")
@@ -710,7 +710,7 @@ def test_what_is_under_way_counts_as_spent(ledger, number):
     balance = ledger.balance(EMPTY)
     for part in range(2):
         ledger.transfer(f"task{number}-{part}", balance // 2, source=EMPTY)
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(PermanentError) as refused:
         ledger.transfer(f"task{number}-2", balance // 2, source=EMPTY)
     assert refused.value.code == "insufficient_balance"
     ledger.run(3 * LEAD_TICKS, identity_of(EMPTY))
@@ -730,7 +730,7 @@ def test_what_is_moved_already_does_not_count_twice(ledger, number):
 def test_a_simulation_says_what_is_not_there_too(ledger, number):
     terms = {"source": SOURCE, "destination": DESTINATION}
     assert ledger.it.simulate_transfer(f"task{number}", amount=1, **terms).state == "simulated"
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(PermanentError) as refused:
         ledger.it.simulate_transfer(f"task{number}", amount=ledger.balance(SOURCE) + 1, **terms)
     assert refused.value.code == "insufficient_balance"
     with pytest.raises(InvalidInputError):
@@ -745,7 +745,7 @@ def test_of_many_transfers_at_once_only_what_is_there_is_spent(ledger, number):
     def one(part: int) -> str:
         try:
             return ledger.transfer(f"task{number}-{part}", share).state
-        except RefusedError as error:
+        except PermanentError as error:
             return error.code
 
     with ThreadPoolExecutor(6) as pool:
@@ -784,7 +784,7 @@ def test_a_transfer_that_is_included_and_moved_nothing_has_failed(ledger, number
     assert ledger.balance(SOURCE) == balance - 1
     again = ledger.transfer(f"task{number}", balance)
     assert again.txid == moved.txid  # not in the same run
-    with pytest.raises(RefusedError):  # and in a later one, only if it can be paid
+    with pytest.raises(PermanentError):  # and in a later one, only if it can be paid
         ledger.transfer(f"task{number}", balance, run=2)
 
 
@@ -810,7 +810,7 @@ def test_where_it_cannot_be_told_whether_a_transfer_moved_it_is_not_repeated(led
         ({"reference": "x" * 257}, InvalidInputError),
         (
             {"source": "BAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAARMID"},
-            (RefusedError, InvalidInputError),
+            (PermanentError, InvalidInputError),
         ),
     ],
 )
@@ -823,7 +823,7 @@ def test_bad_terms_are_refused_with_nothing_signed(ledger, number, arguments, er
 
 def test_a_wallet_whose_key_is_not_here_cannot_pay(ledger, number):
     stranger = wallets.key_of_seed("z" * 55).identity
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(PermanentError) as refused:
         ledger.transfer(f"task{number}", 1, source=stranger)
     assert refused.value.code == "no_key"
 
@@ -835,10 +835,10 @@ def test_an_identity_and_its_older_address_are_the_same_wallet(ledger):
 
 def test_a_real_network_knows_no_older_addresses_and_no_demo_keys():
     it = wallets.Wallets("mainnet")
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(PermanentError) as refused:
         it.identity(SOURCE)
     assert refused.value.code == "invalid_address"
-    with pytest.raises(RefusedError) as refused:
+    with pytest.raises(PermanentError) as refused:
         it.key(identity_of(SOURCE))
     assert refused.value.code == "no_key"
 

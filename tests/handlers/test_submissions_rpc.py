@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from qaes.domain.errors import RefusedError
+from qaes.domain.errors import PermanentError
 from qaes.domain.qubic.transaction import Transaction
 from qubic import wallets
 from qubic.network.faults import Faults
@@ -134,7 +134,7 @@ def test_a_broadcast_that_comes_too_late_is_no_alarm(ledger: Ledger, monkeypatch
     assert ledger.state(sent) == "confirmed"
 
     def refuse(_: bytes) -> str:
-        raise RefusedError("broadcast_refused", "the signature is not the source's")
+        raise PermanentError("broadcast_refused", "the signature is not the source's")
 
     monkeypatch.setattr(ledger.mock, "broadcast", refuse)
     ledger.transfer("task-2:step_3")

@@ -16,7 +16,7 @@ from benchmarks.units import Units, metered
 from qaes.adapters import clients, dynamo, shards
 from qaes.adapters.task_items import task_item
 from qaes.adapters.task_list import list_tasks
-from qaes.domain.errors import UnavailableError
+from qaes.domain.errors import TransientError
 from qaes.domain.models import Status, Task
 from tests.handlers.test_task_store import new_task
 from tests.support.api import set_environment
@@ -240,5 +240,5 @@ def test_list_is_unavailable_when_a_page_is_never_read_whole(table: Cloud, monke
         keys = [{"pk": item["pk"], "sk": item["sk"]} for item in answer["Responses"]["TasksTable"]]
         return answer | {"Responses": {}, "UnprocessedKeys": {"TasksTable": {"Keys": keys}}}
 
-    with answered(nothing_read), pytest.raises(UnavailableError):
+    with answered(nothing_read), pytest.raises(TransientError):
         list_tasks(status=None, requester=None, limit=30, before=None)

@@ -15,7 +15,7 @@ from qaes.adapters import clients, dynamo
 from qaes.adapters.task_items import Idempotency, task_item
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain import planning
-from qaes.domain.errors import ConflictError, NotFoundError, ThrottledError, UnavailableError
+from qaes.domain.errors import ConflictError, NotFoundError, ThrottledError, TransientError
 from qaes.domain.ids import new_plan_id, new_task_id, now, timestamp
 from qaes.domain.models import Approval, Plan, StepRecord, Task
 from qaes.domain.policy import PolicyDecision
@@ -138,7 +138,7 @@ def test_fifty_starts_at_once_under_one_key_make_one_task(store: TaskStore) -> N
 
 def test_a_task_id_is_not_written_twice(store: TaskStore) -> None:
     task, _ = store.start_task(new_task())
-    with pytest.raises(UnavailableError):
+    with pytest.raises(TransientError):
         store.start_task(task)
 
 
@@ -362,7 +362,7 @@ def test_other_errors_of_the_table_are_not_swallowed(store: TaskStore, monkeypat
         def transact_write_items(self, **_: Any) -> None:
             raise ClientError({"Error": {"Code": self.code, "Message": ""}}, "TransactWriteItems")
 
-    for code, expected in (("ThrottlingException", UnavailableError), ("AccessDeniedException", ClientError)):
+    for code, expected in (("ThrottlingException", TransientError), ("AccessDeniedException", ClientError)):
         monkeypatch.setattr(clients, "client", lambda name, code=code: Broken(code))
         with pytest.raises(expected):
             store.start_task(new_task())

@@ -13,7 +13,7 @@ from botocore.exceptions import ClientError
 from audit import sequencer, sweeper
 from audit.sweeper import Sweeper
 from qaes.adapters.ledger_client import LedgerClient
-from qaes.domain.errors import UnavailableError
+from qaes.domain.errors import TransientError
 from qaes.domain.ids import now
 from tests.handlers.test_audit_recorder import stream_event, task_with
 from tests.support.cloud import Cloud, Context, cloud
@@ -133,9 +133,9 @@ def test_anchor_tells_its_age_when_the_ledger_does_not_answer(
     aws.invoke("SequencerFunction", {"task_ids": [item["pk"]["S"]]})
 
     def silent(*_: Any, **__: Any) -> None:
-        raise UnavailableError("the ledger does not answer")
+        raise TransientError("the ledger does not answer")
 
     monkeypatch.setattr(LedgerClient, "submit_anchor", silent)
-    with pytest.raises(UnavailableError):
+    with pytest.raises(TransientError):
         aws.invoke("AnchorFunction", {})
     assert '"AnchorInFlightSeconds":[' in capsys.readouterr().out

@@ -9,7 +9,7 @@ import boto3
 import pytest
 
 from qaes.adapters.ledger_client import LedgerClient
-from qaes.domain.errors import RefusedError
+from qaes.domain.errors import PermanentError
 from qaes.domain.policy import DEFAULT_RULES, Policy, Rule
 from qubic import wiring
 from qubic.network.mock import MockChain
@@ -74,7 +74,7 @@ def test_ledger_refuses_forbidden_transfer_by_any_name(aws: Cloud, enforce: Enfo
     ("rule", "expected"),
     [
         ({"max_amount": 9}, "over_max_amount"),
-        ({"daily_limit": 9}, "over_daily_limit"),
+        ({"daily_limit": 9}, "daily_limit_exceeded"),
         ({"allowed_addresses": (POOR,)}, "address_not_allowed"),
     ],
 )
@@ -145,14 +145,14 @@ def test_rule_of_transaction_does_not_judge_transfers() -> None:
 
 def test_transaction_with_input_type_has_no_rule() -> None:
     policy = Policy(policy_id="policy-v7-0123456789ab", version=7, rules={"transfer_funds": ALLOWED})
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(PermanentError) as caught:
         rule_for(policy, destination=EMPTY, amount=10, input_type=1)
     assert caught.value.code == "not_allowed"
 
 
 def test_client_has_no_way_to_name_an_action(aws: Cloud, enforce: Enforce) -> None:
     enforce()
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(PermanentError) as caught:
         LedgerClient("LedgerTransferFunction").transfer(**TERMS, requester="alice")  # type: ignore[arg-type]
     assert caught.value.code == "not_allowed"
 

@@ -24,10 +24,10 @@ from qaes.domain.errors import (
     ApprovalNeededError,
     ApprovalRejectedError,
     ConflictError,
-    RefusedError,
+    PermanentError,
     StepDeniedError,
     StepFailedError,
-    UnavailableError,
+    TransientError,
 )
 from qaes.domain.ids import new_plan_id, timestamp
 from qaes.domain.ids import now as moment
@@ -49,7 +49,7 @@ KEYLESS = encode_identity(bytes([7]) * 32)
 """An identity that is no contract's, and whose key is nowhere."""
 TRANSFER = {"wallet_address": SOURCE, "to_address": DESTINATION, "amount": 250}
 Plans = Callable[..., tuple[str, Plan]]
-WAITER = "a token"
+CALLBACK_TOKEN = "a token"
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def run(aws: Cloud, task_id: str, step_index: int) -> dict[str, Any]:
     return answer
 
 
-def act(aws: Cloud, task_id: str, token: str = WAITER) -> str:
+def act(aws: Cloud, task_id: str, token: str = CALLBACK_TOKEN) -> str:
     """As the state ExecuteAction does; the outcome."""
     answer: dict[str, Any] = aws.invoke("ExecuteActionFunction", {"task_id": task_id, "task_token": token})
     return str(answer["status"])
@@ -160,7 +160,7 @@ def reconcile(aws: Cloud) -> list[str]:
 
 def check(aws: Cloud, task_id: str) -> str:
     """The compliance agent's verdict on the action, as the state AwaitApproval; it asks people if they must approve."""
-    answer = aws.invoke("AwaitApprovalFunction", {"task_id": task_id, "task_token": WAITER})
+    answer = aws.invoke("AwaitApprovalFunction", {"task_id": task_id, "task_token": CALLBACK_TOKEN})
     return VERDICTS.get(answer.get("status"), answer.get("verdict"))
 
 
@@ -243,7 +243,7 @@ def test_run_step_records_nothing_when_the_ledger_is_down(aws: Cloud, store: Tas
         raise ConnectionError("down")
 
     aws.faults["LedgerFunction"] = down
-    with pytest.raises(UnavailableError):
+    with pytest.raises(TransientError):
         run(aws, task_id, 0)
     assert (store.get_task(task_id), store.steps(task_id)) == (before, [])
 
@@ -366,7 +366,7 @@ def test_compliance_decides_nothing_without_a_balance(
 
     task_id, _ = plan_for("transfer_funds", TRANSFER | {"amount": 1001})
     aws.faults["LedgerFunction"] = down
-    with pytest.raises(UnavailableError):
+    with pytest.raises(TransientError):
         verdict_on(aws, task_id, sent)
     aws.faults.clear()
     assert verdict_on(aws, task_id, sent)["verdict"] == "denied"
@@ -377,7 +377,7 @@ def test_compliance_denies_an_address_that_the_network_lacks(
     aws: Cloud, plan_for: Plans, sent: Sent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(self: LedgerClient, **__: Any) -> Any:
-        return self.policy(), RefusedError("invalid_address", "address: on mainnet it is an identity of 60 letters")
+        return self.policy(), PermanentError("invalid_address", "address: on mainnet it is an identity of 60 letters")
 
     monkeypatch.setattr(LedgerClient, "policy_and_check", refuse)
     task_id, _ = plan_for("transfer_funds", TRANSFER)
@@ -421,7 +421,7 @@ def test_compliance_needs_no_funds_for_a_submitted_transfer(
 
     def refused(self: LedgerClient, **given: Any) -> Any:
         terms.update(given)
-        raise RefusedError("insufficient_balance", "the source's balance is too small")
+        raise PermanentError("insufficient_balance", "the source's balance is too small")
 
     with monkeypatch.context() as patch:
         patch.setattr(LedgerClient, "transfer", refused)
@@ -597,7 +597,7 @@ def test_no_effect_without_the_intent_on_record(
     with monkeypatch.context() as patch:
         patch.setattr("audit.recorder.Recorder.drain", lambda *_: 1 / 0 if recorder == "fails" else Drained(9, 99))
         for _ in range(2):
-            with pytest.raises(UnavailableError):
+            with pytest.raises(TransientError):
                 act(aws, task_id)
     assert record_of(store, task_id).status == "running"
     assert aws.invocations["LedgerTransferFunction"] == 0
@@ -628,14 +628,14 @@ def test_a_transfer_whose_handing_in_was_not_answered_is_not_refused_afterwards(
 
     def lost(self: LedgerClient, **terms: Any) -> Any:
         transfer(self, **terms)
-        raise UnavailableError("the ledger did not answer")
+        raise TransientError("the ledger did not answer")
 
     def keyless(*_: Any) -> Any:
-        raise RefusedError("no_key", "this wallet's key is not here any more")
+        raise PermanentError("no_key", "this wallet's key is not here any more")
 
     with monkeypatch.context() as patch:
         patch.setattr(LedgerClient, "transfer", lost)
-        with pytest.raises(UnavailableError):
+        with pytest.raises(TransientError):
             act(aws, task_id)
     monkeypatch.setattr(Wallets, "_held", keyless)
     assert act(aws, task_id) == "submitted"
@@ -652,7 +652,7 @@ def test_a_twin_that_was_refused_keeps_the_other_from_signing(
     sign, twins = Submissions._sign, []
 
     def refuse(*_: Any) -> None:
-        raise RefusedError("insufficient_balance", "the source's balance is too small")
+        raise PermanentError("insufficient_balance", "the source's balance is too small")
 
     def meanwhile(it: Submissions, *arguments: Any) -> Any:
         if not twins:
@@ -700,7 +700,7 @@ def test_the_end_of_a_transfer_is_on_record_before_who_waits_is_woken(
         assert aws.invoke("ExecuteActionFunction", ended(task_id, outcome)) == {"status": "running"}
     assert answers == []
     aws.settle()  # and with it, the qubic service's event
-    assert answers == [("send_task_success", WAITER, "succeeded")]
+    assert answers == [("send_task_success", CALLBACK_TOKEN, "succeeded")]
     assert store.get_task(task_id).status == "completed"
 
 
@@ -731,7 +731,7 @@ def test_an_end_before_the_token_is_kept_is_answered(
 
     monkeypatch.setattr(CallbacksTable, "wait", settled_first)
     assert act(aws, task_id, "second") == "succeeded"
-    assert woken() == [WAITER, "second"]
+    assert woken() == [CALLBACK_TOKEN, "second"]
 
 
 def test_a_failure_before_the_token_is_kept_is_the_step_s(
@@ -804,7 +804,7 @@ def test_what_a_cancelled_task_has_done_is_put_on_record_once(
     assert reconcile(aws) == ([task_id] if by == "reconciler" else [])
     record = record_of(store, task_id)
     assert (record.status, balance(DESTINATION)) == ("succeeded", 250)
-    assert (woken(), action_token(task_id)) == ([WAITER], None)
+    assert (woken(), action_token(task_id)) == ([CALLBACK_TOKEN], None)
     assert aws.invoke("ExecuteActionFunction", ended(task_id)) == {"status": "succeeded"}
     assert reconcile(aws) == []
     assert record_of(store, task_id) == record
@@ -817,13 +817,13 @@ def test_a_step_that_waits_for_the_ledger_is_found_without_a_scan_until_it_is_fi
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     run(aws, task_id, 0)
-    assert store.transfers_under_way(-1) == []
+    assert store.transfers_in_flight(-1) == []
     approve(store, task_id, plan, 2)
     act(aws, task_id)
-    assert store.transfers_under_way(-1) == [(task_id, record_of(store, task_id))]
-    assert store.transfers_under_way(60) == []
+    assert store.transfers_in_flight(-1) == [(task_id, record_of(store, task_id))]
+    assert store.transfers_in_flight(60) == []
     aws.settle()
-    assert store.transfers_under_way(-1) == []
+    assert store.transfers_in_flight(-1) == []
 
 
 def test_a_task_that_was_cancelled_before_its_transfer_was_handed_in_pays_nothing(
@@ -832,7 +832,7 @@ def test_a_task_that_was_cancelled_before_its_transfer_was_handed_in_pays_nothin
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     aws.faults["LedgerTransferFunction"] = raise_always
-    with pytest.raises(UnavailableError, match="ledger"):
+    with pytest.raises(TransientError, match="ledger"):
         act(aws, task_id)  # the intent is on record, the ledger did not answer
     del aws.faults["LedgerTransferFunction"]
     store.cancel(task_id, subject="alice", reason="changed my mind")
@@ -881,7 +881,7 @@ def test_a_transfer_that_is_confirmed_after_its_step_has_failed_raises_an_alarm_
 
     def refused(self: LedgerClient, **given: Any) -> Any:
         terms.update(given)  # a twin has read the balance before it changed, and is slow
-        raise RefusedError("insufficient_balance", "the source's balance is too small")
+        raise PermanentError("insufficient_balance", "the source's balance is too small")
 
     with monkeypatch.context() as patch:
         patch.setattr(LedgerClient, "transfer", refused)
@@ -999,7 +999,7 @@ def test_the_reconciler_wakes_for_who_finished_the_step_and_did_not_come_to_tell
         aws.settle()
     assert (record_of(store, task_id).status, store.get_task(task_id).status, woken()) == ("failed", "executing", [])
     assert reconciler._wake(store.get_task(task_id), store) is True
-    assert woken() == [WAITER]
+    assert woken() == [CALLBACK_TOKEN]
     assert reconciler._wake(store.get_task(task_id), store) is False
 
 
@@ -1113,7 +1113,7 @@ def test_what_was_never_handed_in_is_decided_on_anew_by_a_later_execution(
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     aws.faults["LedgerTransferFunction"] = raise_always
-    with pytest.raises(UnavailableError, match="ledger"):
+    with pytest.raises(TransientError, match="ledger"):
         act(aws, task_id)
     del aws.faults["LedgerTransferFunction"]
     next_run(store, task_id)
@@ -1146,7 +1146,7 @@ def test_the_late_end_of_an_earlier_attempt_is_not_taken_for_this_ones(
             raise ConnectionError("down")
 
     aws.faults["LedgerTransferFunction"] = down
-    with pytest.raises(UnavailableError):
+    with pytest.raises(TransientError):
         act(aws, task_id)
     claimed = record_of(store, task_id)
     assert (claimed.status, claimed.run) == ("running", 2)
@@ -1237,8 +1237,8 @@ def test_a_handler_that_raises_answers_its_token_with_the_error(
     monkeypatch.setattr(TaskStore, "plan_of", lambda *_: 1 / 0)
     for function in ("AwaitApprovalFunction", "ExecuteActionFunction"):
         with pytest.raises(ZeroDivisionError):
-            aws.invoke(function, {"task_id": task_id, "task_token": WAITER})
-        said = {"taskToken": WAITER, "error": "ZeroDivisionError", "cause": ""}
+            aws.invoke(function, {"task_id": task_id, "task_token": CALLBACK_TOKEN})
+        said = {"taskToken": CALLBACK_TOKEN, "error": "ZeroDivisionError", "cause": ""}
         assert sent.pop() == ("send_task_failure", said)
 
 
@@ -1246,7 +1246,7 @@ def test_a_refusal_does_not_overrule_an_attempt_that_is_at_work(store: TaskStore
     """Between this attempt's look and its refusal, another one, which had its approval, has begun."""
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     claim(store, task_id, plan, 2)
-    with pytest.raises(UnavailableError, match="another attempt is at work"):
+    with pytest.raises(TransientError, match="another attempt is at work"):
         store.refuse_step(store.get_task(task_id), plan, 2, None, "its approval is too old")
     assert record_of(store, task_id).status == "running"
 

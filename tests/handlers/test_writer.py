@@ -12,7 +12,7 @@ import pytest
 from botocore.client import BaseClient
 from botocore.exceptions import ClientError, EndpointConnectionError
 
-from qaes.domain.errors import LimitError, UnavailableError
+from qaes.domain.errors import LimitError, TransientError
 from qubic import wallets
 from qubic.network.faults import Faults
 from qubic.network.mock import MockChain
@@ -356,12 +356,12 @@ def test_what_is_wrong_with_a_policy_does_not_keep_a_queue_waiting(monkeypatch, 
         it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
 
         def broken(self: Any) -> None:
-            raise UnavailableError("version 1 of the policy is missing")
+            raise TransientError("version 1 of the policy is missing")
 
         monkeypatch.setattr("qubic.policy.lifecycle.Policies.settle", broken)
         for _ in range(2):
             it.clock.pass_seconds(LEAD_TICKS + 2)
-            with pytest.raises(UnavailableError):
+            with pytest.raises(TransientError):
                 it.invoke("LedgerWriterFunction", {})
         assert it.invoke("LedgerFunction", {"operation": "verify", "hash": digest(1)})["result"]["verified"]
         assert "policy not settled" in caplog.text

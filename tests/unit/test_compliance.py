@@ -13,7 +13,7 @@ from qaes.domain.errors import (
     ApprovalNeededError,
     ApprovalRejectedError,
     ConflictError,
-    RefusedError,
+    PermanentError,
     StepDeniedError,
 )
 from qaes.domain.ids import parse_timestamp
@@ -97,7 +97,7 @@ def test_verdicts(step: int, current: PolicyDecision, approval: Approval | None,
 def test_step_is_refused_when_its_approval_is_too_old() -> None:
     late = AT + compliance.MAX_APPROVAL_AGE
     compliance.check_may_act(TASK, PLAN, 2, CURRENT, APPROVED, at=late - timedelta(milliseconds=1))
-    with pytest.raises(RefusedError) as caught:
+    with pytest.raises(PermanentError) as caught:
         compliance.check_may_act(TASK, PLAN, 2, CURRENT, APPROVED, at=late)
     assert caught.value.code == "approval_too_old"
     monitoring = plan("monitor_wallet", {"wallet_address": "0x12"})

@@ -12,7 +12,7 @@ from qaes.domain.errors import (
     ConflictError,
     ForbiddenError,
     StepDeniedError,
-    UnavailableError,
+    TransientError,
 )
 from qaes.domain.ids import timestamp
 from qaes.domain.models import Approval, Outcome, Plan, Task
@@ -191,7 +191,7 @@ def test_finish_step_believes_the_first() -> None:
 
 
 def test_refuse_step_overrules_no_attempt_at_work() -> None:
-    with pytest.raises(UnavailableError):
+    with pytest.raises(TransientError):
         lifecycle.refuse_step(PAYS, 2, in_flight(1), None, "too old", run=1, at=AT)
     refused = lifecycle.refuse_step(PAYS, 2, ran(PAYS, PLAN, 2), None, "too old", run=1, at=AT)
     assert kinds(refused) == ["step_executed:failed", "task_ended:failed"]

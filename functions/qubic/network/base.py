@@ -77,8 +77,8 @@ class SentList:
 class Chain(Protocol):
     """A Qubic network.
 
-    Every method raises UnavailableError when asking again may help (nothing is then known of what was asked), and
-    RefusedError when the network says no for good.
+    Every method raises TransientError when asking again may help (nothing is then known of what was asked), and
+    PermanentError when the network says no for good.
     """
 
     network: str
@@ -96,7 +96,7 @@ class Chain(Protocol):
     def broadcast(self, encoded: bytes) -> str:
         """Hand in a signed transaction, as often as one likes; returns its id. Says nothing of whether it will execute.
 
-        Raises RefusedError (`broadcast_refused`) when it is malformed, signed wrongly, or names a tick that has come.
+        Raises PermanentError (`broadcast_refused`) when it is malformed, signed wrongly, or names a tick that has come.
         A transaction of a source without any balance is accepted, and never executes.
         """
 
@@ -110,5 +110,5 @@ class Chain(Protocol):
     def sent(self, identity: str, first_tick: int, last_tick: int) -> SentList:
         """List every transaction from an identity in the ticks from `first_tick` to `last_tick`, both included.
 
-        Raises UnavailableError when the list is incomplete, InvalidInputError for a malformed identity or range.
+        Raises TransientError when the list is incomplete, InvalidInputError for a malformed identity or range.
         """

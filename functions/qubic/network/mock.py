@@ -31,7 +31,7 @@ from typing import Any, Literal
 from botocore.exceptions import BotoCoreError, ClientError
 
 from qaes.adapters import dynamo, settings
-from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
+from qaes.domain.errors import InvalidInputError, PermanentError, TransientError
 from qaes.domain.ids import now
 from qaes.domain.qubic.identity import decode_identity, encode_identity, is_transaction_id_shaped
 from qaes.domain.qubic.transaction import decode
@@ -157,19 +157,19 @@ class MockChain:
             try:
                 transaction = decode(encoded)
             except ValueError as error:
-                raise RefusedError("broadcast_refused", f"the transaction is malformed: {error}") from error
+                raise PermanentError("broadcast_refused", f"the transaction is malformed: {error}") from error
             if not transaction.is_signed_by_source():
-                raise RefusedError("broadcast_refused", "the signature is not the source's")
+                raise PermanentError("broadcast_refused", "the signature is not the source's")
             if transaction.tick <= state.tick:
                 late = (
                     f"Target tick: {transaction.tick} for the transaction should be greater than max tick: {state.tick}"
                 )
-                raise RefusedError("broadcast_refused", late)
+                raise PermanentError("broadcast_refused", late)
             place = Place(transaction.id, transaction.tick, transaction)
             if self._balance_of(place.source) > 0 and not (state.drop and self._consume("drop")):
                 self._take_place(place, state)
             if state.fail_after_accepting and self._consume("fail_after_accepting"):
-                raise UnavailableError("the node failed after it had accepted the transaction")
+                raise TransientError("the node failed after it had accepted the transaction")
             return place.txid
 
     def _balance_of(self, identity: str) -> int:
@@ -191,7 +191,7 @@ class MockChain:
             except ChangedError:
                 continue
             return
-        raise UnavailableError("others keep changing the same place of the pool")
+        raise TransientError("others keep changing the same place of the pool")
 
     def _take(self, place: Place, before: Item | None) -> Item:
         as_it_was = "attribute_not_exists(pk)" if before is None else "txid = :before AND waiting = :waiting"
@@ -239,7 +239,7 @@ class MockChain:
                 except ChangedError:
                     continue
                 return
-        raise UnavailableError("others keep changing the mock's faults")
+        raise TransientError("others keep changing the mock's faults")
 
     def _consume(self, counter: Counter) -> bool:
         """Take one of a fault that is counted; False when others have taken the last one."""
@@ -261,7 +261,7 @@ class MockChain:
         """Begin a call: all that is due has been executed, and the call is not one that shall fail."""
         state = self._advance()
         if state.fail_requests and self._consume("fail_requests"):
-            raise UnavailableError("the node does not answer")
+            raise TransientError("the node does not answer")
         return state
 
     def _advance(self) -> State:
@@ -286,7 +286,7 @@ class MockChain:
             for place in self._due(state):
                 self._execute(place, state)
             return state
-        raise UnavailableError("others keep changing the mock's state")
+        raise TransientError("others keep changing the mock's state")
 
     def _state(self) -> State:
         item = self._items.get("STATE", "STATE")
@@ -294,7 +294,7 @@ class MockChain:
             self._write_genesis()
             item = self._items.get("STATE", "STATE")
             if item is None:
-                raise UnavailableError("the mock's state cannot be read")
+                raise TransientError("the mock's state cannot be read")
         names = {field.name for field in fields(State)} - {"skipped"}
         numbers = {name: int(item[name]["N"]) for name in names}
         skipped = tuple((first, last) for first, last in json.loads(item["skipped"]["S"]))
@@ -392,7 +392,7 @@ class MockChain:
             except ChangedError:
                 continue
             return
-        raise UnavailableError("others keep changing what is to be executed")
+        raise TransientError("others keep changing what is to be executed")
 
     def _leave(self, place: Place) -> Item:
         return {
@@ -467,9 +467,9 @@ def _answering() -> Iterator[None]:
     try:
         yield
     except ClientError as error:
-        raise UnavailableError(f"the mock's table does not answer: {error.response['Error']['Code']}") from error
+        raise TransientError(f"the mock's table does not answer: {error.response['Error']['Code']}") from error
     except BotoCoreError as error:
-        raise UnavailableError(f"the mock's table does not answer: {type(error).__name__}") from error
+        raise TransientError(f"the mock's table does not answer: {type(error).__name__}") from error
 
 
 def _checked(identity: str) -> None:

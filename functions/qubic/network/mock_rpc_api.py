@@ -27,9 +27,9 @@ from qaes.domain.errors import (
     ForbiddenError,
     InvalidInputError,
     NotFoundError,
+    PermanentError,
     QaesError,
-    RefusedError,
-    UnavailableError,
+    TransientError,
 )
 from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.qubic.transaction import decode
@@ -258,14 +258,14 @@ class _NotTheMockError(QaesError):
 
 
 def _domain_error(error: QaesError) -> Response:
-    if isinstance(error, InvalidInputError | RefusedError):
+    if isinstance(error, InvalidInputError | PermanentError):
         named = f"{error.field}: " if error.field else ""
         return _error(400, INVALID_ARGUMENT, named + error.message)
     if isinstance(error, NotFoundError):
         return _error(404, NOT_FOUND, error.message)
     if isinstance(error, _NotTheMockError):
         return _error(404, UNIMPLEMENTED, error.message)
-    if isinstance(error, UnavailableError):
+    if isinstance(error, TransientError):
         return _error(503, UNAVAILABLE, error.message)
     raise error
 

@@ -4,7 +4,7 @@ Nothing that a node says is taken on trust where it can be checked: a transactio
 the answer, and must have the id that was asked for and the source's signature. `peersBroadcasted` and `moneyFlew`
 decide nothing. What a node says of ticks and balances, and that a transaction is absent, is its word alone.
 
-An answer that is not as documented is an UnavailableError, never a "no": that a transaction has not executed is
+An answer that is not as documented is an TransientError, never a "no": that a transaction has not executed is
 believed only when the node says so in the RPC's own words.
 
 Every request is within the rules of the services behind the RPC (docs/qubic.md has the table): the query service
@@ -27,7 +27,7 @@ import urllib3
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from urllib3.util import Retry, Timeout, parse_url
 
-from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
+from qaes.domain.errors import InvalidInputError, PermanentError, TransientError
 from qaes.domain.qubic.identity import decode_identity, decode_transaction_id
 from qaes.domain.qubic.transaction import Transaction, decode
 from qubic.network.base import Balance, Included, ProcessedTick, SentList, TickInfo
@@ -228,11 +228,11 @@ class RpcChain:
         try:
             txid = decode(encoded).id
         except ValueError as error:
-            raise RefusedError("broadcast_refused", f"the transaction is malformed: {error}") from error
+            raise PermanentError("broadcast_refused", f"the transaction is malformed: {error}") from error
         path = "/live/v1/broadcast-transaction"
         status, body = self._ask("POST", path, {"encodedTransaction": base64.b64encode(encoded).decode()})
         if status == 400 and (error_ := _error(body)):
-            raise RefusedError("broadcast_refused", f"the node refuses the transaction: {_printable(error_.message)}")
+            raise PermanentError("broadcast_refused", f"the node refuses the transaction: {_printable(error_.message)}")
         # Another status of 4xx is about who asks, or how often: it says nothing of the transaction.
         if status != 200:
             _unusable(path, f"the node answered {status}")
@@ -314,14 +314,14 @@ class RpcChain:
         try:
             return response.status, json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise UnavailableError(f"{_name(path)}: the answer ({response.status}) is not JSON") from error
+            raise TransientError(f"{_name(path)}: the answer ({response.status}) is not JSON") from error
 
     def _parsed(self, kind: type[_Kind], path: str, body: Any) -> _Kind:
         try:
             return kind.model_validate(body)
         except ValidationError as error:
             where = ".".join(str(part) for part in error.errors()[0]["loc"]) or "the whole"
-            raise UnavailableError(f"{_name(path)}: the answer is not as documented: {where}") from error
+            raise TransientError(f"{_name(path)}: the answer is not as documented: {where}") from error
 
 
 def _read(response: urllib3.BaseHTTPResponse, path: str) -> bytes:
@@ -342,9 +342,9 @@ def _reaching(path: str) -> Iterator[None]:
         yield
     except urllib3.exceptions.MaxRetryError as error:
         reason = type(error.reason or error).__name__
-        raise UnavailableError(f"{_name(path)}: the node does not answer ({reason})") from error
+        raise TransientError(f"{_name(path)}: the node does not answer ({reason})") from error
     except urllib3.exceptions.HTTPError as error:
-        raise UnavailableError(f"{_name(path)}: the answer was cut off ({type(error).__name__})") from error
+        raise TransientError(f"{_name(path)}: the answer was cut off ({type(error).__name__})") from error
 
 
 def _included(path: str, found: _Transaction, txid: str) -> Included:
@@ -361,7 +361,7 @@ def _included(path: str, found: _Transaction, txid: str) -> Included:
         )
         id_ = transaction.id
     except (ValueError, binascii.Error) as error:
-        raise UnavailableError(f"{_name(path)}: the node answered with what is no transaction: {error}") from error
+        raise TransientError(f"{_name(path)}: the node answered with what is no transaction: {error}") from error
     if id_ != txid or found.input_size != len(transaction.payload):
         _unusable(path, "the node answered with another transaction")
     if not transaction.is_signed_by_source():
@@ -381,7 +381,7 @@ def _printable(text: str) -> str:
 
 
 def _unusable(path: str, what: str) -> NoReturn:
-    raise UnavailableError(f"{_name(path)}: {what}")
+    raise TransientError(f"{_name(path)}: {what}")
 
 
 def _name(path: str) -> str:

@@ -21,8 +21,8 @@ from qaes.domain.errors import (
     ConflictError,
     ForbiddenError,
     LimitError,
-    RefusedError,
-    UnavailableError,
+    PermanentError,
+    TransientError,
 )
 from qaes.domain.ids import now, timestamp
 from qaes.domain.policy import (
@@ -84,7 +84,7 @@ class Policies(Trust):
         """Bring the version that is on its way forward, and put it in force when the ledger has it.
 
         To be called by anybody, as often as one likes: when a submission of kind `policy` is confirmed, and from time
-        to time. Raises UnavailableError when the ledger cannot take it now.
+        to time. Raises TransientError when the ledger cannot take it now.
         """
         for _ in attempts():
             head = self._head()
@@ -98,14 +98,14 @@ class Policies(Trust):
                     return
             except ChangedError:
                 continue
-        raise UnavailableError("others are changing the policy at the moment")
+        raise TransientError("others are changing the policy at the moment")
 
     def _settle(self, head: Head) -> None:
         """Take the step that is due with the version that is on its way. Raises ChangedError when others took it."""
         number = head.approved
         item = self._item(number)
         if item is None:
-            raise UnavailableError(f"version {number} of the policy is missing")
+            raise TransientError(f"version {number} of the policy is missing")
         record = record_of(item)
         submission = self._submissions.get(submission_key(number))
         if submission is not None and submission.is_open:
@@ -142,17 +142,17 @@ class Policies(Trust):
         logger().info("policy in force", extra={"policy_id": arrived.policy_id, "txid": arrived.txid})
 
     def _begin(self) -> Head:
-        """Nothing is in force: bring version 1 forward. Raises UnavailableError while it is on its way."""
+        """Nothing is in force: bring version 1 forward. Raises TransientError while it is on its way."""
         self.bring_forward()
         head = self._head()
         if head.in_force:
             return head
         submission = self._submissions.get(submission_key(1))
         if submission is not None and submission.is_open:
-            raise UnavailableError(
+            raise TransientError(
                 "the first version of the policy is not on the ledger yet: it is in force once it is confirmed there"
             )
-        raise UnavailableError(
+        raise TransientError(
             "the first version of the policy was altered, or its transaction failed, and no other can take its place"
         )
 
@@ -174,7 +174,7 @@ class Policies(Trust):
                 metadata={"policy_id": record.policy_id, "version": record.version},
             )
         except LimitError as error:
-            raise UnavailableError(error.message) from error
+            raise TransientError(error.message) from error
 
     # Decisions
 
@@ -221,7 +221,7 @@ class Policies(Trust):
                 continue
             logger().info("policy proposed", extra={"policy_id": proposed.policy_id, "subject": subject})
             return proposed
-        raise UnavailableError("others are changing the policy at the moment")
+        raise TransientError("others are changing the policy at the moment")
 
     def approve(self, version: int, *, subject: str, four_eyes: bool) -> PolicyVersion:
         """Approve a proposal, and hand its hash to the ledger. Again by the same person: nothing more.
@@ -259,7 +259,7 @@ class Policies(Trust):
             logger().info("policy approved", extra={"policy_id": record.policy_id, "subject": subject})
             self._settle_soon()
             return self.get(version)
-        raise UnavailableError("others are changing the policy at the moment")
+        raise TransientError("others are changing the policy at the moment")
 
     def reject(self, version: int, *, subject: str, reason: str = "") -> PolicyVersion:
         """Reject a proposal, or withdraw one's own. One that was rejected already stays so.
@@ -292,7 +292,7 @@ class Policies(Trust):
                 continue
             logger().info("policy rejected", extra={"policy_id": record.policy_id, "subject": subject})
             return rejected
-        raise UnavailableError("others are changing the policy at the moment")
+        raise TransientError("others are changing the policy at the moment")
 
     def _check_not_stale(self, head: Head, based_on: str | None, current: Policy) -> None:
         if head.approved:
@@ -308,7 +308,7 @@ class Policies(Trust):
         """Submit what was approved; what fails here is the transaction worker's to do."""
         try:
             self.bring_forward()
-        except (UnavailableError, RefusedError, BotoCoreError, ClientError) as error:
+        except (TransientError, PermanentError, BotoCoreError, ClientError) as error:
             logger().warning("policy not submitted yet", extra={"error": type(error).__name__})
 
     # Reading

@@ -12,8 +12,8 @@ from qaes.adapters.logs import logger
 from qaes.domain.canonical import sha256_hex
 from qaes.domain.errors import (
     NotFoundError,
-    RefusedError,
-    UnavailableError,
+    PermanentError,
+    TransientError,
 )
 from qaes.domain.policy import (
     Policy,
@@ -82,7 +82,7 @@ class Trust(Versions):
 
         Raises
         ------
-        UnavailableError
+        TransientError
             No version is on the ledger yet, or none is as it is there; a newer one than HEAD's has been in force; the
             network, which this process has not asked of that version yet, does not answer.
         """
@@ -99,14 +99,14 @@ class Trust(Versions):
                 else:
                     self._remember(in_force=version)
                     return policy
-        raise UnavailableError("no version of the policy is what the ledger has: nothing is allowed")
+        raise TransientError("no version of the policy is what the ledger has: nothing is allowed")
 
     def _begin(self) -> Head:
         """Bring the first version forward; what is in force then. A matter of the lifecycle."""
         raise NotImplementedError
 
     def _trusted_head(self) -> Head:
-        """Read HEAD. Raises UnavailableError when it was rolled back: an older policy would be in force quietly."""
+        """Read HEAD. Raises TransientError when it was rolled back: an older policy would be in force quietly."""
         for _ in attempts():
             seen = _seen.get((self._table, self.network), _Seen())  # before HEAD, which never goes back
             head = self._head()
@@ -120,11 +120,11 @@ class Trust(Versions):
             if self._head() == head:  # nobody has put that version in force in between
                 logger().error("policy rolled back", extra={"version": newer, "in_force": head.in_force})
                 metrics.count_one(REFUSED_METRIC)
-                raise UnavailableError(
+                raise TransientError(
                     f"version {newer} of the policy has been in force or handed in, and the table says that version "
                     f"{head.in_force} is the newest in force: nothing is allowed"
                 )
-        raise UnavailableError("others are changing the policy at the moment")
+        raise TransientError("others are changing the policy at the moment")
 
     def _newer(self, head: Head, seen: _Seen) -> int | None:
         """Find a version that came after HEAD's: it has been in force, or is on the ledger without HEAD's knowing."""
@@ -154,9 +154,9 @@ class Trust(Versions):
         ------
         NotFoundError
             No version of that id has come into force.
-        RefusedError
+        PermanentError
             `policy_altered`: it is not what the ledger has.
-        UnavailableError
+        TransientError
             The network, which this process has not asked of that version yet, does not answer.
         """
         version = version_of(policy_id)
@@ -168,7 +168,7 @@ class Trust(Versions):
             good = self._good(version, item, submission).policy
         except AlteredError as error:
             self._report(version, error)
-            raise RefusedError("policy_altered", f"version {version} of the policy: {error}") from error
+            raise PermanentError("policy_altered", f"version {version} of the policy: {error}") from error
         if good.policy_id != policy_id:
             raise NotFoundError("no such policy has come into force", field="policy_id")
         return {
@@ -189,7 +189,7 @@ class Trust(Versions):
         ------
         AlteredError
             Its text is not the one that the ledger has.
-        UnavailableError
+        TransientError
             The network has to be asked, and does not tell.
         """
         if item is None:
@@ -216,8 +216,8 @@ class Trust(Versions):
         """Check that the network has it, whatever the table says. Raises as `_good`."""
         try:  # a node that is behind must not set the policy back
             is_included = self._submissions.is_included(transaction)
-        except UnavailableError as error:
-            raise UnavailableError(
+        except TransientError as error:
+            raise TransientError(
                 f"the network does not tell yet whether it has the policy's transaction: {error.message}"
             ) from error
         if not is_included:

@@ -45,7 +45,7 @@ def write_hash(it: Submissions, hash_: object, metadata: object, *, written_by: 
         canonical JSON.
     LimitError
         Too much is waiting to be written: later.
-    UnavailableError
+    TransientError
         The ledger does not answer.
     """
     checked, remark = check_hash(hash_), check_remark(metadata)

@@ -35,6 +35,10 @@ INPUT_TYPES: dict[Kind, int] = {
 }
 """One for each kind of record, in the signed bytes: the record of one kind is never that of another."""
 
+NO_EFFECT = "moved_nothing:"
+OUTCOME_UNKNOWN = "moved_unknown:"
+"""How the stored error of a transfer begins that had no effect, or whose outcome is unknown (decision 19)."""
+
 MAX_OPEN = 100
 """Most open submissions of one source; beyond, the ledger is busy."""
 MAX_METADATA_BYTES = 4096
@@ -98,9 +102,9 @@ class Submission:
         return self.state in OPEN
 
     @property
-    def moved_nothing(self) -> bool:
+    def no_effect(self) -> bool:
         """Whether a transfer has ended, and is known to have moved nothing: it may be asked for anew."""
-        return self.state == "expired" or (self.state == "failed" and not self.error.startswith("moved_unknown:"))
+        return self.state == "expired" or (self.state == "failed" and not self.error.startswith(OUTCOME_UNKNOWN))
 
     @property
     def may_be_found(self) -> bool:

@@ -15,14 +15,14 @@ import json
 from typing import Any
 
 from qaes.adapters import clients, settings
-from qaes.domain.errors import UnavailableError
+from qaes.domain.errors import TransientError
 from qubic.transactions.model import Submission
 
 SOURCE = "qaes.qubic"
 
 
 def publish(submission: Submission) -> None:
-    """Publish that a transfer or an anchor has ended. Raises UnavailableError if EventBridge does not take the event.
+    """Publish that a transfer or an anchor has ended. Raises TransientError if EventBridge does not take the event.
 
     Nobody waits for another kind of record, so nothing is published for it.
     """
@@ -37,7 +37,7 @@ def publish(submission: Submission) -> None:
     }
     answer = clients.client("events").put_events(Entries=[entry])
     if answer["FailedEntryCount"]:
-        raise UnavailableError(f"EventBridge did not take the event: {answer['Entries'][0].get('ErrorCode')}")
+        raise TransientError(f"EventBridge did not take the event: {answer['Entries'][0].get('ErrorCode')}")
 
 
 def _detail(submission: Submission) -> dict[str, Any] | None:

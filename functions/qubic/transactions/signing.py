@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 
-from qaes.domain.errors import UnavailableError
+from qaes.domain.errors import TransientError
 from qaes.domain.ids import now, timestamp
 from qaes.domain.policy import PolicyDecision
 from qaes.domain.qubic.transaction import Transaction
@@ -50,7 +50,7 @@ class Signing(Store):
         Told of each submission that is not open any more; at least once, before anything else of its source goes on.
     rule_for
         Called before a transfer is signed, before one that has waited is sent, and before one is signed for a later
-        tick. Returns the rule that lets it pass; raises RefusedError if there is none.
+        tick. Returns the rule that lets it pass; raises PermanentError if there is none.
     sends_transfers
         False: a transfer that was not sent yet is not sent any more.
     clock
@@ -103,7 +103,7 @@ class Signing(Store):
     ) -> Submission:
         """Sign for a tick that is free, and store it, with what it spends: the commit point.
 
-        Raises ChangedError when others were first, RefusedError when the day's limit has no room.
+        Raises ChangedError when others were first, PermanentError when the day's limit has no room.
         """
         tick = max(self._present_tick(), source.last_tick) + LEAD_TICKS
         transaction = transaction_of(wanted, key, tick)
@@ -160,7 +160,7 @@ class Signing(Store):
         """Return the present tick, if it can be true: a wrong one would hold up its source for ever."""
         tick, processed = self.chain.tick_info().tick, self.chain.last_processed_tick().tick
         if tick > processed + MAX_TICKS_AHEAD:
-            raise UnavailableError(f"the present tick is said to be {tick}, look-ups are at {processed}")
+            raise TransientError(f"the present tick is said to be {tick}, look-ups are at {processed}")
         return max(tick, processed)
 
 

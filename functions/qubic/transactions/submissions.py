@@ -26,7 +26,7 @@ from typing import Any
 from botocore.exceptions import BotoCoreError, ClientError
 
 from qaes.adapters.logs import logger
-from qaes.domain.errors import LimitError, RefusedError, UnavailableError
+from qaes.domain.errors import LimitError, PermanentError, TransientError
 from qaes.domain.ids import now, timestamp
 from qaes.domain.qubic.identity import check_address
 from qubic.items import ChangedError, attempts
@@ -60,13 +60,13 @@ class Submissions(Tracking):
 
         Raises
         ------
-        RefusedError
+        PermanentError
             `key_conflict`: another payload was submitted under this key.
         InvalidInputError
             The metadata is larger than 4,096 bytes of canonical JSON.
         LimitError
             Too much is waiting to be written: later.
-        UnavailableError
+        TransientError
             The ledger does not answer.
         """
         signer = service_key()
@@ -111,12 +111,12 @@ class Submissions(Tracking):
         ------
         InvalidInputError
             An address, the amount (1 to 10^15) or the reference is not acceptable.
-        RefusedError
+        PermanentError
             The policy forbids it, by its code; `insufficient_balance`; `no_key`; `reference_conflict`: the reference
             stands for another transfer.
         LimitError
             Too much is waiting to be written: later.
-        UnavailableError
+        TransientError
             The ledger does not answer.
         """
         wanted = self._wanted_transfer(reference, source, destination, amount, run)
@@ -134,7 +134,7 @@ class Submissions(Tracking):
         self._rule_for(wanted)
         balance = self.chain.balance(key.identity).balance
         if balance < amount:
-            raise RefusedError("insufficient_balance", _TOO_SMALL, balance=balance, amount=amount)
+            raise PermanentError("insufficient_balance", _TOO_SMALL, balance=balance, amount=amount)
         tick = self.chain.tick_info().tick + LEAD_TICKS
         transaction = transaction_of(wanted, key, tick)
         return replace(
@@ -190,14 +190,14 @@ class Submissions(Tracking):
                     if wanted.amount:
                         source = self._check_balance(source, wanted.amount)
                     signed = self._sign(wanted, key, before, source, rule)
-                except RefusedError as refusal:
+                except PermanentError as refusal:
                     self._store_refusal(wanted, before, refusal)
                     raise
             except ChangedError:
                 continue
             self._send_soon(signed, alone=not source.open)
             return signed
-        raise UnavailableError("others are writing to the ledger at the moment")
+        raise TransientError("others are writing to the ledger at the moment")
 
     def _check_queue(self, wanted: Submission, source: Source) -> None:
         may_wait = wanted.kind in {"hash", "instruction"} or (wanted.amount and wanted.source == service_identity())
@@ -205,7 +205,7 @@ class Submissions(Tracking):
         if len(source.open) >= limit:
             raise LimitError("the ledger has too much to write at the moment", max_open=limit)
 
-    def _store_refusal(self, wanted: Submission, before: Submission | None, refusal: RefusedError) -> None:
+    def _store_refusal(self, wanted: Submission, before: Submission | None, refusal: PermanentError) -> None:
         """Store that a transfer is refused in this run. Raises ChangedError when a twin was first.
 
         A refusal ends the step, so a twin call, which may have read another balance, must not sign it later.
@@ -228,7 +228,7 @@ class Submissions(Tracking):
         try:
             self._items.write(self._put_submission(adopted, before))
         except ChangedError:
-            raise UnavailableError("others are bringing it forward at the moment") from None
+            raise TransientError("others are bringing it forward at the moment") from None
         return adopted
 
     def _check_balance(self, source: Source, amount: int) -> Source:
@@ -242,7 +242,7 @@ class Submissions(Tracking):
             source = self._source(source.identity)
             found, available = self._available(source)
         if available < amount:
-            raise RefusedError("insufficient_balance", _TOO_SMALL, balance=found.balance, amount=amount)
+            raise PermanentError("insufficient_balance", _TOO_SMALL, balance=found.balance, amount=amount)
         return source
 
     def _send_soon(self, signed: Submission, *, alone: bool) -> None:
@@ -260,7 +260,7 @@ class Submissions(Tracking):
 def _left_to_the_worker(signed: Submission) -> Iterator[None]:
     try:
         yield
-    except (UnavailableError, LimitError, ChangedError, BotoCoreError, ClientError) as error:
+    except (TransientError, LimitError, ChangedError, BotoCoreError, ClientError) as error:
         logger().warning("not sent yet", extra={"submission": signed.key, "error": type(error).__name__})
 
 
@@ -274,8 +274,8 @@ def _check_same(before: Submission, wanted: Submission) -> None:
         terms += ["source", "destination"]
     if any(getattr(before, name) != getattr(wanted, name) for name in terms):
         if wanted.kind == "transfer":
-            raise RefusedError("reference_conflict", "this reference was used for another transfer")
-        raise RefusedError("key_conflict", "something else was written under this key")
+            raise PermanentError("reference_conflict", "this reference was used for another transfer")
+        raise PermanentError("key_conflict", "something else was written under this key")
 
 
 def _may_be_repeated(before: Submission, wanted: Submission) -> bool:
@@ -284,5 +284,5 @@ def _may_be_repeated(before: Submission, wanted: Submission) -> bool:
     A transfer for a later execution of its task; a record whose key was not here any more, by the one that is.
     """
     if wanted.kind == "transfer":
-        return before.moved_nothing and wanted.run > before.run
+        return before.no_effect and wanted.run > before.run
     return before.state == "failed" and before.error.startswith("no_key:")

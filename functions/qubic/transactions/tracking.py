@@ -12,13 +12,15 @@ from dataclasses import replace
 
 from qaes.adapters import metrics
 from qaes.adapters.logs import logger
-from qaes.domain.errors import InvalidInputError, RefusedError, UnavailableError
+from qaes.domain.errors import InvalidInputError, PermanentError, TransientError
 from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.qubic.transaction import Transaction
 from qubic.items import ChangedError, Item
 from qubic.network.base import Included
 from qubic.transactions.model import (
     MAX_OPEN,
+    NO_EFFECT,
+    OUTCOME_UNKNOWN,
     Place,
     Source,
     State,
@@ -45,7 +47,7 @@ class Tracking(Signing):
     def follow(self, identity: str, *, seconds: float = 15) -> None:
         """Bring a source's queue forward as far as it goes now; called by anybody, at any time.
 
-        After so many `seconds` nothing further is begun. Raises UnavailableError when the network does not answer: to
+        After so many `seconds` nothing further is begun. Raises TransientError when the network does not answer: to
         be called again.
         """
         end = time.monotonic() + seconds
@@ -59,15 +61,15 @@ class Tracking(Signing):
             head = head_of(source)
             submission = self.get(head.key)
             if submission is None:
-                raise UnavailableError("a submission is missing")  # written with its place, in one transaction
+                raise TransientError("a submission is missing")  # written with its place, in one transaction
             if submission.attempt > attempts_at_first.setdefault(submission.key, submission.attempt) + 1:
-                raise UnavailableError("what was just signed is late again: the network's ticks are not to be trusted")
+                raise TransientError("what was just signed is late again: the network's ticks are not to be trusted")
             try:
                 if not self._bring_forward(submission, head, source):
                     return
             except ChangedError:
                 pass  # somebody else brings it forward at the same time
-        raise UnavailableError("others are writing to the ledger at the moment")
+        raise TransientError("others are writing to the ledger at the moment")
 
     def _bring_forward(self, submission: Submission, head: Place, source: Source) -> bool:
         """Take the next step with the first of a queue; False when there is none yet."""
@@ -119,29 +121,29 @@ class Tracking(Signing):
             return "transfers are not allowed any more"
         try:
             self._rule_for(submission)
-        except (RefusedError, InvalidInputError) as error:
+        except (PermanentError, InvalidInputError) as error:
             return error.message
         return ""
 
     def _sign_anew(self, submission: Submission, source: Source) -> None:
         try:
             key = self._wallets.key(submission.source)
-        except RefusedError as error:
+        except PermanentError as error:
             self._close(submission, "failed", f"{error.code}: {error.message}")
             return
         if not self.chain.balance(submission.source).balance:
             metrics.count_one(REFUSED_METRIC)
-            raise UnavailableError(f"{submission.source} has no balance: the network takes nothing of it")
+            raise TransientError(f"{submission.source} has no balance: the network takes nothing of it")
         logger().info("signed anew", extra={"submission": submission.key, "passed": submission.tick})
         try:
             self._sign(submission, key, submission, source, self._rule_for(submission) if submission.amount else None)
-        except RefusedError as error:  # it is a transfer that was never sent
+        except PermanentError as error:  # it is a transfer that was never sent
             self._close(submission, "expired", f"expired: {error.message}; nothing was moved")
 
     def _close_if_found(self, submission: Submission) -> Submission | None:
         """Close it if a transaction that was ever signed for it is in its tick. None: none is, and none will be.
 
-        Raises UnavailableError while that cannot be told.
+        Raises TransientError while that cannot be told.
         """
         signed = self._signed_for(submission)
         first = min(int(item["tick"]["N"]) for item in signed.values())
@@ -168,21 +170,21 @@ class Tracking(Signing):
         """List what an identity sent, from a node that has got past `last_tick`; it says so in the same answer."""
         found = self.chain.sent(identity, first_tick, last_tick)
         if found.valid_for_tick < last_tick:
-            raise UnavailableError("the node that lists transactions is behind")
+            raise TransientError("the node that lists transactions is behind")
         return found.transactions
 
     def _check_balance_agrees(self, submission: Submission) -> None:
-        """Check that the balance has no transfer that may be this one. Raises UnavailableError."""
+        """Check that the balance has no transfer that may be this one. Raises TransientError."""
         balance = self.chain.balance(submission.source)
         if balance.valid_for_tick < submission.tick:
-            raise UnavailableError("the balance after the transfer is not known yet")
+            raise TransientError("the balance after the transfer is not known yet")
         newest = balance.latest_outgoing_transfer_tick
         if newest < submission.tick:
             return
         # The wallet's key is used elsewhere, too; or look-ups are behind, and then they do not have that one either.
         if any(each.transaction.amount for each in self._listed(submission.source, newest, newest)):
             return
-        raise UnavailableError("the balance shows a transfer that look-ups do not")
+        raise TransientError("the balance shows a transfer that look-ups do not")
 
     def _moved(self, submission: Submission) -> tuple[State, str]:
         """Tell whether an included transfer moved something; one that its source cannot pay is included, too.
@@ -194,13 +196,13 @@ class Tracking(Signing):
             return "confirmed", ""
         balance = self.chain.balance(submission.source)
         if balance.valid_for_tick < submission.tick:
-            raise UnavailableError("the balance after the transfer is not known yet")
+            raise TransientError("the balance after the transfer is not known yet")
         newest = balance.latest_outgoing_transfer_tick
         if newest == submission.tick:
             return "confirmed", ""
         if newest < submission.tick:
-            return "failed", f"moved_nothing: tick {submission.tick} has it, and the source could not pay it"
-        return "failed", "moved_unknown: the wallet's key is used elsewhere, too; look the transaction up"
+            return "failed", f"{NO_EFFECT} tick {submission.tick} has it, and the source could not pay it"
+        return "failed", f"{OUTCOME_UNKNOWN} the wallet's key is used elsewhere, too; look the transaction up"
 
     def _send(self, submission: Submission) -> bool:
         """Send it; False when it could hardly get there in time."""
@@ -212,7 +214,7 @@ class Tracking(Signing):
             self._items.write(self._put_submission(changed(submission, state="broadcast"), submission))
         try:
             self.chain.broadcast(submission.encoded)
-        except RefusedError as error:
+        except PermanentError as error:
             # Its tick will pass without it, if that stays so; nothing is known to be lost before.
             logger().error("the network refuses it", extra={"submission": submission.key, "reason": error.message})
             if submission.tick > self.chain.tick_info().tick:  # else it came too late, which is nobody's fault
@@ -223,10 +225,10 @@ class Tracking(Signing):
         """Store how it has ended, and in the same transaction give back what it did not spend, or count what it did."""
         closed = changed(submission, state=state, error=error)
         spends: list[Item] = []
-        if closed.counted_on and closed.moved_nothing:
+        if closed.counted_on and closed.no_effect:
             spends = self.spending.give_back(closed.source, closed.amount, closed.counted_on)
             closed = replace(closed, counted_on="")
-        elif closed.amount and not closed.counted_on and not closed.moved_nothing:
+        elif closed.amount and not closed.counted_on and not closed.no_effect:
             # It was given up, and has been found after all: no limit undoes that.
             closed = replace(closed, counted_on=self.spending.today())
             spends = [self.spending.add(closed.source, closed.amount, closed.counted_on)]
@@ -237,7 +239,7 @@ class Tracking(Signing):
     def is_included(self, transaction: Transaction) -> bool:
         """Tell whether the network has a transaction in its tick, by id or by its source's list.
 
-        Raises UnavailableError while that cannot be told.
+        Raises TransientError while that cannot be told.
         """
         if self.chain.transaction(transaction.id) is not None:
             return True

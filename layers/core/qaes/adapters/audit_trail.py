@@ -6,7 +6,7 @@ import json
 
 from qaes.adapters import clients, dynamo, settings
 from qaes.adapters.logs import logger
-from qaes.domain.errors import ConflictError, UnavailableError
+from qaes.domain.errors import ConflictError, TransientError
 
 
 def ensure_recorded(task_id: str, number: int, *, step_id: str) -> None:
@@ -17,7 +17,7 @@ def ensure_recorded(task_id: str, number: int, *, step_id: str) -> None:
 
     Raises
     ------
-    UnavailableError
+    TransientError
         The entries are not there yet (ThrottledError while AWS throttles).
     ConflictError
         The entry with that number is another one: another role has written an event before the claim.
@@ -27,7 +27,7 @@ def ensure_recorded(task_id: str, number: int, *, step_id: str) -> None:
     clients.invoke(settings.text("RECORDER_FUNCTION"), {"task_id": task_id}, "the recorder")
     if not _is_recorded(task_id, number, step_id):
         logger().warning("the recorder has not recorded the intent", extra={"task_id": task_id, "entry": number})
-        raise UnavailableError("the task's events are not in the audit trail yet")
+        raise TransientError("the task's events are not in the audit trail yet")
 
 
 def _is_recorded(task_id: str, number: int, step_id: str) -> bool:

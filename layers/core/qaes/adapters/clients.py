@@ -7,7 +7,7 @@ import os
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from qaes.domain.errors import ThrottledError, UnavailableError
+from qaes.domain.errors import ThrottledError, TransientError
 
 if TYPE_CHECKING:
     from botocore.config import Config
@@ -97,7 +97,7 @@ def invoke(function: str, event: dict[str, Any], what: str) -> Any:
 
     Raises
     ------
-    UnavailableError
+    TransientError
         The function did not answer, or has failed (ThrottledError while AWS throttles).
     """
     from botocore.exceptions import BotoCoreError, ClientError
@@ -108,13 +108,13 @@ def invoke(function: str, event: dict[str, Any], what: str) -> Any:
     except ClientError as error:
         if is_busy(error.response["Error"]["Code"]):
             raise ThrottledError(f"{what} is busy: try again") from error
-        raise UnavailableError(f"{what} did not answer ({type(error).__name__})") from error
+        raise TransientError(f"{what} did not answer ({type(error).__name__})") from error
     except (BotoCoreError, ValueError) as error:
-        raise UnavailableError(f"{what} did not answer ({type(error).__name__})") from error
+        raise TransientError(f"{what} did not answer ({type(error).__name__})") from error
     if isinstance(answer, dict) and answer.get("errorType") == ThrottledError.__name__:
         raise ThrottledError(f"{what} is busy: try again")
     if response.get("FunctionError"):
-        raise UnavailableError(f"{what} failed to answer")
+        raise TransientError(f"{what} failed to answer")
     return answer
 
 

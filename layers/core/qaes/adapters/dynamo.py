@@ -18,7 +18,7 @@ from typing import Any
 from uuid import uuid4
 
 from qaes.adapters import clients
-from qaes.domain.errors import ThrottledError, UnavailableError
+from qaes.domain.errors import ThrottledError, TransientError
 
 Item = dict[str, Any]
 
@@ -50,7 +50,7 @@ def call(operation: str, **arguments: Any) -> dict[str, Any]:
         The condition of the write, or of a write of the transaction, does not hold.
     ThrottledError
         DynamoDB throttles the call, or others keep writing the same items.
-    UnavailableError
+    TransientError
         DynamoDB does not answer. A write may have been made.
     """
     pauses = _Pauses()
@@ -117,7 +117,7 @@ class _Pauses:
         self._end = time.monotonic() + PATIENCE_SECONDS
         self._longest = FIRST_PAUSE_SECONDS
 
-    def wait_or_raise(self, error: UnavailableError) -> None:
+    def wait_or_raise(self, error: TransientError) -> None:
         pause = random.uniform(0, self._longest)  # noqa: S311 (a pause, no secret)
         if time.monotonic() + pause > self._end:
             raise error
@@ -125,17 +125,17 @@ class _Pauses:
         self._longest = min(2 * self._longest, LONGEST_PAUSE_SECONDS)
 
 
-def _retryable(error: Exception) -> UnavailableError:
+def _retryable(error: Exception) -> TransientError:
     """Return the error to raise when no attempt is left. Raises at once if another attempt cannot help."""
     from botocore import exceptions
     from botocore.exceptions import BotoCoreError, ClientError
 
     if isinstance(error, (exceptions.ConnectionError, exceptions.HTTPClientError)):
-        failure = UnavailableError(f"the table did not answer ({type(error).__name__})")
+        failure = TransientError(f"the table did not answer ({type(error).__name__})")
         failure.__cause__ = error
         return failure
     if isinstance(error, BotoCoreError):
-        raise UnavailableError(f"the table could not be asked ({type(error).__name__})") from error
+        raise TransientError(f"the table could not be asked ({type(error).__name__})") from error
     if not isinstance(error, ClientError):
         raise error
     code = str(error.response["Error"]["Code"])

@@ -16,7 +16,7 @@ from qaes.domain.errors import (
     ApprovalRejectedError,
     QaesError,
     ThrottledError,
-    UnavailableError,
+    TransientError,
 )
 from qaes.domain.models import Approval, Task
 
@@ -24,7 +24,7 @@ from qaes.domain.models import Approval, Task
 class Executions:
     """Starts an execution, asks for its status, resumes it with a decision, and stops it.
 
-    Every method raises UnavailableError if Step Functions does not answer, ThrottledError if it throttles the call.
+    Every method raises TransientError if Step Functions does not answer, ThrottledError if it throttles the call.
     """
 
     def __init__(self, state_machine_arn: str | None = None) -> None:
@@ -104,7 +104,7 @@ def _asking() -> Iterator[None]:
     try:
         yield
     except BotoCoreError as error:
-        raise UnavailableError(f"Step Functions did not answer ({type(error).__name__})") from error
+        raise TransientError(f"Step Functions did not answer ({type(error).__name__})") from error
     except ClientError as error:
         if clients.is_busy(error.response["Error"]["Code"]):
             raise ThrottledError("Step Functions is busy: try again") from error

@@ -36,9 +36,9 @@ from qaes.domain.errors import (
     InvalidInputError,
     LimitError,
     NotFoundError,
+    PermanentError,
     QaesError,
-    RefusedError,
-    UnavailableError,
+    TransientError,
 )
 from qaes.domain.ids import PLAN_ID_PATTERN, TASK_ID_PATTERN, is_task_id
 
@@ -54,8 +54,8 @@ _STATUS: tuple[tuple[type[QaesError], int], ...] = (
     (NotFoundError, 404),
     (ConflictError, 409),
     (LimitError, 429),
-    (RefusedError, 422),
-    (UnavailableError, 503),
+    (PermanentError, 422),
+    (TransientError, 503),
 )
 _HEADERS = {
     "x-content-type-options": "nosniff",
@@ -260,7 +260,7 @@ async def _domain_error(request: Request, error: QaesError) -> Response:
     members: dict[str, object] = dict(error.details)
     if error.field is not None:
         members["errors"] = [{"field": error.field, "message": error.message}]
-    if isinstance(error, RefusedError):
+    if isinstance(error, PermanentError):
         members["code"] = error.code
     headers = {"Retry-After": str(_RETRY_AFTER[status])} if status in _RETRY_AFTER else None
     return _problem(request.scope, status, error.message, headers=headers, **members)

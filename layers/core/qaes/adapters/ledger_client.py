@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from qaes.adapters import clients, settings
-from qaes.domain.errors import LimitError, RefusedError, UnavailableError
+from qaes.domain.errors import LimitError, PermanentError, TransientError
 from qaes.domain.models import WalletBalance
 from qaes.domain.policy import Policy
 
@@ -28,8 +28,8 @@ _FUNCTIONS = {
 class LedgerClient:
     """Asks the qubic service's functions: a caller has the names, and the rights, of those that it needs.
 
-    Every method raises RefusedError when the ledger says no, LimitError when too much waits to be written,
-    UnavailableError when it cannot be asked (ThrottledError while AWS throttles), and SettingsError when the
+    Every method raises PermanentError when the ledger says no, LimitError when too much waits to be written,
+    TransientError when it cannot be asked (ThrottledError while AWS throttles), and SettingsError when the
     environment names no function for it.
 
     Parameters
@@ -45,14 +45,14 @@ class LedgerClient:
         """The policy in force."""
         return Policy.model_validate(self._call("policy"))
 
-    def policy_and_balance(self, address: str) -> tuple[Policy, WalletBalance | RefusedError]:
+    def policy_and_balance(self, address: str) -> tuple[Policy, WalletBalance | PermanentError]:
         """The policy in force, and the answer of `wallet_balance`, which may be a refusal: one call for both."""
         answer = self._call("policy", address=address)
         return Policy.model_validate(answer), _or_refusal(answer["balance"], _wallet_balance)
 
     def policy_and_check(
         self, *, source: str, destination: str, amount: int
-    ) -> tuple[Policy, tuple[WalletBalance, str | None] | RefusedError]:
+    ) -> tuple[Policy, tuple[WalletBalance, str | None] | PermanentError]:
         """The policy in force, and the answer of `check_transfer` under it, which may be a refusal: one call."""
         terms = {"source": source, "destination": destination, "amount": amount}
         answer = self._call("policy", transfer=terms)
@@ -91,8 +91,8 @@ class LedgerClient:
     def check_transfer(self, *, source: str, destination: str, amount: int) -> tuple[WalletBalance, str | None]:
         """Return the balance of the wallet that is to pay, and why the day's limit has no room now; reserve nothing.
 
-        Raises RefusedError when the ledger would refuse the transfer on any day: `not_allowed`, `over_max_amount`,
-        `over_daily_limit`, `address_not_allowed`, `no_key` or `invalid_address`. The balance decides nothing here.
+        Raises PermanentError when the ledger would refuse the transfer on any day: `not_allowed`, `over_max_amount`,
+        `daily_limit_exceeded`, `address_not_allowed`, `no_key` or `invalid_address`. The balance decides nothing here.
         """
         return _checked_transfer(self._call("check_transfer", source=source, destination=destination, amount=amount))
 
@@ -126,7 +126,7 @@ class LedgerClient:
     def anchor_state(self, *, log_id: str, sequence: int) -> dict[str, Any]:
         """`{state, txid, tick, source, encoded, network}` of an anchor; `encoded` is the signed transaction in base64.
 
-        Raises RefusedError (`not_found`) when it was never submitted.
+        Raises PermanentError (`not_found`) when it was never submitted.
         """
         return self._call("anchor_state", log_id=log_id, sequence=sequence)
 
@@ -147,7 +147,7 @@ class LedgerClient:
         function = self._function_name or settings.text(_FUNCTIONS.get(operation, "LEDGER_FUNCTION"))
         answer = clients.invoke(function, {"operation": operation, **arguments}, "the ledger")
         if not isinstance(answer, dict) or "ok" not in answer:
-            raise UnavailableError("the ledger failed to answer")
+            raise TransientError("the ledger failed to answer")
         return _result(answer)
 
 
@@ -156,15 +156,15 @@ def _result(answer: dict[str, Any]) -> dict[str, Any]:
         refusal = answer["error"]
         if refusal["code"] == "busy":
             raise LimitError(refusal["message"], max_open=refusal["max_open"])
-        raise RefusedError(refusal["code"], refusal["message"])
+        raise PermanentError(refusal["code"], refusal["message"])
     result: dict[str, Any] = answer["result"]
     return result
 
 
-def _or_refusal(answer: dict[str, Any], read: Callable[[dict[str, Any]], T]) -> T | RefusedError:
+def _or_refusal(answer: dict[str, Any], read: Callable[[dict[str, Any]], T]) -> T | PermanentError:
     try:
         return read(_result(answer))
-    except RefusedError as refusal:
+    except PermanentError as refusal:
         return refusal
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from zlib import crc32
 
-UNDER_WAY = "transfer_under_way"
-"""`status_key` of a step that waits for the ledger: the index of tasks by status has it, until it is finished."""
+IN_FLIGHT = "transfer_under_way"
+"""`status_key` of a step whose transfer is in flight: it has an old word, which items have (decision 19)."""
 
-SPREAD = frozenset({"pending", "executing", UNDER_WAY})
+SPREAD = frozenset({"pending", "executing", IN_FLIGHT})
 """The keys of `by_status` that every task enters and leaves within seconds."""
 STATUS_SHARDS = 4
 DAY_SHARDS = 8

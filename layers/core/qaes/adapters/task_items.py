@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qaes.adapters.shards import UNDER_WAY, status_key
+from qaes.adapters.shards import IN_FLIGHT, status_key
 from qaes.adapters.task_events import event_item
 from qaes.domain.canonical import canonical_json, hash_of
 from qaes.domain.ids import now, timestamp
@@ -104,7 +104,7 @@ class TaskItems:
             "data": {"S": record.model_dump_json()},
         }
         if record.type in CONFIRMED_LATER and record.status == "running":
-            item |= {"status_key": {"S": status_key(UNDER_WAY, task_id)}, "task_id": {"S": task_id}}
+            item |= {"status_key": {"S": status_key(IN_FLIGHT, task_id)}, "task_id": {"S": task_id}}
         put = self.put(item, unless_exists=before is None)
         if before is not None:
             still_ours = "#status = :status AND attempt = :attempt"

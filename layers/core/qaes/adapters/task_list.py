@@ -42,7 +42,7 @@ def list_tasks(*, status: Status | None, requester: str | None, limit: int, befo
 
     Raises
     ------
-    UnavailableError
+    TransientError
         DynamoDB kept leaving out some of the page's tasks.
     """
     if requester is not None and status is not None:

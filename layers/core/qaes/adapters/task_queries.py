@@ -12,7 +12,7 @@ from functools import cached_property
 from qaes.adapters import dynamo, settings
 from qaes.adapters.callbacks import CallbacksTable
 from qaes.adapters.decisions import DecisionsTable
-from qaes.adapters.shards import UNDER_WAY, status_keys
+from qaes.adapters.shards import IN_FLIGHT, status_keys
 from qaes.adapters.task_items import Item, TaskItems
 from qaes.domain.errors import ConflictError, NotFoundError
 from qaes.domain.ids import now, timestamp
@@ -109,12 +109,12 @@ class TaskQueries:
         tasks = [Task.model_validate_json(item["data"]["S"]) for item in self._by_status(status)]
         return [task for task in tasks if task.status == status and task.updated_at < _ago(older_than_seconds)]
 
-    def transfers_under_way(self, older_than_seconds: int) -> list[tuple[str, StepRecord]]:
+    def transfers_in_flight(self, older_than_seconds: int) -> list[tuple[str, StepRecord]]:
         """(task id, record) of each step that was begun so long ago and waits for the ledger; its task may have ended.
 
         An eventually consistent read.
         """
-        items = self._by_status(UNDER_WAY)
+        items = self._by_status(IN_FLIGHT)
         found = [(item["pk"]["S"], StepRecord.model_validate_json(item["data"]["S"])) for item in items]
         return [(task_id, record) for task_id, record in found if record.started_at < _ago(older_than_seconds)]
 

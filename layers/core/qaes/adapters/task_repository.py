@@ -13,7 +13,7 @@ from qaes.adapters import dynamo, metrics
 from qaes.adapters.task_changes import TaskChanges
 from qaes.adapters.task_items import Idempotency, task_item
 from qaes.domain.canonical import SALT_LETTERS, hash_of
-from qaes.domain.errors import ConflictError, UnavailableError
+from qaes.domain.errors import ConflictError, TransientError
 from qaes.domain.ids import now
 from qaes.domain.models import Analysis, Approval, Outcome, Plan, Status, StepRecord, Task, WalletBalance
 from qaes.domain.policy import PolicyDecision
@@ -59,7 +59,7 @@ class TaskStore(TaskChanges):
             if idempotency is not None and (answer := self.answered(idempotency)) is not None:
                 return self.get_task(answer["task_id"]), True
             self._refuse_beyond(max_open, counter, writes, error)
-            raise UnavailableError("the task could not be written: try again") from error
+            raise TransientError("the task could not be written: try again") from error
         metrics.count(event)
         return task, False
 

@@ -13,7 +13,7 @@ from qaes.adapters.executions import answer, fail
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain import compliance
-from qaes.domain.errors import RefusedError, StepFailedError
+from qaes.domain.errors import PermanentError, StepFailedError
 from qaes.domain.ids import now, parse_timestamp
 from qaes.domain.models import CONFIRMED_LATER, TERMINAL, Step, StepRecord, Task, WalletBalance
 from qaes.domain.policy import Policy
@@ -30,12 +30,12 @@ class Settled(NamedTuple):
     """A step's record, as it is now, and whether the transfer that it is about is under way."""
 
     record: StepRecord
-    under_way: bool
+    in_flight: bool
 
     @property
-    def let_through(self) -> bool:
+    def submitted(self) -> bool:
         """Whether the step's transfer was handed in and may have moved something, or will: nobody is asked again."""
-        return self.under_way or self.record.status == "succeeded"
+        return self.in_flight or self.record.status == "succeeded"
 
 
 def reference_of(task_id: str, step_id: str) -> str:
@@ -47,7 +47,7 @@ def state_of(ledger: LedgerClient, task_id: str, step_id: str) -> dict[str, Any]
     """How the step's transfer stands, as `LedgerClient.transfer_state`; None when none was handed in."""
     try:
         return ledger.transfer_state(reference_of(task_id, step_id))
-    except RefusedError as error:
+    except PermanentError as error:
         if error.code == "not_found":
             return None
         raise
@@ -68,7 +68,7 @@ def funds_of(ledger: LedgerClient, step: Step) -> Funds:
     """Read whether the ledger would take a transfer: its addresses, its source's key and balance, the policy.
 
     The compliance agent reads it before it asks a person or has the transfer submitted, the planner for a preview. A
-    balance that cannot be read now raises UnavailableError: it is neither enough nor too little.
+    balance that cannot be read now raises TransientError: it is neither enough nor too little.
     """
     if step.type not in CONFIRMED_LATER:
         return Funds(None, None, None)
@@ -77,7 +77,7 @@ def funds_of(ledger: LedgerClient, step: Step) -> Funds:
         balance, refusal_today = ledger.check_transfer(
             source=terms["from_address"], destination=terms["to_address"], amount=terms["amount"]
         )
-    except RefusedError as error:
+    except PermanentError as error:
         return Funds(None, f"{error.code}: {error.message}", None)
     return Funds(balance, compliance.refusal_by_balance(step, balance), refusal_today)
 
@@ -90,7 +90,7 @@ def policy_and_funds(ledger: LedgerClient, step: Step) -> tuple[Policy, Funds]:
     policy, checked = ledger.policy_and_check(
         source=terms["from_address"], destination=terms["to_address"], amount=terms["amount"]
     )
-    if isinstance(checked, RefusedError):
+    if isinstance(checked, PermanentError):
         return policy, Funds(None, f"{checked.code}: {checked.message}", None)
     balance, refusal_today = checked
     return policy, Funds(balance, compliance.refusal_by_balance(step, balance), refusal_today)
@@ -109,23 +109,23 @@ def settle(store: TaskStore, ledger: LedgerClient, task: Task, record: StepRecor
     written, nor for the end of an earlier attempt: this one has not reached the ledger then, or never will.
     """
     if record.status != "running":
-        return Settled(record, under_way=False)
+        return Settled(record, in_flight=False)
     state = state_of(ledger, task.task_id, record.step_id)
     if state is not None and state["state"] in OPEN:
-        return Settled(record, under_way=True)
+        return Settled(record, in_flight=True)
     if state is not None and state["state"] == "confirmed":
         parameters = store.plan_of(task).steps[record.step_index].parameters
         result = result_of(parameters, state)
         if record.run < task.run:
             result["run"] = record.run  # the execution that handed it in, under what was approved then
-        return Settled(store.finish_step(task.task_id, record, StepOutcome(result=result)), under_way=False)
+        return Settled(store.finish_step(task.task_id, record, StepOutcome(result=result)), in_flight=False)
     if state is not None and state["txid"] != record.replaces:
         error = str(state["error"] or f"the transfer is {state['state']}")
-        return Settled(store.finish_step(task.task_id, record, StepOutcome(error=error)), under_way=False)
+        return Settled(store.finish_step(task.task_id, record, StepOutcome(error=error)), in_flight=False)
     if task.status in TERMINAL and now() - parse_timestamp(task.updated_at) > timedelta(seconds=LATE_SECONDS):
         error = str(state["error"]) if state is not None else "not_submitted: the task ended before"
-        return Settled(store.finish_step(task.task_id, record, StepOutcome(error=error)), under_way=False)
-    return Settled(record, under_way=False)
+        return Settled(store.finish_step(task.task_id, record, StepOutcome(error=error)), in_flight=False)
+    return Settled(record, in_flight=False)
 
 
 def settle_and_tell(store: TaskStore, ledger: LedgerClient, task: Task, record: StepRecord) -> StepRecord:

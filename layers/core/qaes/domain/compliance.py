@@ -12,7 +12,7 @@ from qaes.domain.errors import (
     ApprovalRejectedError,
     ConflictError,
     InvalidInputError,
-    RefusedError,
+    PermanentError,
     StepDeniedError,
     StoppedError,
 )
@@ -227,7 +227,7 @@ def check_may_act(
     ------
     StoppedError
         The step may not run, or not yet: by its class.
-    RefusedError
+    PermanentError
         `approval_too_old`: its approval expired `MAX_APPROVAL_AGE` ago or earlier, so a retry asks for a new one.
     """
     if stopped := stopped_by(decide(task, plan, step_index, current, approval)):
@@ -235,4 +235,4 @@ def check_may_act(
     if approval is None or approval.run != task.run:
         return
     if at - parse_timestamp(approval.expires_at) >= MAX_APPROVAL_AGE:
-        raise RefusedError("approval_too_old", f"its approval expired at {approval.expires_at}: retry the task")
+        raise PermanentError("approval_too_old", f"its approval expired at {approval.expires_at}: retry the task")

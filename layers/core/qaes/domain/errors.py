@@ -5,15 +5,15 @@ QaesError
 ├── ForbiddenError      the caller may not do this                                           (403)
 ├── NotFoundError       there is no such thing, or the caller may not know of it             (404)
 ├── ConflictError       it cannot be done in the present state                               (409)
-├── LimitError          the caller has too much under way: later                             (429)
-├── RefusedError        an outside system said no, for good: never retry                     (422)
+├── LimitError          the caller has too much in flight: later                             (429)
+├── PermanentError      an outside system said no, for good: never retry                     (422)
 ├── StoppedError        a step may not run, or has failed: the state machine knows each by its class
 │   ├── StepDeniedError         a policy, a limit or the ledger does not let it run
 │   ├── ApprovalNeededError     people must approve it first
 │   ├── ApprovalRejectedError   an approver rejected it
 │   ├── ApprovalExpiredError    nobody decided in time
 │   └── StepFailedError         it has failed, which is on record
-└── UnavailableError    an outside system did not answer: retry                              (503)
+└── TransientError      an outside system did not answer: retry                              (503)
     └── ThrottledError      AWS refuses calls for now: retry for minutes                     (503)
 """
 
@@ -49,10 +49,10 @@ class ConflictError(QaesError):
 
 
 class LimitError(QaesError):
-    """The caller has as much under way as is allowed: to be tried again when some of it has ended."""
+    """The caller has as much in flight as is allowed: to be tried again when some of it has ended."""
 
 
-class RefusedError(QaesError):
+class PermanentError(QaesError):
     """An outside system refused, and would refuse again; `code` is a stable word for the reason."""
 
     def __init__(self, code: str, message: str, **details: Any) -> None:
@@ -84,9 +84,9 @@ class StepFailedError(StoppedError):
     """The step has failed, which is on record."""
 
 
-class UnavailableError(QaesError):
+class TransientError(QaesError):
     """An outside system could not be asked, or its answer was not received: the outcome is unknown."""
 
 
-class ThrottledError(UnavailableError):
+class ThrottledError(TransientError):
     """AWS refuses a call because there are too many: the state machine retries it by this name, for minutes."""

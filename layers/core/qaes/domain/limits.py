@@ -2,46 +2,46 @@
 
 from __future__ import annotations
 
-from qaes.domain.errors import InvalidInputError, RefusedError
+from qaes.domain.errors import InvalidInputError, PermanentError
 from qaes.domain.policy import PolicyDecision
 from qaes.domain.qubic.identity import check_address
 
 
-def refusal_by_limits(rule: PolicyDecision, *, destination: object, amount: object) -> RefusedError | None:
+def refusal_by_limits(rule: PolicyDecision, *, destination: object, amount: object) -> PermanentError | None:
     """Return which limit of the rule a transfer is beyond on any day; None when it is within all of them.
 
     `destination` is an address. It is compared in its one spelling with the allowed ones, as the verifier does.
 
     Returns
     -------
-    RefusedError
-        `over_max_amount`, `over_daily_limit`, `address_not_allowed`; `invalid_amount`: there are limits, and the amount
-        is not a whole number from 1.
+    PermanentError
+        `over_max_amount`, `daily_limit_exceeded`, `address_not_allowed`; `invalid_amount`: there are limits, and the
+        amount is not a whole number from 1.
     """
     if not rule.limits_transfers:
         return None
     policy = f"policy {rule.policy_id}"
     if type(amount) is not int or amount < 1:
-        return RefusedError("invalid_amount", f"{policy} has limits, and the amount is no whole number")
+        return PermanentError("invalid_amount", f"{policy} has limits, and the amount is no whole number")
     if rule.max_amount is not None and amount > rule.max_amount:
         text = f"over max_amount: {policy} lets a transfer move at most {rule.max_amount} QU"
-        return RefusedError("over_max_amount", text)
+        return PermanentError("over_max_amount", text)
     if refusal := refusal_by_daily_limit(rule, amount=amount, spent=0):
         return refusal
     if rule.allowed_addresses is not None and not _is_among(destination, rule.allowed_addresses):
         text = f"not among allowed_addresses: {policy} does not let money go to that address"
-        return RefusedError("address_not_allowed", text)
+        return PermanentError("address_not_allowed", text)
     return None
 
 
-def refusal_by_daily_limit(rule: PolicyDecision, *, amount: int, spent: int) -> RefusedError | None:
-    """Return `over_daily_limit` if a wallet that has spent `spent` QU today may not send `amount` more."""
+def refusal_by_daily_limit(rule: PolicyDecision, *, amount: int, spent: int) -> PermanentError | None:
+    """Return `daily_limit_exceeded` if a wallet that has spent `spent` QU today may not send `amount` more."""
     if rule.daily_limit is None or spent + amount <= rule.daily_limit:
         return None
     text = f"over daily_limit: policy {rule.policy_id} lets a wallet send at most {rule.daily_limit} QU a day"
     if spent:
         text += f", and {spent} QU are spent today"
-    return RefusedError("over_daily_limit", text, spent=spent, limit=rule.daily_limit)
+    return PermanentError("daily_limit_exceeded", text, spent=spent, limit=rule.daily_limit)
 
 
 def _is_among(address: object, allowed: tuple[str, ...]) -> bool:

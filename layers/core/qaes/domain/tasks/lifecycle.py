@@ -15,7 +15,7 @@ from typing import Any
 from qaes.domain import compliance
 from qaes.domain.canonical import hash_of
 from qaes.domain.compliance import REJECTED
-from qaes.domain.errors import ApprovalNeededError, ConflictError, UnavailableError
+from qaes.domain.errors import ApprovalNeededError, ConflictError, TransientError
 from qaes.domain.ids import parse_timestamp, timestamp
 from qaes.domain.models import (
     CONFIRMED_LATER,
@@ -258,13 +258,13 @@ def refuse_step(
 
     Raises
     ------
-    UnavailableError
+    TransientError
         Another attempt has begun since `before` was read: that one is not overruled.
     ConflictError
         The task has ended, or another execution of it than `run` has begun, which may yet run the step.
     """
     if history.records.get(step_index) != before:
-        raise UnavailableError("another attempt is at work on this step")
+        raise TransientError("another attempt is at work on this step")
     refuse_ended(task)
     refuse_other_run(task, run)
     plan = _plan_of(history)
