@@ -316,6 +316,7 @@ class Cloud:
             "AUDIT_LOG_TABLE": "AuditLogTable",
             "AUDIT_ANCHORS_TABLE": "AuditAnchorsTable",
             "LEDGER_TABLE": "LedgerTable",
+            "POLICY_TABLE": "PolicyTable",
             "LEDGER_FUNCTION": "LedgerFunction",
             "SEQUENCER_FUNCTION": "SequencerFunction",
             "RECORDER_FUNCTION": "RecordEventsFunction",

@@ -314,7 +314,11 @@ class Cloud:
         return [event["stateEnteredEventDetails"]["name"] for event in events if "stateEnteredEventDetails" in event]
 
 
-OWN_TABLES = {"DECISIONS_TABLE": "DecisionsTable", "CALLBACKS_TABLE": "CallbacksTable"}
+OWN_TABLES = {
+    "DECISIONS_TABLE": "DecisionsTable",
+    "CALLBACKS_TABLE": "CallbacksTable",
+    "POLICY_TABLE": "PolicyTable",
+}
 """What a store needs that a test makes for itself, outside of every function."""
 
 

@@ -28,7 +28,7 @@ ACTIONS = {
 PUT, UPDATE, DELETE = (frozenset({right}) for right in ("put", "update", "delete"))
 ENGINE = {"TasksTable": PUT | UPDATE}
 """Puts TASK, EVENT, PLAN, STEP and APPROVAL; updates the count of open tasks, and consumes approvals."""
-SIGNER = {"LedgerTable": PUT | UPDATE, "ChainTable": PUT | UPDATE}
+SIGNER = {"LedgerTable": PUT | UPDATE, "ChainTable": PUT | UPDATE, "PolicyTable": frozenset({"put:EVENTS#*"})}
 
 WRITES: dict[str, Rights] = {
     "AuthorizerFunction": {},
@@ -55,6 +55,7 @@ WRITES: dict[str, Rights] = {
     "LedgerWriterFunction": SIGNER,
     "QubicApiFunction": {
         "LedgerTable": frozenset({"put:POLICY#*", "update:POLICY#*"}),
+        "PolicyTable": PUT,
         "ChainTable": PUT | UPDATE,  # the mock network's own API
     },
 }
@@ -89,6 +90,7 @@ ITEMS: dict[str, tuple[tuple[str, str], ...]] = {
         ("POLICY#x", "HEAD"),
         ("POLICY#x", "VERSION#000001"),
     ),
+    "PolicyTable": (("SUSPENSIONS#0", "SUSPENSIONS"), ("EVENTS#policy", "EVENT#000001")),
     "ChainTable": (("TX#x", "TX"),),
 }
 """A key of each kind of item, table by table."""

@@ -104,6 +104,7 @@ QUBIC = HOLDERS_OF_THE_SEED | {"QubicApiFunction"}
 OWNERS = {
     "PreviewsTable": {"PlannerApiFunction"},
     "LedgerTable": QUBIC,
+    "PolicyTable": QUBIC | {"RunStepFunction", "ExecuteActionFunction"},
     "ChainTable": QUBIC,
     "AuditEntriesTable": {
         "ExecuteActionFunction",
@@ -438,7 +439,8 @@ def arn_of_roles(name: str) -> dict[str, str]:
 def test_the_roles_that_write_the_audits_tables_are_known_by_their_paths(template: Any) -> None:
     """A table's policy cannot name a role that names the table: the path is what both know."""
     paths = {name: each["RolePath"]["Fn::Sub"] for name, each in template.functions.items() if "RolePath" in each}
-    known = AUDITS_ROLES | {"GatewayFunction": "gateway"}
+    known = AUDITS_ROLES | {"GatewayFunction": "gateway", "QubicApiFunction": "policy"}
+    known |= dict.fromkeys(HOLDERS_OF_THE_SEED, "ledger")
     assert paths == {function: f"/${{AWS::StackName}}/{name}/" for function, name in known.items()}
     for name in template.functions:
         puts = {str(resource) for action, resource in allowed(template, name) if action == "dynamodb:PutItem"}
@@ -474,6 +476,18 @@ def test_decisions_are_put_by_the_gateways_role_alone(template: Any) -> None:
     assert set(changes["Action"]) == CHANGES and "Condition" not in changes
     assert set(put["Action"]) == {"dynamodb:PutItem", "dynamodb:PartiQLInsert"}
     assert put["Condition"] == {"ArnNotLike": {"aws:PrincipalArn": arn_of_roles("gateway")}}
+
+
+def test_policy_table_lets_the_api_alone_suspend(template: Any) -> None:
+    changes, put, partitions = table_policy(template, "PolicyTable")
+    assert set(changes["Action"]) == CHANGES and "Condition" not in changes
+    assert set(put["Action"]) == set(partitions["Action"]) == {"dynamodb:PutItem", "dynamodb:PartiQLInsert"}
+    roles = [arn_of_roles(name) for name in ("policy", "ledger")]
+    assert put["Condition"] == {"ArnNotLike": {"aws:PrincipalArn": roles}}
+    assert partitions["Condition"] == {
+        "ArnLike": {"aws:PrincipalArn": arn_of_roles("ledger")},
+        "ForAnyValue:StringNotLike": {"dynamodb:LeadingKeys": ["EVENTS#*"]},
+    }
 
 
 def test_anchors_are_put_by_the_anchors_role_alone(template: Any) -> None:

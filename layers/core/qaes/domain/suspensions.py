@@ -1,0 +1,32 @@
+"""Suspended actions: what an operator has stopped, and what the system reports to a step that may therefore not run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ConfigDict
+
+from qaes.domain.policy_events import EVERY_ACTION
+
+CODE = "suspended"
+
+
+class Suspension(BaseModel):
+    """One suspended action, or all of them: who suspended it, and who requested that it resumes."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    by: str
+    at: str
+    reason: str
+    resume_by: str | None = None
+    resume_at: str | None = None
+
+
+def refusal(action: str, suspended: Mapping[str, Suspension]) -> str | None:
+    """Return why no step of `action` may begin: the code and the reason in words; None if it is not suspended."""
+    for name in (action, EVERY_ACTION):
+        if found := suspended.get(name):
+            what = "every action" if name == EVERY_ACTION else f"`{name}`"
+            return f"{CODE}: {found.by} suspended {what} at {found.at}: {found.reason}"
+    return None
