@@ -318,6 +318,7 @@ OWN_TABLES = {
     "DECISIONS_TABLE": "DecisionsTable",
     "CALLBACKS_TABLE": "CallbacksTable",
     "POLICY_TABLE": "PolicyTable",
+    "LIMITS_TABLE": "LimitsTable",
 }
 """What a store needs that a test makes for itself, outside of every function."""
 

@@ -103,6 +103,7 @@ HOLDERS_OF_THE_SEED = LEDGER | {"LedgerWriterFunction"}
 QUBIC = HOLDERS_OF_THE_SEED | {"QubicApiFunction"}
 OWNERS = {
     "PreviewsTable": {"PlannerApiFunction"},
+    "LimitsTable": {"PlannerApiFunction", "AwaitApprovalFunction", "RunStepFunction", "ExecuteActionFunction"},
     "LedgerTable": QUBIC,
     "PolicyTable": QUBIC | {"RunStepFunction", "ExecuteActionFunction"},
     "ChainTable": QUBIC,
