@@ -162,7 +162,7 @@ def _invoke(function: str, event: dict[str, Any]) -> None:
 
 def _count(outcome: Outcome) -> None:
     told = (
-        ("TasksBehindInAudit", MetricUnit.Count, outcome.behind),
+        ("AuditBacklog", MetricUnit.Count, outcome.behind),
         ("TasksStuckInAudit", MetricUnit.Count, len(outcome.stuck)),
         ("AuditSweepLagSeconds", MetricUnit.Seconds, outcome.lag_seconds),
     )

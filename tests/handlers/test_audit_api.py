@@ -35,7 +35,7 @@ from tests.handlers.test_audit_recorder import (
     start_task,
     task_with,
 )
-from tests.handlers.test_task_store import claim, new_task
+from tests.handlers.test_task_repository import claim, new_task
 from tests.support import template
 from tests.support.bundles import policy_text
 from tests.support.cloud import PARAMETERS, Cloud, Context, cloud, prepared

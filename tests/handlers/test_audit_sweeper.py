@@ -299,7 +299,7 @@ def test_how_far_back_the_sweeper_is_is_told(aws: Cloud, monkeypatch: pytest.Mon
 def test_the_function_says_how_many_are_behind(aws: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
     assert aws.invoke("AuditSweeperFunction", {}) == {"recorded": [], "sequenced": [], "behind": 0, "stuck": 0}
     said = capsys.readouterr().out
-    for name, value in (("TasksBehindInAudit", 0.0), ("TasksStuckInAudit", 0.0), ("AuditSweepLagSeconds", 60.0)):
+    for name, value in (("AuditBacklog", 0.0), ("TasksStuckInAudit", 0.0), ("AuditSweepLagSeconds", 60.0)):
         assert f'"{name}":[{value}]' in said
 
 
@@ -313,7 +313,7 @@ def test_the_alarms_look_at_what_the_function_says(aws: Cloud, capsys: pytest.Ca
         for group in line["_aws"]["CloudWatchMetrics"]
         for metric in group["Metrics"]
     }
-    for name in ("AuditBehindAlarm", "AuditSweepLateAlarm"):
+    for name in ("AuditBacklogAlarm", "AuditSweepLateAlarm"):
         alarm = template()["Resources"][name]["Properties"]
         dimensions = frozenset((each["Name"], each["Value"]) for each in alarm["Dimensions"])
         assert (resolve(alarm["Namespace"]), alarm["MetricName"], dimensions) in told, name

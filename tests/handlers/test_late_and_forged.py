@@ -22,7 +22,7 @@ from qaes.domain.ids import new_plan_id, now, timestamp
 from qaes.domain.models import Plan, Task
 from qaes.domain.policy import Policy
 from qaes.domain.tasks import events, lifecycle
-from tests.handlers.test_task_store import claim, new_task
+from tests.handlers.test_task_repository import claim, new_task
 from tests.support.cloud import Cloud, call, cloud
 from tests.support.stories import check_every_story
 from tests.support.trail import LOG_ID, log

@@ -62,7 +62,7 @@ def test_sweeper_tells_its_metrics_when_handing_over_is_slow(
     later(monkeypatch)
     invoked = clock("Invoke", 20)
     assert aws.invoke("AuditSweeperFunction", {})["behind"] == 6
-    assert '"TasksBehindInAudit":[6.0]' in capsys.readouterr().out
+    assert '"AuditBacklog":[6.0]' in capsys.readouterr().out
     assert 0 < len(invoked) < 6
     for _ in range(6):
         invoked.clear()
@@ -96,7 +96,7 @@ def test_sweeper_goes_on_when_lambda_refuses_to_take_a_task(
 
     monkeypatch.setattr(BaseClient, "_make_api_call", refuse)
     assert aws.invoke("AuditSweeperFunction", {})["behind"] == 1
-    assert '"TasksBehindInAudit":[1.0]' in capsys.readouterr().out
+    assert '"AuditBacklog":[1.0]' in capsys.readouterr().out
     aws.invoke("AuditSweeperFunction", {})
     assert [item["pk"]["S"] for item in entry_items()] == [task_id]
 

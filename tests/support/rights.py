@@ -52,7 +52,7 @@ WRITES: dict[str, Rights] = {
     "LedgerTransferFunction": SIGNER,
     "LedgerAnchorFunction": SIGNER,
     "LedgerRecordFunction": SIGNER,
-    "LedgerWriterFunction": SIGNER,
+    "TransactionWorkerFunction": SIGNER,
     "QubicApiFunction": {
         "LedgerTable": frozenset({"put:POLICY#*", "update:POLICY#*"}),
         "PolicyTable": PUT,

@@ -99,7 +99,7 @@ CHANGES = {
 }
 LEDGER = {"LedgerFunction", "LedgerTransferFunction", "LedgerAnchorFunction", "LedgerRecordFunction"}
 """Those that other functions invoke."""
-HOLDERS_OF_THE_SEED = LEDGER | {"LedgerWriterFunction"}
+HOLDERS_OF_THE_SEED = LEDGER | {"TransactionWorkerFunction"}
 QUBIC = HOLDERS_OF_THE_SEED | {"QubicApiFunction"}
 OWNERS = {
     "PreviewsTable": {"PlannerApiFunction"},
@@ -358,7 +358,7 @@ def test_limits_of_single_routes_are_tighter_by_default(template: Any) -> None:
 
 
 def test_an_alarm_tells_of_an_approval_that_waits_for_long_and_of_silence(template: Any) -> None:
-    alarm = template.resources["OldestOpenApprovalAlarm"]["Properties"]
+    alarm = template.resources["OldestPendingApprovalAlarm"]["Properties"]
     assert alarm["Threshold"] == {"Ref": "ApprovalAlarmSeconds"}
     assert alarm["TreatMissingData"] == "breaching", "a reconciler that says nothing is no good news"
     defaults = {
@@ -638,5 +638,5 @@ def test_function_that_sends_to_its_own_queue_may_recurse(template: Any) -> None
         sends_to = function.get("Environment", {}).get("Variables", {}).values()
         if any({"Ref": queue["Fn::GetAtt"][0]} in sends_to for queue in queues):
             recurse.add(name)
-    assert recurse == {"LedgerWriterFunction"}
+    assert recurse == {"TransactionWorkerFunction"}
     assert {name for name, each in template.functions.items() if each.get("RecursiveLoop") == "Allow"} == recurse
