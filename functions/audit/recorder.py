@@ -1,10 +1,10 @@
-"""The audit agent's recorder: turns a task's events into the entries of its chain.
+"""The audit recorder: turns a task's events into the entries of its chain.
 
-The stream of the tasks table invokes it, within about a second of each change. The state ExecuteAction invokes it for
-one task before an effect, if the stream is late, and the sweeper for what the stream gave up on. All do the same
-`drain`, at the same time too, and it may stop anywhere: what is there stays, what is not there yet is done by the next
-one. The ledger is not asked: the entries' stream brings them into the log (`audit.sequencer`), and the log is anchored
-as a whole (`audit.anchor`).
+Three callers invoke it: the stream of the tasks table, about a second after each change; the state ExecuteAction for
+one task before an effect, if the stream is late; and the sweeper for events that the stream gave up. All of them run
+the same `drain`, even at the same time. It may stop at any point: recorded entries stay, and the next run records
+the rest. The recorder does not call the ledger. The entries' stream adds the entries to the log (`audit.sequencer`),
+and `audit.anchor` anchors the log as a whole.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from qaes.domain.audit import GENESIS, BrokenChainError, build_entry
 
 FORGED_EVENT_METRIC = "ForgedEvent"
 SECONDS_FOR_A_TASK = 10
-"""With less time left, the recorder begins no other task of a batch."""
+"""With less time left, the recorder starts no other task of a batch."""
 
 
 @dataclass(frozen=True)
 class Drained:
-    """How many entries this drain recorded, and the number of the task's newest entry (0: none)."""
+    """The number of entries that this run recorded, and the number of the task's newest entry (0 if it has none)."""
 
     recorded: int
     seq: int
 
 
 class Recorder:
-    """Records what is outstanding of a task."""
+    """Records the outstanding events of a task."""
 
     def __init__(self, outbox: Outbox, store: AuditStore, *, log_id: str) -> None:
         self._outbox = outbox
@@ -47,16 +47,16 @@ class Recorder:
         Raises
         ------
         TransientError
-            A table did not answer; to be called again.
+            A table did not respond. Call again later.
         BrokenChainError
-            An event is missing, or the stored entries were altered: nothing is recorded on top of that.
+            An event is missing, or the stored entries were altered. Nothing is recorded after that.
         ForgedEventError
-            An event says that a person made it, and the gateway has no such decision: as above.
+            An event claims a person's decision that the gateway does not have. Nothing is recorded after that.
         """
         try:
             return self._drain(task_id)
         except ForgedEventError as error:
-            logger().error("forged event refused", extra={"task_id": task_id, "why": error.message})
+            logger().error("forged event rejected", extra={"task_id": task_id, "why": error.message})
             metrics.count_one(FORGED_EVENT_METRIC)
             raise
 
@@ -66,7 +66,7 @@ class Recorder:
         recorded = 0
         for number, event in self._outbox.events_after(task_id, seq):
             if number != seq + 1:
-                raise BrokenChainError(seq + 1, "seq", f"its event is missing, the next is {number}")
+                raise BrokenChainError(seq + 1, "seq", f"its event is missing; the next event is {number}")
             entry = build_entry(event, log_id=self._log_id, task_id=task_id, seq=number, prev=prev)
             stored = self._store.append(entry)
             recorded += stored is not None
@@ -76,23 +76,26 @@ class Recorder:
     def _recorded_by_another(self, task_id: str, seq: int) -> StoredEntry:
         stored = self._store.entry(task_id, seq)
         if stored is None:
-            raise BrokenChainError(seq, "seq", "the entry was there and is gone")
+            raise BrokenChainError(seq, "seq", "the entry was deleted")
         return stored.intact()
 
 
 def recorder() -> Recorder:
-    """Make the recorder of this function's environment."""
+    """Create the recorder from the environment of this function."""
     return Recorder(Outbox(), AuditStore(), log_id=settings.text("LOG_ID"))
 
 
 @function
 def record_events(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """Take a batch of the tasks table's stream, give `{"batchItemFailures": [{"itemIdentifier": sequence number}]}`.
+    """Record a batch of the tasks table's stream.
 
-    `{task_id}`, from a function of this system, gives `{recorded, seq}`, and raises when anything is unavailable.
+    Returns `{"batchItemFailures": [{"itemIdentifier": sequence number}]}`.
 
-    A task is drained once however many of its events are in the batch; when that fails, all of them are to be
-    delivered again. One task that cannot be recorded does not keep the others from being recorded.
+    The event `{task_id}`, from a function of this system, returns `{recorded, seq}`, and raises if a table is
+    unavailable.
+
+    A task is drained once, regardless of the number of its events in the batch. If that fails, the stream delivers all
+    of them again. A task that cannot be recorded does not block the other tasks.
     """
     if "task_id" in event:
         drained = recorder().drain(str(event["task_id"]))
@@ -106,12 +109,12 @@ def record_events(event: dict[str, Any], context: LambdaContext) -> dict[str, An
     failed: list[str] = []
     for task_id, sequence_numbers in deliveries.items():
         if context.get_remaining_time_in_millis() < SECONDS_FOR_A_TASK * 1000:
-            logger().warning("no time left: it is delivered again", extra={"task_id": task_id})
+            logger().warning("no time left; the stream delivers the task's events again", extra={"task_id": task_id})
             failed += sequence_numbers
             continue
         try:
             to_record.drain(task_id)
-        except Exception:  # noqa: BLE001 - whatever it is, it is logged, and delivered again
-            logger().exception("could not record", extra={"task_id": task_id})
+        except Exception:  # noqa: BLE001 - log any error; the stream delivers the events again
+            logger().exception("the task's events could not be recorded", extra={"task_id": task_id})
             failed += sequence_numbers
     return {"batchItemFailures": [{"itemIdentifier": number} for number in failed]}

@@ -170,7 +170,7 @@ def get_tasks(
         str | None,
         Query(
             max_length=128,
-            description="`next_cursor` of the page before",
+            description="`next_cursor` of the previous page",
             json_schema_extra={"pattern": TASK_ID_PATTERN},
         ),
     ] = None,

@@ -312,7 +312,7 @@ def test_a_count_that_is_not_that_of_the_events_is_named(aws: Cloud, sound: str,
     data = json.loads(stored["Item"]["data"]["S"]) | {"events": count}
     change(TASKS, sound, "TASK", data={"S": json.dumps(data)})
     told = [str(each) for each in check().findings if each.invariant == "event"]
-    assert told == [f"event: {sound} {count}: the task counts {count} events, the last is 3"]
+    assert told == [f"event: {sound} {count}: the task counts {count} events, but its last event is 3"]
 
 
 def test_a_task_that_was_erased_is_no_finding(aws: Cloud, sound: str) -> None:

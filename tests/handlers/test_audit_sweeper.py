@@ -254,9 +254,9 @@ def test_a_task_that_was_erased_leaves_the_list(aws: Cloud, caplog: pytest.LogCa
     erase(erased)
     found = sweep(3 * MINUTE)
     assert (found.behind, found.to_record) == (1, [other])
-    assert [(each.task_id, each.number) for each in caplog.records if each.message == "neither event nor entry"] == [
-        (erased, 2)
-    ]
+    assert [
+        (each.task_id, each.number) for each in caplog.records if each.message == "the task has neither event nor entry"
+    ] == [(erased, 2)]
     swept = log().swept()
     assert swept is not None and (swept.behind.keys(), swept.since.keys()) == ({other}, {other})
 

@@ -190,7 +190,7 @@ def test_a_node_that_is_busy_is_asked_again(
     pauses: list[float] = []
     monkeypatch.setattr("time.sleep", pauses.append)
     node.says(status, {"code": 14, "message": "busy"}, **{"Retry-After": "3600"})
-    with pytest.raises(TransientError, match=rf"^{name}: the node answered {status}"):
+    with pytest.raises(TransientError, match=rf"^{name}: the node responded with status {status}"):
         CALLS[name](node.chain())
     assert len(node.asked) == ATTEMPTS
     assert sum(pauses) < 5, "the node does not say how long we wait"
@@ -318,7 +318,9 @@ def test_an_answer_of_the_largest_size(node: Node) -> None:
 @pytest.mark.parametrize("tick", [-1, "x", "1_000", " 7", 7.0, True, None, 2**32, 2**64, "1" * 21, [7]])
 def test_a_number_that_is_none(node: Node, tick: Any) -> None:
     node.says(200, {"tickInfo": TICK_INFO["tickInfo"] | {"tick": tick}})
-    with pytest.raises(TransientError, match=r"^tick-info: the answer is not as documented: tickInfo\.tick$"):
+    with pytest.raises(
+        TransientError, match=r"^tick-info: the response does not match the documentation: tickInfo\.tick$"
+    ):
         node.chain().tick_info()
 
 
@@ -522,9 +524,9 @@ def test_a_list_that_is_not_what_was_asked_for(node: Node, transactions: list[An
 @pytest.mark.parametrize(
     ("transactions", "total", "match"),
     [
-        ([], 1, "counts 1 transactions and lists 0"),
-        ([content(SENT)], 0, "counts 0 transactions and lists 1"),
-        ([content(SENT), content(SENT)], 2, "counts 2 transactions and lists 1"),
+        ([], 1, "counts 1 transactions but lists 0"),
+        ([content(SENT)], 0, "counts 0 transactions but lists 1"),
+        ([content(SENT), content(SENT)], 2, "counts 2 transactions but lists 1"),
         ([content(SENT)], MAX_LISTED + 1, "too many"),
         ([content(SENT)], 10_000, "too many"),  # the service counts no further
     ],
