@@ -267,7 +267,7 @@ class Fsck:
             if number and (task_id, number) not in found:
                 last = self._store.last_entry(task_id)
                 seq = last.seq + 1 if last else 1
-                # An index means that the entry was deleted: `_check_trail` reports it, and it must not be recorded again.
+                # An index means that the entry was deleted. `_check_trail` reports it; do not record the entry again.
                 if (task_id, seq) not in self._log.indexes([(task_id, seq)]):
                     self._fail("unrecorded", f"{task_id} {seq}", f"events {seq} to {number} have no entries")
 

@@ -320,7 +320,7 @@ class RpcChain:
         try:
             return kind.model_validate(body)
         except ValidationError as error:
-            where = ".".join(str(part) for part in error.errors()[0]["loc"]) or "the whole"
+            where = ".".join(str(part) for part in error.errors()[0]["loc"]) or "the whole body"
             raise TransientError(f"{_name(path)}: the response does not match the documentation: {where}") from error
 
 
