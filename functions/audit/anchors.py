@@ -1,7 +1,7 @@
-"""The log's anchors in AuditAnchorsTable. Only the anchor's role writes this table, and it cannot write the log.
+"""The anchors of the log in AuditAnchorsTable, which the anchor's role alone writes: it has no right to the log's own.
 
-pk / sk                      item, and condition for writing it
-ANCHOR / ANCHORING           the newest anchor, pending (in flight) or confirmed: only over the anchor that was read
+pk / sk                      what, and when it is written
+ANCHOR / ANCHORING           the newest anchor, pending (in flight) or confirmed: after the one that was read
 ANCHOR / SIZE#size           a confirmed anchor: once
 
 All reads are consistent.
@@ -55,7 +55,7 @@ class Anchor:
 
 
 class Anchors(Table):
-    """Items of the anchors."""
+    """The items of the anchors."""
 
     def __init__(self, table: str | None = None) -> None:
         super().__init__(table or settings.text("AUDIT_ANCHORS_TABLE"))
@@ -76,12 +76,12 @@ class Anchors(Table):
         )
 
     def begin(self, pending: Anchoring, *, after: Anchoring | None) -> bool:
-        """Store an anchor as the one in flight. Return False if `after` is no longer the newest, confirmed anchor."""
+        """Make an anchor the one in flight; False when `after` is not the newest, confirmed one any more."""
         condition: Item = {"ConditionExpression": "attribute_not_exists(pk)"}
         if after is not None:
-            previous_is_confirmed = "#sequence = :sequence AND #state = :confirmed"
+            the_one_before_is_confirmed = "#sequence = :sequence AND #state = :confirmed"
             condition = {
-                "ConditionExpression": previous_is_confirmed,
+                "ConditionExpression": the_one_before_is_confirmed,
                 "ExpressionAttributeNames": {"#sequence": "sequence", "#state": "state"},
                 "ExpressionAttributeValues": {
                     ":sequence": {"N": str(after.sequence)},
@@ -92,12 +92,12 @@ class Anchors(Table):
         return transact([{"Put": {"TableName": self._table, "Item": item} | condition}])
 
     def confirm(self, pending: Anchoring, anchor: Anchor) -> bool:
-        """Record a confirmed anchor, so that the next can begin. Return False if another run did so first."""
-        anchor_is_in_flight = "#sequence = :sequence AND #state = :pending AND payload = :payload"
+        """Record a confirmed anchor and make room for the next; False when somebody else has done so."""
+        it_is_in_flight = "#sequence = :sequence AND #state = :pending AND payload = :payload"
         update = {
             "TableName": self._table,
             "Item": _anchoring_item(pending, "confirmed"),
-            "ConditionExpression": anchor_is_in_flight,
+            "ConditionExpression": it_is_in_flight,
             "ExpressionAttributeNames": {"#sequence": "sequence", "#state": "state"},
             "ExpressionAttributeValues": {
                 ":sequence": {"N": str(pending.sequence)},
@@ -123,7 +123,7 @@ class Anchors(Table):
         return transact([{"Put": update}, self._put_new(item)])
 
     def of(self, index: int) -> Anchor | None:
-        """Read the first confirmed anchor that covers an index of the log."""
+        """Read the first confirmed anchor whose log has that index."""
         item = self._first("ANCHOR", f"SIZE#{index + 1:012d}", "SIZE#~")
         return _anchor(item) if item else None
 

@@ -1,23 +1,22 @@
-"""The Qubic network, simulated on one DynamoDB table. Its transactions prove nothing to an outsider.
+"""The Qubic network, simulated on one DynamoDB table. What it says proves nothing to an outsider.
 
-No process runs between two calls. The clock determines the current tick. The first call after a tick has passed
-closes it, and executes the transactions that wait for it:
+Nothing runs between two calls. Which tick it is follows from the clock; whoever asks first closes the ticks that have
+passed, and executes what waits for them:
 
-1. A conditional write advances `closed_tick` once. After that, the pool accepts no transaction for these ticks, so the
-   set of waiting transactions is final.
-2. Every caller executes the waiting transactions in the order of (tick, id), each exactly once: the place in the pool,
-   the transaction's item and the balances change in one DynamoDB transaction, whose conditions hold only once.
-3. Only then does a caller get a response. A tick that was reported as processed never changes.
+1. `closed_tick` goes up, once, by a condition. From then on nothing is taken into the pool for these ticks, so that it
+   is known for good what waits for them.
+2. What waits is executed in the order of (tick, id), by everybody who comes by, each transaction exactly once: its
+   place in the pool, its own item and the balances change in one DynamoDB transaction, whose conditions hold once only.
+3. Only then does anybody get an answer. A tick that was told as processed stays as it is, for ever.
 
-Every caller takes these steps, so a caller that crashes half-way does no harm.
+Every caller takes these steps, so it does not matter who falls over half-way.
 
-The pool has one place for each source, as the pool of a Qubic node has: a transaction for a later tick replaces the
-waiting one; a transaction for the same or an earlier tick is accepted, but never executes. The same holds for a tick
-more than `MAX_TICKS_AHEAD` ahead, and for a source without a balance: the public RPC passes both to the nodes, which
-drop them.
+The pool has one place for each source, as a Qubic node's has: a transaction for a later tick takes the place of the one
+that waits; one for the same or for an earlier tick is accepted, and never executes. So is one whose tick lies more than
+`MAX_TICKS_AHEAD` away, and one whose source has no balance: the public RPC hands both to the nodes, which drop them.
 
 Items (pk / sk): STATE/STATE, BALANCE#<identity>/BALANCE, POOL/<identity>, TX#<id>/TX,
-IDENTITY#<identity>/TICK#<tick>#<id>. Items are never deleted: a used place in the pool has `waiting` false.
+IDENTITY#<identity>/TICK#<tick>#<id>. None is ever deleted: a place in the pool that has served says so.
 """
 
 from __future__ import annotations
@@ -46,29 +45,29 @@ FIRST_TICK = 20_000_000
 FIRST_EPOCH = 1
 MAX_TICKS_AHEAD = 100_000
 MAX_GENESIS = 90
-"""DynamoDB accepts 100 items in one transaction."""
+"""DynamoDB takes 100 items in one transaction."""
 
 
 class MockChain:
-    """The `Chain` on a DynamoDB table.
+    """The `Chain` on a table.
 
     Parameters
     ----------
     genesis
-        Identity → QU: the initial balances. The first call on an empty table writes them; later calls ignore them. An
-        initial balance counts as an incoming transfer, because a Qubic balance is the incoming less the outgoing
-        amount.
+        Identity → QU: who has what in the beginning. Written by the first call that finds an empty table; ignored by
+        all later ones. What it gives counts as an incoming transfer, since a Qubic balance is what came in less what
+        went out.
     table
-        Name of the table; the default is CHAIN_TABLE.
+        The table's name; by default that of CHAIN_TABLE.
     clock
-        Returns the current time.
+        The present moment.
     tick_milliseconds
-        Duration of a tick; the default is QUBIC_TICK_MILLISECONDS. A change applies from the current tick on.
+        The duration of a tick; by default QUBIC_TICK_MILLISECONDS. Another one than before holds from the present tick.
 
     Raises
     ------
     ValueError
-        The genesis is too large, has a malformed identity, or has a negative amount.
+        The genesis is too large, names what is no identity, or gives less than nothing.
     """
 
     network: str = NETWORK
@@ -82,20 +81,20 @@ class MockChain:
         tick_milliseconds: int | None = None,
     ) -> None:
         if len(genesis) > MAX_GENESIS:
-            raise ValueError(f"the genesis must have at most {MAX_GENESIS} identities")
+            raise ValueError(f"a genesis has at most {MAX_GENESIS} identities")
         for identity, amount in genesis.items():
             decode_identity(identity)
             if amount < 0:
-                raise ValueError("the genesis must not have a negative amount")
+                raise ValueError("a genesis gives no negative amount")
         self._genesis = dict(genesis)
         self._table = table or settings.text("CHAIN_TABLE")
         self._items = Items(self._table)
         self._clock = clock
         self._tick_milliseconds = tick_milliseconds or settings.number("QUBIC_TICK_MILLISECONDS")
         if self._tick_milliseconds < 1:
-            raise ValueError("a tick must take at least one millisecond")
+            raise ValueError("a tick takes at least a millisecond")
 
-    # Reads
+    # What the network tells
 
     def tick_info(self) -> TickInfo:
         with _answering():
@@ -133,7 +132,7 @@ class MockChain:
         )
 
     def transactions(self, identity: str, first_tick: int = 0, last_tick: int = MAX_TICK) -> tuple[list[Included], int]:
-        """List the transactions from or to an identity, newest first; also return the last tick of look-ups."""
+        """List the transactions from or to an identity, newest first, and the last tick that look-ups know."""
         with _answering():
             state = self._asked()
             last_tick = min(last_tick, state.processed_tick)
@@ -150,7 +149,7 @@ class MockChain:
             )
             return [_included(item) for page in pages for item in page["Items"]], state.processed_tick
 
-    # Broadcasts
+    # What comes in
 
     def broadcast(self, encoded: bytes) -> str:
         with _answering():
@@ -170,7 +169,7 @@ class MockChain:
             if self._balance_of(place.source) > 0 and not (state.drop and self._consume("drop")):
                 self._take_place(place, state)
             if state.fail_after_accepting and self._consume("fail_after_accepting"):
-                raise TransientError("the node failed after it accepted the transaction")
+                raise TransientError("the node failed after it had accepted the transaction")
             return place.txid
 
     def _balance_of(self, identity: str) -> int:
@@ -178,7 +177,7 @@ class MockChain:
         return int(item["balance"]["N"]) if item else 0
 
     def _take_place(self, place: Place, state: State) -> None:
-        """Put a transaction into its source's place, if its tick is open and no transaction for a later tick waits."""
+        """Put a transaction into its source's place, if it is there in time and nothing for a later tick waits."""
         for attempt in attempts(20, 0.005):
             if attempt:
                 state = self._advance()
@@ -192,10 +191,10 @@ class MockChain:
             except ChangedError:
                 continue
             return
-        raise TransientError("other callers keep changing the same place of the pool; try again")
+        raise TransientError("others keep changing the same place of the pool")
 
     def _take(self, place: Place, before: Item | None) -> Item:
-        unchanged_since_read = "attribute_not_exists(pk)" if before is None else "txid = :before AND waiting = :waiting"
+        as_it_was = "attribute_not_exists(pk)" if before is None else "txid = :before AND waiting = :waiting"
         put: Item = {
             "TableName": self._table,
             "Item": item_key("POOL", place.source)
@@ -205,14 +204,14 @@ class MockChain:
                 "encoded": {"B": place.transaction.encode()},
                 "waiting": {"BOOL": True},
             },
-            "ConditionExpression": unchanged_since_read,
+            "ConditionExpression": as_it_was,
         }
         if before is not None:
             put["ExpressionAttributeValues"] = {":before": before["txid"], ":waiting": before["waiting"]}
         return {"Put": put}
 
     def _not_closed(self, tick: int) -> Item:
-        """Require that `tick` is open: a new transaction is in time, and a due one is not replaced."""
+        """`tick` has not passed: neither does a transaction come too late, nor is one replaced whose time has come."""
         return {
             "ConditionCheck": {
                 "TableName": self._table,
@@ -225,13 +224,13 @@ class MockChain:
     # Faults
 
     def faults(self) -> Faults:
-        """Return the remaining faults."""
+        """What is left of the faults that were set."""
         with _answering():
             state = self._advance()
         return left_of(state)
 
     def set_faults(self, faults: Faults) -> None:
-        """Replace all faults with these."""
+        """Let these things go wrong from now on, and nothing else."""
         with _answering():
             for _ in attempts(20, 0.005):
                 state = self._advance()
@@ -240,10 +239,10 @@ class MockChain:
                 except ChangedError:
                     continue
                 return
-        raise TransientError("other callers keep changing the mock's faults; try again")
+        raise TransientError("others keep changing the mock's faults")
 
     def _consume(self, counter: Counter) -> bool:
-        """Use up one occurrence of a counted fault. Return False if no occurrence is left."""
+        """Take one of a fault that is counted; False when others have taken the last one."""
         try:
             self._items.update(
                 Key=item_key("STATE", "STATE"),
@@ -256,17 +255,17 @@ class MockChain:
             return False
         return True
 
-    # Progress of ticks
+    # Time passes
 
     def _asked(self) -> State:
-        """Begin a call: execute all due transactions, and raise if a simulated fault applies to this call."""
+        """Begin a call: all that is due has been executed, and the call is not one that shall fail."""
         state = self._advance()
         if state.fail_requests and self._consume("fail_requests"):
-            raise TransientError("the node does not respond")
+            raise TransientError("the node does not answer")
         return state
 
     def _advance(self) -> State:
-        """Close the ticks that have passed, and execute the transactions that waited for them."""
+        """Close the ticks that have passed, and execute what waited for them."""
         for _ in attempts(20, 0.005):
             state = self._state()
             moment = self._milliseconds()
@@ -287,7 +286,7 @@ class MockChain:
             for place in self._due(state):
                 self._execute(place, state)
             return state
-        raise TransientError("other callers keep changing the mock's state; try again")
+        raise TransientError("others keep changing the mock's state")
 
     def _state(self) -> State:
         item = self._items.get("STATE", "STATE")
@@ -336,7 +335,7 @@ class MockChain:
         try:
             self._items.write(*items)
         except ChangedError:
-            return  # another caller has written it
+            return  # somebody else has written it
 
     def _close(self, state: State, tick: int) -> State:
         self._update_state({"closed_tick": {"N": str(tick)}}, state)
@@ -347,13 +346,13 @@ class MockChain:
         self._update_state(numbers | {"skipped": {"S": json.dumps(skipped)}}, state)
 
     def _update_state(self, changes: Item, state: State) -> None:
-        """Change STATE if it is unchanged since the read. Raises ChangedError otherwise."""
-        unchanged_since_read = "#version = :version_as_read AND #closed_tick = :closed_as_read"
+        """Change STATE as it was read; raises ChangedError when it is no longer so."""
+        as_it_was = "#version = :version_as_read AND #closed_tick = :closed_as_read"
         names = {"version", "closed_tick", *changes}
         self._items.update(
             Key=item_key("STATE", "STATE"),
             UpdateExpression="SET " + ", ".join(f"#{name} = :{name}" for name in changes),
-            ConditionExpression=unchanged_since_read,
+            ConditionExpression=as_it_was,
             ExpressionAttributeNames={f"#{name}": name for name in names},
             ExpressionAttributeValues={f":{name}": value for name, value in changes.items()}
             | {":version_as_read": {"N": str(state.version)}, ":closed_as_read": {"N": str(state.closed_tick)}},
@@ -362,7 +361,7 @@ class MockChain:
     # Execution
 
     def _due(self, state: State) -> list[Place]:
-        """Return the transactions that wait for closed ticks, in the order of execution."""
+        """What waits for ticks that have passed, in the order in which it is executed."""
         found = []
         for page in self._query(
             KeyConditionExpression="pk = :pool",
@@ -379,7 +378,7 @@ class MockChain:
         return sorted(found, key=lambda place: (place.tick, place.txid))
 
     def _execute(self, place: Place, state: State) -> None:
-        """Execute the transaction of a place once. All earlier transactions have been executed."""
+        """Execute what waits in a place, unless somebody else has. Whatever comes before it is done by now."""
         for attempt in attempts(20, 0.005):
             if attempt:
                 item = self._items.get("POOL", place.source)
@@ -393,7 +392,7 @@ class MockChain:
             except ChangedError:
                 continue
             return
-        raise TransientError("other callers keep changing the due transactions; try again")
+        raise TransientError("others keep changing what is to be executed")
 
     def _leave(self, place: Place) -> Item:
         return {
@@ -464,13 +463,13 @@ class MockChain:
 
 @contextmanager
 def _answering() -> Iterator[None]:
-    """Report errors of the table as an unavailable network."""
+    """Whatever the table does not do, the network could not be asked."""
     try:
         yield
     except ClientError as error:
-        raise TransientError(f"the mock's table does not respond: {error.response['Error']['Code']}") from error
+        raise TransientError(f"the mock's table does not answer: {error.response['Error']['Code']}") from error
     except BotoCoreError as error:
-        raise TransientError(f"the mock's table does not respond: {type(error).__name__}") from error
+        raise TransientError(f"the mock's table does not answer: {type(error).__name__}") from error
 
 
 def _checked(identity: str) -> None:

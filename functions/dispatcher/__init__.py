@@ -1,1 +1,0 @@
-"""The dispatcher's inside: calls an operator's handler under the contract of docs/actions.md."""
