@@ -97,7 +97,7 @@ requirements: $(VENV)/.all-stamp ## Write layers/core/requirements.txt from uv.l
 	@$(EXPORT) > layers/core/requirements.txt
 
 fuzz: $(VENV)/.all-stamp ## All that make test samples; then some 10,000 requests made from the API's document (half an hour)
-	@QAES_FUZZ=1 $(BIN)/python -m pytest -q tests/unit/test_attacks.py tests/unit/test_verifier_search.py tests/handlers/test_audit_crashes.py tests/handlers/test_writer.py
+	@QAES_FUZZ=1 $(BIN)/python -m pytest -q tests/unit/test_attacks.py tests/unit/test_verifier_search.py tests/handlers/test_audit_crashes.py tests/handlers/test_transaction_worker.py
 	@QAES_FUZZ=500 $(BIN)/python -m pytest -q tests/e2e/test_schemathesis.py
 
 openapi: $(VENV)/.all-stamp ## Write the parts of the documentation that come from code: API, parameters, state machine

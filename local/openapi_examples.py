@@ -12,7 +12,7 @@ TXID = "qepeyezutyuvpavhngoaggqfoxikrrkzmhqfzygkjyzqpwgkcrrsvhzbklbe"
 MOMENT = "2026-11-23T12:00:00.000Z"
 POLICY_ID = "policy-v1-949c5e3405e9ec1bfed6e3aa5af387b51199dce905e56a0e3000ca9294058036"
 WALLET, OTHER = "0x1234567890abcdef", "0xfedcba0987654321"
-STATEMENT = "The mock ledger is run by the operator of this system: its transactions prove nothing to an outsider."
+STATEMENT = "The operator of this system runs the mock ledger: its transactions prove nothing to an outsider."
 RULE = {
     "allowed": True,
     "requires_approval": True,
@@ -176,6 +176,11 @@ EXAMPLES: dict[str, dict[str, Any]] = {
                 "policy_id": POLICY_ID,
                 "rule": RULE,
                 "approvals_required": 1,
+                "tier": None,
+                "approvers": None,
+                "quorums": [{"approvals": 1, "approvers": None}],
+                "amount": 1,
+                "unit": "QU",
                 "decisions": [],
                 "requested_at": MOMENT,
                 "expires_at": MOMENT,

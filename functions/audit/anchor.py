@@ -1,15 +1,15 @@
 """The anchor: writes the log's size and root to the ledger, one transaction at a time.
 
-Called when the log has grown (the stream of the log's table), when an anchor's transaction has ended (the qubic
-service's event `anchor_settled`), and every minute as a safety net. Each call does whatever can be done; they may
-overlap, and stop anywhere.
+The function runs when the log grows (stream of the log's table), when an anchor's transaction ends (the qubic
+service's event `anchor_settled`), and every minute as a safety net. Each run does all the work that is possible now.
+Runs may overlap, and may stop at any point.
 
-pending     what will be written is decided and stored. It never changes, so that no size of the log is anchored twice
-            under two roots, and whoever finds it pending submits the same bytes under the same key.
-confirmed   the ledger has its transaction for good; this was checked against the transaction's bytes. Only then may the
-            next begin, which names this one.
+pending      The anchor's payload is decided and stored. It never changes, so the log has one root for each anchored
+            size, and every run submits the same bytes under the same key.
+confirmed   The ledger has the anchor's transaction permanently, and its bytes were checked. Only then can the next
+            anchor, which names this one, begin.
 
-What cannot be put right by calling again stops the anchor, with a metric and an alarm: docs/runbook.md says what then.
+An error that a later run cannot repair stops the anchor and raises an alarm. docs/runbook.md describes the repair.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from qaes.domain.qubic import transaction as qubic
 from qaes.domain.tiles import tree_root
 
 _ROUNDS = 3
-"""How many anchors one call may bring to their end; the next call goes on."""
+"""Maximum number of anchors that one run completes. The next run continues."""
 ROUND_SECONDS = CALL_SECONDS + 10
-"""What a round may take: one call of the ledger, and the table's."""
+"""Maximum duration of one round: one call to the ledger and the calls to the table."""
 
 
 class Anchorer:
-    """Brings the newest anchor forward, and begins the next."""
+    """Advances the newest anchor, and begins the next one."""
 
     def __init__(self, log: Log, ledger: LedgerClient, *, log_id: str, origin: str, network: str) -> None:
         self._log = log
@@ -54,19 +54,19 @@ class Anchorer:
         self._network = network
 
     def advance(self, has_time: Callable[[], bool] = lambda: True) -> Anchoring | None:
-        """Do what can be done now; return the newest anchor as it is then, None before the first.
+        """Do all the work that is possible now. Return the newest anchor after that, or None before the first anchor.
 
         A round after the first begins only if `has_time` allows it.
 
         Raises
         ------
         TransientError
-            A table or the ledger did not answer; to be called again.
+            A table or the ledger did not respond. Call again later.
         PermanentError
-            `another_network`: the log's anchors are on one network, and this is another. `key_conflict`: the ledger has
-            another payload for this anchor. `given_up`: the ledger will not write it any more.
+            `another_network`: the log's anchors are on another network. `key_conflict`: the ledger has another
+            payload for this anchor. `given_up`: the ledger will not write this anchor.
         CorruptLogError
-            The confirmed transaction is not the pending one.
+            The confirmed transaction differs from the pending anchor.
         """
         newest = self._log.anchors.anchoring()
         self._check_network(newest)
@@ -86,23 +86,23 @@ class Anchorer:
         return newest
 
     def _check_network(self, newest: Anchoring | None) -> None:
-        """Anchors name each other: a chain that began elsewhere would have no beginning on this network."""
+        """Reject another network: each anchor names the one before, so a chain cannot continue on a second network."""
         if newest is not None and newest.network != self._network:
             raise PermanentError(
                 "another_network",
-                f"the log {self._log_id} is anchored on {newest.network}, and cannot go on on {self._network}: that "
-                "needs a log of another id, with tables of its own",
+                f"the log {self._log_id} is anchored on {newest.network} and cannot continue on {self._network}: "
+                "create a log with a new LOG_ID and new tables",
             )
 
     def _begin_next(self, before: Anchoring | None) -> Anchoring | None:
-        """Decide what the next anchor says; None when the log has not grown."""
+        """Begin the next anchor. Return None if the log has not grown."""
         head = self._log.head()
-        # Up to here the tiles are there, so that whatever is anchored can be proved at once.
+        # Anchor only integrated entries: their tiles exist, so clients can request proofs at once.
         size, root = head.integrated, head.integrated_root
         if size == 0 or (before is not None and size <= before.size):
             return None
         if before is not None and tree_root(before.size, self._log.tile) != decode(before.payload).root:
-            raise CorruptLogError(f"the log does not have the root that was anchored at its size {before.size}")
+            raise CorruptLogError(f"the log's root differs from the anchored root at size {before.size}")
         payload = (
             AnchorPayload(log_id_bytes(self._log_id), size, root)
             if before is None
@@ -112,19 +112,19 @@ class Anchorer:
         if self._log.anchors.begin(pending, after=before):
             logger().info("pending", extra={"sequence": pending.sequence, "size": size})
             return pending
-        return self._log.anchors.anchoring()  # somebody else was quicker: theirs counts
+        return self._log.anchors.anchoring()  # another run was faster: its anchor counts
 
     def _confirm(self, pending: Anchoring) -> Anchoring | None:
-        """Submit it, as often as one likes; None while its transaction is under way.
+        """Submit the anchor; safe to repeat. Return None while its transaction is in flight.
 
-        What the ledger has given up, because its key was replaced, the same call has signed by the new one.
+        If the ledger gave up the transaction because its key was replaced, this call also signs it with the new key.
         """
         answer = self._submit(pending)
         if answer["network"] != self._network:
-            raise CorruptLogError(f"the ledger answers for {answer['network']}, not for {self._network}")
+            raise CorruptLogError(f"the ledger reports the network {answer['network']}, expected {self._network}")
         if answer["state"] in {"failed", "expired"}:
             raise PermanentError(
-                "given_up", f"the ledger has given up anchor {pending.sequence} of {self._log_id}: {answer['error']}"
+                "given_up", f"the ledger gave up anchor {pending.sequence} of {self._log_id}: {answer['error']}"
             )
         if answer["state"] != "confirmed":
             return None
@@ -144,8 +144,8 @@ class Anchorer:
                 raise
             raise PermanentError(
                 error.code,
-                f"the ledger has anchor {pending.sequence} of {self._log_id} with another payload: the log's table "
-                "was set back to an earlier state, or somebody else writes under this log's id",
+                f"the ledger has another payload for anchor {pending.sequence} of {self._log_id}: the log's table "
+                "was restored to an earlier state, or another writer uses this log's id",
             ) from error
 
     def _anchor(self, pending: Anchoring, answer: dict[str, Any]) -> Anchor:
@@ -171,12 +171,12 @@ class Anchorer:
 
 
 def checked_transaction(payload: bytes, answer: dict[str, Any]) -> bytes:
-    """The bytes of the ledger's transaction, if they carry the payload, signed by who is said to have.
+    """Return the bytes of the ledger's transaction if they carry the payload and the signature of its source.
 
     Raises
     ------
     CorruptLogError
-        They do not: then the ledger's answer is not believed.
+        The bytes do not match the pending payload.
     """
     try:
         encoded = base64.b64decode(str(answer["encoded"]), validate=True)
@@ -187,7 +187,7 @@ def checked_transaction(payload: bytes, answer: dict[str, Any]) -> bytes:
         found, payload, txid=str(answer["txid"]), tick=int(answer["tick"]), source=str(answer["source"])
     )
     if failed:
-        raise CorruptLogError(f"the anchor's transaction is not the pending one: {', '.join(failed)}")
+        raise CorruptLogError(f"the anchor's transaction differs from the pending anchor: {', '.join(failed)}")
     return encoded
 
 
@@ -197,8 +197,8 @@ def _count(anchor: Anchor) -> None:
         metric.add_metric(name="AnchoredSize", unit=MetricUnit.Count, value=anchor.size)
 
 
-def _tell_age(newest: Anchoring | None) -> None:
-    """Say how long the anchor has been in flight, 0 when none is; saying nothing is alarming too."""
+def _count_age(newest: Anchoring | None) -> None:
+    """Publish how long the anchor has been in flight, 0 if no anchor is. A missing metric also raises an alarm."""
     in_flight = newest is not None and newest.state == "pending"
     age = (now() - parse_timestamp(newest.begun_at)).total_seconds() if newest and in_flight else 0
     with single_metric(
@@ -207,17 +207,17 @@ def _tell_age(newest: Anchoring | None) -> None:
         metric.add_dimension("service", "audit")
 
 
-def _tell_stopped(error: PermanentError | CorruptLogError) -> None:
+def _count_stopped(error: PermanentError | CorruptLogError) -> None:
     code = error.code if isinstance(error, PermanentError) else "corrupt"
-    logger().error("the log is not anchored any more", extra={"code": code, "why": error.message})
+    logger().error("anchoring has stopped", extra={"code": code, "why": error.message})
     with single_metric(name="AnchorStopped", unit=MetricUnit.Count, value=1, namespace=namespace()) as metric:
         metric.add_dimension("service", "audit")
 
 
 def sign_checkpoint(text: str, name: str) -> tuple[str, str]:
-    """Sign a checkpoint as a note under the log's origin; return the note, and the key to verify it with.
+    """Sign a checkpoint as a note under the log's origin. Return the note and the key that verifies it.
 
-    The private key is made of a secret that this function's role alone may read, and which is not kept.
+    The private key is derived from a secret that only this function's role can read, and is not stored.
     """
     answer = clients.client("secretsmanager").get_secret_value(SecretId=settings.text("LOG_SIGNING_KEY"))
     seed = hashlib.sha256(str(answer["SecretString"]).encode("utf-8")).digest()
@@ -225,7 +225,7 @@ def sign_checkpoint(text: str, name: str) -> tuple[str, str]:
 
 
 def anchorer() -> Anchorer:
-    """Make the anchorer of this function's environment."""
+    """Create the anchorer from the environment of this function."""
     return Anchorer(
         Log(),
         LedgerClient(),
@@ -237,16 +237,16 @@ def anchorer() -> Anchorer:
 
 @function
 def anchor_log(_event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """Take anything: what is to be done is in the tables. Give `{sequence, size, state}` of the newest anchor."""
+    """Advance the newest anchor and return its `{sequence, size, state}`. The event is ignored."""
     try:
         newest = anchorer().advance(lambda: context.get_remaining_time_in_millis() >= ROUND_SECONDS * 1000)
     except (PermanentError, CorruptLogError) as error:
-        _tell_stopped(error)
+        _count_stopped(error)
         raise
     except TransientError:
-        _tell_age(Log().anchors.anchoring())  # a ledger that does not answer is no reason not to know the age
+        _count_age(Log().anchors.anchoring())  # publish the age even if the ledger does not respond
         raise
-    _tell_age(newest)
+    _count_age(newest)
     if newest is None:
         return {"sequence": None, "size": 0, "state": "none"}
     return {"sequence": newest.sequence, "size": newest.size, "state": newest.state}

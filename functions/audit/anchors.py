@@ -1,7 +1,7 @@
-"""The anchors of the log in AuditAnchorsTable, which the anchor's role alone writes: it has no right to the log's own.
+"""The log's anchors in AuditAnchorsTable. Only the anchor's role writes this table, and it cannot write the log.
 
-pk / sk                      what, and when it is written
-ANCHOR / ANCHORING           the newest anchor, pending (in flight) or confirmed: after the one that was read
+pk / sk                      item, and condition for writing it
+ANCHOR / ANCHORING           the newest anchor, pending (in flight) or confirmed: only over the anchor that was read
 ANCHOR / SIZE#size           a confirmed anchor: once
 
 All reads are consistent.
@@ -55,7 +55,7 @@ class Anchor:
 
 
 class Anchors(Table):
-    """The items of the anchors."""
+    """Items of the anchors."""
 
     def __init__(self, table: str | None = None) -> None:
         super().__init__(table or settings.text("AUDIT_ANCHORS_TABLE"))
@@ -76,12 +76,12 @@ class Anchors(Table):
         )
 
     def begin(self, pending: Anchoring, *, after: Anchoring | None) -> bool:
-        """Make an anchor the one in flight; False when `after` is not the newest, confirmed one any more."""
+        """Store an anchor as the one in flight. Return False if `after` is no longer the newest, confirmed anchor."""
         condition: Item = {"ConditionExpression": "attribute_not_exists(pk)"}
         if after is not None:
-            the_one_before_is_confirmed = "#sequence = :sequence AND #state = :confirmed"
+            previous_is_confirmed = "#sequence = :sequence AND #state = :confirmed"
             condition = {
-                "ConditionExpression": the_one_before_is_confirmed,
+                "ConditionExpression": previous_is_confirmed,
                 "ExpressionAttributeNames": {"#sequence": "sequence", "#state": "state"},
                 "ExpressionAttributeValues": {
                     ":sequence": {"N": str(after.sequence)},
@@ -92,12 +92,12 @@ class Anchors(Table):
         return transact([{"Put": {"TableName": self._table, "Item": item} | condition}])
 
     def confirm(self, pending: Anchoring, anchor: Anchor) -> bool:
-        """Record a confirmed anchor and make room for the next; False when somebody else has done so."""
-        it_is_in_flight = "#sequence = :sequence AND #state = :pending AND payload = :payload"
+        """Record a confirmed anchor, so that the next can begin. Return False if another run did so first."""
+        anchor_is_in_flight = "#sequence = :sequence AND #state = :pending AND payload = :payload"
         update = {
             "TableName": self._table,
             "Item": _anchoring_item(pending, "confirmed"),
-            "ConditionExpression": it_is_in_flight,
+            "ConditionExpression": anchor_is_in_flight,
             "ExpressionAttributeNames": {"#sequence": "sequence", "#state": "state"},
             "ExpressionAttributeValues": {
                 ":sequence": {"N": str(pending.sequence)},
@@ -123,7 +123,7 @@ class Anchors(Table):
         return transact([{"Put": update}, self._put_new(item)])
 
     def of(self, index: int) -> Anchor | None:
-        """Read the first confirmed anchor whose log has that index."""
+        """Read the first confirmed anchor that covers an index of the log."""
         item = self._first("ANCHOR", f"SIZE#{index + 1:012d}", "SIZE#~")
         return _anchor(item) if item else None
 

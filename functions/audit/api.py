@@ -1,4 +1,4 @@
-"""The audit service over HTTP: a task's trail and its bundle, what proves an entry, and the log. It only reads."""
+"""HTTP API of the audit service: a task's trail and bundle, the proof of an entry, and the log. It is read-only."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from audit import tile_routes
 from audit.anchors import Anchor
 from audit.evidence import find_matches, read_trail
 from audit.log import Log
-from audit.policy_stream import policy_entries
 from audit.schemas import (
     AuditAnswer,
     Checkpoint,
@@ -34,23 +33,23 @@ from qaes.adapters.http import Caller, Sha256, TaskId, create_app, make_handler,
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import logger
 from qaes.adapters.task_repository import TaskStore
-from qaes.domain.bundle import Bundle, BundleWithPolicy, TrailEntry, build_bundle, policy_ids
+from qaes.domain.bundle import Bundle, TrailEntry, build_bundle, policy_ids
 from qaes.domain.errors import InvalidInputError, NotFoundError, PermanentError
 from qaes.domain.ids import is_task_id
 from qaes.domain.tiles import consistency_proof, inclusion_proof
 
 MAX_SIZE = 2**53 - 1
 MAX_PAGE = 1000
-"""Most entries of a trail in one answer: some 1.5 MB."""
+"""Maximum number of entries in one page of a trail: about 1.5 MB."""
 MAX_ANSWER_BYTES = 5_500_000
-"""Lambda sends at most 6 MB, in which a text's quotes and line breaks are escaped once more."""
+"""Maximum size of a response. Lambda sends at most 6 MB, and escapes the quotes and line breaks of a text again."""
 STATEMENT = {
-    "mainnet": "Transactions on the Qubic network can be looked up at any of its nodes, without this system.",
-    "mock": "The mock ledger is run by the operator of this system: its transactions prove nothing to an outsider.",
+    "mainnet": "Any node of the Qubic network can confirm these transactions independently of this system.",
+    "mock": "The operator of this system runs the mock ledger: its transactions prove nothing to an outsider.",
 }
 
 BundleReader = Annotated[Caller, Depends(require("requester", "auditor"))]
-"""A bundle shows what the hashes hide: to who asked for the task, to auditors and operators."""
+"""A bundle reveals the content behind the hashes: only the task's requester, auditors and operators can read it."""
 
 app = create_app("audit")
 
@@ -70,10 +69,10 @@ add_health(app, "/audit/health", {"tables": _tables_answer, "ledger": _ledger_an
 
 @app.get("/audit/verify/{hash}")
 def verify(sent: Sha256, who: Reader) -> VerifyAnswer:
-    """Where a hash occurs in the trails that the caller may see, and what proves it."""
+    """Find a hash in the trails that the caller can see, and return the proof of each match."""
     hash_ = sent.lower()
     if len(hash_) != 64 or not set(hash_) <= set("0123456789abcdef"):
-        raise InvalidInputError("a hash is 64 hexadecimal digits", field="hash")
+        raise InvalidInputError("`hash` must have 64 hexadecimal digits", field="hash")
     network = settings.text("QUBIC_NETWORK")
     matches, more = find_matches(
         hash_,
@@ -94,10 +93,10 @@ def verify(sent: Sha256, who: Reader) -> VerifyAnswer:
 
 @app.get("/audit/log/checkpoint")
 def get_log_checkpoint(_who: Reader) -> Checkpoint:
-    """The newest checkpoint of the log that is anchored on the ledger."""
+    """Return the newest checkpoint of the log that is anchored on the ledger."""
     newest = Log().anchors.newest()
     if newest is None:
-        raise NotFoundError("no checkpoint of the log has been anchored yet")
+        raise NotFoundError("the log has no anchored checkpoint yet; try again later")
     return Checkpoint(
         log_id=settings.text("LOG_ID"),
         anchor=anchor_answer(newest),
@@ -110,27 +109,25 @@ def get_log_checkpoint(_who: Reader) -> Checkpoint:
 @app.get("/audit/log/consistency")
 def get_log_consistency(
     _who: Reader,
-    first: Annotated[int, Query(alias="from", ge=1, le=MAX_SIZE, description="the smaller size of the log")],
-    second: Annotated[int, Query(alias="to", ge=1, le=MAX_SIZE, description="the larger size")],
+    first: Annotated[int, Query(alias="from", ge=1, le=MAX_SIZE, description="smaller size of the log")],
+    second: Annotated[int, Query(alias="to", ge=1, le=MAX_SIZE, description="larger size of the log")],
 ) -> Consistency:
-    """What proves that the log has only grown between two sizes."""
+    """Return the proof that the log only grew between two sizes."""
     if first > second:
-        raise InvalidInputError("the log of one size cannot begin with a larger one", field="from")
+        raise InvalidInputError("`from` must not be larger than `to`", field="from")
     log = Log()
     if second > log.head().integrated:
-        raise NotFoundError("the log has not that size yet", field="to")
+        raise NotFoundError("the log is smaller than `to`", field="to")
     proof = consistency_proof(first, second, log.tile)
     return Consistency(log_id=settings.text("LOG_ID"), first=first, second=second, proof=[each.hex() for each in proof])
 
 
 @app.get("/audit/{task_id}/bundle")
-def get_bundle(task_id: TaskId, who: BundleReader) -> Bundle | BundleWithPolicy:
-    """All that the offline verifier needs: entries, what their hashes are over, proofs, the anchor, the policy.
+def get_bundle(task_id: TaskId, who: BundleReader) -> Bundle:
+    """Return the input of the offline verifier: entries, the content behind their hashes, proofs, anchor and policy.
 
-    With entries of the policy's stream (proposals, approvals, suspensions), the bundle is of format 2.
-
-    413 when it is larger than an answer may be. The trail can be read by pages even so, but they have neither what the
-    hashes are over nor proofs: such a task cannot be checked offline.
+    The status is 413 if the bundle is larger than a response can be. The pages of the trail still return the
+    entries, but without the content behind their hashes and without proofs: nobody can check such a task offline.
     """
     if not is_task_id(task_id):
         raise NotFoundError("no such task", field="task_id")
@@ -141,7 +138,7 @@ def get_bundle(task_id: TaskId, who: BundleReader) -> Bundle | BundleWithPolicy:
     anchor = log.anchors.newest()
     entries = _disclosed(task_id, log)
     if not entries:
-        raise NotFoundError("nothing of the task is on record yet", field="task_id")
+        raise NotFoundError("the task has no audit entries yet; try again later", field="task_id")
     tile = cache(log.tile)
     bundle = build_bundle(
         log_id=settings.text("LOG_ID"),
@@ -152,14 +149,13 @@ def get_bundle(task_id: TaskId, who: BundleReader) -> Bundle | BundleWithPolicy:
         anchored=anchor.encoded if anchor else None,
         prove=lambda index, size: inclusion_proof(index, size, tile),
         policies=_policies(entries),
-        policy_entries=policy_entries(entries, log, AuditStore()),
     )
-    found = (BundleWithPolicy if "policy_entries" in bundle else Bundle).model_validate(bundle)
+    found = Bundle.model_validate(bundle)
     if len(json.dumps(found.model_dump_json())) > MAX_ANSWER_BYTES:
         raise HTTPException(
             413,
-            f"The bundle is larger than an answer may be. GET /audit/{task_id}?limit=100 has the entries by pages, "
-            "without what their hashes are over and without proofs: the task cannot be checked offline.",
+            f"The bundle is larger than a response can be. GET /audit/{task_id}?limit=100 returns the entries in "
+            "pages, without the content behind their hashes and without proofs: the task cannot be checked offline.",
         )
     return found
 
@@ -173,24 +169,24 @@ def get_audit(
         str | None,
         Query(
             max_length=6,
-            description="`next_cursor` of the page before",
+            description="`next_cursor` of the previous page",
             json_schema_extra={"pattern": "^[1-9][0-9]{0,5}$"},
         ),
     ] = None,
 ) -> AuditAnswer:
-    """The trail of a task, and whether it holds."""
+    """Return the trail of a task, and whether its chain of hashes holds."""
     if cursor is not None and not re.fullmatch(r"[1-9][0-9]{0,5}", cursor, re.ASCII):
-        raise InvalidInputError("not a cursor of this trail", field="cursor")
+        raise InvalidInputError("`cursor` is not a `next_cursor` of this trail", field="cursor")
     if not is_task_id(task_id):
         raise NotFoundError("no such task", field="task_id")
     if not _may_see(who, task_id):
         raise NotFoundError("no such task", field="task_id")
     trail = read_trail(AuditStore(), Log(), task_id, log_id=settings.text("LOG_ID"))
     if not trail.entries and not trail.indexes:
-        TaskStore().get_task(task_id)  # nothing on record: not yet, or there is no such task
+        TaskStore().get_task(task_id)  # raises NotFoundError if the task does not exist
     newest = trail.anchors[max(trail.anchors)] if trail.anchors else None
     agents = Outbox().agents(task_id)
-    # A cursor is the number of the page's last entry: entries are only added, so no page changes.
+    # A cursor is the number of the page's last entry: entries are only added, so a page never changes.
     left = [entry for entry in trail.entries if entry.seq > int(cursor or 0)]
     page = left[:limit]
     return AuditAnswer(
@@ -204,7 +200,7 @@ def get_audit(
     )
 
 
-app.router.routes.extend(tile_routes.router.routes)  # as its own: each is to be found among them
+app.router.routes.extend(tile_routes.router.routes)  # as routes of this app, so that its checks see each of them
 handler = make_handler(app)
 
 
@@ -218,13 +214,13 @@ def _may_see(who: Caller, task_id: str) -> bool:
 
 
 def _network(anchor: Anchor | None) -> Literal["mock", "mainnet"]:
-    """The network of an anchor; before there is one, that on which it will be."""
+    """Return the network of an anchor, or the network of the next anchor if there is no anchor yet."""
     network = anchor.network if anchor else settings.text("QUBIC_NETWORK")
     return "mainnet" if network == "mainnet" else "mock"
 
 
 def _disclosed(task_id: str, log: Log) -> list[TrailEntry]:
-    """The entries of a task, each with what its hashes are over."""
+    """Return the entries of a task, each with the content behind its hashes."""
     indexes = log.task_indexes(task_id)
     events = Outbox().disclosed(task_id)
     entries: list[TrailEntry] = []
@@ -242,11 +238,11 @@ def _disclosed(task_id: str, log: Log) -> list[TrailEntry]:
 
 
 def _policies(entries: list[TrailEntry]) -> list[str]:
-    """The texts of the policies that a trail refers to; one that is not there is for the verifier to miss."""
+    """Return the texts of the policies that a trail refers to. The verifier reports a missing text."""
     try:
         ids = policy_ids(entries)
     except (ValueError, KeyError, TypeError):
-        return []  # an entry was altered: the verifier says which
+        return []  # an entry was altered: the verifier names it
     found: list[str] = []
     for policy_id in sorted(ids):
         try:

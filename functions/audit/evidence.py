@@ -1,4 +1,4 @@
-"""What proves an entry: its text, its place in the chain and in the log, the anchor over it; each check by its name."""
+"""Evidence for an entry: its text, its place in the chain and in the log, and its anchor. Each check has a name."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ from qaes.domain.qubic import transaction
 from qaes.domain.tiles import inclusion_proof
 
 LogStatus = Literal["recorded", "sequenced", "anchoring", "anchored"]
-"""How far an entry has come: it is in the table; it has a place in the log; an anchor over it is in flight; the ledger
-has confirmed one."""
+"""Progress of an entry: stored in the table; sequenced with a place in the log; covered by an anchor in flight;
+covered by a confirmed anchor."""
 
 MATCHES = 10
-"""Most matches in one answer; each costs the reading of a chain and of a proof."""
+"""Maximum number of matches in a response. Each match costs the reading of a chain and of a proof."""
 LOOKED_AT = 200
-"""Most occurrences looked at for those that the caller may see."""
+"""Maximum number of occurrences that are read in the search for those that the caller can see."""
 CHECKS = {
     "recorded": "the entry is in the table",
-    "occurs": "the hash is the entry's leaf hash, or its text names it as that of its input or output",
+    "occurs": "the hash is the entry's leaf hash, or its text has it as the hash of its input or output",
     "leaf": "the entry's text has its leaf hash",
-    "chain": "each entry from the task's first to this one names the one before it",
+    "chain": "each entry from the task's first to this one names the entry before it",
     "sequenced": "the log has a place for the entry, under this leaf hash",
     "included": "the inclusion proof leads from the entry's text, at its place, to the anchored root",
     "payload": "the anchor's transaction carries this log's size and root, and nothing else",
-    "signature": "the transaction has this id, and is signed by the identity that it names",
-    "ledger": "the ledger has confirmed this transaction for this anchor, on the network that is named",
+    "signature": "the transaction has this id, and its source has signed it",
+    "ledger": "the ledger has confirmed this transaction for this anchor, on this network",
 }
-"""What is checked for a match."""
+"""Checks of a match."""
 
 
 @dataclass(frozen=True)
 class Trail:
-    """A task's entries as stored, and what the log has of them.
+    """A task's stored entries, and their places in the log.
 
     Attributes
     ----------
     entries
-        In order.
+        In order of their numbers.
     indexes, anchors
-        By the entry's number; of an entry, the first confirmed anchor over it.
+        By the entry's number; the anchor is the first confirmed one that covers the entry.
     in_flight
         The anchor that is pending, if there is one.
     broken
-        The first thing that does not hold, None when all does.
+        The first broken link of the chain, or None.
     """
 
     entries: tuple[StoredEntry, ...]
@@ -63,14 +63,14 @@ class Trail:
     broken: BrokenChainError | None
 
     def holds_up_to(self, seq: int) -> bool:
-        """Tell whether the chain holds from its beginning to that entry."""
+        """Return whether the chain holds from the first entry to this one."""
         return seq <= len(self.entries) and (self.broken is None or self.broken.seq > seq)
 
     def entry(self, seq: int) -> StoredEntry | None:
         return next((entry for entry in self.entries if entry.seq == seq), None)
 
     def status(self, seq: int) -> LogStatus:
-        """Tell how far an entry has come."""
+        """Return the progress of an entry."""
         if seq not in self.indexes:
             return "recorded"
         if seq in self.anchors:
@@ -81,7 +81,7 @@ class Trail:
 
 @dataclass(frozen=True)
 class Match:
-    """An entry in which a hash occurs, with its proof; `checks` says what was checked and whether it held."""
+    """An entry in which a hash occurs, with its proof; `checks` has the result of each check."""
 
     occurrence: Occurrence
     entry: StoredEntry | None
@@ -99,8 +99,8 @@ class Match:
 
 
 def read_trail(store: AuditStore, log: Log, task_id: str, *, log_id: str) -> Trail:
-    """Read a task's trail and check it. An empty one holds."""
-    # Indexes first: an entry is there before its index, so where only the index is, the entry was taken away.
+    """Read a task's trail and check it. An empty trail holds."""
+    # Read the indexes first: an entry is written before its index, so an index without an entry means a deleted entry.
     indexes = log.task_indexes(task_id)
     entries = tuple(store.entries(task_id))
     newest = log.anchors.anchoring() if indexes else None
@@ -111,7 +111,7 @@ def read_trail(store: AuditStore, log: Log, task_id: str, *, log_id: str) -> Tra
 
 
 def _anchors(log: Log, indexes: dict[int, Indexed]) -> dict[int, Anchor]:
-    """Find the first anchor over each entry: a task's entries lie close together, and share most of them."""
+    """Find the first anchor over each entry. A task's entries are close together, and most share an anchor."""
     found: dict[int, Anchor] = {}
     anchor: Anchor | None = None
     for each in sorted(indexes.values(), key=lambda indexed: indexed.index):
@@ -132,10 +132,10 @@ def find_matches(
     log_id: str,
     visible: Callable[[str], bool],
 ) -> tuple[list[Match], bool]:
-    """Find the newest entries, of tasks that are `visible`, in which the hash occurs, and check each.
+    """Find the newest entries with this hash in the `visible` tasks, and check each.
 
-    Returns the matches, and whether there are more of them. Raises TransientError when the ledger cannot be asked:
-    that is no answer, rather than a false one.
+    Returns the matches, and whether there are more. Raises TransientError if the ledger does not respond, because
+    a match without the ledger's check would look false.
     """
     may_see = cache(visible)
     found: list[Occurrence] = []
@@ -177,7 +177,7 @@ def _check(
         payload, anchor_checks = check_anchor(anchor)
         checks |= anchor_checks
         proof = _proof(log, indexed.index, anchor.size)
-        # The root is that of the transaction's bytes, whatever else is stored here.
+        # The root comes from the transaction's bytes, not from another stored attribute.
         checks["included"] = payload is not None and _is_included(stored.text, indexed.index, payload, proof)
     broken = trail.broken if trail.broken and trail.broken.seq <= occurrence.seq else None
     return Match(
@@ -194,7 +194,7 @@ def _check(
 
 
 def _check_anchor(anchor: Anchor, ledger: LedgerClient, log_id: str) -> tuple[AnchorPayload | None, dict[str, bool]]:
-    """Check an anchor by its transaction's bytes; returns what these say, if they say anything."""
+    """Check an anchor by its transaction's bytes. Return the decoded payload, if any, and the checks."""
     checks = {"payload": False, "signature": False, "ledger": _is_on_ledger(anchor, ledger, log_id)}
     try:
         found = transaction.decode(anchor.encoded)
@@ -209,7 +209,7 @@ def _check_anchor(anchor: Anchor, ledger: LedgerClient, log_id: str) -> tuple[An
 
 
 def _is_on_ledger(anchor: Anchor, ledger: LedgerClient, log_id: str) -> bool:
-    """Ask the ledger: its own record decides, and the one that is kept here must agree with it."""
+    """Return whether the ledger has this anchor. The ledger's own record decides, and the stored one must match it."""
     try:
         answer = ledger.anchor_state(log_id=log_id, sequence=anchor.sequence)
     except PermanentError:
@@ -239,7 +239,7 @@ def _broken(
     entries: tuple[StoredEntry, ...], indexes: dict[int, Indexed], *, log_id: str, task_id: str
 ) -> BrokenChainError | None:
     try:
-        verify_chain([(entry.text, entry.leaf) for entry in entries], log_id=log_id, stream=task_id)
+        verify_chain([(entry.text, entry.leaf) for entry in entries], log_id=log_id, task_id=task_id)
     except BrokenChainError as error:
         return error
     for seq, indexed in sorted(indexes.items()):

@@ -1,18 +1,17 @@
-"""fsck: walks events, entries, log, tiles, indexes and anchors, and names each invariant that does not hold.
+"""fsck: reads events, entries, log, tiles, indexes and anchors, and reports each invariant that does not hold.
 
-It reads everything, and trusts none of it: the tree is computed anew from the entries' texts. It reads by the page and
-the hundred, and keeps no more than one task, one tile a level, and 16 bytes for each entry of the log.
+It reads everything, and trusts nothing: it computes the tree again from the entries' texts. It reads in pages, and
+keeps one task, one tile of each level, and 16 bytes for each entry of the log in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 
 from audit.log import Batch, Head, Indexed, Leaf, Log
-from audit.policy_stream import PolicyOutbox
 from audit.store import (
     ROLES,
     AuditStore,
@@ -26,36 +25,34 @@ from audit.store import (
 from qaes.adapters.dynamo import BATCH_GET
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.domain.anchor import AnchorPayload, decode, failed_checks, log_id_bytes
-from qaes.domain.audit import AuditEntry, BrokenChainError, build_entry, build_policy_entry, verify_chain
+from qaes.domain.audit import AuditEntry, BrokenChainError, build_entry, verify_chain
 from qaes.domain.errors import PermanentError
 from qaes.domain.merkle import EMPTY_ROOT, HASH_BYTES, ProofError, node_hash
 from qaes.domain.models import Event
 from qaes.domain.note import parse_checkpoint, verify_note
-from qaes.domain.policy_events import STREAM, PolicyEvent, follows
 from qaes.domain.qubic import transaction
 from qaes.domain.tiles import TILE_WIDTH, tile_root
 
 INVARIANTS = {
-    "unrecorded": "every event of a task, and of the policy, is on record as an entry",
-    "event": "an entry says what its event says, and no event is missing",
-    "policy": "the policy's events are numbered from 1, and the state after each follows from the state before",
-    "decision": "an event that a person made has its decision, and no other event has a decision's number",
-    "chain": "the entries of a task have their hashes, name each other, and none is missing",
-    "lookup": "an entry has the attributes by which it is found: the hashes of its input and output, and no others",
+    "unrecorded": "every event of a task is recorded as an entry",
+    "event": "an entry matches its event, and no event is missing",
+    "decision": "each event of a person has its decision, and no other event has a decision's number",
+    "chain": "the entries of a task have their hashes, name each other, and have no gap",
+    "lookup": "an entry has the lookup attributes for the hashes of its input and output, and no others",
     "unsequenced": "every entry has an index in the log",
-    "index": "an index is that of the entry's place in the batches, the entry is there, and it has one index",
-    "batch": "batches follow each other from 0 to the head's size, and each root is that of the tree",
+    "index": "each index is the place of an existing entry in the batches, and an entry has one index",
+    "batch": "batches follow each other from 0 to the head's size, and each root is the root of the tree",
     "twice": "no entry is in the log twice, and the entries of a task are there in order",
     "head": "the head has the size and root of the last batch, and all of it is integrated",
-    "tile": "each tile has the hashes of the tree, all of them and no others",
-    "anchor": "anchors are numbered from 0, grow, name the one before, on one network, and have the root of the tree",
-    "transaction": "an anchor's transaction carries its payload, and is signed by who is named",
-    "note": "an anchor's checkpoint is signed, and says its size and root",
-    "in flight": "at most one anchor is in flight, and it is the next",
+    "tile": "each tile has all hashes of the tree at its place, and no others",
+    "anchor": "anchors are numbered from 0, grow, name the one before, and have one network and the tree's root",
+    "transaction": "an anchor's transaction carries its payload and the signature of its source",
+    "note": "an anchor's checkpoint is signed, and has its size and root",
+    "in flight": "at most one anchor is in flight, and its number follows the last confirmed one",
     "ledger": "the ledger has confirmed each anchor's transaction",
 }
 MOST_FINDINGS = 10_000
-"""What is found beyond is counted only."""
+"""Further findings are only counted."""
 
 _TILES_AT_ONCE = 50
 _MARK_BYTES = 16
@@ -64,7 +61,7 @@ _COVERED = bytes(_MARK_BYTES)
 
 @dataclass(frozen=True)
 class Finding:
-    """An invariant that does not hold, and where."""
+    """An invariant that does not hold, and the place."""
 
     invariant: str
     where: str
@@ -76,9 +73,9 @@ class Finding:
 
 @dataclass
 class Report:
-    """What was looked at, and what does not hold.
+    """Counts of the items that were read, and the findings.
 
-    `erased` counts the tasks whose items were deleted, and of which only the entries are left.
+    `erased` counts the tasks of which only the entries are left, because their items were deleted.
     """
 
     tasks: int = 0
@@ -93,12 +90,12 @@ class Report:
 
     @property
     def unrecorded(self) -> list[str]:
-        """The tasks with events that are not on record: the recorder takes each as `{"task_id": ...}`."""
+        """Tasks with events that have no entry. Invoke the recorder with `{"task_id": ...}` for each."""
         return self._tasks_of("unrecorded")
 
     @property
     def unsequenced(self) -> list[str]:
-        """The tasks with entries that the log has not: the sequencer takes them as `{"task_ids": [...]}`."""
+        """Tasks with entries that are not in the log. Invoke the sequencer with `{"task_ids": [...]}`."""
         return self._tasks_of("unsequenced")
 
     def _tasks_of(self, invariant: str) -> list[str]:
@@ -106,7 +103,7 @@ class Report:
 
 
 class _Tree:
-    """The log's tree while its leaves come in: its root so far, and each tile when it is complete."""
+    """The log's tree during the read: its root so far, and each tile as soon as it is complete."""
 
     def __init__(self) -> None:
         self.size = 0
@@ -114,7 +111,7 @@ class _Tree:
         self._tiles: list[tuple[int, bytearray]] = []
 
     def add(self, leaf: bytes) -> Iterator[tuple[int, int, bytes]]:
-        """Add a leaf; gives (level, index, content) of the tiles that are full with it."""
+        """Add a leaf. Yields (level, index, content) of each tile that this leaf completes."""
         self.size += 1
         size, hash_ = 1, leaf
         while self._subtrees and self._subtrees[-1][0] == size:
@@ -135,7 +132,7 @@ class _Tree:
             yield from self._add_to_tile(level + 1, tile_root(full))
 
     def unfinished(self) -> list[tuple[int, int, bytes]]:
-        """The last tile of each level; and, empty, the one after it, and the first above the top."""
+        """Return the last tile of each level, the empty tile after it, and the first tile above the top level."""
         rest: list[tuple[int, int, bytes]] = []
         for level, (index, content) in enumerate(self._tiles):
             rest.append((level, index, bytes(content)))
@@ -154,33 +151,25 @@ class _Tree:
 
 
 class Fsck:
-    """Checks one log; without a ledger or an outbox, that part is left out."""
+    """Checks one log. Without a ledger or an outbox, the checks that need it are skipped."""
 
     def __init__(
-        self,
-        store: AuditStore,
-        log: Log,
-        ledger: LedgerClient | None,
-        *,
-        log_id: str,
-        outbox: Outbox | None = None,
-        policy_outbox: PolicyOutbox | None = None,
+        self, store: AuditStore, log: Log, ledger: LedgerClient | None, *, log_id: str, outbox: Outbox | None = None
     ) -> None:
         self._store = store
-        self._policy_outbox = policy_outbox or PolicyOutbox()
         self._log = log
         self._ledger = ledger
         self._outbox = outbox
         self._log_id = log_id
         self._report = Report()
         self._places = bytearray()
-        """A mark for each place in the log, of what is there; zeros once the entry is found that belongs there."""
+        """A mark for each place in the log. The mark becomes zeros when the entry of that place is read."""
         self._misplaced: dict[EntryKey, tuple[StoredEntry, Indexed | None]] = {}
         self._tiles: dict[tuple[int, int], bytes] = {}
 
     def run(self) -> Report:
-        """Look at everything; nothing is written."""
-        # The log first: what is recorded meanwhile has no place in it, and is told as such.
+        """Run all checks; nothing is written."""
+        # Read the log first: entries that are recorded during the run have no place in it, and are reported as such.
         head, anchors_before = self._log.head(), self._log.anchors.anchoring()
         roots: dict[int, bytes | None] = {each.size: None for each in self._log.anchors.all()}
         self._check_log(head, roots)
@@ -194,7 +183,7 @@ class Fsck:
             self._check_in_flight(anchors_before.sequence)
         return self._report
 
-    def _tell(self, invariant: str, where: str, what: str) -> None:
+    def _fail(self, invariant: str, where: str, what: str) -> None:
         if len(self._report.findings) < MOST_FINDINGS:
             self._report.findings.append(Finding(invariant, where, what))
         else:
@@ -203,7 +192,7 @@ class Fsck:
     # The log
 
     def _check_log(self, head: Head, roots: dict[int, bytes | None]) -> None:
-        """Go through all batches, and compare them, tiles and head with the tree; fills in the `roots` asked for."""
+        """Compare all batches with the tree, the tiles and the head. Fills in the requested `roots`."""
         tree, last = _Tree(), EMPTY_ROOT
         for batch in self._log.batches():
             self._check_batch(batch, tree, roots)
@@ -213,15 +202,15 @@ class Fsck:
         self._compare_tiles()
         self._report.size = tree.size
         if (head.size, head.root) != (tree.size, last):
-            self._tell("head", "HEAD", f"its size or root are not those of the last batch, which ends at {tree.size}")
+            self._fail("head", "HEAD", f"size or root differ from the last batch, which ends at {tree.size}")
         elif head.root != tree.root:
-            self._tell("head", "HEAD", "its root is not that of the tree")
+            self._fail("head", "HEAD", "its root differs from the tree's root")
         if (head.integrated, head.integrated_root) != (head.size, head.root):
-            self._tell("head", "HEAD", f"only {head.integrated} of {head.size} are integrated")
+            self._fail("head", "HEAD", f"only {head.integrated} of {head.size} entries are integrated")
 
     def _check_batch(self, batch: Batch, tree: _Tree, roots: dict[int, bytes | None]) -> None:
         if batch.start != tree.size:
-            self._tell("batch", f"batch {batch.start}", f"it should begin at {tree.size}")
+            self._fail("batch", f"batch {batch.start}", f"it should begin at {tree.size}")
         for each in batch.leaves:
             self._places += _mark(each)
             for level, index, content in tree.add(each.hash):
@@ -229,7 +218,7 @@ class Fsck:
             if tree.size in roots:
                 roots[tree.size] = tree.root
         if tree.root != batch.root:
-            self._tell("batch", f"batch {batch.start}", "its root is not that of the tree")
+            self._fail("batch", f"batch {batch.start}", "its root differs from the tree's root")
 
     def _check_tile(self, level: int, index: int, content: bytes) -> None:
         self._tiles[level, index] = content
@@ -244,13 +233,13 @@ class Fsck:
             if found == content:
                 continue
             what = f"it has {len(found) // HASH_BYTES} hashes" if content.startswith(found) else "it has other hashes"
-            self._tell("tile", f"tile {place[0]}/{place[1]}", what if content else "there is no such tile in the tree")
+            self._fail("tile", f"tile {place[0]}/{place[1]}", what if content else "the tree does not have this tile")
         self._tiles.clear()
 
     # Events and entries
 
     def _check_recorded(self, outbox: Outbox) -> None:
-        """Look for events without an entry: by the number of each task's last event, since numbers have no gaps."""
+        """Find events without an entry. Numbers have no gaps, so each task's last event is sufficient."""
         wanted: dict[str, int] = {}
         for task_id, last_event, said in outbox.tasks():
             if said is not None and said != last_event:
@@ -259,19 +248,18 @@ class Fsck:
             if len(wanted) == BATCH_GET:
                 self._check_last_entries(wanted)
                 wanted = {}
-        newest = self._policy_outbox.newest()
-        self._check_last_entries(wanted | {STREAM: newest.number if newest else 0})
+        self._check_last_entries(wanted)
 
     def _check_count(self, outbox: Outbox, task_id: str) -> None:
-        """Look once more at a task whose count and last event differ in the scan, while events may be coming in.
+        """Read the count and last event of a task again if they differ in the scan, because the task may be changing.
 
-        An event and its count are written at once, so at any moment they are the same: what was the last before the
-        count was read is not above it, and what is the last afterwards not below.
+        An event and the count are written at once, so they are equal at any moment. The last event before the count was
+        read cannot be above it, and the last event afterwards cannot be below it.
         """
         before, said, after = outbox.last_event(task_id), outbox.events_said(task_id), outbox.last_event(task_id)
         if said is not None and not before <= said <= after:
             last = before if before > said else after
-            self._tell("event", f"{task_id} {said}", f"the task counts {said} events, the last is {last}")
+            self._fail("event", f"{task_id} {said}", f"the task counts {said} events, but its last event is {last}")
 
     def _check_last_entries(self, wanted: dict[str, int]) -> None:
         found = self._store.texts(list(wanted.items()))
@@ -279,77 +267,62 @@ class Fsck:
             if number and (task_id, number) not in found:
                 last = self._store.last_entry(task_id)
                 seq = last.seq + 1 if last else 1
-                # What the log has was on record: it is gone, which is told below, and must not be recorded once more.
+                # An index means that the entry was deleted. `_check_trail` reports it; do not record the entry again.
                 if (task_id, seq) not in self._log.indexes([(task_id, seq)]):
-                    self._tell("unrecorded", f"{task_id} {seq}", f"events {seq} to {number} have no entries")
+                    self._fail("unrecorded", f"{task_id} {seq}", f"events {seq} to {number} have no entries")
 
     def _check_trail(self, task_id: str, trail: list[tuple[StoredEntry, Item]]) -> None:
-        self._report.tasks += task_id != STREAM
+        self._report.tasks += 1
         self._report.entries += len(trail)
         try:
-            verify_chain([(each.text, each.leaf) for each, _ in trail], log_id=self._log_id, stream=task_id)
+            verify_chain([(each.text, each.leaf) for each, _ in trail], log_id=self._log_id, task_id=task_id)
         except BrokenChainError as error:
-            self._tell("chain", f"{task_id} {error.seq}", error.message)
+            self._fail("chain", f"{task_id} {error.seq}", error.message)
         events = self._events(self._outbox, task_id) if self._outbox is not None else {}
-        self._report.erased += self._outbox is not None and not events and task_id != STREAM
+        self._report.erased += self._outbox is not None and not events
         indexes, before = self._indexes(task_id), -1
         for entry, stored in trail:
             said = entry.parsed()
-            if (events or task_id == STREAM) and said is not None and self._outbox is not None:
+            if events and said is not None:
                 self._check_event(task_id, said, entry.seq, events.get(entry.seq))
             if said is not None:
                 self._check_lookup(task_id, entry, stored, lookup(entry.leaf, said))
             before = self._check_index(task_id, entry, indexes.get(entry.seq), before)
         for seq in indexes.keys() - {entry.seq for entry, _ in trail}:
-            self._tell("index", f"{task_id} {seq}", "it has an index, and is not there")
+            self._fail("index", f"{task_id} {seq}", "it has an index, but the entry does not exist")
 
-    def _events(self, outbox: Outbox, task_id: str) -> Mapping[int, Event | PolicyEvent]:
-        if task_id == STREAM:
-            return self._policy_events()
+    def _events(self, outbox: Outbox, task_id: str) -> dict[int, Event]:
         events: dict[int, Event] = {}
         try:
-            events.update(outbox.events(task_id))  # those before the error stay
+            events.update(outbox.events(task_id))  # keeps the events before the error
         except ForgedEventError as error:
-            self._tell("decision", task_id, error.message)
+            self._fail("decision", task_id, error.message)
         return events
 
-    def _policy_events(self) -> dict[int, PolicyEvent]:
-        events: dict[int, PolicyEvent] = {}
-        before: PolicyEvent | None = None
-        for event in self._policy_outbox.events_after():
-            if not follows(before, event):
-                self._tell("policy", f"{STREAM} {event.number}", "it does not follow from the event before")
-            before = events[event.number] = event
-        return events
-
-    def _check_event(self, task_id: str, said: AuditEntry, seq: int, event: Event | PolicyEvent | None) -> None:
+    def _check_event(self, task_id: str, said: AuditEntry, seq: int, event: Event | None) -> None:
         if event is None:
-            self._tell("event", f"{task_id} {seq}", "there is no such event")
+            self._fail("event", f"{task_id} {seq}", "the event does not exist")
             return
-        expected: AuditEntry
-        if isinstance(event, PolicyEvent):
-            expected = build_policy_entry(event, log_id=said.log_id, prev=said.prev)
-        else:
-            expected = build_entry(event, log_id=said.log_id, task_id=task_id, seq=said.seq, prev=said.prev)
+        expected = build_entry(event, log_id=said.log_id, task_id=said.task_id, seq=said.seq, prev=said.prev)
         recorded, happened = said.model_dump(exclude={"nonce"}), expected.model_dump(exclude={"nonce"})
         if other := [name for name in happened if recorded[name] != happened[name]]:
-            self._tell("event", f"{task_id} {seq}", f"entry and event say something else: {', '.join(other)}")
+            self._fail("event", f"{task_id} {seq}", f"entry and event differ in {', '.join(other)}")
 
     def _check_lookup(self, task_id: str, entry: StoredEntry, stored: Item, expected: Item) -> None:
         for role in ROLES:
             if stored.get(role) != expected.get(role):
-                self._tell("lookup", f"{task_id} {entry.seq}", f"its {role} hash does not lead to it")
+                self._fail("lookup", f"{task_id} {entry.seq}", f"the lookup by its {role} hash does not find it")
 
     def _indexes(self, task_id: str) -> dict[int, Indexed]:
         indexes: dict[int, Indexed] = {}
         for span in self._log.task_spans(task_id):
             if again := [each.seq for each in span.indexed() if each.seq in indexes]:
-                self._tell("index", f"{task_id} {again[0]}", f"it has two, of which one is that of up to {span.last}")
+                self._fail("index", f"{task_id} {again[0]}", f"it has two indexes, one in the span up to {span.last}")
             indexes |= {each.seq: each for each in span.indexed()}
         return indexes
 
     def _check_index(self, task_id: str, entry: StoredEntry, indexed: Indexed | None, before: int) -> int:
-        """Compare index and place; returns the index, to be compared with the next one's."""
+        """Compare index and place. Return the index for the comparison with the next entry."""
         index = indexed.index if indexed else len(self._places)
         place = slice(index * _MARK_BYTES, (index + 1) * _MARK_BYTES)
         there = self._places[place] == _mark(Leaf(task_id, entry.seq, entry.leaf))
@@ -358,18 +331,18 @@ class Fsck:
             return before
         self._places[place] = _COVERED
         if index < before:
-            self._tell("twice", f"{task_id} {entry.seq}", f"it is at {index}, and the entry before at {before}")
+            self._fail("twice", f"{task_id} {entry.seq}", f"it is at {index}, but the entry before at {before}")
         return index
 
     def _check_places(self) -> None:
-        """Whatever is left: entries that are not where their index says, and places without their entry."""
+        """Report the remaining differences: entries that are not at their index, and places without their entry."""
         if self._places.strip(b"\0"):
             for batch in self._log.batches():
                 self._check_batch_places(batch)
         for (task_id, seq), (_, indexed) in self._misplaced.items():
-            self._tell("unsequenced", f"{task_id} {seq}", "it has no place in the log")
+            self._fail("unsequenced", f"{task_id} {seq}", "it has no place in the log")
             if indexed is not None:
-                self._tell("index", f"{task_id} {seq}", f"it has the index {indexed.index}, where the log has it not")
+                self._fail("index", f"{task_id} {seq}", f"its index is {indexed.index}, but the log has another entry")
 
     def _check_batch_places(self, batch: Batch) -> None:
         left = {
@@ -382,20 +355,20 @@ class Fsck:
             where = f"{each.task_id} {each.seq}"
             _, indexed = self._misplaced.pop(each.key, (None, None))
             if indexed is not None:
-                self._tell("index", where, f"index, place ({index}) and leaf hash are not the same")
+                self._fail("index", where, f"index, place ({index}) and leaf hash differ")
             elif each.key not in there:
-                self._tell("index", where, "the log has it, and it is gone")
+                self._fail("index", where, "the log has it, but the entry does not exist")
             elif each.key in self._log.indexes([each.key]):
-                self._tell("twice", where, f"it is at {index}, too")
+                self._fail("twice", where, f"it is also at {index}")
             else:
-                self._tell("index", where, "its index is not written")
+                self._fail("index", where, "it has no index item")
 
     # Anchors
 
     def _check_anchors(self, roots: dict[int, bytes | None]) -> None:
         before: AnchorPayload | None = None
         network = ""
-        # As many as there were: what is confirmed meanwhile may have a size that the log has got since.
+        # Read only the anchors of this moment: a later one may have a size that was not read.
         for sequence, anchor in enumerate(islice(self._log.anchors.all(), len(roots))):
             where = f"anchor {anchor.sequence}"
             self._report.anchors, self._report.anchored = sequence + 1, anchor.size
@@ -408,14 +381,14 @@ class Fsck:
                     else before.next(size=anchor.size, root=root)
                 )
             except ProofError as error:
-                self._tell("anchor", where, error.message)
+                self._fail("anchor", where, error.message)
                 continue
             before = payload
             kept = (anchor.sequence, anchor.size, anchor.root, anchor.previous)
             if payload != expected or kept != (sequence, payload.size, payload.root, payload.previous):
-                self._tell("anchor", where, "number, size, root or the one before it are not what they should be")
+                self._fail("anchor", where, "number, size, root or previous anchor are wrong")
             if network not in ("", anchor.network):
-                self._tell("anchor", where, f"it is on {anchor.network}, and the one before on {network}")
+                self._fail("anchor", where, f"it is on {anchor.network}, but the one before on {network}")
             network = anchor.network
             try:
                 found = transaction.decode(anchor.encoded)
@@ -423,15 +396,15 @@ class Fsck:
             except ValueError as error:
                 failed = [str(error)]
             if failed:
-                self._tell("transaction", where, f"wrong: {', '.join(failed)}")
+                self._fail("transaction", where, f"wrong: {', '.join(failed)}")
             try:
                 said = parse_checkpoint(verify_note(anchor.note, anchor.verifier_key))
-                # The origin is an address, and may have changed; a checkpoint is signed under its own.
+                # The origin is a URL, and may have changed since: a checkpoint is signed under the origin of its time.
                 origin = anchor.verifier_key.partition("+")[0]
                 if (said.origin, said.size, said.root) != (origin, anchor.size, anchor.root):
-                    self._tell("note", where, "it says something else")
+                    self._fail("note", where, "origin, size or root differ from the anchor")
             except ProofError as error:
-                self._tell("note", where, error.message)
+                self._fail("note", where, error.message)
             self._check_ledger(where, anchor.sequence, anchor.txid)
 
     def _check_ledger(self, where: str, sequence: int, txid: str) -> None:
@@ -440,44 +413,38 @@ class Fsck:
         try:
             answer = self._ledger.anchor_state(log_id=self._log_id, sequence=sequence)
         except PermanentError as error:
-            self._tell("ledger", where, error.message)
+            self._fail("ledger", where, error.message)
             return
         if (answer["state"], answer["txid"]) != ("confirmed", txid):
-            self._tell("ledger", where, f"the ledger has it as {answer['state']}, under {answer['txid']}")
+            self._fail("ledger", where, f"the ledger reports {answer['state']} with id {answer['txid']}")
 
     def _check_in_flight(self, sequence_before: int) -> None:
         newest, last = self._log.anchors.anchoring(), self._log.anchors.newest()
         if newest is None:
-            self._tell("in flight", f"anchor {sequence_before}", "it was there and is gone")
+            self._fail("in flight", f"anchor {sequence_before}", "the item was deleted")
             return
         confirmed = last.sequence if last else -1
         expected = confirmed + 1 if newest.state == "pending" else confirmed
         if newest.sequence != expected:
-            self._tell("in flight", f"anchor {newest.sequence}", f"it is {newest.state}, and {confirmed} is confirmed")
+            self._fail("in flight", f"anchor {newest.sequence}", f"it is {newest.state}, and {confirmed} is confirmed")
         payload = last.payload if last and newest.state == "confirmed" else newest.payload
         if newest.payload != payload:
-            self._tell("in flight", f"anchor {newest.sequence}", "it is not the one that was confirmed")
+            self._fail("in flight", f"anchor {newest.sequence}", "it differs from the confirmed anchor")
         if self._ledger is not None:
             try:
                 self._ledger.anchor_state(log_id=self._log_id, sequence=newest.sequence + 1)
             except PermanentError:
                 return
-            self._tell("in flight", f"anchor {newest.sequence + 1}", "the ledger has one that was never begun here")
+            self._fail("in flight", f"anchor {newest.sequence + 1}", "the ledger has an anchor that was never begun")
 
 
 def _mark(leaf: Leaf) -> bytes:
-    """What tells a place apart from all others: the entry and its leaf hash, shortened."""
+    """Return a short hash that identifies an entry and its leaf hash."""
     return hashlib.sha256(f"{leaf.task_id} {leaf.seq} {leaf.leaf}".encode()).digest()[:_MARK_BYTES]
 
 
 def fsck(
-    store: AuditStore,
-    log: Log,
-    ledger: LedgerClient | None,
-    *,
-    log_id: str,
-    outbox: Outbox | None = None,
-    policy_outbox: PolicyOutbox | None = None,
+    store: AuditStore, log: Log, ledger: LedgerClient | None, *, log_id: str, outbox: Outbox | None = None
 ) -> Report:
-    """Check the log, and tell what does not hold."""
-    return Fsck(store, log, ledger, log_id=log_id, outbox=outbox, policy_outbox=policy_outbox).run()
+    """Check the log and return the report."""
+    return Fsck(store, log, ledger, log_id=log_id, outbox=outbox).run()

@@ -1,11 +1,11 @@
 """The global log in AuditLogTable: an RFC 6962 tree over the entries of all tasks.
 
-pk / sk                      what, and when it is written
-LOG / HEAD                   version, size, root; how far tiles and indexes are there: under the version that was read
+pk / sk                      item, and condition for writing it
+LOG / HEAD                   version, size, root; progress of tiles and indexes: only over the version that was read
 LOG / BATCH#start            the entries with the indexes from `start` on; size and root after them: once, with HEAD
-TILE#level#index / TILE      up to 256 hashes: only wider than it is
-task id / INDEX#seq          the index of the task's entries in one batch, up to that one, and their leaf hashes: once
-SWEEP / SWEPT                how far the sweeper has looked, and what was behind then
+TILE#level#index / TILE      up to 256 hashes: only if wider than the stored tile
+task id / INDEX#seq          the indexes and leaf hashes of a task's entries in one batch, up to entry `seq`: once
+SWEEP / SWEPT                progress of the sweeper, and the tasks that were not in the log then
 
 All reads are consistent.
 """
@@ -29,12 +29,12 @@ from qaes.domain.merkle import EMPTY_ROOT, HASH_BYTES
 
 
 class CorruptLogError(QaesError):
-    """The log's items contradict each other or what is asked of them: nothing is done on top of that."""
+    """The log's items contradict each other or the request. Nothing is written on top of that."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """The log's state. Tiles and indexes are there up to `integrated`, whose root is `integrated_root`."""
+    """The log's state. Tiles and indexes exist up to `integrated`, whose root is `integrated_root`."""
 
     version: int = 0
     size: int = 0
@@ -45,7 +45,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Leaf:
-    """An entry as the log has it."""
+    """An entry in the log."""
 
     task_id: str
     seq: int
@@ -62,7 +62,7 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Batch:
-    """Leaves that got the indexes from `start` on; size and root of the log after them."""
+    """Leaves with the indexes from `start` on; the log's size and root after them."""
 
     start: int
     leaves: tuple[Leaf, ...]
@@ -84,7 +84,7 @@ class Indexed:
 
 @dataclass(frozen=True)
 class Span:
-    """Entries of one task that follow each other in the log, from the number `first` and the index `index` on."""
+    """Entries of one task with consecutive numbers from `first` and consecutive indexes from `index`."""
 
     task_id: str
     first: int
@@ -100,16 +100,16 @@ class Span:
         return self.first + self.count - 1
 
     def indexed(self) -> Iterator[Indexed]:
-        """Give the index of each of its entries, in order."""
+        """Yield the index of each entry, in order."""
         for place, at in enumerate(range(0, len(self.leaves), HASH_BYTES)):
             yield Indexed(self.first + place, self.index + place, self.leaves[at : at + HASH_BYTES].hex())
 
 
 @dataclass(frozen=True)
 class Swept:
-    """Up to when the sweeper has looked at events for good, and the tasks of which one, by number, was not in the log.
+    """The time up to which the sweeper has read all events, and the tasks with an event, by number, not in the log.
 
-    `since` tells of each of these since when it has been on that list.
+    `since` is the time at which each of these tasks was added.
     """
 
     through: str
@@ -118,7 +118,7 @@ class Swept:
 
 
 class Log(Table):
-    """The items of the log, and the anchors that `audit.anchors` makes of it."""
+    """Items of the log. `anchors` reads its anchors (`audit.anchors`)."""
 
     def __init__(self, table: str | None = None, anchors: str | None = None) -> None:
         super().__init__(table or settings.text("AUDIT_LOG_TABLE"))
@@ -132,7 +132,7 @@ class Log(Table):
     # Head and batches
 
     def head(self) -> Head:
-        """Read the log's state; an empty log has one too."""
+        """Read the log's state. An empty log has a state too."""
         item = self._get("LOG", "HEAD")
         if item is None:
             return Head()
@@ -145,11 +145,11 @@ class Log(Table):
         )
 
     def commit(self, head: Head, batch: Batch) -> bool:
-        """Give the batch its indexes: the one moment at which that happens.
+        """Assign the batch its indexes. Indexes are assigned only here.
 
-        False when somebody else has done something since `head` was read; nothing is written then.
+        Returns False, and writes nothing, if the head has changed since it was read.
         """
-        nobody_wrote_since = "version = :before" if head.version else "attribute_not_exists(pk)"
+        head_is_unchanged = "version = :before" if head.version else "attribute_not_exists(pk)"
         state = key("LOG", "HEAD") | {
             "version": {"N": str(head.version + 1)},
             "size": {"N": str(batch.size)},
@@ -157,13 +157,13 @@ class Log(Table):
             "integrated": {"N": str(head.integrated)},
             "integrated_root": {"B": head.integrated_root},
         }
-        put: Item = {"TableName": self._table, "Item": state, "ConditionExpression": nobody_wrote_since}
+        put: Item = {"TableName": self._table, "Item": state, "ConditionExpression": head_is_unchanged}
         if head.version:
             put["ExpressionAttributeValues"] = {":before": {"N": str(head.version)}}
         return transact([{"Put": put}, self._put_new(_batch_item(batch))])
 
     def batch(self, start: int) -> Batch:
-        """Read the batch that begins at `start`. Raises CorruptLogError when there is none."""
+        """Read the batch that begins at `start`. Raises CorruptLogError if it does not exist."""
         item = self._get("LOG", f"BATCH#{start:012d}")
         if item is None:
             raise CorruptLogError(f"no batch begins at {start}")
@@ -174,13 +174,13 @@ class Log(Table):
         return map(_batch, self._all("LOG", "BATCH#"))
 
     def leaves(self, first: int, count: int) -> list[Leaf]:
-        """Read the leaves with the indexes from `first` on, at most `count`; fewer where the log ends."""
+        """Read at most `count` leaves with the indexes from `first` on; fewer at the end of the log."""
         before = self._first("LOG", "BATCH#", f"BATCH#{first:012d}", newest=True)
         if before is None:
             return []
         found: list[Leaf] = []
         end = int(before["sk"]["S"].partition("#")[2])
-        # Batches may be of one entry each: they are read by the page, not one by one.
+        # Batches can have one entry each: read a page of them at once.
         for batch in map(_batch, self._between("LOG", before["sk"]["S"], f"BATCH#{first + count - 1:012d}")):
             if batch.start != end:
                 break
@@ -189,7 +189,7 @@ class Log(Table):
         return found
 
     def record_integrated(self, batch: Batch) -> None:
-        """Say that the tiles and indexes of the batch are there; somebody else may have said so, of a later one too."""
+        """Record that the batch's tiles and indexes exist. Another run may have recorded this or a later batch."""
         not_further_yet = "integrated < :size"
         with suppress(dynamo.ConditionFailedError):
             dynamo.call(
@@ -204,19 +204,19 @@ class Log(Table):
     # Tiles
 
     def tile(self, level: int, index: int, width: int) -> bytes:
-        """Read the first `width` hashes of a tile. Raises CorruptLogError when it has fewer."""
+        """Read the first `width` hashes of a tile. Raises CorruptLogError if it has fewer."""
         content = self.stored_tile(level, index)
         if len(content) < width * HASH_BYTES:
-            raise CorruptLogError(f"tile {level}/{index} has not {width} hashes")
+            raise CorruptLogError(f"tile {level}/{index} has fewer than {width} hashes")
         return content[: width * HASH_BYTES]
 
     def stored_tile(self, level: int, index: int) -> bytes:
-        """Read a tile as wide as it is; empty when there is none."""
+        """Read all stored hashes of a tile; empty if it does not exist."""
         item = self._get(*_tile_key(level, index))
         return bytes(item["hashes"]["B"]) if item else b""
 
     def stored_tiles(self, places: Sequence[tuple[int, int]]) -> dict[tuple[int, int], bytes]:
-        """Read many tiles, by (level, index), as wide as they are; those that are not there are left out."""
+        """Read many tiles by (level, index). Tiles that do not exist are omitted."""
         found: dict[tuple[int, int], bytes] = {}
         for item in get_many(self._table, [key(*_tile_key(*place)) for place in places]):
             _, level, index = item["pk"]["S"].split("#")
@@ -224,7 +224,7 @@ class Log(Table):
         return found
 
     def widen_tile(self, level: int, index: int, content: bytes) -> None:
-        """Write a tile, unless it is as wide already."""
+        """Write a tile, unless the stored tile is as wide."""
         wider_than_stored = "attribute_not_exists(pk) OR width < :width"
         width = {"N": str(len(content) // HASH_BYTES)}
         item = key(*_tile_key(level, index)) | {"width": width, "hashes": {"B": content}}
@@ -233,9 +233,9 @@ class Log(Table):
     # Indexes
 
     def indexes(self, keys: Sequence[EntryKey]) -> dict[EntryKey, Indexed]:
-        """Read the indexes of those of the entries that have one."""
+        """Read the indexes of the entries. Entries without an index are omitted."""
         found: dict[EntryKey, Indexed] = {}
-        # Most that are asked for are the last of their task in a batch, and so are named by the item's key.
+        # Most requested entries are the last of their task in a batch, so the item's key has their number.
         for item in get_many(self._table, [_index_key(*each) for each in keys]):
             found |= _indexes_of(_span(item))
         first_left = dict(sorted(set(keys) - found.keys(), reverse=True))
@@ -249,7 +249,7 @@ class Log(Table):
         return {each.seq: each for span in self.task_spans(task_id) for each in span.indexed()}
 
     def task_spans(self, task_id: str) -> list[Span]:
-        """Read where a task's entries are in the log, in order of their numbers."""
+        """Read the places of a task's entries in the log, in order of their numbers."""
         return self._spans(task_id, 1)
 
     def _spans(self, task_id: str, seq: int) -> list[Span]:
@@ -263,7 +263,7 @@ class Log(Table):
     def record_indexes(self, batch: Batch) -> None:
         """Write the indexes of the batch's entries, one item for each task.
 
-        Raises CorruptLogError when there are others: the log would have an entry twice.
+        Raises CorruptLogError if other indexes exist: the log would have an entry twice.
         """
         at_once(self._record_span, list(_spans(batch)))
 
@@ -277,19 +277,21 @@ class Log(Table):
             ExpressionAttributeNames={"#index": "index"},
             ExpressionAttributeValues={":index": index, ":leaves": leaves},
         ):
-            raise CorruptLogError(f"{span.task_id} {span.first} to {span.last} have another index than {span.index}")
+            raise CorruptLogError(
+                f"{span.task_id} {span.first} to {span.last} have other indexes than the batch at {span.index}"
+            )
 
     # The sweeper's list
 
     def swept(self) -> Swept | None:
-        """Read how far the sweeper has looked; None when it never has."""
+        """Read the progress of the sweeper; None before its first run."""
         item = self._get("SWEEP", "SWEPT")
         if item is None:
             return None
         return Swept(item["through"]["S"], json.loads(item["behind"]["S"]), json.loads(item["since"]["S"]))
 
     def record_swept(self, swept: Swept) -> None:
-        """Write how far it has looked."""
+        """Record the progress of the sweeper."""
         item = key("SWEEP", "SWEPT") | {
             "through": {"S": swept.through},
             "behind": {"S": json.dumps(swept.behind)},
@@ -303,7 +305,7 @@ def _tile_key(level: int, index: int) -> tuple[str, str]:
 
 
 def _spans(batch: Batch) -> Iterator[Span]:
-    """One for each task of the batch: the sequencer puts a task's entries there one after the other."""
+    """Yield the span of each task of the batch: the sequencer writes a task's entries consecutively."""
     places = enumerate(batch.leaves, start=batch.start)
     for _, group in groupby(places, lambda place: (place[1].task_id, place[1].seq - place[0])):
         span = list(group)
@@ -323,7 +325,7 @@ def _span(item: Item) -> Span:
     last, leaves = int(item["sk"]["S"].partition("#")[2]), bytes(item["leaves"]["B"])
     count, rest = divmod(len(leaves), HASH_BYTES)
     if rest or not 0 < count <= last:
-        raise CorruptLogError(f"the index of {item['pk']['S']} up to {last} has not the leaf hashes of its entries")
+        raise CorruptLogError(f"the index of {item['pk']['S']} up to {last} has the wrong number of leaf hashes")
     return Span(item["pk"]["S"], last - count + 1, int(item["index"]["N"]), leaves)
 
 
@@ -345,5 +347,5 @@ def _batch(item: Item) -> Batch:
         leaves += [Leaf(task_id, each.seq, each.leaf) for each in span.indexed()]
     batch = Batch(start, tuple(leaves), item["root"]["B"])
     if _batch_item(batch) != item:
-        raise CorruptLogError(f"the batch at {start} has not the leaves that it counts")
+        raise CorruptLogError(f"the batch at {start} has the wrong number of leaves")
     return batch

@@ -1,10 +1,10 @@
-"""The log for everybody, where the operator has made it public: its signed checkpoint and its tiles of hashes.
+"""The public log, if the operator has enabled it: its signed checkpoint and its hash tiles, without a token.
 
-Clients of transparency logs (C2SP tlog-tiles) send no token. What they get here holds no personal data: a leaf hash is
-over a text with 128 random bits, and nobody finds out from it what an entry says. The entries themselves name people
-and tasks; they stay with the auditors (`audit.api`). Nothing is shown that is not anchored.
+Clients of transparency logs (C2SP tlog-tiles) send no token. The responses hold no personal data: a leaf hash covers
+a text with 128 random bits, so it does not reveal the entry. The entries themselves name people and tasks; only
+auditors can read them (`audit.api`). Hashes are published only after they are anchored.
 
-This function's role may read the tiles and the anchors, and nothing else.
+This function's role can read the tiles and the anchors, and nothing else.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ app = create_app("public-log")
 
 @app.get("/log/checkpoint", openapi_extra=OPEN)
 def get_checkpoint() -> Response:
-    """The newest anchored checkpoint as a signed note (C2SP tlog-checkpoint)."""
+    """Return the newest anchored checkpoint as a signed note (C2SP tlog-checkpoint)."""
     return PlainTextResponse(
         tlog.checkpoint(Log()), headers={"cache-control": f"public, max-age={tlog.CHECKPOINT_SECONDS}"}
     )
@@ -33,25 +33,25 @@ def get_checkpoint() -> Response:
 
 @app.get("/log/tile/{level}/{a}", openapi_extra=OPEN)
 def get_tile(level: Part, a: Part) -> Response:
-    """256 hashes of 32 bytes."""
+    """Return 256 hashes of 32 bytes."""
     return _tile(level, a)
 
 
 @app.get("/log/tile/{level}/{a}/{b}", openapi_extra=OPEN)
 def get_tile_2(level: Part, a: Part, b: Part) -> Response:
-    """The same, of a tile from number 1000 on, or of a tile that is not full."""
+    """Return a hash tile numbered 1000 or more, or one that is not full."""
     return _tile(level, a, b)
 
 
 @app.get("/log/tile/{level}/{a}/{b}/{c}", openapi_extra=OPEN)
 def get_tile_3(level: Part, a: Part, b: Part, c: Part) -> Response:
-    """The same, deeper."""
+    """Return a hash tile whose number has three groups."""
     return _tile(level, a, b, c)
 
 
 @app.get("/log/tile/{level}/{a}/{b}/{c}/{d}", openapi_extra=OPEN)
 def get_tile_4(level: Part, a: Part, b: Part, c: Part, d: Part) -> Response:
-    """The same, deeper."""
+    """Return a hash tile whose number has four groups."""
     return _tile(level, a, b, c, d)
 
 

@@ -1,4 +1,4 @@
-"""The answers of the audit API, and what they are made of."""
+"""Responses of the audit API."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from audit.anchors import Anchor
 from audit.evidence import CHECKS, LogStatus, Match, Trail
 from audit.store import Role, StoredEntry
 from qaes.domain.audit import Check
-from qaes.domain.ids import is_task_id
 
 UNREADABLE = "unreadable"
-"""Stands for what the text of an entry no longer says, because it was altered."""
+"""Placeholder for a value that cannot be read, because the text of the entry was altered."""
 
 
 class _Answer(BaseModel):
@@ -21,17 +20,17 @@ class _Answer(BaseModel):
 
 
 class LogEntry(_Answer):
-    """An audit entry. `leaf` is the hash of `entry_text`, `prev` that of the entry before; `step_index` -1: no step.
+    """An audit entry. `leaf` is the hash of `entry_text`, `prev` the previous entry's; `step_index` -1 means no step.
 
-    `log_status` says how far it has come: recorded (in the table), sequenced (it has a place in the log), anchoring
-    (an anchor over it is in flight), anchored (the ledger has confirmed one).
+    `log_status` is the entry's progress: recorded (in the table), sequenced (it has a place in the log), anchoring
+    (an anchor that covers it is in flight), anchored (the ledger has confirmed an anchor that covers it).
     """
 
     id: str
     seq: int
     kind: str
     actor: str
-    agent: str | None = Field(description="the client of the agent that acted for `actor`; null when a person did")
+    agent: str | None = Field(description="client id of the agent that acted for `actor`; null if a person acted")
     step_index: int
     step_type: str
     input_hash: str
@@ -39,15 +38,15 @@ class LogEntry(_Answer):
     status: str
     timestamp: str
     log_status: LogStatus
-    index: int | None = Field(description="the entry's place in the log, from 0")
-    qubic_txid: str | None = Field(description="the transaction of the first confirmed anchor over the entry")
+    index: int | None = Field(description="place of the entry in the log, from 0")
+    qubic_txid: str | None = Field(description="transaction of the first confirmed anchor that covers the entry")
     leaf: str
     prev: str
     entry_text: str
 
 
 class Broken(_Answer):
-    """The first entry that does not hold, and what is wrong with it."""
+    """The first entry that does not hold, and the reason."""
 
     seq: int
     check: Check
@@ -55,7 +54,7 @@ class Broken(_Answer):
 
 
 class ChainState(_Answer):
-    """Whether every entry has its hash, names the one before, and none is missing; `head` is the newest leaf hash."""
+    """Whether every entry has its hash and names the previous one, without gaps; `head` is the newest leaf hash."""
 
     verified: bool
     entries: int
@@ -66,9 +65,9 @@ class ChainState(_Answer):
 
 
 class AuditAnswer(_Answer):
-    """A task's trail, oldest entry first; with `next_cursor`, unless these are the last.
+    """A page of a task's trail, oldest entry first; `next_cursor` is null on the last page.
 
-    `qubic_txid` is the newest transaction. It and `chain` are about the whole trail.
+    `qubic_txid` (the newest transaction) and `chain` cover the whole trail.
     """
 
     task_id: str
@@ -90,7 +89,7 @@ class AnchorAnswer(_Answer):
     transaction: str
     txid: str
     tick: int
-    source: str = Field(description="the identity that signed it")
+    source: str = Field(description="identity that signed the transaction")
     network: str
     confirmed_at: str
 
@@ -105,10 +104,9 @@ class Proof(_Answer):
 
 
 class MatchAnswer(_Answer):
-    """An entry in which the hash occurs, as its leaf hash or as that of its input or output."""
+    """An entry in which the hash occurs: as its leaf hash, or as the hash of its input or output."""
 
-    task_id: str | None = Field(description="null: the entry is about no task")
-    stream: str = Field(description="the task's id, or `policy`")
+    task_id: str
     seq: int
     role: Role
     entry_text: str | None
@@ -119,14 +117,14 @@ class MatchAnswer(_Answer):
     proof: Proof | None
     checks: dict[str, bool] = Field(description="; ".join(f"{name}: {meaning}" for name, meaning in CHECKS.items()))
     failed: list[str]
-    reason: str | None = Field(description="what is wrong with the chain")
+    reason: str | None = Field(description="reason why the chain does not hold; null if it holds")
 
 
 class Evidence(_Answer):
-    """The newest entries in which the hash occurs; `more`: there are others.
+    """The newest entries in which the hash occurs; `more` is true if there are others.
 
-    Found in indexes, which are a moment behind: an entry that was recorded within the last seconds may be missing. It
-    is not anchored yet, so it would not be verified either. Each check is made of the entry and the log themselves.
+    The indexes are eventually consistent: an entry of the last few seconds may be missing. Such an entry is not
+    anchored yet, so it could not be verified. Each check reads the entry and the log themselves.
     """
 
     matches: list[MatchAnswer]
@@ -134,7 +132,7 @@ class Evidence(_Answer):
 
 
 class VerifyAnswer(_Answer):
-    """`verified`: the hash occurs, and every check of every match holds; so, never before it is anchored."""
+    """`verified` is true if the hash occurs and every check of every match holds, so only after anchoring."""
 
     hash: str
     verified: bool
@@ -144,17 +142,17 @@ class VerifyAnswer(_Answer):
 
 
 class Checkpoint(_Answer):
-    """The newest size of the log that the ledger has confirmed; `note` is the same, signed, for clients of logs."""
+    """The newest size of the log that the ledger has confirmed; `note` is the signed checkpoint for log clients."""
 
     log_id: str
     anchor: AnchorAnswer
     note: str
-    verifier_key: str = Field(description="verifies `note`; take it from a source that you trust")
+    verifier_key: str = Field(description="key that verifies `note`; get it from a source that you trust")
     statement: str
 
 
 class Consistency(_Answer):
-    """The hashes that prove that the log of one size begins with all of the log of the other (RFC 6962, 2.1.2)."""
+    """Hashes that prove that the larger log begins with the whole smaller log (RFC 6962, 2.1.2)."""
 
     log_id: str
     first: int
@@ -226,8 +224,7 @@ def log_entry(task_id: str, stored: StoredEntry, trail: Trail, agent: str | None
 
 def match_answer(match: Match) -> MatchAnswer:
     return MatchAnswer(
-        task_id=match.occurrence.task_id if is_task_id(match.occurrence.task_id) else None,
-        stream=match.occurrence.task_id,
+        task_id=match.occurrence.task_id,
         seq=match.occurrence.seq,
         role=match.occurrence.role,
         entry_text=match.entry.text if match.entry else None,

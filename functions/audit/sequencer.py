@@ -1,14 +1,15 @@
-"""The sequencer: gives the entries of all tasks their places in one log, batch by batch.
+"""The sequencer: assigns the entries of all tasks their places in one log, batch by batch.
 
-Called by the stream of the entries' table. What it promises:
+The stream of the entries' table invokes it. Guarantees:
 
-- An entry gets one index, however often it is delivered, and whoever else is at work: a batch is committed together
-  with the log's head, under the head's version, and only when all that was committed before is integrated (tiles,
-  indexes), so that a look at the indexes tells what is in the log.
-- The entries of a task follow each other in the log without gaps: what the stream did not bring is read from the table.
-- Nothing is put into the log that does not hold: each text has its hash, and names the entry before.
+- An entry gets one index, even with repeated delivery and concurrent runs. A batch is committed together with the
+  log's head, only over the head's version that was read, and only after all earlier batches are integrated (tiles and
+  indexes). The indexes therefore show which entries are in the log.
+- The entries of a task follow each other in the log without gaps. The sequencer reads undelivered ones from the table.
+- Only entries that hold are added: each text has its hash, and names the previous entry.
 
-commit → integrate → HEAD says so. A crash between the two leaves a batch that the next run integrates first.
+Steps: commit, integrate, record the progress in HEAD. After a crash between two steps, the next run first integrates
+the committed batch.
 """
 
 from __future__ import annotations
@@ -33,17 +34,17 @@ from qaes.domain.merkle import HASH_BYTES
 from qaes.domain.tiles import ReadTile, appended, tree_root
 
 BATCH = 256
-"""Most entries of one batch."""
+"""Maximum number of entries in one batch."""
 TASKS_AT_ONCE = 10
 SECONDS_FOR_TASKS = 20
-"""With less time left, the sequencer begins no further tasks of those that it was asked for."""
+"""With less time left, the sequencer starts no further tasks of the request."""
 _ATTEMPTS = 8
 
 Tiles = dict[tuple[int, int], bytes]
 
 
 class Sequencer:
-    """Puts entries into the log."""
+    """Adds entries to the log."""
 
     def __init__(self, log: Log, store: AuditStore, *, log_id: str) -> None:
         self._log = log
@@ -51,16 +52,16 @@ class Sequencer:
         self._log_id = log_id
 
     def sequence(self, wanted: Iterable[tuple[str, StoredEntry]]) -> dict[EntryKey, BrokenChainError]:
-        """Put the entries (task, entry) into the log, those before them first.
+        """Add the entries (task, entry) to the log, after the entries before them.
 
-        Returns those that are not in the log afterwards, because they or one before them do not hold.
+        Returns the entries that were not added, because they or an entry before them do not hold.
 
         Raises
         ------
         TransientError
-            A table did not answer, or too many were at it; to be called again.
+            A table did not respond, or too many runs compete. Call again later.
         CorruptLogError
-            The log contradicts itself: nothing is added to it.
+            The log contradicts itself. Nothing is added to it.
         """
         tasks: dict[str, dict[int, StoredEntry]] = {}
         for task_id, entry in wanted:
@@ -72,12 +73,12 @@ class Sequencer:
                 return broken
             if self._commit_all(head, leaves):
                 return broken
-            # Somebody else wrote: what is outstanding now may be less. Jitter, so that two do not meet again and again.
+            # Another run wrote to the log, so fewer entries may be outstanding. Jitter separates competing runs.
             time.sleep(random.uniform(0.5, 1.5) * 0.02 * 2**attempt)  # noqa: S311 - not for secrets
-        raise TransientError("the log is busy")
+        raise TransientError("the log is busy; try again later")
 
     def integrate(self) -> Head:
-        """Write the tiles and indexes of what is committed and has none; return the head, integrated."""
+        """Write the missing tiles and indexes of the committed batches. Return the integrated head."""
         head = self._log.head()
         while head.integrated < head.size:
             batch = self._log.batch(head.integrated)
@@ -107,7 +108,7 @@ class Sequencer:
     def _appended(self, batch: Batch) -> Tiles:
         tiles = appended(batch.start, [each.hash for each in batch.leaves], self._log.tile)
         if tree_root(batch.size, _over(tiles, self._log.tile)) != batch.root:
-            raise CorruptLogError(f"the batch at {batch.start} has not the root that was committed")
+            raise CorruptLogError(f"the batch at {batch.start} does not have the committed root")
         return tiles
 
     # What is to be added
@@ -117,7 +118,7 @@ class Sequencer:
     ) -> tuple[list[Leaf], dict[EntryKey, BrokenChainError]]:
         leaves: list[Leaf] = []
         broken: dict[EntryKey, BrokenChainError] = {}
-        # A task's entries are in the log without gaps: the last that is there tells which are not.
+        # A task's entries are in the log without gaps: the last index shows the missing ones.
         newest = at_once(self._log.last_index, list(tasks))
         for (task_id, entries), before in zip(tasks.items(), newest, strict=True):
             seq, prev = (before.seq, before.leaf) if before else (0, GENESIS)
@@ -130,7 +131,7 @@ class Sequencer:
                     leaves.append(Leaf(task_id, entry.seq, entry.leaf))
                     seq, prev = entry.seq, entry.leaf
             except BrokenChainError as error:
-                logger().error("an entry cannot be put into the log", extra={"task_id": task_id, "why": error.message})
+                logger().error("the entry cannot be added to the log", extra={"task_id": task_id, "why": error.message})
                 broken |= {(task_id, each): error for each in missing if each > seq}
         return leaves, broken
 
@@ -138,21 +139,21 @@ class Sequencer:
         for seq in range(after + 1, last + 1):
             entry = known.get(seq) or self._store.entry(task_id, seq)
             if entry is None:
-                raise BrokenChainError(seq, "seq", "it is missing")
+                raise BrokenChainError(seq, "seq", "the entry is missing")
             yield entry
 
     def _check(self, task_id: str, entry: StoredEntry, prev: str) -> None:
         said = entry.intact().parsed()
         if said is None:
-            raise BrokenChainError(entry.seq, "text", "it is no entry")
-        if (said.log_id, said.stream_name(), said.seq) != (self._log_id, task_id, entry.seq):
-            raise BrokenChainError(entry.seq, "log", "it belongs to another log or stream, or another place in it")
+            raise BrokenChainError(entry.seq, "text", "the text is not a valid entry")
+        if (said.log_id, said.task_id, said.seq) != (self._log_id, task_id, entry.seq):
+            raise BrokenChainError(entry.seq, "log", "the entry belongs to another log, task or number")
         if said.prev != prev:
-            raise BrokenChainError(entry.seq, "prev", "it does not name the entry before")
+            raise BrokenChainError(entry.seq, "prev", "the entry does not name the previous entry")
 
 
 def _over(tiles: Tiles, read_tile: ReadTile) -> ReadTile:
-    """Read what the tiles will be."""
+    """Return a reader of the tiles as they will be after the write."""
 
     def read(level: int, index: int, width: int) -> bytes:
         found = tiles.get((level, index))
@@ -169,12 +170,12 @@ def _count(batch: Batch) -> None:
 
 
 def sequencer() -> Sequencer:
-    """Make the sequencer of this function's environment."""
+    """Create the sequencer from the environment of this function."""
     return Sequencer(Log(), AuditStore(), log_id=settings.text("LOG_ID"))
 
 
 def _sequence_tasks(task_ids: list[str], context: LambdaContext) -> list[str]:
-    """Put the tasks' entries into the log, a few tasks at a time; the sweeper names again what no time was left for."""
+    """Add the tasks' entries to the log, a few tasks at a time. The sweeper lists the remaining tasks again."""
     store, broken = AuditStore(), set[EntryKey]()
     random.shuffle(task_ids)
     for start in range(0, len(task_ids), TASKS_AT_ONCE):
@@ -188,9 +189,9 @@ def _sequence_tasks(task_ids: list[str], context: LambdaContext) -> list[str]:
 
 @function
 def sequence_entries(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """Take a batch of the entries' stream, give `{"batchItemFailures": [{"itemIdentifier": sequence number}]}`.
+    """Sequence a batch of the entries' stream. Return `{"batchItemFailures": [{"itemIdentifier": sequence number}]}`.
 
-    Or take `{"task_ids": [...]}`, which sweeper or fsck name, and put what is outstanding of those tasks into the log.
+    The event `{"task_ids": [...]}`, from the sweeper or after fsck, adds the outstanding entries of these tasks.
     """
     if "task_ids" in event:
         return {"broken": _sequence_tasks([str(task_id) for task_id in event["task_ids"]], context)}

@@ -1,7 +1,7 @@
-"""The entries (append-only), the indexes that find them by a hash, and the outbox; `audit.log` has their log.
+"""The entries (append-only), the indexes for the lookup by hash, and the outbox. `audit.log` has the log.
 
-All reads are consistent, but those of an index. Every call is repeated as `qaes.adapters.dynamo` repeats it, and
-raises what that raises.
+All reads are consistent, except the reads of an index. `qaes.adapters.dynamo` repeats each call, and defines the
+errors.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ Item = dict[str, Any]
 Role = Literal["leaf", "input", "output"]
 
 EntryKey = tuple[str, int]
-"""The stream (a task's id, or `policy`), and the number of the entry in it."""
+"""Task id and number of the entry."""
 
 ROLES: tuple[Role, ...] = ("leaf", "input", "output")
-"""Attributes of an entry by which it is found, each with an index of its own: `by_leaf`, `by_input`, `by_output`."""
+"""Lookup attributes of an entry, each with its own index: `by_leaf`, `by_input`, `by_output`."""
 CALLS_AT_ONCE = 8
 _LAST = 999_999
 _Argument = TypeVar("_Argument")
@@ -44,20 +44,20 @@ _Answer = TypeVar("_Answer")
 
 @dataclass(frozen=True)
 class StoredEntry:
-    """An entry as stored: its exact text and the leaf hash that was recorded with it."""
+    """A stored entry: its exact text, and the leaf hash that was recorded with it."""
 
     seq: int
     text: str
     leaf: str
 
     def intact(self) -> StoredEntry:
-        """Return itself. Raises BrokenChainError when text and leaf hash do not belong together."""
+        """Return itself. Raises BrokenChainError if the text does not have the leaf hash."""
         if leaf_hash(self.text) != self.leaf:
             raise BrokenChainError(self.seq, "leaf", "its text does not have the recorded hash")
         return self
 
     def parsed(self) -> AuditEntry | None:
-        """Read the entry that the text says; None when it was altered so that it is none any more."""
+        """Parse the text of the entry. Return None if it was altered and is not a valid entry any more."""
         try:
             return parse_entry(self.text)
         except InvalidInputError:
@@ -66,7 +66,7 @@ class StoredEntry:
 
 @dataclass(frozen=True)
 class Occurrence:
-    """Where a hash occurs: as an entry's own leaf hash, or as the hash of what went in or came out."""
+    """A place where a hash occurs: an entry's own leaf hash, or the hash of its input or output."""
 
     task_id: str
     seq: int
@@ -74,13 +74,13 @@ class Occurrence:
 
 
 class ForgedEventError(QaesError):
-    """An event that claims a person's decision without one, or that takes the number of another event."""
+    """An event that claims a person's decision without one, or that has the number of another event."""
 
 
 class Outbox:
-    """The events of tasks, written by the execution side; only read here.
+    """The events of tasks. The execution side writes them; this service only reads them.
 
-    An event that a person made is believed only if the gateway has recorded the decision: its body is read there.
+    An event of a person is accepted only if the gateway has recorded the decision. Its body comes from there.
     """
 
     def __init__(self, table: str | None = None, decisions: str | None = None) -> None:
@@ -89,14 +89,14 @@ class Outbox:
 
     @cached_property
     def _decisions(self) -> DecisionsTable:
-        # The sweeper reads no decision, and its function has no right to.
+        # The sweeper reads no decision, and its function does not have the right to.
         return DecisionsTable(self._decisions_table)
 
     def events_after(self, task_id: str, seq: int) -> Iterator[tuple[int, Event]]:
-        """Read the events after number `seq` as (number, event), in order, without the texts that other items have.
+        """Read the events after number `seq` as (number, event), in order, without the texts from other items.
 
-        Raises ForgedEventError at the first event that somebody else than the gateway says a person made, or whose
-        number an item before has.
+        Raises ForgedEventError at the first event that claims a person's decision without one, or that has the number
+        of an earlier item.
         """
         last = 0
         for item in _range(self._table, task_id, "EVENT", seq + 1, _LAST):
@@ -108,7 +108,7 @@ class Outbox:
                     yield number, self._genuine(task_id, number, event)
 
     def events(self, task_id: str) -> Iterator[tuple[int, Event]]:
-        """Read all events, as `events_after`. Raises ForgedEventError also where one has a decision's number."""
+        """Read all events, as `events_after`. Also raises ForgedEventError if an event has a decision's number."""
         decided = self._decided(task_id)
         for number, event in self.events_after(task_id, 0):
             if number in decided and not is_decision(event):
@@ -120,11 +120,11 @@ class Outbox:
             return event
         decision = self._decisions.event(task_id, number) if isinstance(event, Decided) else None
         if decision is None or not is_decision(decision):
-            raise ForgedEventError(f"event {number} is a person's, and no decision stands behind it")
+            raise ForgedEventError(f"event {number} claims a person's decision, but the gateway recorded none")
         return decision
 
     def disclosed(self, task_id: str) -> dict[int, Event]:
-        """Read the events of a task, with their texts, by their numbers; none from a forged one on."""
+        """Read the events of a task with their texts, by number, up to the first forged event."""
         texts = Texts(self._table, task_id, self._request(task_id))
         found: dict[int, Event] = {}
         with suppress(ForgedEventError):
@@ -133,7 +133,7 @@ class Outbox:
         return found
 
     def agents(self, task_id: str) -> dict[int, str]:
-        """Read which agents acted: the ids of their clients, by the event's number."""
+        """Read the client ids of the agents that acted, by the event's number."""
         found = {number: _agent_of(event) for number, event in self._decided(task_id).items()}
         return {number: agent for number, agent in found.items() if agent is not None}
 
@@ -148,9 +148,9 @@ class Outbox:
         return request.input if request else ""
 
     def written(self, first: str, last: str) -> Iterator[tuple[str, str, int]]:
-        """Find the changes with a timestamp from `first` to `last`, as (timestamp, task, number), the oldest first.
+        """Find the changes between two timestamps as (timestamp, task, number), the oldest first.
 
-        The number is that of the change's last event. From an index, which is a moment behind.
+        The number is the change's last event. The index is eventually consistent.
         """
         day, end = date.fromisoformat(first[:10]), date.fromisoformat(last[:10])
         while day <= end:
@@ -168,10 +168,10 @@ class Outbox:
         return ((item["timestamp"]["S"], item["pk"]["S"], _number(item)) for item in found)
 
     def tasks(self) -> Iterator[tuple[str, int, int | None]]:
-        """Read all tasks as (task, number of its last event, how many it says it has); for fsck.
+        """Read all tasks as (task, number of the last event, number of events that the task counts); for fsck.
 
-        What it says is None where only events are there. A scan is no snapshot: what was written meanwhile may be in
-        one of the two and not in the other.
+        The count is None if only events exist. A scan is not a snapshot: a change during the scan may be visible in one
+        of the two and not in the other.
         """
         scanned = _scan(
             self._table,
@@ -190,7 +190,7 @@ class Outbox:
             yield task_id, last, said
 
     def there(self, keys: Sequence[EntryKey]) -> set[EntryKey]:
-        """Tell which of the items, by task and number of the last event, are there."""
+        """Return the items that exist, by task and number of the last event."""
         found = get_many(
             self._table,
             [key(task_id, f"EVENT#{number:06d}") for task_id, number in keys],
@@ -199,18 +199,18 @@ class Outbox:
         return {(item["pk"]["S"], _number(item)) for item in found}
 
     def last_event(self, task_id: str) -> int:
-        """Read the number of the task's newest event; 0 where there is none."""
+        """Read the number of the task's newest event; 0 if it has none."""
         item = _newest(self._table, task_id, "EVENT")
         return _number(item) if item else 0
 
     def events_said(self, task_id: str) -> int | None:
-        """Read how many events the task says it has; None where there is no task."""
+        """Read the number of events that the task counts; None if the task does not exist."""
         item = dynamo.get(self._table, task_id, "TASK")
         return _events_said(item) if item else None
 
 
 class AuditStore:
-    """Entries. None is ever changed or deleted."""
+    """Entries. An entry is never changed or deleted."""
 
     def __init__(self, table: str | None = None) -> None:
         self._entries = table or settings.text("AUDIT_ENTRIES_TABLE")
@@ -225,14 +225,14 @@ class AuditStore:
         return entry_of(item) if item else None
 
     def texts(self, keys: Sequence[EntryKey]) -> dict[EntryKey, str]:
-        """Read the texts of many entries; those that are not there are left out."""
+        """Read the texts of many entries. Entries that do not exist are omitted."""
         found = get_many(self._entries, [key(task_id, f"ENTRY#{seq:06d}") for task_id, seq in keys])
         return {(item["pk"]["S"], _number(item)): item["text"]["S"] for item in found}
 
     def trails(self) -> Iterator[tuple[str, list[tuple[StoredEntry, Item]]]]:
-        """Read all tasks' entries, each with its `lookup` as stored, in order; for fsck, which no role here runs.
+        """Read all tasks' entries, each with its stored `lookup`, in order; for fsck, which no role here runs.
 
-        A scan gives the items of one partition key one after the other, sorted.
+        A scan returns the items of one partition key consecutively and sorted.
         """
         for task_id, items in groupby(_scan(self._entries), lambda item: str(item["pk"]["S"])):
             yield task_id, [(entry_of(item), {role: item[role] for role in ROLES if role in item}) for item in items]
@@ -245,18 +245,18 @@ class AuditStore:
     def append(self, entry: AuditEntry) -> StoredEntry | None:
         """Record an entry.
 
-        Returns what was recorded; None when there is an entry with that number already, which stays as it is.
+        Returns the recorded entry, or None if an entry with that number exists. The existing entry stays unchanged.
         """
         text = entry_text(entry)
         stored = StoredEntry(entry.seq, text, leaf_hash(text))
-        item = key(entry.stream_name(), f"ENTRY#{entry.seq:06d}") | {"text": {"S": text}} | lookup(stored.leaf, entry)
+        item = key(entry.task_id, f"ENTRY#{entry.seq:06d}") | {"text": {"S": text}} | lookup(stored.leaf, entry)
         not_there_yet = "attribute_not_exists(pk)"
         return stored if put_if(self._entries, item, not_there_yet) else None
 
     def occurrences(self, hash_: str) -> Iterator[Occurrence]:
-        """Find where the hash occurs, newest task first.
+        """Find the occurrences of the hash, newest task first.
 
-        From indexes, which are a moment behind: an entry that was recorded right now may be missing.
+        The indexes are eventually consistent: an entry of the last few seconds may be missing.
         """
         by_role = [self._found_by(role, hash_) for role in ROLES]
         found = heapq.merge(*by_role, key=lambda each: each.task_id, reverse=True)
@@ -276,18 +276,18 @@ class AuditStore:
             yield Occurrence(item["pk"]["S"], _number(item), role)
 
     def describe(self) -> None:
-        """Raise unless the table is there."""
+        """Raise an error unless the table exists."""
         dynamo.call("describe_table", TableName=self._entries)
 
 
 def lookup(leaf: str, entry: AuditEntry) -> Item:
-    """Return the attributes by which an entry is found. An entry without a hash is not in that hash's index."""
+    """Return the lookup attributes of an entry. An entry without a hash is not in that hash's index."""
     hashes: dict[Role, str] = {"leaf": leaf, "input": entry.input_hash, "output": entry.output_hash}
     return {role: _lookup_value(role, hash_) for role, hash_ in hashes.items() if hash_}
 
 
 def _lookup_value(role: Role, hash_: str) -> Item:
-    """Bytes take half the room of text; the leaf hash is text, because the entries' stream delivers it."""
+    """Store hashes as bytes, half the size of text. The leaf hash is text, because the entries' stream delivers it."""
     return {"S": hash_} if role == "leaf" else {"B": bytes.fromhex(hash_)}
 
 
@@ -301,7 +301,7 @@ def put_if(table: str, item: Item, condition: str, **expression: Item) -> bool:
 
 
 def at_once(call: Callable[[_Argument], _Answer], arguments: Sequence[_Argument]) -> list[_Answer]:
-    """Make a call for each argument, a few at the same time; return the answers in order. Raises the first error."""
+    """Call a function for each argument, a few at a time. Return the results in order, or raise the first error."""
     if len(arguments) == 1:
         return [call(arguments[0])]
     with ThreadPoolExecutor(CALLS_AT_ONCE) as pool:
@@ -309,7 +309,7 @@ def at_once(call: Callable[[_Argument], _Answer], arguments: Sequence[_Argument]
 
 
 def transact(writes: list[Item]) -> bool:
-    """Return whether all of it was written; False if a condition does not hold."""
+    """Write all items at once. Return False, and write nothing, if a condition does not hold."""
     try:
         dynamo.transact(writes)
     except dynamo.ConditionFailedError:
@@ -352,7 +352,7 @@ def _number(item: Item) -> int:
 
 
 def _agent_of(event: Event) -> str | None:
-    """Find the agent in what an event's hashes are over."""
+    """Return the agent in the content behind an event's hashes."""
     text = event.input if event.kind == "task_started" else event.output
     try:
         agent = json.loads(text).get("agent")

@@ -1,11 +1,11 @@
-"""The audit's sweeper: nothing is left in the outbox, or out of the log, because a stream gave up on it.
+"""The audit sweeper: finds events that the streams gave up, and hands them to the recorder or the sequencer.
 
-Every minute it looks at what has happened since it last looked: the events of an index that has nothing else, each up
-to three times, and never at all tasks. What has a place in the log is done with. What has an entry only is handed to
-the sequencer, what has none to the recorder; both find what is there already, so the stream may come later and do no
-harm.
-A task stays on the sweeper's list until all that it was listed for is in the log, or erased. Metrics tell how many do,
-apart from these how many have for a day, whom handing over does not help, and how far back the sweeper itself is.
+Every minute it reads the events since its last run from an index that contains only events, each up to three times.
+It never scans all tasks. An event with a place in the log is done. A task with an unsequenced entry goes to the
+sequencer, and a task with an unrecorded event goes to the recorder. Both skip completed work, so a late delivery by
+the stream does no harm.
+A task stays on the sweeper's list until the listed events are in the log, or erased. Metrics count the tasks on the
+list, separately those that are on it for a day in spite of the hand-over, and the sweeper's own lag.
 """
 
 from __future__ import annotations
@@ -22,33 +22,31 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 from botocore.exceptions import BotoCoreError, ClientError
 
 from audit.log import Log, Swept
-from audit.policy_stream import PolicyOutbox
 from audit.store import AuditStore, EntryKey, Outbox
 from qaes.adapters import clients, settings
 from qaes.adapters.handlers import function
 from qaes.adapters.logs import logger
 from qaes.adapters.metrics import namespace
 from qaes.domain.ids import now, parse_timestamp, timestamp
-from qaes.domain.policy_events import STREAM
 
 GRACE = timedelta(seconds=60)
-"""What is younger is left to the streams."""
+"""Younger events are left to the streams."""
 OVERLAP = timedelta(minutes=2)
-"""Newer events are looked at again: an index is a moment behind, and clocks are not all the same."""
+"""Newer events are read again: an index is eventually consistent, and clocks differ."""
 FIRST_LOOK = timedelta(days=7)
-"""Where it begins when it has never looked."""
+"""Period that the first run covers."""
 CHUNK = 500
-"""Events that are looked at together."""
+"""Number of events that are read together."""
 MOST_BEHIND = 1_000
-"""Tasks on its list, beyond which it looks no further: first these have to be helped."""
+"""Maximum number of tasks on the list. With a full list, the sweeper reads no further events."""
 STUCK_AFTER = timedelta(days=1)
-"""Who has been on its list for so long is not merely late: it is counted apart, so that others are seen."""
+"""A task that is on the list for this long is counted separately, so that it does not hide the others."""
 MOST_HANDED = 100
-"""Tasks that are handed to each, recorder and sequencer, in one run."""
+"""Maximum number of tasks for the recorder, and for the sequencer, in one run."""
 SECONDS_TO_HAND_OVER = 30
-"""With less time left, no further events are looked at: what is found is handed over and stored first."""
+"""With less time left, the sweeper reads no further events, so that it can hand over and store its findings."""
 SECONDS_TO_STORE = 15
-"""With less time left, nothing further is handed over."""
+"""With less time left, the sweeper hands over no further tasks."""
 
 HandOver = Callable[[list[str]], None]
 HasTime = Callable[[float], bool]
@@ -57,10 +55,10 @@ HasTime = Callable[[float], bool]
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run found.
+    """Result of a run.
 
-    The tasks that were handed to the recorder and to the sequencer; how many are behind, and which, beside these, have
-    been for too long; the seconds before now up to which it has looked.
+    The tasks that were handed to the recorder and to the sequencer; the number of tasks that are behind; the tasks
+    that have been behind for too long; and the lag of the sweeper in seconds.
     """
 
     to_record: list[str]
@@ -71,34 +69,24 @@ class Outcome:
 
 
 class Sweeper:
-    """Finds what the streams have not brought, and hands it over."""
+    """Finds events that the streams have not delivered, and hands their tasks over."""
 
-    def __init__(
-        self,
-        outbox: Outbox,
-        store: AuditStore,
-        log: Log,
-        *,
-        record: HandOver,
-        sequence: HandOver,
-        policy_outbox: PolicyOutbox | None = None,
-    ) -> None:
+    def __init__(self, outbox: Outbox, store: AuditStore, log: Log, *, record: HandOver, sequence: HandOver) -> None:
         self._outbox = outbox
-        self._policy_outbox = policy_outbox or PolicyOutbox()
         self._store = store
         self._log = log
         self._record = record
         self._sequence = sequence
 
     def sweep(self, moment: datetime, has_time: HasTime = lambda _: True) -> Outcome:
-        """Look at what was written until shortly before `moment`, and at what was behind before.
+        """Read the events until shortly before `moment`, and check the tasks that were behind before.
 
-        When time runs short, it stores how far it has looked; the next run goes on from there.
+        If time runs short, it stores its progress, and the next run continues there.
 
         Raises
         ------
         TransientError
-            A table did not answer; to be called again.
+            A table did not respond. Call again later.
         """
         before = self._log.swept() or Swept(timestamp(moment - FIRST_LOOK), {}, {})
         through, behind = before.through, self._behind(before.behind)
@@ -108,21 +96,22 @@ class Sweeper:
                 behind[task_id] = max(number, behind.get(task_id, 0))
             if len(behind) >= MOST_BEHIND or not has_time(SECONDS_TO_HAND_OVER):
                 break
-        behind |= self._behind(self._newest_of_the_policy(timestamp(moment - GRACE)))
         recorded = self._store.texts(list(behind.items()))
         for task_id in self._erased([each for each in behind.items() if each not in recorded]):
-            logger().warning("neither event nor entry", extra={"task_id": task_id, "number": behind.pop(task_id)})
+            logger().warning(
+                "the task has neither event nor entry", extra={"task_id": task_id, "number": behind.pop(task_id)}
+            )
         to_record = [task_id for task_id, number in behind.items() if (task_id, number) not in recorded][:MOST_HANDED]
         to_sequence = [task_id for task_id, number in behind.items() if (task_id, number) in recorded][:MOST_HANDED]
         if to_record:
             self._record(to_record)
         if to_sequence:
             self._sequence(to_sequence)
-        # Who had their turn goes to the end: what cannot be helped must not keep others from being.
+        # Tasks that were handed over go to the end of the list, so that a stuck task does not block the others.
         handed = {*to_record, *to_sequence}
         ordered = sorted(behind.items(), key=lambda each: each[0] in handed)
         since = {task_id: before.since.get(task_id, timestamp(moment)) for task_id in behind}
-        # A list belongs to its `through`: whichever of two runs at the same time stores its own, nothing is missed.
+        # Each list belongs to its `through`, so either of two concurrent runs can store its list without a gap.
         settled = timestamp(moment - GRACE - OVERLAP)
         self._log.record_swept(Swept(min(through, settled), dict(ordered), since))
         stuck = [task_id for task_id in behind if since[task_id] <= timestamp(moment - STUCK_AFTER)]
@@ -130,7 +119,7 @@ class Sweeper:
         return Outcome(to_record, to_sequence, len(behind) - len(stuck), stuck, lag)
 
     def _written(self, first: str, last: str) -> Iterator[tuple[str, dict[str, int]]]:
-        """Chunks of events, as (up to when, the last number of each task); after all of them, up to `last`."""
+        """Yield chunks of events as (time read up to, last number of each task); at the end (`last`, no events)."""
         events = self._outbox.written(first, last)
         while chunk := list(islice(events, CHUNK)):
             found: dict[str, int] = {}
@@ -139,21 +128,16 @@ class Sweeper:
             yield chunk[-1][0], found
         yield last, {}
 
-    def _newest_of_the_policy(self, last: str) -> dict[str, int]:
-        """The number of the policy's newest event: whoever records it records all before it. Empty after `last`."""
-        newest = self._policy_outbox.newest()
-        return {STREAM: newest.number} if newest and newest.timestamp <= last else {}
-
     def _behind(self, found: dict[str, int]) -> dict[str, int]:
-        """Those of the events, as {task: number}, that have no place in the log."""
+        """Return the events, as {task: number}, that have no place in the log."""
         keys: list[EntryKey] = list(found.items())
         there = self._log.indexes(keys)
         return {task_id: number for task_id, number in keys if (task_id, number) not in there}
 
     def _erased(self, unrecorded: list[EntryKey]) -> list[str]:
-        """Those of the tasks whose event is gone: there is nothing left to record."""
-        there = self._outbox.there([each for each in unrecorded if each[0] != STREAM])
-        return [each[0] for each in unrecorded if each not in there and each[0] != STREAM]
+        """Return the tasks whose event was deleted: nothing is left to record."""
+        there = self._outbox.there(unrecorded)
+        return [task_id for task_id, number in unrecorded if (task_id, number) not in there]
 
 
 def _record(tasks: list[str], has_time: HasTime = lambda _: True) -> None:
@@ -169,7 +153,7 @@ def _sequence(tasks: list[str]) -> None:
 
 
 def _invoke(function: str, event: dict[str, Any]) -> None:
-    """Hand over without waiting. If Lambda refuses, the tasks stay on the list, and a later run hands them over."""
+    """Hand tasks over without waiting. If Lambda rejects the call, the tasks stay on the list for a later run."""
     try:
         clients.lambda_client().invoke(
             FunctionName=settings.text(function), InvocationType="Event", Payload=json.dumps(event)
@@ -180,7 +164,7 @@ def _invoke(function: str, event: dict[str, Any]) -> None:
 
 def _count(outcome: Outcome) -> None:
     told = (
-        ("TasksBehindInAudit", MetricUnit.Count, outcome.behind),
+        ("AuditBacklog", MetricUnit.Count, outcome.behind),
         ("TasksStuckInAudit", MetricUnit.Count, len(outcome.stuck)),
         ("AuditSweepLagSeconds", MetricUnit.Seconds, outcome.lag_seconds),
     )
@@ -191,9 +175,9 @@ def _count(outcome: Outcome) -> None:
 
 @function
 def sweep(_event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """Take anything, give `{"recorded": [task ids], "sequenced": [task ids], "behind": n, "stuck": n}`.
+    """Run the sweeper. Return `{"recorded": [task ids], "sequenced": [task ids], "behind": n, "stuck": n}`.
 
-    The tasks are those that were handed over.
+    The listed tasks are those that were handed over. The event is ignored.
     """
 
     def has_time(seconds: float) -> bool:
@@ -207,7 +191,8 @@ def sweep(_event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     if found.behind or found.stuck:
         handed = {"to_record": found.to_record, "to_sequence": found.to_sequence}
         logger().warning(
-            "not in the log yet", extra=handed | {"behind": found.behind, "stuck": found.stuck[:MOST_HANDED]}
+            "some tasks are not in the log yet",
+            extra=handed | {"behind": found.behind, "stuck": found.stuck[:MOST_HANDED]},
         )
     return {
         "recorded": found.to_record,

@@ -1,4 +1,4 @@
-"""One table of the audit service: reads by key, all consistent, and writes of an item that is not there yet."""
+"""A table of the audit service: consistent reads by key, and writes of new items only."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Table:
         self._table = table
 
     def describe(self) -> None:
-        """Raise unless the table is there."""
+        """Raise an error unless the table exists."""
         dynamo.call("describe_table", TableName=self._table)
 
     def _put_new(self, item: Item) -> Item:

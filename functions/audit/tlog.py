@@ -1,7 +1,7 @@
-"""The log as C2SP's tlog-tiles has it: signed checkpoint, tiles of hashes, tiles of entries.
+"""The log in the format of C2SP tlog-tiles: signed checkpoint, hash tiles and entry tiles.
 
-Existing clients of transparency logs read these paths under the prefix `/log/`: with a token (`audit.api`), and where
-the operator has made the log public, without one (`audit.public_log`).
+Clients of transparency logs read these paths under the prefix `/log/`: with a token (`audit.api`), or without one
+(`audit.public_log`) if the operator has made the log public.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from qaes.domain.merkle import HASH_BYTES
 from qaes.domain.tiles import TILE_WIDTH, parse_tile_path, tile_width
 
 IMMUTABLE = "max-age=31536000, immutable"
-"""How long a tile keeps: a path names level, index and width, and what it named once it names for ever."""
+"""Cache lifetime of a tile: a path has level, index and width, so its content never changes."""
 CHECKPOINT_SECONDS = 5
-"""How old a checkpoint may be that a cache gives out."""
+"""Maximum age of a cached checkpoint."""
 
 
 def checkpoint(log: Log) -> str:
-    """The signed note of the newest confirmed anchor. Raises NotFoundError before the first."""
+    """Return the signed note of the newest confirmed anchor. Raises NotFoundError before the first anchor."""
     newest = log.anchors.newest()
     if newest is None:
-        raise NotFoundError("no checkpoint of the log has been anchored yet")
+        raise NotFoundError("the log has no anchored checkpoint yet; try again later")
     return newest.note
 
 
 def anchored_tile(log: Log, level: str, groups: tuple[str, ...]) -> bytes:
-    """The hashes of a tile, as `hash_tile`, if the newest checkpoint has them: before that they are not published."""
+    """Return the hashes of a tile if the newest checkpoint covers them. Later hashes are not public yet."""
     place = _hash_tile_place(level, groups)
     newest = log.anchors.newest()
     if newest is None or tile_width(place.level, place.index, newest.size) < place.width:
@@ -38,17 +38,17 @@ def anchored_tile(log: Log, level: str, groups: tuple[str, ...]) -> bytes:
 
 
 def hash_tile(log: Log, level: str, groups: tuple[str, ...]) -> bytes:
-    """The hashes of a tile. Raises NotFoundError for what is not the path of one, or is wider than the tile."""
+    """Return the hashes of a tile. Raises NotFoundError for a malformed path or a width that the tile does not have."""
     return _hashes(log, _hash_tile_place(level, groups))
 
 
 def entries_tile(log: Log, store: AuditStore, groups: tuple[str, ...]) -> bytes:
-    """The texts of a tile's entries, each after its length in two bytes. Raises NotFoundError as `hash_tile`.
+    """Return the texts of an entry tile, each with its length in two bytes before it. Raises as `hash_tile`.
 
     Raises
     ------
     CorruptLogError
-        The log has an entry that is not in the table.
+        An entry of the log is not in the table.
     """
     _, index, width = _parse("/".join(("tile", "entries", *groups)))
     leaves = log.leaves(index * TILE_WIDTH, width)
@@ -58,7 +58,7 @@ def entries_tile(log: Log, store: AuditStore, groups: tuple[str, ...]) -> bytes:
     parts: list[bytes] = []
     for each in leaves:
         if each.key not in texts:
-            raise CorruptLogError(f"entry {each.seq} of {each.task_id} is in the log and not in the table")
+            raise CorruptLogError(f"entry {each.seq} of {each.task_id} is in the log but not in the table")
         text = texts[each.key].encode("utf-8")
         parts += [len(text).to_bytes(2, "big"), text]
     return b"".join(parts)
@@ -86,11 +86,11 @@ def _hashes(log: Log, place: _Place) -> bytes:
 
 
 def _no_such_tile() -> NotFoundError:
-    return NotFoundError("there is no such tile, or it is not as wide yet", field="path")
+    return NotFoundError("this tile does not exist, or does not have this width yet", field="path")
 
 
 def _parse(path: str) -> tuple[int | str, int, int]:
     try:
         return parse_tile_path(path)
     except InvalidInputError as error:
-        raise NotFoundError("there is no such tile", field="path") from error
+        raise NotFoundError("this tile does not exist", field="path") from error

@@ -12,8 +12,20 @@ from typing import Annotated, Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 from fastapi import Depends, Header, Query, Response
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
+from gateway.schemas import (
+    About,
+    CancelRequest,
+    DecisionAnswer,
+    DecisionRequest,
+    LifecycleAnswer,
+    StartAnswer,
+    TaskAnswer,
+    TaskPage,
+    TaskSummary,
+    error_of,
+    question,
+)
 from qaes import VERSION
 from qaes.adapters import settings
 from qaes.adapters.executions import Executions
@@ -27,9 +39,8 @@ from qaes.adapters.task_repository import TaskStore, decided_answer, lifecycle_a
 from qaes.domain.canonical import hash_of
 from qaes.domain.errors import ForbiddenError, InvalidInputError, NotFoundError, TransientError
 from qaes.domain.ids import TASK_ID_PATTERN, is_task_id, new_task_id, now, timestamp
-from qaes.domain.models import TERMINAL, Approval, Decision, Plan, Status, Task, WalletBalance
-from qaes.domain.planning import RECORDED_ONLY, Effect, action_step, effect_of
-from qaes.domain.policy import RiskLevel, Rule
+from qaes.domain.models import Status, Task
+from qaes.domain.planning import RECORDED_ONLY, action_step, effect_of
 from qaes.domain.requests import TaskRequest
 from qaes.domain.text import subject_note
 
@@ -46,138 +57,6 @@ IdempotencyKey = Annotated[
     ),
 ]
 REPLAY = "Idempotent-Replay"
-
-
-Agent = Annotated[
-    str | None, Field(description="the client of the agent that asked for the task; null when a person did")
-]
-
-
-class StartAnswer(BaseModel):
-    """The task is recorded; it runs by itself."""
-
-    task_id: str
-    status: Status
-    message: str
-
-
-class TaskError(BaseModel):
-    """Why a task did not complete, and at which step."""
-
-    step_id: str | None
-    reason: str
-
-
-EFFECT = Field(description="of the action when it completes; `recorded only`: the system performs nothing")
-NOTE = Field(description="names the letters of the requester that are outside ASCII: they may look like others")
-
-
-class ApprovalQuestion(BaseModel):
-    """What people are asked to approve: exactly what the hashes stand for, and nothing else, will run."""
-
-    step_index: int
-    step_id: str
-    step_type: str
-    parameters: dict[str, Any]
-    action_type: str
-    effect: Effect = EFFECT
-    risk_level: RiskLevel
-    requester: str
-    requester_note: str | None = NOTE
-    plan_hash: str
-    step_hash: str
-    policy_id: str
-    rule: Rule
-    approvals_required: int
-    decisions: list[Decision]
-    requested_at: str
-    expires_at: str
-    balance: WalletBalance | None = Field(
-        description="of the wallet that is to pay, when the approval was requested; null where no money moves"
-    )
-
-
-class TaskAnswer(BaseModel):
-    """A task as it stands."""
-
-    task_id: str
-    status: Status
-    task_type: str
-    description: str
-    requester: str
-    requester_note: str | None = NOTE
-    agent: Agent
-    created_at: str
-    updated_at: str
-    plan_id: str | None
-    current_step: int | None
-    requires_approval: bool
-    effect: Effect = EFFECT
-    error: TaskError | None
-    approval: ApprovalQuestion | None
-
-
-class TaskSummary(BaseModel):
-    """A task in a list; `waiting_until` is when the approval that it waits for expires."""
-
-    task_id: str
-    status: Status
-    task_type: str
-    description: str
-    requester: str
-    agent: Agent
-    created_at: str
-    updated_at: str
-    requires_approval: bool
-    waiting_until: str | None
-
-
-class TaskPage(BaseModel):
-    """Tasks, newest first; with `next_cursor`, unless this is the last page. A page before it may be short."""
-
-    tasks: list[TaskSummary]
-    next_cursor: str | None
-
-
-Reason = Annotated[str, StringConstraints(strip_whitespace=True, max_length=2000)]
-
-
-class DecisionRequest(BaseModel):
-    """A decision. Who decides is told by the token alone."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    approved: bool
-    reason: Reason
-    plan_hash: str | None = Field(
-        None, pattern="^[0-9a-f]{64}$", description="the plan that was looked at; 409 if it is another by now"
-    )
-
-
-class DecisionAnswer(BaseModel):
-    """The decision is recorded; the task goes on when enough people have approved."""
-
-    task_id: str
-    approved: bool
-    message: str
-    approvals_required: int
-    approvals_given: int
-
-
-class CancelRequest(BaseModel):
-    """Why a task is cancelled."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    reason: Reason = ""
-
-
-class LifecycleAnswer(BaseModel):
-    """The task's status from now on."""
-
-    task_id: str
-    status: Status
-    message: str
 
 
 @app.post("/task/start", status_code=202)
@@ -213,17 +92,6 @@ def start_task(
     if effect_of(action_step(task.task_type)) == RECORDED_ONLY:
         message += f" Its action is {RECORDED_ONLY}: a hash of it goes to the ledger, and the system performs nothing."
     return StartAnswer(task_id=task.task_id, status=task.status, message=message)
-
-
-class About(BaseModel):
-    """What this API is; the other fields are paths below its address."""
-
-    service: str
-    version: str
-    description: str
-    documentation: str
-    openapi: str
-    health: str
 
 
 @app.get("/", openapi_extra=OPEN)
@@ -283,8 +151,8 @@ def get_task(
         requires_approval=task.requires_approval,
         requester_note=subject_note(task.requester),
         effect=effect_of(action_step(task.task_type)),
-        error=_error(task),
-        approval=_question(task, store.plan_of(task), approval) if approval else None,
+        error=error_of(task),
+        approval=question(task, store.plan_of(task), approval) if approval else None,
     )
 
 
@@ -293,23 +161,39 @@ def get_tasks(
     caller: Annotated[Caller, Depends(require("requester", "approver", "auditor"))],
     status: Annotated[Status | None, Query(description="only those; `waiting_approval` is an approver's inbox")] = None,
     mine: Annotated[bool, Query(description="only those that the caller asked for")] = False,
+    for_me: Annotated[
+        bool,
+        Query(description="only those that the caller may decide on now; needs `status=waiting_approval`"),
+    ] = False,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     cursor: Annotated[
         str | None,
         Query(
             max_length=128,
-            description="`next_cursor` of the page before",
+            description="`next_cursor` of the previous page",
             json_schema_extra={"pattern": TASK_ID_PATTERN},
         ),
     ] = None,
 ) -> TaskPage:
-    """List tasks, newest first. Who only requests tasks sees their own."""
+    """List tasks, newest first. Callers who only request tasks see their own.
+
+    With `for_me`, the list is the caller's inbox: the tasks whose approval the caller may give or refuse now. A page
+    reads at most `limit` tasks, so it may be short or empty and lead on.
+    """
     if cursor is not None and not is_task_id(cursor):
         raise InvalidInputError("not a cursor of this list", field="cursor")
+    if for_me and status != "waiting_approval":
+        raise InvalidInputError("needs `status=waiting_approval`", field="for_me")
+    if for_me and not caller.has("approver"):
+        return TaskPage(tasks=[], next_cursor=None)
     everyones = caller.has("approver", "auditor") and not mine
     page = list_tasks(status=status, requester=None if everyones else caller.subject, limit=limit, before=cursor)
-    shown = set(TaskSummary.model_fields)
-    tasks = [TaskSummary.model_validate(task.model_dump(include=shown)) for task in page.tasks]
+    shown, store = set(TaskSummary.model_fields), TaskStore()
+    tasks = [
+        TaskSummary.model_validate(task.model_dump(include=shown))
+        for task in page.tasks
+        if not for_me or store.may_decide(task, caller.subject, four_eyes=caller.four_eyes)
+    ]
     return TaskPage(tasks=tasks, next_cursor=page.cursor)
 
 
@@ -323,7 +207,8 @@ def decide(
 ) -> DecisionAnswer:
     """Approve or reject what the task waits for, once; 409 when it waits for nothing.
 
-    A person cannot decide on a task that they started or retried, in any run.
+    A person cannot decide on a task that they started or retried, in any run. If the policy names the group that
+    approves, only people in that group can decide.
     """
     store = TaskStore()
     task = _visible(store, task_id, caller)
@@ -437,33 +322,3 @@ def _visible(store: TaskStore, task_id: str, caller: Caller) -> Task:
     if task is None or not caller.may_see(task.requester):
         raise NotFoundError("no such task", field="task_id")
     return task
-
-
-def _error(task: Task) -> TaskError | None:
-    if task.status not in TERMINAL or task.status == "completed":
-        return None
-    return TaskError(step_id=task.failed_step, reason=task.reason or task.status)
-
-
-def _question(task: Task, plan: Plan, approval: Approval) -> ApprovalQuestion:
-    step = plan.steps[approval.step_index]
-    return ApprovalQuestion(
-        step_index=approval.step_index,
-        step_id=step.step_id,
-        step_type=step.type,
-        parameters=step.parameters,
-        action_type=plan.analysis.action_type,
-        effect=effect_of(step.type),
-        requester_note=subject_note(task.requester),
-        risk_level=plan.policy.risk_level,
-        requester=task.requester,
-        plan_hash=approval.plan_hash,
-        step_hash=approval.step_hash,
-        policy_id=approval.policy_id,
-        rule=plan.policy.rule,
-        approvals_required=approval.required,
-        decisions=list(approval.decisions),
-        requested_at=approval.requested_at,
-        expires_at=approval.expires_at,
-        balance=approval.balance,
-    )

@@ -11,7 +11,7 @@ from fastapi import Depends, Path, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from qaes import VERSION
-from qaes.adapters.http import OPEN, Caller, Sha256, create_app, make_handler, require
+from qaes.adapters.http import EVERY_ROLE, OPEN, Caller, Sha256, create_app, make_handler, require
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.domain.errors import NotFoundError, TransientError
 from qaes.domain.qubic.identity import is_transaction_id_shaped
@@ -23,7 +23,6 @@ from qubic.wallets import service_identity
 from qubic.wiring import policies, submissions
 
 app = create_app("qubic")
-EVERY_ROLE = require("requester", "approver", "auditor")
 
 
 class _Answer(BaseModel):

@@ -14,7 +14,14 @@ item_key = dynamo.key
 
 
 class ChangedError(Exception):
-    """Another writer was first: nothing has been written, and the caller reads again."""
+    """Another writer was first: nothing has been written, and the caller reads again.
+
+    `refused` lists the writes (from 0) whose conditions did not hold.
+    """
+
+    def __init__(self, refused: tuple[int, ...] = (0,)) -> None:
+        super().__init__("another writer was first")
+        self.refused = refused
 
 
 class Items:
@@ -33,26 +40,18 @@ class Items:
 
     def put_new(self, item: Item) -> Item:
         """For `write`: put an item that is not there yet."""
-        not_there_yet = "attribute_not_exists(pk)"
-        return {"Put": {"TableName": self.table, "Item": item, "ConditionExpression": not_there_yet}}
+        return dynamo.put_new(self.table, item)
 
     def put_after(self, item: Item, before: int, counter: str = "version") -> Item:
         """For `write`: put an item whose `counter` was `before` when it was read; 0: it was not there."""
-        put = self.put_new(item)
-        if before:
-            nobody_wrote_since = f"{counter} = :before"
-            put["Put"] |= {
-                "ConditionExpression": nobody_wrote_since,
-                "ExpressionAttributeValues": {":before": {"N": str(before)}},
-            }
-        return put
+        return dynamo.put_after(self.table, item, before, counter)
 
     def write(self, *writes: Item) -> None:
         """Write all or nothing. Raises ChangedError if a condition does not hold, and what `dynamo.call` raises."""
         try:
             dynamo.transact(writes)
         except dynamo.ConditionFailedError as error:
-            raise ChangedError from error
+            raise ChangedError(error.refused) from error
 
     def update(self, **arguments: Any) -> None:
         """Update one item. Raises as `write`."""

@@ -109,7 +109,7 @@ def _policy_document(_it: Submissions, arguments: Arguments) -> Result:
 
 
 def _settle_policy(_it: Submissions, _arguments: Arguments) -> Result:
-    policies().bring_forward()
+    policies().advance()
     return {}
 
 

@@ -7,13 +7,12 @@ from typing import Annotated, Any
 from fastapi import Body, Depends, FastAPI, Path, Query
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from qaes.adapters.http import Caller, require
+from qaes.adapters.http import EVERY_ROLE, Caller, require
 from qaes.domain.planning import RECORDED_ONLY, Effect, action_step, effect_of
 from qaes.domain.policy import MAX_RULES, POLICY_ID_PATTERN, ActionType, PolicyDifference, Rule, Rules
 from qubic.policy.lifecycle import Policies
 from qubic.policy.versions import PolicyVersion
 
-EVERY_ROLE = require("requester", "approver", "auditor")
 Operator = Annotated[Caller, Depends(require("operator", deciding=True))]
 Version = Annotated[int, Path(ge=1, lt=10**9)]
 

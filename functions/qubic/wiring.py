@@ -30,7 +30,7 @@ def submissions() -> Submissions:
 
 def policies() -> Policies:
     """Make the policy's store; without the key, versions are handed in by the function that signs for the API."""
-    return Policies(submissions(), bring_forward=None if holds_key() else LedgerClient().settle_policy)
+    return Policies(submissions(), advance_elsewhere=None if holds_key() else LedgerClient().settle_policy)
 
 
 def _rule_for(submission: Submission) -> PolicyDecision:

@@ -18,7 +18,7 @@ from qaes.adapters.logs import logger
 from qaes.domain.errors import LimitError, TransientError
 from qubic.transactions.queue import enqueue, wait_until_due
 from qubic.transactions.submissions import Submissions
-from qubic.transactions.tracking import FOLLOW_SECONDS
+from qubic.transactions.tracking import ADVANCE_SECONDS
 from qubic.wiring import policies, submissions
 
 STUCK_METRIC = "LedgerStuck"
@@ -32,19 +32,19 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     it = submissions()
     if "Records" not in event:
         try:
-            return {"open": _follow_all(it, context)}
+            return {"open": _advance_all(it, context)}
         finally:
             policies().settle()  # last: whatever is wrong with a policy must not keep the others waiting
     failed: list[dict[str, str]] = []
-    followed: dict[str, int] = {}
+    advanced: dict[str, int] = {}
     for record in event["Records"]:
         if not _has_time(context):
             failed.append({"itemIdentifier": record["messageId"]})
             continue
         try:
-            _look(it, json.loads(record["body"]), followed)
+            _look(it, json.loads(record["body"]), advanced)
         except Exception:  # noqa: BLE001 - whatever it is, it is logged, and delivered again
-            logger().exception("could not follow", extra={"body": record["body"]})
+            logger().exception("could not advance", extra={"body": record["body"]})
             failed.append({"itemIdentifier": record["messageId"]})
     return {"batchItemFailures": failed}
 
@@ -53,10 +53,10 @@ def _has_time(context: LambdaContext) -> bool:
     return context.get_remaining_time_in_millis() >= SECONDS_FOR_A_SOURCE * 1000
 
 
-def _look(it: Submissions, message: dict[str, Any], followed: dict[str, int]) -> None:
-    """Look at a submission, and have it looked at again if it is open; `followed`: sources, and the tick it was then.
+def _look(it: Submissions, message: dict[str, Any], advanced: dict[str, int]) -> None:
+    """Look at a submission, and have it looked at again if it is open; `advanced`: sources, and the tick it was then.
 
-    A source is followed once for all messages of a batch.
+    A source is advanced once for all messages of a batch.
     """
     if message["network"] != it.chain.network:
         return  # of another network, which this stack was on before: nobody here can find out
@@ -64,20 +64,20 @@ def _look(it: Submissions, message: dict[str, Any], followed: dict[str, int]) ->
     if submission is None:
         return
     source = submission.source
-    if source not in followed:
-        followed[source] = 0
+    if source not in advanced:
+        advanced[source] = 0
         wait_until_due(message)
         try:
-            it.follow(source, seconds=FOLLOW_SECONDS)
-            followed[source] = it.chain.tick_info().tick
+            it.advance(source, seconds=ADVANCE_SECONDS)
+            advanced[source] = it.chain.tick_info().tick
         except (TransientError, LimitError) as error:
-            logger().warning("not followed", extra={"source": source, "reason": error.message})
+            logger().warning("not advanced", extra={"source": source, "reason": error.message})
         submission = it.get(submission.key) or submission
     if submission.is_open:
-        enqueue(submission, followed[source], seen=int(message.get("seen", 0)), looks=int(message.get("looks", 0)))
+        enqueue(submission, advanced[source], seen=int(message.get("seen", 0)), looks=int(message.get("looks", 0)))
 
 
-def _follow_all(it: Submissions, context: LambdaContext) -> list[str]:
+def _advance_all(it: Submissions, context: LambdaContext) -> list[str]:
     """Follow every source that has something open, in any order; return those that are left."""
     identities = it.open_sources()
     random.shuffle(identities)  # none is always the last
@@ -87,12 +87,12 @@ def _follow_all(it: Submissions, context: LambdaContext) -> list[str]:
             if not _has_time(context):
                 left.append(identity)
                 continue
-            it.follow(identity, seconds=FOLLOW_SECONDS)
+            it.advance(identity, seconds=ADVANCE_SECONDS)
         except (TransientError, LimitError) as error:
-            logger().warning("not followed", extra={"source": identity, "reason": error.message})
+            logger().warning("not advanced", extra={"source": identity, "reason": error.message})
             left.append(identity)
         except Exception:  # noqa: BLE001 whatever it is, it must not keep the others waiting
-            logger().exception("not followed", extra={"source": identity})
+            logger().exception("not advanced", extra={"source": identity})
             metrics.count_one(STUCK_METRIC)
             left.append(identity)
     return left

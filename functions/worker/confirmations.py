@@ -20,7 +20,7 @@ from qaes.domain.models import StepRecord, Task
 
 SETTLED = "transfer_settled"
 """The qubic service's event."""
-NOT_ON_RECORD_METRIC = "TransferNotOnRecord"
+UNRECORDED_TRANSFER_METRIC = "UnrecordedTransfer"
 
 
 @function
@@ -70,7 +70,7 @@ def _check_on_record(record: StepRecord | None, reference: str, txid: str) -> No
         "money has moved, and it is not on record",
         extra={"transfer": reference, "txid": state["txid"], "step": status},
     )
-    metrics.count_one(NOT_ON_RECORD_METRIC)
+    metrics.count_one(UNRECORDED_TRANSFER_METRIC)
 
 
 def _index_of(store: TaskStore, task: Task, step_id: str) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
 from qaes.adapters import audit_trail, settings, transfers
-from qaes.adapters.callbacks import CallbacksTable
+from qaes.adapters.callbacks import Callback, CallbacksTable
 from qaes.adapters.executions import answer
 from qaes.adapters.handlers import state, token_state
 from qaes.adapters.ledger_client import LedgerClient
@@ -78,7 +78,7 @@ def execute_action(event: dict[str, Any], context: LambdaContext) -> dict[str, A
     limit = settings.number("CONFIRMATION_TIMEOUT_SECONDS")
     callbacks, record = CallbacksTable(), records.get(step_index)
     attempt_of = record.run if record is not None and record.status == "running" else task.run
-    callbacks.wait("ACTION", task.task_id, step_index, token, limit, run=task.run, attempt_of=attempt_of)
+    callbacks.wait(Callback("ACTION", task.task_id, step_index, token, limit, task.run, attempt_of))
     if record is not None and record.status == "running":
         record = store.step(task.task_id, step_index)  # it may have ended before this token was there to be answered
     ended = None

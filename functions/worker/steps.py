@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from qaes.adapters.ledger_client import LedgerClient
-from qaes.adapters.transfers import OPEN, result_of
+from qaes.adapters.transfers import result_of
 from qaes.domain.canonical import hash_of
 from qaes.domain.errors import PermanentError
 from qaes.domain.models import Step, StepType, WalletBalance
 from qaes.domain.policy import Policy
+from qaes.domain.qubic import OPEN_STATES
 from qaes.domain.tasks.lifecycle import StepOutcome
 
 Parameters = dict[str, Any]
@@ -117,7 +118,7 @@ def onchain_action(parameters: Parameters, effect: Effect) -> Result | Submitted
         run=effect.run,
     )
     state = transfer["state"]
-    if state in OPEN:
+    if state in OPEN_STATES:
         return Submitted(transfer["txid"], transfer["tick"])
     if state not in {"confirmed", "simulated"}:
         code, _, message = str(transfer["error"] or "").partition(": ")

@@ -32,14 +32,14 @@ MAY_INVOKE = {
     "LedgerAnchorFunction": {"AnchorFunction"},
     "LedgerRecordFunction": {"QubicApiFunction"},
 }  # fmt: skip
-SIGNERS = {*MAY_INVOKE, "LedgerWriterFunction"}
+SIGNERS = {*MAY_INVOKE, "TransactionWorkerFunction"}
 QUBIC = SIGNERS | {"QubicApiFunction"}
 WRITERS_OF_THE_TRAIL = {"RecordEventsFunction"}
 FUNCTIONS = (
     "GatewayFunction", "PlannerApiFunction", "AgentRuntimeApiFunction", "WorkerApiFunction", "AuditApiFunction",
     "QubicApiFunction", "AuthorizerFunction", "PlanTaskFunction", "RunStepFunction", "AwaitApprovalFunction",
     "ExecuteActionFunction", "EndTaskFunction", "ReconcilerFunction", "RecordEventsFunction", "LedgerFunction",
-    "SequencerFunction", "AnchorFunction", "LedgerWriterFunction",
+    "SequencerFunction", "AnchorFunction", "TransactionWorkerFunction",
     "LedgerTransferFunction", "LedgerAnchorFunction", "LedgerRecordFunction",
     "AuditSweeperFunction", "PublicLogFunction",
 )  # fmt: skip
@@ -97,7 +97,7 @@ def test_only_the_ledgers_functions_have_the_key(
     """The API of the qubic service, which the internet reaches, is not among them."""
     secrets = session(function).client("secretsmanager", endpoint_url=local_cloud.endpoint)
     _refused(secrets.get_secret_value, SecretId=local_cloud.resources["QubicSeed"])
-    queue = local_cloud.client("sqs").list_queues(QueueNamePrefix="qaes-local-LedgerWriterQueue")["QueueUrls"][0]
+    queue = local_cloud.client("sqs").list_queues(QueueNamePrefix="qaes-local-TransactionWorkerQueue")["QueueUrls"][0]
     sqs = session(function).client("sqs", endpoint_url=local_cloud.endpoint)
     _refused(sqs.send_message, QueueUrl=queue, MessageBody="{}")
     events = session(function).client("events", endpoint_url=local_cloud.endpoint)

@@ -13,7 +13,7 @@ from qaes.adapters.task_repository import TaskStore
 from qaes.domain.models import Outcome
 from qaes.domain.tasks.lifecycle import StepOutcome
 from tests.handlers.test_gateway import UNKNOWN
-from tests.handlers.test_task_store import claim, new_task, planned
+from tests.handlers.test_task_repository import claim, new_task, planned
 from tests.support.api import ALICE, BOB, CAROL, MALLORY, NOBODY, OLIVIA, Api
 from tests.support.cloud import Cloud, cloud
 

@@ -15,7 +15,7 @@ from qaes.adapters.http import Caller
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain.canonical import hash_of, salted_hash
 from tests.handlers.test_gateway import NO, TRANSFER, YES, start
-from tests.handlers.test_task_store import events, planned, waiting
+from tests.handlers.test_task_repository import events, planned, waiting
 from tests.support.api import ALICE, BOB, CAROL, MALLORY, OLIVIA, Api, items, set_environment
 from tests.support.cloud import Cloud, cloud
 

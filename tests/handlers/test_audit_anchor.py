@@ -226,7 +226,7 @@ def test_log_that_was_set_back_is_not_anchored(aws: Cloud, ledger: Ledger, table
     set_back(kept)
     grow(aws, 7)  # the places that were forgotten are given to others
     if code == "corrupt":
-        with pytest.raises(CorruptLogError, match="anchored at its size 4"):
+        with pytest.raises(CorruptLogError, match="anchored root at size 4"):
             anchor(aws)
     else:
         assert stopped(aws) == code

@@ -35,7 +35,7 @@ from tests.handlers.test_audit_recorder import (
     start_task,
     task_with,
 )
-from tests.handlers.test_task_store import claim, new_task
+from tests.handlers.test_task_repository import claim, new_task
 from tests.support import template
 from tests.support.bundles import policy_text
 from tests.support.cloud import PARAMETERS, Cloud, Context, cloud, prepared
@@ -603,7 +603,7 @@ def test_an_altered_trail_still_has_a_bundle_for_the_verifier_to_refuse(get: Get
 def test_before_the_first_anchor_there_is_no_checkpoint(get: Get) -> None:
     for path in ("/audit/log/checkpoint", "/log/checkpoint"):
         status, body = get(path)
-        assert (status, body["detail"]) == (404, "no checkpoint of the log has been anchored yet")
+        assert (status, body["detail"]) == (404, "the log has no anchored checkpoint yet; try again later")
 
 
 def test_the_checkpoint_is_that_of_the_newest_anchor(get: Get, recorded: str) -> None:

@@ -13,7 +13,7 @@ from qaes.adapters.task_items import Idempotency
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain.canonical import canonical_json, hash_of, salted_hash
 from qaes.domain.models import Event
-from tests.handlers.test_task_store import new_task, planned, waiting
+from tests.handlers.test_task_repository import new_task, planned, waiting
 from tests.support.cloud import Cloud, cloud
 
 KEY = Idempotency(subject="alice", key="my key", body_hash="0" * 64)

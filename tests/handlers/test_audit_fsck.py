@@ -29,11 +29,8 @@ from tests.support.trail import (
     entry_items,
     log,
     new_recorder,
-    new_sequencer,
     outbox,
-    policy_outbox,
     put_entries,
-    put_policy_event,
     sequence_all,
     store,
 )
@@ -63,9 +60,7 @@ def sound(aws: Cloud) -> str:
 
 
 def check() -> Report:
-    return fsck(
-        store(), log(), LedgerClient("LedgerFunction"), log_id="qaes", outbox=outbox(), policy_outbox=policy_outbox()
-    )
+    return fsck(store(), log(), LedgerClient("LedgerFunction"), log_id="qaes", outbox=outbox())
 
 
 def found() -> set[str]:
@@ -135,17 +130,6 @@ def forge_decision(task_id: str) -> None:
 
 TASKS, ENTRIES, LOG, NEWEST = "TasksTable", "AuditEntriesTable", "AuditLogTable", "SIZE#000000000005"
 ANCHORS = "AuditAnchorsTable"
-
-
-def policy_event(number: int) -> tuple[str, str, str]:
-    """Change the policy twice, put that into the log; the key of the event with that number."""
-    for kind in ("action_suspended", "resume_requested"):
-        put_policy_event(kind)
-    new_recorder().drain("policy")
-    new_sequencer().sequence(("policy", entry) for entry in store().entries("policy"))
-    return "PolicyTable", "EVENTS#policy", f"EVENT#{number:09d}"
-
-
 BROKEN: dict[str, tuple[set[str], Callable[[str], Any]]] = {
     "event not recorded": ({"unrecorded"}, lambda task: add_events(task, 4, 4)),
     "event altered": ({"event"}, lambda task: change(TASKS, task, "EVENT#000002", actor={"S": "mallory"})),
@@ -157,12 +141,6 @@ BROKEN: dict[str, tuple[set[str], Callable[[str], Any]]] = {
         {"chain", "index"},
         lambda task: change(ENTRIES, task, "ENTRY#000003", leaf={"S": "f" * 64}),
     ),
-    "policy's event with another state": (
-        {"policy", "event"},
-        lambda _: change(*policy_event(2), output={"S": '{"suspended":{}}'}),
-    ),
-    "policy's event gone": ({"policy", "event"}, lambda _: remove(*policy_event(1))),
-    "policy's last event gone": ({"event"}, lambda _: remove(*policy_event(2))),
     "entry gone": ({"chain", "index"}, lambda task: remove(ENTRIES, task, "ENTRY#000002")),
     "last entry gone": ({"index"}, lambda task: remove(ENTRIES, task, "ENTRY#000003")),
     "entry not found by its output": ({"lookup"}, lambda task: unset(ENTRIES, task, "ENTRY#000002", "output")),
@@ -334,7 +312,7 @@ def test_a_count_that_is_not_that_of_the_events_is_named(aws: Cloud, sound: str,
     data = json.loads(stored["Item"]["data"]["S"]) | {"events": count}
     change(TASKS, sound, "TASK", data={"S": json.dumps(data)})
     told = [str(each) for each in check().findings if each.invariant == "event"]
-    assert told == [f"event: {sound} {count}: the task counts {count} events, the last is 3"]
+    assert told == [f"event: {sound} {count}: the task counts {count} events, but its last event is 3"]
 
 
 def test_a_task_that_was_erased_is_no_finding(aws: Cloud, sound: str) -> None:

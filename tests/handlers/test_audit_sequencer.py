@@ -178,10 +178,10 @@ def test_a_tile_never_gets_narrower_and_an_index_never_another(aws: Cloud) -> No
     log().widen_tile(0, 0, b"x" * 64)
     assert log().stored_tile(0, 0) == wide
     [batch] = log().batches()
-    with pytest.raises(CorruptLogError, match="1 to 2 have another index than 7"):
+    with pytest.raises(CorruptLogError, match="1 to 2 have other indexes than the batch at 7"):
         log().record_indexes(Batch(7, batch.leaves, batch.root))
     another = tuple(replace(each, leaf="f" * 64) for each in batch.leaves)
-    with pytest.raises(CorruptLogError, match="have another index"):
+    with pytest.raises(CorruptLogError, match="have other indexes"):
         log().record_indexes(Batch(0, another, batch.root))
     log().record_indexes(batch)
     check_log(2)

@@ -23,7 +23,7 @@ from tests.handlers.test_audit_fsck import check
 from tests.handlers.test_audit_recorder import add_events, check_complete, end_task, start_task, stream_event, task_with
 from tests.support.cloud import Cloud, cloud
 from tests.support.template import resolve, template
-from tests.support.trail import deliver, entry_items, log, new_recorder, outbox, policy_outbox, sequence_all, store
+from tests.support.trail import deliver, entry_items, log, new_recorder, outbox, sequence_all, store
 
 MINUTE = timedelta(minutes=1)
 TASKS = "TasksTable"
@@ -41,9 +41,7 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
 
 def sweep(after: timedelta = 2 * MINUTE, chunks: int = 1_000) -> Outcome:
     """A run so long from now, which has the time for so many chunks of events."""
-    one = Sweeper(
-        outbox(), store(), log(), record=sweeper._record, sequence=sweeper._sequence, policy_outbox=policy_outbox()
-    )
+    one = Sweeper(outbox(), store(), log(), record=sweeper._record, sequence=sweeper._sequence)
     looks = iter(range(1, chunks))
     return one.sweep(now() + after, lambda _: next(looks, None) is not None)
 
@@ -232,9 +230,7 @@ def test_a_long_list_is_worked_off_before_it_gets_longer(aws: Cloud, monkeypatch
 def test_of_two_runs_at_once_either_may_store_what_it_saw(aws: Cloud) -> None:
     """The one that began earlier stores last: what the other has seen is looked at again."""
     begin: datetime = now()
-    early = Sweeper(
-        outbox(), store(), log(), record=lambda _: None, sequence=lambda _: None, policy_outbox=policy_outbox()
-    )
+    early = Sweeper(outbox(), store(), log(), record=lambda _: None, sequence=lambda _: None)
     task_id = start_task()
     assert sweep(timedelta(days=1)).behind == 1
     assert early.sweep(begin).behind == 1  # it finds the other's list
@@ -258,9 +254,9 @@ def test_a_task_that_was_erased_leaves_the_list(aws: Cloud, caplog: pytest.LogCa
     erase(erased)
     found = sweep(3 * MINUTE)
     assert (found.behind, found.to_record) == (1, [other])
-    assert [(each.task_id, each.number) for each in caplog.records if each.message == "neither event nor entry"] == [
-        (erased, 2)
-    ]
+    assert [
+        (each.task_id, each.number) for each in caplog.records if each.message == "the task has neither event nor entry"
+    ] == [(erased, 2)]
     swept = log().swept()
     assert swept is not None and (swept.behind.keys(), swept.since.keys()) == ({other}, {other})
 
@@ -303,7 +299,7 @@ def test_how_far_back_the_sweeper_is_is_told(aws: Cloud, monkeypatch: pytest.Mon
 def test_the_function_says_how_many_are_behind(aws: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
     assert aws.invoke("AuditSweeperFunction", {}) == {"recorded": [], "sequenced": [], "behind": 0, "stuck": 0}
     said = capsys.readouterr().out
-    for name, value in (("TasksBehindInAudit", 0.0), ("TasksStuckInAudit", 0.0), ("AuditSweepLagSeconds", 60.0)):
+    for name, value in (("AuditBacklog", 0.0), ("TasksStuckInAudit", 0.0), ("AuditSweepLagSeconds", 60.0)):
         assert f'"{name}":[{value}]' in said
 
 
@@ -317,7 +313,7 @@ def test_the_alarms_look_at_what_the_function_says(aws: Cloud, capsys: pytest.Ca
         for group in line["_aws"]["CloudWatchMetrics"]
         for metric in group["Metrics"]
     }
-    for name in ("AuditBehindAlarm", "AuditSweepLateAlarm"):
+    for name in ("AuditBacklogAlarm", "AuditSweepLateAlarm"):
         alarm = template()["Resources"][name]["Properties"]
         dimensions = frozenset((each["Name"], each["Value"]) for each in alarm["Dimensions"])
         assert (resolve(alarm["Namespace"]), alarm["MetricName"], dimensions) in told, name

@@ -391,7 +391,7 @@ def test_the_document_knows_the_errors() -> None:
 def test_a_network_that_does_not_answer(call: Call, network: MockChain) -> None:
     network.set_faults(Faults(fail_requests=1))
     status, body, _ = call("GET", "/live/v1/tick-info")
-    assert (status, body) == (503, {"code": 14, "message": "the node does not answer", "details": []})
+    assert (status, body) == (503, {"code": 14, "message": "the node does not respond", "details": []})
 
 
 @pytest.mark.parametrize("name", CALLS)

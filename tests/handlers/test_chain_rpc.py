@@ -190,7 +190,7 @@ def test_a_node_that_is_busy_is_asked_again(
     pauses: list[float] = []
     monkeypatch.setattr("time.sleep", pauses.append)
     node.says(status, {"code": 14, "message": "busy"}, **{"Retry-After": "3600"})
-    with pytest.raises(TransientError, match=rf"^{name}: the node answered {status}"):
+    with pytest.raises(TransientError, match=rf"^{name}: the node responded with status {status}"):
         CALLS[name](node.chain())
     assert len(node.asked) == ATTEMPTS
     assert sum(pauses) < 5, "the node does not say how long we wait"
@@ -249,7 +249,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("impatient")
 def test_a_node_that_never_answers() -> None:
-    with hanging(b"", wait=5) as url, pytest.raises(TransientError, match="does not answer"):
+    with hanging(b"", wait=5) as url, pytest.raises(TransientError, match="does not respond"):
         RpcChain(url).tick_info()
 
 
@@ -274,7 +274,7 @@ def test_a_node_that_drips(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nobody_is_there(node: Node) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with pytest.raises(TransientError, match="does not answer"):
+    with pytest.raises(TransientError, match="does not respond"):
         RpcChain(f"http://127.0.0.1:{port}").tick_info()
 
 
@@ -289,7 +289,7 @@ def test_nobody_is_there(node: Node) -> None:
 )
 def test_what_is_not_as_documented(node: Node, name: str, answer: str) -> None:
     node.says(200, answer)
-    with pytest.raises(TransientError, match=rf"^{name}: the answer "):
+    with pytest.raises(TransientError, match=rf"^{name}: the response "):
         CALLS[name](node.chain())
 
 
@@ -297,7 +297,7 @@ def test_what_is_not_as_documented(node: Node, name: str, answer: str) -> None:
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_a_redirect_is_not_followed(node: Node, name: str, status: int) -> None:
     node.says(status, TICK_INFO, Location=node.url + "/elsewhere")
-    with pytest.raises(TransientError, match=f"answered {status}"):
+    with pytest.raises(TransientError, match=f"responded with status {status}"):
         CALLS[name](node.chain())
     assert len(node.asked) == 1
 
@@ -318,7 +318,9 @@ def test_an_answer_of_the_largest_size(node: Node) -> None:
 @pytest.mark.parametrize("tick", [-1, "x", "1_000", " 7", 7.0, True, None, 2**32, 2**64, "1" * 21, [7]])
 def test_a_number_that_is_none(node: Node, tick: Any) -> None:
     node.says(200, {"tickInfo": TICK_INFO["tickInfo"] | {"tick": tick}})
-    with pytest.raises(TransientError, match=r"^tick-info: the answer is not as documented: tickInfo\.tick$"):
+    with pytest.raises(
+        TransientError, match=r"^tick-info: the response does not match the documentation: tickInfo\.tick$"
+    ):
         node.chain().tick_info()
 
 
@@ -387,7 +389,7 @@ def test_answer_without_what_decides_is_unavailable(node: Node, name: str, membe
     for answer in (without(whole, member), whole | {member: None}):
         node.answers.clear()
         node.says(200, wrapped(answer))
-        with pytest.raises(TransientError, match="not as documented"):
+        with pytest.raises(TransientError, match="does not match the documentation"):
             CALLS[name](node.chain())
 
 
@@ -487,7 +489,7 @@ def test_a_node_that_changes_something(node: Node, name: str) -> None:
 )
 def test_a_node_that_answers_what_is_no_transaction(node: Node, name: str, value: Any) -> None:
     node.says(200, content(SENT, **{name: value}))
-    with pytest.raises(TransientError, match=r"no transaction|not as documented: tickNumber"):
+    with pytest.raises(TransientError, match=r"malformed transaction|does not match the documentation: tickNumber"):
         node.chain().transaction(SENT.id)
 
 
@@ -498,7 +500,7 @@ def test_a_signature_that_is_not_the_source_s(node: Node) -> None:
         forged = replace(SENT, signature=signature)
         node.answers.clear()
         node.says(200, content(forged))
-        with pytest.raises(TransientError, match="has not signed"):
+        with pytest.raises(TransientError, match="without its source.s signature"):
             node.chain().transaction(forged.id)
 
 
@@ -506,11 +508,11 @@ def test_a_signature_that_is_not_the_source_s(node: Node) -> None:
     ("transactions", "match"),
     [
         ([content(SENT, amount="6")], "another transaction"),
-        ([content(replace(SENT, signature=bytes(64)))], "has not signed"),
-        ([content(ALICE.signed(BOB, 5, 998))], "not asked for"),
-        ([content(ALICE.signed(BOB, 5, 2002))], "not asked for"),
-        ([content(BOB.signed(ALICE, 5, 1234), source=BOB.identity)], "not asked for"),
-        ([content(SENT)] * (PAGE + 1), "more than"),
+        ([content(replace(SENT, signature=bytes(64)))], "without its source.s signature"),
+        ([content(ALICE.signed(BOB, 5, 998))], "does not match the request"),
+        ([content(ALICE.signed(BOB, 5, 2002))], "does not match the request"),
+        ([content(BOB.signed(ALICE, 5, 1234), source=BOB.identity)], "does not match the request"),
+        ([content(SENT)] * (PAGE + 1), "more transactions than requested"),
     ],
 )
 def test_a_list_that_is_not_what_was_asked_for(node: Node, transactions: list[Any], match: str) -> None:
@@ -522,9 +524,9 @@ def test_a_list_that_is_not_what_was_asked_for(node: Node, transactions: list[An
 @pytest.mark.parametrize(
     ("transactions", "total", "match"),
     [
-        ([], 1, "counts 1 transactions and lists 0"),
-        ([content(SENT)], 0, "counts 0 transactions and lists 1"),
-        ([content(SENT), content(SENT)], 2, "counts 2 transactions and lists 1"),
+        ([], 1, "counts 1 transactions but lists 0"),
+        ([content(SENT)], 0, "counts 0 transactions but lists 1"),
+        ([content(SENT), content(SENT)], 2, "counts 2 transactions but lists 1"),
         ([content(SENT)], MAX_LISTED + 1, "too many"),
         ([content(SENT)], 10_000, "too many"),  # the service counts no further
     ],

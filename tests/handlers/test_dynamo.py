@@ -16,12 +16,12 @@ from botocore.exceptions import ClientError, EndpointConnectionError, ReadTimeou
 
 from audit import store as audit_store
 from qaes.adapters import dynamo
-from qaes.adapters.callbacks import CallbacksTable
+from qaes.adapters.callbacks import Callback, CallbacksTable
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain.errors import ThrottledError, TransientError
 from qaes.domain.ids import new_task_id
 from qubic.items import ChangedError, Items
-from tests.handlers.test_task_store import new_task
+from tests.handlers.test_task_repository import new_task
 from tests.support import template
 from tests.support.api import Api
 from tests.support.cloud import Cloud, cloud
@@ -154,7 +154,7 @@ READERS: dict[str, Callable[[], object]] = {
     "get_many": lambda: list(dynamo.get_many(LEDGER, [dynamo.key("a", "X")])),
     "query": lambda: TaskStore("TasksTable").open_tasks("pending", 0),
     "scan": lambda: list(dynamo.items("scan", TableName=LEDGER)),
-    "put": lambda: CallbacksTable().wait("ACTION", "task_1", 0, "token", 60, run=1),
+    "put": lambda: CallbacksTable().wait(Callback("ACTION", "task_1", 0, "token", 60, 1)),
     "delete": lambda: CallbacksTable().forget("ACTION", "task_1", 0, "token"),
 }
 

@@ -20,7 +20,7 @@ from qaes.domain.ids import is_task_id, parse_timestamp
 from qaes.domain.qubic.identity import encode_identity
 from qubic.network.mock import FIRST_TICK
 from qubic.wallets import demo_key
-from tests.handlers.test_task_store import new_task, planned, waiting
+from tests.handlers.test_task_repository import new_task, planned, waiting
 from tests.support.api import ALICE, BOB, CAROL, MALLORY, NOBODY, OLIVIA, Api, items, named, set_environment
 from tests.support.cloud import Cloud, cloud
 

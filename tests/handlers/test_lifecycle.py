@@ -20,7 +20,7 @@ from qaes.domain.ids import now, parse_timestamp
 from qaes.domain.policy import Policy
 from qaes.domain.tasks.lifecycle import MAX_RETRIES
 from tests.handlers.test_gateway import DOWN, MONITOR, NO, SOURCE, TRANSFER, YES, executions, start, start_waiting
-from tests.handlers.test_task_store import new_task, planned, replace_approval, waiting
+from tests.handlers.test_task_repository import new_task, planned, replace_approval, waiting
 from tests.support.api import ALICE, BOB, CAROL, MALLORY, OLIVIA, Api, items, named, set_environment
 from tests.support.cloud import Cloud, cloud
 from tests.support.tokens import approval_token

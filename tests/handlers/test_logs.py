@@ -13,7 +13,7 @@ from qaes.adapters.handlers import WARM_UP
 from qaes.adapters.logs import MAX_LINE_BYTES
 from qaes.adapters.task_repository import TaskStore
 from tests.handlers.test_gateway import MONITOR, TRANSFER, YES
-from tests.handlers.test_task_store import waiting
+from tests.handlers.test_task_repository import waiting
 from tests.support import template
 from tests.support.api import ALICE, BOB, NOBODY, Api, set_environment
 from tests.support.cloud import Cloud, cloud

@@ -12,7 +12,7 @@ import pytest
 from qaes.adapters import task_changes
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain.ids import now, timestamp
-from tests.handlers.test_task_store import events, replace_approval, waiting
+from tests.handlers.test_task_repository import events, replace_approval, waiting
 from tests.support.cloud import Cloud, cloud
 from tests.support.template import resolve, template
 
@@ -121,23 +121,23 @@ def told(aws: Cloud, capsys: pytest.CaptureFixture[str]) -> dict[str, float]:
     capsys.readouterr()
     aws.invoke("ReconcilerFunction", {"detail-type": "Scheduled Event"})
     found = metrics(capsys.readouterr().out)
-    return {name: value for name, value, _ in found if name in {"OpenApprovals", "OldestOpenApproval"}}
+    return {name: value for name, value, _ in found if name in {"OpenApprovals", "OldestPendingApprovalAge"}}
 
 
 def test_the_age_of_the_oldest_open_approval_is_told_each_minute(
     aws: Cloud, store: TaskStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert told(aws, capsys) == {"OpenApprovals": 0, "OldestOpenApproval": 0}
+    assert told(aws, capsys) == {"OpenApprovals": 0, "OldestPendingApprovalAge": 0}
     ask(store, ago=60)
     oldest = ask(store, ago=5000)
     ask(store, ago=300)
     found = told(aws, capsys)
     assert found["OpenApprovals"] == 3
-    assert 5000 <= found["OldestOpenApproval"] < 5060
+    assert 5000 <= found["OldestPendingApprovalAge"] < 5060
     store.decide(oldest, approved=False, subject="bob", reason="no")
     found = told(aws, capsys)
     assert found["OpenApprovals"] == 2
-    assert 300 <= found["OldestOpenApproval"] < 360
+    assert 300 <= found["OldestPendingApprovalAge"] < 360
 
 
 def test_an_approval_that_was_just_closed_for_its_time_does_not_count(
@@ -145,7 +145,7 @@ def test_an_approval_that_was_just_closed_for_its_time_does_not_count(
 ) -> None:
     monkeypatch.setattr("qaes.adapters.executions.Executions.deliver", lambda *_: True)
     ask(store, ago=90_000, left=-3600)
-    assert told(aws, capsys) == {"OpenApprovals": 0, "OldestOpenApproval": 0}
+    assert told(aws, capsys) == {"OpenApprovals": 0, "OldestPendingApprovalAge": 0}
 
 
 def test_an_execution_that_ended_says_nothing_of_approvals(
@@ -173,7 +173,7 @@ def test_alarms_look_at_the_metrics_that_are_told(
         for group in line["_aws"]["CloudWatchMetrics"]
         for metric in group["Metrics"]
     }
-    wanted = {"OldestOpenApproval", "ApprovalUndeliverable"}
+    wanted = {"OldestPendingApprovalAge", "ApprovalUndeliverable"}
     alarms = {
         (
             resolve(body["Properties"]["Namespace"]),

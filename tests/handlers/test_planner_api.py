@@ -30,7 +30,7 @@ from tests.handlers.test_gateway import (
     UNKNOWN,
     ZERO,
 )
-from tests.handlers.test_task_store import new_task, planned
+from tests.handlers.test_task_repository import new_task, planned
 from tests.support.api import ALICE, BOB, CAROL, MALLORY, NOBODY, OLIVIA, Api, items, named
 from tests.support.bundles import policy_text
 from tests.support.cloud import Cloud, cloud

@@ -362,7 +362,7 @@ def test_many_settle_at_once(aws: Cloud, store: Policies) -> None:
 def confirm_silently(aws: Cloud) -> None:
     """Let the ledger confirm, and the one who is to tell of it crash."""
     aws.clock.pass_seconds(20)
-    Submissions(chain()).follow(service_key().identity)
+    Submissions(chain()).advance(service_key().identity)
 
 
 # What fails half-way
@@ -381,7 +381,7 @@ def test_an_approval_that_could_not_be_submitted_is_by_the_writer(
         assert store.approve(2, subject="oscar", four_eyes=True).status == "approved"
         with pytest.raises(TransientError, match="busy"):
             store.settle()
-    aws.invoke("LedgerWriterFunction", {})
+    aws.invoke("TransactionWorkerFunction", {})
     assert store.get(2).status == "anchoring"
     aws.settle()
     assert store.in_force().version == 2
@@ -775,9 +775,9 @@ def test_a_version_that_was_on_its_way_when_the_seed_was_replaced(
     aws.parameters["QubicFormerIdentities"] = former
     chain().set_faults(Faults())  # type: ignore[attr-defined]
     fund(aws, service_key())
-    aws.invoke("LedgerWriterFunction", {})
+    aws.invoke("TransactionWorkerFunction", {})
     aws.settle()
-    aws.invoke("LedgerWriterFunction", {})
+    aws.invoke("TransactionWorkerFunction", {})
     assert store.in_force().version == 2
     assert store.document(store.in_force().policy_id)["source"] == service_key().identity
 
@@ -795,7 +795,7 @@ def test_the_first_version_too(monkeypatch: pytest.MonkeyPatch) -> None:
         aws.parameters["QubicFormerIdentities"] = former
         chain().set_faults(Faults())  # type: ignore[attr-defined]
         fund(aws, service_key())
-        aws.invoke("LedgerWriterFunction", {})
+        aws.invoke("TransactionWorkerFunction", {})
         aws.settle()
         assert wiring.policies().in_force().version == 1
 

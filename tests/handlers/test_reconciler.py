@@ -18,7 +18,7 @@ from qaes.adapters.task_repository import TaskStore
 from qaes.domain.errors import ThrottledError
 from qaes.domain.ids import new_task_id, now, timestamp
 from qaes.domain.models import Task
-from tests.handlers.test_task_store import new_task, planned
+from tests.handlers.test_task_repository import new_task, planned
 from tests.support import template
 from tests.support.cloud import Cloud, Context, cloud
 from tests.support.crashes import CrashError
@@ -244,8 +244,8 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def oldest(capsys: pytest.CaptureFixture[str]) -> float:
-    [line] = [line for line in capsys.readouterr().out.splitlines() if '"OldestOpenApproval":' in line]
-    age: float = json.loads(line)["OldestOpenApproval"][0]
+    [line] = [line for line in capsys.readouterr().out.splitlines() if '"OldestPendingApprovalAge":' in line]
+    age: float = json.loads(line)["OldestPendingApprovalAge"][0]
     return age
 
 

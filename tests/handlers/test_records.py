@@ -276,7 +276,7 @@ def test_approval_survives_when_signer_fails(aws: Cloud, request_: Request) -> N
     status, approved = request_("POST", "/policy/versions/2/approve", subject="oscar")
     assert (status, approved["status"]) == (200, "approved")
     del aws.faults["LedgerRecordFunction"]
-    aws.invoke("LedgerWriterFunction", {})
+    aws.invoke("TransactionWorkerFunction", {})
     aws.settle()
     assert request_("GET", "/policy")[1]["version"] == 2
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from qaes.adapters import clients, dynamo
-from qaes.adapters.callbacks import CallbacksTable
+from qaes.adapters.callbacks import Callback, CallbacksTable
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain.errors import ConflictError, ForbiddenError
 from qaes.domain.ids import now
 from qaes.domain.models import Approval, Plan, Task
 from tests.handlers.test_gateway import NO, YES
-from tests.handlers.test_task_store import claim, events, planned, waiting
+from tests.handlers.test_task_repository import claim, events, planned, waiting
 from tests.support.api import ALICE, BOB, OLIVIA, Api, set_environment
 from tests.support.cloud import Cloud, cloud
 from tests.support.tokens import action_token, approval_token
@@ -286,14 +286,14 @@ def test_a_late_worker_of_run_1_changes_nothing_in_run_2(aws: Cloud, store: Task
 def test_a_late_wait_of_run_1_does_not_take_run_2_s_token(aws: Cloud, store: TaskStore) -> None:
     task_id, plan = retried(store)
     claim(store, task_id, plan, 2, None, run=2, current=plan.policy)
-    CallbacksTable().wait("ACTION", task_id, 2, "token of run 2", 60, run=2)
+    CallbacksTable().wait(Callback("ACTION", task_id, 2, "token of run 2", 60, 2))
     late = {"task_id": task_id, "task_token": "token of run 1", "execution": task_id}
     with pytest.raises(ConflictError, match="another execution"):
         aws.invoke("ExecuteActionFunction", late)
     with pytest.raises(ConflictError, match="another execution"):
-        CallbacksTable().wait("ACTION", task_id, 2, "token of run 1", 60, run=1)
+        CallbacksTable().wait(Callback("ACTION", task_id, 2, "token of run 1", 60, 1))
     assert action_token(task_id) == "token of run 2"
-    CallbacksTable().wait("ACTION", task_id, 2, "newer token of run 2", 60, run=2)
+    CallbacksTable().wait(Callback("ACTION", task_id, 2, "newer token of run 2", 60, 2))
     assert action_token(task_id) == "newer token of run 2"
 
 

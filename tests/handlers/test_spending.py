@@ -28,7 +28,7 @@ from qubic.transactions.model import Submission
 from qubic.transactions.signing import LEAD_TICKS
 from qubic.transactions.submissions import Submissions
 from qubic.wallets import DEMO_BALANCES, Wallets, demo_key
-from tests.handlers.test_task_store import waiting
+from tests.handlers.test_task_repository import waiting
 from tests.support.api import set_environment
 from tests.support.cloud import Cloud, cloud
 
@@ -86,7 +86,7 @@ class Ledger:
                 return
             self.aws.clock.pass_seconds(LEAD_TICKS + 6)
             for identity in it.open_sources():
-                it.follow(identity)
+                it.advance(identity)
         raise AssertionError("there is no end of it")
 
     def faults(self, **faults: int) -> None:
@@ -290,7 +290,7 @@ def test_an_expired_transfer_gives_back_once(ledger: Ledger) -> None:
     assert ledger.spent() == 100
     ledger.settle()
     assert ledger.state("a").state == "expired"
-    at_once([lambda: ledger.submissions().follow(IDENTITY)] * 8)
+    at_once([lambda: ledger.submissions().advance(IDENTITY)] * 8)
     assert (ledger.spent(), ledger.state("a").counted_on) == (40, "")
     ledger.transfer("c", 60)
     assert ledger.refusal("a", 60, run=2) == "daily_limit_exceeded"
@@ -302,11 +302,11 @@ def test_closing_at_once_gives_back_once(ledger: Ledger) -> None:
     ledger.transfer("b", 30)
     ledger.aws.clock.pass_seconds(LEAD_TICKS + 6)
 
-    def follow() -> None:
+    def advance() -> None:
         with suppress(TransientError):
-            ledger.submissions().follow(IDENTITY)
+            ledger.submissions().advance(IDENTITY)
 
-    at_once([follow] * 6)
+    at_once([advance] * 6)
     ledger.settle()
     assert ledger.spent() == 30
 

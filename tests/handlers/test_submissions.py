@@ -60,14 +60,14 @@ class Ledger:
     def pass_ticks(self, ticks: float) -> None:
         self.cloud.clock.pass_seconds(ticks)
 
-    def follow(self, identity: str | None = None) -> None:
-        self.it.follow(identity or wallets.service_key().identity)
+    def advance(self, identity: str | None = None) -> None:
+        self.it.advance(identity or wallets.service_key().identity)
 
     def run(self, ticks: int, identity: str | None = None) -> None:
         """Let time pass, with a look at each tick, as the writer would."""
         for _ in range(ticks):
             self.pass_ticks(1)
-            self.follow(identity)
+            self.advance(identity)
 
     def on_chain(self, payload: bytes) -> list[Transaction]:
         found, _ = self.chain.transactions(wallets.service_key().identity)
@@ -117,10 +117,10 @@ def test_a_record_is_signed_and_stored_with_its_id_and_tick_before_it_is_confirm
     assert ledger.state(written.key) == "broadcast"
     assert [each.key for each in ledger.signed] == [written.key]
     ledger.pass_ticks(LEAD_TICKS)
-    ledger.follow()
+    ledger.advance()
     assert ledger.state(written.key) == "broadcast"  # its tick is the present one: it has not passed
     ledger.pass_ticks(1)
-    ledger.follow()
+    ledger.advance()
     assert ledger.state(written.key) == "confirmed"
     assert [each.id for each in ledger.on_chain(transaction.payload)] == [written.txid]
     assert ledger.closed[-1].state == "confirmed"
@@ -190,10 +190,10 @@ def test_a_transaction_that_got_lost_is_signed_anew_for_a_later_tick(ledger, num
     first = ledger.write(number)
     # Sent once, and not again before its tick has passed: the network has lost it.
     ledger.pass_ticks(LEAD_TICKS + 1)
-    ledger.follow()
+    ledger.advance()
     assert ledger.it.get(first.key).txid == first.txid  # not yet: another node may be behind
     ledger.pass_ticks(EXPIRY_MARGIN_TICKS)
-    ledger.follow()
+    ledger.advance()
     second = ledger.it.get(first.key)
     assert second.attempt == 2
     assert second.tick > first.tick
@@ -272,7 +272,7 @@ def test_two_writers_at_once_do_no_harm(ledger, number):
     with ThreadPoolExecutor(4) as pool:
         for _ in range(5 * LEAD_TICKS):
             ledger.pass_ticks(1)
-            list(pool.map(lambda _: ledger.follow(), range(2)))
+            list(pool.map(lambda _: ledger.advance(), range(2)))
     for each in written:
         assert ledger.state(each.key) == "confirmed"
         assert len(ledger.on_chain(each.payload)) == 1
@@ -327,10 +327,10 @@ def test_a_node_that_is_behind_does_not_have_a_record_written_twice(ledger, numb
     replicas = behind(ledger, 30)
     replicas.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
     with pytest.raises(TransientError, match="behind"):
-        replicas.follow()
+        replicas.advance()
     assert ledger.it.get(written.key) == replace(written, state="broadcast", version=2, updated_at=ANY)
     replicas.chain.set_faults(Faults())
-    replicas.follow()
+    replicas.advance()
     assert (ledger.state(written.key), ledger.it.get(written.key).attempt) == ("confirmed", 1)
     assert len(ledger.on_chain(written.payload)) == 1
 
@@ -340,9 +340,9 @@ def test_a_node_that_is_behind_does_not_make_a_transfer_expired(ledger, number):
     replicas = behind(ledger, 30)
     replicas.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
     with pytest.raises(TransientError, match="behind"):
-        replicas.follow(moved.source)
+        replicas.advance(moved.source)
     replicas.chain.set_faults(Faults())
-    replicas.follow(moved.source)
+    replicas.advance(moved.source)
     assert ledger.state(moved.key) == "confirmed"
 
 
@@ -350,7 +350,7 @@ def test_what_the_look_up_misses_the_list_has(ledger, number, monkeypatch):
     moved = ledger.transfer(f"task{number}", 3)
     monkeypatch.setattr(ledger.chain, "transaction", lambda txid: None)
     ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
-    ledger.follow(moved.source)
+    ledger.advance(moved.source)
     assert ledger.state(moved.key) == "confirmed"
 
 
@@ -367,8 +367,8 @@ def test_the_balance_has_its_say_too(ledger, number):
     moved = ledger.transfer(f"task{number}", 3)
     ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
     with nothing_is_found(ledger), pytest.raises(TransientError, match="the balance shows"):
-        ledger.follow(moved.source)
-    ledger.follow(moved.source)
+        ledger.advance(moved.source)
+    ledger.advance(moved.source)
     assert ledger.state(moved.key) == "confirmed"
 
 
@@ -380,8 +380,8 @@ def test_a_balance_of_before_the_tick_says_nothing(ledger, number, monkeypatch):
         of_before = replace(ledger.chain.balance(moved.source), valid_for_tick=moved.tick - 1)
         patch.setattr(ledger.chain, "balance", lambda identity: of_before)
         with pytest.raises(TransientError, match="not known yet"):
-            ledger.follow(moved.source)
-    ledger.follow(moved.source)
+            ledger.advance(moved.source)
+    ledger.advance(moved.source)
     assert ledger.state(moved.key) == "expired"
 
 
@@ -391,7 +391,7 @@ def test_a_wallet_that_is_used_elsewhere_does_not_keep_its_transfer_from_expirin
     ledger.pass_ticks(LEAD_TICKS + 1)
     elsewhere(ledger, SOURCE, 1, moved.tick + 3)
     ledger.pass_ticks(EXPIRY_MARGIN_TICKS + 2)
-    ledger.follow(moved.source)
+    ledger.advance(moved.source)
     assert ledger.state(moved.key) == "expired"
 
 
@@ -401,11 +401,11 @@ def test_an_earlier_signature_is_looked_up_before_another_one_follows_it(ledger,
     ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
     with nothing_is_found(ledger):
         ledger.chain.set_faults(Faults(drop=10**6))
-        ledger.follow()
+        ledger.advance()
     second = ledger.it.get(first.key)
     assert second.attempt == 2
     ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
-    ledger.follow()
+    ledger.advance()
     found = ledger.it.get(first.key)
     assert (found.state, found.txid, found.tick, found.encoded) == (
         "confirmed", first.txid, first.tick, first.encoded,
@@ -422,7 +422,7 @@ def test_a_later_run_looks_an_expired_transfer_up_before_it_pays(ledger, number,
     with nothing_is_found(ledger), monkeypatch.context() as patch:
         at_first = replace(ledger.chain.balance(first.source), latest_outgoing_transfer_tick=0)
         patch.setattr(ledger.chain, "balance", lambda identity: at_first)
-        ledger.follow(first.source)
+        ledger.advance(first.source)
     assert ledger.state(first.key) == "expired"  # every one of its nodes was wrong
     again = ledger.transfer(f"task{number}", 5, run=2)
     assert (again.state, again.txid, again.attempt) == ("confirmed", first.txid, 1)
@@ -453,7 +453,7 @@ def test_a_transfer_whose_turn_comes_after_its_tick_was_never_sent_and_is_signed
     before = ledger.balance(SOURCE)
     first, second = ledger.transfer(f"task{number}", 1), ledger.transfer(f"task{number + 1}", 2)
     ledger.pass_ticks(2 * LEAD_TICKS + 2)  # nobody has looked meanwhile
-    ledger.follow(first.source)
+    ledger.advance(first.source)
     assert ledger.state(first.key) == "confirmed"
     later = ledger.it.get(second.key)
     assert (later.state, later.attempt) == ("broadcast", 2)
@@ -468,7 +468,7 @@ def test_what_would_hardly_get_there_is_not_sent(ledger, number):
     ledger.pass_ticks(2 * LEAD_TICKS - MIN_LEAD_TICKS)
     assert ledger.it.get(second.key).tick - ledger.chain.tick_info().tick == MIN_LEAD_TICKS
     ledger.pass_ticks(1)
-    ledger.follow(first.source)
+    ledger.advance(first.source)
     assert (ledger.state(first.key), ledger.state(second.key)) == ("confirmed", "broadcast")
     assert ledger.it.get(second.key).attempt == 2
     ledger.run(2 * LEAD_TICKS, first.source)
@@ -507,7 +507,7 @@ def test_a_queue_moves_on_although_look_ups_lag_behind_a_whole_turn(ledger, numb
 def test_following_ends_in_time_and_goes_on_the_next_time(ledger, number):
     written = [ledger.write(number + each) for each in range(3)]
     ledger.pass_ticks(LEAD_TICKS + 1)
-    ledger.it.follow(written[0].source, seconds=0)
+    ledger.it.advance(written[0].source, seconds=0)
     assert [ledger.state(each.key) for each in written] == ["confirmed", "signed", "signed"]
     ledger.run(3 * LEAD_TICKS)
     assert [ledger.state(each.key) for each in written] == ["confirmed"] * 3
@@ -518,7 +518,7 @@ def test_ticks_that_differ_from_call_to_call_have_nothing_signed_over_and_over(l
     ledger.pass_ticks(2 * LEAD_TICKS + 2)
     monkeypatch.setattr(ledger.it, "_send", lambda submission: submission.key == first.key)  # late, whatever it names
     with pytest.raises(TransientError, match="late again"):
-        ledger.follow()
+        ledger.advance()
     assert ledger.it.get(second.key).attempt <= 3
 
 
@@ -526,18 +526,18 @@ def test_who_has_read_the_queue_before_its_first_was_signed_anew_sends_nothing_o
     moved = [ledger.transfer(f"task{number}-{each}", 1) for each in range(3)]
     ledger.pass_ticks(2 * LEAD_TICKS - 1)
     for _ in range(2):  # the first one is confirmed and gone, the second one is late
-        ledger.it.follow(moved[0].source, seconds=0)
+        ledger.it.advance(moved[0].source, seconds=0)
     twin, get, met = Submissions(ledger.chain, "LedgerTable"), ledger.it.get, []
 
     def met_by_a_twin(key: str) -> Submission | None:
         if not met:
             met.append(key)
-            twin.follow(moved[0].source)
+            twin.advance(moved[0].source)
         return get(key)
 
     with monkeypatch.context() as patch:
         patch.setattr(ledger.it, "get", met_by_a_twin)
-        ledger.follow(moved[0].source)
+        ledger.advance(moved[0].source)
     assert met == [moved[1].key]
     assert [ledger.state(each.key) for each in moved].count("broadcast") == 1
     ledger.run(5 * LEAD_TICKS, moved[0].source)
@@ -581,7 +581,7 @@ def test_a_transfer_that_waits_is_not_sent_when_transfers_are_not_allowed_any_mo
     closed: list[Submission] = []
     it = Submissions(ledger.chain, "LedgerTable", on_closed=closed.append, sends_transfers=False)
     ledger.pass_ticks(LEAD_TICKS + 1)
-    it.follow(sent.source)
+    it.advance(sent.source)
     assert [ledger.state(each.key) for each in (sent, waits)] == ["confirmed", "expired"]
     assert "not allowed any more" in ledger.it.get(waits.key).error
     assert [each.key for each in closed] == [sent.key, waits.key]
@@ -596,10 +596,10 @@ def test_a_place_that_another_wallet_has_taken_over_is_given_up(ledger, number, 
     ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
     replace_the_service_key(monkeypatch)
     pay(ledger, wallets.demo_key(SOURCE), wallets.demo_key(EMPTY), 1)
-    ledger.it.follow(first.source, seconds=0)
+    ledger.it.advance(first.source, seconds=0)
     assert [place.key for place in ledger.it._source(first.source).open] == [first.key]
     again = ledger.write(number)
-    ledger.follow(first.source)
+    ledger.advance(first.source)
     assert not ledger.it._source(first.source).open
     ledger.run(LEAD_TICKS + 2, again.source)
     assert (ledger.state(first.key), ledger.it.get(first.key).txid) == ("confirmed", again.txid)
@@ -623,7 +623,7 @@ def test_an_empty_wallet_is_told_and_nothing_is_signed_for_it_again_and_again(le
     assert REFUSED_METRIC not in capsys.readouterr().out  # the RPC takes it, and the nodes drop it
     ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
     with pytest.raises(TransientError, match="has no balance"):
-        ledger.follow(poor.identity)
+        ledger.advance(poor.identity)
     assert ledger.it.get(written.key).attempt == 1
     assert REFUSED_METRIC in capsys.readouterr().out
     rich = wallets.demo_key(SOURCE)
@@ -643,7 +643,7 @@ def test_a_record_whose_key_was_replaced_is_signed_by_the_new_one(ledger, number
     first = ledger.write(number)
     ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
     replace_the_service_key(monkeypatch)
-    ledger.follow(first.source)
+    ledger.advance(first.source)
     assert ledger.it.get(first.key).error.startswith("no_key")
     again = ledger.write(number)
     assert again.source != first.source
@@ -658,7 +658,7 @@ def test_a_key_that_came_back_signs_what_nobody_could(ledger, number, monkeypatc
     ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
     with monkeypatch.context() as away:
         replace_the_service_key(away)
-        ledger.follow(first.source)
+        ledger.advance(first.source)
     assert ledger.it.get(first.key).error.startswith("no_key")
     again = ledger.write(number)
     assert (again.source, again.attempt) == (first.source, 2)
@@ -793,7 +793,7 @@ def test_where_it_cannot_be_told_whether_a_transfer_moved_it_is_not_repeated(led
     ledger.pass_ticks(LEAD_TICKS + 1)
     elsewhere(ledger, SOURCE, 1, moved.tick + 3)
     ledger.pass_ticks(5)
-    ledger.follow(moved.source)
+    ledger.advance(moved.source)
     assert ledger.it.get(moved.key).error.startswith("moved_unknown")
     assert ledger.transfer(f"task{number}", 1, run=2).txid == moved.txid
 

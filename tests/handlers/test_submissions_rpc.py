@@ -43,7 +43,7 @@ class Ledger:
         """Let time pass, with a look at the end, as the schedule has it."""
         self.cloud.clock.pass_seconds(ticks)
         for identity in self.it.open_sources():
-            self.it.follow(identity)
+            self.it.advance(identity)
 
     def received(self) -> int:
         return self.mock.balance(wallets.demo_key(DESTINATION).identity).balance - 500
@@ -127,7 +127,7 @@ def test_a_broadcast_that_comes_too_late_is_no_alarm(ledger: Ledger, monkeypatch
         return broadcast(encoded)
 
     monkeypatch.setattr(ledger.mock, "broadcast", late)
-    ledger.it.follow(ledger.source)
+    ledger.it.advance(ledger.source)
     assert counted == []
     monkeypatch.setattr(ledger.mock, "broadcast", broadcast)
     ledger.run(1)

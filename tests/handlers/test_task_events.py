@@ -19,7 +19,7 @@ from qaes.domain.ids import new_task_id, timestamp
 from qaes.domain.ids import now as moment
 from qaes.domain.models import Event
 from qaes.domain.tasks.decisions import Decided
-from tests.handlers.test_task_store import new_task, planned, waiting
+from tests.handlers.test_task_repository import new_task, planned, waiting
 from tests.support.api import items
 from tests.support.cloud import Cloud, cloud
 from tests.support.trail import new_recorder

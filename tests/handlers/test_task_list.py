@@ -18,7 +18,7 @@ from qaes.adapters.task_items import task_item
 from qaes.adapters.task_list import list_tasks
 from qaes.domain.errors import TransientError
 from qaes.domain.models import Status, Task
-from tests.handlers.test_task_store import new_task
+from tests.handlers.test_task_repository import new_task
 from tests.support.api import set_environment
 from tests.support.cloud import Cloud, cloud
 

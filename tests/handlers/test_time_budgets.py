@@ -17,7 +17,7 @@ from qaes.domain.errors import TransientError
 from qaes.domain.ids import now
 from tests.handlers.test_audit_recorder import stream_event, task_with
 from tests.support.cloud import Cloud, Context, cloud
-from tests.support.trail import entry_items, log, new_recorder, outbox, policy_outbox, store
+from tests.support.trail import entry_items, log, new_recorder, outbox, store
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_sweeper_tells_its_metrics_when_handing_over_is_slow(
     later(monkeypatch)
     invoked = clock("Invoke", 20)
     assert aws.invoke("AuditSweeperFunction", {})["behind"] == 6
-    assert '"TasksBehindInAudit":[6.0]' in capsys.readouterr().out
+    assert '"AuditBacklog":[6.0]' in capsys.readouterr().out
     assert 0 < len(invoked) < 6
     for _ in range(6):
         invoked.clear()
@@ -75,9 +75,7 @@ def test_sweeper_stores_how_far_it_has_looked_when_time_is_short(aws: Cloud, mon
     tasks = [task_with(1) for _ in range(6)]
     handed: list[str] = []
     for _ in range(len(tasks)):
-        one = Sweeper(
-            outbox(), store(), log(), record=handed.extend, sequence=lambda _: None, policy_outbox=policy_outbox()
-        )
+        one = Sweeper(outbox(), store(), log(), record=handed.extend, sequence=lambda _: None)
         one.sweep(now() + timedelta(minutes=2), lambda seconds: seconds < sweeper.SECONDS_TO_HAND_OVER)
     assert set(handed) >= set(tasks[:2])
     swept = log().swept()
@@ -98,7 +96,7 @@ def test_sweeper_goes_on_when_lambda_refuses_to_take_a_task(
 
     monkeypatch.setattr(BaseClient, "_make_api_call", refuse)
     assert aws.invoke("AuditSweeperFunction", {})["behind"] == 1
-    assert '"TasksBehindInAudit":[1.0]' in capsys.readouterr().out
+    assert '"AuditBacklog":[1.0]' in capsys.readouterr().out
     aws.invoke("AuditSweeperFunction", {})
     assert [item["pk"]["S"] for item in entry_items()] == [task_id]
 

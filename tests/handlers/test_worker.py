@@ -14,7 +14,7 @@ import pytest
 from audit.recorder import Drained
 from audit.store import Outbox
 from qaes.adapters import audit_trail, transfers
-from qaes.adapters.callbacks import CallbacksTable
+from qaes.adapters.callbacks import Callback, CallbacksTable
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain import planning
@@ -39,7 +39,7 @@ from qubic.network.faults import Faults
 from qubic.network.mock import MockChain
 from qubic.transactions.submissions import Submissions
 from qubic.wallets import Wallets
-from tests.handlers.test_task_store import claim, new_task
+from tests.handlers.test_task_repository import claim, new_task
 from tests.support.cloud import Cloud, Context, call, cloud
 from tests.support.template import resolve, template
 from tests.support.tokens import action_token
@@ -859,7 +859,7 @@ def test_the_end_of_a_transfer_of_no_task_or_no_begun_step_harms_nobody(
 
 def not_on_record(output: str) -> int:
     """How often the alarm's metric was told, with the alarm's own namespace and dimensions."""
-    alarm = template()["Resources"]["TransferNotOnRecordAlarm"]["Properties"]
+    alarm = template()["Resources"]["UnrecordedTransferAlarm"]["Properties"]
     wanted = {each["Name"]: each["Value"] for each in alarm["Dimensions"]}
     lines = [json.loads(line) for line in output.splitlines() if line.startswith('{"_aws"')]
     found = [
@@ -1016,7 +1016,7 @@ def test_an_attempt_s_end_told_again_does_not_fail_the_next_run(
     aws.settle()
     store.retry(task_id, subject="alice")
     before = woken()
-    CallbacksTable().wait("ACTION", task_id, 2, "of the second", 100, run=2)
+    CallbacksTable().wait(Callback("ACTION", task_id, 2, "of the second", 100, 2))
     assert aws.invoke("ExecuteActionFunction", ended(task_id, "expired")) == {"status": "failed"}
     assert reconciler._wake(store.get_task(task_id), store) is False
     assert (woken(), action_token(task_id)) == (before, "of the second")
@@ -1035,7 +1035,7 @@ def test_an_execution_that_began_to_wait_while_the_ledger_was_asked_is_woken(
     def slow(*arguments: Any) -> Any:
         if not retried:
             retried.append(store.retry(task_id, subject="alice"))
-            CallbacksTable().wait("ACTION", task_id, 2, "the new one's", 100, run=2)
+            CallbacksTable().wait(Callback("ACTION", task_id, 2, "the new one's", 100, 2))
         return state_of(*arguments)
 
     monkeypatch.setattr("qaes.adapters.transfers.state_of", slow)

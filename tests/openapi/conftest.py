@@ -12,7 +12,7 @@ from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain.policy import DEFAULT_RULES
 from qaes.domain.tiles import TILE_WIDTH
-from tests.handlers.test_task_store import new_task, planned, waiting
+from tests.handlers.test_task_repository import new_task, planned, waiting
 from tests.support import template
 from tests.support.api import Answer, Api
 from tests.support.cloud import Cloud, cloud

@@ -8,7 +8,7 @@ import boto3
 import pytest
 
 from qaes.adapters.task_repository import TaskStore
-from tests.handlers.test_task_store import waiting
+from tests.handlers.test_task_repository import waiting
 from tests.openapi.conftest import OPERATIONS, routes
 from tests.support.api import Api
 from tests.support.cloud import Cloud

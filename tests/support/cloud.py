@@ -237,10 +237,10 @@ class Cloud:
 
                 # One tick further than the first that is named: what waits behind it has not been sent yet.
                 self.clock.pass_seconds(max(0, min(waiting) + 2 - self._tick()))
-                self.invoke("LedgerWriterFunction", {})
+                self.invoke("TransactionWorkerFunction", {})
                 if min(waiting) in self._waiting_ticks():  # it is not there: it is absent when the margin is over
                     self.clock.pass_seconds(EXPIRY_MARGIN_TICKS)
-                    self.invoke("LedgerWriterFunction", {})
+                    self.invoke("TransactionWorkerFunction", {})
             self._deliver_events()
             return bool(waiting)
 
@@ -318,6 +318,7 @@ OWN_TABLES = {
     "DECISIONS_TABLE": "DecisionsTable",
     "CALLBACKS_TABLE": "CallbacksTable",
     "POLICY_TABLE": "PolicyTable",
+    "LIMITS_TABLE": "LimitsTable",
 }
 """What a store needs that a test makes for itself, outside of every function."""
 
@@ -507,7 +508,7 @@ def _fill(it: Cloud, *, state_machine: bool, policy: bool) -> None:
         if state_machine:
             it.machine_arn = _create_state_machine(it.parameters)
         if policy:
-            it.invoke("LedgerWriterFunction", {})
+            it.invoke("TransactionWorkerFunction", {})
             it.settle()
         _snapshots[key] = _Snapshot.of(it)
     if policy:

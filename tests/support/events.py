@@ -40,7 +40,7 @@ _FUNCTIONS = {
     "qubic/ledger_write": "LedgerRecordFunction",
     "qubic/ledger_record_instruction": "LedgerTransferFunction",
     "qubic/ledger_submit_anchor": "LedgerAnchorFunction",
-    "qubic/writer": "LedgerWriterFunction",
+    "qubic/transaction_worker": "TransactionWorkerFunction",
 }
 
 # In the order of a task's life: a later one may need what an earlier one wrote.
@@ -110,7 +110,7 @@ _EXPECTED: dict[str, Callable[[Any], bool]] = {
     "sweep": lambda it: it["behind"] >= 0,
     "anchor": lambda it: it["sequence"] >= 0 and it["size"] > 0,
     "ledger": lambda it: it["ok"] is True,
-    "writer_queue": lambda it: it == {"batchItemFailures": []},
-    "writer_schedule": lambda it: it == {"open": []},
+    "transaction_worker_queue": lambda it: it == {"batchItemFailures": []},
+    "transaction_worker_schedule": lambda it: it == {"open": []},
     "transfer_ended": lambda it: it["status"] in {None, "running", "failed"},
 }

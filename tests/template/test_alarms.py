@@ -12,7 +12,7 @@ from tests.support import template
 ALARMS = template.resources("AWS::CloudWatch::Alarm")
 RUNBOOK = (template.ROOT / "docs" / "runbook.md").read_text()
 TOPIC = "arn:aws:sns:us-east-1:123456789012:alarms"
-EVENTS = {"ExecutionsFailedAlarm", "ForgedEventAlarm", "TransferNotOnRecordAlarm", "UndeliverableApprovalAlarm"}
+EVENTS = {"ExecutionsFailedAlarm", "ForgedEventAlarm", "UnrecordedTransferAlarm", "UndeliverableApprovalAlarm"}
 """Alarms on something that happened once: that it did not happen again is no news."""
 
 

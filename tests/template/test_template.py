@@ -99,13 +99,13 @@ CHANGES = {
 }
 LEDGER = {"LedgerFunction", "LedgerTransferFunction", "LedgerAnchorFunction", "LedgerRecordFunction"}
 """Those that other functions invoke."""
-HOLDERS_OF_THE_SEED = LEDGER | {"LedgerWriterFunction"}
+HOLDERS_OF_THE_SEED = LEDGER | {"TransactionWorkerFunction"}
 QUBIC = HOLDERS_OF_THE_SEED | {"QubicApiFunction"}
 OWNERS = {
     "PreviewsTable": {"PlannerApiFunction"},
+    "LimitsTable": {"PlannerApiFunction", "AwaitApprovalFunction", "RunStepFunction", "ExecuteActionFunction"},
     "LedgerTable": QUBIC,
-    "PolicyTable": QUBIC
-    | {"RunStepFunction", "ExecuteActionFunction", "RecordEventsFunction", "AuditSweeperFunction", "AuditApiFunction"},
+    "PolicyTable": QUBIC | {"RunStepFunction", "ExecuteActionFunction"},
     "ChainTable": QUBIC,
     "AuditEntriesTable": {
         "ExecuteActionFunction",
@@ -358,7 +358,7 @@ def test_limits_of_single_routes_are_tighter_by_default(template: Any) -> None:
 
 
 def test_an_alarm_tells_of_an_approval_that_waits_for_long_and_of_silence(template: Any) -> None:
-    alarm = template.resources["OldestOpenApprovalAlarm"]["Properties"]
+    alarm = template.resources["OldestPendingApprovalAlarm"]["Properties"]
     assert alarm["Threshold"] == {"Ref": "ApprovalAlarmSeconds"}
     assert alarm["TreatMissingData"] == "breaching", "a reconciler that says nothing is no good news"
     defaults = {
@@ -398,7 +398,6 @@ def test_recorder_only_reads_but_for_the_put_of_an_entry(template: Any) -> None:
     assert sorted(map(str, allowed(template, name))) == sorted(
         [str((f"dynamodb:{read}", table)) for read in ("GetItem", "Query") for table in (entries, tasks)]
         + [str(("dynamodb:PutItem", entries)), str(("dynamodb:GetItem", {"Fn::GetAtt": ["DecisionsTable", "Arn"]}))]
-        + [str(("dynamodb:Query", {"Fn::GetAtt": ["PolicyTable", "Arn"]}))]
     )
 
 
@@ -464,7 +463,7 @@ def test_the_log_is_written_by_the_audits_roles_each_in_its_own_partitions(templ
     assert (put["Action"], put["Condition"]) == (["dynamodb:PutItem"], {"ArnNotLike": {"aws:PrincipalArn": roles}})
     only_sequencer = {"ArnNotLike": {"aws:PrincipalArn": arn_of_roles("sequencer")}}
     assert (update["Action"], update["Condition"]) == (["dynamodb:UpdateItem"], only_sequencer)
-    keys = {"sequencer": ["LOG", "TILE#*", "task_*", "policy"], "sweeper": ["SWEEP"]}
+    keys = {"sequencer": ["LOG", "TILE#*", "task_*"], "sweeper": ["SWEEP"]}
     for each, (name, leading) in zip(partitions, keys.items(), strict=True):
         assert set(each["Action"]) == {"dynamodb:PutItem", "dynamodb:UpdateItem"}
         assert each["Condition"] == {
@@ -542,9 +541,8 @@ def test_the_stub_is_refused_outside_the_local_stage(template: Any) -> None:
     assert template.parameters["AuthMode"]["Default"] == "jwt"
 
 
-@pytest.mark.parametrize("source", ["NewEvents", "ChangesOfThePolicy"])
-def test_events_that_cannot_be_recorded_are_not_lost(template: Any, source: str) -> None:
-    stream = template.functions["RecordEventsFunction"]["Events"][source]["Properties"]
+def test_events_that_cannot_be_recorded_are_not_lost(template: Any) -> None:
+    stream = template.functions["RecordEventsFunction"]["Events"]["NewEvents"]["Properties"]
     assert stream["FunctionResponseTypes"] == ["ReportBatchItemFailures"]
     assert stream["BisectBatchOnFunctionError"] is True
     assert stream["MaximumRetryAttempts"] > 0
@@ -640,5 +638,5 @@ def test_function_that_sends_to_its_own_queue_may_recurse(template: Any) -> None
         sends_to = function.get("Environment", {}).get("Variables", {}).values()
         if any({"Ref": queue["Fn::GetAtt"][0]} in sends_to for queue in queues):
             recurse.add(name)
-    assert recurse == {"LedgerWriterFunction"}
+    assert recurse == {"TransactionWorkerFunction"}
     assert {name for name, each in template.functions.items() if each.get("RecursiveLoop") == "Allow"} == recurse

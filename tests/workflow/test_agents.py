@@ -11,7 +11,7 @@ from audit.store import Outbox
 from qaes.adapters.executions import Executions
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain.models import Approval
-from tests.handlers.test_task_store import new_task
+from tests.handlers.test_task_repository import new_task
 from tests.support.api import set_environment
 from tests.support.cloud import Cloud
 from tests.workflow.test_policy_changes import verify_bundle

@@ -11,7 +11,7 @@ from typing import Any
 import boto3
 import pytest
 
-from qaes.adapters.callbacks import CallbacksTable
+from qaes.adapters.callbacks import Callback, CallbacksTable
 from qaes.adapters.executions import Executions
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain.canonical import canonical_json
@@ -19,7 +19,7 @@ from qaes.domain.errors import InvalidInputError
 from qaes.domain.ids import now
 from qaes.domain.models import Approval, Task
 from qaes.domain.requests import MAX_PARAMETERS_BYTES, TaskRequest
-from tests.handlers.test_task_store import new_task
+from tests.handlers.test_task_repository import new_task
 from tests.support.cloud import Cloud, call
 from tests.workflow.conftest import DESTINATION, SOURCE
 from tests.workflow.test_paths import balance, kinds
@@ -39,7 +39,7 @@ def test_a_decision_that_is_delivered_again_is_no_error_and_changes_nothing(
     aws.wait(task_id, "completed")
     before = kinds(aws, task_id)
     assert executions.deliver(task_id, approval) is False
-    CallbacksTable().wait("APPROVAL", task_id, approval.step_index, "made up", 60, run=1)
+    CallbacksTable().wait(Callback("APPROVAL", task_id, approval.step_index, "made up", 60, 1))
     assert executions.deliver(task_id, approval) is False
     assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
     assert kinds(aws, task_id) == before

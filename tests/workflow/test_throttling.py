@@ -51,7 +51,7 @@ class Throttle:
         self._lock = threading.Lock()
 
     def __call__(self, function: str, event: Any) -> bool:
-        if function == "LedgerWriterFunction":
+        if function == "TransactionWorkerFunction":
             return False
         ledger = function.startswith("Ledger")
         place = (function, str(event.get("task_id")), str(event.get("step_index")))

@@ -1,4 +1,4 @@
-"""The network behind the service: `base.Chain` says what it does; the mock is simulated, mainnet is asked."""
+"""The network behind the service: the interface `base.Chain`, implemented by the mock and by the RPC's client."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from qubic.network.base import Chain
 
 
 def chain() -> Chain:
-    """Make the chain of QUBIC_NETWORK."""
+    """Create the chain of QUBIC_NETWORK."""
     network = settings.text("QUBIC_NETWORK")
     if network == "mock":
         from qubic.network.mock import MockChain
@@ -18,12 +18,12 @@ def chain() -> Chain:
         return MockChain(genesis=genesis())
     if network == "mainnet":
         return _rpc(settings.text("QUBIC_RPC_URL"), network)
-    raise settings.SettingsError(f"QUBIC_NETWORK is mock or mainnet, not {network}")
+    raise settings.SettingsError(f"QUBIC_NETWORK must be mock or mainnet, not {network}")
 
 
 @cache
 def _rpc(url: str, network: str) -> Chain:
-    # One for each process: it keeps its connections, and so the handshakes of TLS.
+    # One instance for each process keeps its connections, and so saves TLS handshakes.
     from qubic.network.rpc_client import RpcChain
 
     return RpcChain(url, network=network)

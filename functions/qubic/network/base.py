@@ -1,7 +1,7 @@
-"""What the qubic service needs of a Qubic network: what its public RPC offers, and nothing else.
+"""The part of a Qubic network's public RPC that the qubic service uses.
 
-A transaction is in its named tick or nowhere. `broadcast` confirms nothing; `transaction` does, once
-`last_processed_tick` has reached the named tick: what is absent then has never executed.
+A transaction executes in its named tick or never. `broadcast` confirms nothing. `transaction` confirms it once
+`last_processed_tick` has reached the named tick: a transaction that is absent then has never executed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from qaes.domain.qubic.transaction import Transaction
 
 @dataclass(frozen=True)
 class TickInfo:
-    """The tick that the network is at. `duration` is that of a tick in seconds, as the RPC rounds it."""
+    """The current tick of the network. `duration` is the duration of a tick in seconds, as the RPC rounds it."""
 
     tick: int
     epoch: int
@@ -24,7 +24,7 @@ class TickInfo:
 
 @dataclass(frozen=True)
 class ProcessedTick:
-    """The newest tick whose transactions can be looked up."""
+    """The newest tick whose transactions the network can return."""
 
     tick: int
     epoch: int
@@ -33,7 +33,7 @@ class ProcessedTick:
 
 @dataclass(frozen=True)
 class Balance:
-    """What an identity has, as of `valid_for_tick`. Amounts in QU; the numbers count transfers that moved something."""
+    """Balance of an identity at `valid_for_tick`, in QU. The counters include only transfers that moved an amount."""
 
     identity: str
     balance: int
@@ -48,9 +48,9 @@ class Balance:
 
 @dataclass(frozen=True)
 class Included:
-    """A transaction that the network has in the tick that it names; `timestamp` in milliseconds since 1970.
+    """A transaction that the network has included in its named tick; `timestamp` in milliseconds since 1970.
 
-    `money_flew` is what the RPC says, for show: it is false for amount 0, and nothing is decided by it.
+    `money_flew` is the RPC's field, for information only: it is false for amount 0, and no decision uses it.
     """
 
     transaction: Transaction
@@ -77,38 +77,38 @@ class SentList:
 class Chain(Protocol):
     """A Qubic network.
 
-    Every method raises TransientError when asking again may help (nothing is then known of what was asked), and
-    PermanentError when the network says no for good.
+    Every method raises TransientError if a repetition may help (the outcome of the call is then unknown), and
+    PermanentError if the network rejects the request permanently.
     """
 
     network: str
-    """Which network answers, `mock` or `mainnet`; shown with every answer."""
+    """The network that responds, `mock` or `mainnet`. Every API response contains it."""
 
     def tick_info(self) -> TickInfo:
-        """Tell the present tick."""
+        """Return the current tick."""
 
     def last_processed_tick(self) -> ProcessedTick:
-        """Tell up to which tick transactions can be looked up."""
+        """Return the newest tick whose transactions the network can return."""
 
     def balance(self, identity: str) -> Balance:
-        """Tell what an identity (60 capitals) has. Raises InvalidInputError for what is none."""
+        """Return the balance of an identity (60 capitals). Raises InvalidInputError for a malformed identity."""
 
     def broadcast(self, encoded: bytes) -> str:
-        """Hand in a signed transaction, as often as one likes; returns its id. Says nothing of whether it will execute.
+        """Send a signed transaction and return its id. Safe to repeat. The result does not mean that it will execute.
 
-        Raises PermanentError (`broadcast_refused`) when it is malformed, signed wrongly, or names a tick that has come.
-        A transaction of a source without any balance is accepted, and never executes.
+        Raises PermanentError (`broadcast_refused`) if it is malformed, has a wrong signature, or names a tick that has
+        passed. The network accepts a transaction of a source without a balance, but never executes it.
         """
 
     def transaction(self, txid: str) -> Included | None:
-        """Look a transaction up; None when the network does not have it (yet).
+        """Return a transaction, or None if the network does not have it (yet).
 
-        Its bytes were put together again from the answer, and have that id: neither the node nor the way can have
-        changed them.
+        The bytes are reassembled from the response and checked against the id, so neither the node nor the connection
+        can change them.
         """
 
     def sent(self, identity: str, first_tick: int, last_tick: int) -> SentList:
         """List every transaction from an identity in the ticks from `first_tick` to `last_tick`, both included.
 
-        Raises TransientError when the list is incomplete, InvalidInputError for a malformed identity or range.
+        Raises TransientError if the list is incomplete, InvalidInputError for a malformed identity or range.
         """

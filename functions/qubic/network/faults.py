@@ -1,4 +1,4 @@
-"""The mock network's state, and what goes wrong in it."""
+"""State of the mock network, and its simulated faults."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ Counter = Literal["drop", "fail_after_accepting", "fail_requests"]
 
 
 class Faults(BaseModel):
-    """What goes wrong. Setting it replaces what was set before; reading it tells what is left."""
+    """Simulated faults. A write replaces all faults; a read returns the remaining ones."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    drop: int = Field(0, ge=0, le=10**6, description="the next broadcasts that are answered and reach no pool")
-    delay: int = Field(0, ge=0, le=10**6, description="ticks by which broadcasts reach the pool late")
-    empty_ticks: int = Field(0, ge=0, le=10**6, description="the next ticks that come out empty")
-    paused: bool = Field(default=False, description="no tick follows the present one")
-    jump: int = Field(0, ge=0, le=10**7, description="ticks to jump over, once; a new epoch begins after it")
-    fail_after_accepting: int = Field(0, ge=0, le=10**6, description="the next broadcasts that are accepted and fail")
-    fail_requests: int = Field(0, ge=0, le=10**6, description="the next calls that fail and do nothing")
-    lag: int = Field(0, ge=0, le=10**6, description="ticks by which look-ups lag behind")
+    drop: int = Field(0, ge=0, le=10**6, description="number of broadcasts that are accepted but reach no pool")
+    delay: int = Field(0, ge=0, le=10**6, description="delay of broadcasts to the pool, in ticks")
+    empty_ticks: int = Field(0, ge=0, le=10**6, description="number of empty ticks that follow")
+    paused: bool = Field(default=False, description="whether the current tick stays the last one")
+    jump: int = Field(0, ge=0, le=10**7, description="number of ticks to skip once; a new epoch begins after them")
+    fail_after_accepting: int = Field(0, ge=0, le=10**6, description="number of broadcasts to accept, then fail")
+    fail_requests: int = Field(0, ge=0, le=10**6, description="number of calls that fail without an effect")
+    lag: int = Field(0, ge=0, le=10**6, description="lag of look-ups behind the current tick, in ticks")
 
 
 @dataclass(frozen=True)
 class State:
-    """The STATE item. `version` changes with all but `closed_tick` and the counters of faults.
+    """The STATE item. Every change except `closed_tick` and the counters of faults increments `version`.
 
-    `closed_tick` is the last tick that has passed; the present one follows it. `skipped` are the ranges of ticks that a
-    jump left out, as long as something may still wait for them.
+    `closed_tick` is the last tick that has passed; the current tick follows it. `skipped` has the ranges of ticks that
+    a jump skipped, as long as a transaction may still wait for them.
     """
 
     supply: int
@@ -60,11 +60,11 @@ class State:
 
     @property
     def processed_tick(self) -> int:
-        """The last tick that look-ups know."""
+        """The last tick that look-ups return."""
         return self.closed_tick - self.lag
 
     def tick_at(self, moment: int) -> int:
-        """The tick by the clock, which may be behind that of another caller, who has closed later ones."""
+        """Return the tick at a time. It may be below `closed_tick`, which a caller with a faster clock advances."""
         passed = 0 if self.paused else (moment - self.origin_time) // self.tick_milliseconds
         return self.origin_tick + passed
 
@@ -77,7 +77,7 @@ class State:
 
 @dataclass(frozen=True)
 class Place:
-    """What waits in a source's place of the pool."""
+    """A transaction in a source's place of the pool."""
 
     txid: str
     tick: int
@@ -89,7 +89,7 @@ class Place:
 
 
 def left_of(state: State) -> Faults:
-    """What is left of the faults that were set."""
+    """Return the remaining faults."""
     return Faults(
         drop=state.drop,
         delay=state.delay,
@@ -102,7 +102,7 @@ def left_of(state: State) -> Faults:
 
 
 def changes_for(faults: Faults, state: State, moment: int) -> tuple[dict[str, int], list[tuple[int, int]]]:
-    """What of the state changes when these faults are set, and the ranges of ticks that are left out then."""
+    """Return the changes of the state for new faults, and the ranges of ticks that the mock then skips."""
     tick = state.tick + faults.jump
     changes: dict[str, int] = {
         "delay": faults.delay,
@@ -115,7 +115,7 @@ def changes_for(faults: Faults, state: State, moment: int) -> tuple[dict[str, in
     }
     if faults.jump or faults.paused != bool(state.paused):
         changes |= {"origin_tick": tick, "origin_time": moment, "paused": int(faults.paused)}
-    # Nothing waits for a tick that is closed: whatever did was executed when the state was read.
+    # No transaction waits for a closed tick: reading the state executed them.
     skipped = [each for each in state.skipped if each[1] > state.closed_tick]
     if faults.jump:
         changes |= {"epoch": state.epoch + 1, "initial_tick": tick}

@@ -1,22 +1,23 @@
-"""The Qubic network, simulated on one DynamoDB table. What it says proves nothing to an outsider.
+"""The Qubic network, simulated on one DynamoDB table. Its transactions prove nothing to an outsider.
 
-Nothing runs between two calls. Which tick it is follows from the clock; whoever asks first closes the ticks that have
-passed, and executes what waits for them:
+No process runs between two calls. The clock determines the current tick. The first call after a tick has passed
+closes it, and executes the transactions that wait for it:
 
-1. `closed_tick` goes up, once, by a condition. From then on nothing is taken into the pool for these ticks, so that it
-   is known for good what waits for them.
-2. What waits is executed in the order of (tick, id), by everybody who comes by, each transaction exactly once: its
-   place in the pool, its own item and the balances change in one DynamoDB transaction, whose conditions hold once only.
-3. Only then does anybody get an answer. A tick that was told as processed stays as it is, for ever.
+1. A conditional write advances `closed_tick` once. After that, the pool accepts no transaction for these ticks, so the
+   set of waiting transactions is final.
+2. Every caller executes the waiting transactions in the order of (tick, id), each exactly once: the place in the pool,
+   the transaction's item and the balances change in one DynamoDB transaction, whose conditions hold only once.
+3. Only then does a caller get a response. A tick that was reported as processed never changes.
 
-Every caller takes these steps, so it does not matter who falls over half-way.
+Every caller takes these steps, so a caller that crashes half-way does no harm.
 
-The pool has one place for each source, as a Qubic node's has: a transaction for a later tick takes the place of the one
-that waits; one for the same or for an earlier tick is accepted, and never executes. So is one whose tick lies more than
-`MAX_TICKS_AHEAD` away, and one whose source has no balance: the public RPC hands both to the nodes, which drop them.
+The pool has one place for each source, as the pool of a Qubic node has: a transaction for a later tick replaces the
+waiting one; a transaction for the same or an earlier tick is accepted, but never executes. The same holds for a tick
+more than `MAX_TICKS_AHEAD` ahead, and for a source without a balance: the public RPC passes both to the nodes, which
+drop them.
 
 Items (pk / sk): STATE/STATE, BALANCE#<identity>/BALANCE, POOL/<identity>, TX#<id>/TX,
-IDENTITY#<identity>/TICK#<tick>#<id>. None is ever deleted: a place in the pool that has served says so.
+IDENTITY#<identity>/TICK#<tick>#<id>. Items are never deleted: a used place in the pool has `waiting` false.
 """
 
 from __future__ import annotations
@@ -45,29 +46,29 @@ FIRST_TICK = 20_000_000
 FIRST_EPOCH = 1
 MAX_TICKS_AHEAD = 100_000
 MAX_GENESIS = 90
-"""DynamoDB takes 100 items in one transaction."""
+"""DynamoDB accepts 100 items in one transaction."""
 
 
 class MockChain:
-    """The `Chain` on a table.
+    """The `Chain` on a DynamoDB table.
 
     Parameters
     ----------
     genesis
-        Identity → QU: who has what in the beginning. Written by the first call that finds an empty table; ignored by
-        all later ones. What it gives counts as an incoming transfer, since a Qubic balance is what came in less what
-        went out.
+        Identity → QU: the initial balances. The first call on an empty table writes them; later calls ignore them. An
+        initial balance counts as an incoming transfer, because a Qubic balance is the incoming less the outgoing
+        amount.
     table
-        The table's name; by default that of CHAIN_TABLE.
+        Name of the table; the default is CHAIN_TABLE.
     clock
-        The present moment.
+        Returns the current time.
     tick_milliseconds
-        The duration of a tick; by default QUBIC_TICK_MILLISECONDS. Another one than before holds from the present tick.
+        Duration of a tick; the default is QUBIC_TICK_MILLISECONDS. A change applies from the current tick on.
 
     Raises
     ------
     ValueError
-        The genesis is too large, names what is no identity, or gives less than nothing.
+        The genesis is too large, has a malformed identity, or has a negative amount.
     """
 
     network: str = NETWORK
@@ -81,20 +82,20 @@ class MockChain:
         tick_milliseconds: int | None = None,
     ) -> None:
         if len(genesis) > MAX_GENESIS:
-            raise ValueError(f"a genesis has at most {MAX_GENESIS} identities")
+            raise ValueError(f"the genesis must have at most {MAX_GENESIS} identities")
         for identity, amount in genesis.items():
             decode_identity(identity)
             if amount < 0:
-                raise ValueError("a genesis gives no negative amount")
+                raise ValueError("the genesis must not have a negative amount")
         self._genesis = dict(genesis)
         self._table = table or settings.text("CHAIN_TABLE")
         self._items = Items(self._table)
         self._clock = clock
         self._tick_milliseconds = tick_milliseconds or settings.number("QUBIC_TICK_MILLISECONDS")
         if self._tick_milliseconds < 1:
-            raise ValueError("a tick takes at least a millisecond")
+            raise ValueError("a tick must take at least one millisecond")
 
-    # What the network tells
+    # Reads
 
     def tick_info(self) -> TickInfo:
         with _answering():
@@ -132,7 +133,7 @@ class MockChain:
         )
 
     def transactions(self, identity: str, first_tick: int = 0, last_tick: int = MAX_TICK) -> tuple[list[Included], int]:
-        """List the transactions from or to an identity, newest first, and the last tick that look-ups know."""
+        """List the transactions from or to an identity, newest first; also return the last tick of look-ups."""
         with _answering():
             state = self._asked()
             last_tick = min(last_tick, state.processed_tick)
@@ -149,7 +150,7 @@ class MockChain:
             )
             return [_included(item) for page in pages for item in page["Items"]], state.processed_tick
 
-    # What comes in
+    # Broadcasts
 
     def broadcast(self, encoded: bytes) -> str:
         with _answering():
@@ -169,7 +170,7 @@ class MockChain:
             if self._balance_of(place.source) > 0 and not (state.drop and self._consume("drop")):
                 self._take_place(place, state)
             if state.fail_after_accepting and self._consume("fail_after_accepting"):
-                raise TransientError("the node failed after it had accepted the transaction")
+                raise TransientError("the node failed after it accepted the transaction")
             return place.txid
 
     def _balance_of(self, identity: str) -> int:
@@ -177,7 +178,7 @@ class MockChain:
         return int(item["balance"]["N"]) if item else 0
 
     def _take_place(self, place: Place, state: State) -> None:
-        """Put a transaction into its source's place, if it is there in time and nothing for a later tick waits."""
+        """Put a transaction into its source's place, if its tick is open and no transaction for a later tick waits."""
         for attempt in attempts(20, 0.005):
             if attempt:
                 state = self._advance()
@@ -191,10 +192,10 @@ class MockChain:
             except ChangedError:
                 continue
             return
-        raise TransientError("others keep changing the same place of the pool")
+        raise TransientError("other callers keep changing the same place of the pool; try again")
 
     def _take(self, place: Place, before: Item | None) -> Item:
-        as_it_was = "attribute_not_exists(pk)" if before is None else "txid = :before AND waiting = :waiting"
+        unchanged_since_read = "attribute_not_exists(pk)" if before is None else "txid = :before AND waiting = :waiting"
         put: Item = {
             "TableName": self._table,
             "Item": item_key("POOL", place.source)
@@ -204,14 +205,14 @@ class MockChain:
                 "encoded": {"B": place.transaction.encode()},
                 "waiting": {"BOOL": True},
             },
-            "ConditionExpression": as_it_was,
+            "ConditionExpression": unchanged_since_read,
         }
         if before is not None:
             put["ExpressionAttributeValues"] = {":before": before["txid"], ":waiting": before["waiting"]}
         return {"Put": put}
 
     def _not_closed(self, tick: int) -> Item:
-        """`tick` has not passed: neither does a transaction come too late, nor is one replaced whose time has come."""
+        """Require that `tick` is open: a new transaction is in time, and a due one is not replaced."""
         return {
             "ConditionCheck": {
                 "TableName": self._table,
@@ -224,13 +225,13 @@ class MockChain:
     # Faults
 
     def faults(self) -> Faults:
-        """What is left of the faults that were set."""
+        """Return the remaining faults."""
         with _answering():
             state = self._advance()
         return left_of(state)
 
     def set_faults(self, faults: Faults) -> None:
-        """Let these things go wrong from now on, and nothing else."""
+        """Replace all faults with these."""
         with _answering():
             for _ in attempts(20, 0.005):
                 state = self._advance()
@@ -239,10 +240,10 @@ class MockChain:
                 except ChangedError:
                     continue
                 return
-        raise TransientError("others keep changing the mock's faults")
+        raise TransientError("other callers keep changing the mock's faults; try again")
 
     def _consume(self, counter: Counter) -> bool:
-        """Take one of a fault that is counted; False when others have taken the last one."""
+        """Use up one occurrence of a counted fault. Return False if no occurrence is left."""
         try:
             self._items.update(
                 Key=item_key("STATE", "STATE"),
@@ -255,17 +256,17 @@ class MockChain:
             return False
         return True
 
-    # Time passes
+    # Progress of ticks
 
     def _asked(self) -> State:
-        """Begin a call: all that is due has been executed, and the call is not one that shall fail."""
+        """Begin a call: execute all due transactions, and raise if a simulated fault applies to this call."""
         state = self._advance()
         if state.fail_requests and self._consume("fail_requests"):
-            raise TransientError("the node does not answer")
+            raise TransientError("the node does not respond")
         return state
 
     def _advance(self) -> State:
-        """Close the ticks that have passed, and execute what waited for them."""
+        """Close the ticks that have passed, and execute the transactions that waited for them."""
         for _ in attempts(20, 0.005):
             state = self._state()
             moment = self._milliseconds()
@@ -286,7 +287,7 @@ class MockChain:
             for place in self._due(state):
                 self._execute(place, state)
             return state
-        raise TransientError("others keep changing the mock's state")
+        raise TransientError("other callers keep changing the mock's state; try again")
 
     def _state(self) -> State:
         item = self._items.get("STATE", "STATE")
@@ -335,7 +336,7 @@ class MockChain:
         try:
             self._items.write(*items)
         except ChangedError:
-            return  # somebody else has written it
+            return  # another caller has written it
 
     def _close(self, state: State, tick: int) -> State:
         self._update_state({"closed_tick": {"N": str(tick)}}, state)
@@ -346,13 +347,13 @@ class MockChain:
         self._update_state(numbers | {"skipped": {"S": json.dumps(skipped)}}, state)
 
     def _update_state(self, changes: Item, state: State) -> None:
-        """Change STATE as it was read; raises ChangedError when it is no longer so."""
-        as_it_was = "#version = :version_as_read AND #closed_tick = :closed_as_read"
+        """Change STATE if it is unchanged since the read. Raises ChangedError otherwise."""
+        unchanged_since_read = "#version = :version_as_read AND #closed_tick = :closed_as_read"
         names = {"version", "closed_tick", *changes}
         self._items.update(
             Key=item_key("STATE", "STATE"),
             UpdateExpression="SET " + ", ".join(f"#{name} = :{name}" for name in changes),
-            ConditionExpression=as_it_was,
+            ConditionExpression=unchanged_since_read,
             ExpressionAttributeNames={f"#{name}": name for name in names},
             ExpressionAttributeValues={f":{name}": value for name, value in changes.items()}
             | {":version_as_read": {"N": str(state.version)}, ":closed_as_read": {"N": str(state.closed_tick)}},
@@ -361,7 +362,7 @@ class MockChain:
     # Execution
 
     def _due(self, state: State) -> list[Place]:
-        """What waits for ticks that have passed, in the order in which it is executed."""
+        """Return the transactions that wait for closed ticks, in the order of execution."""
         found = []
         for page in self._query(
             KeyConditionExpression="pk = :pool",
@@ -378,7 +379,7 @@ class MockChain:
         return sorted(found, key=lambda place: (place.tick, place.txid))
 
     def _execute(self, place: Place, state: State) -> None:
-        """Execute what waits in a place, unless somebody else has. Whatever comes before it is done by now."""
+        """Execute the transaction of a place once. All earlier transactions have been executed."""
         for attempt in attempts(20, 0.005):
             if attempt:
                 item = self._items.get("POOL", place.source)
@@ -392,7 +393,7 @@ class MockChain:
             except ChangedError:
                 continue
             return
-        raise TransientError("others keep changing what is to be executed")
+        raise TransientError("other callers keep changing the due transactions; try again")
 
     def _leave(self, place: Place) -> Item:
         return {
@@ -463,13 +464,13 @@ class MockChain:
 
 @contextmanager
 def _answering() -> Iterator[None]:
-    """Whatever the table does not do, the network could not be asked."""
+    """Report errors of the table as an unavailable network."""
     try:
         yield
     except ClientError as error:
-        raise TransientError(f"the mock's table does not answer: {error.response['Error']['Code']}") from error
+        raise TransientError(f"the mock's table does not respond: {error.response['Error']['Code']}") from error
     except BotoCoreError as error:
-        raise TransientError(f"the mock's table does not answer: {type(error).__name__}") from error
+        raise TransientError(f"the mock's table does not respond: {type(error).__name__}") from error
 
 
 def _checked(identity: str) -> None:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from starlette.exceptions import HTTPException
 
 from qaes.adapters import settings
-from qaes.adapters.http import PROBLEM_ANSWER, require
+from qaes.adapters.http import EVERY_ROLE, PROBLEM_ANSWER, require
 from qaes.adapters.strict_input import StrictRoute
 from qaes.domain.errors import (
     ForbiddenError,
@@ -38,7 +38,6 @@ from qubic.network.base import Included
 from qubic.network.faults import Faults
 from qubic.network.mock import MockChain
 
-EVERY_ROLE = require("requester", "approver", "auditor")
 OPERATORS = require("operator")
 DECIDING = require("operator", deciding=True)
 

@@ -1,14 +1,14 @@
-"""A Qubic network, asked through its public RPC (`/live/v1/…` and `/query/v1/…`).
+"""Client for a Qubic network's public RPC (`/live/v1/…` and `/query/v1/…`).
 
-Nothing that a node says is taken on trust where it can be checked: a transaction's bytes are put together again from
-the answer, and must have the id that was asked for and the source's signature. `peersBroadcasted` and `moneyFlew`
-decide nothing. What a node says of ticks and balances, and that a transaction is absent, is its word alone.
+The client verifies everything that can be verified: it reassembles a transaction's bytes from the response, and checks
+their id and the source's signature. No decision uses `peersBroadcasted` or `moneyFlew`. Ticks, balances and the
+absence of a transaction rest on the node's word alone.
 
-An answer that is not as documented is an TransientError, never a "no": that a transaction has not executed is
-believed only when the node says so in the RPC's own words.
+A response that does not match the documentation raises TransientError; it never counts as "not executed". Only the
+RPC's own error code for "not found" does.
 
-Every request is within the rules of the services behind the RPC (docs/qubic.md has the table): the query service
-refuses a range of one tick, and pages beyond 10,000 hits.
+Every request is within the rules of the services behind the RPC (table in docs/qubic.md): the query service rejects a
+range of one tick, and pages beyond 10,000 hits.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ MAX_ANSWER_BYTES = 1024 * 1024
 CONNECT_SECONDS = 2.0
 READ_SECONDS = 4.0
 ATTEMPTS = 2
-"""A call takes at most some 12 s: the function that makes it has 25, and who waits for that function 27."""
+"""A call takes at most about 12 s: the calling function has 25 s, and its own caller 27 s."""
 PAGE = 400
-"""So many of the largest transactions fit in MAX_ANSWER_BYTES; the service takes up to 1,000."""
+"""This many of the largest transactions fit in MAX_ANSWER_BYTES. The service accepts up to 1,000."""
 MAX_LISTED = 2_000
-"""Most transactions of one source that are looked through: each signature takes 6 ms. The service counts to 10,000."""
+"""Maximum number of transactions of one source in one call: each signature takes 6 ms. The service counts to 10,000."""
 NOT_FOUND = 5
-"""gRPC's code, which the RPC's errors carry."""
+"""gRPC's code for "not found", which the RPC's errors carry."""
 
 _BUSY = (429, 500, 502, 503, 504)
 _DIGITS = re.compile(r"-?[0-9]{1,20}", re.ASCII)
@@ -51,16 +51,16 @@ _CHUNK = 64 * 1024
 
 
 def _integer(value: object) -> object:
-    """A number of the RPC: 64 bits come as text, 32 bits as they are."""
+    """Read a number of the RPC: 64-bit numbers come as text, 32-bit numbers as JSON numbers."""
     if isinstance(value, str) and _DIGITS.fullmatch(value):
         return int(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    raise ValueError("this is no whole number")
+    raise ValueError("must be a whole number")
 
 
 def _proto_integer(value: object) -> object:
-    """A number that nothing is decided by, or that a transaction's id proves: protobuf's JSON may leave out a 0."""
+    """Read a number that no decision uses or that the transaction's id proves: protobuf's JSON may omit a 0."""
     return 0 if value is None else _integer(value)
 
 
@@ -72,7 +72,7 @@ _ProtoBool = Annotated[bool, BeforeValidator(lambda value: False if value is Non
 
 
 class _Answer(BaseModel):
-    """What is read of an answer; a node may say more."""
+    """The fields of a response that the client reads. A node may send more."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -153,22 +153,22 @@ _Kind = TypeVar("_Kind", bound=_Answer)
 class RpcChain:
     """The `Chain` behind a public RPC.
 
-    A request that is not answered is tried `ATTEMPTS` times, after growing, random pauses; a broadcast, too, since the
-    same bytes are the same transaction however often they are handed in. A call so takes some 12 seconds at the most.
+    A request without a response is sent `ATTEMPTS` times, with growing random pauses. This includes a broadcast,
+    because the same bytes are always the same transaction. A call takes at most about 12 seconds.
 
     Parameters
     ----------
     url
-        Where the RPC is, as `https://rpc.qubic.org`; plain http is for this machine alone.
-    network
-        What the network is called in answers.
-    headers
-        Sent with each request: what a node that is not open to everybody asks for.
+            Address of the RPC, such as `https://rpc.qubic.org`. Plain http is allowed for a loopback address only.
+        network
+            Name of the network in responses.
+        headers
+            Headers of each request, for a node that requires authentication.
 
     Raises
     ------
     ValueError
-        The address is none, or not safe.
+        The address is malformed or not safe.
     """
 
     network: str
@@ -180,16 +180,16 @@ class RpcChain:
             headers={
                 **(headers or {}),
                 "Accept": "application/json",
-                "Accept-Encoding": "identity",  # what is read is measured as it comes
+                "Accept-Encoding": "identity",  # the size limit applies to the bytes on the wire
             },
             timeout=Timeout(connect=CONNECT_SECONDS, read=READ_SECONDS),
             retries=Retry(
                 total=ATTEMPTS - 1,
                 redirect=0,
-                allowed_methods=None,  # none of these requests does more when it is sent twice
+                allowed_methods=None,  # every request is safe to repeat
                 status_forcelist=_BUSY,
                 raise_on_status=False,
-                respect_retry_after_header=False,  # a node does not say how long a function of ours waits
+                respect_retry_after_header=False,  # a node must not control how long a function waits
                 backoff_factor=0.2,
                 backoff_max=2,
                 backoff_jitter=0.2,
@@ -211,7 +211,7 @@ class RpcChain:
         path = f"/live/v1/balances/{identity}"
         found = self._parsed(_Balance, path, self._answer("GET", path)).balance
         if found.id != identity:
-            _unusable(path, "the node answered for another identity")
+            _unusable(path, "the node's response is for another identity")
         return Balance(
             identity=identity,
             balance=found.balance,
@@ -232,26 +232,26 @@ class RpcChain:
         path = "/live/v1/broadcast-transaction"
         status, body = self._ask("POST", path, {"encodedTransaction": base64.b64encode(encoded).decode()})
         if status == 400 and (error_ := _error(body)):
-            raise PermanentError("broadcast_refused", f"the node refuses the transaction: {_printable(error_.message)}")
-        # Another status of 4xx is about who asks, or how often: it says nothing of the transaction.
+            raise PermanentError("broadcast_refused", f"the node rejects the transaction: {_printable(error_.message)}")
+        # Any other 4xx status concerns the caller or the rate limit, not the transaction.
         if status != 200:
-            _unusable(path, f"the node answered {status}")
+            _unusable(path, f"the node responded with status {status}")
         if self._parsed(_Broadcast, path, body).transaction_id != txid:
-            _unusable(path, "the node answered with another transaction")
+            _unusable(path, "the node's response is for another transaction")
         return txid
 
     def transaction(self, txid: str) -> Included | None:
         try:
             decode_transaction_id(txid)
         except ValueError:
-            return None  # no transaction has it
+            return None  # malformed, so no transaction has this id
         path = "/query/v1/getTransactionByHash"
         status, body = self._ask("POST", path, {"hash": txid})
-        # A gateway's "Not Found", of a path that it does not have, carries the same code.
+        # A gateway's "Not Found" for an unknown path has the same code.
         if status == 404 and (error_ := _error(body)) and error_.code == NOT_FOUND and "transaction" in error_.message:
             return None
         if status != 200:
-            _unusable(path, f"the node answered {status}")
+            _unusable(path, f"the node responded with status {status}")
         nested = isinstance(body, dict) and "transaction" in body
         found = self._parsed(_Nested, path, body).transaction if nested else self._parsed(_Transaction, path, body)
         return _included(path, found, txid)
@@ -266,19 +266,19 @@ class RpcChain:
             page = self._page(path, identity, first_tick, last_tick, offset)
             valid_for_tick, total = min(valid_for_tick, page.valid_for_tick), page.hits.total
             if total > MAX_LISTED:
-                _unusable(path, "there are too many transactions to look through")
+                _unusable(path, "the source has too many transactions in this range")
             found |= {each.hash: _included(path, each, each.hash) for each in page.transactions}
             if offset + PAGE >= total:
                 break
         if len(found) != total:
-            _unusable(path, f"the node counts {total} transactions and lists {len(found)}")
+            _unusable(path, f"the node counts {total} transactions but lists {len(found)}")
         sent = sorted(found.values(), key=lambda each: each.tick, reverse=True)
         return SentList(tuple(each for each in sent if first_tick <= each.tick <= last_tick), valid_for_tick)
 
     def _page(self, path: str, identity: str, first_tick: int, last_tick: int, offset: int) -> _Page:
-        """Read a page of the ticks from one before `first_tick` to one after `last_tick`, where there are such.
+        """Read a page of the ticks from `first_tick` - 1 to `last_tick` + 1, as far as these exist.
 
-        The service takes no range of one tick, and by its documents none of "size 0 or 1".
+        The service rejects a range of one tick, and its documentation also excludes "size 0 or 1".
         """
         first, last = max(first_tick - 1, 0), min(last_tick + 1, MAX_TICK)
         question = {
@@ -289,9 +289,9 @@ class RpcChain:
         }
         page = self._parsed(_Page, path, self._answer("POST", path, question))
         if len(page.transactions) > PAGE:
-            _unusable(path, "the node answered with more than was asked for")
+            _unusable(path, "the node returned more transactions than requested")
         if any(each.source != identity or not first <= each.tick_number <= last for each in page.transactions):
-            _unusable(path, "the node answered with a transaction that was not asked for")
+            _unusable(path, "the node returned a transaction that does not match the request")
         return page
 
     # HTTP
@@ -299,29 +299,29 @@ class RpcChain:
     def _answer(self, method: str, path: str, question: dict[str, Any] | None = None) -> Any:
         status, body = self._ask(method, path, question)
         if status != 200:
-            _unusable(path, f"the node answered {status}")
+            _unusable(path, f"the node responded with status {status}")
         return body
 
     def _ask(self, method: str, path: str, question: dict[str, Any] | None = None) -> tuple[int, Any]:
-        """Return the status and the JSON of the answer."""
+        """Return the status and the JSON of the response."""
         sent = {"json": question} if question is not None else {}
         with _reaching(path):
             response = self._http.request(method, self._url + path, redirect=False, preload_content=False, **sent)
             try:
                 data = _read(response, path)
             finally:
-                response.close()  # what was not read is not read any more
+                response.close()  # do not read the rest
         try:
             return response.status, json.loads(data)
         except (ValueError, RecursionError) as error:
-            raise TransientError(f"{_name(path)}: the answer ({response.status}) is not JSON") from error
+            raise TransientError(f"{_name(path)}: the response ({response.status}) is not JSON") from error
 
     def _parsed(self, kind: type[_Kind], path: str, body: Any) -> _Kind:
         try:
             return kind.model_validate(body)
         except ValidationError as error:
-            where = ".".join(str(part) for part in error.errors()[0]["loc"]) or "the whole"
-            raise TransientError(f"{_name(path)}: the answer is not as documented: {where}") from error
+            where = ".".join(str(part) for part in error.errors()[0]["loc"]) or "the whole body"
+            raise TransientError(f"{_name(path)}: the response does not match the documentation: {where}") from error
 
 
 def _read(response: urllib3.BaseHTTPResponse, path: str) -> bytes:
@@ -330,9 +330,9 @@ def _read(response: urllib3.BaseHTTPResponse, path: str) -> bytes:
     while chunk := response.read1(_CHUNK, decode_content=False):
         data += chunk
         if len(data) > MAX_ANSWER_BYTES:
-            _unusable(path, f"the answer is larger than {MAX_ANSWER_BYTES} bytes")
+            _unusable(path, f"the response is larger than {MAX_ANSWER_BYTES} bytes")
         if time.monotonic() > deadline:
-            _unusable(path, "the answer takes too long")
+            _unusable(path, "the response takes too long")
     return bytes(data)
 
 
@@ -342,13 +342,13 @@ def _reaching(path: str) -> Iterator[None]:
         yield
     except urllib3.exceptions.MaxRetryError as error:
         reason = type(error.reason or error).__name__
-        raise TransientError(f"{_name(path)}: the node does not answer ({reason})") from error
+        raise TransientError(f"{_name(path)}: the node does not respond ({reason})") from error
     except urllib3.exceptions.HTTPError as error:
-        raise TransientError(f"{_name(path)}: the answer was cut off ({type(error).__name__})") from error
+        raise TransientError(f"{_name(path)}: the response was cut off ({type(error).__name__})") from error
 
 
 def _included(path: str, found: _Transaction, txid: str) -> Included:
-    """Put a transaction together from its fields; it must be the one of that id."""
+    """Assemble a transaction from its fields. It must have the requested id."""
     try:
         transaction = Transaction(
             source=decode_identity(found.source),
@@ -361,11 +361,11 @@ def _included(path: str, found: _Transaction, txid: str) -> Included:
         )
         id_ = transaction.id
     except (ValueError, binascii.Error) as error:
-        raise TransientError(f"{_name(path)}: the node answered with what is no transaction: {error}") from error
+        raise TransientError(f"{_name(path)}: the node returned a malformed transaction: {error}") from error
     if id_ != txid or found.input_size != len(transaction.payload):
-        _unusable(path, "the node answered with another transaction")
+        _unusable(path, "the node returned another transaction")
     if not transaction.is_signed_by_source():
-        _unusable(path, "the node answered with a transaction that its source has not signed")
+        _unusable(path, "the node returned a transaction without its source's signature")
     return Included(transaction, timestamp=found.timestamp, money_flew=found.money_flew)
 
 
@@ -385,7 +385,7 @@ def _unusable(path: str, what: str) -> NoReturn:
 
 
 def _name(path: str) -> str:
-    """Return the call's own name, `balances` of `/live/v1/balances/…`."""
+    """Return the name of a call: `balances` for `/live/v1/balances/…`."""
     return path.split("/")[3]
 
 
@@ -400,13 +400,13 @@ def _checked_url(url: str) -> str:
     try:
         parts = parse_url(url)
     except urllib3.exceptions.LocationParseError as error:
-        raise ValueError("the RPC's address is none") from error
+        raise ValueError("the RPC's address is not a URL") from error
     if parts.scheme not in {"http", "https"} or not parts.host:
-        raise ValueError("the RPC's address begins with https:// and names a host")
+        raise ValueError("the RPC's address must begin with https:// and name a host")
     if parts.auth or parts.query or parts.fragment:
-        raise ValueError("the RPC's address has neither a user, nor a query, nor a fragment")
+        raise ValueError("the RPC's address must not have a user, a query or a fragment")
     if parts.scheme == "http" and not _is_loopback(parts.host):
-        raise ValueError("the RPC is asked over https; plain http is for this machine alone")
+        raise ValueError("the RPC's address must use https; plain http is for a loopback address only")
     return url.rstrip("/")
 
 

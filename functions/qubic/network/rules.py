@@ -1,8 +1,8 @@
-"""What the public RPC refuses: the rules of its query service, in its words, as pure functions.
+"""Input rules of the public RPC's query service, with its messages, as pure functions.
 
 Source: qubic/archive-query-service, folder v2 (`grpc/filters`, `grpc/pagination_validation.go`, `grpc/utils`,
-`grpc/service.go`); docs/qubic.md has them as a table. The mock's routes apply them, and every request of `RpcChain` is
-within them.
+`grpc/service.go`). docs/qubic.md lists the rules in a table. The mock's routes apply them, and every request of
+`RpcChain` is within them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ MAX_TICK = 2**32 - 1
 MAX_PAGE = 1_000
 DEFAULT_PAGE = 10
 MAX_HITS = 10_000
-"""Offset and size together; and no more are counted."""
+"""Maximum sum of offset and size, and maximum of the reported count."""
 MAX_FILTERS = 5
 MAX_RANGES = 4
 MAX_IDENTITIES = 5
@@ -34,7 +34,7 @@ _WRAP = 1 << 64
 
 
 class RuleError(Exception):
-    """A request that the public RPC refuses; the text is its message."""
+    """A request that the public RPC rejects; the text is the RPC's message."""
 
 
 Bounds = Mapping[str, str]
@@ -48,9 +48,9 @@ class Conditions:
     Attributes
     ----------
     include, exclude
-        A field's name and the values of which it has one, or has none.
+        A field's name, and the values to include or exclude.
     ranges
-        A field's name, and the lowest and the highest value, both included.
+        A field's name, its lowest and its highest value, both included.
     """
 
     include: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class Conditions:
     ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
 
     def match(self, fields: Mapping[str, str]) -> bool:
-        """Tell whether a transaction with these fields is among those that were asked for."""
+        """Return whether a transaction with these fields matches the request."""
         return (
             all(_has(fields[name], values) for name, values in self.include.items())
             and not any(_has(fields[name], values) for name, values in self.exclude.items())
@@ -71,9 +71,9 @@ def _has(value: str, values: tuple[str, ...]) -> bool:
 
 
 def check_ticks(first_tick: int, last_tick: int) -> None:
-    """Check a range of ticks of this system's own. Raises InvalidInputError."""
+    """Check a range of ticks from this system's own code. Raises InvalidInputError."""
     if not 0 <= first_tick <= last_tick <= MAX_TICK:
-        raise InvalidInputError("the ticks go from 0 or later to the same or a later one", field="first_tick")
+        raise InvalidInputError("the ticks must satisfy 0 <= first_tick <= last_tick < 2^32", field="first_tick")
 
 
 def check_digest(text: str, *, lower: bool) -> None:
@@ -88,7 +88,7 @@ def check_digest(text: str, *, lower: bool) -> None:
 
 
 def digest_error(text: str, *, lower: bool) -> str | None:
-    """Tell why a text is not 60 letters of one case; says nothing of the checksum."""
+    """Return the reason why a text is not 60 letters of one case, or None. The checksum is not checked."""
     if not all(letter.isalpha() for letter in text):
         return "invalid ID format"
     if (length := len(text.encode())) != 60:
@@ -97,9 +97,9 @@ def digest_error(text: str, *, lower: bool) -> str | None:
 
 
 def without_checksum(identity: str) -> str:
-    """Return the identity whose balance the live service looks up: it reads 56 letters, and no checksum.
+    """Return the identity whose balance the live service reads: it decodes 56 letters and ignores the checksum.
 
-    Source: qubic/go-node-connector, `types/identity.go`. Raises RuleError for what is not 60 capitals.
+    Source: qubic/go-node-connector, `types/identity.go`. Raises RuleError unless the text has 60 capitals.
     """
     if reason := digest_error(identity, lower=False):
         raise RuleError(f"converting identity to public key: {reason}")
@@ -190,7 +190,7 @@ def _checked_ranges(ranges: Mapping[str, Bounds]) -> dict[str, tuple[int, int]]:
 
 
 def _checked_range(bounds: Bounds, bits: int) -> tuple[int, int]:
-    """Return the lowest and the highest value. A range of both bounds has two values at least."""
+    """Return the lowest and the highest value. A range with both bounds must contain two values at least."""
     lowest, highest = 0, _WRAP - 1
     for name, text in bounds.items():
         try:

@@ -53,19 +53,19 @@ class Policies(Trust):
         The service's submissions; their network is the policy's.
     table
         By default that of LEDGER_TABLE.
-    bring_forward
+    advance_elsewhere
         What to call, instead of signing here, to have a version handed in: for a function without the key.
     """
 
     def __init__(
-        self, submissions: Submissions, table: str | None = None, *, bring_forward: Callable[[], None] | None = None
+        self, submissions: Submissions, table: str | None = None, *, advance_elsewhere: Callable[[], None] | None = None
     ) -> None:
         super().__init__(submissions, table)
-        self._elsewhere = bring_forward
+        self._elsewhere = advance_elsewhere
 
     # What is on its way
 
-    def bring_forward(self) -> None:
+    def advance(self) -> None:
         """Settle, by the function that holds the key; before the first version is in force, follow that one too.
 
         Raises as `settle`.
@@ -77,7 +77,7 @@ class Policies(Trust):
         first = self._submissions.get(submission_key(1)) if not self._head().in_force else None
         if first is not None:
             if first.is_open:
-                self._submissions.follow(first.source)
+                self._submissions.advance(first.source)
             self.settle()
 
     def settle(self) -> None:
@@ -143,7 +143,7 @@ class Policies(Trust):
 
     def _begin(self) -> Head:
         """Nothing is in force: bring version 1 forward. Raises TransientError while it is on its way."""
-        self.bring_forward()
+        self.advance()
         head = self._head()
         if head.in_force:
             return head
@@ -307,7 +307,7 @@ class Policies(Trust):
     def _settle_soon(self) -> None:
         """Submit what was approved; what fails here is the transaction worker's to do."""
         try:
-            self.bring_forward()
+            self.advance()
         except (TransientError, PermanentError, BotoCoreError, ClientError) as error:
             logger().warning("policy not submitted yet", extra={"error": type(error).__name__})
 

@@ -20,12 +20,11 @@ from qaes.domain.anchor import ANCHOR_INPUT_TYPE
 from qaes.domain.canonical import canonical_json
 from qaes.domain.errors import InvalidInputError
 from qaes.domain.ids import now, timestamp
-from qaes.domain.qubic import MAX_QU
+from qaes.domain.qubic import MAX_QU, OPEN_STATES
 from qubic.items import Item, Items, item_key
 
 Kind = Literal["hash", "instruction", "anchor", "policy", "transfer"]
 State = Literal["signed", "broadcast", "confirmed", "expired", "failed", "simulated"]
-OPEN: frozenset[State] = frozenset({"signed", "broadcast"})
 INPUT_TYPES: dict[Kind, int] = {
     "hash": 0x5148,
     "instruction": 0x5149,
@@ -99,7 +98,7 @@ class Submission:
 
     @property
     def is_open(self) -> bool:
-        return self.state in OPEN
+        return self.state in OPEN_STATES
 
     @property
     def no_effect(self) -> bool:

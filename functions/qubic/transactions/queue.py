@@ -43,5 +43,5 @@ def enqueue(submission: Submission, tick: int = 0, *, seen: int = 0, looks: int 
         "due": round(time.time() + pause, 3),
     }
     clients.client("sqs").send_message(
-        QueueUrl=settings.text("LEDGER_WRITER_QUEUE"), MessageBody=json.dumps(message), DelaySeconds=int(pause)
+        QueueUrl=settings.text("TRANSACTION_WORKER_QUEUE"), MessageBody=json.dumps(message), DelaySeconds=int(pause)
     )

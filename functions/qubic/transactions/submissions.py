@@ -42,7 +42,7 @@ from qubic.transactions.model import (
     check_reference,
 )
 from qubic.transactions.signing import LEAD_TICKS, transaction_of
-from qubic.transactions.tracking import FOLLOW_SECONDS, Tracking
+from qubic.transactions.tracking import ADVANCE_SECONDS, Tracking
 from qubic.wallets import Key, service_identity, service_key
 
 MAX_OPEN_HASHES = 50
@@ -238,7 +238,7 @@ class Submissions(Tracking):
         """
         found, available = self._available(source)
         if available < amount and source.open:
-            self.follow(source.identity, seconds=FOLLOW_SECONDS)  # what is decided by now is out of the way
+            self.advance(source.identity, seconds=ADVANCE_SECONDS)  # what is decided by now is out of the way
             source = self._source(source.identity)
             found, available = self._available(source)
         if available < amount:
@@ -246,14 +246,14 @@ class Submissions(Tracking):
         return source
 
     def _send_soon(self, signed: Submission, *, alone: bool) -> None:
-        """Have it followed, and send it if its turn has come; what fails here is the worker's to do."""
+        """Have it advanced, and send it if its turn has come; what fails here is the worker's to do."""
         with _left_to_the_worker(signed):
             self._on_signed(signed)
         with _left_to_the_worker(signed):
             if alone and (signed.kind != "transfer" or self.sends_transfers):
                 self._send(signed)
             else:
-                self.follow(signed.source, seconds=FOLLOW_SECONDS)
+                self.advance(signed.source, seconds=ADVANCE_SECONDS)
 
 
 @contextmanager

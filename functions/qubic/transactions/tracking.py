@@ -36,7 +36,7 @@ MIN_LEAD_TICKS = 3
 """What has fewer ticks left when its turn comes is not sent any more: it would hardly get there."""
 EXPIRY_MARGIN_TICKS = 5
 """Absent counts only so many ticks after the named one: nodes behind one address may not all be at the same tick."""
-FOLLOW_SECONDS = 5.0
+ADVANCE_SECONDS = 5.0
 """How long a request follows a source's queue: what is left is the transaction worker's."""
 REFUSED_METRIC = "LedgerRefused"
 
@@ -44,7 +44,7 @@ REFUSED_METRIC = "LedgerRefused"
 class Tracking(Signing):
     """Brings the queues of one chain's sources forward."""
 
-    def follow(self, identity: str, *, seconds: float = 15) -> None:
+    def advance(self, identity: str, *, seconds: float = 15) -> None:
         """Bring a source's queue forward as far as it goes now; called by anybody, at any time.
 
         After so many `seconds` nothing further is begun. Raises TransientError when the network does not answer: to
@@ -65,13 +65,13 @@ class Tracking(Signing):
             if submission.attempt > attempts_at_first.setdefault(submission.key, submission.attempt) + 1:
                 raise TransientError("what was just signed is late again: the network's ticks are not to be trusted")
             try:
-                if not self._bring_forward(submission, head, source):
+                if not self._advance_first(submission, head, source):
                     return
             except ChangedError:
                 pass  # somebody else brings it forward at the same time
         raise TransientError("others are writing to the ledger at the moment")
 
-    def _bring_forward(self, submission: Submission, head: Place, source: Source) -> bool:
+    def _advance_first(self, submission: Submission, head: Place, source: Source) -> bool:
         """Take the next step with the first of a queue; False when there is none yet."""
         if submission.is_open and submission.source == source.identity:
             if submission.tick != head.tick:

@@ -7,13 +7,29 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from qaes.adapters import dynamo, settings
 from qaes.domain.errors import ConflictError
 
 Item = dict[str, Any]
-Waits = Literal["APPROVAL", "ACTION"]
+Kind = Literal["APPROVAL", "ACTION"]
+
+
+class Callback(NamedTuple):
+    """A callback token and the state that waits with it.
+
+    The token stays for `expires_in` seconds, unless it is used before. `attempt_of` is the run whose attempt the state
+    waits for, if it is not its own.
+    """
+
+    kind: Kind
+    task_id: str
+    step_index: int
+    token: str
+    expires_in: int
+    run: int
+    attempt_of: int | None = None
 
 
 class CallbacksTable:
@@ -22,27 +38,13 @@ class CallbacksTable:
     def __init__(self, table: str | None = None) -> None:
         self._table = table or settings.text("CALLBACKS_TABLE")
 
-    def put(
-        self,
-        waits: Waits,
-        task_id: str,
-        step_index: int,
-        token: str,
-        expires_in: int,
-        *,
-        run: int,
-        attempt_of: int | None = None,
-    ) -> Item:
-        """Make the write of a token; the newest of a run is the one that counts.
-
-        It stays for `expires_in` seconds, unless it is used before. A later run's token is not replaced. `attempt_of`
-        is the run whose attempt the state waits for, if it is not its own.
-        """
-        item = _key(waits, task_id, step_index) | {
-            "token": {"S": token},
-            "run": {"N": str(run)},
-            "attempt_of": {"N": str(attempt_of or run)},
-            "expires_at_epoch": {"N": str(int(time.time()) + expires_in)},
+    def put(self, callback: Callback) -> Item:
+        """Make the write of a token; the newest of a run is the one that counts. A later run's is not replaced."""
+        item = _key(callback.kind, callback.task_id, callback.step_index) | {
+            "token": {"S": callback.token},
+            "run": {"N": str(callback.run)},
+            "attempt_of": {"N": str(callback.attempt_of or callback.run)},
+            "expires_at_epoch": {"N": str(int(time.time()) + callback.expires_in)},
         }
         no_later_run_waits = "attribute_not_exists(#run) OR #run <= :run"
         put = {
@@ -50,48 +52,37 @@ class CallbacksTable:
             "Item": item,
             "ConditionExpression": no_later_run_waits,
             "ExpressionAttributeNames": {"#run": "run"},
-            "ExpressionAttributeValues": {":run": {"N": str(run)}},
+            "ExpressionAttributeValues": {":run": {"N": str(callback.run)}},
         }
         return {"Put": put}
 
-    def wait(
-        self,
-        waits: Waits,
-        task_id: str,
-        step_index: int,
-        token: str,
-        expires_in: int,
-        *,
-        run: int,
-        attempt_of: int | None = None,
-    ) -> None:
+    def wait(self, callback: Callback) -> None:
         """Store a token by itself, as `put`. Raises ConflictError when a later run waits."""
-        put = self.put(waits, task_id, step_index, token, expires_in, run=run, attempt_of=attempt_of)
         try:
-            dynamo.call("put_item", **put["Put"])
+            dynamo.call("put_item", **self.put(callback)["Put"])
         except dynamo.ConditionFailedError as error:
             raise ConflictError("another execution of the task has begun") from error
 
-    def token(self, waits: Waits, task_id: str, step_index: int, *, failed: int | None = None) -> str | None:
+    def token(self, kind: Kind, task_id: str, step_index: int, *, failed: int | None = None) -> str | None:
         """Read the token of the state that waits; with `failed`, unless it waits for an attempt after that run's."""
-        key = _key(waits, task_id, step_index)
+        key = _key(kind, task_id, step_index)
         item = dynamo.get(self._table, key["pk"]["S"], key["sk"]["S"])
         if item is None or (failed is not None and failed < int(item["attempt_of"]["N"])):
             return None
         return str(item["token"]["S"])
 
-    def forget(self, waits: Waits, task_id: str, step_index: int, token: str) -> None:
+    def forget(self, kind: Kind, task_id: str, step_index: int, token: str) -> None:
         """Delete a token that was used; one that was stored since then stays."""
         with suppress(dynamo.ConditionFailedError):
             dynamo.call(
                 "delete_item",
                 TableName=self._table,
-                Key=_key(waits, task_id, step_index),
+                Key=_key(kind, task_id, step_index),
                 ConditionExpression="#token = :token",
                 ExpressionAttributeNames={"#token": "token"},
                 ExpressionAttributeValues={":token": {"S": token}},
             )
 
 
-def _key(waits: Waits, task_id: str, step_index: int) -> Item:
-    return dynamo.key(task_id, f"{waits}#{step_index:03d}")
+def _key(kind: Kind, task_id: str, step_index: int) -> Item:
+    return dynamo.key(task_id, f"{kind}#{step_index:03d}")

@@ -53,7 +53,7 @@ def call(operation: str, **arguments: Any) -> dict[str, Any]:
     TransientError
         DynamoDB does not answer. A write may have been made.
     """
-    pauses = _Pauses()
+    pauses = Pauses()
     while True:
         try:
             answer: dict[str, Any] = getattr(clients.client("dynamodb"), operation)(**arguments)
@@ -79,7 +79,7 @@ def get_many(table: str, keys: Sequence[Item], **options: Any) -> Iterator[Item]
     """Read those of the items that exist, in any order."""
     for start in range(0, len(keys), BATCH_GET):
         left: Any = list(keys[start : start + BATCH_GET])
-        pauses = _Pauses()
+        pauses = Pauses()
         while left:
             request = {table: {"Keys": left, "ConsistentRead": True} | options}
             answer = call("batch_get_item", RequestItems=request)
@@ -105,12 +105,30 @@ def items(operation: str = "query", **arguments: Any) -> Iterator[Item]:
         yield from page["Items"]
 
 
+def put_new(table: str, item: Item) -> Item:
+    """Make the write of an item that is not there yet, for `transact`."""
+    not_there_yet = "attribute_not_exists(pk)"
+    return {"Put": {"TableName": table, "Item": item, "ConditionExpression": not_there_yet}}
+
+
+def put_after(table: str, item: Item, before: int, counter: str = "version") -> Item:
+    """Make the write of an item whose `counter` was `before` when it was read; 0: the item was not there."""
+    put = put_new(table, item)
+    if before:
+        nobody_wrote_since = f"{counter} = :before"
+        put["Put"] |= {
+            "ConditionExpression": nobody_wrote_since,
+            "ExpressionAttributeValues": {":before": {"N": str(before)}},
+        }
+    return put
+
+
 def key(pk: str, sk: str) -> Item:
     """Make the key of an item."""
     return {"pk": {"S": pk}, "sk": {"S": sk}}
 
 
-class _Pauses:
+class Pauses:
     """Random pauses that grow (full jitter), until the patience is over."""
 
     def __init__(self) -> None:

@@ -193,6 +193,9 @@ def require(*roles: str, deciding: bool = False) -> Callable[[Request], Coroutin
     return one_of
 
 
+EVERY_ROLE = require("requester", "approver", "auditor")
+"""The dependency of a route that every role may call."""
+
 OPEN: dict[str, Any] = {"security": []}
 """`openapi_extra` of a route that everybody may call."""
 

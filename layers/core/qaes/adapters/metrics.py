@@ -32,7 +32,7 @@ def open_approvals(ages: list[float]) -> None:
     oldest = max(ages, default=0)
     for name, unit, value in (
         ("OpenApprovals", MetricUnit.Count, len(ages)),
-        ("OldestOpenApproval", MetricUnit.Seconds, max(oldest, 0)),
+        ("OldestPendingApprovalAge", MetricUnit.Seconds, max(oldest, 0)),
     ):
         with single_metric(name=name, unit=unit, value=value, namespace=namespace()):
             pass

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from qaes.adapters import dynamo, metrics
+from qaes.adapters.callbacks import Callback
 from qaes.adapters.task_items import Idempotency, Item, is_counter, plan_item
 from qaes.adapters.task_queries import TaskQueries
 from qaes.domain.errors import ConflictError, LimitError, ThrottledError
@@ -106,9 +107,8 @@ class TaskChanges(TaskQueries):
             left = parse_timestamp(change.approval.expires_at) - now()
             kept = int(left.total_seconds()) + _TOKEN_SECONDS
             step_index = change.approval.step_index
-            writes.append(
-                self._callbacks.put("APPROVAL", task.task_id, step_index, change.token, kept, run=change.approval.run)
-            )
+            callback = Callback("APPROVAL", task.task_id, step_index, change.token, kept, change.approval.run)
+            writes.append(self._callbacks.put(callback))
         if change.consumed is not None:
             writes.append(self._items.consume_approval(task.task_id, change.consumed))
         if change.ends:

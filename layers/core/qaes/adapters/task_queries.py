@@ -19,6 +19,7 @@ from qaes.domain.ids import now, timestamp
 from qaes.domain.models import Approval, Plan, Status, StepRecord, Task
 from qaes.domain.tasks import approvals
 from qaes.domain.tasks.decisions import Decisions
+from qaes.domain.text import same_subject
 
 
 class TaskQueries:
@@ -94,6 +95,18 @@ class TaskQueries:
     def open_approval(self, task_id: str, *, of: Task | None = None) -> Approval | None:
         """The approval that a person is asked for now."""
         return approvals.pending_of(self.approvals(task_id, of=of))
+
+    def may_decide(self, listed: Task, subject: str, *, four_eyes: bool = True) -> bool:
+        """Return whether a person may decide on a task of a list now, as `approvals.decide` would take it."""
+        if listed.status != "waiting_approval" or (four_eyes and same_subject(subject, listed.requester)):
+            return False
+        try:
+            decisions = self._decisions.of(listed.task_id)
+        except NotFoundError:  # an item that no request made
+            return False
+        asked = [Approval.model_validate_json(item["data"]["S"]) for item in self._query(listed.task_id, "APPROVAL#")]
+        task, asked = decisions.of_task(listed), decisions.of_approvals(asked)
+        return approvals.may_decide(task, asked, subject, now(), four_eyes=four_eyes)
 
     def _approvals(self, task_id: str, prefix: str, of: Task | None) -> list[Approval]:
         asked = [Approval.model_validate_json(item["data"]["S"]) for item in self._query(task_id, prefix)]

@@ -15,7 +15,7 @@ from qaes.adapters.task_items import Idempotency, task_item
 from qaes.domain.canonical import SALT_LETTERS, hash_of
 from qaes.domain.errors import ConflictError, TransientError
 from qaes.domain.ids import now
-from qaes.domain.models import Analysis, Approval, Outcome, Plan, Status, StepRecord, Task, WalletBalance
+from qaes.domain.models import Analysis, Approval, Outcome, Plan, Status, StepRecord, Task, Terms, WalletBalance
 from qaes.domain.policy import PolicyDecision
 from qaes.domain.tasks import approvals, events, lifecycle
 from qaes.domain.tasks.lifecycle import Change, History, StepOutcome
@@ -90,6 +90,7 @@ class TaskStore(TaskChanges):
         required: int = 1,
         execution: str | None = None,
         balance: WalletBalance | None = None,
+        terms: Terms | None = None,
     ) -> Approval:
         """Ask for an approval: the item that says "waiting" and the one that holds the token are one write.
 
@@ -110,6 +111,7 @@ class TaskStore(TaskChanges):
                 required=required,
                 execution=execution,
                 balance=balance,
+                terms=terms,
                 at=now(),
             )
 

@@ -17,10 +17,8 @@ from qaes.domain.errors import PermanentError, StepFailedError
 from qaes.domain.ids import now, parse_timestamp
 from qaes.domain.models import CONFIRMED_LATER, TERMINAL, Step, StepRecord, Task, WalletBalance
 from qaes.domain.policy import Policy
+from qaes.domain.qubic import OPEN_STATES
 from qaes.domain.tasks.lifecycle import StepOutcome
-
-OPEN: frozenset[str] = frozenset({"signed", "broadcast"})
-"""The states in which a transfer may still happen."""
 
 LATE_SECONDS = 300
 """So long after its task's end nobody hands a transfer in any more: longer than the worker and the ledger may take."""
@@ -99,7 +97,7 @@ def policy_and_funds(ledger: LedgerClient, step: Step) -> tuple[Policy, Funds]:
 def is_submitted(ledger: LedgerClient, task_id: str, step_id: str) -> bool:
     """Whether the ledger has the step's transfer, confirmed or under way: then it needs no funds any more."""
     state = state_of(ledger, task_id, step_id)
-    return state is not None and state["state"] in OPEN | {"confirmed"}
+    return state is not None and state["state"] in OPEN_STATES | {"confirmed"}
 
 
 def settle(store: TaskStore, ledger: LedgerClient, task: Task, record: StepRecord) -> Settled:
@@ -111,7 +109,7 @@ def settle(store: TaskStore, ledger: LedgerClient, task: Task, record: StepRecor
     if record.status != "running":
         return Settled(record, in_flight=False)
     state = state_of(ledger, task.task_id, record.step_id)
-    if state is not None and state["state"] in OPEN:
+    if state is not None and state["state"] in OPEN_STATES:
         return Settled(record, in_flight=True)
     if state is not None and state["state"] == "confirmed":
         parameters = store.plan_of(task).steps[record.step_index].parameters

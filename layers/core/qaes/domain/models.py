@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer
 
 from qaes.domain.canonical import hash_of
 from qaes.domain.policy import PolicyDecision, RiskLevel
@@ -196,11 +197,52 @@ class Decision(Model):
     decided_at: str
 
 
+class Quorum(Model):
+    """How many people must approve: members of the group `approvers`, or any approvers if there is no group.
+
+    `members` are the people of the group who count, as they were when the approval was requested.
+    """
+
+    approvals: int
+    approvers: str | None = None
+    members: tuple[str, ...] | None = None
+
+    def counts(self, subject: str) -> bool:
+        """Whether a decision of this person counts."""
+        return self.members is None or subject in self.members
+
+    def is_met(self, decisions: Sequence[Decision]) -> bool:
+        """Whether enough of the people who count have approved."""
+        given = {decision.subject for decision in decisions if decision.approved and self.counts(decision.subject)}
+        return len(given) >= self.approvals
+
+
+class Terms(Model):
+    """What a policy of format 2 requests an approval for: who must approve, and the tier that applies.
+
+    `quorums` must all be met; a person in several of the groups counts for each. `tier` is the index in the pinned
+    policy's rule. `escalate_to` is the group to notify `escalate_after` seconds after the request.
+    """
+
+    quorums: tuple[Quorum, ...]
+    tier: int | None = None
+    amount: int | None = None
+    unit: str | None = None
+    escalate_after: int | None = None
+    escalate_to: str | None = None
+
+    @property
+    def required(self) -> int:
+        """The most approvals that one of the quorums needs."""
+        return max(quorum.approvals for quorum in self.quorums)
+
+
 class Approval(Model):
     """People were asked. Bound to the hashes of the plan and of the step.
 
     `required` people have to approve; one rejection ends it. `run` is the task's execution that asks. `balance` is that
-    of the wallet that is to pay, as it was read right before; it is shown, and nothing is bound to it.
+    of the wallet that is to pay, as it was read right before; it is shown, and nothing is bound to it. A policy of
+    format 1 requests an approval without `terms`: any approvers count.
     """
 
     step_index: int
@@ -216,6 +258,15 @@ class Approval(Model):
     expires_at: str
     reminded_at: str | None = None
     balance: WalletBalance | None = None
+    terms: Terms | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_absent_terms(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # An approval of format 1 is stored as it was before there were terms.
+        fields: dict[str, Any] = serialize(self)
+        if self.terms is None:
+            fields.pop("terms", None)
+        return fields
 
     @property
     def decided_by(self) -> str | None:
@@ -227,9 +278,26 @@ class Approval(Model):
         """What the last decision gave as its reason."""
         return self.decisions[-1].reason if self.decisions else None
 
-    def is_too_little(self, required: int) -> bool:
-        """Whether it is a yes, by fewer people than are required by now. A no is never asked about again."""
-        return self.status == "approved" and sum(each.approved for each in self.decisions) < required
+    @property
+    def quorums(self) -> tuple[Quorum, ...]:
+        """Who must approve: without terms, any approvers."""
+        return self.terms.quorums if self.terms else (Quorum(approvals=self.required),)
+
+    @property
+    def is_met(self) -> bool:
+        """Whether every quorum has its approvals."""
+        return all(quorum.is_met(self.decisions) for quorum in self.quorums)
+
+    def is_too_little(self, quorums: Sequence[Quorum]) -> bool:
+        """Whether it is a yes that does not meet the quorums that are required by now.
+
+        A no is never asked about again.
+        """
+        return self.status == "approved" and not all(quorum.is_met(self.decisions) for quorum in quorums)
+
+    def may_be_decided_by(self, subject: str) -> bool:
+        """Whether a decision of this person counts for one of the quorums."""
+        return any(quorum.counts(subject) for quorum in self.quorums)
 
 
 class Event(Model):

@@ -6,3 +6,6 @@ every address check uses, loads no curve arithmetic.
 
 MAX_QU = 10**15
 """Most QU in one amount; the whole supply is of that order."""
+SIGNATURE_BYTES = 64
+OPEN_STATES = frozenset({"signed", "broadcast"})
+"""The states of a submission whose transaction can still take effect."""

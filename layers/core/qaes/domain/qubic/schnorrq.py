@@ -7,11 +7,10 @@ here belongs to an anchor with a small balance, never to a treasury.
 
 from __future__ import annotations
 
-from qaes.domain.qubic import fourq
+from qaes.domain.qubic import SIGNATURE_BYTES, fourq
 from qaes.domain.qubic.k12 import k12
 
 SEED_LETTERS = 55
-SIGNATURE_BYTES = 64
 
 
 def subseed_of(seed: str) -> bytes:

@@ -9,12 +9,11 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, replace
 
-from qaes.domain.qubic import MAX_QU
+from qaes.domain.qubic import MAX_QU, SIGNATURE_BYTES
 from qaes.domain.qubic.identity import encode_transaction_id
 from qaes.domain.qubic.k12 import k12
 
 MAX_PAYLOAD = 1024
-SIGNATURE_BYTES = 64
 _HEADER = struct.Struct("<32s32sqIHH")
 
 

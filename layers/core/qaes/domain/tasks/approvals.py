@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 
 from qaes.domain.errors import ConflictError, ForbiddenError
 from qaes.domain.ids import parse_timestamp, timestamp
-from qaes.domain.models import Approval, ApprovalStatus, Decision, Plan, Task, WalletBalance
+from qaes.domain.models import Approval, ApprovalStatus, Decision, Plan, Quorum, Task, Terms, WalletBalance
 from qaes.domain.tasks import events
 from qaes.domain.tasks.lifecycle import Change, of_closed, refuse_ended, refuse_other_execution
 from qaes.domain.text import same_subject
@@ -26,19 +26,21 @@ def request(
     execution: str | None,
     balance: WalletBalance | None,
     at: datetime,
+    terms: Terms | None = None,
 ) -> Change:
     """Ask people to approve a step; `latest` is what they were asked about it before, under the `stored_token`.
 
     Asked again in the same execution (the state was retried), the newest token is the one that counts. What was decided
-    in between, or has expired, stays as it is: nobody is asked twice, unless fewer have approved than are `required`
-    by now (a policy that has become stricter).
+    in between, or has expired, stays as it is: nobody is asked twice, unless what was approved does not meet what is
+    `required` by now, and by the `terms` of a policy of format 2 (a policy that has become stricter).
 
     Raises ConflictError when the task has ended, or `execution` is not its execution (any more): a token of an
     execution before a retry wakes nobody, and never replaces the token of the present one.
     """
     refuse_ended(task)
     refuse_other_execution(task, execution)
-    if latest is not None and latest.run == task.run and not latest.is_too_little(required):
+    quorums = terms.quorums if terms else (Quorum(approvals=required),)
+    if latest is not None and latest.run == task.run and not latest.is_too_little(quorums):
         waits = {"status": "waiting_approval"} if latest.status == "pending" else {}
         unchanged = stored_token == token
         return Change(waits, approval=latest, approval_before=latest.status, token=token, writes_nothing=unchanged)
@@ -54,6 +56,7 @@ def request(
         requested_at=timestamp(at),
         expires_at=timestamp(at + timedelta(seconds=expires_in)),
         balance=balance,
+        terms=terms,
     )
     step = plan.steps[step_index]
     asked = events.of_approval(task, "approval_requested", "compliance", "pending", approval, step, timestamp(at))
@@ -82,6 +85,7 @@ def decide(
     """Take a person's decision on the approval that is pending, of all `approvals` of the task.
 
     A rejection ends the approval, and so does the last of the approvals that are required; each is another person's.
+    Only people whose approval counts may decide, and each of them may reject.
 
     Raises
     ------
@@ -89,7 +93,8 @@ def decide(
         The task waits for no approval (any more), with its status and who decided; this person has approved already;
         or `plan_hash` is not what would be approved.
     ForbiddenError
-        With `four_eyes`: this person has started the task, or has retried it, in whatever run.
+        With `four_eyes`: this person has started the task, or has retried it, in whatever run. The policy requests
+        approvals of groups, and this person is in none of them.
     """
     if four_eyes:
         _refuse_involved(task, subject)
@@ -102,13 +107,15 @@ def decide(
         raise ConflictError(
             "the plan is not the one that was decided on", field="plan_hash", plan_hash=approval.plan_hash
         )
+    if not approval.may_be_decided_by(subject):
+        raise ForbiddenError(_not_in_group(approval))
     if any(same_subject(each.subject, subject) for each in approval.decisions):
         raise ConflictError("this person has approved already", task_status=task.status, decided_by=subject)
     moment, said = timestamp(at), "approved" if approved else "rejected"
     decision = Decision(subject=subject, approved=approved, reason=reason, decided_at=moment)
-    decisions = (*approval.decisions, decision)
-    ends = not approved or len(decisions) >= approval.required
-    decided = approval.model_copy(update={"status": said if ends else "pending", "decisions": decisions})
+    decided = approval.model_copy(update={"decisions": (*approval.decisions, decision)})
+    ends = not approved or decided.is_met
+    decided = decided.model_copy(update={"status": said if ends else "pending"})
     step = plan.steps[approval.step_index]
     event = events.of_approval(task, "approval_decided", subject, said, decided, step, moment, key_hash)
     fields = {"status": "executing", "waiting_until": None} if ends else {}
@@ -143,6 +150,31 @@ def expire(task: Task, plan: Plan | None, approvals: Sequence[Approval], at: dat
 def pending_of(approvals: Sequence[Approval]) -> Approval | None:
     """Return the approval that people are asked for now."""
     return next((approval for approval in approvals if approval.status == "pending"), None)
+
+
+def may_decide(
+    task: Task, approvals: Sequence[Approval], subject: str, at: datetime, *, four_eyes: bool = True
+) -> bool:
+    """Return whether `decide` would take a decision of this person now."""
+    approval = pending_of(approvals)
+    if task.status != "waiting_approval" or approval is None or approval.run != task.run:
+        return False
+    if four_eyes and is_involved(task, subject):
+        return False
+    decided = any(same_subject(decision.subject, subject) for decision in approval.decisions)
+    return not decided and at < parse_timestamp(approval.expires_at) and approval.may_be_decided_by(subject)
+
+
+def is_involved(task: Task, subject: str) -> bool:
+    """Return whether this person has started the task, or has retried it in any run, in person or by an agent."""
+    return any(same_subject(subject, person) for person in (task.requester, *task.retriers))
+
+
+def _not_in_group(approval: Approval) -> str:
+    names = sorted({quorum.approvers for quorum in approval.quorums if quorum.approvers is not None})
+    return (
+        f"only people in {' or '.join(f'`{name}`' for name in names)} can decide on this task: you are not among them"
+    )
 
 
 def _not_waiting(task: Task, approvals: Sequence[Approval]) -> ConflictError:

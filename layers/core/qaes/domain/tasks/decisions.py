@@ -78,12 +78,13 @@ class Decisions:
             for event, answer in zip(found, said, strict=True)
         )
         required = max([approval.required, *(json.loads(event.input)["required"] for event in found)])
+        approval = approval.model_copy(update={"decisions": decisions, "required": required})
         status: ApprovalStatus = "pending" if approval.status in {"approved", "rejected"} else approval.status
         if any(not decision.approved for decision in decisions):
             status = "rejected"
-        elif decisions and len(decisions) >= required:
+        elif decisions and approval.is_met:
             status = "approved"
-        return approval.model_copy(update={"decisions": decisions, "required": required, "status": status})
+        return approval.model_copy(update={"status": status})
 
     def _is_on(self, approval: Approval, number: int) -> bool:
         """Whether the decision with this number was made on this approval: its step, round, run, and what was shown."""

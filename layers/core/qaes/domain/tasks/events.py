@@ -128,7 +128,7 @@ def of_approval(
     key_hash: str | None = None,
 ) -> Event:
     """What people were asked goes in: the plan and the step by their hashes. What was said to it comes out."""
-    asked = {
+    asked: dict[str, Any] = {
         "plan_hash": approval.plan_hash,
         "step_hash": approval.step_hash,
         "policy_id": approval.policy_id,
@@ -136,6 +136,9 @@ def of_approval(
         "required": approval.required,
         "expires_at": approval.expires_at,
     }
+    if approval.terms is not None:
+        quorums = [quorum.model_dump(include={"approvals", "approvers"}) for quorum in approval.quorums]
+        asked |= {"quorums": quorums}
     said: dict[str, Any] = {"status": status, "actor": actor}
     if kind == "approval_decided":
         said |= {

@@ -94,9 +94,9 @@ def _each_call(check: Callable[[Cloud, int], bool]) -> int:
 
 def _follow(it: Cloud) -> None:
     """The writer's next two looks: the message before the tick has passed, and the one after."""
-    it.invoke("LedgerWriterFunction", {})
+    it.invoke("TransactionWorkerFunction", {})
     it.clock.pass_seconds(LEAD_TICKS + 2)
-    it.invoke("LedgerWriterFunction", {})
+    it.invoke("TransactionWorkerFunction", {})
 
 
 def _on_chain(it: Cloud, payload: bytes) -> list[str]:
@@ -151,11 +151,11 @@ def test_a_queue_waits_until_its_event_is_taken(monkeypatch, capsys, failure):
         it.clock.pass_seconds(LEAD_TICKS + 2)
         with monkeypatch.context() as patch:
             patch.setattr(BaseClient, "_make_api_call", fails)
-            it.invoke("LedgerWriterFunction", {})
+            it.invoke("TransactionWorkerFunction", {})
             it.clock.pass_seconds(LEAD_TICKS + 2)
-            assert len(it.invoke("LedgerWriterFunction", {})["open"]) == 1
+            assert len(it.invoke("TransactionWorkerFunction", {})["open"]) == 1
         assert _published(it) == []
-        assert it.invoke("LedgerWriterFunction", {})["open"] == []
+        assert it.invoke("TransactionWorkerFunction", {})["open"] == []
         assert [event["detail"]["outcome"] for event in _published(it)] == ["confirmed"]
         if failure == "silent":
             assert STUCK_METRIC in capsys.readouterr().out
@@ -165,7 +165,7 @@ def test_a_queue_waits_until_its_event_is_taken(monkeypatch, capsys, failure):
 
 
 def _messages() -> list[dict[str, Any]]:
-    url = boto3.client("sqs").get_queue_url(QueueName="LedgerWriterQueue")["QueueUrl"]
+    url = boto3.client("sqs").get_queue_url(QueueName="TransactionWorkerQueue")["QueueUrl"]
     found = boto3.client("sqs").get_queue_attributes(
         QueueUrl=url, AttributeNames=["ApproximateNumberOfMessages", "ApproximateNumberOfMessagesDelayed"]
     )["Attributes"]
@@ -182,22 +182,22 @@ def test_a_submission_is_looked_at_until_it_is_closed():
         it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         [before] = _messages()
         event = {"Records": [_record(f"hash:{digest(1)}")]}
-        assert it.invoke("LedgerWriterFunction", event) == {"batchItemFailures": []}
+        assert it.invoke("TransactionWorkerFunction", event) == {"batchItemFailures": []}
         [after] = _messages()
         assert sum(after.values()) == sum(before.values()) + 1  # its tick has not passed: it comes back
         it.clock.pass_seconds(LEAD_TICKS + 2)
-        assert it.invoke("LedgerWriterFunction", event) == {"batchItemFailures": []}
+        assert it.invoke("TransactionWorkerFunction", event) == {"batchItemFailures": []}
         assert _messages() == [after]
         assert it.invoke("LedgerFunction", {"operation": "verify", "hash": digest(1)})["result"]["verified"]
         # Delivered twice, of another network, of nothing: no harm, and no further message.
         others = [_record(f"hash:{digest(1)}"), _record(f"hash:{digest(1)}", "mainnet"), _record("hash:none")]
-        assert it.invoke("LedgerWriterFunction", {"Records": others}) == {"batchItemFailures": []}
+        assert it.invoke("TransactionWorkerFunction", {"Records": others}) == {"batchItemFailures": []}
         assert _messages() == [after]
 
 
 def test_what_cannot_be_followed_is_delivered_again():
     with cloud(state_machine=False) as it:
-        answer = it.invoke("LedgerWriterFunction", {"Records": [{"messageId": "m", "body": "not JSON"}]})
+        answer = it.invoke("TransactionWorkerFunction", {"Records": [{"messageId": "m", "body": "not JSON"}]})
         assert answer == {"batchItemFailures": [{"itemIdentifier": "m"}]}
 
 
@@ -207,7 +207,7 @@ def test_while_the_network_is_silent_the_writer_comes_back():
         chain = MockChain(genesis={}, table="ChainTable", clock=it.clock, tick_milliseconds=1000)
         chain.set_faults(Faults(fail_requests=1))
         [before] = _messages()
-        assert it.invoke("LedgerWriterFunction", {"Records": [_record(f"hash:{digest(1)}")]}) == {
+        assert it.invoke("TransactionWorkerFunction", {"Records": [_record(f"hash:{digest(1)}")]}) == {
             "batchItemFailures": []
         }
         assert sum(_messages()[0].values()) == sum(before.values()) + 1
@@ -217,7 +217,7 @@ def test_a_lost_message_is_made_up_for_by_the_schedule():
     with cloud(state_machine=False) as it:
         it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         it.clock.pass_seconds(LEAD_TICKS + 2)
-        assert it.invoke("LedgerWriterFunction", {}) == {"open": []}
+        assert it.invoke("TransactionWorkerFunction", {}) == {"open": []}
         assert it.invoke("LedgerFunction", {"operation": "verify", "hash": digest(1)})["result"]["verified"]
 
 
@@ -229,10 +229,10 @@ def test_what_cannot_be_sent_is_followed_and_what_cannot_be_followed_is_sent(mon
         it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         assert sum(_messages()[0].values()) == sum(before.values()) + 1
         boto3.client("sqs").delete_queue(
-            QueueUrl=boto3.client("sqs").get_queue_url(QueueName="LedgerWriterQueue")["QueueUrl"]
+            QueueUrl=boto3.client("sqs").get_queue_url(QueueName="TransactionWorkerQueue")["QueueUrl"]
         )
         it.clock.pass_seconds(LEAD_TICKS + 2)
-        it.invoke("LedgerWriterFunction", {})
+        it.invoke("TransactionWorkerFunction", {})
         written = it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(2), "metadata": {}})["result"]
         it.clock.pass_seconds(LEAD_TICKS + 2)
         assert _on_chain(it, bytes.fromhex(digest(2))) == [written["txid"]]
@@ -263,7 +263,7 @@ def test_pauses_grow_while_ticks_stand_still_and_are_short_again_when_they_come(
         def look() -> int:
             message = {name: value for name, value in sent[-1].items() if name != "delay"}
             record = {"messageId": "m", "body": json.dumps(message), "eventSource": "aws:sqs"}
-            assert it.invoke("LedgerWriterFunction", {"Records": [record]}) == {"batchItemFailures": []}
+            assert it.invoke("TransactionWorkerFunction", {"Records": [record]}) == {"batchItemFailures": []}
             it.clock.pass_seconds(sent[-1]["delay"])
             return int(sent[-1]["delay"])
 
@@ -298,61 +298,61 @@ def test_a_batch_follows_each_source_once(monkeypatch):
     with cloud(state_machine=False) as it:
         for number in (1, 2, 3):
             it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(number), "metadata": {}})
-        followed = _followed(monkeypatch)
+        advanced = _advanced(monkeypatch)
         sent = _sent(monkeypatch)
         records = [_record(f"hash:{digest(number)}") for number in (1, 2, 3)]
-        assert it.invoke("LedgerWriterFunction", {"Records": records}) == {"batchItemFailures": []}
-        assert len(followed) == 1
+        assert it.invoke("TransactionWorkerFunction", {"Records": records}) == {"batchItemFailures": []}
+        assert len(advanced) == 1
         assert [each["key"] for each in sent] == [f"hash:{digest(number)}" for number in (1, 2, 3)]
 
 
-def _followed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    followed = []
-    follow = Submissions.follow
+def _advanced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    advanced = []
+    advance = Submissions.advance
 
     def watched(self: Submissions, identity: str, **arguments: Any) -> None:
-        followed.append(identity)
-        follow(self, identity, **arguments)
+        advanced.append(identity)
+        advance(self, identity, **arguments)
 
-    monkeypatch.setattr(Submissions, "follow", watched)
-    return followed
+    monkeypatch.setattr(Submissions, "advance", watched)
+    return advanced
 
 
 def test_what_there_is_no_time_for_is_delivered_again_and_not_begun(monkeypatch):
     with cloud(state_machine=False) as it:
         it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
-        followed, sent = _followed(monkeypatch), _sent(monkeypatch)
+        advanced, sent = _advanced(monkeypatch), _sent(monkeypatch)
         monkeypatch.setattr("tests.support.cloud.Context.get_remaining_time_in_millis", lambda self: 5_000)
         record = _record(f"hash:{digest(1)}")
-        assert it.invoke("LedgerWriterFunction", {"Records": [record]}) == {
+        assert it.invoke("TransactionWorkerFunction", {"Records": [record]}) == {
             "batchItemFailures": [{"itemIdentifier": record["messageId"]}]
         }
-        assert it.invoke("LedgerWriterFunction", {})["open"] == [wallets.key_of_seed(SEED).identity]
-        assert (followed, sent) == ([], [])
+        assert it.invoke("TransactionWorkerFunction", {})["open"] == [wallets.key_of_seed(SEED).identity]
+        assert (advanced, sent) == ([], [])
 
 
 def test_whatever_happens_to_one_source_the_others_are_followed_and_the_policy_is_settled(monkeypatch, capsys):
     with cloud(state_machine=False) as it:
         it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         it.invoke("LedgerTransferFunction", TRANSFER)
-        follow, seen, settled = Submissions.follow, [], []
+        advance, seen, settled = Submissions.advance, [], []
 
         def throttled(self: Submissions, identity: str, **arguments: Any) -> None:
             seen.append(identity)
             if len(seen) == 1:
                 raise ClientError({"Error": {"Code": "ThrottlingException"}}, "TransactWriteItems")
-            follow(self, identity, **arguments)
+            advance(self, identity, **arguments)
 
-        monkeypatch.setattr(Submissions, "follow", throttled)
+        monkeypatch.setattr(Submissions, "advance", throttled)
         monkeypatch.setattr("qubic.policy.lifecycle.Policies.settle", lambda self: settled.append(1))
-        assert it.invoke("LedgerWriterFunction", {}) == {"open": seen[:1]}
+        assert it.invoke("TransactionWorkerFunction", {}) == {"open": seen[:1]}
         assert (len(seen), settled) == (2, [1])
         assert f'"{STUCK_METRIC}":[1.0]' in capsys.readouterr().out
 
 
 def test_what_is_wrong_with_a_policy_does_not_keep_a_queue_waiting(monkeypatch, caplog):
     with cloud(state_machine=False, policy=False) as it:
-        it.invoke("LedgerWriterFunction", {})  # hands version 1 in
+        it.invoke("TransactionWorkerFunction", {})  # hands version 1 in
         it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
 
         def broken(self: Any) -> None:
@@ -362,7 +362,7 @@ def test_what_is_wrong_with_a_policy_does_not_keep_a_queue_waiting(monkeypatch, 
         for _ in range(2):
             it.clock.pass_seconds(LEAD_TICKS + 2)
             with pytest.raises(TransientError):
-                it.invoke("LedgerWriterFunction", {})
+                it.invoke("TransactionWorkerFunction", {})
         assert it.invoke("LedgerFunction", {"operation": "verify", "hash": digest(1)})["result"]["verified"]
         assert "policy not settled" in caplog.text
 
@@ -372,15 +372,15 @@ def test_a_limit_on_one_source_does_not_keep_the_others_waiting(monkeypatch):
         it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         it.invoke("LedgerTransferFunction", TRANSFER)
         it.clock.pass_seconds(LEAD_TICKS + 2)
-        follow = Submissions.follow
+        advance = Submissions.advance
 
         def busy(self: Submissions, identity: str, **arguments: Any) -> None:
-            follow(self, identity, **arguments)
+            advance(self, identity, **arguments)
             raise LimitError("the ledger has too much to write at the moment")
 
-        monkeypatch.setattr(Submissions, "follow", busy)
-        assert len(it.invoke("LedgerWriterFunction", {})["open"]) == 2
+        monkeypatch.setattr(Submissions, "advance", busy)
+        assert len(it.invoke("TransactionWorkerFunction", {})["open"]) == 2
         assert it.invoke("LedgerFunction", {"operation": "verify", "hash": digest(1)})["result"]["verified"]
-        assert it.invoke("LedgerWriterFunction", {"Records": [_record(f"hash:{digest(1)}")]}) == {
+        assert it.invoke("TransactionWorkerFunction", {"Records": [_record(f"hash:{digest(1)}")]}) == {
             "batchItemFailures": []
         }
