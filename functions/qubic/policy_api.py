@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from qaes.adapters.http import EVERY_ROLE, Caller, require
 from qaes.domain.planning import RECORDED_ONLY, Effect, action_step, effect_of
-from qaes.domain.policy import MAX_RULES, POLICY_ID_PATTERN, ActionType, PolicyDifference, Rule, Rules
+from qaes.domain.policy import MAX_RULES, POLICY_ID_PATTERN, ActionRule, ActionType, PolicyDifference, Rule, Rules
 from qubic.policy.lifecycle import Policies
 from qubic.policy.versions import PolicyVersion
 
@@ -39,7 +39,7 @@ class PolicyAnswer(_Answer):
 
     policy_id: str
     version: int
-    rules: dict[str, Rule]
+    rules: dict[str, Rule | ActionRule]
     recorded_only: list[str] = Field(description="action types that the system records, and does not perform")
 
 
@@ -113,7 +113,7 @@ def get_policy(
             network=it.network,
             policy_id=policy.policy_id,
             version=policy.version,
-            rules=policy.rules,
+            rules=dict(policy.rules),
             recorded_only=recorded,
         )
     decision = policy.decide(action_type)

@@ -35,6 +35,7 @@ from qaes.domain.policy import (
     check_removals,
     difference,
     policy_id_of,
+    read_document,
     version_of,
 )
 from qaes.domain.text import same_subject
@@ -211,7 +212,7 @@ class Policies(Trust):
                 rules, version=head.newest + 1, proposed_by=subject, based_on=current.policy_id
             )
             check_enforceable(rules)
-            check_removals(current.rules, rules, remove)
+            check_removals(current, document, remove)
             if newest is not None and _is_same_proposal(newest, document):
                 return record_of(newest)
             proposed = _new_record(document, timestamp(now()))
@@ -332,8 +333,7 @@ class Policies(Trust):
         if record.based_on and before is None:
             return None
         try:
-            rules = PolicyDocument.read(text_of(before)).rules if before else {}
-            return difference(rules, PolicyDocument.read(text).rules)
+            return difference(read_document(text_of(before)) if before else None, read_document(text))
         except ValueError:
             return None
 

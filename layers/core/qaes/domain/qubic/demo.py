@@ -6,6 +6,7 @@ Anybody can derive their seeds from the rule here. They are for trying things ou
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 
 from qaes.domain.qubic.identity import encode_identity, is_identity_shaped
 
@@ -20,12 +21,14 @@ def is_same_wallet(one: str, other: str) -> bool:
     """Whether two checked addresses are one wallet on the mock network, however each is spelled."""
     if is_identity_shaped(one) == is_identity_shaped(other):
         return one == other
-    return _identity(one) == _identity(other)
+    return wallet_identity(one) == wallet_identity(other)
 
 
-def _identity(address: str) -> str:
+@lru_cache(256)
+def wallet_identity(address: str) -> str:
+    """Return the identity of a checked address: itself, or that of the older clients' address on the mock."""
+    if not address.startswith(("0x", "0X")):
+        return address
     from qaes.domain.qubic import schnorrq  # a curve is much to import, and two spellings are rare
 
-    if is_identity_shaped(address):
-        return address
-    return encode_identity(schnorrq.public_key_of(schnorrq.subseed_of(demo_seed(address))))
+    return encode_identity(schnorrq.public_key_of(schnorrq.subseed_of(demo_seed(address.lower()))))
