@@ -32,6 +32,11 @@ DIFFERENCE = {
         "transaction": RULE | {"risk_level": "medium"},
     },
     "changed": {"transfer_funds": {"before": RULE, "after": LIMITED_RULE}},
+    "groups": {"added": {}, "removed": {}, "changed": {}},
+    "actions": {"added": {}, "removed": {}, "changed": {}},
+    "new_limits": [
+        {"action": "transfer_funds", "unit": "QU", "counts": "amount", "per": "source", "window_seconds": 86400}
+    ],
 }
 PROPOSED = {
     "version": 2,

@@ -206,7 +206,8 @@ def test_a_proposal_that_is_not_acceptable(api: Api, changes: dict[str, Any], fi
 # What a proposal drops
 
 NOTHING_OF_FORMAT_2: dict[str, Any] = {
-    **dict.fromkeys(["groups", "actions"], {"added": {}, "removed": {}, "changed": {}}),
+    "groups": {"added": {}, "removed": {}, "changed": {}},
+    "actions": {"added": {}, "removed": {}, "changed": {}},
     "new_limits": [],
 }
 
