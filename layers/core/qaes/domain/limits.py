@@ -1,10 +1,39 @@
-"""Whether a rule's limits let a transfer pass: decided here, for the compliance agent, the preview and the ledger."""
+"""The limits of a rule: whether they let a transfer pass, and the arithmetic of their rolling windows.
+
+A window has 60 buckets, each with a number and a sum. The sum of the newest 61 buckets covers at least the seconds of the
+window, so a limit never admits more than the exact rolling sum would.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 
 from qaes.domain.errors import InvalidInputError, PermanentError
 from qaes.domain.policy import PolicyDecision
 from qaes.domain.qubic.identity import check_address
+
+BUCKETS = 60
+"""How many buckets are as long as their window."""
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+
+
+def bucket_at(moment: datetime, window_seconds: int) -> int:
+    """Return the number of the bucket that a moment is in; buckets of all windows are counted from 1970."""
+    return (moment - _EPOCH) * BUCKETS // timedelta(seconds=window_seconds)
+
+
+def counts(bucket: int, newest: int) -> bool:
+    """Return whether a bucket counts while the present moment is in the bucket `newest`.
+
+    A bucket after `newest` counts too: the clock of another writer is ahead.
+    """
+    return bucket >= newest - BUCKETS
+
+
+def used(buckets: Mapping[int, int], newest: int) -> int:
+    """Return the sum of the buckets that count."""
+    return sum(total for bucket, total in buckets.items() if counts(bucket, newest))
 
 
 def refusal_by_limits(rule: PolicyDecision, *, destination: object, amount: object) -> PermanentError | None:
