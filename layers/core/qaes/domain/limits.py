@@ -1,7 +1,7 @@
 """The limits of a rule: whether they let a transfer pass, and the arithmetic of their rolling windows.
 
-A window has 60 buckets, each with a number and a sum. The sum of the newest 61 buckets covers at least the seconds of the
-window, so a limit never admits more than the exact rolling sum would.
+A window has 60 buckets, each with a number and a sum. The newest 61 buckets cover at least the seconds of the window, so a
+limit never admits more than the exact rolling sum would.
 """
 
 from __future__ import annotations
