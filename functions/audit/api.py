@@ -14,6 +14,7 @@ from audit import tile_routes
 from audit.anchors import Anchor
 from audit.evidence import find_matches, read_trail
 from audit.log import Log
+from audit.policy_stream import policy_entries
 from audit.schemas import (
     AuditAnswer,
     Checkpoint,
@@ -33,7 +34,7 @@ from qaes.adapters.http import Caller, Sha256, TaskId, create_app, make_handler,
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import logger
 from qaes.adapters.task_repository import TaskStore
-from qaes.domain.bundle import Bundle, TrailEntry, build_bundle, policy_ids
+from qaes.domain.bundle import Bundle, BundleWithPolicy, TrailEntry, build_bundle, policy_ids
 from qaes.domain.errors import InvalidInputError, NotFoundError, PermanentError
 from qaes.domain.ids import is_task_id
 from qaes.domain.tiles import consistency_proof, inclusion_proof
@@ -123,8 +124,10 @@ def get_log_consistency(
 
 
 @app.get("/audit/{task_id}/bundle")
-def get_bundle(task_id: TaskId, who: BundleReader) -> Bundle:
+def get_bundle(task_id: TaskId, who: BundleReader) -> Bundle | BundleWithPolicy:
     """Return the input of the offline verifier: entries, the content behind their hashes, proofs, anchor and policy.
+
+    A bundle with entries of the policy's stream (proposals, approvals, suspensions) has format 2.
 
     The status is 413 if the bundle is larger than a response can be. The pages of the trail still return the
     entries, but without the content behind their hashes and without proofs: nobody can check such a task offline.
@@ -149,8 +152,9 @@ def get_bundle(task_id: TaskId, who: BundleReader) -> Bundle:
         anchored=anchor.encoded if anchor else None,
         prove=lambda index, size: inclusion_proof(index, size, tile),
         policies=_policies(entries),
+        policy_entries=policy_entries(entries, log, AuditStore()),
     )
-    found = Bundle.model_validate(bundle)
+    found = (BundleWithPolicy if "policy_entries" in bundle else Bundle).model_validate(bundle)
     if len(json.dumps(found.model_dump_json())) > MAX_ANSWER_BYTES:
         raise HTTPException(
             413,

@@ -239,7 +239,7 @@ def _broken(
     entries: tuple[StoredEntry, ...], indexes: dict[int, Indexed], *, log_id: str, task_id: str
 ) -> BrokenChainError | None:
     try:
-        verify_chain([(entry.text, entry.leaf) for entry in entries], log_id=log_id, task_id=task_id)
+        verify_chain([(entry.text, entry.leaf) for entry in entries], log_id=log_id, stream=task_id)
     except BrokenChainError as error:
         return error
     for seq, indexed in sorted(indexes.items()):

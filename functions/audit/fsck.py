@@ -7,11 +7,12 @@ keeps one task, one tile of each level, and 16 bytes for each entry of the log i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 
 from audit.log import Batch, Head, Indexed, Leaf, Log
+from audit.policy_stream import PolicyOutbox
 from audit.store import (
     ROLES,
     AuditStore,
@@ -25,17 +26,19 @@ from audit.store import (
 from qaes.adapters.dynamo import BATCH_GET
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.domain.anchor import AnchorPayload, decode, failed_checks, log_id_bytes
-from qaes.domain.audit import AuditEntry, BrokenChainError, build_entry, verify_chain
+from qaes.domain.audit import AuditEntry, BrokenChainError, build_entry, build_policy_entry, verify_chain
 from qaes.domain.errors import PermanentError
 from qaes.domain.merkle import EMPTY_ROOT, HASH_BYTES, ProofError, node_hash
 from qaes.domain.models import Event
 from qaes.domain.note import parse_checkpoint, verify_note
+from qaes.domain.policy_events import STREAM, PolicyEvent, follows
 from qaes.domain.qubic import transaction
 from qaes.domain.tiles import TILE_WIDTH, tile_root
 
 INVARIANTS = {
-    "unrecorded": "every event of a task is recorded as an entry",
+    "unrecorded": "every event of a task, and of the policy, is recorded as an entry",
     "event": "an entry matches its event, and no event is missing",
+    "policy": "the policy's events are numbered from 1, and the state after each follows from the state before",
     "decision": "each event of a person has its decision, and no other event has a decision's number",
     "chain": "the entries of a task have their hashes, name each other, and have no gap",
     "lookup": "an entry has the lookup attributes for the hashes of its input and output, and no others",
@@ -154,9 +157,17 @@ class Fsck:
     """Checks one log. Without a ledger or an outbox, the checks that need it are skipped."""
 
     def __init__(
-        self, store: AuditStore, log: Log, ledger: LedgerClient | None, *, log_id: str, outbox: Outbox | None = None
+        self,
+        store: AuditStore,
+        log: Log,
+        ledger: LedgerClient | None,
+        *,
+        log_id: str,
+        outbox: Outbox | None = None,
+        policy_outbox: PolicyOutbox | None = None,
     ) -> None:
         self._store = store
+        self._policy_outbox = policy_outbox or PolicyOutbox()
         self._log = log
         self._ledger = ledger
         self._outbox = outbox
@@ -248,7 +259,8 @@ class Fsck:
             if len(wanted) == BATCH_GET:
                 self._check_last_entries(wanted)
                 wanted = {}
-        self._check_last_entries(wanted)
+        newest = self._policy_outbox.newest()
+        self._check_last_entries(wanted | {STREAM: newest.number if newest else 0})
 
     def _check_count(self, outbox: Outbox, task_id: str) -> None:
         """Read the count and last event of a task again if they differ in the scan, because the task may be changing.
@@ -272,18 +284,18 @@ class Fsck:
                     self._fail("unrecorded", f"{task_id} {seq}", f"events {seq} to {number} have no entries")
 
     def _check_trail(self, task_id: str, trail: list[tuple[StoredEntry, Item]]) -> None:
-        self._report.tasks += 1
+        self._report.tasks += task_id != STREAM
         self._report.entries += len(trail)
         try:
-            verify_chain([(each.text, each.leaf) for each, _ in trail], log_id=self._log_id, task_id=task_id)
+            verify_chain([(each.text, each.leaf) for each, _ in trail], log_id=self._log_id, stream=task_id)
         except BrokenChainError as error:
             self._fail("chain", f"{task_id} {error.seq}", error.message)
         events = self._events(self._outbox, task_id) if self._outbox is not None else {}
-        self._report.erased += self._outbox is not None and not events
+        self._report.erased += self._outbox is not None and not events and task_id != STREAM
         indexes, before = self._indexes(task_id), -1
         for entry, stored in trail:
             said = entry.parsed()
-            if events and said is not None:
+            if (events or task_id == STREAM) and said is not None and self._outbox is not None:
                 self._check_event(task_id, said, entry.seq, events.get(entry.seq))
             if said is not None:
                 self._check_lookup(task_id, entry, stored, lookup(entry.leaf, said))
@@ -291,7 +303,9 @@ class Fsck:
         for seq in indexes.keys() - {entry.seq for entry, _ in trail}:
             self._fail("index", f"{task_id} {seq}", "it has an index, but the entry does not exist")
 
-    def _events(self, outbox: Outbox, task_id: str) -> dict[int, Event]:
+    def _events(self, outbox: Outbox, task_id: str) -> Mapping[int, Event | PolicyEvent]:
+        if task_id == STREAM:
+            return self._policy_events()
         events: dict[int, Event] = {}
         try:
             events.update(outbox.events(task_id))  # keeps the events before the error
@@ -299,11 +313,24 @@ class Fsck:
             self._fail("decision", task_id, error.message)
         return events
 
-    def _check_event(self, task_id: str, said: AuditEntry, seq: int, event: Event | None) -> None:
+    def _policy_events(self) -> dict[int, PolicyEvent]:
+        events: dict[int, PolicyEvent] = {}
+        before: PolicyEvent | None = None
+        for event in self._policy_outbox.events_after():
+            if not follows(before, event):
+                self._fail("policy", f"{STREAM} {event.number}", "it does not follow from the event before")
+            before = events[event.number] = event
+        return events
+
+    def _check_event(self, task_id: str, said: AuditEntry, seq: int, event: Event | PolicyEvent | None) -> None:
         if event is None:
             self._fail("event", f"{task_id} {seq}", "the event does not exist")
             return
-        expected = build_entry(event, log_id=said.log_id, task_id=said.task_id, seq=said.seq, prev=said.prev)
+        expected: AuditEntry
+        if isinstance(event, PolicyEvent):
+            expected = build_policy_entry(event, log_id=said.log_id, prev=said.prev)
+        else:
+            expected = build_entry(event, log_id=said.log_id, task_id=task_id, seq=said.seq, prev=said.prev)
         recorded, happened = said.model_dump(exclude={"nonce"}), expected.model_dump(exclude={"nonce"})
         if other := [name for name in happened if recorded[name] != happened[name]]:
             self._fail("event", f"{task_id} {seq}", f"entry and event differ in {', '.join(other)}")
@@ -444,7 +471,13 @@ def _mark(leaf: Leaf) -> bytes:
 
 
 def fsck(
-    store: AuditStore, log: Log, ledger: LedgerClient | None, *, log_id: str, outbox: Outbox | None = None
+    store: AuditStore,
+    log: Log,
+    ledger: LedgerClient | None,
+    *,
+    log_id: str,
+    outbox: Outbox | None = None,
+    policy_outbox: PolicyOutbox | None = None,
 ) -> Report:
     """Check the log and return the report."""
-    return Fsck(store, log, ledger, log_id=log_id, outbox=outbox).run()
+    return Fsck(store, log, ledger, log_id=log_id, outbox=outbox, policy_outbox=policy_outbox).run()

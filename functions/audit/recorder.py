@@ -1,24 +1,29 @@
-"""The audit recorder: turns a task's events into the entries of its chain.
+"""The audit recorder: turns the events of a stream (a task, or the policy) into the entries of its chain.
 
-Three callers invoke it: the stream of the tasks table, about a second after each change; the state ExecuteAction for
-one task before an effect, if the stream is late; and the sweeper for events that the stream gave up. All of them run
-the same `drain`, even at the same time. It may stop at any point: recorded entries stay, and the next run records
-the rest. The recorder does not call the ledger. The entries' stream adds the entries to the log (`audit.sequencer`),
-and `audit.anchor` anchors the log as a whole.
+Several callers invoke it: the streams of the tasks table and of the policy's table, about a second after each change;
+the state ExecuteAction for one task before an effect, if the stream is late; and the sweeper for events that a stream
+gave up. All of them run the same `drain`, even at the same time. It may stop at any point: recorded entries stay, and
+the next run records the rest. The recorder does not call the ledger. The entries' stream adds the entries to the log
+(`audit.sequencer`), and `audit.anchor` anchors the log as a whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
+from audit.policy_stream import PolicyOutbox
 from audit.store import AuditStore, ForgedEventError, Outbox, StoredEntry
 from qaes.adapters import metrics, settings
 from qaes.adapters.handlers import function
 from qaes.adapters.logs import logger
-from qaes.domain.audit import GENESIS, BrokenChainError, build_entry
+from qaes.adapters.policy_events import EVENTS_PK
+from qaes.domain.audit import GENESIS, AuditEntry, BrokenChainError, build_entry, build_policy_entry
+from qaes.domain.policy_events import STREAM
 
 FORGED_EVENT_METRIC = "ForgedEvent"
 SECONDS_FOR_A_TASK = 10
@@ -33,16 +38,23 @@ class Drained:
     seq: int
 
 
-class Recorder:
-    """Records the outstanding events of a task."""
+class _Build(Protocol):
+    def __call__(self, *, prev: str) -> AuditEntry: ...
 
-    def __init__(self, outbox: Outbox, store: AuditStore, *, log_id: str) -> None:
+
+class Recorder:
+    """Records the outstanding events of a stream."""
+
+    def __init__(
+        self, outbox: Outbox, store: AuditStore, *, log_id: str, policy_outbox: PolicyOutbox | None = None
+    ) -> None:
         self._outbox = outbox
+        self._policy_outbox = policy_outbox or PolicyOutbox()
         self._store = store
         self._log_id = log_id
 
-    def drain(self, task_id: str) -> Drained:
-        """Record the events after the last entry.
+    def drain(self, stream: str) -> Drained:
+        """Record the events of a task, or of the policy (STREAM), after the stream's last entry.
 
         Raises
         ------
@@ -54,27 +66,35 @@ class Recorder:
             An event claims a person's decision that the gateway does not have. Nothing is recorded after that.
         """
         try:
-            return self._drain(task_id)
+            return self._drain(stream)
         except ForgedEventError as error:
-            logger().error("forged event rejected", extra={"task_id": task_id, "why": error.message})
+            logger().error("forged event rejected", extra={"task_id": stream, "why": error.message})
             metrics.count_one(FORGED_EVENT_METRIC)
             raise
 
-    def _drain(self, task_id: str) -> Drained:
-        last = self._store.last_entry(task_id)
+    def _drain(self, stream: str) -> Drained:
+        last = self._store.last_entry(stream)
         seq, prev = (last.seq, last.intact().leaf) if last else (0, GENESIS)
         recorded = 0
-        for number, event in self._outbox.events_after(task_id, seq):
+        for number, build in self._entries_after(stream, seq):
             if number != seq + 1:
                 raise BrokenChainError(seq + 1, "seq", f"its event is missing; the next event is {number}")
-            entry = build_entry(event, log_id=self._log_id, task_id=task_id, seq=number, prev=prev)
-            stored = self._store.append(entry)
+            stored = self._store.append(build(prev=prev))
             recorded += stored is not None
-            seq, prev = number, (stored or self._recorded_by_another(task_id, number)).leaf
+            seq, prev = number, (stored or self._recorded_by_another(stream, number)).leaf
         return Drained(recorded, seq)
 
-    def _recorded_by_another(self, task_id: str, seq: int) -> StoredEntry:
-        stored = self._store.entry(task_id, seq)
+    def _entries_after(self, stream: str, seq: int) -> Iterator[tuple[int, _Build]]:
+        """Read the numbers of the events after `seq`, and what makes the entry of each."""
+        if stream == STREAM:
+            for change in self._policy_outbox.events_after(seq):
+                yield change.number, partial(build_policy_entry, change, log_id=self._log_id)
+        else:
+            for number, event in self._outbox.events_after(stream, seq):
+                yield number, partial(build_entry, event, log_id=self._log_id, task_id=stream, seq=number)
+
+    def _recorded_by_another(self, stream: str, seq: int) -> StoredEntry:
+        stored = self._store.entry(stream, seq)
         if stored is None:
             raise BrokenChainError(seq, "seq", "the entry was deleted")
         return stored.intact()
@@ -87,15 +107,15 @@ def recorder() -> Recorder:
 
 @function
 def record_events(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """Record a batch of the tasks table's stream.
+    """Record a batch of a table's stream.
 
     Returns `{"batchItemFailures": [{"itemIdentifier": sequence number}]}`.
 
     The event `{task_id}`, from a function of this system, returns `{recorded, seq}`, and raises if a table is
-    unavailable.
+    unavailable. The id is the id of a task, or STREAM.
 
-    A task is drained once, regardless of the number of its events in the batch. If that fails, the stream delivers all
-    of them again. A task that cannot be recorded does not block the other tasks.
+    A task, or the policy, is drained once, regardless of the number of its events in the batch. If that fails, the
+    stream delivers all of them again. A task that cannot be recorded does not block the others.
     """
     if "task_id" in event:
         drained = recorder().drain(str(event["task_id"]))
@@ -104,17 +124,18 @@ def record_events(event: dict[str, Any], context: LambdaContext) -> dict[str, An
     for record in event["Records"]:
         change = record["dynamodb"]
         if change["Keys"]["sk"]["S"].startswith("EVENT#"):
-            deliveries.setdefault(change["Keys"]["pk"]["S"], []).append(change["SequenceNumber"])
+            pk = change["Keys"]["pk"]["S"]
+            deliveries.setdefault(STREAM if pk == EVENTS_PK else pk, []).append(change["SequenceNumber"])
     to_record = recorder()
     failed: list[str] = []
-    for task_id, sequence_numbers in deliveries.items():
+    for stream, sequence_numbers in deliveries.items():
         if context.get_remaining_time_in_millis() < SECONDS_FOR_A_TASK * 1000:
-            logger().warning("no time left; the stream delivers the task's events again", extra={"task_id": task_id})
+            logger().warning("no time left; the stream delivers the events again", extra={"task_id": stream})
             failed += sequence_numbers
             continue
         try:
-            to_record.drain(task_id)
+            to_record.drain(stream)
         except Exception:  # noqa: BLE001 - log any error; the stream delivers the events again
-            logger().exception("the task's events could not be recorded", extra={"task_id": task_id})
+            logger().exception("the events could not be recorded", extra={"task_id": stream})
             failed += sequence_numbers
     return {"batchItemFailures": [{"itemIdentifier": number} for number in failed]}

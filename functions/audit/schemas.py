@@ -10,6 +10,7 @@ from audit.anchors import Anchor
 from audit.evidence import CHECKS, LogStatus, Match, Trail
 from audit.store import Role, StoredEntry
 from qaes.domain.audit import Check
+from qaes.domain.ids import is_task_id
 
 UNREADABLE = "unreadable"
 """Placeholder for a value that cannot be read, because the text of the entry was altered."""
@@ -106,7 +107,8 @@ class Proof(_Answer):
 class MatchAnswer(_Answer):
     """An entry in which the hash occurs: as its leaf hash, or as the hash of its input or output."""
 
-    task_id: str
+    task_id: str | None = Field(description="null: the entry is about no task")
+    stream: str = Field(description="the task's id, or `policy`")
     seq: int
     role: Role
     entry_text: str | None
@@ -224,7 +226,8 @@ def log_entry(task_id: str, stored: StoredEntry, trail: Trail, agent: str | None
 
 def match_answer(match: Match) -> MatchAnswer:
     return MatchAnswer(
-        task_id=match.occurrence.task_id,
+        task_id=match.occurrence.task_id if is_task_id(match.occurrence.task_id) else None,
+        stream=match.occurrence.task_id,
         seq=match.occurrence.seq,
         role=match.occurrence.role,
         entry_text=match.entry.text if match.entry else None,

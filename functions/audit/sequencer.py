@@ -146,8 +146,8 @@ class Sequencer:
         said = entry.intact().parsed()
         if said is None:
             raise BrokenChainError(entry.seq, "text", "the text is not a valid entry")
-        if (said.log_id, said.task_id, said.seq) != (self._log_id, task_id, entry.seq):
-            raise BrokenChainError(entry.seq, "log", "the entry belongs to another log, task or number")
+        if (said.log_id, said.stream_name(), said.seq) != (self._log_id, task_id, entry.seq):
+            raise BrokenChainError(entry.seq, "log", "the entry belongs to another log, stream or number")
         if said.prev != prev:
             raise BrokenChainError(entry.seq, "prev", "the entry does not name the previous entry")
 

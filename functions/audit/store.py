@@ -32,7 +32,7 @@ Item = dict[str, Any]
 Role = Literal["leaf", "input", "output"]
 
 EntryKey = tuple[str, int]
-"""Task id and number of the entry."""
+"""Stream (a task's id, or `policy`) and number of the entry."""
 
 ROLES: tuple[Role, ...] = ("leaf", "input", "output")
 """Lookup attributes of an entry, each with its own index: `by_leaf`, `by_input`, `by_output`."""
@@ -249,7 +249,7 @@ class AuditStore:
         """
         text = entry_text(entry)
         stored = StoredEntry(entry.seq, text, leaf_hash(text))
-        item = key(entry.task_id, f"ENTRY#{entry.seq:06d}") | {"text": {"S": text}} | lookup(stored.leaf, entry)
+        item = key(entry.stream_name(), f"ENTRY#{entry.seq:06d}") | {"text": {"S": text}} | lookup(stored.leaf, entry)
         not_there_yet = "attribute_not_exists(pk)"
         return stored if put_if(self._entries, item, not_there_yet) else None
 

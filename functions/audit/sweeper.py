@@ -22,12 +22,14 @@ from aws_lambda_powertools.utilities.typing import LambdaContext
 from botocore.exceptions import BotoCoreError, ClientError
 
 from audit.log import Log, Swept
+from audit.policy_stream import PolicyOutbox
 from audit.store import AuditStore, EntryKey, Outbox
 from qaes.adapters import clients, settings
 from qaes.adapters.handlers import function
 from qaes.adapters.logs import logger
 from qaes.adapters.metrics import namespace
 from qaes.domain.ids import now, parse_timestamp, timestamp
+from qaes.domain.policy_events import STREAM
 
 GRACE = timedelta(seconds=60)
 """Younger events are left to the streams."""
@@ -71,8 +73,18 @@ class Outcome:
 class Sweeper:
     """Finds events that the streams have not delivered, and hands their tasks over."""
 
-    def __init__(self, outbox: Outbox, store: AuditStore, log: Log, *, record: HandOver, sequence: HandOver) -> None:
+    def __init__(
+        self,
+        outbox: Outbox,
+        store: AuditStore,
+        log: Log,
+        *,
+        record: HandOver,
+        sequence: HandOver,
+        policy_outbox: PolicyOutbox | None = None,
+    ) -> None:
         self._outbox = outbox
+        self._policy_outbox = policy_outbox or PolicyOutbox()
         self._store = store
         self._log = log
         self._record = record
@@ -96,6 +108,7 @@ class Sweeper:
                 behind[task_id] = max(number, behind.get(task_id, 0))
             if len(behind) >= MOST_BEHIND or not has_time(SECONDS_TO_HAND_OVER):
                 break
+        behind |= self._behind(self._newest_of_the_policy(timestamp(moment - GRACE)))
         recorded = self._store.texts(list(behind.items()))
         for task_id in self._erased([each for each in behind.items() if each not in recorded]):
             logger().warning(
@@ -128,6 +141,11 @@ class Sweeper:
             yield chunk[-1][0], found
         yield last, {}
 
+    def _newest_of_the_policy(self, last: str) -> dict[str, int]:
+        """The number of the policy's newest event: whoever records it records all before it. Empty after `last`."""
+        newest = self._policy_outbox.newest()
+        return {STREAM: newest.number} if newest and newest.timestamp <= last else {}
+
     def _behind(self, found: dict[str, int]) -> dict[str, int]:
         """Return the events, as {task: number}, that have no place in the log."""
         keys: list[EntryKey] = list(found.items())
@@ -136,8 +154,8 @@ class Sweeper:
 
     def _erased(self, unrecorded: list[EntryKey]) -> list[str]:
         """Return the tasks whose event was deleted: nothing is left to record."""
-        there = self._outbox.there(unrecorded)
-        return [task_id for task_id, number in unrecorded if (task_id, number) not in there]
+        there = self._outbox.there([each for each in unrecorded if each[0] != STREAM])
+        return [each[0] for each in unrecorded if each not in there and each[0] != STREAM]
 
 
 def _record(tasks: list[str], has_time: HasTime = lambda _: True) -> None:

@@ -29,8 +29,11 @@ from tests.support.trail import (
     entry_items,
     log,
     new_recorder,
+    new_sequencer,
     outbox,
+    policy_outbox,
     put_entries,
+    put_policy_event,
     sequence_all,
     store,
 )
@@ -60,7 +63,9 @@ def sound(aws: Cloud) -> str:
 
 
 def check() -> Report:
-    return fsck(store(), log(), LedgerClient("LedgerFunction"), log_id="qaes", outbox=outbox())
+    return fsck(
+        store(), log(), LedgerClient("LedgerFunction"), log_id="qaes", outbox=outbox(), policy_outbox=policy_outbox()
+    )
 
 
 def found() -> set[str]:
@@ -130,6 +135,17 @@ def forge_decision(task_id: str) -> None:
 
 TASKS, ENTRIES, LOG, NEWEST = "TasksTable", "AuditEntriesTable", "AuditLogTable", "SIZE#000000000005"
 ANCHORS = "AuditAnchorsTable"
+
+
+def policy_event(number: int) -> tuple[str, str, str]:
+    """Change the policy twice, put that into the log; the key of the event with that number."""
+    for kind in ("action_suspended", "resume_requested"):
+        put_policy_event(kind)
+    new_recorder().drain("policy")
+    new_sequencer().sequence(("policy", entry) for entry in store().entries("policy"))
+    return "PolicyTable", "EVENTS#policy", f"EVENT#{number:09d}"
+
+
 BROKEN: dict[str, tuple[set[str], Callable[[str], Any]]] = {
     "event not recorded": ({"unrecorded"}, lambda task: add_events(task, 4, 4)),
     "event altered": ({"event"}, lambda task: change(TASKS, task, "EVENT#000002", actor={"S": "mallory"})),
@@ -141,6 +157,12 @@ BROKEN: dict[str, tuple[set[str], Callable[[str], Any]]] = {
         {"chain", "index"},
         lambda task: change(ENTRIES, task, "ENTRY#000003", leaf={"S": "f" * 64}),
     ),
+    "policy's event with another state": (
+        {"policy", "event"},
+        lambda _: change(*policy_event(2), output={"S": '{"suspended":{}}'}),
+    ),
+    "policy's event gone": ({"policy", "event"}, lambda _: remove(*policy_event(1))),
+    "policy's last event gone": ({"event"}, lambda _: remove(*policy_event(2))),
     "entry gone": ({"chain", "index"}, lambda task: remove(ENTRIES, task, "ENTRY#000002")),
     "last entry gone": ({"index"}, lambda task: remove(ENTRIES, task, "ENTRY#000003")),
     "entry not found by its output": ({"lookup"}, lambda task: unset(ENTRIES, task, "ENTRY#000002", "output")),

@@ -18,6 +18,7 @@ import pytest
 from botocore.client import BaseClient
 from botocore.exceptions import ReadTimeoutError
 
+from audit.policy_stream import PolicyOutbox
 from audit.recorder import Recorder
 from audit.store import AuditStore, Outbox, StoredEntry
 from qaes.adapters import clients, dynamo
@@ -43,7 +44,12 @@ def aws() -> Iterator[Cloud]:
 
 
 def new_recorder() -> Recorder:
-    return Recorder(Outbox("TasksTable"), AuditStore("AuditEntriesTable"), log_id=LOG_ID)
+    return Recorder(
+        Outbox("TasksTable"),
+        AuditStore("AuditEntriesTable"),
+        log_id=LOG_ID,
+        policy_outbox=PolicyOutbox("PolicyTable"),
+    )
 
 
 def start_task(requester: str = "alice") -> str:
@@ -100,7 +106,7 @@ def check_complete(task_id: str, count: int) -> None:
     """Each of `count` entries is there once, in an unbroken chain, found by each of its hashes."""
     store, found = AuditStore("AuditEntriesTable"), entries(task_id)
     assert [entry.seq for entry in found] == list(range(1, count + 1))
-    verify_chain([(entry.text, entry.leaf) for entry in found], log_id=LOG_ID, task_id=task_id)
+    verify_chain([(entry.text, entry.leaf) for entry in found], log_id=LOG_ID, stream=task_id)
     for entry in found:
         said = json.loads(entry.text)
         for hash_, role in ((entry.leaf, "leaf"), (said["input_hash"], "input"), (said["output_hash"], "output")):

@@ -23,7 +23,7 @@ from tests.handlers.test_audit_fsck import check
 from tests.handlers.test_audit_recorder import add_events, check_complete, end_task, start_task, stream_event, task_with
 from tests.support.cloud import Cloud, cloud
 from tests.support.template import resolve, template
-from tests.support.trail import deliver, entry_items, log, new_recorder, outbox, sequence_all, store
+from tests.support.trail import deliver, entry_items, log, new_recorder, outbox, policy_outbox, sequence_all, store
 
 MINUTE = timedelta(minutes=1)
 TASKS = "TasksTable"
@@ -41,7 +41,9 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
 
 def sweep(after: timedelta = 2 * MINUTE, chunks: int = 1_000) -> Outcome:
     """A run so long from now, which has the time for so many chunks of events."""
-    one = Sweeper(outbox(), store(), log(), record=sweeper._record, sequence=sweeper._sequence)
+    one = Sweeper(
+        outbox(), store(), log(), record=sweeper._record, sequence=sweeper._sequence, policy_outbox=policy_outbox()
+    )
     looks = iter(range(1, chunks))
     return one.sweep(now() + after, lambda _: next(looks, None) is not None)
 
@@ -230,7 +232,9 @@ def test_a_long_list_is_worked_off_before_it_gets_longer(aws: Cloud, monkeypatch
 def test_of_two_runs_at_once_either_may_store_what_it_saw(aws: Cloud) -> None:
     """The one that began earlier stores last: what the other has seen is looked at again."""
     begin: datetime = now()
-    early = Sweeper(outbox(), store(), log(), record=lambda _: None, sequence=lambda _: None)
+    early = Sweeper(
+        outbox(), store(), log(), record=lambda _: None, sequence=lambda _: None, policy_outbox=policy_outbox()
+    )
     task_id = start_task()
     assert sweep(timedelta(days=1)).behind == 1
     assert early.sweep(begin).behind == 1  # it finds the other's list

@@ -17,7 +17,7 @@ from qaes.adapters import clients
 from tests.handlers.test_audit_recorder import stream_event, task_with
 from tests.support import template
 from tests.support.cloud import Cloud, cloud
-from tests.support.trail import anchor, entry_items, json_of, stream_of
+from tests.support.trail import anchor, entry_items, json_of, put_policy_event, stream_of
 
 
 @pytest.fixture
@@ -69,14 +69,15 @@ def test_every_write_is_in_a_partition_of_its_role(aws: Cloud) -> None:
     task_id = task_with(3)
     with patch.object(aws, "invoke", named), patch.object(BaseClient, "_make_api_call", noting):
         aws.invoke("RecordEventsFunction", stream_event(task_id)[0])
-        aws.invoke("SequencerFunction", json_of(stream_of(entry_items(task_id))))
+        aws.invoke("RecordEventsFunction", json_of(stream_of([put_policy_event("action_suspended")])))
+        aws.invoke("SequencerFunction", json_of(stream_of(entry_items(task_id, "policy"))))
         anchor(aws)
         aws.settle()
         anchor(aws)
         aws.invoke("AuditSweeperFunction", {})
     mine = partitions()
     assert mine.keys() == {"sequencer", "sweeper"}
-    assert written["recorder"] == {("PutItem", "AuditEntriesTable", task_id)}
+    assert written["recorder"] == {("PutItem", "AuditEntriesTable", stream) for stream in (task_id, "policy")}
     assert written["anchor"] == {("PutItem", "AuditAnchorsTable", "ANCHOR")}
     for role, patterns in mine.items():
         to_log = {(action, key) for action, table, key in written[role] if table == "AuditLogTable"}

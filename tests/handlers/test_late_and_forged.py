@@ -25,7 +25,7 @@ from qaes.domain.tasks import events, lifecycle
 from tests.handlers.test_task_repository import claim, new_task
 from tests.support.cloud import Cloud, call, cloud
 from tests.support.stories import check_every_story
-from tests.support.trail import LOG_ID, log
+from tests.support.trail import LOG_ID, log, policy_outbox
 
 SOURCE, DESTINATION = "0x1234567890abcdef", "0xfedcba0987654321"
 TRANSFER = {"wallet_address": SOURCE, "to_address": DESTINATION, "amount": 250}
@@ -270,5 +270,12 @@ def test_event_that_hides_a_rejection_shows(aws: Cloud, store: TaskStore, covers
     assert kinds(task_id)[-2:] == ["approval_cancelled", "task_ended"]
     told = Outbox("TasksTable").disclosed(task_id)
     assert max(told) <= task.events + (not covers_up), "the bundle cannot disclose the lie"
-    report = fsck(AuditStore("AuditEntriesTable"), log(), None, log_id=LOG_ID, outbox=Outbox("TasksTable"))
+    report = fsck(
+        AuditStore("AuditEntriesTable"),
+        log(),
+        None,
+        log_id=LOG_ID,
+        outbox=Outbox("TasksTable"),
+        policy_outbox=policy_outbox(),
+    )
     assert {each.where.split()[0] for each in report.findings if each.invariant == "decision"} == {task_id}

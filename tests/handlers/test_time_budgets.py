@@ -17,7 +17,7 @@ from qaes.domain.errors import TransientError
 from qaes.domain.ids import now
 from tests.handlers.test_audit_recorder import stream_event, task_with
 from tests.support.cloud import Cloud, Context, cloud
-from tests.support.trail import entry_items, log, new_recorder, outbox, store
+from tests.support.trail import entry_items, log, new_recorder, outbox, policy_outbox, store
 
 
 @pytest.fixture
@@ -75,7 +75,9 @@ def test_sweeper_stores_how_far_it_has_looked_when_time_is_short(aws: Cloud, mon
     tasks = [task_with(1) for _ in range(6)]
     handed: list[str] = []
     for _ in range(len(tasks)):
-        one = Sweeper(outbox(), store(), log(), record=handed.extend, sequence=lambda _: None)
+        one = Sweeper(
+            outbox(), store(), log(), record=handed.extend, sequence=lambda _: None, policy_outbox=policy_outbox()
+        )
         one.sweep(now() + timedelta(minutes=2), lambda seconds: seconds < sweeper.SECONDS_TO_HAND_OVER)
     assert set(handed) >= set(tasks[:2])
     swept = log().swept()

@@ -80,6 +80,7 @@ ITEMS: dict[str, tuple[tuple[str, str], ...]] = {
         ("LOG", "BATCH#000000000000"),
         ("TILE#00#000000000000", "TILE"),
         ("task_x", "INDEX#000001"),
+        ("policy", "INDEX#000001"),
         ("SWEEP", "SWEPT"),
     ),
     "AuditAnchorsTable": (("ANCHOR", "ANCHORING"), ("ANCHOR", "SIZE#000000000001")),

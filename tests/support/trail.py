@@ -9,13 +9,16 @@ from typing import Any
 import boto3
 
 from audit.log import Log
+from audit.policy_stream import PolicyOutbox
 from audit.recorder import Recorder
 from audit.sequencer import Sequencer
 from audit.store import AuditStore, Outbox, lookup
+from qaes.adapters.policy_events import event_item, put_event
 from qaes.domain.audit import GENESIS, build_entry, entry_text
 from qaes.domain.ids import new_task_id, now, timestamp
 from qaes.domain.merkle import leaf_hash
 from qaes.domain.models import Event
+from qaes.domain.policy_events import next_event
 from tests.support.cloud import Cloud
 
 LOG_ID = "qaes"
@@ -24,7 +27,7 @@ ORIGIN = "Api.execute-api.us-east-1.amazonaws.com/v1/log"
 
 
 def new_recorder() -> Recorder:
-    return Recorder(outbox(), store(), log_id=LOG_ID)
+    return Recorder(outbox(), store(), log_id=LOG_ID, policy_outbox=policy_outbox())
 
 
 def new_sequencer() -> Sequencer:
@@ -33,6 +36,10 @@ def new_sequencer() -> Sequencer:
 
 def store() -> AuditStore:
     return AuditStore("AuditEntriesTable")
+
+
+def policy_outbox() -> PolicyOutbox:
+    return PolicyOutbox("PolicyTable")
 
 
 def outbox() -> Outbox:
@@ -64,6 +71,14 @@ def put_entries(count: int) -> str:
         item = {"pk": {"S": task_id}, "sk": {"S": f"ENTRY#{seq:06d}"}, "text": {"S": text}} | lookup(prev, entry)
         client.put_item(TableName="AuditEntriesTable", Item=item)
     return task_id
+
+
+def put_policy_event(kind: Any, actor: str = "olivia", **more: Any) -> dict[str, Any]:
+    """Change the policy as its writers do; return the item of the event."""
+    about = {"policy_id": f"policy-v2-{'a' * 64}"} if kind.startswith("policy_") else {"name": "transfer_funds"}
+    event = next_event(policy_outbox().newest(), kind, actor=actor, **({"at": timestamp(now())} | about | more))
+    boto3.client("dynamodb").put_item(**put_event("PolicyTable", event)["Put"])
+    return event_item(event)
 
 
 def stream_of(items: list[dict[str, Any]]) -> dict[str, Any]:

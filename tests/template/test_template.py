@@ -105,7 +105,8 @@ OWNERS = {
     "PreviewsTable": {"PlannerApiFunction"},
     "LimitsTable": {"PlannerApiFunction", "AwaitApprovalFunction", "RunStepFunction", "ExecuteActionFunction"},
     "LedgerTable": QUBIC,
-    "PolicyTable": QUBIC | {"RunStepFunction", "ExecuteActionFunction"},
+    "PolicyTable": QUBIC
+    | {"RunStepFunction", "ExecuteActionFunction", "RecordEventsFunction", "AuditSweeperFunction", "AuditApiFunction"},
     "ChainTable": QUBIC,
     "AuditEntriesTable": {
         "ExecuteActionFunction",
@@ -398,6 +399,7 @@ def test_recorder_only_reads_but_for_the_put_of_an_entry(template: Any) -> None:
     assert sorted(map(str, allowed(template, name))) == sorted(
         [str((f"dynamodb:{read}", table)) for read in ("GetItem", "Query") for table in (entries, tasks)]
         + [str(("dynamodb:PutItem", entries)), str(("dynamodb:GetItem", {"Fn::GetAtt": ["DecisionsTable", "Arn"]}))]
+        + [str(("dynamodb:Query", {"Fn::GetAtt": ["PolicyTable", "Arn"]}))]
     )
 
 
@@ -463,7 +465,7 @@ def test_the_log_is_written_by_the_audits_roles_each_in_its_own_partitions(templ
     assert (put["Action"], put["Condition"]) == (["dynamodb:PutItem"], {"ArnNotLike": {"aws:PrincipalArn": roles}})
     only_sequencer = {"ArnNotLike": {"aws:PrincipalArn": arn_of_roles("sequencer")}}
     assert (update["Action"], update["Condition"]) == (["dynamodb:UpdateItem"], only_sequencer)
-    keys = {"sequencer": ["LOG", "TILE#*", "task_*"], "sweeper": ["SWEEP"]}
+    keys = {"sequencer": ["LOG", "TILE#*", "task_*", "policy"], "sweeper": ["SWEEP"]}
     for each, (name, leading) in zip(partitions, keys.items(), strict=True):
         assert set(each["Action"]) == {"dynamodb:PutItem", "dynamodb:UpdateItem"}
         assert each["Condition"] == {
@@ -541,8 +543,9 @@ def test_the_stub_is_refused_outside_the_local_stage(template: Any) -> None:
     assert template.parameters["AuthMode"]["Default"] == "jwt"
 
 
-def test_events_that_cannot_be_recorded_are_not_lost(template: Any) -> None:
-    stream = template.functions["RecordEventsFunction"]["Events"]["NewEvents"]["Properties"]
+@pytest.mark.parametrize("source", ["NewEvents", "ChangesOfThePolicy"])
+def test_events_that_cannot_be_recorded_are_not_lost(template: Any, source: str) -> None:
+    stream = template.functions["RecordEventsFunction"]["Events"][source]["Properties"]
     assert stream["FunctionResponseTypes"] == ["ReportBatchItemFailures"]
     assert stream["BisectBatchOnFunctionError"] is True
     assert stream["MaximumRetryAttempts"] > 0

@@ -52,7 +52,7 @@ def altered(text: str, **changes: Any) -> str:
 
 def broken(chain: list[tuple[str, str]], log_id: str = LOG, task_id: str = TASK) -> tuple[int, str]:
     with pytest.raises(BrokenChainError) as caught:
-        verify_chain(chain, log_id=log_id, task_id=task_id)
+        verify_chain(chain, log_id=log_id, stream=task_id)
     return caught.value.seq, caught.value.check
 
 
@@ -97,13 +97,13 @@ def test_a_stored_text_is_read_back_and_nothing_else_is() -> None:
 
 def test_a_chain_holds_and_ends_in_its_last_hash() -> None:
     chain = links()
-    assert verify_chain(chain, log_id=LOG, task_id=TASK) == chain[-1][1]
-    assert verify_chain([], log_id=LOG, task_id=TASK) == GENESIS
+    assert verify_chain(chain, log_id=LOG, stream=TASK) == chain[-1][1]
+    assert verify_chain([], log_id=LOG, stream=TASK) == GENESIS
 
 
 def test_a_beginning_of_a_chain_holds() -> None:
     chain = links()
-    assert verify_chain(chain[:2], log_id=LOG, task_id=TASK) == chain[1][1]
+    assert verify_chain(chain[:2], log_id=LOG, stream=TASK) == chain[1][1]
 
 
 def test_an_altered_text_is_found_where_it_is() -> None:
@@ -151,7 +151,7 @@ def test_no_single_change_goes_unnoticed(data: st.DataObject) -> None:
     for recorded in (leaf, leaf_hash(changed)):
         forged = [*chain[:at], (changed, recorded), *chain[at + 1 :]]
         try:
-            found, wrong = verify_chain(forged, log_id=LOG, task_id=TASK), None
+            found, wrong = verify_chain(forged, log_id=LOG, stream=TASK), None
         except BrokenChainError as error:
             found, wrong = None, error.seq
         assert found != head

@@ -1,20 +1,26 @@
-"""Audit entries: one chain for each task, in which every entry names the hash of the one before."""
+"""Audit entries: one chain for each stream, in which every entry names the hash of the one before.
+
+A stream is a task, named by its id, or the policy (`policy_events.STREAM`). Entries of a task have version 1, all
+others version 2, which adds the stream's name.
+"""
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Iterable
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
-from qaes.domain.canonical import canonical_json
+from qaes.domain.canonical import canonical_json, salted_hash
 from qaes.domain.errors import InvalidInputError, QaesError
 from qaes.domain.merkle import leaf_hash
 from qaes.domain.models import Event, EventKind, Model
+from qaes.domain.policy_events import STREAM, PolicyEvent, PolicyEventKind
 
 GENESIS = "0" * 64
-"""`prev` of a task's first entry."""
+"""`prev` of a stream's first entry."""
 
 Check = Literal["text", "log", "seq", "prev", "leaf", "index"]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -30,17 +36,12 @@ class BrokenChainError(QaesError):
         self.check = check
 
 
-class AuditEntry(Model):
-    """What happened to a task, as it is hashed. Without a step, `step_index` is -1 and `step_type` the kind."""
-
-    v: Literal[1] = 1
+class _Entry(Model):
     log_id: str
-    task_id: str
     seq: int = Field(ge=1)
     step_index: int = Field(ge=-1)
     step_id: str
     step_type: str
-    kind: EventKind
     actor: str
     status: str
     input_hash: HashOrNone
@@ -52,13 +53,40 @@ class AuditEntry(Model):
     timestamp: str
 
 
-def build_entry(event: Event, *, log_id: str, task_id: str, seq: int, prev: str) -> AuditEntry:
+class TaskEntry(_Entry):
+    """What happened to a task, as it is hashed. Without a step, `step_index` is -1 and `step_type` the kind."""
+
+    v: Literal[1] = 1
+    task_id: str
+    kind: EventKind
+
+    def stream_name(self) -> str:
+        return self.task_id
+
+
+class PolicyEntry(_Entry):
+    """What happened to the policy, as it is hashed. It is about no task, no plan and no step."""
+
+    v: Literal[2] = 2
+    stream: Literal["policy"] = STREAM
+    task_id: None = None
+    kind: PolicyEventKind
+
+    def stream_name(self) -> str:
+        return self.stream
+
+
+AuditEntry = TaskEntry | PolicyEntry
+_ENTRY: TypeAdapter[AuditEntry] = TypeAdapter(Annotated[AuditEntry, Field(discriminator="v")])
+
+
+def build_entry(event: Event, *, log_id: str, task_id: str, seq: int, prev: str) -> TaskEntry:
     """Make the entry for `event`, whose number in its task is `seq`; `prev` is the leaf hash of the entry before.
 
     The nonce is random, so that nobody finds out what an entry says by hashing guesses. Two calls give two entries:
     the one that is stored first is the entry.
     """
-    return AuditEntry(
+    return TaskEntry(
         log_id=log_id,
         task_id=task_id,
         seq=seq,
@@ -71,6 +99,27 @@ def build_entry(event: Event, *, log_id: str, task_id: str, seq: int, prev: str)
         input_hash=event.input_hash,
         output_hash=event.output_hash,
         plan_hash=event.plan_hash,
+        policy_id=event.policy_id,
+        nonce=secrets.token_hex(16),
+        prev=prev,
+        timestamp=event.timestamp,
+    )
+
+
+def build_policy_entry(event: PolicyEvent, *, log_id: str, prev: str) -> PolicyEntry:
+    """Make the entry for an event of the policy, as `build_entry`; its number is the event's."""
+    return PolicyEntry(
+        log_id=log_id,
+        seq=event.number,
+        step_index=-1,
+        step_id="",
+        step_type=event.kind,
+        kind=event.kind,
+        actor=event.actor,
+        status=event.status,
+        input_hash=salted_hash(event.salt, json.loads(event.input)),
+        output_hash=salted_hash(event.salt, json.loads(event.output)),
+        plan_hash="",
         policy_id=event.policy_id,
         nonce=secrets.token_hex(16),
         prev=prev,
@@ -92,7 +141,7 @@ def parse_entry(text: str) -> AuditEntry:
         It is not an entry, or is written in another way than `entry_text` writes it.
     """
     try:
-        entry = AuditEntry.model_validate_json(text, strict=True)
+        entry = _ENTRY.validate_json(text, strict=True)
     except ValidationError as error:
         raise InvalidInputError("not an audit entry") from error
     if entry_text(entry) != text:
@@ -100,14 +149,14 @@ def parse_entry(text: str) -> AuditEntry:
     return entry
 
 
-def verify_chain(links: Iterable[tuple[str, str]], *, log_id: str, task_id: str) -> str:
-    """Check a task's whole chain, or the beginning of it.
+def verify_chain(links: Iterable[tuple[str, str]], *, log_id: str, stream: str) -> str:
+    """Check a stream's whole chain, or the beginning of it.
 
     Parameters
     ----------
     links
         (text, leaf hash) of each entry as stored, from the first.
-    log_id, task_id
+    log_id, stream
         What the entries must belong to: known to the caller, never taken from the entries.
 
     Returns
@@ -118,7 +167,7 @@ def verify_chain(links: Iterable[tuple[str, str]], *, log_id: str, task_id: str)
     Raises
     ------
     BrokenChainError
-        The first link that does not hold. Its `check`: `text` (no canonical entry), `log` (of another log or task),
+        The first link that does not hold. Its `check`: `text` (no canonical entry), `log` (of another log or stream),
         `seq` (a gap), `prev` (does not name the entry before) or `leaf` (the text has another hash).
     """
     prev = GENESIS
@@ -127,8 +176,8 @@ def verify_chain(links: Iterable[tuple[str, str]], *, log_id: str, task_id: str)
             entry = parse_entry(text)
         except InvalidInputError as error:
             raise BrokenChainError(seq, "text", error.message) from error
-        if (entry.log_id, entry.task_id) != (log_id, task_id):
-            raise BrokenChainError(seq, "log", "it belongs to another log or task")
+        if (entry.log_id, entry.stream_name()) != (log_id, stream):
+            raise BrokenChainError(seq, "log", "it belongs to another log or stream")
         if entry.seq != seq:
             raise BrokenChainError(seq, "seq", f"its number is {entry.seq}")
         if entry.prev != prev:

@@ -11,15 +11,21 @@ import base64
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Final, Literal
 
 from qaes.domain.anchor import decode as decode_anchor
 from qaes.domain.canonical import sha256_hex
+from qaes.domain.ids import parse_timestamp, timestamp
 from qaes.domain.merkle import ProofError
 from qaes.domain.models import Model
+from qaes.domain.policy_events import PolicyEvent
 from qaes.domain.qubic import transaction
 
 FORMAT: Final = "qaes-bundle-1"
+FORMAT_WITH_POLICY: Final = "qaes-bundle-2"
+CLOCK_SKEW = timedelta(seconds=300)
+"""What the clocks of two functions may differ by, to the verifier (`SKEW`)."""
 
 Prove = Callable[[int, int], Sequence[bytes]]
 """(index, size) -> the inclusion proof of that leaf in the tree of that size (`qaes.domain.tiles`)."""
@@ -45,6 +51,14 @@ class TrailEntry:
     index: int | None
 
 
+@dataclass(frozen=True)
+class PolicyTrailEntry:
+    """An entry of the policy's stream as it is stored, and the salt of its two hashes."""
+
+    entry: TrailEntry
+    salt: str
+
+
 class BundleEntry(Model):
     """An entry with its proof; `index` and `proof` are None when the anchor does not cover it."""
 
@@ -53,6 +67,12 @@ class BundleEntry(Model):
     output: str
     index: int | None
     proof: tuple[str, ...] | None
+
+
+class BundlePolicyEntry(BundleEntry):
+    """An entry of the policy's stream; `salt` is that of its two hashes alone."""
+
+    salt: str
 
 
 class BundleAnchor(Model):
@@ -65,7 +85,10 @@ class BundleAnchor(Model):
 
 
 class Bundle(Model):
-    """The file; `policies` are documents by the SHA-256 of their texts, `salt` is the task's."""
+    """The file of a task, without entries of the policy's stream.
+
+    `policies` are documents by the SHA-256 of their texts, `salt` is the task's.
+    """
 
     format: Literal["qaes-bundle-1"] = FORMAT
     log_id: str
@@ -75,6 +98,20 @@ class Bundle(Model):
     entries: tuple[BundleEntry, ...]
     anchor: BundleAnchor | None
     policies: dict[str, str]
+
+
+class BundleWithPolicy(Model):
+    """The file of a task: as format 1, with the entries of the policy's stream that the task depends on."""
+
+    format: Literal["qaes-bundle-2"] = FORMAT_WITH_POLICY
+    log_id: str
+    network: Literal["mock", "mainnet"]
+    task_id: str
+    salt: str
+    entries: tuple[BundleEntry, ...]
+    anchor: BundleAnchor | None
+    policies: dict[str, str]
+    policy_entries: tuple[BundlePolicyEntry, ...]
 
 
 def build_bundle(
@@ -87,6 +124,7 @@ def build_bundle(
     anchored: bytes | None,
     prove: Prove,
     policies: Iterable[str],
+    policy_entries: Sequence[PolicyTrailEntry] = (),
 ) -> dict[str, Any]:
     """Put a bundle together, from the stored parts as they are: whether they hold is for the verifier to find.
 
@@ -102,6 +140,8 @@ def build_bundle(
         Makes an inclusion proof; called for each entry that the anchor covers.
     policies
         The texts of the policy documents that `policy_ids` names.
+    policy_entries
+        The entries of the policy's stream that `policy_numbers` names. Without any, the bundle is of format 1.
 
     Raises
     ------
@@ -119,8 +159,48 @@ def build_bundle(
         entries=tuple(_entry(each, size, prove) for each in entries),
         anchor=anchor,
         policies={sha256_hex(text): text for text in policies},
-    )
-    return bundle.model_dump(mode="json")
+    ).model_dump(mode="json")
+    if not policy_entries:
+        return bundle
+    of_the_policy = [
+        _entry(each.entry, size, prove).model_dump(mode="json") | {"salt": each.salt} for each in policy_entries
+    ]
+    return bundle | {"format": FORMAT_WITH_POLICY, "policy_entries": of_the_policy}
+
+
+def policy_numbers(
+    events: Sequence[PolicyEvent], *, versions: Iterable[str], first: str, last: str | None
+) -> list[int]:
+    """Number the events of the policy that a task's record depends on.
+
+    These are all events from the last one before the task began until it ended, and the proposal, the approval and
+    the coming into force of each version that the task used.
+
+    Parameters
+    ----------
+    events
+        All events, in order.
+    versions
+        The `policy_ids` of the task's trail.
+    first, last
+        The times of the task's first and last entry; `last` is None while the task has not ended.
+    """
+    begins, ends = _shifted(first, -CLOCK_SKEW), _shifted(last, CLOCK_SKEW) if last else None
+    later = [event.number for event in events if event.timestamp >= begins]
+    # The state at the beginning is that after the last event before it.
+    from_ = min(later, default=len(events) + 1) - 1
+    # Clocks differ, so an event may look older than the one before it: none in between is left out.
+    to = max((event.number for event in events if ends is None or event.timestamp <= ends), default=0)
+    used = frozenset(versions)
+    return [
+        event.number
+        for event in events
+        if from_ <= event.number <= to or (event.policy_id in used and event.kind != "policy_rejected")
+    ]
+
+
+def _shifted(moment: str, by: timedelta) -> str:
+    return timestamp(parse_timestamp(moment) + by)
 
 
 def policy_ids(entries: Iterable[TrailEntry]) -> set[str]:

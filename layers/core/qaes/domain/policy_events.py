@@ -8,6 +8,7 @@ the same number in the stream `policy` of the log (docs/audit.md).
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Mapping
 from typing import Any, Final, Literal, get_args
@@ -168,3 +169,15 @@ def _after(state: PolicyState, kind: PolicyEventKind, actor: str, number: int, a
     elif suspended.pop(about).resume_requested_by is None:
         raise ConflictError(f"nobody has requested to resume `{about}`")
     return state.model_copy(update={"suspended": suspended})
+
+
+def follows(before: PolicyEvent | None, event: PolicyEvent) -> bool:
+    """Return whether the number and the state of `event` follow from the event before it."""
+    # The version in force before the first event is on record only in that event.
+    state = PolicyState(in_force=event.state.in_force) if before is None else before.state
+    try:
+        about = json.loads(event.input)["name" if event.kind in SUSPENSION_KINDS else "policy_id"]
+        expected = _after(state, event.kind, event.actor, event.number, about)
+    except (ConflictError, ValueError, KeyError, TypeError):
+        return False
+    return event.number == (before.number + 1 if before else 1) and event.state == expected
