@@ -56,6 +56,15 @@ PROPOSED = {
     "tick": None,
 }
 POLICY_VERSION = {"version": 2}
+SUSPENDED = {
+    "action": "transaction",
+    "status": "suspended",
+    "suspended_by": "olivia",
+    "suspended_at": MOMENT,
+    "reason": "instruction 4711 looks wrong",
+    "resume_requested_by": None,
+    "resume_requested_at": None,
+}
 DOCUMENT = f'{{"based_on":"{POLICY_ID}","format":1,"proposed_by":"olivia","rules":{{}},"version":2}}'
 PAYLOAD = "5141455301" + "1f2e3d4c5b6a7988" + "0100000000000000" + HASH + "0" * 64 + "0" * 16
 IDENTITY = "BAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAARMID"
@@ -338,7 +347,18 @@ EXAMPLES: dict[str, dict[str, Any]] = {
             "requires_approval": True,
             "rules": RULE,
             "effect": "performed",
+            "suspended": [],
         },
+    },
+    "suspend_action": {
+        "body": {"action": "transaction", "reason": "instruction 4711 looks wrong"},
+        "answer": SUSPENDED | {"network": "mock"},
+    },
+    "resume_action": {
+        "body": {"action": "transaction"},
+        "answer": SUSPENDED
+        | {"network": "mock", "status": "resume_requested"}
+        | {"resume_requested_by": "oscar", "resume_requested_at": MOMENT},
     },
     "propose_policy": {
         "body": {"based_on": POLICY_ID, "rules": {"transfer_funds": LIMITED_RULE}, "remove": DROPPED},

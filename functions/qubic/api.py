@@ -15,7 +15,7 @@ from qaes.adapters.http import EVERY_ROLE, OPEN, Caller, Sha256, create_app, mak
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.domain.errors import NotFoundError, TransientError
 from qaes.domain.qubic.identity import is_transaction_id_shaped
-from qubic import policy_api
+from qubic import policy_api, suspension_api
 from qubic.network.mock_rpc_api import add_rpc_routes
 from qubic.transactions.hashes import check_hash, check_remark, hash_state
 from qubic.transactions.model import Kind, State
@@ -119,6 +119,7 @@ class LedgerUnhealthy(_Answer):
 
 
 policy_api.add_policy_routes(app)
+suspension_api.add_suspension_routes(app)
 
 
 @app.post("/write")

@@ -10,8 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from qaes.adapters.http import EVERY_ROLE, Caller, require
 from qaes.domain.planning import RECORDED_ONLY, Effect, action_step, effect_of
 from qaes.domain.policy import MAX_RULES, POLICY_ID_PATTERN, ActionRule, ActionType, PolicyDifference, Rule, Rules
+from qubic import suspension_api
 from qubic.policy.lifecycle import Policies
 from qubic.policy.versions import PolicyVersion
+from qubic.suspension_api import SuspendedAction
 
 Operator = Annotated[Caller, Depends(require("operator", deciding=True))]
 Version = Annotated[int, Path(ge=1, lt=10**9)]
@@ -32,6 +34,7 @@ class RuleAnswer(_Answer):
     requires_approval: bool
     rules: Rule
     effect: Effect = Field(description="of a task of this type; `recorded only`: the system performs nothing")
+    suspended: list[SuspendedAction] = Field(description="this action, `*`, both or none")
 
 
 class PolicyAnswer(_Answer):
@@ -41,6 +44,7 @@ class PolicyAnswer(_Answer):
     version: int
     rules: dict[str, Rule | ActionRule]
     recorded_only: list[str] = Field(description="action types that the system records, and does not perform")
+    suspended: list[SuspendedAction] = Field(description="the suspended actions, which the rules do not show")
 
 
 class PolicyVersionAnswer(PolicyVersion):
@@ -115,6 +119,7 @@ def get_policy(
             version=policy.version,
             rules=dict(policy.rules),
             recorded_only=recorded,
+            suspended=[SuspendedAction.of(each) for each in suspension_api.suspending().suspended()],
         )
     decision = policy.decide(action_type)
     return RuleAnswer(
@@ -125,6 +130,7 @@ def get_policy(
         requires_approval=decision.requires_approval,
         rules=decision.rule,
         effect=effect_of(action_step(action_type)),
+        suspended=[SuspendedAction.of(each) for each in suspension_api.suspending().suspended(action_type)],
     )
 
 

@@ -8,6 +8,7 @@ from qaes.adapters.logs import logger
 from qaes.domain.policy import PolicyDecision
 from qubic.network import chain
 from qubic.policy.lifecycle import Policies
+from qubic.policy.suspending import Suspending
 from qubic.spending import rule_for
 from qubic.transactions.model import Submission
 from qubic.transactions.queue import enqueue
@@ -31,6 +32,11 @@ def submissions() -> Submissions:
 def policies() -> Policies:
     """Make the policy's store; without the key, versions are handed in by the function that signs for the API."""
     return Policies(submissions(), advance_elsewhere=None if holds_key() else LedgerClient().settle_policy)
+
+
+def suspending() -> Suspending:
+    """Make the store of suspensions."""
+    return Suspending(settings.text("QUBIC_NETWORK"))
 
 
 def _rule_for(submission: Submission) -> PolicyDecision:

@@ -145,18 +145,20 @@ def test_an_agent_with_an_approver_s_token_decides_nothing(
 
 def test_an_agent_touches_no_policy(aws: Cloud) -> None:
     qubic = Api(aws, "QubicApiFunction")
-    before = items("LedgerTable")
+    before = items("LedgerTable", "PolicyTable")
     agent = {"subject": "olivia", "roles": EVERY_ROLE, "agent": "crm-agent"}
     policy_id = qubic("GET", "/policy", **OLIVIA).body["policy_id"]
     for method, path, body in (
         ("POST", "/policy", {"based_on": policy_id, "rules": {}}),
         ("POST", "/policy/versions/2/approve", None),
         ("POST", "/policy/versions/2/reject", {"reason": "x"}),
+        ("POST", "/policy/suspend", {"action": "*", "reason": "x"}),
+        ("POST", "/policy/resume", {"action": "*"}),
         ("POST", "/write", {"hash": "a" * 64}),
     ):
         answer = qubic(method, path, body, **agent)
         assert (answer.status, answer.body["agent"]) == (403, "crm-agent"), path
-    assert items("LedgerTable") == before
+    assert items("LedgerTable", "PolicyTable") == before
 
 
 def test_an_agent_sees_and_changes_its_own_tasks_alone(api: Api, store: TaskStore) -> None:

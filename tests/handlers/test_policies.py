@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +17,7 @@ import pytest
 from botocore.client import BaseClient
 
 from qaes.adapters import settings
+from qaes.adapters.policy_events import events_after
 from qaes.domain.errors import (
     ConflictError,
     ForbiddenError,
@@ -25,6 +27,7 @@ from qaes.domain.errors import (
     TransientError,
 )
 from qaes.domain.policy import DEFAULT_RULES, DENIED, PolicyDocument, Rule
+from qaes.domain.policy_events import LEDGER
 from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.qubic.transaction import Transaction, decode
 from qubic import wallets, wiring
@@ -32,7 +35,7 @@ from qubic.network import chain
 from qubic.network.base import Included, SentList
 from qubic.network.faults import Faults
 from qubic.network.mock import MockChain
-from qubic.policy import trust
+from qubic.policy import lifecycle, trust
 from qubic.policy.lifecycle import Policies
 from qubic.policy.versions import PolicyVersion
 from qubic.transactions.submissions import Submissions
@@ -1014,3 +1017,76 @@ def test_an_older_version_in_the_place_of_a_newer_one_is_noticed(
     alter("SUBMISSION#mock#policy:2", "SUBMISSION", **attributes)
     assert store.in_force().version == 1
     assert "its text is that of another version" in {getattr(record, "reason", None) for record in caplog.records}
+
+
+# The events of the policy
+
+
+def happened() -> list[tuple[str, str, str, dict[str, Any]]]:
+    """Kind, actor, version and input of each event after the first version came into force."""
+    first, *events = events_after("PolicyTable")
+    assert (first.kind, first.actor, first.number) == ("policy_in_force", LEDGER, 1)
+    found = [(event, json.loads(event.input)) for event in events]
+    return [(event.kind, event.actor, event.policy_id, input_) for event, input_ in found]
+
+
+def test_each_change_of_a_version_is_an_event(aws: Cloud, store: Policies) -> None:
+    first = store.in_force().policy_id
+    rejected = store.propose(OTHER_RULES, subject="olivia")
+    store.reject(rejected.version, subject="oscar", reason="too strict")
+    accepted = store.propose(RULES, subject="olivia")
+    store.approve(accepted.version, subject="oscar", four_eyes=True)
+    aws.settle()
+    found = store.get(accepted.version)
+    about = {"policy_id": accepted.policy_id}
+    assert happened() == [
+        ("policy_proposed", "olivia", rejected.policy_id, {"policy_id": rejected.policy_id, "based_on": first}),
+        ("policy_rejected", "oscar", rejected.policy_id, {"policy_id": rejected.policy_id, "reason": "too strict"}),
+        ("policy_proposed", "olivia", accepted.policy_id, about | {"based_on": first}),
+        ("policy_approved", "oscar", accepted.policy_id, about),
+        ("policy_in_force", LEDGER, accepted.policy_id, about | {"txid": found.txid, "tick": found.tick}),
+    ]
+    *_, last = events_after("PolicyTable")
+    assert last.timestamp == found.in_force_at
+    assert last.state.in_force == accepted.policy_id
+
+
+def test_repeated_change_of_a_version_is_one_event(store: Policies) -> None:
+    proposed = store.propose(RULES, subject="olivia")
+    at_once(*[lambda: store.propose(RULES, subject="olivia")] * 3)
+    at_once(*[lambda: store.approve(proposed.version, subject="oscar", four_eyes=True)] * 4)
+    store.approve(proposed.version, subject="oscar", four_eyes=True)
+    assert [kind for kind, *_ in happened()] == ["policy_proposed", "policy_approved"]
+
+
+def test_altered_version_is_rejected_by_the_ledger(aws: Cloud, store: Policies) -> None:
+    proposed = store.propose(RULES, subject="olivia")
+    store.approve(proposed.version, subject="oscar", four_eyes=True)
+    alter_text(2, looser(2))
+    aws.settle()
+    assert store.get(2).status == "rejected"
+    kind, actor, policy_id, input_ = happened()[-1]
+    assert (kind, actor, policy_id) == ("policy_rejected", LEDGER, proposed.policy_id)
+    assert input_["reason"] == store.get(2).reason
+
+
+def test_change_is_not_written_when_its_event_is_not(store: Policies, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another writer's event has each number that this process tries: the version must not be there without its own."""
+    before = items("LedgerTable")
+    monkeypatch.setattr(lifecycle, "newest_event", lambda _: None)
+    with pytest.raises(TransientError, match="others are changing the policy"):
+        store.propose(RULES, subject="olivia")
+    assert items("LedgerTable") == before
+
+
+def test_suspension_and_version_at_once_are_both_events(store: Policies) -> None:
+    suspending = wiring.suspending()
+    outcomes = at_once(
+        lambda: suspending.suspend("transfer_funds", subject="oscar", reason="so"),
+        lambda: store.propose(RULES, subject="olivia"),
+        lambda: suspending.suspend("*", subject="olivia", reason="so"),
+    )
+    assert not [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+    assert [event.number for event in events_after("PolicyTable")] == [1, 2, 3, 4]
+    *_, last = events_after("PolicyTable")
+    assert set(last.state.suspended) == {"transfer_funds", "*"}

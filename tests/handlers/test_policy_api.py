@@ -66,6 +66,7 @@ def test_the_rule_of_an_action_type(api: Api) -> None:
         "requires_approval": True,
         "rules": RULE | NO_LIMITS,
         "effect": "performed",
+        "suspended": [],
     }
     denied = ask(api, "GET", "/policy", {"action_type": "burn"}).body
     assert (denied["allowed"], denied["rules"]["allowed"]) == (False, False)

@@ -111,6 +111,10 @@ def prepared(aws: Cloud, operation: Operation) -> dict[str, str]:
         return {}
     if operation.id == "get_transaction":
         return {"txid": LedgerClient("LedgerRecordFunction").write("a" * 64, {}, written_by="olivia")["txid"]}
+    if operation.id == "resume_action":
+        body = {"action": operation.example["action"], "reason": "so"}
+        assert qubic("POST", "/policy/suspend", body, **OTTO).status == 200
+        return {}
     if "{version}" in operation.path:
         based_on = qubic("GET", "/policy", **OTTO).body["policy_id"]
         proposed = qubic("POST", "/policy", {"based_on": based_on, "rules": {}, "remove": list(DEFAULT_RULES)}, **OTTO)

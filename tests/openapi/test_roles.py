@@ -40,6 +40,7 @@ def test_the_table_of_the_contract() -> None:
         "write": operators, "verify_on_ledger": everybody, "get_transaction": everybody,
         "get_policy_versions": everybody, "get_policy_version": everybody, "propose_policy": operators,
         "approve_policy": operators, "reject_policy": operators,
+        "suspend_action": operators, "resume_action": operators,
         "rpc_tick_info": everybody, "rpc_broadcast_transaction": operators, "rpc_balance": everybody,
         "rpc_last_processed_tick": everybody, "rpc_transaction": everybody, "rpc_transactions": everybody,
         "get_mock_faults": operators, "put_mock_faults": operators,

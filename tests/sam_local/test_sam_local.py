@@ -36,6 +36,8 @@ BODIES: dict[str, Callable[[dict[str, Any]], bool]] = {
     "planner/api_create_plan": lambda it: it["analysis"]["action_type"] == "transfer_funds" and len(it["steps"]) == 3,
     "planner/api_get_plan": lambda it: it["plan_id"] == PLAN and len(it["plan_hash"]) == 64,
     "qubic/api_policy": lambda it: it["network"] == "mock" and it["requires_approval"] is True,
+    "qubic/api_policy_suspend": lambda it: (it["action"], it["status"]) == ("transaction", "suspended"),
+    "qubic/api_policy_resume": lambda it: it["action"] == "transaction" and it["status"] != "suspended",
     "qubic/api_verify": lambda it: (
         it["state"] in {"broadcast", "confirmed"} and len(it["txid"]) == 60
     ),  # ledger_write's

@@ -333,9 +333,12 @@ def _every_variable() -> dict[str, str]:
     return {name: os.environ.get(name, "") for name in names} | {"POWERTOOLS_LOG_LEVEL": "WARNING"}
 
 
-def _create_tables() -> None:
+def create_tables(*names: str) -> None:
+    """Create the template's tables, or these of them, under their logical ids."""
     dynamodb = boto3.client("dynamodb")
     for name, body in template.resources("AWS::DynamoDB::Table").items():
+        if names and name not in names:
+            continue
         properties = template.resolve(body["Properties"], PARAMETERS)
         keep = {"AttributeDefinitions", "KeySchema", "GlobalSecondaryIndexes", "BillingMode"}
         stream = properties.get("StreamSpecification")
@@ -499,7 +502,7 @@ def _fill(it: Cloud, *, state_machine: bool, policy: bool) -> None:
         _create_queues()
     else:
         _create_queues()
-        _create_tables()
+        create_tables()
         _create_functions()
         for name in template.resources("AWS::Events::EventBus"):
             boto3.client("events").create_event_bus(Name=name)

@@ -73,6 +73,8 @@ ROUTES = {
         "GET /policy/versions/{version}",
         "POST /policy/versions/{version}/approve",
         "POST /policy/versions/{version}/reject",
+        "POST /policy/suspend",
+        "POST /policy/resume",
         "POST /write",
         "GET /verify/{hash}",
         "GET /tx/{txid}",

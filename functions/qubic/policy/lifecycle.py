@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from botocore.exceptions import BotoCoreError, ClientError
 
 from qaes.adapters.logs import logger
+from qaes.adapters.policy_events import newest_event
 from qaes.domain.canonical import sha256_hex
 from qaes.domain.errors import (
     ConflictError,
@@ -38,6 +40,7 @@ from qaes.domain.policy import (
     read_document,
     version_of,
 )
+from qaes.domain.policy_events import LEDGER, STATUSES, PolicyEventKind
 from qaes.domain.text import same_subject
 from qubic.items import ChangedError, Item, attempts
 from qubic.policy.trust import AlteredError, Trust, submission_key
@@ -125,7 +128,8 @@ class Policies(Trust):
             given_up = record.model_copy(
                 update={"status": "rejected", "rejected_at": timestamp(now()), "reason": str(error)}
             )
-            self._write(head, replace(head, approved=0), self._changed(given_up))
+            event = self._version_event("policy_rejected", given_up, LEDGER, reason=str(error))
+            self._write(head, replace(head, approved=0), self._changed(given_up), event)
             return
         arrived = record.model_copy(
             update={
@@ -139,6 +143,7 @@ class Policies(Trust):
         before = self._item(head.in_force) if head.in_force else None
         if before is not None:
             writes.append(self._changed(record_of(before).model_copy(update={"status": "superseded"})))
+        writes.append(self._version_event("policy_in_force", arrived, LEDGER, txid=arrived.txid, tick=arrived.tick))
         self._write(head, replace(head, approved=0, in_force=number), *writes)
         logger().info("policy in force", extra={"policy_id": arrived.policy_id, "txid": arrived.txid})
 
@@ -216,8 +221,9 @@ class Policies(Trust):
             if newest is not None and _is_same_proposal(newest, document):
                 return record_of(newest)
             proposed = _new_record(document, timestamp(now()))
+            event = self._version_event("policy_proposed", proposed, subject, based_on=proposed.based_on)
             try:
-                self._write(head, replace(head, newest=document.version), self._put(proposed, document.text()))
+                self._write(head, replace(head, newest=document.version), self._put(proposed, document.text()), event)
             except ChangedError:
                 continue
             logger().info("policy proposed", extra={"policy_id": proposed.policy_id, "subject": subject})
@@ -253,8 +259,9 @@ class Policies(Trust):
             approved = record.model_copy(
                 update={"status": "approved", "approved_by": subject, "approved_at": timestamp(now())}
             )
+            event = self._version_event("policy_approved", approved, subject)
             try:
-                self._write(head, replace(head, approved=version), self._changed(approved))
+                self._write(head, replace(head, approved=version), self._changed(approved), event)
             except ChangedError:
                 continue
             logger().info("policy approved", extra={"policy_id": record.policy_id, "subject": subject})
@@ -287,13 +294,20 @@ class Policies(Trust):
                     "reason": reason,
                 }
             )
+            event = self._version_event("policy_rejected", rejected, subject, reason=reason)
             try:
-                self._write(head, head, self._changed(rejected))
+                self._write(head, head, self._changed(rejected), event)
             except ChangedError:
                 continue
             logger().info("policy rejected", extra={"policy_id": record.policy_id, "subject": subject})
             return rejected
         raise TransientError("others are changing the policy at the moment")
+
+    def _version_event(self, kind: PolicyEventKind, record: PolicyVersion, actor: str, **details: Any) -> Item:
+        """Make the write of the event of a version, at the moment of its new status."""
+        at = getattr(record, f"{STATUSES[kind]}_at")
+        newest = newest_event(self._policy_table)
+        return self._event(kind, newest, actor=actor, at=at, policy_id=record.policy_id, **details)
 
     def _check_not_stale(self, head: Head, based_on: str | None, current: Policy) -> None:
         if head.approved:

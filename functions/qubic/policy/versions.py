@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from qaes.adapters import settings
+from qaes.adapters.policy_events import put_event
 from qaes.domain.errors import (
     NotFoundError,
 )
+from qaes.domain.policy_events import PolicyEvent, PolicyEventKind, next_event
 from qubic.items import Item, Items, item_key
 
 MAX_VERSION = 10**9 - 1
@@ -71,6 +73,7 @@ class Versions:
     def __init__(self, network: str, table: str | None = None) -> None:
         self.network = network
         self._table = table or settings.text("LEDGER_TABLE")
+        self._policy_table = settings.text("POLICY_TABLE")
         self._items = Items(self._table)
 
     @property
@@ -127,6 +130,36 @@ class Versions:
                 "ExpressionAttributeValues": {":record": {"S": record.model_dump_json()}},
             }
         }
+
+    def _event(
+        self,
+        kind: PolicyEventKind,
+        newest: PolicyEvent | None,
+        *,
+        actor: str,
+        at: str,
+        policy_id: str = "",
+        name: str = "",
+        **details: Any,
+    ) -> Item:
+        """Make the write of the event that follows `newest`; its condition fails if another event was first."""
+        event = next_event(
+            newest,
+            kind,
+            actor=actor,
+            at=at,
+            policy_id=policy_id,
+            name=name,
+            in_force=self._in_force_before_events() if newest is None else None,
+            details=details,
+        )
+        return put_event(self._policy_table, event)
+
+    def _in_force_before_events(self) -> str | None:
+        """Return the version that came into force before there were events; None if there was none."""
+        version = self._head().in_force
+        item = self._item(version) if version else None
+        return record_of(item).policy_id if item else None
 
     def _write(self, before: Head, after: Head, *writes: Item) -> None:
         """All or nothing, if nobody else has changed anything since `before` was read; ChangedError otherwise."""

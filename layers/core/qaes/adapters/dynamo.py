@@ -26,6 +26,9 @@ PATIENCE_SECONDS = 5.0
 """No attempt begins later than this after the first."""
 FIRST_PAUSE_SECONDS = 0.025
 LONGEST_PAUSE_SECONDS = 0.8
+URGENT_PATIENCE_SECONDS = 20.0
+"""The patience of an urgent transaction, whose pauses stay short: one that writes items which many others check."""
+URGENT_PAUSE_SECONDS = 0.05
 BATCH_GET = 100
 """Most keys of a BatchGetItem."""
 
@@ -53,7 +56,10 @@ def call(operation: str, **arguments: Any) -> dict[str, Any]:
     TransientError
         DynamoDB does not answer. A write may have been made.
     """
-    pauses = Pauses()
+    return _repeat(Pauses(), operation, **arguments)
+
+
+def _repeat(pauses: Pauses, operation: str, **arguments: Any) -> dict[str, Any]:
     while True:
         try:
             answer: dict[str, Any] = getattr(clients.client("dynamodb"), operation)(**arguments)
@@ -63,9 +69,10 @@ def call(operation: str, **arguments: Any) -> dict[str, Any]:
             return answer
 
 
-def transact(writes: Sequence[Item]) -> None:
-    """Write all or nothing. Raises what `call` raises."""
-    call("transact_write_items", TransactItems=list(writes), ClientRequestToken=str(uuid4()))
+def transact(writes: Sequence[Item], *, urgent: bool = False) -> None:
+    """Write all or nothing; `urgent`: try more often, and for longer, while others use the items. Raises as `call`."""
+    pauses = Pauses(URGENT_PATIENCE_SECONDS, URGENT_PAUSE_SECONDS) if urgent else Pauses()
+    _repeat(pauses, "transact_write_items", TransactItems=list(writes), ClientRequestToken=str(uuid4()))
 
 
 def get(table: str, pk: str, sk: str) -> Item | None:
@@ -131,16 +138,16 @@ def key(pk: str, sk: str) -> Item:
 class Pauses:
     """Random pauses that grow (full jitter), until the patience is over."""
 
-    def __init__(self) -> None:
-        self._end = time.monotonic() + PATIENCE_SECONDS
-        self._longest = FIRST_PAUSE_SECONDS
+    def __init__(self, patience: float | None = None, limit: float = LONGEST_PAUSE_SECONDS) -> None:
+        self._end = time.monotonic() + (PATIENCE_SECONDS if patience is None else patience)
+        self._longest, self._limit = FIRST_PAUSE_SECONDS, limit
 
     def wait_or_raise(self, error: TransientError) -> None:
         pause = random.uniform(0, self._longest)  # noqa: S311 (a pause, no secret)
         if time.monotonic() + pause > self._end:
             raise error
         time.sleep(pause)
-        self._longest = min(2 * self._longest, LONGEST_PAUSE_SECONDS)
+        self._longest = min(2 * self._longest, self._limit)
 
 
 def _retryable(error: Exception) -> TransientError:

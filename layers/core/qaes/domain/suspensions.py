@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from datetime import datetime, timedelta
 
 from pydantic import BaseModel, ConfigDict
 
+from qaes.domain.ids import parse_timestamp
 from qaes.domain.policy_events import EVERY_ACTION
 
 CODE = "suspended"
+RESUME_REQUEST_LASTS = timedelta(days=1)
+"""A request to resume ends after this time: its reasons may no longer hold."""
 
 
 class Suspension(BaseModel):
@@ -21,6 +25,10 @@ class Suspension(BaseModel):
     reason: str
     resume_by: str | None = None
     resume_at: str | None = None
+
+    def resumes_with(self, moment: datetime) -> bool:
+        """Whether a request to resume is open at that moment."""
+        return self.resume_at is not None and moment < parse_timestamp(self.resume_at) + RESUME_REQUEST_LASTS
 
 
 def refusal(action: str, suspended: Mapping[str, Suspension]) -> str | None:

@@ -1,0 +1,133 @@
+"""Suspending an action, which one operator does at once, and resuming it, which takes two operators."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from qaes.adapters import dynamo, suspensions
+from qaes.adapters.logs import logger
+from qaes.adapters.policy_events import newest_event
+from qaes.domain.errors import ConflictError, TransientError
+from qaes.domain.ids import now, timestamp
+from qaes.domain.policy_events import EVERY_ACTION
+from qaes.domain.suspensions import Suspension
+from qaes.domain.text import same_subject
+from qubic.items import attempts
+from qubic.policy.versions import Versions
+
+MAX_SUSPENDED = 100
+"""Most names at a time: each copy of the suspensions is one item, and each intent's transaction reads one."""
+
+Status = Literal["active", "suspended", "resume_requested"]
+
+
+@dataclass(frozen=True)
+class Suspended:
+    """An action, or `*`, and its suspension; `active` has none."""
+
+    name: str
+    status: Status
+    suspension: Suspension | None
+
+
+class Suspending(Versions):
+    """Suspends and resumes actions, each change with its event in one transaction.
+
+    The number of the event guards the transaction: if another operator changed anything since the suspensions were
+    read, an event has that number already, and this change starts again.
+
+    Parameters
+    ----------
+    network
+        The network of the policy.
+    table
+        By default that of LEDGER_TABLE.
+    clock
+        The present moment.
+    """
+
+    def __init__(self, network: str, table: str | None = None, *, clock: Callable[[], datetime] | None = None) -> None:
+        super().__init__(network, table)
+        self._clock = clock or now
+
+    def suspended(self, name: str | None = None) -> list[Suspended]:
+        """List what is suspended, by name; with `name`, of that action and `*` alone."""
+        return [self._shown(each, found) for each, found in sorted(suspensions.suspended(name).items())]
+
+    def suspend(self, name: str, *, subject: str, reason: str) -> Suspended:
+        """Suspend an action, or every action: when this returns, no new intent is recorded.
+
+        A name that is suspended stays so, with its first reason. If a request to resume it is open, the request ends,
+        and the suspension has the new reason.
+
+        Raises
+        ------
+        ConflictError
+            As many names as possible are suspended.
+        TransientError
+            The table does not answer, or too many intents are recorded at the moment. Nothing is suspended.
+        """
+        for _ in attempts():
+            newest, names = newest_event(self._policy_table), suspensions.suspended()
+            before = names.get(name)
+            if before is not None and not before.resumes_with(self._clock()):
+                return self._shown(name, before)
+            if before is None and len(names) >= MAX_SUSPENDED:
+                raise ConflictError(f"{MAX_SUSPENDED} names are suspended: suspend `{EVERY_ACTION}` instead")
+            after = Suspension(by=subject, at=timestamp(self._clock()), reason=reason)
+            event = self._event("action_suspended", newest, actor=subject, at=after.at, name=name, reason=reason)
+            if _write([event, *suspensions.puts(names | {name: after})]):
+                logger().warning("action suspended", extra={"action": name, "subject": subject})
+                return self._shown(name, after)
+        raise TransientError("others are changing the suspensions at the moment: try again")
+
+    def resume(self, name: str, *, subject: str, four_eyes: bool) -> Suspended:
+        """Request that a suspended action resumes, or, if another operator has requested it, resume it.
+
+        The operator who suspended it may be one of the two. A request counts for one day. Again by the operator who
+        requested it: nothing more, but with `four_eyes` off that operator resumes it.
+
+        Raises
+        ------
+        TransientError
+            The table does not answer, or others are changing the suspensions.
+        """
+        for _ in attempts():
+            newest, names = newest_event(self._policy_table), suspensions.suspended()
+            before, moment = names.get(name), self._clock()
+            if before is None:
+                return Suspended(name, "active", None)
+            at = timestamp(moment)
+            if not before.resumes_with(moment):
+                after = before.model_copy(update={"resume_by": subject, "resume_at": at})
+                event = self._event("resume_requested", newest, actor=subject, at=at, name=name)
+                if _write([event, *suspensions.puts(names | {name: after})]):
+                    logger().info("resume requested", extra={"action": name, "subject": subject})
+                    return self._shown(name, after)
+                continue
+            if four_eyes and same_subject(str(before.resume_by), subject):
+                return self._shown(name, before)
+            event = self._event("action_resumed", newest, actor=subject, at=at, name=name)
+            left = {each: found for each, found in names.items() if each != name}
+            if _write([event, *suspensions.puts(left)]):
+                logger().warning("action resumed", extra={"action": name, "subject": subject})
+                return Suspended(name, "active", None)
+        raise TransientError("others are changing the suspensions at the moment: try again")
+
+    def _shown(self, name: str, suspension: Suspension) -> Suspended:
+        """Show a suspension as it counts now: a request to resume that is too old is none."""
+        if suspension.resumes_with(self._clock()):
+            return Suspended(name, "resume_requested", suspension)
+        return Suspended(name, "suspended", suspension.model_copy(update={"resume_by": None, "resume_at": None}))
+
+
+def _write(writes: list[dynamo.Item]) -> bool:
+    """Write all or nothing; false if another event was first."""
+    try:
+        dynamo.transact(writes, urgent=True)
+    except dynamo.ConditionFailedError:
+        return False
+    return True
