@@ -56,10 +56,10 @@ def policy_id_of(version: int, hash_: str) -> str:
     return f"policy-v{version}-{hash_}"
 
 
-def invalid_input(error: ValidationError) -> InvalidInputError:
+def invalid_input(error: ValidationError, within: str = "") -> InvalidInputError:
     """Turn the first error of a model into one whose `field` is the path in the document."""
     first = error.errors()[0]
-    message, path = first["msg"].removeprefix("Value error, "), path_of(first["loc"])
+    message, path = first["msg"].removeprefix("Value error, "), path_of((within, *first["loc"]))
     if first["type"] == "policy" and first["ctx"]["at"]:
         path = f"{path}.{first['ctx']['at']}"
     if first["type"] == "extra_forbidden":
@@ -69,4 +69,4 @@ def invalid_input(error: ValidationError) -> InvalidInputError:
 
 def path_of(location: Iterable[int | str]) -> str:
     """Return the dotted path of a model's error; the tags of a union (`<deny>`) are no part of the document."""
-    return ".".join(str(part) for part in location if not (isinstance(part, str) and re.fullmatch("<[a-z]+>", part)))
+    return ".".join(str(part) for part in location if part != "" and not re.fullmatch(r"<[a-z]+>|\[key\]", str(part)))

@@ -1,0 +1,93 @@
+"""A proposal of a new version, checked in whole: the document that it makes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from qaes.domain.errors import InvalidInputError
+from qaes.domain.policy.actions import LambdaHandler
+from qaes.domain.policy.difference import check_removals
+from qaes.domain.policy.document import Policy, PolicyDocument, PolicyDocumentV2
+from qaes.domain.policy.names import invalid_input
+from qaes.domain.policy.rules import Rules, check_enforceable
+
+FUNCTION_PREFIX = "qaes-action-"
+"""The default of the parameter ActionFunctionPrefix."""
+
+
+def is_format_2(content: Mapping[str, Any]) -> bool:
+    """Whether a proposal is one of format 2: it has `groups` or `actions`. With `rules` alone it has format 1."""
+    return content.get("groups") is not None or content.get("actions") is not None
+
+
+def propose(
+    current: Policy,
+    content: Mapping[str, Any],
+    *,
+    version: int,
+    proposed_by: str,
+    remove: Sequence[str] = (),
+    function_prefix: str = FUNCTION_PREFIX,
+) -> PolicyDocument | PolicyDocumentV2:
+    """Check a proposal and return its document.
+
+    Parameters
+    ----------
+    current
+        The policy in force, on which the proposal is based.
+    content
+        `{rules}` in format 1; `{groups, actions, rules}` in format 2.
+    remove
+        The rules, groups and actions in force that the proposal drops.
+    function_prefix
+        The prefix of the functions that may handle actions.
+
+    Raises
+    ------
+    InvalidInputError
+        A member is not acceptable; `field` is its path, such as `rules.refund_customer.tiers.1.max_amount`.
+    """
+    terms: dict[str, Any] = {"version": version, "proposed_by": proposed_by, "based_on": current.policy_id}
+    document: PolicyDocument | PolicyDocumentV2
+    if is_format_2(content):
+        members = {name: content[name] for name in ("groups", "actions", "rules") if content.get(name) is not None}
+        document = PolicyDocumentV2.write(members, **terms)
+        check_actions(document, function_prefix)
+    else:
+        rules = _format_1_rules(content.get("rules"))
+        document = PolicyDocument.write(rules, **terms)
+        check_enforceable(rules)
+    check_removals(current, document, remove)
+    return document
+
+
+def check_actions(document: PolicyDocumentV2, function_prefix: str = FUNCTION_PREFIX) -> None:
+    """Check what only a new version must satisfy: schemas, pointers and the names of functions.
+
+    Raises InvalidInputError.
+    """
+    from qaes.domain.policy.schemas import check_schemas, check_value
+
+    for name, action in document.actions.items():
+        if isinstance(action.handler, LambdaHandler) and not action.handler.function_name.startswith(function_prefix):
+            text = f"must begin with `{function_prefix}`, the prefix of this system's action functions"
+            raise InvalidInputError(text, field=f"actions.{name}.handler.function_name")
+        check_schemas(name, action)
+        rule = document.rules.get(name)
+        if rule is None or rule.destinations is None or action.destination is None:
+            continue
+        schema: Any = action.parameters
+        for part in action.destination.split("/")[1:]:
+            schema = schema["properties"][part.replace("~1", "/").replace("~0", "~")]
+        for index, destination in enumerate(rule.destinations):
+            check_value(schema, destination, f"rules.{name}.destinations.{index}")
+
+
+def _format_1_rules(rules: object) -> Rules:
+    try:
+        return TypeAdapter(Rules).validate_python(rules)
+    except ValidationError as error:
+        raise invalid_input(error, "rules") from error
