@@ -7,7 +7,6 @@ import json
 import re
 import tomllib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -378,14 +377,41 @@ def test_no_policy_names_every_resource(template: Any) -> None:
                 assert action.startswith(NEEDS_EVERY_RESOURCE), f"{name}: {action} on every resource"
 
 
-def test_every_action_says_which_call_needs_it() -> None:
-    lines = (Path(__file__).parents[2] / "template.yaml").read_text().splitlines()
-    begin = lines.index("  TaskExecutionStateMachine:")  # after the tables, whose own policy only denies
+SOURCE = (ROOT / "template.yaml").read_text()
+RESOURCES = dict(re.findall(r"^  (\w+):(.*\n(?:    .*\n|\n)*)", SOURCE.split("\nResources:\n")[1], re.MULTILINE))
+"""The text of each resource by its name, in the order of the file."""
+
+
+def test_actions_name_the_call_that_needs_them() -> None:
     services = ("dynamodb:", "lambda:", "states:", "logs:", "sqs:", "secretsmanager:")
-    actions = [line for line in lines[begin:] if line.strip().startswith(tuple(f"- {each}" for each in services))]
-    assert actions
-    uncommented = [line for line in actions if " # " not in line]
-    assert uncommented == []
+    grants = [
+        text for text in RESOURCES.values() if "AWS::DynamoDB::Table" not in text
+    ]  # a table's own policy only denies
+    lines = [line for text in grants for line in text.splitlines()]
+    actions = [line for line in lines if line.strip().startswith(tuple(f"- {each}" for each in services))]
+
+    assert len(actions) > 100
+    assert [line for line in actions if " # " not in line] == []
+
+
+def test_contents_list_the_sections_and_their_functions() -> None:
+    contents = re.findall(r"^#   (\S.*)$", SOURCE.split("\nMetadata:")[0], re.MULTILINE)
+    sections = re.split(r"^  # === (.+?) =*$", SOURCE, flags=re.MULTILINE)[1:]
+    listed = {
+        title: re.findall(r"^  (\w+)Function:$", text, re.MULTILINE)
+        for title, text in zip(sections[::2], sections[1::2], strict=True)
+    }
+
+    assert contents == [f"{title}: {', '.join(names)}" if names else title for title, names in listed.items()]
+
+
+def test_functions_are_followed_by_their_log_group(template: Any) -> None:
+    names = list(RESOURCES)
+    configured = {name: template.resources[name]["Properties"]["LoggingConfig"] for name in template.functions}
+
+    assert {name: config["LogGroup"]["Ref"] for name, config in configured.items()} == {
+        name: names[names.index(name) + 1] for name in template.functions
+    }
 
 
 def test_only_the_recorder_puts_audit_entries(template: Any) -> None:
