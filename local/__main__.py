@@ -8,8 +8,8 @@ from local.interrupts import StopError, stop_on_signals
 
 
 def main() -> int:
-    """Do what the command line says; return an exit code."""
-    import argparse  # after the signals: whoever presses Ctrl-C now gets no traceback
+    """Run the command of the command line; return an exit code."""
+    import argparse  # after the signals, so that Ctrl-C prints no traceback from here on
 
     from local import demo, lifecycle
     from local.cloud import auth_mode
@@ -17,17 +17,17 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(prog="python -m local", description="The local cloud.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    commands.add_parser("up", help="start it in the background")
+    commands.add_parser("up", help="start the local cloud in the background")
     commands.add_parser("down", help="stop it")
-    commands.add_parser("run", help="run it in the foreground")
-    commands.add_parser("status", help="say whether it runs")
+    commands.add_parser("run", help="run the local cloud in the foreground")
+    commands.add_parser("status", help="show whether the local cloud runs")
     logs = commands.add_parser("logs", help="print what the services logged")
-    logs.add_argument("--task", default="", help="only for this task")
-    logs.add_argument("--all", action="store_true", help="the platform's lines and the metrics too")
+    logs.add_argument("--task", default="", help="only the lines of this task")
+    logs.add_argument("--all", action="store_true", help="include the platform's lines and the metrics")
     token = commands.add_parser("token", help="print a token")
     token.add_argument("--role", required=True, help="one role, or several separated by spaces")
-    token.add_argument("--subject", default="", help="who the token is for")
-    commands.add_parser("demo", help="run two tasks on a local cloud of their own, and check all that they say")
+    token.add_argument("--subject", default="", help="subject of the token")
+    commands.add_parser("demo", help="run two tasks on a separate local cloud, and check the results")
     arguments = parser.parse_args()
     match arguments.command:
         case "up":
@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def run() -> int | str:
-    """Run `main`; return an exit code, or one line that says what is wrong."""
+    """Run `main`; return an exit code, or one line that describes the error."""
     try:
         return main()
     except StopError:
@@ -62,7 +62,7 @@ def run() -> int | str:
         if isinstance(error, LocalCloudError | TokenRequestError):
             return str(error)
         if isinstance(error, BrokenPipeError):
-            return 1  # whoever read the output has gone, as `| head` does
+            return 1  # the reader of the output has closed it, as `| head` does
         if isinstance(error, OSError) and error.filename:
             return f"{error.filename}: {error.strerror}"
         raise

@@ -1,7 +1,7 @@
-"""Build the functions and the layer with `sam build`, in folders of the local cloud's own.
+"""Build the functions and the layer with `sam build`, in separate folders for the local cloud.
 
-A plain `sam build` writes to `.aws-sam/build`, which `sam deploy` deploys. The local cloud leaves that folder alone:
-its build is for this machine's Python, which need not be that of the deployed functions.
+A plain `sam build` writes to `.aws-sam/build`, which `sam deploy` deploys. The local cloud does not touch that folder:
+its build is for this machine's Python, which can differ from the Python of the deployed functions.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ FOLDER = WORK / "sam"
 BUILD = FOLDER / "build"
 TEMPLATE = BUILD / "template.yaml"
 LAYER = "CoreLayer"
-PYTHONS = range(11, 15)  # minor versions that Lambda and the template's parameter PythonRuntime have
+PYTHONS = range(11, 15)  # minor versions of Lambda and of the template's parameter PythonRuntime
 
 
 def runtime() -> str:
-    """Return the name of Lambda's runtime with the version of this Python."""
+    """Return the name of Lambda's runtime for this Python version."""
     return f"python3.{sys.version_info.minor}"
 
 
 def architecture() -> str:
-    """Return Lambda's name of this machine's instruction set: the local AWS runs the functions on it."""
+    """Return Lambda's name for this machine's instruction set: the local AWS runs the functions on it."""
     return "arm64" if platform.machine().lower() in {"arm64", "aarch64"} else "x86_64"
 
 
 def build(sam: Callable[..., None], progress: Callable[[str], None]) -> None:
-    """Build what has changed since the last build; `sam` runs the SAM CLI."""
-    stamp = BUILD / ".fingerprint"  # sam empties the folder, so no other build can be taken for this one
+    """Build the parts that have changed since the last build; `sam` runs the SAM CLI."""
+    stamp = BUILD / ".fingerprint"  # sam empties the folder, so the stamp belongs to the latest build
     wanted = fingerprint(ROOT, runtime())
     if stamp.is_file() and stamp.read_text() == wanted:
         return
@@ -50,7 +50,7 @@ def build(sam: Callable[..., None], progress: Callable[[str], None]) -> None:
 
 
 def fingerprint(root: Path, runtime: str) -> str:
-    """Return a SHA-256 over all that a build depends on."""
+    """Return a SHA-256 over all inputs of a build."""
     digest = hashlib.sha256(runtime.encode())
     files = [root / "template.yaml", root / "samconfig.toml"]
     for folder in ("functions", "layers/core", "statemachine"):
@@ -62,10 +62,10 @@ def fingerprint(root: Path, runtime: str) -> str:
 
 
 def compile_sources(directory: Path) -> None:
-    """Add the functions' byte code, which needs no look at the source: each process here would compile it anew.
+    """Add byte code that works without its source: otherwise every process would compile the functions again.
 
-    The layer has its own (layers/core/targets). sam copies the same code for each function, so byte code is made once
-    and copied too.
+    The layer has its own byte code (layers/core/targets). sam copies the same code for each function, so the byte code
+    is also compiled once and copied.
     """
     compiled: dict[str, Path] = {}
     for folder in sorted(each for each in directory.iterdir() if each.is_dir() and each.name != LAYER):
@@ -74,7 +74,7 @@ def compile_sources(directory: Path) -> None:
             for cache in same.rglob("__pycache__"):
                 shutil.copytree(cache, folder / cache.relative_to(same), dirs_exist_ok=True)
             continue
-        # The same path in every function's folder leaves equal code equal, and so uploaded once.
+        # The same path in every function's folder keeps equal code equal, so it is uploaded once.
         compileall.compile_dir(
             folder,
             quiet=2,

@@ -1,8 +1,8 @@
-"""Start an AWS on this machine, build and deploy the template to it, and start the proxy.
+"""Start a local AWS, build the template, deploy it there, and start the proxy.
 
-Nothing here can reach an AWS account: programs are started with made-up credentials, empty configuration files and an
-endpoint on the loopback interface, and none of the caller's own `AWS_…` variables. Everything that is written lies in
-the repository, under `.local`.
+This module cannot reach an AWS account: programs start with placeholder credentials, empty configuration files and an
+endpoint on the loopback interface, without the caller's own `AWS_…` variables. All files are written to `.local` in
+the repository.
 """
 
 from __future__ import annotations
@@ -44,38 +44,38 @@ from local.tokens import AUDIENCE, PEOPLE, SECOND_PEOPLE, Issuer
 
 STACK = "qaes-local"
 AUTH_MODES = ("jwt", "stub")
-# A Lambda environment is a process of some 50 MB here: this bounds what a burst of tasks can take.
+# A Lambda environment is a process of about 50 MB here: this limits the memory of a burst of tasks.
 LAMBDA_CONCURRENCY = 32
-TICK_MILLISECONDS = 100  # of the mock network: nobody wants to wait for real ones
-# One caller here is a test that asks as fast as it can; how a stage is throttled is the template's tests' to say.
+TICK_MILLISECONDS = 100  # of the mock network, much shorter than real ticks
+# A caller here is a fast test. The template's tests check the throttling of the stage.
 THROTTLING = {
     f"{routes}Throttling{limit}": "1000" for routes in ("Api", "Change", "Open") for limit in ("Rate", "Burst")
 }
 WINDOWS = {"SequencerWindowSeconds": "1", "AnchorWindowSeconds": "1"}
-"""A person waits for the proof here, and writes cost nothing."""
+"""A person waits for the proof here, and writes are free."""
 START_TIMEOUT_SECONDS = 60
 COMMAND_TIMEOUT_SECONDS = 600
 USER_FILES = ("tokens.env", "aws.env", "sam.toml", "sam-env.json", "issuer.json")
-"""What tells a user's tools of the local cloud, in `.local`, for as long as it runs."""
+"""Files in `.local` for other tools, as long as the local cloud runs."""
 AuthMode = Literal["jwt", "stub"]
 
 
 @dataclass
 class Cloud:
-    """The local cloud, as a context manager: it runs inside of the `with` block.
+    """The local cloud, as a context manager: it runs inside the `with` block.
 
     Parameters
     ----------
     name : str
-        Its directory below `.local`.
+        Name of its directory in `.local`.
     ports : Ports
-        Where to listen.
+        Ports to listen on.
     auth_mode : str
-        `jwt`, or `stub` to take requests without a token.
+        `jwt`, or `stub` to accept requests without a token.
     parameters : Mapping
         Further template parameters, such as `{"ApprovalTimeoutSeconds": "5"}`.
     progress : Callable
-        Told what is being done.
+        Receives a message for each step.
     """
 
     name: str
@@ -84,16 +84,18 @@ class Cloud:
     parameters: Mapping[str, str] = field(default_factory=dict)
     progress: Callable[[str], None] = field(default_factory=Progress)
     resources: Mapping[str, str] = field(default_factory=dict, init=False)
-    """Physical names of the stack's resources, by their names in the template."""
+    """Physical names of the stack's resources, by their logical ids in the template."""
     outputs: Mapping[str, str] = field(default_factory=dict, init=False)
     _stack: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, init=False, repr=False)
 
     def __post_init__(self) -> None:
         if self.auth_mode not in AUTH_MODES:
-            raise LocalCloudError(f"AUTH_MODE is jwt or stub, not {self.auth_mode!r}.")
+            raise LocalCloudError(f"AUTH_MODE must be jwt or stub, not {self.auth_mode!r}.")
         if sys.version_info.minor not in PYTHONS:
             found = f"{sys.version_info.major}.{sys.version_info.minor}"
-            raise LocalCloudError(f"Lambda has Python 3.{PYTHONS[0]} to 3.{PYTHONS[-1]}; this is {found}.")
+            raise LocalCloudError(
+                f"Lambda supports Python 3.{PYTHONS[0]} to 3.{PYTHONS[-1]}, but this is {found}: use another Python."
+            )
         self.issuer = Issuer.create(self.url)
 
     @property
@@ -108,12 +110,12 @@ class Cloud:
 
     @property
     def directory(self) -> Path:
-        """Where it writes."""
+        """Directory of its files."""
         return WORK / self.name
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment for programs that talk to it."""
+        """Environment for programs that call it."""
         return isolated_environment(self.endpoint, self.directory)
 
     def token(self, role: str, subject: str | None = None) -> str:
@@ -122,14 +124,14 @@ class Cloud:
 
     def client(self, service: str) -> Any:
         """Return a boto3 client for the local AWS, as its root user."""
-        import boto3  # not for `make status`, which has no time for it
+        import boto3  # slow to import, and `make status` does not need it
 
         return boto3.client(
             service,  # type: ignore[call-overload]
             endpoint_url=self.endpoint,
             region_name=REGION,
             aws_access_key_id="test",
-            aws_secret_access_key="test",  # noqa: S106 - what the local AWS takes for its root user
+            aws_secret_access_key="test",  # noqa: S106 - the local AWS's root user
         )
 
     def __enter__(self) -> Self:
@@ -199,7 +201,7 @@ class Cloud:
                 yield process
             finally:
                 self.progress("stopping the local AWS")
-                end_group(process, grace=0)  # it keeps nothing
+                end_group(process, grace=0)  # it stores nothing
 
     def _wait_for_aws(self, process: subprocess.Popen[bytes]) -> None:
         deadline = time.monotonic() + START_TIMEOUT_SECONDS
@@ -251,7 +253,7 @@ class Cloud:
         with log.open("wb") as output:
             process = subprocess.Popen(
                 [sam, command, "--config-file", str(ROOT / "samconfig.toml"), "--config-env", "local", *arguments],
-                cwd=FOLDER,  # sam keeps dependencies in .aws-sam of its working directory, whatever folders it is given
+                cwd=FOLDER,  # sam always stores dependencies in .aws-sam of its working directory
                 env=self.environment,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
@@ -263,28 +265,28 @@ class Cloud:
             finally:
                 end_group(process)
         if code != 0:
-            raise LocalCloudError(f"sam {command} failed; all of its output: {log}\n{tail(log)}")
+            raise LocalCloudError(f"sam {command} failed; its complete output: {log}\n{tail(log)}")
 
     def _wait_until_ready(self) -> None:
         try:
             wait_until_ready(self)
         except LocalCloudError as error:
             services = self.directory / "services.log"
-            with contextlib.suppress(Exception):  # the local AWS may be what does not work
+            with contextlib.suppress(Exception):  # the local AWS itself may be broken
                 services.write_text("\n".join(self.service_logs()))
             raise LocalCloudError(
-                f"{error}\nWhat the local AWS logged: {self.directory / 'aws.log'}, and the services: {services}"
+                f"{error}\nLog of the local AWS: {self.directory / 'aws.log'}; log of the services: {services}"
             ) from None
 
     def service_logs(self, task_id: str = "", *, everything: bool = True) -> list[str]:
-        """Return what the services have logged, oldest first.
+        """Return the services' log lines, oldest first.
 
         Parameters
         ----------
         task_id : str, optional
             Only the lines that name this task.
         everything : bool
-            With the platform's lines (START, END, REPORT) and the metrics.
+            Include the platform's lines (START, END, REPORT) and the metrics.
         """
         client = self.client("logs")
         wanted = {"filterPattern": f'"{task_id}"'} if task_id else {}
@@ -302,12 +304,12 @@ class Cloud:
         return [f"{name}: {message}" for _, name, message in sorted(events, key=lambda event: event[0])]
 
     def remove_directory(self) -> None:
-        """Delete what it wrote; logs included."""
+        """Delete its directory, including the logs."""
         shutil.rmtree(self.directory, ignore_errors=True)
 
     @property
     def names(self) -> dict[str, str]:
-        """The names of tables and functions, as the environment of a function has them."""
+        """Return the names of tables and functions, as in the environment of a function."""
         resources = {
             "TASKS_TABLE": "TasksTable",
             "DECISIONS_TABLE": "DecisionsTable",
@@ -324,7 +326,7 @@ class Cloud:
         return {variable: self.resources[resource] for variable, resource in resources.items()}
 
     def write_shell_files(self) -> None:
-        """Write `.local/tokens.env` and `.local/aws.env`, to be sourced in a shell, and the key for `make token`."""
+        """Write `.local/tokens.env` and `.local/aws.env` for a shell to source, and the key for `make token`."""
         tokens = [f"export {role.upper()}={self.token(role)}" for role in PEOPLE]
         tokens += [f"export {role.upper()}2={self.token(role, subject)}" for role, subject in SECOND_PEOPLE.items()]
         write_private(WORK / "issuer.json", [self.issuer.export()])
@@ -332,16 +334,16 @@ class Cloud:
         wanted = {name: value for name, value in self.environment.items() if name.startswith(("AWS_", "SAM_"))}
         wanted |= self.names | {"API_URL": self.url, "STATE_MACHINE_ARN": self.outputs["StateMachineArn"]}
         lines = [
-            "# The local AWS, with credentials that are good for nothing else.",
+            "# The local AWS, with credentials that are valid nowhere else.",
             "unset AWS_PROFILE AWS_SESSION_TOKEN",
         ]
         write_private(WORK / "aws.env", [*lines, *(f"export {name}='{value}'" for name, value in wanted.items())])
 
     def write_sam_files(self, directory: Path = WORK) -> Path:
-        """Let `sam local … --config-file` run functions on this local AWS; return the configuration file.
+        """Write the configuration of `sam local … --config-file` for functions on this local AWS; return the file.
 
-        It comes with `sam-env.json`: what the functions have in their environment here, and the address at which a
-        container reaches the local AWS. That way is open from now on.
+        The second file, `sam-env.json`, has the functions' environment, and the address at which a container reaches
+        the local AWS. That address accepts connections from now on.
         """
         if interface := bridge():
             address = self._stack.enter_context(Relay(interface, self.ports.aws)).address
@@ -364,7 +366,7 @@ class Cloud:
             f"AuthMode={self.auth_mode}",
         ]
         lines = [
-            "# For sam local invoke FUNCTION (or start-lambda) --config-file: the functions as `make up` has built and",
+            "# For sam local invoke FUNCTION (or start-lambda) --config-file: the functions as `make up` built and",
             "# deployed them.",
             "version = 0.1",
         ]
@@ -389,12 +391,12 @@ def _is_platform(message: str) -> bool:
 
 
 def _logged_at(event: Mapping[str, Any]) -> float:
-    """When the line was written: the local AWS only knows when its invocation ended."""
+    """Return when the line was written: the local AWS only provides the end of its invocation."""
     with contextlib.suppress(ValueError, TypeError, KeyError):
         return datetime.fromisoformat(json.loads(event["message"])["timestamp"]).timestamp()
     return float(event["timestamp"]) / 1000
 
 
 def auth_mode(environment: Mapping[str, str] = os.environ) -> AuthMode:
-    """Read AUTH_MODE, `jwt` by default; `Cloud` refuses what it does not know."""
+    """Read AUTH_MODE, `jwt` by default; `Cloud` rejects unknown values."""
     return cast("AuthMode", environment.get("AUTH_MODE") or "jwt")

@@ -1,8 +1,8 @@
-"""`make demo`: two tasks on a local cloud of their own, shown and checked.
+"""`make demo`: two tasks on a separate local cloud, shown and checked.
 
-A monitoring task runs to its end by itself. A transfer waits for an approval, which its requester may not give and
-another person gives; its audit bundle is then verified offline. Everything that is printed is read back over HTTP, and
-every statement is checked: the exit code is 0 only if all of them hold.
+A monitoring task completes without a person. A transfer waits for an approval, which its requester cannot give and
+another person gives. The demo then verifies its audit bundle offline. All printed values are read over HTTP, and every
+statement is checked: the exit code is 0 only if all of them hold.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TASK_TIMEOUT_SECONDS = 90
 TERMINAL = frozenset({"completed", "denied", "rejected", "expired", "failed", "cancelled"})
 MONITORING = {
     "task_type": "monitor_wallet",
-    "description": "Watch the treasury wallet, and tell when it falls below 500 QU",
+    "description": "Watch the treasury wallet, and report when it falls below 500 QU",
     "wallet_address": SOURCE,
     "parameters": {"alert_threshold": 500},
 }
@@ -46,7 +46,7 @@ TRANSFER = {
 
 @dataclass(frozen=True)
 class Answer:
-    """An HTTP answer: its status and its JSON body."""
+    """An HTTP response: its status and its JSON body."""
 
     status: int
     body: dict[str, Any]
@@ -54,7 +54,7 @@ class Answer:
 
 @dataclass
 class Demo:
-    """Talks to the API as four people, prints, and counts what does not hold."""
+    """Calls the API as four people, prints the results, and counts the statements that do not hold."""
 
     cloud: Cloud
     failures: list[str] = field(default_factory=list)
@@ -63,7 +63,7 @@ class Demo:
         self._tokens = {role: self.cloud.token(role) for role in PEOPLE}
 
     def call(self, role: str, method: str, path: str, body: object = None) -> Answer:
-        """Make one request as the person who has this role."""
+        """Send one request as the person with this role."""
         request = urllib.request.Request(
             f"{self.cloud.url}{path}",
             method=method,
@@ -82,16 +82,16 @@ class Demo:
             return Answer(error.code, problem)
 
     def check(self, statement: str, holds: bool, found: object = "") -> None:
-        """Print a statement, marked with whether it holds."""
+        """Print a statement, marked with the result of its check."""
         print(f"  {'✓' if holds else '✗'} {statement}" + ("" if holds else inert(f"; found {found}")), flush=True)
         if not holds:
             self.failures.append(statement)
 
     def start(self, task: dict[str, Any]) -> str:
         """Start a task as the requester; return its id."""
-        print(f"\n{PEOPLE['requester']} (requester) asks: {task['task_type']} — {task['description']}")
+        print(f"\n{PEOPLE['requester']} (requester) requests: {task['task_type']} — {task['description']}")
         answer = self.call("requester", "POST", "/task/start", task)
-        self.check("the task is taken on", answer.status in {200, 201, 202} and "task_id" in answer.body, answer)
+        self.check("the task is accepted", answer.status in {200, 201, 202} and "task_id" in answer.body, answer)
         return str(answer.body.get("task_id", ""))
 
     def wait(self, task_id: str, *wanted: str) -> str:
@@ -120,9 +120,9 @@ class Demo:
             print(f"    {number}  {step['type']:<18} {approval:<15} {_short(step.get('parameters'))}")
 
     def show_question(self, task_id: str) -> None:
-        """Print what the approver is asked, and the hashes that the decision is bound to."""
+        """Print the approval request, and the hashes that the decision is bound to."""
         question = self.call("approver", "GET", f"/task/{task_id}").body.get("approval") or {}
-        print(f"  approval asked for {question.get('step_type')} {_short(question.get('parameters'))}")
+        print(f"  approval requested for {question.get('step_type')} {_short(question.get('parameters'))}")
         print(
             f"    plan {question.get('plan_hash')}\n    step {question.get('step_hash')}"
             f"\n    until {question.get('expires_at')}"
@@ -145,7 +145,7 @@ class Demo:
     def show_audit(self, task_id: str) -> None:
         """Print each audit entry with its ledger transaction, and verify them all."""
         deadline = time.monotonic() + TASK_TIMEOUT_SECONDS
-        while True:  # what the state machine does last is recorded from the stream, a moment later
+        while True:  # the stream records the state machine's last events a moment later
             answer = self.call("auditor", "GET", f"/audit/{task_id}")
             entries = answer.body.get("logs", [])
             whole = bool(entries) and entries[-1].get("kind", "task_ended") == "task_ended"
@@ -154,7 +154,7 @@ class Demo:
             time.sleep(0.5)
         print("  audit entries                                          on the ledger (mock)")
         for number, entry in enumerate(entries):
-            # an entry of no step says what it is about in both fields
+            # an entry without a step has its subject in both fields
             what = " ".join(dict.fromkeys(filter(None, [entry.get("kind"), entry["step_type"]])))
             print(f"    {number + 1:>2}  {what:<36} {entry['status']:<17} {_cut(entry.get('qubic_txid'))}")
         self.check(
@@ -166,14 +166,14 @@ class Demo:
             self.verify(executed[-1]["output_hash"])
 
     def verify(self, digest: str) -> None:
-        """Check that a recorded hash verifies, and that a hash of nothing does not."""
+        """Check that a recorded hash verifies, and that an unknown hash does not."""
         answer = self.call("auditor", "GET", f"/audit/verify/{digest}")
         self.check(f"/audit/verify/{digest[:16]}… verifies", answer.body.get("verified") is True, answer)
         other = self.call("auditor", "GET", f"/audit/verify/{'0' * 64}")
         self.check("a hash that was never recorded does not", other.body.get("verified") is not True, other)
 
     def verify_offline(self, task_id: str) -> None:
-        """Hand the task's bundle to the verifier, which has nothing but Python; then again, with one letter altered."""
+        """Verify the task's bundle with the verifier, which needs only Python; then again with one changed amount."""
         anchor = self.call("auditor", "GET", "/audit/log/checkpoint").body.get("anchor", {})
         identity = str(anchor.get("source"))
         answer = self.call("auditor", "GET", f"/audit/{task_id}/bundle")
@@ -190,11 +190,11 @@ class Demo:
             )
             for line in (said.stdout + said.stderr).strip().splitlines():
                 print(f"    {inert(line)}")
-            what = "the bundle holds" if holds else f"with {AMOUNT - 100} QU in it instead of {AMOUNT}, it does not"
+            what = "the bundle holds" if holds else f"with {AMOUNT - 100} QU instead of {AMOUNT}, it does not hold"
             self.check(what, (said.returncode == 0) is holds and (content == text) is holds, said)
 
     def balance(self, address: str) -> int | None:
-        """Ask the ledger's function for a balance in QU; no route of the API tells it."""
+        """Return a balance in QU from the ledger's function; no route of the API returns it."""
         answer = self.cloud.client("lambda").invoke(
             FunctionName=self.cloud.resources["LedgerFunction"],
             Payload=json.dumps({"operation": "balance", "address": address}),
@@ -204,7 +204,7 @@ class Demo:
 
 
 def monitor(demo: Demo) -> None:
-    """Run the task that needs nobody."""
+    """Run the task that needs no approval."""
     task_id = demo.start(MONITORING)
     status = demo.wait(task_id)
     demo.check("it completes by itself", status == "completed", status)
@@ -222,7 +222,7 @@ def transfer(demo: Demo) -> None:
     demo.show_question(task_id)
     decision = {"approved": True, "reason": "invoice 4711 checked"}
     own = demo.call("requester", "POST", f"/task/{task_id}/approve", decision)
-    demo.check(f"{PEOPLE['requester']} may not approve their own task (403)", own.status == 403, own)
+    demo.check(f"{PEOPLE['requester']} cannot approve their own task (403)", own.status == 403, own)
     other = demo.call("approver", "POST", f"/task/{task_id}/approve", decision)
     demo.check(f"{PEOPLE['approver']} (approver) approves it", other.status in {200, 202}, other)
     status = demo.wait(task_id)
@@ -244,8 +244,8 @@ def tell(cloud: Cloud) -> list[str]:
         was = before[address]
         demo.check(f"{address}: {was} → {after} QU", None not in (was, after) and after == (was or 0) + change, after)
     print(
-        "\nThe ledger here is a mock that runs on this machine. A hash on it shows how the audit trail works, and"
-        "\nproves nothing to an outsider: who runs the ledger could have written anything."
+        "\nThe ledger here is a mock that runs on this machine. A hash on it shows how the audit trail works, but"
+        "\nproves nothing to an outsider: the operator of the ledger could have written anything."
     )
     return demo.failures
 
@@ -254,7 +254,7 @@ def main() -> int:
     """Run the demo; return an exit code."""
     progress = Progress()
     cloud = Cloud(f"demo-{os.getpid()}", progress=progress)
-    failures = ["it was interrupted"]
+    failures = ["the demo was interrupted"]
     try:
         with cloud:
             progress("running the demo")
@@ -263,7 +263,7 @@ def main() -> int:
             if failures:
                 (cloud.directory / "services.log").write_text("\n".join(cloud.service_logs()))
     except StopError as reason:
-        print(f"\ninterrupted ({reason}); nothing is left running")
+        print(f"\nInterrupted ({reason}). No process is left running.")
         cloud.remove_directory()
         return 130
     if failures:
@@ -271,7 +271,7 @@ def main() -> int:
         print(f"Its logs, until the next run: {cloud.directory}")
         return 1
     cloud.remove_directory()
-    print(f"\nThe demo succeeded after {progress.seconds:.0f} s. Nothing is left running.")
+    print(f"\nThe demo succeeded after {progress.seconds:.0f} s. No process is left running.")
     return 0
 
 

@@ -1,11 +1,11 @@
-"""ministack, with two changes: it unpacks each archive once, and it names a handler's exception as Lambda does.
+"""ministack with two changes: it unpacks each archive once, and it names a handler's exception as Lambda does.
 
-ministack's local executor unpacks the whole layer anew for each execution environment, some 50 MB and 3,000 files for
-each process. AWS mounts `/opt` and `/var/task` read-only, so environments cannot tell whether they share one copy.
-`python -m local.guard local.emulator` therefore replaces the class with which that executor reads its archives.
+ministack's local executor unpacks the whole layer for each execution environment, about 50 MB and 3,000 files for each
+process. AWS mounts `/opt` and `/var/task` read-only, so a shared copy makes no difference to an environment.
+`python -m local.guard local.emulator` therefore replaces the class that reads the archives.
 
-ministack reports every exception as `Runtime.HandlerError`. On AWS the error's type is the exception's class, and the
-state machine retries by it.
+ministack reports every exception as `Runtime.HandlerError`. On AWS, the error's type is the exception's class, and the
+state machine's retry policy depends on it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _lock = threading.Lock()
 
 
 class SharedZipFile(zipfile.ZipFile):
-    """An archive of a layer or a package, which is unpacked when the first environment needs it.
+    """An archive of a layer or a package that is unpacked when the first environment needs it.
 
-    `extractall` makes the target a link to the one unpacked copy, and closing the archive deletes the file: each
-    environment writes the archive anew.
+    `extractall` makes the target a link to the only unpacked copy, and closing the archive deletes the file: each
+    environment writes the archive again.
     """
 
     def namelist(self) -> list[str]:
-        """Return the names to check; none once the archive is unpacked, and so was checked before."""
+        """Return the names to check. An unpacked archive was checked before, so it returns no names."""
         return [] if self._copy().is_dir() else super().namelist()
 
     def extractall(self, path: Any = None, members: Any = None, pwd: Any = None) -> None:
@@ -63,22 +63,25 @@ class SharedZipFile(zipfile.ZipFile):
 
 
 def share_unpacked_archives() -> None:
-    """Let the local executor of the running interpreter unpack each archive once."""
+    """Make the local executor of the running interpreter unpack each archive once."""
     from ministack.core import lambda_runtime
 
-    names = {"BadZipFile": zipfile.BadZipFile, "LargeFileError": zipfile.LargeZipFile}  # all that it reads of zipfile
+    names = {
+        "BadZipFile": zipfile.BadZipFile,
+        "LargeFileError": zipfile.LargeZipFile,
+    }  # all names of zipfile that it uses
     lambda_runtime.zipfile = SimpleNamespace(ZipFile=SharedZipFile, **names)
 
 
 def exception_name(trace: str) -> str | None:
-    """Return the class of the exception that a traceback ends with; None when the text is no traceback."""
+    """Return the class of the exception at the end of a traceback; None if the text is not a traceback."""
     _, frames, last = trace.rpartition('\n  File "')
     found = re.search(r"^([A-Za-z_][\w.]*)(?::|$)", last, re.MULTILINE) if frames else None
     return found[1].rpartition(".")[2] if found else None
 
 
 def name_errors_as_lambda_does() -> None:
-    """Let the local executor of the running interpreter report the class of a handler's exception."""
+    """Make the local executor of the running interpreter report the class of a handler's exception."""
     from ministack.core import lambda_runtime
     from ministack.services import lambda_svc
 

@@ -1,4 +1,4 @@
-"""What programs of the local cloud run in: their ports, their environment variables, their files."""
+"""Environment of the local cloud's programs: ports, environment variables and files."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ REGION = "us-east-1"
 
 
 class LocalCloudError(Exception):
-    """The local cloud cannot do what it was asked to; the text says why, and what to do about it."""
+    """The local cloud cannot fulfil a request; the text has the reason and a remedy."""
 
 
 @dataclass(frozen=True)
 class Ports:
-    """Where to listen, and which environment variable changes that (`None`: nobody chose it)."""
+    """Ports to listen on, and the environment variable that changes each (`None`: chosen automatically)."""
 
     http: int
     aws: int
@@ -55,10 +55,10 @@ class Ports:
             return cls(one.getsockname()[1], other.getsockname()[1])
 
     def check(self) -> None:
-        """Raise LocalCloudError, naming the port and the variable that changes it, if one of them cannot be used."""
+        """Raise LocalCloudError if a port cannot be used. The error names the port and its environment variable."""
         if self.http == self.aws:
             raise LocalCloudError(
-                f"QAES_HTTP_PORT and QAES_PORT are both {self.http}; the API and the local AWS need a port each. "
+                f"QAES_HTTP_PORT and QAES_PORT are both {self.http}; the API and the local AWS need different ports. "
                 f"Choose another: QAES_PORT={self.http + 1 if self.http < 65535 else self.http - 1} make up"
             )
         for port, variable, what in (
@@ -73,12 +73,12 @@ class Ports:
 def _port(environment: Mapping[str, str], variable: str, default: int) -> int:
     text = environment.get(variable) or str(default)
     if not text.isdecimal() or not 1 <= int(text) <= 65535:
-        raise LocalCloudError(f"{variable} is a port from 1 to 65535, not {text!r}.")
+        raise LocalCloudError(f"{variable} must be a port from 1 to 65535, not {text!r}.")
     return int(text)
 
 
 def is_taken(port: int) -> bool:
-    """Whether a program listens on this port of `localhost`, which may mean 127.0.0.1 or ::1."""
+    """Return whether a program listens on this port of `localhost`, which can mean 127.0.0.1 or ::1."""
     for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
         try:
             with socket.socket(family) as probe:
@@ -86,7 +86,7 @@ def is_taken(port: int) -> bool:
                 probe.bind((host, port))
         except OSError as error:
             if error.errno in {errno.EADDRINUSE, errno.EACCES}:
-                return True  # every other error: this machine has no such address, so nobody listens there
+                return True  # any other error: this machine does not have the address, so the port is free
     return False
 
 
@@ -104,17 +104,17 @@ def isolated_environment(endpoint: str, directory: Path, base: Mapping[str, str]
     endpoint : str
         Address of the local AWS.
     directory : Path
-        Where the programs may write; it gets the empty AWS configuration.
+        Directory that the programs can write to, with the empty AWS configuration.
     base : Mapping
-        The caller's environment; what speaks of AWS or of another Python in it is left out.
+        The caller's environment. Its variables for AWS or for another Python are omitted.
 
     Raises
     ------
     LocalCloudError
-        If the endpoint is not on the loopback interface: it could be a real account.
+        The endpoint is not on the loopback interface, so it could be a real account.
     """
     if urlsplit(endpoint).hostname not in {"127.0.0.1", "localhost", "::1"}:
-        raise LocalCloudError(f"AWS_ENDPOINT_URL has to be on the loopback interface, and {endpoint} is not.")
+        raise LocalCloudError(f"AWS_ENDPOINT_URL must be on the loopback interface, but {endpoint} is not.")
     empty = directory / "aws"
     empty.mkdir(parents=True, exist_ok=True)
     for name in ("config", "credentials"):
@@ -134,18 +134,18 @@ def isolated_environment(endpoint: str, directory: Path, base: Mapping[str, str]
         "AWS_SHARED_CREDENTIALS_FILE": str(empty / "credentials"),
         "AWS_EC2_METADATA_DISABLED": "true",
         "SAM_CLI_TELEMETRY": "0",
-        "SAM_CLI_POLL_DELAY": "0.2",  # sam waits 5 s between two looks at a stack, which takes less than that here
+        "SAM_CLI_POLL_DELAY": "0.2",  # sam polls a stack every 5 s by default, but deployments are faster here
         "__SAM_CLI_APP_DIR": str(directory / "sam"),
         "NO_PROXY": no_proxy,
         "no_proxy": no_proxy,
         "TMPDIR": str(temporary),
-        # sam looks for the interpreter of the template's runtime on the path
+        # sam searches the path for the interpreter of the template's runtime
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)]),
     }
 
 
 class Progress:
-    """Prints what is being done, with the seconds since the start."""
+    """Prints each step with the seconds since the start."""
 
     def __init__(self, write: Callable[[str], None] | None = None) -> None:
         self._start = time.monotonic()
@@ -161,7 +161,7 @@ class Progress:
 
 
 def end_group(process: subprocess.Popen[bytes], grace: float = 1) -> None:
-    """End a process and all that it has started; it leads a session of its own, and gets `grace` seconds to end."""
+    """End a process and its children; it must lead its own session, and gets `grace` seconds to end."""
     with contextlib.suppress(ProcessLookupError):
         if grace and process.poll() is None:
             process.terminate()
@@ -192,7 +192,7 @@ def tail(log: Path, lines: int = 15) -> str:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an absent or half-written file is an empty one."""
+    """Read a JSON object; an absent or incomplete file is an empty object."""
     try:
         content = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -1,8 +1,7 @@
-"""Check the audit log, all of it: `python -m local.fsck [--repair]`, in the environment that `.local/aws.env` sets.
+"""Check the whole audit log: `python -m local.fsck [--repair]`, in the environment that `.local/aws.env` sets.
 
-Exit status 0: every invariant holds. What is under way gets some seconds to come to rest first. With `--repair`,
-events that are not on record are handed to the recorder once more, and entries that the log has not to the sequencer;
-nothing else is ever repaired.
+Exit status 0: every invariant holds. Entries in flight first get some seconds to complete. With `--repair`, the program
+invokes the recorder for unrecorded events and the sequencer for unsequenced entries. It repairs nothing else.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from qaes.adapters import clients, settings
 from qaes.adapters.ledger_client import LedgerClient
 
 IN_FLIGHT = {"unrecorded", "unsequenced", "head", "index", "tile", "in flight", "anchor"}
-"""What may not hold for a moment, while the log is written."""
+"""Invariants that may not hold for a moment while the log is written."""
 
 
 def settled(seconds: float, *, log_id: str, ask_ledger: bool = True) -> Report:
-    """Check until everything holds, or what does not is not under way, or the time is over."""
+    """Check until everything holds, a permanent finding exists, or the time is over."""
     deadline = time.monotonic() + seconds
     while True:
         ledger = LedgerClient() if ask_ledger else None
@@ -36,7 +35,7 @@ def settled(seconds: float, *, log_id: str, ask_ledger: bool = True) -> Report:
 
 
 def repair(report: Report, seconds: float, *, log_id: str) -> Report:
-    """Hand what is missing to the recorder, then to the sequencer; return what there is to say afterwards."""
+    """Invoke the recorder, then the sequencer, for missing entries; return the report after that."""
     if report.unrecorded:
         for task_id in report.unrecorded:
             _invoke("RECORDER_FUNCTION", {"task_id": task_id})
@@ -54,23 +53,23 @@ def _invoke(function: str, event: dict[str, Any]) -> None:
 
 
 def show(report: Report) -> str:
-    """Say what was looked at, and what was found."""
+    """Return the report as text."""
     seen = f"{report.entries} entries of {report.tasks} tasks, {report.size} in the log, {report.tiles} tiles"
     lines = [f"{seen}, {report.anchors} anchors up to {report.anchored}"]
     if report.erased:
-        lines.append(f"{report.erased} tasks are erased: of these, only the entries are left")
-    lines += [f"{each}\n    (it should hold that {INVARIANTS[each.invariant]})" for each in report.findings]
+        lines.append(f"{report.erased} tasks are erased: only their entries are left")
+    lines += [f"{each}\n    (invariant: {INVARIANTS[each.invariant]})" for each in report.findings]
     if report.not_shown:
-        lines.append(f"and {report.not_shown} more, which are not shown")
+        lines.append(f"and {report.not_shown} more, not shown")
     lines.append(f"{len(report.findings) + report.not_shown} findings" if report.findings else "every invariant holds")
     return "\n".join(lines)
 
 
 def main() -> int:
-    """Do what the command line says; return an exit code."""
+    """Run the command of the command line; return an exit code."""
     parser = argparse.ArgumentParser(prog="python -m local.fsck", description="Check the audit log.")
-    parser.add_argument("--repair", action="store_true", help="have what is missing recorded and put into the log")
-    parser.add_argument("--settle", type=float, default=20, help="seconds that what is under way gets (20)")
+    parser.add_argument("--repair", action="store_true", help="record missing entries and add them to the log")
+    parser.add_argument("--settle", type=float, default=20, help="seconds for entries in flight to complete (20)")
     arguments = parser.parse_args()
     log_id = settings.optional("LOG_ID") or "qaes"
     report = settled(arguments.settle, log_id=log_id)

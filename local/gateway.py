@@ -1,7 +1,7 @@
-"""What the local AWS leaves out when it deploys an API: its gateway responses, and the limits of single routes.
+"""Parts of an API's deployment that the local AWS omits: gateway responses, and throttling of single routes.
 
-It knows both when they are asked for by API Gateway's own calls, but reads neither from a template: the responses are
-in the API's body, and a route is written with `~1` for `/` there. AWS needs nothing of this.
+The local AWS supports both through API Gateway's calls, but does not read them from a template: the responses are in
+the API's body, where a route is written with `~1` for `/`. AWS does not need this module.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ LIMITS = {"throttlingRateLimit": "throttling/rateLimit", "throttlingBurstLimit":
 def complete(
     gateway: Any, api_id: str, template: Mapping[str, Any], parameters: Mapping[str, str], name: str = "Api"
 ) -> None:
-    """Give the API and its stage what they have on AWS.
+    """Complete the deployed API and its stage, so that they match AWS.
 
     Parameters
     ----------
     gateway : client
-        Of the local AWS.
+        Client of the local AWS.
     api_id : str
-        The API, as it was deployed.
+        Id of the deployed API.
     template : dict
         The stack's template after SAM's transformation.
     parameters : dict
         The stack's parameters.
     name : str
-        The API's name in the template.
+        Logical id of the API in the template.
     """
     resources = template["Resources"]
     put_responses(gateway, api_id, resources[name]["Properties"]["Body"][RESPONSES], parameters)
@@ -40,14 +40,14 @@ def complete(
         if "~1" in route
         for limit, name in LIMITS.items()
     ]
-    # The responses that count are those of the stage's deployment.
+    # The responses of the stage's deployment apply.
     deployment = gateway.create_deployment(restApiId=api_id)
     patch = [{"op": "replace", "path": "/deploymentId", "value": deployment["id"]}, *limits]
     gateway.update_stage(restApiId=api_id, stageName="v1", patchOperations=patch)
 
 
 def put_responses(gateway: Any, api_id: str, responses: Mapping[str, Any], parameters: Mapping[str, str]) -> None:
-    """Put the gateway responses of an API's body."""
+    """Set the gateway responses of an API's body."""
     for kind, response in responses.items():
         headers = {
             name: text
@@ -64,12 +64,12 @@ def put_responses(gateway: Any, api_id: str, responses: Mapping[str, Any], param
 
 
 def header(value: Any, parameters: Mapping[str, str]) -> str | None:
-    """Return a header's value, which may depend on whether there is an origin; None when there is no such header.
+    """Return a header's value, which may depend on the parameter for the origin; None if the header is absent.
 
     Raises
     ------
     ValueError
-        The template says it in a way that this does not know.
+        The template uses a construction that this function does not support.
     """
     match value:
         case str():
@@ -80,4 +80,4 @@ def header(value: Any, parameters: Mapping[str, str]) -> str | None:
             return text.replace("${CorsAllowOrigin}", parameters["CorsAllowOrigin"])
         case {"Ref": "AWS::NoValue"}:
             return None
-    raise ValueError(f"local/gateway.py cannot tell what {value} is")
+    raise ValueError(f"local/gateway.py does not support {value}")

@@ -1,8 +1,8 @@
-"""Run a module until whoever started it is gone.
+"""Run a module until its parent process has ended.
 
-`python -m local.guard MODULE` ends its own process group, and so every process that the module has started, as soon as
-its standard input closes. The operating system closes it when the parent ends, however it ends, so nothing is left
-running even after `kill -9`.
+`python -m local.guard MODULE` ends its own process group, with every process that the module has started, as soon as
+its standard input closes. The operating system closes it at the end of the parent, so no process is left running even
+after `kill -9`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _end_with_parent() -> None:
 
 if __name__ == "__main__":
     if os.getpgrp() != os.getpid():
-        sys.exit("local.guard ends its whole process group, and so must lead one of its own")
+        sys.exit("local.guard ends its whole process group: start it as the leader of a new group")
     threading.Thread(target=_end_with_parent, daemon=True).start()
     del sys.argv[0]
     runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)

@@ -1,6 +1,6 @@
-"""Ctrl-C and other signals that ask a program to end: it cleans up, and prints no traceback.
+"""Handling of Ctrl-C and other end signals: a program cleans up, and prints no traceback.
 
-This module imports nothing that takes time, so that a program can call `stop_on_signals` before all else.
+This module has no slow imports, so that a program can call `stop_on_signals` first.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StopError(BaseException):
-    """A signal asked this process to end; not an Exception, so that nothing on the way swallows it."""
+    """A signal requested the end of this process. It is a BaseException, so that no handler swallows it."""
 
 
 def _stop(signum: int, frame: FrameType | None) -> NoReturn:
@@ -24,20 +24,20 @@ def _stop(signum: int, frame: FrameType | None) -> NoReturn:
 
 
 def ignore_signals() -> None:
-    """From here on this process is cleaning up, and a second Ctrl-C does not interrupt that."""
+    """Ignore further signals: this process is cleaning up, and a second Ctrl-C must not interrupt that."""
     for signum in SIGNALS:
         signal.signal(signum, signal.SIG_IGN)
 
 
 def stop_on_signals() -> None:
-    """Let SIGINT, SIGTERM and SIGHUP raise StopError in this process, once."""
+    """Raise StopError in this process at the first SIGINT, SIGTERM or SIGHUP."""
     for signum in SIGNALS:
         signal.signal(signum, _stop)
 
 
 @contextlib.contextmanager
 def deferred_signals() -> Iterator[None]:
-    """Let a signal that arrives inside of the `with` block take effect at its end."""
+    """Delay a signal that arrives inside the `with` block until its end."""
     arrived: list[int] = []
     handlers = {signum: signal.signal(signum, lambda number, _: arrived.append(number)) for signum in SIGNALS}
     try:

@@ -1,8 +1,8 @@
 """Start the local cloud, leave it running in the background, and stop it again.
 
-One process, the supervisor (`python -m local run`), holds everything. It holds a lock for as long as it lives, which
-the operating system takes from it however it ends; so whether the cloud runs is never a guess from a process id in a
-file.
+One process, the supervisor (`python -m local run`), runs everything. It holds a lock for its whole life, and the
+operating system releases the lock at its end. The lock therefore shows reliably whether the cloud runs, which a
+process id in a file could not.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from local.tokens import LIFETIME_SECONDS, Issuer
 NAME = "cloud"
 DIRECTORY = WORK / NAME
 STOP_TIMEOUT_SECONDS = 20
-NOT_RUNNING = "The local cloud does not run. Start it: make up"
+NOT_RUNNING = "The local cloud does not run. Start it with: make up"
 TASK_ID = "task_[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"
 EXAMPLE = (
     '{"task_type": "monitor_wallet", "description": "watch it", "wallet_address": "0x1234567890abcdef", '
@@ -39,12 +39,12 @@ EXAMPLE = (
 
 
 class Instance:
-    """What is known of the local cloud that runs in the background.
+    """The local cloud that runs in the background.
 
     Parameters
     ----------
     directory : Path
-        Where it keeps its lock and what it says of itself.
+        Directory of its lock and its state file.
     """
 
     def __init__(self, directory: Path = DIRECTORY) -> None:
@@ -55,10 +55,10 @@ class Instance:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Be the one supervisor; raise LocalCloudError if there is one."""
+        """Hold the supervisor's lock; raise LocalCloudError if another supervisor holds it."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with self._lock.open("a") as lock:
-            for attempt in range(5):  # a program that only looks whether it is locked holds it for a moment
+            for attempt in range(5):  # a program that tests the lock holds it for a moment
                 with contextlib.suppress(BlockingIOError):
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
@@ -72,11 +72,11 @@ class Instance:
                 self._state.unlink(missing_ok=True)
 
     def runs(self) -> bool:
-        """Whether a supervisor lives."""
+        """Return whether a supervisor runs."""
         return is_locked(self._lock)
 
     def forget_interrupted_run(self) -> bool:
-        """Remove what a supervisor that was killed has left; whether there was any. Only while none runs."""
+        """Remove the files of a killed supervisor; return whether there were any. Only while no supervisor runs."""
         if not self._state.is_file():
             return False
         self._state.unlink()
@@ -85,25 +85,25 @@ class Instance:
         return True
 
     def read(self) -> dict[str, Any]:
-        """Return what the supervisor says of itself: `pid`, and once it is ready `url`, `endpoint`, `auth_mode`."""
+        """Return the supervisor's state: `pid`, and once it is ready `url`, `endpoint`, `auth_mode`."""
         return read_json(self._state)
 
     def write(self, state: dict[str, Any]) -> None:
-        """Say it, in one step."""
+        """Write the state in one step."""
         draft = self._state.with_suffix(".new")
         draft.write_text(json.dumps(state))
         draft.replace(self._state)
 
     def describe(self) -> str:
-        """Return one line on the supervisor that runs."""
+        """Return one line about the running supervisor."""
         state = self.read()
         if "url" not in state:
-            return "The local cloud is starting already: wait until it runs (make status), or stop it (make down)."
-        return f"The local cloud runs at {state['url']} (AUTH_MODE={state['auth_mode']}). Stop it: make down"
+            return "The local cloud is starting. Wait until it runs (make status), or stop it (make down)."
+        return f"The local cloud runs at {state['url']} (AUTH_MODE={state['auth_mode']}). Stop it with: make down"
 
     @property
     def is_ready(self) -> bool:
-        """Whether the local cloud runs and answers."""
+        """Return whether the local cloud runs and responds."""
         return self.runs() and "url" in self.read()
 
 
@@ -134,11 +134,11 @@ def run(mode: AuthMode, ports: Ports) -> None:
 
 
 def introduction(url: str, endpoint: str, auth_mode: str) -> str:
-    """Return how to use the running local cloud."""
+    """Return instructions for the running local cloud."""
     who = '-H "Authorization: Bearer $REQUESTER" '
     first = "  source .local/tokens.env     # $REQUESTER $APPROVER $APPROVER2 $AUDITOR $OPERATOR $OPERATOR2"
     if auth_mode == "stub":
-        who, first = "", "  A request without a token is demo_user's, with every role (AUTH_MODE=stub)."
+        who, first = "", "  A request without a token has the subject demo_user and every role (AUTH_MODE=stub)."
     hours = LIFETIME_SECONDS // 3600
     return f"""
 {first}
@@ -146,20 +146,20 @@ def introduction(url: str, endpoint: str, auth_mode: str) -> str:
     -d '{EXAMPLE}' | grep -o 'task_[0-9a-f-]*' | head -1)
   curl -s {url}/task/$TASK {who}
 
-  {url}/docs   # the API, in a browser
-  source .local/aws.env        # lets aws and sam talk to the local AWS, {endpoint}
-  make logs TASK=$TASK         # what the services log of one task; without TASK, of all
-  make down                    # stops it, and forgets everything; tokens are good for {hours} hours
+  {url}/docs   # the API documentation, for a browser
+  source .local/aws.env        # configures aws and sam for the local AWS, {endpoint}
+  make logs TASK=$TASK         # the services' log of one task; without TASK, of all tasks
+  make down                    # stops it and deletes its data; tokens are valid for {hours} hours
 """
 
 
 def up(mode: AuthMode, ports: Ports, instance: Instance | None = None, command: list[str] | None = None) -> int:
-    """Start the local cloud in the background, print its progress, return an exit code."""
+    """Start the local cloud in the background, print its progress, and return an exit code."""
     instance = instance or Instance()
     if instance.runs():
         return _already(instance, mode)
     if instance.forget_interrupted_run():
-        print("An earlier run was interrupted; what it left is cleaned up.")
+        print("An earlier run was interrupted; its files were removed.")
     ports.check()
     instance.directory.mkdir(parents=True, exist_ok=True)
     process = None
@@ -178,30 +178,30 @@ def up(mode: AuthMode, ports: Ports, instance: Instance | None = None, command: 
                 )
             return _follow(process, instance)
     except StopError:
-        print("interrupted: stopping the local cloud", flush=True)
+        print("Interrupted: stopping the local cloud", flush=True)
         if process is not None:
             process.terminate()
             process.wait()
         remove_ended_runs(instance.directory.parent)
-        print("nothing is left running")
+        print("No process is left running.")
         return 130
 
 
 def _already(instance: Instance, mode: AuthMode) -> int:
-    """Explain how to use the local cloud that runs already; return 1 if it is not what was asked for."""
+    """Print how to use the running local cloud; return 1 if it differs from the request."""
     state = instance.read()
     print(instance.describe())
-    if "url" not in state:  # whoever goes on with its tokens would find none
+    if "url" not in state:  # its tokens are not written yet
         return 1
     if state["auth_mode"] != mode:
-        print(f"It has another AUTH_MODE than {mode}: run make down first.")
+        print(f"Its AUTH_MODE is not {mode}: run make down first.")
         return 1
     print(introduction(state["url"], state["endpoint"], state["auth_mode"]))
     return 0
 
 
 def _follow(process: subprocess.Popen[bytes], instance: Instance) -> int:
-    """Print what the supervisor prints until it is ready or has ended; return an exit code."""
+    """Print the supervisor's output until it is ready or has ended; return an exit code."""
     with instance.log.open(encoding="utf-8", errors="replace") as log:
         while True:
             ended = process.poll() is not None
@@ -214,12 +214,15 @@ def _follow(process: subprocess.Popen[bytes], instance: Instance) -> int:
 
 
 def down(instance: Instance | None = None, say: Callable[[str], None] = print) -> None:
-    """Stop the local cloud, wait until it has ended, and remove what it and earlier runs have left."""
+    """Stop the local cloud, wait for its end, and remove its files and those of earlier runs."""
     instance = instance or Instance()
     if not instance.runs():
         interrupted = instance.forget_interrupted_run()
         left = remove_ended_runs(instance.directory.parent)
-        say("The local cloud does not run." + (" What earlier runs left is cleaned up." if interrupted or left else ""))
+        say(
+            "The local cloud does not run."
+            + (" The files of earlier runs were removed." if interrupted or left else "")
+        )
         return
     pid = instance.read().get("pid")
     progress = Progress(say)
@@ -237,12 +240,12 @@ def down(instance: Instance | None = None, say: Callable[[str], None] = print) -
                 progress("The local cloud is stopped.")
                 return
             time.sleep(0.05)
-        progress("the local cloud does not end by itself: killing it")
-    raise LocalCloudError(f"The local cloud (process {pid}) did not end.")
+        progress("the local cloud does not end: killing it")
+    raise LocalCloudError(f"The local cloud (process {pid}) did not end. Kill the process.")
 
 
 def status(instance: Instance | None = None) -> tuple[str, int]:
-    """Return one line, and an exit code: 0 if the local cloud runs and answers."""
+    """Return one line, and an exit code: 0 if the local cloud runs and responds."""
     instance = instance or Instance()
     if not instance.runs():
         return NOT_RUNNING, 1
@@ -259,14 +262,14 @@ def token(role: str, subject: str, path: Path = WORK / "issuer.json") -> str:
 
 
 def logs(task_id: str = "", *, everything: bool = False, path: Path = DIRECTORY) -> None:
-    """Print what the services of the running cloud have logged, oldest first.
+    """Print the services' log lines of the running cloud, oldest first.
 
     Parameters
     ----------
     task_id : str, optional
-        Only the lines about this task.
+        Only the lines of this task.
     everything : bool
-        The platform's lines and the metrics too.
+        Include the platform's lines and the metrics.
     """
     if task_id and not re.fullmatch(TASK_ID, task_id):
         raise LocalCloudError(f"TASK must be the id of a task (task_ and 36 characters), not {task_id!r}.")
@@ -277,6 +280,6 @@ def logs(task_id: str = "", *, everything: bool = False, path: Path = DIRECTORY)
     lines = cloud.service_logs(task_id, everything=everything)
     if not lines:
         about = f" about {task_id}. GET /tasks lists the tasks" if task_id else ""
-        raise LocalCloudError(f"The services have logged nothing{about}.")
+        raise LocalCloudError(f"The services have no log lines{about}.")
     for line in lines:
         print(inert(line))

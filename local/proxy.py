@@ -36,14 +36,14 @@ PUBLIC = "/public/"
 STUB_CREDENTIAL = "Bearer stub"
 MAX_BODY_BYTES = 10 * 1024 * 1024  # API Gateway's own limit
 MAX_DISCARDED_BYTES = 10 * MAX_BODY_BYTES
-"""How much of a body that is too large is read, so that clients that send first and read later see the 413."""
+"""Maximum length to read of a body that is too large, so that clients that send before they read receive the 413."""
 
 UPSTREAM_TIMEOUT_SECONDS = 60
-IDLE_TIMEOUT_SECONDS = 120  # of a client's connection that is kept open
+IDLE_TIMEOUT_SECONDS = 120  # of a client's open connection
 STOP_TIMEOUT_SECONDS = 2
 _LOOPBACK = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?", re.IGNORECASE)
 _LINE_BREAK = re.compile(rb"%0[ad]", re.IGNORECASE)
-# Headers that belong to one connection and not to the request (RFC 9110, 7.6.1), or that the proxy sets itself.
+# Headers of one connection, not of the request (RFC 9110, 7.6.1), and headers that the proxy sets itself.
 _NOT_FORWARDED = frozenset({
     "connection", "content-length", "date", "expect", "host", "http2-settings", "keep-alive", "proxy-authenticate",
     "proxy-authorization", "proxy-connection", "server", "te", "trailer", "transfer-encoding", "upgrade",
@@ -56,12 +56,12 @@ class BodyTooLargeError(Exception):
 
 
 def is_loopback(netloc: str) -> bool:
-    """Whether a `host` or `host:port` names this machine's loopback interface."""
+    """Return whether a `host` or `host:port` is this machine's loopback interface."""
     return _LOOPBACK.fullmatch(netloc) is not None
 
 
 def forwarded(headers: Iterable[tuple[str, str]]) -> HeaderList:
-    """Return the headers that are not about one connection, in their order, repeated ones included."""
+    """Return the headers of the request itself, in order, including repeated headers."""
     return [(name, value) for name, value in headers if name.lower() not in _NOT_FORWARDED]
 
 
@@ -71,20 +71,20 @@ class Proxy:
     Parameters
     ----------
     port : int
-        Where it listens.
+        Port of the proxy.
     aws_port : int
-        Where the local AWS listens.
+        Port of the local AWS.
     key_set : dict
-        The JWKS document that it publishes.
+        The JWKS document to publish.
     stub : bool
-        Whether to add a credential to requests that have none.
+        Whether to add a credential to requests without one.
     cors_origin : str
-        The origin whose pages may call the API, besides pages of this machine; `*` allows every origin.
+        Origin of pages that can call the API, in addition to pages of this machine; `*` allows every origin.
     """
 
     def __init__(self, port: int, aws_port: int, key_set: dict[str, Any], *, stub: bool, cors_origin: str = "") -> None:
-        self.api_id: str | None = None  # known once the template is deployed; until then the answer is 503
-        self.log_api_id: str | None = None  # of the public log, if the stack has one
+        self.api_id: str | None = None  # set once the template is deployed; until then the response is 503
+        self.log_api_id: str | None = None  # API of the public log, if the stack has it
         self._port = port
         self._aws_port = aws_port
         self._keys = json.dumps(key_set).encode()
@@ -111,7 +111,7 @@ class Proxy:
             runner.run(self._serve())
 
     def _on_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Report what goes wrong, but not that a connection which is open at the end is cut."""
+        """Report errors, except the loss of a connection that is open at the end."""
         if not (self._stopping.is_set() and isinstance(context.get("exception"), asyncio.CancelledError)):
             loop.default_exception_handler(context)
 
@@ -123,13 +123,13 @@ class Proxy:
         config.include_server_header = False
         config.keep_alive_timeout = IDLE_TIMEOUT_SECONDS
         config.graceful_timeout = STOP_TIMEOUT_SECONDS / 4
-        # A connection for each request: none is reused at the moment at which the local AWS closes it.
+        # A new connection for each request: the local AWS may close an idle connection at the moment of its reuse.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         async with httpx.AsyncHTTPTransport(limits=limits) as self._transport:
             await serve(cast("Framework", self), config, shutdown_trigger=self._stopping.wait)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request, as an ASGI application."""
+        """Handle one request, as an ASGI application."""
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})  # the API has no WebSocket
         if scope["type"] != "http":
@@ -142,20 +142,20 @@ class Proxy:
         await response(scope, receive, send)
 
     def _own_answer(self, request: Request) -> Response | None:
-        """Return the answer to a request that the proxy does not forward."""
+        """Return the proxy's own response to a request that it does not forward."""
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
         path: bytes = request.scope["raw_path"]
         if not is_loopback(host):
-            # Another name that leads here (DNS rebinding) is somebody else's page talking to this server.
-            return problem(421, "This server answers requests for localhost only.")
+            # Another host name that leads here (DNS rebinding) means that another site's page calls this server.
+            return problem(421, "This server accepts requests for localhost only.")
         if origin is not None and not self._is_allowed(origin):
-            return problem(403, "Pages of this origin may not call the API. CorsAllowOrigin allows one more origin.")
+            return problem(403, "Pages of this origin cannot call the API. Set CorsAllowOrigin to allow the origin.")
         if not path.startswith(b"/"):
-            return problem(400, "The request's target must be a path.")
+            return problem(400, "The request target must be a path.")
         if path == KEYS_PATH.encode():
             return Response(self._keys, media_type="application/json")
         if _LINE_BREAK.search(path):
-            # The local AWS takes the path for another resource than the policy names, and answers 403 in its own words.
+            # The local AWS would match another resource than the policy, and return its own 403.
             return problem(400, "The path contains a line break.")
         if self.api_id is None:
             return problem(503, "The template is not deployed yet.", [("Retry-After", "5")])
@@ -173,7 +173,7 @@ class Proxy:
             headers.append(("Authorization", STUB_CREDENTIAL))
         if path.startswith(PUBLIC.encode()) and self.log_api_id is not None:
             api_id, path = self.log_api_id, path[len(PUBLIC) - 1 :]
-            # To AWS "*/*" as a binary type is also what a client takes who does not say so; to the local AWS it is not.
+            # On AWS, the binary type "*/*" also matches clients without an Accept header; here it does not.
             if "accept" not in request.headers:
                 headers.append(("Accept", "*/*"))
         try:
@@ -186,7 +186,7 @@ class Proxy:
             f"http://127.0.0.1:{self._aws_port}/",
             headers=headers,
             content=body or None,
-            # Exactly as the client wrote it: a URL object would normalise its escapes.
+            # Forward the URL exactly as received: a URL object would normalise its escapes.
             extensions={
                 "target": target,
                 "timeout": dict.fromkeys(("connect", "read", "write", "pool"), UPSTREAM_TIMEOUT_SECONDS),
@@ -196,20 +196,20 @@ class Proxy:
             response = await self._transport.handle_async_request(upstream)
             content = b"".join([part async for part in response.aiter_raw()])
         except httpx.TransportError as error:
-            return problem(502, f"The local AWS did not answer: {type(error).__name__}.")
+            return problem(502, f"The local AWS did not respond: {type(error).__name__}.")
         answer = as_on_aws(
             response.status_code, forwarded(response.headers.multi_items()), content, path.decode("latin-1")
         )
         if request.method == "HEAD":
-            del answer.headers["content-length"]  # that of the body which GET would return is not known
+            del answer.headers["content-length"]  # the length of GET's body is unknown
         return answer
 
 
 def listen(port: int) -> list[socket.socket]:
-    """Listen where `localhost` may lead: 127.0.0.1, and ::1 where this machine has it."""
+    """Listen on all addresses of `localhost`: 127.0.0.1, and ::1 if this machine has it."""
     sockets = [socket.create_server(("127.0.0.1", port))]
     if socket.has_ipv6:
-        # Without an IPv6 loopback address there is nothing to listen on; `Ports.check` has found the port free.
+        # Skip a missing IPv6 loopback address; `Ports.check` has checked that the port is free.
         with contextlib.suppress(OSError):
             sockets.append(socket.create_server(("::1", port), family=socket.AF_INET6))
     return sockets
@@ -221,7 +221,7 @@ async def read_body(request: Request) -> bytes:
     Raises
     ------
     BodyTooLargeError
-        It is larger than `MAX_BODY_BYTES`; what the client sends is read up to `MAX_DISCARDED_BYTES`.
+        It is larger than `MAX_BODY_BYTES`. The rest of the body is read up to `MAX_DISCARDED_BYTES`.
     """
     parts: list[bytes] = []
     size = 0
@@ -239,17 +239,17 @@ async def read_body(request: Request) -> bytes:
 
 
 def as_on_aws(status: int, headers: HeaderList, content: bytes, path: str) -> Response:
-    """Return the local AWS's response; an error in API Gateway's words where the local AWS has its own."""
+    """Return the local AWS's response, with API Gateway's text for errors whose text differs."""
     if status == 429 and b"ConcurrentInvocationLimitExceeded" in content:
-        # The local AWS's bound on processes (LAMBDA_CONCURRENCY), in the words of Lambda.
-        return problem(status, "The local AWS runs as many functions as it may: try again.", [("Retry-After", "1")])
-    if status >= 400:  # a variable of gateway responses that the local AWS does not know
+        # The local AWS's limit of processes (LAMBDA_CONCURRENCY), with Lambda's text.
+        return problem(status, "The local AWS runs its maximum number of functions; try again.", [("Retry-After", "1")])
+    if status >= 400:  # a variable of gateway responses that the local AWS does not support
         content = content.replace(b"$context.path", json.dumps(f"/v1{path}")[1:-1].encode())
     return _response(status, headers, content)
 
 
 def problem(status: int, detail: str, headers: HeaderList | None = None) -> Response:
-    """Return an error of the proxy itself, in the form of the API's errors."""
+    """Return an error of the proxy itself in the API's format."""
     body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
     body |= {"instance": "", "correlation_id": str(uuid.uuid4())}
     return _response(

@@ -1,7 +1,7 @@
-"""Wait until the services answer, and meanwhile load every function that the first task needs.
+"""Wait until the services respond, and load every function that the first task needs.
 
-A cold function takes a second or more here, and the first task needs some fifteen of them, one after the other. Each
-answers a warm-up at once (`qaes.adapters.handlers`). None of this writes anything.
+Loading a function takes a second or more here, and the first task needs about fifteen functions in sequence. Each
+returns from a warm-up at once (`qaes.adapters.handlers`). A warm-up writes nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 TIMEOUT_SECONDS = 60
 COLD_SECONDS = 300
-"""How long a function may take to be loaded, on a machine that is busy with other things."""
+"""Maximum time to load a function on a busy machine."""
 
 REPORT_SECONDS = 5
 HEALTH_PATHS = (
@@ -35,10 +35,10 @@ HEALTH_PATHS = (
     "/qubic/health",
 )
 AUTHORIZED_PATH = "/tasks?limit=1"
-"""A request that changes nothing and needs a token: it loads the authorizer and its keys."""
+"""A read-only request that needs a token: it loads the authorizer and its keys."""
 
 NOT_WARMED = frozenset({"AuditSweeperFunction", "AuthorizerFunction", "PublicLogFunction", "ReconcilerFunction"})
-"""Functions that no task waits for, and the authorizer, which knows no warm-up."""
+"""Functions that no task waits for, and the authorizer, which has no warm-up."""
 
 
 def wait_until_ready(cloud: Cloud) -> None:
@@ -47,20 +47,20 @@ def wait_until_ready(cloud: Cloud) -> None:
     Raises
     ------
     LocalCloudError
-        A service or a function does not answer in time; the text says which, and what it answered.
+        A service or a function does not respond in time. The text has its name and its response.
     """
     invoke = _client(cloud).invoke
     names = to_warm_up(cloud)
     cloud.progress(f"loading {len(names)} functions")
     _do_all(cloud, "loaded", {name: partial(_warm_up, invoke, name, cloud.resources[name]) for name in names})
-    cloud.progress("waiting for the services to answer")
-    # The keys of a stack's own user pool are at AWS's address, which the local cloud never reaches.
+    cloud.progress("waiting for the services to respond")
+    # The keys of a stack's own user pool are at AWS's address, which the local cloud cannot reach.
     paths = HEALTH_PATHS if "JwtIssuer" in cloud.parameters else (*HEALTH_PATHS, AUTHORIZED_PATH)
     _do_all(cloud, "answered", {path: partial(_wait_for_answer, cloud, path) for path in paths})
 
 
 def to_warm_up(cloud: Cloud) -> list[str]:
-    """Return the names, in the template, of the functions to warm up."""
+    """Return the logical ids of the functions to warm up."""
     return [name for name in cloud.resources if name.endswith("Function") and name not in NOT_WARMED]
 
 
@@ -75,7 +75,7 @@ def _client(cloud: Cloud) -> Any:
 
 
 def _do_all(cloud: Cloud, done_what: str, work: dict[str, Callable[[], None]]) -> None:
-    """Do it all, as many at once as there are processors, and print every few seconds what is left."""
+    """Run all work in parallel, one thread for each processor, and print the remaining work every few seconds."""
     pool = ThreadPoolExecutor(max(2, os.cpu_count() or 2))
     try:
         left = {pool.submit(do): name for name, do in work.items()}
@@ -112,4 +112,4 @@ def _wait_for_answer(cloud: Cloud, path: str) -> None:
         except OSError as error:
             answer = str(error)
         time.sleep(0.2)
-    raise LocalCloudError(f"{path} does not answer as it should: {answer}")
+    raise LocalCloudError(f"{path} does not respond as expected: {answer}")

@@ -1,6 +1,6 @@
-"""The parts of the documentation that come from the template and from the state machine's definition.
+"""The generated parts of the documentation, from the template and from the state machine's definition.
 
-`python -m local.reference` writes them between their markers; with `--check` it changes nothing, and fails if a part is
+`python -m local.reference` writes them between their markers. With `--check` it changes nothing, and fails if a part is
 not up to date.
 """
 
@@ -19,7 +19,7 @@ from local.template import parse
 
 DEFINITION = ROOT / "statemachine" / "task_execution.asl.json"
 _SUBSTITUTION = re.compile(r"(?<=: )\$\{\w+\}")
-"""A number of the definition, which the template substitutes."""
+"""A number of the definition that the template substitutes."""
 
 State = dict[str, Any]
 
@@ -36,7 +36,7 @@ def parameters(body: dict[str, Any]) -> str:
 
 
 def state_machine(definition: dict[str, Any]) -> str:
-    """Return a Mermaid chart of a definition; a dotted arrow is an error's way."""
+    """Return a Mermaid chart of a definition; a dotted arrow is the branch of an error."""
     lines = ["flowchart TD", f"    start([start]) --> {_id(definition['StartAt'])}"]
     lines += _states(definition["States"], "    ")
     return "\n".join(["```mermaid", *lines, "```"])
@@ -95,11 +95,11 @@ def with_part(page: str, name: str, text: str) -> str:
     Raises
     ------
     LookupError
-        The page has no such markers.
+        The page does not have these markers.
     """
     begin, end = f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->\n"
     if begin not in page or end not in page:
-        raise LookupError(f"no markers of the part {name}")
+        raise LookupError(f"the page has no markers for the part {name}")
     before, _, rest = page.partition(begin)
     return wrapped(f"{before}{begin}\n{text}\n\n{end}{rest.partition(end)[2]}")
 
@@ -107,7 +107,7 @@ def with_part(page: str, name: str, text: str) -> str:
 def main() -> None:
     """Write the parts, or check them with `--check`."""
     parser = argparse.ArgumentParser(prog="python -m local.reference", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="change nothing, fail if a part is not up to date")
+    parser.add_argument("--check", action="store_true", help="change nothing, and fail if a part is not up to date")
     check = parser.parse_args().check
     old = []
     for name, (path, make) in PARTS.items():
@@ -115,7 +115,7 @@ def main() -> None:
         written = with_part(page, name, make())
         if page == written:
             continue
-        old.append(f"{path}: the part '{name}' is not up to date: make openapi")
+        old.append(f"{path}: the part '{name}' is not up to date: run make openapi")
         if not check:
             (ROOT / path).write_text(written)
     if check and old:

@@ -1,8 +1,8 @@
-"""Lets the containers of `sam local invoke` reach a server on the loopback interface.
+"""Relay for the containers of `sam local invoke` to a server on the loopback interface.
 
-On Linux a container has no way there: `sam local invoke --docker-network host` leaves it on Docker's bridge. So this
-listens on this machine's address on that bridge, for the containers there. Docker Desktop needs none of it: with it,
-`host.docker.internal` leads to the loopback interface.
+On Linux, a container cannot reach the loopback interface: `sam local invoke --docker-network host` leaves it on
+Docker's bridge. The relay therefore listens on this machine's address on that bridge. Docker Desktop does not need it:
+there, `host.docker.internal` leads to the loopback interface.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SIOCGIFADDR, _SIOCGIFNETMASK = 0x8915, 0x891B  # linux/sockios.h
 
 
 def bridge(name: str = BRIDGE) -> IPv4Interface | None:
-    """Return this machine's address on Docker's bridge, and the network; `None` if there is no such bridge."""
+    """Return this machine's address on Docker's bridge, with the network; None if the bridge does not exist."""
     if sys.platform != "linux":
         return None
     request = struct.pack("256s", name.encode())
@@ -39,14 +39,14 @@ def bridge(name: str = BRIDGE) -> IPv4Interface | None:
 
 
 class Relay:
-    """Passes connections from a network of this machine on to a port of 127.0.0.1, as a context manager.
+    """Forwards connections from a network of this machine to a port of 127.0.0.1, as a context manager.
 
     Parameters
     ----------
     interface : IPv4Interface
-        Where to listen, on a port that is free, and the network whose connections are taken.
+        Address to listen on, with a free port, and the network whose connections are accepted.
     port : int
-        Where they lead.
+        Target port.
     """
 
     def __init__(self, interface: IPv4Interface, port: int) -> None:
@@ -55,7 +55,7 @@ class Relay:
 
     @property
     def address(self) -> str:
-        """`host:port`, where it listens."""
+        """Its own address as `host:port`."""
         host, port = self._server.socket.getsockname()
         return f"{host}:{port}"
 
@@ -73,7 +73,7 @@ class Relay:
 
 class _Server(socketserver.ThreadingTCPServer):
     daemon_threads = True
-    block_on_close = False  # a connection that a client keeps open must not keep this process from ending
+    block_on_close = False  # a client's open connection must not block the end of this process
 
     def __init__(self, interface: IPv4Interface, port: int) -> None:
         self.network: IPv4Network = interface.network
@@ -81,11 +81,11 @@ class _Server(socketserver.ThreadingTCPServer):
         super().__init__((str(interface.ip), 0), _Connection)
 
     def verify_request(self, request: object, client_address: tuple[str, int]) -> bool:  # noqa: ARG002 - as inherited
-        """Take connections from the network only: another machine can address this one's bridge too."""
+        """Accept connections from the network only: other machines can also address this machine on the bridge."""
         return ip_address(client_address[0]) in self.network
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Either side may end a connection at any time; the other one notices by itself."""
+        """Ignore errors: either side may end a connection at any time, and the other side notices."""
 
 
 class _Connection(socketserver.BaseRequestHandler):
@@ -100,7 +100,7 @@ class _Connection(socketserver.BaseRequestHandler):
 
 
 def _pass(source: socket.socket, target: socket.socket) -> None:
-    """Pass on what comes, and then that nothing more will."""
+    """Forward all data, then the end of the data."""
     with contextlib.suppress(OSError):
         while data := source.recv(65536):
             target.sendall(data)

@@ -1,8 +1,7 @@
-"""The folders of local clouds under `.local`: one for each, which nothing outlives.
+"""Folders of local clouds in `.local`: one for each, removed at its end.
 
-A local cloud holds a lock in its folder for as long as it lives, which the operating system takes from it however it
-ends. A folder whose lock is free is what an interrupted run has left, and is removed when the next one starts or
-`make down` runs.
+A local cloud holds a lock in its folder for its whole life, and the operating system releases it at its end. A folder
+whose lock is free belongs to an interrupted run. The next start or `make down` removes it.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from local.environment import WORK, locked
 
 LOCK = "running"
 LOCKS = (LOCK, "lock", "starting")
-"""What is locked: by the local cloud itself, by the supervisor, and by `make up` until its supervisor is ready."""
+"""Lock files: of the local cloud itself, of the supervisor, and of `make up` until its supervisor is ready."""
 
 
 @contextlib.contextmanager
 def running(directory: Path) -> Iterator[None]:
-    """Hold a local cloud's folder, which is created, inside of the `with` block."""
+    """Create a local cloud's folder, and hold its lock inside the `with` block."""
     with contextlib.ExitStack() as stack:
         with locked(directory.parent / "runs.lock"):
             directory.mkdir(parents=True, exist_ok=True)
@@ -34,7 +33,7 @@ def running(directory: Path) -> Iterator[None]:
 
 
 def remove_ended_runs(work: Path = WORK) -> list[str]:
-    """Remove the folders of local clouds that do not run any more; return their names."""
+    """Remove the folders of local clouds that have ended; return their names."""
     removed = []
     with locked(work / "runs.lock"):
         for directory in sorted(filter(_is_a_run, work.iterdir())):
@@ -45,7 +44,7 @@ def remove_ended_runs(work: Path = WORK) -> list[str]:
 
 
 def _is_a_run(directory: Path) -> bool:
-    # "aws.log": a folder of an earlier version, which had no such lock
+    # "aws.log" marks a folder of an earlier version without this lock
     return directory.is_dir() and any((directory / name).is_file() for name in (*LOCKS, "aws.log"))
 
 

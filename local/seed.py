@@ -1,6 +1,6 @@
-"""Tasks under fixed ids, so that the events under `events/` find what they name.
+"""Tasks with fixed ids for the events under `events/`.
 
-`python -m local.seed` writes them to the tables of the local AWS; a second time changes nothing.
+`python -m local.seed` writes them to the tables of the local AWS. A second run changes nothing.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from qaes.domain.models import Plan, Task
 from qaes.domain.policy import Policy
 
 NEW_TASK = "task_019ab000-0000-7000-8000-000000000001"
-"""A task that was just started: for the planner's nodes."""
+"""A newly started task, for the planner's states."""
 PLANNED_TASK = "task_019ab000-0000-7000-8000-000000000002"
-"""A transfer whose plan is stored and whose first step comes next: for the agents and the worker."""
+"""A transfer with a stored plan whose first step comes next, for the agents and the worker."""
 PLAN = "plan_019ab000-0000-7000-8000-000000000002"
 PARAMETERS = {"wallet_address": "0x1234567890abcdef", "to_address": "0xfedcba0987654321", "amount": 1}
 
 
 def seed(store: TaskStore, policy: Policy) -> None:
-    """Write both tasks; `policy` is the one in force, which the plan pins."""
+    """Write both tasks; `policy` is the policy in force, which the plan pins."""
     for task_id in (NEW_TASK, PLANNED_TASK):
         moment = timestamp(now())
         task = Task(

@@ -1,6 +1,6 @@
-"""Text that others wrote, for the terminal: descriptions, reasons, results, log lines.
+"""Safe display of external text on the terminal: descriptions, reasons, results, log lines.
 
-The programs of this folder run without the layer on their path: this is the one place that adds it.
+The programs of this folder run without the layer on their path. Only this module adds it.
 """
 
 from __future__ import annotations

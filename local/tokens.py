@@ -1,4 +1,4 @@
-"""Keys and tokens of the local issuer: what an identity provider is on AWS."""
+"""Keys and tokens of the local issuer, which replaces the identity provider on AWS."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 AUDIENCE = "qaes-local"
 LIFETIME_SECONDS = 12 * 3600
 PEOPLE: Mapping[str, str] = {"requester": "alice", "approver": "bob", "auditor": "carol", "operator": "olivia"}
-"""Who has which role; four people, so that nobody is asked to approve their own task."""
+"""The person for each role: four people, so that another person can approve a task."""
 SECOND_PEOPLE: Mapping[str, str] = {"approver": "brian", "operator": "oscar"}
 """The second person for each role whose decisions can need two people."""
 
 
 class TokenRequestError(ValueError):
-    """The requested token names no known role, or no subject."""
+    """The requested token has an unknown role or no subject."""
 
 
 @dataclass(frozen=True)
 class Issuer:
-    """Signs tokens with a key of its own, which lives as long as the local cloud.
+    """Signs tokens with its own key, which is valid as long as the local cloud runs.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ class Issuer:
 
     @classmethod
     def create(cls, url: str) -> Issuer:
-        """Make an issuer with a new 2048-bit key."""
+        """Create an issuer with a new 2048-bit key."""
         return cls(url, rsa.generate_private_key(public_exponent=65537, key_size=2048))
 
     def export(self) -> str:
@@ -63,7 +63,7 @@ class Issuer:
 
     @property
     def key_id(self) -> str:
-        """The key's name in tokens and in the key set: 16 hex digits of its modulus' SHA-256."""
+        """Id of the key in tokens and in the key set: 16 hexadecimal digits of its modulus' SHA-256."""
         return hashlib.sha256(str(self.key.public_key().public_numbers().n).encode()).hexdigest()[:16]
 
     def key_set(self) -> dict[str, Any]:
@@ -80,14 +80,14 @@ class Issuer:
         role : str
             One role, or several with spaces between them: the claim `scope`.
         subject : str, optional
-            Who it is for; by default the person of `PEOPLE` who has that role.
+            Subject of the token; by default the person of `PEOPLE` with that role.
         now : float, optional
-            Time of issue in seconds since 1970; by default the present.
+            Time of issue in seconds since 1970; by default the current time.
 
         Raises
         ------
         KeyError
-            If there is no subject and nobody of `PEOPLE` has that role.
+            There is no subject, and no person of `PEOPLE` has that role.
         """
         issued = int(time.time() if now is None else now)
         claims = {
@@ -101,19 +101,19 @@ class Issuer:
         return jwt.encode(claims, self.key, algorithm="RS256", headers={"kid": self.key_id})
 
     def requested_token(self, role: str, subject: str = "") -> str:
-        """Return a token for roles and a subject that a user typed.
+        """Return a token for the roles and the subject of a user's command.
 
         Parameters
         ----------
         role : str
             One role, or several separated by spaces.
         subject : str, optional
-            Who the token is for; for a single role, the person of `PEOPLE` by default.
+            Subject of the token; for a single role, the person of `PEOPLE` by default.
 
         Raises
         ------
         TokenRequestError
-            If a role is unknown or the subject is missing.
+            A role is unknown, or the subject is missing.
         """
         roles = role.split()
         if not roles or not set(roles) <= set(PEOPLE):

@@ -1,6 +1,6 @@
-"""The qubic service over HTTP: the policy, written hashes, their transactions; on the mock, the network's RPC, too.
+"""HTTP API of the qubic service: the policy, recorded hashes and their transactions; on the mock, also the RPC.
 
-The internet reaches this function, so it holds no key: the ledger's function for records signs what it writes.
+This function is reachable from the internet, so it has no key: the ledger's function for records signs for it.
 """
 
 from __future__ import annotations
@@ -28,23 +28,25 @@ app = create_app("qubic")
 class _Answer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    network: str = Field(description="the network that answers; nothing of `mock` is on the real one")
+    network: str = Field(description="network that responds; transactions of `mock` are not on the real network")
 
 
 class WriteRequest(BaseModel):
-    """A hash to write on the ledger."""
+    """A hash to record on the ledger."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     hash: str = Field(pattern="^[0-9a-fA-F]{64}$", description="SHA-256, 64 hexadecimal digits")
-    metadata: dict[str, Any] = Field(default_factory=dict, description="at most 4,096 bytes of canonical JSON")
+    metadata: dict[str, Any] = Field(
+        default_factory=dict, description="additional data, at most 4,096 bytes of canonical JSON"
+    )
 
 
 class WriteAnswer(_Answer):
-    """The transaction that is to write the hash, or has: its bytes are stored, and followed until it is `confirmed`.
+    """The transaction that records the hash. The service stores it, and tracks it until it is `confirmed`.
 
-    `status` is `pending` until then. If its tick passes without it, another is signed for a later one, and the id
-    changes; `timestamp` is when the state last changed.
+    `status` is `pending` until then. If its tick passes without it, the service signs another transaction for a later
+    tick, and the id changes; `timestamp` is the time of the last change of state.
     """
 
     txid: str
@@ -55,9 +57,9 @@ class WriteAnswer(_Answer):
 
 
 class LedgerVerifyAnswer(_Answer):
-    """Whether a confirmed transaction has written the hash, and the evidence: its signed bytes, in base64.
+    """Whether a confirmed transaction has recorded the hash, with its signed bytes in base64 as evidence.
 
-    `state` says how far it is: signed, broadcast (both may still come to nothing) or confirmed; null: never written.
+    `state` is signed, broadcast (neither is final) or confirmed; null if the hash was never recorded.
     """
 
     hash: str
@@ -66,7 +68,7 @@ class LedgerVerifyAnswer(_Answer):
     timestamp: str | None
     tick: int | None
     kind: Kind | None = Field(
-        description="`instruction`: of a task; `hash`: written by an operator; null: never written"
+        description="`instruction`: hash of a task's instruction; `hash`: recorded by an operator; null: never recorded"
     )
     state: State | None
     source: str | None
@@ -74,24 +76,24 @@ class LedgerVerifyAnswer(_Answer):
 
 
 class TransactionAnswer(_Answer):
-    """A transaction of this service; `encoded` is the signed bytes (base64), `block_height` the tick that it names.
+    """A transaction of this service; `encoded` is the signed bytes (base64), `block_height` its named tick.
 
-    It is in that tick when its `state` is confirmed (or failed: it is there, and moved nothing); expired: in none.
+    States: confirmed (in that tick), failed (in that tick, but without an effect), expired (in no tick).
     """
 
     txid: str
     hash: str
     timestamp: str
-    kind: Kind = Field(description="`hash` alone is written through POST /write")
+    kind: Kind = Field(description="kind of the transaction; POST /write creates `hash` only")
     metadata: dict[str, Any] = Field(
-        description="for auditors, operators and the requester of the task; empty for everybody else"
+        description="visible to auditors, operators and the task's requester; empty for other callers"
     )
     requested_by: str | None = Field(
-        description="the task's requester, or the operator who wrote the hash; null for the system's own records, and "
-        "for everybody who may not read the metadata"
+        description="the task's requester, or the operator who recorded the hash; null for the system's own records, "
+        "and for callers who cannot read the metadata"
     )
     block_height: int
-    encoded: str = Field(description="in base64; empty for a transfer that was not sent yet")
+    encoded: str = Field(description="signed bytes in base64; empty for a transfer that was not sent yet")
     state: State
     source: str
     destination: str
@@ -99,7 +101,7 @@ class TransactionAnswer(_Answer):
 
 
 class LedgerHealthy(_Answer):
-    """The network and the service's table answer, a policy is in force, and the wallet that signs has a balance."""
+    """The network and the service's table respond, a policy is in force, and the signing wallet has a balance."""
 
     status: Literal["healthy"]
     service: str
@@ -109,7 +111,7 @@ class LedgerHealthy(_Answer):
 
 
 class LedgerUnhealthy(_Answer):
-    """The part that fails, named: `network`, `policy` or `wallet`."""
+    """The name of the failing part: `network`, `policy` or `wallet`."""
 
     status: Literal["unhealthy"]
     service: str
@@ -124,7 +126,7 @@ suspension_api.add_suspension_routes(app)
 
 @app.post("/write")
 def write(body: WriteRequest, caller: Annotated[Caller, Depends(require("operator", deciding=True))]) -> WriteAnswer:
-    """Write a hash on the ledger, once for ever: the second time answers with the same transaction. Operators only."""
+    """Record a hash on the ledger, once: a repetition returns the same transaction. Operators only."""
     written = LedgerClient().write(check_hash(body.hash), check_remark(body.metadata), written_by=caller.subject)
     return WriteAnswer(
         network=written["network"],
@@ -138,7 +140,7 @@ def write(body: WriteRequest, caller: Annotated[Caller, Depends(require("operato
 
 @app.get("/verify/{hash}", operation_id="verify_on_ledger", dependencies=[Depends(EVERY_ROLE)])
 def verify(sent: Sha256) -> LedgerVerifyAnswer:
-    """Whether a confirmed transaction of the ledger wrote the hash."""
+    """Return whether a confirmed transaction of the ledger recorded the hash."""
     found = hash_state(submissions(), check_hash(sent))
     return LedgerVerifyAnswer.model_validate({name: found[name] for name in LedgerVerifyAnswer.model_fields})
 
@@ -148,13 +150,13 @@ def get_transaction(
     txid: Annotated[str, Path(json_schema_extra={"pattern": "^[a-z]{60}$"})],
     caller: Annotated[Caller, Depends(EVERY_ROLE)],
 ) -> TransactionAnswer:
-    """A transaction that this service signed, by its id."""
+    """Return a transaction that this service signed, by its id."""
     it = submissions()
     found = it.attempt(txid) if is_transaction_id_shaped(txid) else None
     if found is None:
         raise NotFoundError("no such transaction", field="txid")
     answer = found.answer()
-    # A person who knows a task's reference can check guesses of its instruction against the hash.
+    # A person with a task's reference could test guesses of its instruction against the hash.
     shows_metadata = caller.has("auditor") or caller.subject == found.requested_by
     return TransactionAnswer(
         network=it.chain.network,
@@ -175,7 +177,7 @@ def get_transaction(
 
 @app.get("/qubic/health", responses={503: {"model": LedgerUnhealthy}}, operation_id="qubic_health", openapi_extra=OPEN)
 def health(response: Response) -> LedgerHealthy | LedgerUnhealthy:
-    """Healthy when the network answers, a policy is in force, and the wallet that signs records has a balance."""
+    """Return 200 if the network responds, a policy is in force, and the wallet that signs records has a balance."""
     it = submissions()
     failing = "network"
     try:
@@ -184,7 +186,7 @@ def health(response: Response) -> LedgerHealthy | LedgerUnhealthy:
         policy = policies().in_force()
         failing = "wallet"
         balance = it.chain.balance(service_identity()).balance
-        detail = "" if balance else "the service's wallet has no balance: the network takes nothing of it"
+        detail = "" if balance else "the service's wallet has no balance: the network drops its transactions"
     except TransientError as error:
         detail = error.message
     if not detail:

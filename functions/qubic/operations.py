@@ -1,11 +1,11 @@
-"""The ledger for the other services: functions that are invoked directly, and do the named operation.
+"""The ledger's operations for other services: functions that are invoked directly with the name of an operation.
 
-Who may invoke a function may have it do all that it does. So there are four, each with its LEDGER_OPERATIONS: one
-reads, one moves money and records instructions for the worker, one writes the audit log's anchors, and one signs for
-the API, which holds no key: what operators write, and the policy that they approved.
+A role that can invoke a function can use all of its operations. The ledger therefore has four functions, each with
+its LEDGER_OPERATIONS: one reads; one moves money and records instructions for the worker; one writes the audit log's
+anchors; and one signs for the API, which has no key: hashes from operators, and the policy that they approved.
 
-`{"operation": NAME, ...}` gives `{"ok": true, "result": {...}}`, or `{"ok": false, "error": {"code", "message"}}` when
-the ledger refuses and would refuse again, or is `busy`. What may go well at another time raises.
+`{"operation": NAME, ...}` returns `{"ok": true, "result": {...}}`, or `{"ok": false, "error": {"code", "message"}}` for
+a permanent error or a full queue (`busy`). Errors that a repetition may solve are raised.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _CODES = {
 
 @function
 def handler(event: dict[str, Any], _context: LambdaContext) -> dict[str, Any]:
-    """Do the operation that the event names."""
+    """Perform the operation that the event names."""
     arguments = dict(event)
     operation = arguments.pop("operation", None)
     return _answer(operation, lambda: _perform(operation, arguments))
@@ -70,9 +70,9 @@ def _answer(operation: object, perform: Callable[[], Result]) -> dict[str, Any]:
 
 def _perform(operation: object, arguments: Arguments) -> Result:
     if not isinstance(operation, str) or operation not in _OPERATIONS or operation not in _operations_here():
-        raise PermanentError("unknown_operation", "this function of the ledger has no such operation")
+        raise PermanentError("unknown_operation", "this ledger function does not have this operation")
     perform, names = _OPERATIONS[operation]
-    arguments.pop("action_type", None)  # earlier callers named an action: the effect alone names the rule
+    arguments.pop("action_type", None)  # earlier callers send an action; only the effect determines the rule
     arguments = _DEFAULTS.get(operation, {}) | arguments
     if set(arguments) != names:
         raise InvalidInputError(f"{operation} takes {', '.join(sorted(names)) or 'nothing'}")
@@ -90,10 +90,10 @@ def _refused(operation: object, code: str, message: str, **details: Any) -> dict
 
 
 def _policy(it: Submissions, arguments: Arguments) -> Result:
-    """Return the policy in force, and what the same caller needs next: one invocation instead of two.
+    """Return the policy in force and the caller's next input, which saves a second invocation.
 
-    With `address`, `balance` is the answer of the operation `balance`; with `transfer`, the member of that name is the
-    answer of `check_transfer` under this policy. A refusal there leaves the policy readable.
+    With `address`, the result has `balance` as that operation returns it. With `transfer`, it has `transfer` as
+    `check_transfer` returns it under this policy. An error in either does not affect the policy.
     """
     policy = policies().in_force()
     result = policy.model_dump(mode="json")
@@ -134,7 +134,7 @@ def _check_transfer(it: Submissions, arguments: Arguments) -> Result:
 
 def _checked_transfer(it: Submissions, policy: Policy, terms: Any) -> Result:
     if not isinstance(terms, dict) or set(terms) != _TERMS:
-        raise InvalidInputError(f"a transfer has {', '.join(sorted(_TERMS))}", field="transfer")
+        raise InvalidInputError(f"a transfer must have {', '.join(sorted(_TERMS))}", field="transfer")
     wallets, amount = Wallets(it.chain.network), check_amount(terms["amount"])
     wallets.check_parties(terms["source"], terms["destination"])
     rule = rule_for(policy, destination=terms["destination"], amount=amount)
@@ -150,7 +150,7 @@ def _transfer(it: Submissions, arguments: Arguments) -> Result:
     terms = {name: arguments[name] for name in ("reference", "source", "destination", "amount")}
     _check_terms(arguments)
     if not it.sends_transfers:
-        existing = it.get(f"transfer:{terms['reference']}")  # sent while it was allowed: that is what there is to say
+        existing = it.get(f"transfer:{terms['reference']}")  # sent while the policy allowed it: report its state
         return (existing or it.simulate_transfer(**terms)).answer()
     return it.submit_transfer(**terms, run=arguments["run"], requested_by=str(arguments["requester"])).answer()
 
@@ -159,7 +159,7 @@ def _check_terms(arguments: Arguments) -> None:
     check_reference(arguments["reference"])
     for name in ("amount", "run"):
         if type(arguments[name]) is not int:
-            raise InvalidInputError(f"the {name} is a whole number", field=name)
+            raise InvalidInputError(f"the {name} must be a whole number", field=name)
 
 
 def _transfer_state(it: Submissions, arguments: Arguments) -> Result:
@@ -180,7 +180,7 @@ def _submit_anchor(it: Submissions, arguments: Arguments) -> Result:
     try:
         payload = bytes.fromhex(arguments["payload"])
     except (TypeError, ValueError):
-        raise InvalidInputError("the payload is hexadecimal", field="payload") from None
+        raise InvalidInputError("the payload must be hexadecimal", field="payload") from None
     key, metadata = _anchor_key(arguments), {name: arguments[name] for name in ("log_id", "sequence")}
     return it.submit_record(key, payload, kind="anchor", metadata=metadata).answer()
 
@@ -191,14 +191,14 @@ def _anchor_state(it: Submissions, arguments: Arguments) -> Result:
 
 def _anchor_key(arguments: Arguments) -> str:
     if type(arguments["sequence"]) is not int or arguments["sequence"] < 0:
-        raise InvalidInputError("the sequence is a whole number from 0", field="sequence")
+        raise InvalidInputError("the sequence must be a whole number of at least 0", field="sequence")
     return f"anchor:{arguments['log_id']}:{arguments['sequence']}"
 
 
 def _existing(it: Submissions, key: str) -> Submission:
     found = it.get(key)
     if found is None:
-        raise NotFoundError("nothing was submitted under this key")
+        raise NotFoundError("no transaction was submitted under this key")
     return found
 
 
@@ -209,7 +209,7 @@ def _verify(it: Submissions, arguments: Arguments) -> Result:
 def _transaction(it: Submissions, arguments: Arguments) -> Result:
     found = it.attempt(str(arguments["txid"]))
     if found is None:
-        raise NotFoundError("no such transaction", field="txid")
+        raise NotFoundError("the transaction does not exist", field="txid")
     return found.answer()
 
 
@@ -220,7 +220,7 @@ def _health(it: Submissions, _arguments: Arguments) -> Result:
 
 _DEFAULTS: dict[str, Arguments] = {
     "policy": {"address": None, "transfer": None},
-    # Of callers that do not name anybody: then only auditors and operators read the record's metadata.
+    # Callers that name no person: only auditors and operators can read the record's metadata.
     "transfer": {"requester": ""},
     "record_instruction": {"requester": ""},
     "write": {"written_by": ""},

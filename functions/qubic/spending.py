@@ -1,8 +1,8 @@
-"""What a wallet has spent of its daily limit: counted in the transaction that stores a transfer's signature.
+"""A wallet's spending against its daily limit, counted in the transaction that stores a transfer's signature.
 
-Item (pk / sk): SPENT#<network>#<identity>#<day>/SPENT, with `spent`: the sum of the transfers that were signed on that
-day (UTC) and have moved their amount, or may. Each is counted, whether there is a limit or not: a limit that is set at
-noon has the morning's transfers in it. A submission's `counted_on` is the day on which it counts; empty: on none.
+Item (pk / sk): SPENT#<network>#<identity>#<day>/SPENT. `spent` is the sum of the transfers that were signed on that day
+(UTC) and have moved their amount or still may. Every transfer counts, even without a limit, so a limit that is set at
+noon includes the morning's transfers. A submission's `counted_on` is the day on which it counts; empty if it does not.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from qubic.items import Item, Items, item_key
 
 
 def rule_for(policy: Policy, *, destination: str, amount: int, input_type: int = 0) -> PolicyDecision:
-    """Return the rule that lets a transaction with this effect move money: the effect names it, never the caller.
+    """Return the rule that allows a transaction with this effect. The effect determines the rule, never the caller.
 
     | effect | rule |
     |---|---|
     | moves QU to another wallet: an amount above 0, input type 0 | `transfer_funds` |
-    | writes a record: amount 0, from the service's identity to itself | none: it moves nothing, and is no transfer |
-    | anything else, a call of a smart contract for example | none: refused, because no rule covers it |
+    | records data: amount 0, from the service's identity to itself | none: it moves no money and is not a transfer |
+    | any other effect, for example the call of a smart contract | none: rejected, because no rule covers it |
 
-    Raises PermanentError: `not_allowed`, or beyond which limit the transfer is on any day.
+    Raises PermanentError: `not_allowed`, or the limit that the transfer exceeds on any day.
     """
     rule = policy.decide(TRANSFER_ACTION)
     if input_type:
@@ -40,14 +40,14 @@ def rule_for(policy: Policy, *, destination: str, amount: int, input_type: int =
 
 
 class Spending:
-    """The sums of the wallets of one network.
+    """The daily sums of the wallets of one network.
 
     Parameters
     ----------
     items
         The ledger's table.
     clock
-        The present moment, whose day in UTC is today.
+        Returns the current time, whose UTC day is today.
     """
 
     def __init__(self, items: Items, network: str, *, clock: Callable[[], datetime] | None = None) -> None:
@@ -56,24 +56,24 @@ class Spending:
         self._clock = clock or now
 
     def today(self) -> str:
-        """Return the day of UTC: `2026-11-23`."""
+        """Return the current day in UTC: `2026-11-23`."""
         return self._clock().astimezone(UTC).date().isoformat()
 
     def spent(self, identity: str, day: str) -> int:
-        """Return what a wallet has spent on a day, in QU."""
+        """Return the amount that a wallet has spent on a day, in QU."""
         item = self._items.get(self._pk(identity, day), "SPENT")
         return int(item["spent"]["N"]) if item else 0
 
     def refusal_today(self, rule: PolicyDecision, identity: str, amount: int) -> PermanentError | None:
-        """Return why a wallet may not send so much more today; None if it may."""
+        """Return the error if the amount exceeds the rest of today's limit, otherwise None."""
         if rule.daily_limit is None:
             return None
         return refusal_by_daily_limit(rule, amount=amount, spent=self.spent(identity, self.today()))
 
     def add(self, identity: str, amount: int, day: str, limit: int | None = None) -> Item:
-        """For a transaction: add a transfer's amount to a day's sum, under the condition that `limit` has room for it.
+        """Return a write that adds a transfer's amount to a day's sum, on the condition that `limit` has room for it.
 
-        `limit` is at least `amount`, so that a day without a sum has room.
+        `limit` is at least `amount`, so a day without a sum has room.
         """
         change = self._change(identity, amount, day)
         if limit is not None:
@@ -83,12 +83,14 @@ class Spending:
         return change
 
     def give_back(self, identity: str, amount: int, day: str) -> list[Item]:
-        """For a transaction: take back from a day's sum what `add` added to it. The sum never goes below 0.
+        """Return a write that subtracts from a day's sum the amount that `add` added. The sum never goes below 0.
 
-        A table that was set back may have lost the sum: then there is nothing to give back.
+        A restored table may have lost the sum: then there is nothing to subtract.
         """
         if self.spent(identity, day) < amount:
-            logger().error("a day's sum is less than a transfer counted on it", extra={"source": identity, "day": day})
+            logger().error(
+                "the day's sum is less than a transfer that was counted on it", extra={"source": identity, "day": day}
+            )
             return []
         change = self._change(identity, -amount, day)
         change["Update"]["ConditionExpression"] = "spent >= :given"

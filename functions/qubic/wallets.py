@@ -1,8 +1,8 @@
-"""Whose keys the qubic service holds: its own, and on the mock those of the demo wallets.
+"""The keys of the qubic service: its own key, and on the mock network the keys of the demo wallets.
 
-The service's own key signs what is written to the ledger (policy, anchors, hashes). Its seed is a secret that only the
-ledger's functions may read: the API, which the internet reaches, asks them. The demo wallets' seeds are made of their
-names by a rule that everybody can read here: they are for trying things out on the mock, and worth nothing.
+The service's own key signs the records on the ledger (policy, anchors, hashes). Only the ledger's functions can read
+its seed, which is a secret. The API, which is reachable from the internet, cannot; it invokes these functions. A public
+rule derives the demo wallets' seeds from their names: they serve for trials on the mock network, and have no value.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from qaes.domain.qubic.identity import (
 )
 
 DEMO_BALANCES: Mapping[str, int] = {"0x1234567890abcdef": 1000, "0xabcdef1234567890": 500, "0xfedcba0987654321": 0}
-"""In QU; addresses as the older clients write them, each with an identity of its own."""
+"""Balances in QU. The addresses have the older clients' format; each has its own identity."""
 SERVICE_BALANCE = 1_000_000
-"""In QU, of the service's own identity on the mock: a source without any balance is refused."""
+"""Balance in QU of the service's own identity on the mock: the network drops transactions without a balance."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """What signs for an identity."""
+    """The key that signs for an identity."""
 
     identity: str
     public_key: bytes
@@ -39,7 +39,7 @@ class Key:
 
 
 def key_of_seed(seed: str) -> Key:
-    """Derive the key of a seed of 55 letters. Raises ValueError for another seed."""
+    """Derive the key of a seed of 55 letters. Raises ValueError for any other text."""
     from qaes.domain.qubic import schnorrq
 
     subseed = schnorrq.subseed_of(seed)
@@ -48,12 +48,12 @@ def key_of_seed(seed: str) -> Key:
 
 
 def holds_key() -> bool:
-    """Whether this function is one of those that sign; the others have no QUBIC_SEED_SECRET."""
+    """Return whether this function can sign. Other functions have no QUBIC_SEED_SECRET."""
     return bool(settings.optional("QUBIC_SEED_SECRET"))
 
 
 def service_identity() -> str:
-    """Return the service's identity; a function without the key asks the ledger's for it, once for each process."""
+    """Return the service's identity. A function without the key requests it once for each process."""
     return service_key().identity if holds_key() else _identity_of_the_ledger()
 
 
@@ -63,14 +63,14 @@ def _identity_of_the_ledger() -> str:
 
 
 def service_key() -> Key:
-    """Read the service's own key, from the secret that QUBIC_SEED_SECRET names.
+    """Read the service's own key from the secret that QUBIC_SEED_SECRET names.
 
     Raises
     ------
     SettingsError
-        The secret is no seed of 55 letters a to z, or this function has none.
+        The secret is not a seed of 55 letters a to z, or this function has no secret.
     TransientError
-        It cannot be read now.
+        The secret cannot be read now.
     """
     return _key_of_secret(settings.text("QUBIC_SEED_SECRET"))
 
@@ -84,16 +84,16 @@ def _key_of_secret(secret: str) -> Key:
     except (BotoCoreError, ClientError) as error:
         code = error.response["Error"]["Code"] if isinstance(error, ClientError) else type(error).__name__
         kind = ThrottledError if clients.is_busy(code) else TransientError
-        raise kind(f"the ledger's key cannot be read ({code})") from error
+        raise kind(f"the secret with the ledger's key cannot be read ({code})") from error
     try:
         return key_of_seed(found.get("SecretString", ""))
     except ValueError:
-        raise settings.SettingsError("the secret of QUBIC_SEED_SECRET is no seed of 55 letters a to z") from None
+        raise settings.SettingsError("the secret of QUBIC_SEED_SECRET must have 55 letters a to z") from None
 
 
 @cache
 def demo_key(address: str) -> Key:
-    """Derive the key of a demo wallet, `address` being as the older clients write it."""
+    """Derive the key of a demo wallet; `address` has the older clients' format."""
     return key_of_seed(demo_seed(address))
 
 
@@ -103,7 +103,7 @@ def _demo_identities() -> dict[str, str]:
 
 
 class Wallets:
-    """The keys for a network."""
+    """The keys of a network."""
 
     def __init__(self, network: str) -> None:
         self._network = network
@@ -114,16 +114,16 @@ class Wallets:
         Raises
         ------
         InvalidInputError
-            It is no address.
+            The address is malformed.
         PermanentError
-            `invalid_address`: one of the older clients' addresses, which only the mock knows.
+            `invalid_address`: the address has the older clients' format, which only the mock network supports.
         """
         address = check_address(address, field)
         if is_identity_shaped(address):
             return address
         if self._network != "mock":
             raise PermanentError(
-                "invalid_address", f"{field}: on {self._network} an address is an identity of 60 letters"
+                "invalid_address", f"{field}: on {self._network} an address must be an identity of 60 capital letters"
             )
         return demo_key(address).identity
 
@@ -133,15 +133,15 @@ class Wallets:
         Raises
         ------
         InvalidInputError
-            It is no address.
+            The address is malformed.
         PermanentError
-            `no_key`: this service does not hold its key; or as `identity`.
+            `no_key`: this service does not hold the key of the address. Other errors as `identity`.
         """
         demo = self._held(address, field)
         return service_key() if demo is None else demo_key(demo)
 
     def _held(self, address: str, field: str) -> str | None:
-        """Return the older address of the demo wallet; None for the service's own. Raises as `key`, reads no seed."""
+        """Return the older address of a demo wallet, None for the service's own. Raises as `key`; reads no seed."""
         identity = self.identity(address, field)
         if self._network == "mock":
             checked = check_address(address, field)
@@ -151,20 +151,20 @@ class Wallets:
                 return _demo_identities()[identity]
         if identity == service_identity():
             return None
-        raise PermanentError("no_key", "this service does not hold the key of the wallet that is to pay")
+        raise PermanentError("no_key", "this service does not hold the key of the source wallet")
 
     def parties(self, source: str, destination: str) -> tuple[Key, str]:
-        """Return the key that pays, and the identity that is paid. Raises as `check_parties`."""
+        """Return the source's key and the destination's identity. Raises the same errors as `check_parties`."""
         to = self.check_parties(source, destination)
         return self.key(source), to
 
     def check_parties(self, source: str, destination: str) -> str:
-        """Check that the service can sign a transfer between two wallets; return the identity that is paid.
+        """Check that the service can sign a transfer between two wallets. Return the destination's identity.
 
         Raises
         ------
         InvalidInputError
-            One is no address, or a smart contract's, or the zero address; both are the same wallet.
+            An address is malformed, a smart contract's or the zero address; or both are the same wallet.
         PermanentError
             As `identity` and `key`.
         """
@@ -173,12 +173,12 @@ class Wallets:
         to = self.identity(destination, "destination")
         self._held(source, "source")
         if self.identity(source, "source") == to:
-            raise InvalidInputError("source and destination are the same", field="destination")
+            raise InvalidInputError("source and destination must be different wallets", field="destination")
         return to
 
 
 def genesis() -> dict[str, int]:
-    """Tell what each identity has when a mock begins."""
+    """Return the initial balance of each identity of a new mock network."""
     demo = {demo_key(address).identity: balance for address, balance in DEMO_BALANCES.items()}
     return demo | {service_identity(): SERVICE_BALANCE}
 

@@ -1,4 +1,4 @@
-"""The parts of the qubic service, put together for its functions."""
+"""Assembly of the qubic service's parts for its functions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qubic.wallets import Wallets, holds_key
 
 
 def submissions() -> Submissions:
-    """Make the submissions to the chain of QUBIC_NETWORK, each tracked by the transaction worker."""
+    """Create the submissions for the chain of QUBIC_NETWORK. The transaction worker tracks each of them."""
     network = chain()
     return Submissions(
         network,
@@ -30,7 +30,7 @@ def submissions() -> Submissions:
 
 
 def policies() -> Policies:
-    """Make the policy's store; without the key, versions are handed in by the function that signs for the API."""
+    """Create the policy store. Without the key, the ledger's function that signs for the API submits versions."""
     return Policies(submissions(), advance_elsewhere=None if holds_key() else LedgerClient().settle_policy)
 
 
@@ -40,9 +40,9 @@ def suspending() -> Suspending:
 
 
 def _rule_for(submission: Submission) -> PolicyDecision:
-    """Return the rule of the policy in force that lets a transfer pass, by its own terms. Raises PermanentError.
+    """Return the rule of the policy in force that allows a transfer, based on its signed terms. Raises PermanentError.
 
-    The address that its caller named counts as long as it is that of the wallet which the signed bytes pay.
+    The rule applies to the caller's spelling of the address if it is the wallet that the signed bytes pay.
     """
     named = submission.address
     pays_it = named and Wallets(submission.network).identity(named) == submission.destination
@@ -55,10 +55,10 @@ def _rule_for(submission: Submission) -> PolicyDecision:
 
 
 def _closed(submission: Submission) -> None:
-    """What has to follow the end of a submission; called at least once."""
+    """Do the follow-up work of a closed submission. Called at least once."""
     if submission.kind == "policy" and submission.state == "confirmed":
         try:
             policies().settle()
-        except Exception:  # noqa: BLE001 what is wrong with a policy is told, and must not keep the queue waiting
-            logger().exception("policy not settled")  # the schedule tries it each minute
+        except Exception:  # noqa: BLE001 a policy's error is logged, and must not block the queue
+            logger().exception("the policy could not be settled")  # the schedule retries every minute
     publish(submission)

@@ -1,7 +1,8 @@
 """The transaction worker: tracks signed transactions asynchronously until they are final.
 
-A submission has one message in the queue, which comes back when its tick should have passed, until it is closed. Every
-minute, whatever is open is looked at as well: a message may have been lost between the commit and the queue.
+Each submission has one message in the queue, which becomes visible when the transaction's tick should have passed,
+until the submission is closed. A schedule also checks all open submissions every minute, because a message may have
+been lost between the commit and the queue.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from qubic.wiring import policies, submissions
 
 STUCK_METRIC = "LedgerStuck"
 SECONDS_FOR_A_SOURCE = 18
-"""A source is begun with so much time left: the network may answer slowly, and what is cut off is done once more."""
+"""Minimum time left to start a source: the network may be slow, and interrupted work is repeated."""
 
 
 @function
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """Take a batch of the queue, give `{"batchItemFailures"}`; take a schedule's event, give `{"open": [keys]}`."""
+    """Process a queue's batch, return `{"batchItemFailures"}`; or a schedule's event, return `{"open": [keys]}`."""
     it = submissions()
     if "Records" not in event:
         try:
             return {"open": _advance_all(it, context)}
         finally:
-            policies().settle()  # last: whatever is wrong with a policy must not keep the others waiting
+            policies().settle()  # last: a policy's error must not block the sources
     failed: list[dict[str, str]] = []
     advanced: dict[str, int] = {}
     for record in event["Records"]:
@@ -43,8 +44,8 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
             continue
         try:
             _look(it, json.loads(record["body"]), advanced)
-        except Exception:  # noqa: BLE001 - whatever it is, it is logged, and delivered again
-            logger().exception("could not advance", extra={"body": record["body"]})
+        except Exception:  # noqa: BLE001 - log any error; the queue delivers the message again
+            logger().exception("the submission could not be advanced", extra={"body": record["body"]})
             failed.append({"itemIdentifier": record["messageId"]})
     return {"batchItemFailures": failed}
 
@@ -54,12 +55,12 @@ def _has_time(context: LambdaContext) -> bool:
 
 
 def _look(it: Submissions, message: dict[str, Any], advanced: dict[str, int]) -> None:
-    """Look at a submission, and have it looked at again if it is open; `advanced`: sources, and the tick it was then.
+    """Advance a submission's source, and enqueue the submission again if it is open.
 
-    A source is advanced once for all messages of a batch.
+    `advanced` has the sources of this batch that were advanced, and the tick at that time. Each is advanced once.
     """
     if message["network"] != it.chain.network:
-        return  # of another network, which this stack was on before: nobody here can find out
+        return  # from a network that this stack used before: it cannot be reached from here
     submission = it.get(message["key"])
     if submission is None:
         return
@@ -71,16 +72,16 @@ def _look(it: Submissions, message: dict[str, Any], advanced: dict[str, int]) ->
             it.advance(source, seconds=ADVANCE_SECONDS)
             advanced[source] = it.chain.tick_info().tick
         except (TransientError, LimitError) as error:
-            logger().warning("not advanced", extra={"source": source, "reason": error.message})
+            logger().warning("the source could not be advanced", extra={"source": source, "reason": error.message})
         submission = it.get(submission.key) or submission
     if submission.is_open:
         enqueue(submission, advanced[source], seen=int(message.get("seen", 0)), looks=int(message.get("looks", 0)))
 
 
 def _advance_all(it: Submissions, context: LambdaContext) -> list[str]:
-    """Follow every source that has something open, in any order; return those that are left."""
+    """Advance every source with open submissions, in random order. Return the sources that are left."""
     identities = it.open_sources()
-    random.shuffle(identities)  # none is always the last
+    random.shuffle(identities)  # so that no source is always the last
     left = []
     for identity in identities:
         try:
@@ -89,10 +90,10 @@ def _advance_all(it: Submissions, context: LambdaContext) -> list[str]:
                 continue
             it.advance(identity, seconds=ADVANCE_SECONDS)
         except (TransientError, LimitError) as error:
-            logger().warning("not advanced", extra={"source": identity, "reason": error.message})
+            logger().warning("the source could not be advanced", extra={"source": identity, "reason": error.message})
             left.append(identity)
-        except Exception:  # noqa: BLE001 whatever it is, it must not keep the others waiting
-            logger().exception("not advanced", extra={"source": identity})
+        except Exception:  # noqa: BLE001 one source's error must not block the others
+            logger().exception("the source could not be advanced", extra={"source": identity})
             metrics.count_one(STUCK_METRIC)
             left.append(identity)
     return left

@@ -484,7 +484,7 @@ def test_fail_requests(chain: MockChain, clock: Clock) -> None:
         lambda: chain.sent(ALICE.identity, 0, 2**32 - 1),
         lambda: chain.broadcast(refused.encode()),
     ):
-        with pytest.raises(TransientError, match="does not answer"):
+        with pytest.raises(TransientError, match="does not respond"):
             call()
     assert chain.faults() == Faults()
     clock.ticks(5)

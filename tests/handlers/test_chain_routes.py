@@ -400,7 +400,7 @@ def test_another_network_has_its_own_rpc(call: Call, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("QUBIC_NETWORK", "mainnet")
     status, body, _ = call(*CALLS[name])
     assert (status, body["code"]) == (404, 12)
-    assert "ask the RPC of the network itself" in body["message"]
+    assert "call the network's own RPC" in body["message"]
     if name in OPERATORS_ONLY:
         assert call(*CALLS[name], **ALICE)[0] == 403
 

@@ -434,8 +434,8 @@ def test_absent(node: Node) -> None:
     [
         (404, "<html>not found</html>"),
         (404, {"message": "Not Found"}),
-        (404, {"type": "about:blank", "title": "Not Found", "status": 404, "detail": "There is no such route."}),
-        (404, {"code": 12, "message": "this is not the mock network"}),
+        (404, {"type": "about:blank", "title": "Not Found", "status": 404, "detail": "This route does not exist."}),
+        (404, {"code": 12, "message": "this stack does not use the mock network"}),
         (404, {"code": 5, "message": "Not Found", "details": []}),  # grpc-gateway's, for a path that it does not have
         (400, {"code": 3, "message": "invalid id format", "details": []}),
         (404, {"code": "5", "message": "x"}),

@@ -764,5 +764,5 @@ def test_health_names_what_is_missing_and_says_no_more(api: Api) -> None:
         "service": "gateway",
         "version": VERSION,
         "failing": ["tasks_table", "state_machine"],
-        "detail": "does not answer: tasks_table, state_machine",
+        "detail": "no response from: tasks_table, state_machine",
     }

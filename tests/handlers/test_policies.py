@@ -670,7 +670,7 @@ def test_a_network_that_does_not_answer(aws: Cloud, store: Policies) -> None:
     chain().set_faults(Faults(fail_requests=1000))  # type: ignore[attr-defined]
     assert store.in_force().version == 2  # known to this process
     forget()
-    with pytest.raises(TransientError, match="does not answer"):  # and not the version before it
+    with pytest.raises(TransientError, match="does not respond"):  # and not the version before it
         store.in_force()
 
 

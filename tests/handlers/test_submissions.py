@@ -859,7 +859,7 @@ def test_a_secret_that_is_no_seed_is_refused_without_showing_it(aws):
     wallets._key_of_secret.cache_clear()
     boto3.client("secretsmanager").put_secret_value(SecretId="QubicSeed", SecretString="Not a seed, but secret")
     try:
-        with pytest.raises(RuntimeError, match="no seed of 55 letters") as refused:
+        with pytest.raises(RuntimeError, match="must have 55 letters") as refused:
             wallets.service_key()
         assert "Not a seed" not in repr(refused.value)
         assert refused.value.__cause__ is None

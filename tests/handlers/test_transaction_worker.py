@@ -364,7 +364,7 @@ def test_what_is_wrong_with_a_policy_does_not_keep_a_queue_waiting(monkeypatch, 
             with pytest.raises(TransientError):
                 it.invoke("TransactionWorkerFunction", {})
         assert it.invoke("LedgerFunction", {"operation": "verify", "hash": digest(1)})["result"]["verified"]
-        assert "policy not settled" in caplog.text
+        assert "the policy could not be settled" in caplog.text
 
 
 def test_a_limit_on_one_source_does_not_keep_the_others_waiting(monkeypatch):

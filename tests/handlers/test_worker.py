@@ -392,7 +392,7 @@ def test_compliance_denies_a_wallet_without_a_key(aws: Cloud, plan_for: Plans, s
     task_id, _ = plan_for("transfer_funds", TRANSFER | {"wallet_address": KEYLESS})
     verdict = verdict_on(aws, task_id, sent)
     assert (verdict["verdict"], verdict["balance"]) == ("denied", None)
-    assert verdict["reason"] == "no_key: this service does not hold the key of the wallet that is to pay"
+    assert verdict["reason"] == "no_key: this service does not hold the key of the source wallet"
 
 
 def test_compliance_denies_what_was_spent_since_the_approval(

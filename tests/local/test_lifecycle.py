@@ -102,7 +102,7 @@ def test_what_a_killed_run_left_is_cleaned_up(instance, capsys):
         time.sleep(0.01)
     assert instance.read()["pid"] == stale
     assert start(instance) == 0
-    assert "cleaned up" in capsys.readouterr().out
+    assert "removed" in capsys.readouterr().out
     assert instance.read()["pid"] != stale
 
 
@@ -115,7 +115,7 @@ def test_a_stale_process_id_that_now_is_another_program_is_not_killed(instance):
         assert other.poll() is None
         other.kill()
     assert "does not run" in said[0]
-    assert "cleaned up" in said[0]
+    assert "removed" in said[0]
 
 
 def test_down_shows_progress_and_removes_everything(instance):
@@ -137,7 +137,7 @@ def test_down_removes_what_an_earlier_run_left(instance):
     (instance.directory / "aws.log").touch()
     said = []
     lifecycle.down(instance, say=said.append)
-    assert said == ["The local cloud does not run. What earlier runs left is cleaned up."]
+    assert said == ["The local cloud does not run. The files of earlier runs were removed."]
     assert not instance.directory.exists()
 
 
@@ -196,10 +196,10 @@ def test_ctrl_c_while_it_starts_leaves_nothing(instance, capsys):
         assert process.stdout.readline() == "progress\n"
         assert lifecycle.status(instance)[1] == 1  # it starts, and does not answer yet
         assert lifecycle.up("jwt", Ports.free(), instance) == 1  # there are no tokens yet
-        assert "is starting already" in capsys.readouterr().out
+        assert "is starting" in capsys.readouterr().out
         process.send_signal(signal.SIGINT)
         output = process.communicate(timeout=10)[0]
-    assert "nothing is left running" in output
+    assert "No process is left running" in output
     assert process.returncode == 130
     assert not instance.runs()
     assert not instance.directory.exists()

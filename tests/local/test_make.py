@@ -9,7 +9,7 @@ import pytest
 
 from local.environment import ROOT
 
-NOT_RUNNING = "The local cloud does not run. Start it: make up"
+NOT_RUNNING = "The local cloud does not run. Start it with: make up"
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
-"""The mock network's RPC, in the shapes of the public one, and the operator's switches for what goes wrong in it.
+"""The mock network's RPC in the format of the public RPC, and the operator's simulated faults.
 
-It refuses every request that the public one refuses, with the same status and code; docs/qubic.md has the table of
-rules. Errors have the public form, `{"code", "message", "details"}` with the codes of gRPC. The API alone decides who
-may call, and refuses other callers as everywhere else. The switches exist in the local stage alone.
+It rejects every request that the public RPC rejects, with the same status and code; docs/qubic.md lists the rules in a
+table. Errors have the public format, `{"code", "message", "details"}` with gRPC's codes. Only the errors for missing
+rights have this project's format. The fault routes exist in the local stage only.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ OPERATORS = require("operator")
 DECIDING = require("operator", deciding=True)
 
 INVALID_ARGUMENT, NOT_FOUND, UNIMPLEMENTED, INTERNAL, UNAVAILABLE = 3, 5, 12, 13, 14
-"""gRPC's codes. "Not found" is said of a transaction alone: whoever reads it takes the transaction for absent."""
+"""gRPC's codes. "Not found" means a transaction only: the client then treats the transaction as absent."""
 
 _DIGITS = "^[0-9]{1,20}$"
 
@@ -52,7 +52,7 @@ class _Model(BaseModel):
 
 
 class RpcError(_Model):
-    """An error as the public RPC has it; `code` is gRPC's."""
+    """An error in the public RPC's format; `code` is gRPC's."""
 
     code: int
     message: str
@@ -61,19 +61,19 @@ class RpcError(_Model):
 
 class TickInfoContent(_Model):
     tick: int
-    duration: int = Field(description="of a tick, in seconds")
+    duration: int = Field(description="duration of a tick in seconds")
     epoch: int
     initialTick: int
 
 
 class TickInfoAnswer(_Model):
-    """The present tick."""
+    """The current tick."""
 
     tickInfo: TickInfoContent
 
 
 class _Request(BaseModel):
-    """A request as protobuf's JSON has it: unknown names and other types are refused."""
+    """A request in protobuf's JSON format: unknown names and other types are rejected."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -81,11 +81,11 @@ class _Request(BaseModel):
 class BroadcastRequest(_Request):
     """A signed transaction."""
 
-    encodedTransaction: str = Field(max_length=4096, description="its bytes, in base64")
+    encodedTransaction: str = Field(max_length=4096, description="bytes of the transaction in base64")
 
 
 class BroadcastAnswer(_Model):
-    """What came in; it says nothing of whether the transaction will execute."""
+    """The accepted transaction. Acceptance does not mean that it will execute."""
 
     peersBroadcasted: int
     encodedTransaction: str
@@ -105,13 +105,13 @@ class BalanceContent(_Model):
 
 
 class BalanceAnswer(_Model):
-    """What an identity has, in QU."""
+    """Balance of an identity in QU."""
 
     balance: BalanceContent
 
 
 class LastProcessedTickAnswer(_Model):
-    """The newest tick whose transactions can be looked up."""
+    """The newest tick whose transactions the network can return."""
 
     tickNumber: int
     epoch: int
@@ -122,7 +122,7 @@ class LastProcessedTickAnswer(_Model):
 class TransactionRequest(_Request):
     """A transaction's id."""
 
-    hash: str = Field(max_length=128, description="60 letters a to z, their checksum among them")
+    hash: str = Field(max_length=128, description="60 letters a to z, including their checksum")
 
 
 class TransactionContent(_Model):
@@ -138,7 +138,7 @@ class TransactionContent(_Model):
     inputSize: int
     inputData: str = Field(description="base64")
     signature: str = Field(description="base64")
-    moneyFlew: bool = Field(description="false for amount 0, too: a transaction is judged by its being there")
+    moneyFlew: bool = Field(description="false for amount 0 too; a transaction counts if it is in its tick")
 
 
 class RpcTransactionAnswer(_Model):
@@ -148,7 +148,7 @@ class RpcTransactionAnswer(_Model):
 
 
 def _uint32(value: object) -> object:
-    """A uint32 of protobuf's JSON: a whole number, or its digits."""
+    """Read a uint32 in protobuf's JSON: a whole number, or its digits."""
     if isinstance(value, str) and re.fullmatch("0|[1-9][0-9]{0,9}", value, re.ASCII):
         return int(value)
     if isinstance(value, float) and value.is_integer():
@@ -163,7 +163,7 @@ _Uint32 = Annotated[int, Field(ge=0, le=rules.MAX_TICK), BeforeValidator(_uint32
 
 
 class Range(_Request):
-    """A range of whole numbers, each as its digits: at most one lower and one upper bound, and two values at least."""
+    """A range of whole numbers as digits: at most one lower and one upper bound, and at least two values."""
 
     gt: str | None = None
     gte: str | None = None
@@ -180,17 +180,17 @@ class Range(_Request):
 
 
 class Pagination(_Request):
-    """A page: offset and size together reach 10,000 at most, the size 1,000; 0 is the default of 10."""
+    """A page: offset plus size is at most 10,000, size at most 1,000. A size of 0 means the default of 10."""
 
     offset: _Uint32 | None = None
     size: _Uint32 | None = None
 
 
 class TransactionsRequest(_Request):
-    """An identity's transactions. The values of `filters` and `exclude` are text, numbers too.
+    """A request for an identity's transactions. All values of `filters` and `exclude` are text, including numbers.
 
-    `filters`: source, destination (up to five identities, with commas), amount, inputType, tickNumber. `exclude`:
-    source, destination. `ranges`: amount, tickNumber, inputType, timestamp.
+    `filters`: source, destination (up to five identities with commas between), amount, inputType, tickNumber.
+    `exclude`: source, destination. `ranges`: amount, tickNumber, inputType, timestamp.
     """
 
     identity: str = Field(max_length=128)
@@ -201,7 +201,7 @@ class TransactionsRequest(_Request):
 
 
 class Hits(_Model):
-    """How many there are, and which of them these are."""
+    """Total number of matches, and the range that this page contains."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -219,7 +219,7 @@ class TransactionsAnswer(_Model):
 
 
 class RpcRoute(StrictRoute):
-    """A route whose errors are in the RPC's form, but for those that say who may call, and how."""
+    """A route whose errors have the RPC's format, except errors of authorization and of the media type."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         handle = super().get_route_handler()
@@ -249,11 +249,11 @@ class RpcRoute(StrictRoute):
 
 
 class _InternalError(QaesError):
-    """The live service answers so when its node connector does not take something."""
+    """The public live service reports an internal error for this input, because its node connector rejects it."""
 
 
 class _NotTheMockError(QaesError):
-    """These routes are the mock network's, and this is another."""
+    """These routes belong to the mock network, but the stack uses another network."""
 
 
 def _domain_error(error: QaesError) -> Response:
@@ -276,35 +276,37 @@ def _error(status: int, code: int, message: str) -> Response:
 def _mock() -> MockChain:
     found = chain() if settings.text("QUBIC_NETWORK") == "mock" else None
     if not isinstance(found, MockChain):
-        raise _NotTheMockError("this is not the mock network: ask the RPC of the network itself")
+        raise _NotTheMockError("this stack does not use the mock network: call the network's own RPC")
     return found
 
 
 def _switches() -> MockChain:
     if settings.optional("STAGE") != "local" or settings.text("QUBIC_NETWORK") != "mock":
-        raise NotFoundError("only the mock network of the local stage has such switches")
+        raise NotFoundError("simulated faults exist only on the mock network of the local stage")
     return _mock()
 
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
-    400: {"model": RpcError, "description": "The request is not acceptable, or the transaction is refused."},
-    404: {"model": RpcError, "description": "There is no such thing; or this is not the mock network."},
-    500: {"model": RpcError, "description": "What the public RPC does not take, and calls an internal error."},
-    503: {"model": RpcError, "description": "The network does not answer."},
+    400: {"model": RpcError, "description": "The request is malformed, or the network rejects the transaction."},
+    404: {"model": RpcError, "description": "The item does not exist, or the stack does not use the mock network."},
+    500: {"model": RpcError, "description": "The public RPC reports an internal error for this input."},
+    503: {"model": RpcError, "description": "The network does not respond."},
 }
 router = APIRouter(route_class=RpcRoute, responses=PROBLEM_ANSWER | _ERRORS)
-_ELSEWHERE = PROBLEM_ANSWER["default"] | {"description": "This is not the local stage, or not the mock network."}
+_ELSEWHERE = PROBLEM_ANSWER["default"] | {
+    "description": "The stage is not local, or the stack does not use the mock network."
+}
 switches = APIRouter(route_class=StrictRoute, responses=PROBLEM_ANSWER | {404: _ELSEWHERE})
 
 
 def add_rpc_routes(app: FastAPI) -> None:
-    """Add the routes of this module, as routes of the application's own: each is to be found among `app.routes`."""
+    """Add the routes of this module to the application itself, so that `app.routes` contains each of them."""
     app.router.routes.extend([*router.routes, *switches.routes])
 
 
 @router.get("/live/v1/tick-info", operation_id="rpc_tick_info", dependencies=[Depends(EVERY_ROLE)])
 def tick_info() -> TickInfoAnswer:
-    """Tell the present tick."""
+    """Return the current tick."""
     found = _mock().tick_info()
     return TickInfoAnswer(
         tickInfo=TickInfoContent(
@@ -317,7 +319,7 @@ def tick_info() -> TickInfoAnswer:
     "/live/v1/broadcast-transaction", operation_id="rpc_broadcast_transaction", dependencies=[Depends(DECIDING)]
 )
 def broadcast_transaction(body: BroadcastRequest) -> BroadcastAnswer:
-    """Hand in a signed transaction; the answer confirms nothing. Operators only."""
+    """Send a signed transaction. The response does not confirm it. Operators only."""
     it = _mock()
     sent = body.encodedTransaction
     try:
@@ -336,7 +338,7 @@ def broadcast_transaction(body: BroadcastRequest) -> BroadcastAnswer:
 def balance(
     identity: Annotated[str, Path(alias="id", json_schema_extra={"pattern": "^[A-Z]{60}$"})],
 ) -> BalanceAnswer:
-    """Tell what an identity has. Its checksum is not looked at, as by the public RPC."""
+    """Return the balance of an identity. Like the public RPC, the mock does not check the identity's checksum."""
     it = _mock()
     try:
         found = it.balance(rules.without_checksum(identity))
@@ -361,7 +363,7 @@ def balance(
     "/query/v1/getLastProcessedTick", operation_id="rpc_last_processed_tick", dependencies=[Depends(EVERY_ROLE)]
 )
 def last_processed_tick() -> LastProcessedTickAnswer:
-    """Tell up to which tick transactions can be looked up."""
+    """Return the newest tick whose transactions the network can return."""
     found = _mock().last_processed_tick()
     return LastProcessedTickAnswer(
         tickNumber=found.tick,
@@ -373,7 +375,7 @@ def last_processed_tick() -> LastProcessedTickAnswer:
 
 @router.post("/query/v1/getTransactionByHash", operation_id="rpc_transaction", dependencies=[Depends(EVERY_ROLE)])
 def transaction_by_hash(body: TransactionRequest) -> RpcTransactionAnswer:
-    """Look a transaction up."""
+    """Return a transaction by its hash."""
     it = _mock()
     _check_id(body.hash, lower=True)
     found = it.transaction(body.hash)
@@ -386,7 +388,7 @@ def transaction_by_hash(body: TransactionRequest) -> RpcTransactionAnswer:
     "/query/v1/getTransactionsForIdentity", operation_id="rpc_transactions", dependencies=[Depends(EVERY_ROLE)]
 )
 def transactions_for_identity(body: TransactionsRequest) -> TransactionsAnswer:
-    """List the transactions from and to an identity, the newest first."""
+    """List the transactions from and to an identity, newest first."""
     it = _mock()
     identity = body.identity
     _check_id(identity, lower=False)
@@ -438,13 +440,13 @@ def _content(found: Included) -> TransactionContent:
 
 @switches.get("/mock/faults", operation_id="get_mock_faults", dependencies=[Depends(OPERATORS)])
 def get_faults() -> Faults:
-    """Tell what is left of the faults that were set. Operators, in the local stage alone."""
+    """Return the remaining simulated faults. Operators only, in the local stage only."""
     return _switches().faults()
 
 
 @switches.put("/mock/faults", operation_id="put_mock_faults", dependencies=[Depends(DECIDING)])
 def put_faults(body: Faults) -> Faults:
-    """Let these things go wrong in the mock network from now on, and nothing else. Operators, local stage alone."""
+    """Replace the simulated faults of the mock network. Operators only, in the local stage only."""
     it = _switches()
     it.set_faults(body)
     return it.faults()

@@ -1,6 +1,6 @@
-"""Who is calling? A signed token (JWT, RFC 7519) against the keys that its issuer publishes (JWKS, RFC 7517).
+"""Identification of the caller: verifies a signed token (JWT, RFC 7519) with its issuer's public keys (JWKS, RFC 7517).
 
-Imported by the authorizer, which every request waits for: nothing here needs boto3, FastAPI or pydantic.
+The authorizer imports this module, and every request waits for it: do not import boto3, FastAPI or pydantic here.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ import jwt
 from qaes.domain.text import normal_subject
 
 ALGORITHMS = ("RS256", "ES256")
-"""Signatures only: neither `none`, nor a shared secret, for which the public key could be taken."""
+"""Accepted signatures. `none` is excluded, and so are shared secrets, which could be confused with the public key."""
 
 ROLES = ("requester", "approver", "auditor", "operator")
 ROLE_CLAIMS = ("scope", "cognito:groups")
-"""The claims that name roles, where a deployment does not choose others."""
+"""Default claims that name roles. A deployment can choose others."""
 AGENT_ROLES = ("requester",)
-"""The roles of an agent, whatever its token claims: agents are not people, and decide nothing."""
+"""The roles of an agent, regardless of its token's claims: an agent cannot take a person's decision."""
 _CLIENT_CLAIMS = ("client_id", "azp", "cid", "appid")
-"""Where issuers name the client that a token was issued to: RFC 9068, OpenID Connect, Okta, Entra ID."""
+"""Claims that name the client of a token: RFC 9068, OpenID Connect, Okta, Entra ID."""
 
 LEEWAY_SECONDS = 60
-"""How far the clock of an issuer may be ahead."""
+"""Tolerance for an issuer's clock that is ahead."""
 FRESH_SECONDS = 300
-"""How long keys count without being fetched again."""
+"""Age up to which keys are used without another fetch."""
 STALE_SECONDS = 3600
-"""How long the last good keys count while the issuer cannot be reached: the bound for a withdrawn key in an outage."""
+"""Maximum age of the last valid keys while the issuer is unreachable: the limit for a withdrawn key in an outage."""
 COOLDOWN_SECONDS = 30
-"""The pause after a fetch, successful or not."""
+"""Pause after a fetch, successful or not."""
 FIRST_COOLDOWN_SECONDS = 5
-"""The same while there are no keys at all: every request is refused until there are."""
+"""The same pause while no keys are known: every request is rejected until then."""
 MAX_TOKEN_LENGTH = 8192
 
 logger = logging.getLogger("authorizer")
 
 
 class InvalidTokenError(Exception):
-    """The token does not prove who is calling; the text says why, for the log, without the token."""
+    """The token does not identify the caller. The text has the reason for the log, without the token."""
 
 
 class KeysUnavailableError(Exception):
-    """The issuer's keys could not be had: whether the token is good is unknown."""
+    """The issuer's keys are unavailable, so the token cannot be checked."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Who is calling, and in which of `ROLES`; `agent` is the client that calls, if it is an agent's."""
+    """The caller and their `ROLES`; `agent` is the calling client if it belongs to an agent."""
 
     subject: str
     roles: tuple[str, ...]
@@ -60,10 +60,10 @@ class Identity:
 
 
 class _Keys(jwt.PyJWKClient):
-    """The issuer's keys; while the issuer cannot be reached, the last good ones. An outage is never the token's fault.
+    """The issuer's keys, or the last valid ones while the issuer is unreachable. An outage is never the token's fault.
 
-    One fetch runs at a time. After a fetch, successful or not, none begins until the cool-down is over: neither made-up
-    key ids nor an outage cause one fetch for each request.
+    One fetch runs at a time. After a fetch, successful or not, the next one waits for the cool-down: neither invented
+    key ids nor an outage cause a fetch for each request.
     """
 
     def __init__(self, url: str) -> None:
@@ -78,9 +78,9 @@ class _Keys(jwt.PyJWKClient):
         Raises
         ------
         KeysUnavailableError
-            The key is not among the last good ones, or these are too old, and the issuer cannot be asked.
+            The key is not among the last valid ones, or these are too old, and the issuer is unreachable.
         jwt.PyJWKClientError
-            The issuer has no such key.
+            The issuer does not have this key.
         """
         with self._lock:
             if time.monotonic() - self._fetched_at > FRESH_SECONDS:
@@ -92,15 +92,15 @@ class _Keys(jwt.PyJWKClient):
             if key is not None:
                 return key
             if self._tried_at > self._fetched_at:
-                raise KeysUnavailableError("the issuer could not be asked")
-            raise jwt.PyJWKClientError("the issuer has no such key")
+                raise KeysUnavailableError("the issuer's keys are unavailable; try again later")
+            raise jwt.PyJWKClientError("the issuer does not have this key")
 
     def _find(self, kid: str) -> jwt.PyJWK | None:
         usable = time.monotonic() - self._fetched_at <= STALE_SECONDS
         return self.match_kid(self._known, kid) if usable else None
 
     def _refresh(self) -> None:
-        """Fetch the keys, unless that was tried a moment ago. What is known stays if they cannot be had."""
+        """Fetch the keys, except during the cool-down. Keep the known keys if the fetch fails."""
         cooldown = COOLDOWN_SECONDS if self._known else FIRST_COOLDOWN_SECONDS
         if time.monotonic() - self._tried_at < cooldown:
             return
@@ -116,9 +116,9 @@ class _Keys(jwt.PyJWKClient):
 class TokenVerifier:
     """Verifies tokens of one issuer for one audience.
 
-    `agents` are the issuer's clients that are agents, `role_claims` the claims that name roles. Keys are fresh for five
-    minutes: a key that the issuer withdraws is refused after that. While the issuer cannot be reached, the last good
-    keys count for an hour. A key id that is not among them causes one new fetch, and no other within half a minute.
+    `agents` are the issuer's clients that are agents, and `role_claims` the claims that name roles. Keys are used for
+    five minutes: after that, a key that the issuer withdrew is rejected. While the issuer is unreachable, the last
+    valid keys are used for an hour. An unknown key id causes one fetch, at most every half minute.
     """
 
     def __init__(
@@ -137,19 +137,19 @@ class TokenVerifier:
         self._keys = _Keys(jwks_url)
 
     def verify(self, token: str) -> Identity:
-        """Tell whom a token names.
+        """Return the identity in a token.
 
         Raises
         ------
         InvalidTokenError
-            Form, algorithm, key, signature, issuer, audience, time, subject or client is not right.
+            The form, algorithm, key, signature, issuer, audience, time, subject or client is invalid.
         KeysUnavailableError
-            The issuer did not answer, or with something that holds no keys.
+            The issuer did not respond, or its response has no keys.
         """
         if len(token) > MAX_TOKEN_LENGTH:
             raise InvalidTokenError("too long")
         try:
-            # The algorithm first: a token that cannot be accepted is not worth a fetch.
+            # Check the algorithm first: an unacceptable token must not cause a fetch.
             if jwt.get_unverified_header(token).get("alg") not in ALGORITHMS:
                 raise InvalidTokenError("algorithm")
             claims = jwt.decode(
@@ -162,10 +162,10 @@ class TokenVerifier:
             )
         except (jwt.PyJWTError, ValueError, TypeError) as error:
             raise InvalidTokenError(type(error).__name__) from error
-        if int(claims["exp"]) <= time.time():  # without leeway: API Gateway keeps this answer for a minute
+        if int(claims["exp"]) <= time.time():  # without leeway: API Gateway caches the response for a minute
             raise InvalidTokenError("expired")
         if claims.get("token_use", "access") != "access":
-            # Cognito's ID tokens have the client as their audience, and tell it who signed in: no key to the API.
+            # Cognito's ID tokens name the client as their audience. They describe the user, and authorize no API call.
             raise InvalidTokenError("token use")
         agent = self._agent(claims)
         if not self._is_for_us(claims, agent):
@@ -176,13 +176,13 @@ class TokenVerifier:
         if "aud" in claims:
             audience = claims["aud"]
             return self._audience in (audience if isinstance(audience, list) else [audience])
-        # Cognito's access tokens have no audience, but the client that they were issued to.
+        # Cognito's access tokens name their client instead of an audience.
         return claims.get("token_use") == "access" and claims.get("client_id") in {self._audience, agent} - {None}
 
     def _agent(self, claims: dict[str, Any]) -> str | None:
-        """Find the agent's client that the token was issued to.
+        """Return the agent's client that the token was issued to.
 
-        A client that is no text is refused: nobody could say whether it is an agent's.
+        A client that is not text is rejected, because it could belong to an agent.
         """
         if not all(isinstance(claims.get(claim), str | None) for claim in ("client_id", "azp")):
             raise InvalidTokenError("client")
@@ -191,7 +191,7 @@ class TokenVerifier:
 
 
 def _subject(claims: dict[str, Any]) -> str:
-    """Return the subject in its one spelling, so that one person has one name here."""
+    """Return the subject in its normal form, so that each person has one name."""
     subject = claims["sub"]
     try:
         return normal_subject(subject)
@@ -200,16 +200,16 @@ def _subject(claims: dict[str, Any]) -> str:
 
 
 def _roles(claims: dict[str, Any], role_claims: Sequence[str]) -> tuple[str, ...]:
-    """Find the known roles among the names in a token's role claims."""
+    """Return the known roles in a token's role claims."""
     named = {name for claim in role_claims for name in _names(claim, claims.get(claim))}
     return tuple(role for role in ROLES if role in named)
 
 
 def _names(claim: str, value: object) -> list[str]:
-    """Read the names in a claim: the words of a scope; of any other claim the texts of a list, or the one text.
+    """Return the names in a claim: the words of a scope, or the texts of any other claim.
 
-    Only a scope is split at spaces (RFC 6749, section 3.3): a group called "no operator" is not two groups. Whatever
-    is nested deeper, or is of another type, names nothing.
+    Only a scope is split at spaces (RFC 6749, section 3.3): a group called "no operator" is not two groups. Nested
+    values and other types are ignored.
     """
     if claim == "scope":
         return value.split(" ") if isinstance(value, str) else []

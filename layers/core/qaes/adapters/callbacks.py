@@ -1,6 +1,6 @@
-"""CallbacksTable: the tokens of the states that wait, for people or for the ledger. A token never leaves the service.
+"""CallbacksTable: callback tokens of states that wait for people or for the ledger. A token never leaves the service.
 
-pk=task_id, sk=APPROVAL#step or ACTION#step. It is the only table from which a role may delete: a token that was used.
+pk=task_id, sk=APPROVAL#step or ACTION#step. This is the only table from which a role can delete: used tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Kind = Literal["APPROVAL", "ACTION"]
 class Callback(NamedTuple):
     """A callback token and the state that waits with it.
 
-    The token stays for `expires_in` seconds, unless it is used before. `attempt_of` is the run whose attempt the state
+    The token expires after `expires_in` seconds unless it is used. `attempt_of` is the run whose attempt the state
     waits for, if it is not its own.
     """
 
@@ -33,13 +33,13 @@ class Callback(NamedTuple):
 
 
 class CallbacksTable:
-    """The callback tokens of tasks. All reads are consistent."""
+    """Callback tokens of tasks. All reads are consistent."""
 
     def __init__(self, table: str | None = None) -> None:
         self._table = table or settings.text("CALLBACKS_TABLE")
 
     def put(self, callback: Callback) -> Item:
-        """Make the write of a token; the newest of a run is the one that counts. A later run's is not replaced."""
+        """Return the write of a token. It replaces earlier tokens, but never a later run's."""
         item = _key(callback.kind, callback.task_id, callback.step_index) | {
             "token": {"S": callback.token},
             "run": {"N": str(callback.run)},
@@ -61,7 +61,7 @@ class CallbacksTable:
         try:
             dynamo.call("put_item", **self.put(callback)["Put"])
         except dynamo.ConditionFailedError as error:
-            raise ConflictError("another execution of the task has begun") from error
+            raise ConflictError("a later execution of the task has begun") from error
 
     def token(self, kind: Kind, task_id: str, step_index: int, *, failed: int | None = None) -> str | None:
         """Read the token of the state that waits; with `failed`, unless it waits for an attempt after that run's."""

@@ -1,4 +1,4 @@
-"""AWS clients, one of each: made when a Lambda function is loaded, and elsewhere when they are needed."""
+"""AWS clients, one for each service: created when a Lambda function is loaded, otherwise at the first use."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Name = Literal["dynamodb", "events", "s3", "secretsmanager", "sqs", "stepfunctio
 RESOURCES: tuple[tuple[str, Name | Literal["lambda"]], ...] = (
     ("_TABLE", "dynamodb"),
     ("STATE_MACHINE_ARN", "stepfunctions"),
-    ("_TIMEOUT_SECONDS", "stepfunctions"),  # of a state that waits until its callback token is answered
+    ("_TIMEOUT_SECONDS", "stepfunctions"),  # timeout of a state that waits for its callback token
     ("_QUEUE", "sqs"),
     ("_SECRET", "secretsmanager"),
     ("_SIGNING_KEY", "secretsmanager"),
     ("_BUS", "events"),
     ("_FUNCTION", "lambda"),
 )
-"""How the name of an environment variable ends that tells of a resource, and the client that reaches it."""
+"""Suffix of an environment variable's name that refers to a resource, and the client for that resource."""
 
 _QUICK = {"connect_timeout": 2, "read_timeout": 10}
 
@@ -51,19 +51,19 @@ BUSY = frozenset(
         "TooManyRequestsException",
     }
 )
-"""The codes with which AWS refuses or fails a call for the moment; the same call may succeed later."""
+"""Error codes of temporary failures: the same call may succeed later."""
 
 
 def is_busy(code: str) -> bool:
-    """Return whether AWS's error code says that the same call may succeed later."""
+    """Return whether AWS's error code means that the same call may succeed later."""
     return code in BUSY
 
 
 @cache
 def client(name: Name) -> Any:
-    """The boto3 client of that service, with short timeouts and botocore's standard retries.
+    """Return the boto3 client of a service, with short timeouts and botocore's standard retries.
 
-    DynamoDB's has none: `qaes.adapters.dynamo` repeats its calls.
+    DynamoDB's client does not retry: `qaes.adapters.dynamo` does.
     """
     import boto3
 
@@ -73,17 +73,16 @@ def client(name: Name) -> Any:
 
 @cache
 def lambda_client() -> Any:
-    """For `invoke`: one attempt, since a failure is the state's to retry."""
+    """Return the Lambda client for `invoke`, with one attempt: the state machine retries."""
     import boto3
 
     return boto3.client("lambda", config=_config(retries={"max_attempts": 0}, connect_timeout=2, read_timeout=27))
 
 
 def prepare(*names: Name) -> None:
-    """Make the clients of a Lambda function while it is loaded: then it has a whole processor, and later a part of one.
+    """Create the clients of a Lambda function while it is loaded, when it has a whole processor.
 
-    They are those of the resources that the function's environment variables tell of, and `names`. Outside of Lambda,
-    nothing is made.
+    The function's environment variables and `names` determine the clients. Outside Lambda, nothing is created.
     """
     if "AWS_LAMBDA_FUNCTION_NAME" not in os.environ:
         return
@@ -93,12 +92,12 @@ def prepare(*names: Name) -> None:
 
 
 def invoke(function: str, event: dict[str, Any], what: str) -> Any:
-    """Invoke a function of this system, `what` it is, once; returns its answer.
+    """Invoke a function of this system once and return its result; `what` describes it in errors.
 
     Raises
     ------
     TransientError
-        The function did not answer, or has failed (ThrottledError while AWS throttles).
+        The function did not respond, or failed (ThrottledError if AWS throttles the call).
     """
     from botocore.exceptions import BotoCoreError, ClientError
 
@@ -107,18 +106,18 @@ def invoke(function: str, event: dict[str, Any], what: str) -> Any:
         answer = json.loads(response["Payload"].read())
     except ClientError as error:
         if is_busy(error.response["Error"]["Code"]):
-            raise ThrottledError(f"{what} is busy: try again") from error
-        raise TransientError(f"{what} did not answer ({type(error).__name__})") from error
+            raise ThrottledError(f"{what} is busy; try again") from error
+        raise TransientError(f"{what} did not respond ({type(error).__name__})") from error
     except (BotoCoreError, ValueError) as error:
-        raise TransientError(f"{what} did not answer ({type(error).__name__})") from error
+        raise TransientError(f"{what} did not respond ({type(error).__name__})") from error
     if isinstance(answer, dict) and answer.get("errorType") == ThrottledError.__name__:
-        raise ThrottledError(f"{what} is busy: try again")
+        raise ThrottledError(f"{what} is busy; try again")
     if response.get("FunctionError"):
-        raise TransientError(f"{what} failed to answer")
+        raise TransientError(f"{what} failed")
     return answer
 
 
 def reset() -> None:
-    """Forget all clients: for tests, whose AWS comes and goes."""
+    """Discard all clients: for tests, which start and stop their AWS."""
     client.cache_clear()
     lambda_client.cache_clear()

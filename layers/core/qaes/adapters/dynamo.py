@@ -1,12 +1,12 @@
-"""DynamoDB, with the one retry policy that every service has.
+"""DynamoDB calls with one retry policy for all services.
 
-A call that is throttled, not answered, or in conflict with another transaction is repeated after a random pause. When
-`PATIENCE_SECONDS` are over, it ends in an error that HTTP answers with 503 and the state machine retries. A condition
-that does not hold is never repeated here: the caller reads again and decides.
+A call is repeated after a random pause if it is throttled, gets no response, or conflicts with another transaction.
+After `PATIENCE_SECONDS` it raises an error, which HTTP reports as 503 and the state machine retries. A condition that
+does not hold is never retried here: the caller reads again and decides.
 
-A transaction carries a token, the same in every attempt: if an attempt was committed and its answer was lost, the next
-attempt succeeds and changes nothing. Conditional writes of a single item have no such token: their callers must accept
-that the condition may fail because of their own lost attempt.
+A transaction carries one token in all attempts: if an attempt was committed but its response was lost, the next
+attempt succeeds without a change. A conditional write of a single item has no such token: its caller must expect that
+the condition may fail because of its own lost attempt.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ PATIENCE_SECONDS = 5.0
 FIRST_PAUSE_SECONDS = 0.025
 LONGEST_PAUSE_SECONDS = 0.8
 URGENT_PATIENCE_SECONDS = 20.0
-"""The patience of an urgent transaction, whose pauses stay short: one that writes items which many others check."""
+"""Patience of an urgent transaction, which writes items that many other transactions check. Its pauses stay short."""
 URGENT_PAUSE_SECONDS = 0.05
 BATCH_GET = 100
-"""Most keys of a BatchGetItem."""
+"""Maximum number of keys in a BatchGetItem request."""
 
 _CONFLICTS = frozenset({"TransactionConflictException", "TransactionInProgressException", "TransactionConflict"})
 _BUSY_REASONS = frozenset({"TransactionConflict", "ThrottlingError", "ProvisionedThroughputExceeded"})
 
 
 class ConditionFailedError(Exception):
-    """A condition does not hold; `refused` lists the writes of the transaction (from 0) whose condition that is."""
+    """A condition does not hold; `refused` lists the transaction's writes (from 0) whose conditions failed."""
 
     def __init__(self, refused: tuple[int, ...] = (0,)) -> None:
         super().__init__("the condition does not hold")
@@ -45,16 +45,16 @@ class ConditionFailedError(Exception):
 
 
 def call(operation: str, **arguments: Any) -> dict[str, Any]:
-    """Call an operation of DynamoDB by the client's name for it, as `get_item`.
+    """Call an operation of DynamoDB by the client's method name, such as `get_item`.
 
     Raises
     ------
     ConditionFailedError
         The condition of the write, or of a write of the transaction, does not hold.
     ThrottledError
-        DynamoDB throttles the call, or others keep writing the same items.
+        DynamoDB throttles the call, or other callers keep writing the same items.
     TransientError
-        DynamoDB does not answer. A write may have been made.
+        DynamoDB does not respond. The write may have been made.
     """
     return _repeat(Pauses(), operation, **arguments)
 
@@ -70,20 +70,20 @@ def _repeat(pauses: Pauses, operation: str, **arguments: Any) -> dict[str, Any]:
 
 
 def transact(writes: Sequence[Item], *, urgent: bool = False) -> None:
-    """Write all or nothing; `urgent`: try more often, and for longer, while others use the items. Raises as `call`."""
+    """Write all items or none; `urgent`: retry faster and for longer if other callers use the items. Raises as `call`."""
     pauses = Pauses(URGENT_PATIENCE_SECONDS, URGENT_PAUSE_SECONDS) if urgent else Pauses()
     _repeat(pauses, "transact_write_items", TransactItems=list(writes), ClientRequestToken=str(uuid4()))
 
 
 def get(table: str, pk: str, sk: str) -> Item | None:
-    """Read one item, as it is now."""
+    """Read one item consistently."""
     found = call("get_item", TableName=table, Key=key(pk, sk), ConsistentRead=True)
     item: Item | None = found.get("Item")
     return item
 
 
 def get_many(table: str, keys: Sequence[Item], **options: Any) -> Iterator[Item]:
-    """Read those of the items that exist, in any order."""
+    """Read many items in any order. Items that do not exist are omitted."""
     for start in range(0, len(keys), BATCH_GET):
         left: Any = list(keys[start : start + BATCH_GET])
         pauses = Pauses()
@@ -97,7 +97,7 @@ def get_many(table: str, keys: Sequence[Item], **options: Any) -> Iterator[Item]
 
 
 def pages(operation: str = "query", **arguments: Any) -> Iterator[dict[str, Any]]:
-    """Read the pages of a query or a scan, each when it is needed."""
+    """Read the pages of a query or a scan lazily."""
     while True:
         page = call(operation, **arguments)
         yield page
@@ -119,24 +119,24 @@ def put_new(table: str, item: Item) -> Item:
 
 
 def put_after(table: str, item: Item, before: int, counter: str = "version") -> Item:
-    """Make the write of an item whose `counter` was `before` when it was read; 0: the item was not there."""
+    """Return a write that puts an item only if its `counter` is still `before`; 0: no item exists."""
     put = put_new(table, item)
     if before:
-        nobody_wrote_since = f"{counter} = :before"
+        counter_is_unchanged = f"{counter} = :before"
         put["Put"] |= {
-            "ConditionExpression": nobody_wrote_since,
+            "ConditionExpression": counter_is_unchanged,
             "ExpressionAttributeValues": {":before": {"N": str(before)}},
         }
     return put
 
 
 def key(pk: str, sk: str) -> Item:
-    """Make the key of an item."""
+    """Return the key attributes of an item."""
     return {"pk": {"S": pk}, "sk": {"S": sk}}
 
 
 class Pauses:
-    """Random pauses that grow (full jitter), until the patience is over."""
+    """Random, growing pauses (full jitter) within PATIENCE_SECONDS."""
 
     def __init__(self, patience: float | None = None, limit: float = LONGEST_PAUSE_SECONDS) -> None:
         self._end = time.monotonic() + (PATIENCE_SECONDS if patience is None else patience)
@@ -151,16 +151,16 @@ class Pauses:
 
 
 def _retryable(error: Exception) -> TransientError:
-    """Return the error to raise when no attempt is left. Raises at once if another attempt cannot help."""
+    """Return the error to raise when no attempt is left. Raises at once if a retry cannot help."""
     from botocore import exceptions
     from botocore.exceptions import BotoCoreError, ClientError
 
     if isinstance(error, (exceptions.ConnectionError, exceptions.HTTPClientError)):
-        failure = TransientError(f"the table did not answer ({type(error).__name__})")
+        failure = TransientError(f"the table did not respond ({type(error).__name__})")
         failure.__cause__ = error
         return failure
     if isinstance(error, BotoCoreError):
-        raise TransientError(f"the table could not be asked ({type(error).__name__})") from error
+        raise TransientError(f"the table could not be called ({type(error).__name__})") from error
     if not isinstance(error, ClientError):
         raise error
     code = str(error.response["Error"]["Code"])
@@ -172,7 +172,7 @@ def _retryable(error: Exception) -> TransientError:
         raise ConditionFailedError(refused) from error
     stated = set(reasons) - {None, "None"}
     if clients.is_busy(code) or code in _CONFLICTS or (stated and stated <= _BUSY_REASONS):
-        throttled = ThrottledError("the table is busy: try again")
+        throttled = ThrottledError("the table is busy; try again")
         throttled.__cause__ = error
         return throttled
     raise error

@@ -1,4 +1,4 @@
-"""The executions of the state machine: one for each task, under the task's id, and one for each retry of it."""
+"""The state machine's executions: one for each task, named by the task's id, and one for each retry of it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from qaes.domain.models import Approval, Task
 
 
 class Executions:
-    """Starts an execution, asks for its status, resumes it with a decision, and stops it.
+    """Starts, resumes and stops executions, and reads their status.
 
-    Every method raises TransientError if Step Functions does not answer, ThrottledError if it throttles the call.
+    Every method raises TransientError if Step Functions does not respond, ThrottledError if it throttles the call.
     """
 
     def __init__(self, state_machine_arn: str | None = None) -> None:
         self._arn = state_machine_arn or settings.text("STATE_MACHINE_ARN")
 
     def start(self, task: Task) -> None:
-        """Start the task's execution; the name makes it once."""
+        """Start the task's execution. The name ensures that it starts once."""
         step_functions = clients.client("stepfunctions")
         try:
             with _asking():
@@ -39,10 +39,10 @@ class Executions:
                     stateMachineArn=self._arn, name=task.execution_name, input=json.dumps({"task_id": task.task_id})
                 )
         except step_functions.exceptions.ExecutionAlreadyExists:
-            logger().info("the execution had been started already", extra={"task_id": task.task_id})
+            logger().info("the execution was already started", extra={"task_id": task.task_id})
 
     def status(self, task: Task) -> str | None:
-        """RUNNING, SUCCEEDED, FAILED, TIMED_OUT or ABORTED; None when there is no execution."""
+        """Return RUNNING, SUCCEEDED, FAILED, TIMED_OUT or ABORTED; None if the execution does not exist."""
         step_functions = clients.client("stepfunctions")
         try:
             with _asking():
@@ -53,9 +53,9 @@ class Executions:
         return status
 
     def running(self, has_time: Callable[[], bool]) -> set[str]:
-        """List the names of the executions that run, a thousand a call, while there is time.
+        """List the names of the running executions, a thousand for each call, while there is time.
 
-        The list may be a moment old, and incomplete when time was short: `status` is exact.
+        The list is eventually consistent, and incomplete if time runs short. `status` is exact.
         """
         names: set[str] = set()
         arguments: dict[str, Any] = {"stateMachineArn": self._arn, "statusFilter": "RUNNING", "maxResults": 1000}
@@ -69,7 +69,7 @@ class Executions:
         return names
 
     def stop(self, task: Task, reason: str) -> None:
-        """Stop the task's execution; one that was never started, or has ended, needs no stopping."""
+        """Stop the task's execution. An execution that never started or has ended is ignored."""
         step_functions = clients.client("stepfunctions")
         try:
             with _asking():
@@ -82,9 +82,9 @@ class Executions:
 
     @staticmethod
     def deliver(task_id: str, approval: Approval) -> bool:
-        """Resume the execution that waits for this decision; False when it no longer waits (delivered, or too late).
+        """Resume the execution that waits for this decision. Return False if it no longer waits.
 
-        What is sent only wakes the execution, and names the way it goes: it reads the decision from the table.
+        The message only resumes the execution and selects its branch: the execution reads the decision from the table.
         """
         token = CallbacksTable().token("APPROVAL", task_id, approval.step_index)
         if token is None:
@@ -93,33 +93,33 @@ class Executions:
             return answer(token, {"decision": approval.status})
         if approval.status == "rejected":
             return fail(token, ApprovalRejectedError(compliance.REJECTED))
-        return fail(token, ApprovalExpiredError("nobody decided in time"))
+        return fail(token, ApprovalExpiredError("no decision was made in time"))
 
 
 @contextmanager
 def _asking() -> Iterator[None]:
-    """Turn the errors of AWS that another call may not meet into this project's."""
+    """Convert AWS's temporary errors into this project's errors."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         yield
     except BotoCoreError as error:
-        raise TransientError(f"Step Functions did not answer ({type(error).__name__})") from error
+        raise TransientError(f"Step Functions did not respond ({type(error).__name__})") from error
     except ClientError as error:
         if clients.is_busy(error.response["Error"]["Code"]):
-            raise ThrottledError("Step Functions is busy: try again") from error
+            raise ThrottledError("Step Functions is busy; try again") from error
         raise
 
 
 def answer(token: str, output: dict[str, Any]) -> bool:
-    """Let the execution go on that waits under this callback token; False when none waits under it any more."""
+    """Continue the execution that waits for this callback token. Return False if none waits for it any more."""
     return _send("send_task_success", taskToken=token, output=json.dumps(output))
 
 
 def fail(token: str, error: Exception) -> bool:
-    """Fail the state that waits under this callback token with the error's class; False when none waits any more.
+    """Fail the state that waits for this callback token with the error's class. Return False if none waits any more.
 
-    The cause is what a QaesError says. What else an exception says is for the log.
+    The cause is the message of a QaesError. Other messages are for the log only.
     """
     cause = error.message if isinstance(error, QaesError) else ""
     return _send("send_task_failure", taskToken=token, error=type(error).__name__, cause=cause)
@@ -136,6 +136,6 @@ def _send(operation: str, **arguments: str) -> bool:
         with _asking():
             getattr(step_functions, operation)(**arguments)
     except gone as error:
-        logger().info("nobody waits for this any more", extra={"reason": type(error).__name__})
+        logger().info("no execution waits for this token any more", extra={"reason": type(error).__name__})
         return False
     return True

@@ -1,10 +1,10 @@
-"""What the handler of every function does besides its work.
+"""Common behaviour of every function's handler.
 
-`function` gives each invocation a correlation id for its log, and answers a warm-up at once. `state` is for the states
-of the state machine: it also logs one line, with the task's id, that says what the state came to.
+`function` sets a correlation id for the log of each invocation, and returns from a warm-up at once. `state` is for
+states of the state machine: it also logs one line with the task's id and the outcome of the state.
 
-A warm-up is the event `{"warm_up": true}`. It loads the function, which makes its AWS clients; it calls nothing and
-changes nothing. Only a role that may invoke the function can send one: API Gateway, streams and queues wrap theirs.
+A warm-up is the event `{"warm_up": true}`. It loads the function, which creates its AWS clients, and has no other
+effect. Only a role that can invoke the function can send it: API Gateway, streams and queues wrap their events.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _OUTCOMES = ("verdict", "status", "state")
 
 
 def function(handler: Handler) -> Handler:
-    """Decorate a handler whose invocations are correlated by Lambda's request id, if the handler sets no other.
+    """Decorate a handler. The correlation id is Lambda's request id, unless the handler sets another.
 
-    In Lambda, this also makes the function's AWS clients.
+    In Lambda, this also creates the function's AWS clients.
     """
     clients.prepare()
 
@@ -46,8 +46,8 @@ def function(handler: Handler) -> Handler:
 def state(name: str) -> Callable[[Handler], Handler]:
     """Decorate the handler of a state.
 
-    The line says `<state>: <outcome>`. The outcome is what the handler has noted as `outcome`, or the answer's
-    `verdict`, `status` or `state`, or the class of the exception that the handler raises.
+    The log line is `<state>: <outcome>`. The outcome is the handler's noted `outcome`, or the result's `verdict`,
+    `status` or `state`, or the class of the handler's exception.
     """
 
     def decorate(handler: Handler) -> Handler:
@@ -76,10 +76,10 @@ def state(name: str) -> Callable[[Handler], Handler]:
 
 
 def token_state(name: str) -> Callable[[Handler], Handler]:
-    """Decorate the handler of a state that waits for its callback token to be answered (`task_token`).
+    """Decorate the handler of a state that waits for a response to its callback token (`task_token`).
 
-    If the handler raises, the token is answered with the error, so that the state goes by the error's name at once. An
-    error that stops the step is an outcome of the handler; every other one is raised as well.
+    If the handler raises, the token is failed with the error, so the state machine sees the error's name at once. An
+    error that stops the step is an outcome of the handler; every other error is also raised.
     """
 
     def decorate(handler: Handler) -> Handler:
@@ -92,7 +92,7 @@ def token_state(name: str) -> Callable[[Handler], Handler]:
                 executions.fail(str(event["task_token"]), stopped)
                 return {"status": type(stopped).__name__}
             except Exception as error:
-                with suppress(Exception):  # where the function's own failure counts, it is the same
+                with suppress(Exception):  # if this fails, the function's own error has the same effect
                     executions.fail(str(event["task_token"]), error)
                 raise
 

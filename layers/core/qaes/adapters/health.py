@@ -1,4 +1,4 @@
-"""The health route of a service: whether every part that the service needs answers."""
+"""The health route of a service: checks every dependency of the service."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qaes.adapters.logs import logger
 
 
 class Healthy(BaseModel):
-    """Every part that the service needs answers."""
+    """Every dependency of the service responds."""
 
     status: Literal["healthy"]
     service: str
@@ -24,7 +24,7 @@ class Healthy(BaseModel):
 
 
 class Unhealthy(BaseModel):
-    """The parts that do not answer."""
+    """The dependencies that do not respond."""
 
     status: Literal["unhealthy"]
     service: str
@@ -34,7 +34,7 @@ class Unhealthy(BaseModel):
 
 
 def add_health(app: FastAPI, path: str, checks: dict[str, Callable[[], object]]) -> None:
-    """`GET path`: healthy when none of `checks` raises; otherwise 503 with the names of those that did."""
+    """Add `GET path`: 200 if no check raises, otherwise 503 with the names of the failed checks."""
     service: str = app.state.service
 
     def health() -> JSONResponse:
@@ -42,7 +42,7 @@ def add_health(app: FastAPI, path: str, checks: dict[str, Callable[[], object]])
         for name, check in checks.items():
             try:
                 check()
-            except Exception as error:  # noqa: BLE001 - whatever it is, the part is not healthy
+            except Exception as error:  # noqa: BLE001 - any error means that the dependency is not healthy
                 logger().warning("unhealthy", extra={"part": name, "error": type(error).__name__})
                 failing.append(name)
         if not failing:
@@ -52,11 +52,11 @@ def add_health(app: FastAPI, path: str, checks: dict[str, Callable[[], object]])
             "service": service,
             "version": VERSION,
             "failing": failing,
-            "detail": f"does not answer: {', '.join(failing)}",
+            "detail": f"no response from: {', '.join(failing)}",
         }
         return JSONResponse(body, 503, {"Retry-After": str(RETRY_AFTER_SECONDS)})
 
-    health.__doc__ = "Healthy when every part that the service needs answers; 503 names those that do not."
+    health.__doc__ = "Return 200 if every dependency of the service responds; 503 names the dependencies that do not."
     app.add_api_route(
         path,
         health,
@@ -68,10 +68,10 @@ def add_health(app: FastAPI, path: str, checks: dict[str, Callable[[], object]])
 
 
 def tasks_table_answers() -> None:
-    """Check for `add_health`: the tasks table is there."""
+    """Check for `add_health` that the tasks table exists."""
     dynamo.call("describe_table", TableName=settings.text("TASKS_TABLE"))
 
 
 def state_machine_answers() -> None:
-    """Check for `add_health`: the state machine is there."""
+    """Check for `add_health` that the state machine exists."""
     clients.client("stepfunctions").describe_state_machine(stateMachineArn=settings.text("STATE_MACHINE_ARN"))

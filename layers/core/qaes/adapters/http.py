@@ -1,7 +1,7 @@
-"""HTTP as every service speaks it: strict JSON in, `application/problem+json` (RFC 9457) out, who calls, health.
+"""The HTTP conventions of every service: strict JSON input, `application/problem+json` (RFC 9457) errors, the caller.
 
-Errors of the domain are turned into answers here and nowhere else. An answer never repeats a value that was sent, and
-a log never holds a body or a token.
+Only this module converts domain errors into responses. A response never repeats a received value, and a log never
+contains a body or a token.
 """
 
 from __future__ import annotations
@@ -85,11 +85,11 @@ PROBLEM_SCHEMA = {
 PROBLEM_ANSWER: dict[int | str, dict[str, Any]] = {
     "default": {"description": "A problem (RFC 9457)", "content": {PROBLEM: {"schema": PROBLEM_SCHEMA}}}
 }
-"""What a route's document says of its errors."""
+"""The errors in every route's document."""
 
 
 def create_app(service: str) -> FastAPI:
-    """Make the FastAPI application of a service, with this project's errors, headers and JSON.
+    """Create the FastAPI application of a service, with this project's errors, headers and JSON.
 
     It serves no documentation pages; `app.openapi()` is the document.
     """
@@ -97,7 +97,7 @@ def create_app(service: str) -> FastAPI:
         title=f"QAES {service}",
         openapi_url=None,
         redirect_slashes=False,
-        # Older clients send JSON without saying so.
+        # Older clients send JSON without a content type.
         strict_content_type=False,
         responses=PROBLEM_ANSWER,
     )
@@ -111,10 +111,9 @@ def create_app(service: str) -> FastAPI:
 
 
 def make_handler(app: FastAPI) -> Callable[[dict[str, Any], LambdaContext], dict[str, Any]]:
-    """Make the Lambda handler of an application behind the REST API; API Gateway's request id correlates its logs.
+    """Create the Lambda handler of an application behind the REST API, with API Gateway's request id in its logs.
 
-    Each request is one line of the log: its method, its route, the status of the answer, and the task's id if it is
-    about a task.
+    The log has one line for each request: method, route, status, and the task's id if the request concerns a task.
     """
     mangum = Mangum(
         app, lifespan="off", api_gateway_base_path=BASE_PATH, text_mime_types=["text/", "application/json", PROBLEM]
@@ -128,15 +127,15 @@ def make_handler(app: FastAPI) -> Callable[[dict[str, Any], LambdaContext], dict
     return handler
 
 
-# Who calls
+# The caller
 
 
 @dataclass(frozen=True)
 class Caller:
-    """Who calls, as the authorizer verified; `four_eyes` is off in the local stage's stub mode alone.
+    """The caller, as verified by the authorizer; `four_eyes` is off only in the local stage's stub mode.
 
-    `agent` is the client of an agent (`AgentClientIds`) that calls, None when a person calls. It has the roles of an
-    agent alone, whatever roles it comes with.
+    `agent` is the calling client of an agent (`AgentClientIds`), or None if a person calls. An agent has only the
+    roles of an agent, regardless of its token.
     """
 
     subject: str
@@ -149,24 +148,24 @@ class Caller:
             object.__setattr__(self, "roles", frozenset(AGENT_ROLES))
 
     def has(self, *roles: str) -> bool:
-        """Whether the caller has one of `roles`; an operator has all of them."""
+        """Return whether the caller has one of `roles`. An operator has all roles."""
         return "operator" in self.roles or not self.roles.isdisjoint(roles)
 
     def may_change(self, requester: str) -> bool:
-        """Whether this caller may cancel or retry a task of `requester`: its requester may, and an operator."""
+        """Return whether this caller may cancel or retry a task of `requester`: its requester and operators may."""
         return "operator" in self.roles or self.subject == requester
 
     def may_see(self, requester: str) -> bool:
-        """Whether a task of `requester` is there for this caller: approvers and auditors see all, others their own."""
+        """Return whether this caller may see `requester`'s task: approvers and auditors see all, others their own."""
         return self.has("approver", "auditor") or self.subject == requester
 
 
 def caller(request: Request) -> Caller:
-    """Tell who calls; 401 when no authorizer has vouched for anybody."""
+    """Return the caller. 401 if no authorizer has verified the request."""
     context = _event(request.scope).get("requestContext", {}).get("authorizer") or {}
     subject = context.get("principalId")
     if not isinstance(subject, str) or not subject:
-        raise HTTPException(401, "A valid bearer token is needed.", {"WWW-Authenticate": "Bearer"})
+        raise HTTPException(401, "Send a valid bearer token.", {"WWW-Authenticate": "Bearer"})
     roles = frozenset(str(context.get("roles", "")).split())
     agent = context.get("agent")
     four_eyes = context.get("auth_mode") != "stub"
@@ -174,10 +173,10 @@ def caller(request: Request) -> Caller:
 
 
 def require(*roles: str, deciding: bool = False) -> Callable[[Request], Coroutine[Any, Any, Caller]]:
-    """Make a dependency: the caller, who must have one of `roles`; 403 otherwise.
+    """Return a dependency: the caller, who must have one of `roles`; otherwise 403.
 
-    A `deciding` operation is for people: an agent gets 403, whatever its roles. Each operation that changes anything
-    is deciding, but for those that tests/openapi/test_roles.py lists as an agent's.
+    A `deciding` operation is for people: an agent gets 403, regardless of its roles. Every operation that makes a
+    change is deciding, except those that tests/openapi/test_roles.py lists as open to agents.
     """
 
     async def one_of(request: Request) -> Caller:
@@ -188,7 +187,7 @@ def require(*roles: str, deciding: bool = False) -> Callable[[Request], Coroutin
             raise ForbiddenError(f"this needs the role {' or '.join(roles)}")
         return found
 
-    one_of.roles = roles  # type: ignore[attr-defined] # for the API's document, which so cannot say anything else
+    one_of.roles = roles  # type: ignore[attr-defined] # for the API's document, so that both always agree
     one_of.deciding = deciding  # type: ignore[attr-defined] # likewise
     return one_of
 
@@ -197,21 +196,21 @@ EVERY_ROLE = require("requester", "approver", "auditor")
 """The dependency of a route that every role may call."""
 
 OPEN: dict[str, Any] = {"security": []}
-"""`openapi_extra` of a route that everybody may call."""
+"""`openapi_extra` of a route without authentication."""
 
-# For the document alone: what is no id is not found, as an id of nothing is.
+# For the document only: a malformed id returns 404, like an unknown one.
 TaskId = Annotated[str, Path(json_schema_extra={"pattern": TASK_ID_PATTERN})]
 PlanId = Annotated[str, Path(json_schema_extra={"pattern": PLAN_ID_PATTERN})]
 Sha256 = Annotated[str, Path(alias="hash", json_schema_extra={"pattern": "^[0-9a-fA-F]{64}$"})]
 
 
 def roles_of(route: APIRoute) -> tuple[str, ...] | None:
-    """Return the roles of which a caller of `route` needs one, with the operator's; None when it is open to everybody.
+    """Return the roles that allow a call of `route`, including the operator's; None if it needs no authentication.
 
     Raises
     ------
     LookupError
-        The route has no rule, and is not marked `open`.
+        The route has no `require`, and is not marked `OPEN`.
     """
     if route.openapi_extra == OPEN:
         return None
@@ -219,15 +218,15 @@ def roles_of(route: APIRoute) -> tuple[str, ...] | None:
         roles: tuple[str, ...] | None = getattr(dependency.call, "roles", None)
         if roles is not None:
             return tuple(role for role in ROLES if role in roles or role == "operator")
-    raise LookupError(f"{route.path} does not say who may call it")
+    raise LookupError(f"{route.path} has no rule for its callers: add `require` or `OPEN`")
 
 
 def is_deciding(route: APIRoute) -> bool:
-    """Whether `route` is for people alone (`require(…, deciding=True)`)."""
+    """Return whether `route` is for people only (`require(…, deciding=True)`)."""
     return any(getattr(dependency.call, "deciding", False) for dependency in route.dependant.dependencies)
 
 
-# Errors as they go out
+# Errors
 
 
 def _problem(
@@ -247,11 +246,11 @@ def _problem(
 
 class _Problem(JSONResponse):
     def render(self, content: object) -> bytes:
-        return json.dumps(content).encode()  # ASCII: whatever a message repeats is inert
+        return json.dumps(content).encode()  # ASCII: every character of a message is harmless
 
 
 def _event(scope: Scope) -> dict[str, Any]:
-    """Find API Gateway's event, which Mangum keeps in the scope."""
+    """Return API Gateway's event, which Mangum keeps in the scope."""
     event: dict[str, Any] = scope.get("aws.event", {})
     return event
 
@@ -279,13 +278,13 @@ async def _validation_error(request: Request, error: RequestValidationError) -> 
 
 
 async def _http_error(request: Request, error: HTTPException) -> Response:
-    detail = {404: "There is no such route.", 405: "The route does not have this method."}
+    detail = {404: "This route does not exist.", 405: "The route does not have this method."}
     text = detail.get(error.status_code, error.detail)
     return _problem(request.scope, error.status_code, text, headers=dict(error.headers or {}))
 
 
 def _unexpected(scope: Scope, error: Exception) -> Response:
-    """500, or 503 when AWS did not answer. The log tells where it happened; the error's text may hold what was sent."""
+    """Return 500, or 503 if AWS did not respond. The log has the location; the error's text may contain input."""
     from botocore.exceptions import BotoCoreError, ClientError
 
     logger().error(
@@ -295,12 +294,12 @@ def _unexpected(scope: Scope, error: Exception) -> Response:
     code = error.response.get("Error", {}).get("Code", "") if isinstance(error, ClientError) else ""
     if isinstance(error, BotoCoreError) or clients.is_busy(code):
         retry = {"Retry-After": str(RETRY_AFTER_SECONDS)}
-        return _problem(scope, 503, "A part of the service does not answer: try again.", headers=retry)
-    return _problem(scope, 500, "The service failed; the correlation id finds the reason in its log.")
+        return _problem(scope, 503, "A part of the service does not respond; try again.", headers=retry)
+    return _problem(scope, 500, "The service failed. Search its log for the correlation id.")
 
 
 class _Edge:
-    """The outermost layer: headers on every answer, and an answer to every error."""
+    """The outermost layer: headers for every response, and a response to every error."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -316,13 +315,13 @@ class _Edge:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers.update(_HEADERS)
-                headers.setdefault("cache-control", "no-store")  # only what can never change says otherwise
+                headers.setdefault("cache-control", "no-store")  # only immutable responses override this
                 if headers.get("content-type") == "application/octet-stream":
-                    # Bytes leave Lambda as base64, and a client that takes no octets gets them so: another length.
+                    # Lambda returns bytes as base64. A client that does not accept octets gets base64: another length.
                     del headers["content-length"]
                 if correlation_id:
                     headers["x-correlation-id"] = correlation_id
-                if origin:  # API Gateway answers the preflight; what it passes on comes from here
+                if origin:  # API Gateway handles the preflight request; this header is for the others
                     headers["access-control-allow-origin"] = origin
                     headers["access-control-expose-headers"] = _EXPOSED_HEADERS
                     headers.add_vary_header("Origin")
@@ -330,14 +329,14 @@ class _Edge:
 
         try:
             await self.app(scope, receive, send_with_headers)
-        except Exception as error:  # noqa: BLE001 - the edge: there is nobody else to catch it
+        except Exception as error:  # noqa: BLE001 - the outermost layer: no caller can catch it
             await _unexpected(scope, error)(scope, receive, send_with_headers)
         finally:
             _report(scope, status, int((time.perf_counter() - started) * 1000))
 
 
 def _report(scope: Scope, status: int, milliseconds: int) -> None:
-    """Log what the request came to: its route as the document has it, and nothing that the client wrote but ids."""
+    """Log the outcome of a request: its route as in the document, and no input except ids."""
     route = getattr(scope.get("route"), "path", "no route")
     task_id = str(scope.get("path_params", {}).get("task_id", ""))
     logs.note(outcome=status, task_id=task_id if is_task_id(task_id) else None)

@@ -1,4 +1,4 @@
-"""The one way to the ledger. It has a short timeout and no retries of its own: those are the state's."""
+"""Client of the ledger's functions. It has a short timeout and does not retry: the state machine retries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qaes.domain.policy import Policy
 T = TypeVar("T")
 
 CALL_SECONDS = 30
-"""No call takes longer: to connect, and to wait for the ledger's function. Who has less time left begins none."""
+"""Maximum duration of a call, from the connection to the response. Start no call with less time left."""
 
 _FUNCTIONS = {
     "transfer": "LEDGER_TRANSFER_FUNCTION",
@@ -22,57 +22,57 @@ _FUNCTIONS = {
     "settle_policy": "LEDGER_RECORD_FUNCTION",
     "submit_anchor": "LEDGER_ANCHOR_FUNCTION",
 }
-"""Which variable names the function that changes something; all that reads is LEDGER_FUNCTION's."""
+"""Environment variable with the function for each writing operation; LEDGER_FUNCTION has all reading operations."""
 
 
 class LedgerClient:
-    """Asks the qubic service's functions: a caller has the names, and the rights, of those that it needs.
+    """Invokes the qubic service's functions. A caller has the names, and the rights, of only those that it needs.
 
-    Every method raises PermanentError when the ledger says no, LimitError when too much waits to be written,
-    TransientError when it cannot be asked (ThrottledError while AWS throttles), and SettingsError when the
-    environment names no function for it.
+    Every method raises PermanentError if the ledger rejects the request, LimitError if its queue is full,
+    TransientError if it does not respond (ThrottledError if AWS throttles the call), and SettingsError if the
+    environment names no function for the operation.
 
     Parameters
     ----------
     function_name
-        Ask this function, whatever it is. By default the one that the environment names for the operation.
+        Function for all operations. By default, the environment names the function for each operation.
     """
 
     def __init__(self, function_name: str | None = None) -> None:
         self._function_name = function_name
 
     def policy(self) -> Policy:
-        """The policy in force."""
+        """Return the policy in force."""
         return Policy.model_validate(self._call("policy"))
 
     def policy_and_balance(self, address: str) -> tuple[Policy, WalletBalance | PermanentError]:
-        """The policy in force, and the answer of `wallet_balance`, which may be a refusal: one call for both."""
+        """Return the policy in force and the result or error of `wallet_balance`, in one call."""
         answer = self._call("policy", address=address)
         return Policy.model_validate(answer), _or_refusal(answer["balance"], _wallet_balance)
 
     def policy_and_check(
         self, *, source: str, destination: str, amount: int
     ) -> tuple[Policy, tuple[WalletBalance, str | None] | PermanentError]:
-        """The policy in force, and the answer of `check_transfer` under it, which may be a refusal: one call."""
+        """Return the policy in force and the result or error of `check_transfer` under it, in one call."""
         terms = {"source": source, "destination": destination, "amount": amount}
         answer = self._call("policy", transfer=terms)
         return Policy.model_validate(answer), _or_refusal(answer["transfer"], _checked_transfer)
 
     def balance(self, address: str) -> int:
-        """The balance of `address` in QU."""
+        """Return the balance of `address` in QU."""
         return self.wallet_balance(address).balance
 
     def wallet_balance(self, address: str) -> WalletBalance:
-        """The balance of `address`, what of it is available, and the tick as of which that is."""
+        """Return the balance of `address`, its available part, and the tick of these values."""
         return _wallet_balance(self._call("balance", address=address))
 
     def transfer(
         self, *, reference: str, source: str, destination: str, amount: int, requester: str, run: int = 1
     ) -> dict[str, Any]:
-        """Sign and hand in a transfer of `amount` QU, once for each `reference`; its state, as `transfer_state`.
+        """Sign and submit a transfer of `amount` QU, once for each `reference`. Return its state, as `transfer_state`.
 
-        It is under way when this answers, not made. Asked again, the same transfer answers; only when it has expired,
-        and `run` is a later one than before, is it signed anew. The ledger derives the policy's rule from the transfer.
+        The result means in flight, not completed. A repetition returns the same transfer. It is signed again only if it
+        has expired and `run` is a later one. The ledger derives the policy's rule from the transfer.
         """
         return self._call(
             "transfer",
@@ -85,55 +85,55 @@ class LedgerClient:
         )
 
     def transfer_state(self, reference: str) -> dict[str, Any]:
-        """`{state, txid, tick, error}` of a transfer; `state` is signed, broadcast, confirmed, expired or failed."""
+        """Return `{state, txid, tick, error}`; `state` is signed, broadcast, confirmed, expired or failed."""
         return self._call("transfer_state", reference=reference)
 
     def check_transfer(self, *, source: str, destination: str, amount: int) -> tuple[WalletBalance, str | None]:
-        """Return the balance of the wallet that is to pay, and why the day's limit has no room now; reserve nothing.
+        """Return the balance of the source and, if today's limit has no room, the reason. Nothing is reserved.
 
-        Raises PermanentError when the ledger would refuse the transfer on any day: `not_allowed`, `over_max_amount`,
-        `daily_limit_exceeded`, `address_not_allowed`, `no_key` or `invalid_address`. The balance decides nothing here.
+        Raises PermanentError if the ledger would reject the transfer on any day: `not_allowed`, `over_max_amount`,
+        `daily_limit_exceeded`, `address_not_allowed`, `no_key` or `invalid_address`. The balance is not checked.
         """
         return _checked_transfer(self._call("check_transfer", source=source, destination=destination, amount=amount))
 
     def policy_document(self, policy_id: str) -> dict[str, Any]:
-        """`{policy_id, version, text, hash, txid, tick, encoded}`: a version's canonical text, and what anchors it."""
+        """Return `{policy_id, version, text, hash, txid, tick, encoded}`: a version's text and its transaction."""
         return self._call("policy_document", policy_id=policy_id)
 
     def write(self, hash_: str, metadata: dict[str, Any], *, written_by: str) -> dict[str, Any]:
-        """Write a hash for an operator, once for ever: `{txid, hash, tick, timestamp, state, network}`.
+        """Record a hash for an operator, once: `{txid, hash, tick, timestamp, state, network}`.
 
-        It is on the ledger when its state is `confirmed`. Raises LimitError when too much waits to be written.
+        It is on the ledger if its state is `confirmed`. Raises LimitError if the ledger's queue is full.
         """
         return self._call("write", hash=hash_, metadata=metadata, written_by=written_by)
 
     def record_instruction(self, hash_: str, *, reference: str, requester: str) -> dict[str, Any]:
-        """Write the hash of a task's instruction, once: `{txid, hash, tick, state}`, as `write`."""
+        """Record the hash of a task's instruction, once: `{txid, hash, tick, state}`, as `write`."""
         return self._call("record_instruction", hash=hash_, reference=reference, requester=requester)
 
     def settle_policy(self) -> None:
-        """Have the version of the policy that is on its way handed in, or put in force if the ledger has it."""
+        """Submit the outstanding version of the policy, or put it in force if the ledger has it."""
         self._call("settle_policy")
 
     def identity(self) -> str:
-        """The identity of the ledger's own key."""
+        """Return the identity of the ledger's own key."""
         return str(self._call("identity")["identity"])
 
     def submit_anchor(self, *, log_id: str, sequence: int, payload: str) -> dict[str, Any]:
-        """Write an anchor's payload (hex), once for each log and sequence number; its state, as `anchor_state`."""
+        """Record an anchor's payload (hex), once for each log and sequence number. Return `anchor_state`."""
         return self._call("submit_anchor", log_id=log_id, sequence=sequence, payload=payload)
 
     def anchor_state(self, *, log_id: str, sequence: int) -> dict[str, Any]:
-        """`{state, txid, tick, source, encoded, network}` of an anchor; `encoded` is the signed transaction in base64.
+        """Return `{state, txid, tick, source, encoded, network}` of an anchor; `encoded` is the transaction in base64.
 
-        Raises PermanentError (`not_found`) when it was never submitted.
+        Raises PermanentError (`not_found`) if it was never submitted.
         """
         return self._call("anchor_state", log_id=log_id, sequence=sequence)
 
     def verify(self, hash_: str) -> dict[str, Any]:
-        """`{hash, verified, kind, state, txid, tick, timestamp}`; `verified` only when its transaction is confirmed.
+        """Return `{hash, verified, kind, state, txid, tick, timestamp}`; `verified` if the transaction is confirmed.
 
-        `kind` is `instruction` for the record of a task's instruction, `hash` for what an operator wrote.
+        `kind` is `instruction` for the hash of a task's instruction, `hash` for a hash from an operator.
         """
         return self._call("verify", hash=hash_)
 
@@ -147,7 +147,7 @@ class LedgerClient:
         function = self._function_name or settings.text(_FUNCTIONS.get(operation, "LEDGER_FUNCTION"))
         answer = clients.invoke(function, {"operation": operation, **arguments}, "the ledger")
         if not isinstance(answer, dict) or "ok" not in answer:
-            raise TransientError("the ledger failed to answer")
+            raise TransientError("the ledger failed")
         return _result(answer)
 
 

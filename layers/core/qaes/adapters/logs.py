@@ -1,7 +1,7 @@
-"""One structured logger for a service, whose lines a person can read and find by the task's id.
+"""One structured logger for each service, with readable lines that contain the task's id.
 
-An INFO line has at most `MAX_LINE_BYTES`: what one request, state or decision came to. No line holds a token, a body or
-a parameter.
+An INFO line has at most `MAX_LINE_BYTES` and reports the outcome of one request, state or decision. No line contains a
+token, a body or a parameter.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _noted: ContextVar[dict[str, Any]] = ContextVar("noted")
 
 
 class _Formatter(LambdaPowertoolsFormatter):
-    """Leaves out of INFO lines what only helps to find the cause of a problem."""
+    """Omits from INFO lines the fields that only help to find the cause of a problem."""
 
     def serialize(self, log: Any) -> str:
         if log.get("level") == "INFO":
@@ -31,23 +31,23 @@ class _Formatter(LambdaPowertoolsFormatter):
 
 @cache
 def logger() -> Logger:
-    """The service's logger (name and level from POWERTOOLS_SERVICE_NAME and POWERTOOLS_LOG_LEVEL)."""
+    """Return the service's logger (name: POWERTOOLS_SERVICE_NAME, level: POWERTOOLS_LOG_LEVEL)."""
     return Logger(logger_formatter=_Formatter(use_rfc3339=True, utc=True))
 
 
 def note(**fields: str | int | bool | None) -> None:
-    """Add fields to the line with which this invocation reports what it came to; None adds nothing."""
+    """Add fields to the report line of this invocation; None adds nothing."""
     _noted.get().update({name: value for name, value in fields.items() if value is not None})
 
 
 def has_noted(field: str) -> bool:
-    """Whether this invocation has noted a field."""
+    """Return whether this invocation has noted a field."""
     return field in _noted.get()
 
 
 @contextmanager
 def invocation(correlation_id: str | None) -> Iterator[None]:
-    """Give each line inside of the `with` block a correlation id, and begin with nothing noted."""
+    """Give each line inside the `with` block a correlation id, and discard earlier notes."""
     before, noted = logger().get_correlation_id(), _noted.set({})
     logger().set_correlation_id(correlation_id)
     try:
@@ -58,7 +58,7 @@ def invocation(correlation_id: str | None) -> Iterator[None]:
 
 
 def report(message: str, milliseconds: int) -> None:
-    """Write the line that says what this invocation came to, with all that was noted."""
+    """Write the report line of this invocation with all noted fields."""
     fields = dict(_noted.get())
     outcome = fields.pop("outcome", None)
     logger().info(f"{message}: {outcome}" if outcome else message, extra=fields | {"ms": milliseconds})

@@ -1,4 +1,4 @@
-"""Metrics in CloudWatch's embedded format: a line in the log, and no call."""
+"""Metrics in CloudWatch's embedded format: a line in the log instead of a call."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ NAMESPACE = "QAES"
 
 
 def count(event: Event) -> None:
-    """Count what happened to a task: a metric for each kind of event, `TaskEnded` say, by its status."""
+    """Count a task's event: one metric for each kind of event, for example `TaskEnded` by status."""
     from aws_lambda_powertools.metrics import MetricUnit, single_metric
 
     name = "".join(word.capitalize() for word in event.kind.split("_"))
@@ -18,7 +18,7 @@ def count(event: Event) -> None:
 
 
 def count_one(name: str) -> None:
-    """Count something that is not about a task, and that an alarm is made of."""
+    """Count an occurrence that an alarm uses and that does not belong to a task."""
     from aws_lambda_powertools.metrics import MetricUnit, single_metric
 
     with single_metric(name=name, unit=MetricUnit.Count, value=1, namespace=namespace()):
@@ -26,7 +26,7 @@ def count_one(name: str) -> None:
 
 
 def open_approvals(ages: list[float]) -> None:
-    """Tell how many approvals are open, and since when the oldest of `ages` (seconds); 0 and 0 when there are none."""
+    """Publish the number of open approvals and the age of the oldest from `ages` (seconds); 0 and 0 without any."""
     from aws_lambda_powertools.metrics import MetricUnit, single_metric
 
     oldest = max(ages, default=0)
@@ -39,5 +39,5 @@ def open_approvals(ages: list[float]) -> None:
 
 
 def namespace() -> str:
-    """A stack's own, so that two of them in one account are not added up."""
+    """Return the namespace of this stack, so that metrics of two stacks in one account stay separate."""
     return settings.optional("METRICS_NAMESPACE") or NAMESPACE

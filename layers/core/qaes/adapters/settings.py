@@ -1,4 +1,4 @@
-"""Settings from the environment: read when first needed, each missing one named at once."""
+"""Settings from the environment. They are read at the first use, and an error names the missing variable."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 class SettingsError(RuntimeError):
-    """An environment variable is missing or not of its form."""
+    """An environment variable is missing or malformed."""
 
 
 def text(name: str) -> str:
@@ -17,12 +17,12 @@ def text(name: str) -> str:
 
 
 def optional(name: str) -> str:
-    """Return a setting that may be left out: an empty text then."""
+    """Return an optional setting; empty if it is not set."""
     return os.environ.get(name, "")
 
 
 def number(name: str) -> int:
     value = text(name)
     if not value.isdecimal():
-        raise SettingsError(f"the environment variable {name} is not a number")
+        raise SettingsError(f"the environment variable {name} must be a number")
     return int(value)

@@ -1,7 +1,7 @@
-"""Index keys that many tasks write at the same time, spread over several partitions: one takes 1,000 writes a second.
+"""Sharded keys for busy indexes: many tasks write them at once, and one partition takes 1,000 writes a second.
 
-A key has the number of its shard, which is a hash of the task's id. A task never changes its shard, so a reader of all
-shards of a key finds every task once. A status in which tasks stay keeps one key: a list of it reads one partition.
+A key contains the number of its shard, a hash of the task's id. A task's shard never changes, so a reader of all
+shards of a key finds every task once. A status in which tasks stay for long has one key: a list reads one partition.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 from zlib import crc32
 
 IN_FLIGHT = "transfer_under_way"
-"""`status_key` of a step whose transfer is in flight: it has an old word, which items have (decision 19)."""
+"""`status_key` of a step whose transfer is in flight. Stored items have this older word (decision 19)."""
 
 SPREAD = frozenset({"pending", "executing", IN_FLIGHT})
-"""The keys of `by_status` that every task enters and leaves within seconds."""
+"""Keys of `by_status` that every task enters and leaves within seconds."""
 STATUS_SHARDS = 4
 DAY_SHARDS = 8
 

@@ -1,8 +1,8 @@
-"""Requests as every service takes them: nothing in them may be read in two ways, or deceive who reads it later.
+"""Strict checks of every request: nothing in it can be read in two ways, or deceive a later reader.
 
-A body is JSON without what readers read differently. A query has the parameters of its route, each once. Text has no
-character that `qaes.domain.text` refuses, wherever it stands. All of it is checked before a model sees it, and after
-the caller's role.
+A body is JSON without constructs that parsers read differently. A query has only the parameters of its route, each
+once. Text has no character that `qaes.domain.text` rejects. These checks run after the check of the caller's role and
+before any model.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from qaes.domain.text import flaw_of, inert, json_inert
 MAX_BODY_BYTES = 256 * 1024
 MAX_DEPTH = 32
 MAX_INTEGER = 2**53 - 1
-"""Beyond it JSON's readers disagree about which integer was meant (RFC 8259, section 6)."""
+"""JSON parsers disagree about larger integers (RFC 8259, section 6)."""
 MAX_QUERY_VALUE = 256
-"""Letters of one query parameter; a route may allow fewer."""
+"""Maximum length of a query parameter; a route may allow less."""
 
-# JSON as it comes in
+# JSON input
 
 
 class _Unacceptable:
-    """Stands in a parsed body for what JSON's grammar lets through and we do not."""
+    """Placeholder in a parsed body for a value that JSON's grammar allows but this API rejects."""
 
     def __init__(self, reason: str) -> None:
         self.reason = reason
 
 
 class StrictRoute(APIRoute):
-    """Checks who calls, the query, the headers and the body, in this order, and runs the endpoint where it is.
+    """Checks the caller, the query, the headers and the body, in this order, and runs the endpoint in the same thread.
 
-    FastAPI hands a plain function to another thread, so that others are served meanwhile. Lambda sends one request at a
-    time: there are no others, and the thread would only cost.
+    FastAPI runs a plain function in another thread, to serve other requests in the meantime. Lambda sends one request
+    at a time, so the thread would only cost time.
     """
 
     def __init__(self, path: str, endpoint: Callable[..., object], **options: Any) -> None:
@@ -76,19 +76,19 @@ _ONE_MEANING = ("Authorization", "Content-Type")
 
 
 def _of(dependant: Any, kind: str) -> list[Any]:
-    """Return the parameters of a route and of what it depends on."""
+    """Return the parameters of a route and of its dependencies."""
     inner = [each for dependency in dependant.dependencies for each in _of(dependency, kind)]
     return [*getattr(dependant, kind), *inner]
 
 
 def _check_query(request: Request, known: dict[str, Any]) -> None:
-    """Raise RequestValidationError unless each parameter is one of the route's, stands once and has one meaning."""
+    """Raise RequestValidationError unless each parameter belongs to the route, occurs once and has one meaning."""
     flaws: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
         if name not in known:
-            flaws[name] = "this route has no such query parameter"
+            flaws[name] = "is not a query parameter of this route"
         elif len(request.query_params.getlist(name)) > 1:
-            flaws[name] = "stands more than once"
+            flaws[name] = "occurs more than once"
         elif flaw := _flaw_of_value(value, known[name]):
             flaws[name] = flaw
     if flaws:
@@ -97,25 +97,25 @@ def _check_query(request: Request, known: dict[str, Any]) -> None:
 
 def _flaw_of_value(value: str, annotation: Any) -> str | None:
     if not value:
-        return "is empty: leave the parameter out"
+        return "is empty: omit the parameter"
     if len(value) > MAX_QUERY_VALUE:
-        return f"has more than {MAX_QUERY_VALUE} letters"
+        return f"has more than {MAX_QUERY_VALUE} characters"
     if int in (annotation, *get_args(annotation)) and not re.fullmatch("-?(0|[1-9][0-9]*)", value):
-        return "is no whole number, or not in its one spelling"
+        return "must be a whole number without extra zeros, signs or spaces"
     return flaw_of(value, lines=False)
 
 
 def _check_headers(request: Request, names: tuple[str, ...]) -> None:
-    """Raise RequestValidationError when a header that has one meaning stands twice: Mangum joins its values."""
+    """Raise RequestValidationError if a single-valued header occurs twice: Mangum would join the values."""
     sent = request.scope.get("aws.event", {}).get("multiValueHeaders") or {}
     counts = Counter(name.lower() for name, values in sent.items() for _ in values)
     repeated = [name for name in names if counts[name.lower()] > 1]
     if repeated:
-        raise RequestValidationError([{"loc": ("header", name), "msg": "stands more than once"} for name in repeated])
+        raise RequestValidationError([{"loc": ("header", name), "msg": "occurs more than once"} for name in repeated])
 
 
 def _inert(response: Response) -> Response:
-    r"""Write hidden characters of a JSON answer as `\uXXXX`: stored text may be older than the rules for it."""
+    r"""Write hidden characters of a JSON response as `\uXXXX`: stored text may be older than the rules for text."""
     kind = response.headers.get("content-type", "")
     body = bytes(response.body)
     if kind.partition(";")[0].endswith("json") and not body.isascii():
@@ -140,15 +140,15 @@ class _StrictRequest(Request):
 
 
 def parse_json(body: bytes) -> object:
-    """Read a JSON text (RFC 8259), without what different readers read differently; None when it is empty.
+    """Parse a JSON text (RFC 8259) without ambiguous constructs. Return None for an empty body.
 
     Raises
     ------
     HTTPException
-        413 when it is longer than `MAX_BODY_BYTES`, 400 when it is not JSON in UTF-8.
+        413 if it is longer than `MAX_BODY_BYTES`, 400 if it is not JSON in UTF-8.
     InvalidInputError
-        An integer beyond 2^53 - 1, a number that is not finite, a name that stands twice, text that deceives its reader
-        (a name has no line breaks either), or a nesting deeper than `MAX_DEPTH`; `field` names the place.
+        The body has an integer above 2^53 - 1, a number that is not finite, a duplicate name, deceptive text (a name
+        must not have line breaks either), or more than `MAX_DEPTH` levels; `field` names the place.
     """
     if len(body) > MAX_BODY_BYTES:
         raise HTTPException(413, f"The body is larger than {MAX_BODY_BYTES} bytes.")
@@ -165,7 +165,7 @@ def parse_json(body: bytes) -> object:
     except ValueError as error:
         raise HTTPException(400, "The body is not JSON.") from error
     except RecursionError as error:
-        raise InvalidInputError(f"nested deeper than {MAX_DEPTH} levels", field="body") from error
+        raise InvalidInputError(f"must have at most {MAX_DEPTH} levels", field="body") from error
     for path, reason in _unacceptable(value):
         raise InvalidInputError(reason, field=dotted(path))
     return value
@@ -174,28 +174,28 @@ def parse_json(body: bytes) -> object:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
-        found[name] = _Unacceptable("the name stands twice") if name in found else value
+        found[name] = _Unacceptable("the name occurs twice") if name in found else value
     return found
 
 
 def _integer(text: str) -> int | _Unacceptable:
-    # int() of thousands of digits is slow, and refused by Python beyond 4,300.
+    # int() is slow for thousands of digits, and Python rejects more than 4,300.
     value = int(text) if len(text) <= 17 else MAX_INTEGER + 1
-    return value if abs(value) <= MAX_INTEGER else _Unacceptable("an integer must not be beyond 2^53 - 1")
+    return value if abs(value) <= MAX_INTEGER else _Unacceptable("an integer must be at most 2^53 - 1")
 
 
 def _float(text: str) -> float | _Unacceptable:
     value = float(text)
     if abs(value) == float("inf"):
         return _Unacceptable("a number must be finite")
-    # 1e20 is the integer 100000000000000000000 in canonical JSON, and read back as one.
+    # 1e20 is the integer 100000000000000000000 in canonical JSON, and parsers read it as an integer.
     if value.is_integer() and abs(value) > MAX_INTEGER:
-        return _Unacceptable("a number without a fraction must not be beyond 2^53 - 1")
+        return _Unacceptable("a number without a fraction must be at most 2^53 - 1")
     return value
 
 
 def _unacceptable(value: object) -> Iterator[tuple[tuple[object, ...], str]]:
-    """Find where `value` holds something unacceptable, and what."""
+    """Yield the path and the reason of each unacceptable value."""
     left: list[tuple[tuple[object, ...], object]] = [((), value)]
     while left:
         path, each = left.pop()
@@ -204,7 +204,7 @@ def _unacceptable(value: object) -> Iterator[tuple[tuple[object, ...], str]]:
         elif isinstance(each, str) and (flaw := flaw_of(each)):
             yield path, flaw
         elif isinstance(each, dict | list) and len(path) >= MAX_DEPTH:
-            yield path[:2], f"nested deeper than {MAX_DEPTH} levels"
+            yield path[:2], f"must have at most {MAX_DEPTH} levels"
         elif isinstance(each, dict):
             for name, inner in each.items():
                 if flaw := flaw_of(name, lines=False):
@@ -215,5 +215,5 @@ def _unacceptable(value: object) -> Iterator[tuple[tuple[object, ...], str]]:
 
 
 def dotted(path: tuple[object, ...]) -> str:
-    """Name a place in a body or a query, fit to be shown."""
+    """Return the path of a value in a body or a query, safe to display."""
     return inert(".".join(str(part) for part in path)[:256]) or "body"

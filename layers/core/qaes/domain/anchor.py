@@ -1,6 +1,6 @@
-"""What is written to the ledger for the log: its size and root, chained to what was written before.
+"""The anchor's payload on the ledger: the log's size and root, chained to the previous anchor.
 
-93 bytes, numbers little-endian as in the Qubic transaction that carries them:
+93 bytes. Numbers are little-endian, as in the Qubic transaction that carries them:
 
 | offset | bytes | field |
 |---|---|---|
@@ -9,10 +9,10 @@
 | 5 | 8 | log id: the first 8 bytes of SHA-256 of the log's name |
 | 13 | 8 | size of the log, uint64 |
 | 21 | 32 | root of the log at that size |
-| 53 | 32 | SHA-256 of the payload of the anchor before; zeros in the first |
+| 53 | 32 | SHA-256 of the previous anchor's payload; zeros in the first |
 | 85 | 8 | sequence, uint64: 0 for the first anchor |
 
-Source: the project's own format, docs/audit.md.
+Source: this project's own format, docs/audit.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.qubic.transaction import Transaction
 
 ANCHOR_INPUT_TYPE = 0x5141
-"""The input type of the transaction: no protocol meaning."""
+"""Input type of the transaction. It has no meaning in the Qubic protocol."""
 MAGIC = b"QAES"
 VERSION = 1
 LOG_ID_BYTES = 8
@@ -37,7 +37,7 @@ PAYLOAD_BYTES = _LAYOUT.size
 
 
 def log_id_bytes(name: str) -> bytes:
-    """The 8 bytes that stand for a log's name."""
+    """Return the 8 bytes that identify a log in its anchors."""
     return hashlib.sha256(name.encode("utf-8")).digest()[:LOG_ID_BYTES]
 
 
@@ -50,11 +50,11 @@ class AnchorPayload:
     log_id
         `log_id_bytes` of the log's name.
     size, root
-        Of the whole log; never empty.
+        Size and root of the whole log; the size is at least 1.
     previous
-        `digest` of the anchor before; FIRST when `sequence` is 0.
+        `digest` of the previous anchor; FIRST if `sequence` is 0.
     sequence
-        How many anchors there were before.
+        Number of earlier anchors.
 
     Raises
     ------
@@ -71,40 +71,40 @@ class AnchorPayload:
     def __post_init__(self) -> None:
         sizes = (len(self.log_id), len(self.root), len(self.previous))
         if sizes != (LOG_ID_BYTES, HASH_BYTES, HASH_BYTES):
-            raise ProofError("payload", "a field of the anchor has another length")
+            raise ProofError("payload", "a field of the anchor has the wrong length")
         if not 1 <= self.size < 1 << 64 or not 0 <= self.sequence < 1 << 64:
             raise ProofError("payload", "a number of the anchor is out of range")
         if (self.sequence == 0) != (self.previous == FIRST):
-            raise ProofError("payload", "the first anchor, and no other, has none before it")
+            raise ProofError("payload", "exactly the first anchor must have no previous anchor")
 
     def encode(self) -> bytes:
-        """The 93 bytes."""
+        """Return the 93 bytes of the payload."""
         return _LAYOUT.pack(MAGIC, VERSION, self.log_id, self.size, self.root, self.previous, self.sequence)
 
     @property
     def digest(self) -> bytes:
-        """SHA-256 of the payload, which the next anchor names."""
+        """Return the SHA-256 of the payload, which the next anchor contains."""
         return hashlib.sha256(self.encode()).digest()
 
     def next(self, *, size: int, root: bytes) -> AnchorPayload:
-        """The anchor after this one. Raises ProofError when the log has not grown."""
+        """Return the anchor after this one. Raises ProofError if the log has not grown."""
         if size <= self.size:
             raise ProofError("payload", "the log has not grown since the last anchor")
         return AnchorPayload(self.log_id, size, root, self.digest, self.sequence + 1)
 
 
 def decode(payload: bytes) -> AnchorPayload:
-    """The anchor of its 93 bytes. Raises ProofError (`payload`) for anything else."""
+    """Decode 93 bytes. Raises ProofError (`payload`) if they are not an anchor."""
     if len(payload) != PAYLOAD_BYTES:
-        raise ProofError("payload", f"an anchor has {PAYLOAD_BYTES} bytes")
+        raise ProofError("payload", f"an anchor must have {PAYLOAD_BYTES} bytes")
     magic, version, log_id, size, root, previous, sequence = _LAYOUT.unpack(payload)
     if (magic, version) != (MAGIC, VERSION):
-        raise ProofError("payload", "not an anchor of this version")
+        raise ProofError("payload", "the bytes are not an anchor of this version")
     return AnchorPayload(log_id, size, root, previous, sequence)
 
 
 def failed_checks(found: Transaction, payload: bytes, *, txid: str, tick: int, source: str) -> list[str]:
-    """Name the parts of a transaction that are not those of the anchor with this payload."""
+    """Return the names of the transaction's parts that do not match the anchor with this payload."""
     held = {
         "payload": found.payload == payload,
         "input type": found.input_type == ANCHOR_INPUT_TYPE,

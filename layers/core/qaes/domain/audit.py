@@ -1,4 +1,4 @@
-"""Audit entries: one chain for each stream, in which every entry names the hash of the one before.
+"""Audit entries: one chain for each stream, in which every entry contains the hash of the previous one.
 
 A stream is a task, named by its id, or the policy (`policy_events.STREAM`). Entries of a task have version 1, all
 others version 2, which adds the stream's name.
@@ -28,7 +28,7 @@ HashOrNone = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
 
 
 class BrokenChainError(QaesError):
-    """A chain does not hold: `seq` is the first entry (from 1) that is wrong, `check` what is wrong with it."""
+    """A chain does not hold: `seq` is the first wrong entry (from 1), and `check` the failed check."""
 
     def __init__(self, seq: int, check: Check, message: str) -> None:
         super().__init__(f"entry {seq}: {message}", seq=seq, check=check)
@@ -54,7 +54,7 @@ class _Entry(Model):
 
 
 class TaskEntry(_Entry):
-    """What happened to a task, as it is hashed. Without a step, `step_index` is -1 and `step_type` the kind."""
+    """A task's event in the form that is hashed. Without a step, `step_index` is -1 and `step_type` is the kind."""
 
     v: Literal[1] = 1
     task_id: str
@@ -65,7 +65,7 @@ class TaskEntry(_Entry):
 
 
 class PolicyEntry(_Entry):
-    """What happened to the policy, as it is hashed. It is about no task, no plan and no step."""
+    """An event of the policy in the form that is hashed. It has no task, no plan and no step."""
 
     v: Literal[2] = 2
     stream: Literal["policy"] = STREAM
@@ -81,10 +81,10 @@ _ENTRY: TypeAdapter[AuditEntry] = TypeAdapter(Annotated[AuditEntry, Field(discri
 
 
 def build_entry(event: Event, *, log_id: str, task_id: str, seq: int, prev: str) -> TaskEntry:
-    """Make the entry for `event`, whose number in its task is `seq`; `prev` is the leaf hash of the entry before.
+    """Build the entry for `event`, number `seq` of its task; `prev` is the leaf hash of the previous entry.
 
-    The nonce is random, so that nobody finds out what an entry says by hashing guesses. Two calls give two entries:
-    the one that is stored first is the entry.
+    The nonce is random, so hashing guesses does not reveal an entry's text. Two calls return two different entries; the
+    one that is stored first counts.
     """
     return TaskEntry(
         log_id=log_id,
@@ -107,7 +107,7 @@ def build_entry(event: Event, *, log_id: str, task_id: str, seq: int, prev: str)
 
 
 def build_policy_entry(event: PolicyEvent, *, log_id: str, prev: str) -> PolicyEntry:
-    """Make the entry for an event of the policy, as `build_entry`; its number is the event's."""
+    """Build the entry for an event of the policy, as `build_entry`; its number is the event's."""
     return PolicyEntry(
         log_id=log_id,
         seq=event.number,
@@ -128,36 +128,36 @@ def build_policy_entry(event: PolicyEvent, *, log_id: str, prev: str) -> PolicyE
 
 
 def entry_text(entry: AuditEntry) -> str:
-    """Write the RFC 8785 text that is stored and hashed."""
+    """Return the RFC 8785 text that is stored and hashed."""
     return canonical_json(entry.model_dump(mode="json"))
 
 
 def parse_entry(text: str) -> AuditEntry:
-    """Read a stored text.
+    """Parse a stored text.
 
     Raises
     ------
     InvalidInputError
-        It is not an entry, or is written in another way than `entry_text` writes it.
+        The text is not an entry, or is not in the canonical form of `entry_text`.
     """
     try:
         entry = _ENTRY.validate_json(text, strict=True)
     except ValidationError as error:
-        raise InvalidInputError("not an audit entry") from error
+        raise InvalidInputError("the text is not an audit entry") from error
     if entry_text(entry) != text:
-        raise InvalidInputError("not the canonical text of the entry")
+        raise InvalidInputError("the text is not the canonical text of the entry")
     return entry
 
 
 def verify_chain(links: Iterable[tuple[str, str]], *, log_id: str, stream: str) -> str:
-    """Check a stream's whole chain, or the beginning of it.
+    """Check a stream's whole chain, or a prefix of it.
 
     Parameters
     ----------
     links
-        (text, leaf hash) of each entry as stored, from the first.
+        (text, leaf hash) of each stored entry, from the first.
     log_id, stream
-        What the entries must belong to: known to the caller, never taken from the entries.
+        The log and the stream that the entries must belong to. The caller provides them; the entries do not.
 
     Returns
     -------
@@ -167,8 +167,8 @@ def verify_chain(links: Iterable[tuple[str, str]], *, log_id: str, stream: str) 
     Raises
     ------
     BrokenChainError
-        The first link that does not hold. Its `check`: `text` (no canonical entry), `log` (of another log or stream),
-        `seq` (a gap), `prev` (does not name the entry before) or `leaf` (the text has another hash).
+        The first link that does not hold. Its `check`: `text` (not a canonical entry), `log` (another log or stream),
+        `seq` (a gap), `prev` (wrong previous entry) or `leaf` (another hash).
     """
     prev = GENESIS
     for seq, (text, leaf) in enumerate(links, start=1):
@@ -177,11 +177,11 @@ def verify_chain(links: Iterable[tuple[str, str]], *, log_id: str, stream: str) 
         except InvalidInputError as error:
             raise BrokenChainError(seq, "text", error.message) from error
         if (entry.log_id, entry.stream_name()) != (log_id, stream):
-            raise BrokenChainError(seq, "log", "it belongs to another log or stream")
+            raise BrokenChainError(seq, "log", "the entry belongs to another log or stream")
         if entry.seq != seq:
             raise BrokenChainError(seq, "seq", f"its number is {entry.seq}")
         if entry.prev != prev:
-            raise BrokenChainError(seq, "prev", "it does not name the entry before")
+            raise BrokenChainError(seq, "prev", "the entry does not name the previous entry")
         if leaf_hash(text) != leaf:
             raise BrokenChainError(seq, "leaf", "its text does not have the recorded hash")
         prev = leaf

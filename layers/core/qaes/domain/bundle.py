@@ -1,8 +1,7 @@
-"""A task's bundle: all that an offline verifier needs, in one file (docs/audit.md, verifier/verify_bundle.py).
+"""A task's bundle: the complete input of an offline verifier in one file (docs/audit.md, verifier/verify_bundle.py).
 
-There is no value in it that the verifier does not check, but for `network`: the request, the plan,
-the approvals and the results are the inputs and outputs of the entries, disclosed together with the salt of their
-hashes, and stand nowhere else.
+The verifier checks every value in it except `network`. The request, the plan, the approvals and the results are the
+inputs and outputs of the entries, disclosed with the salt of their hashes. They occur nowhere else.
 """
 
 from __future__ import annotations
@@ -33,16 +32,16 @@ Prove = Callable[[int, int], Sequence[bytes]]
 
 @dataclass(frozen=True)
 class TrailEntry:
-    """An entry as it is stored.
+    """A stored entry.
 
     Attributes
     ----------
     text
         The canonical text of the entry.
     input, output
-        The canonical JSON of what its `input_hash` and `output_hash` are the salted hashes of.
+        Canonical JSON of the values behind its salted `input_hash` and `output_hash`.
     index
-        Its place in the log, from 0; None when it has none yet.
+        Its place in the log, from 0; None if it has no place yet.
     """
 
     text: str
@@ -53,14 +52,14 @@ class TrailEntry:
 
 @dataclass(frozen=True)
 class PolicyTrailEntry:
-    """An entry of the policy's stream as it is stored, and the salt of its two hashes."""
+    """A stored entry of the policy's stream, and the salt of its two hashes."""
 
     entry: TrailEntry
     salt: str
 
 
 class BundleEntry(Model):
-    """An entry with its proof; `index` and `proof` are None when the anchor does not cover it."""
+    """An entry with its proof; `index` and `proof` are None if the anchor does not cover it."""
 
     text: str
     input: str
@@ -70,13 +69,13 @@ class BundleEntry(Model):
 
 
 class BundlePolicyEntry(BundleEntry):
-    """An entry of the policy's stream; `salt` is that of its two hashes alone."""
+    """An entry of the policy's stream; `salt` belongs to its two hashes only."""
 
     salt: str
 
 
 class BundleAnchor(Model):
-    """The transaction on the ledger: hex of its payload, base64 of all its bytes."""
+    """The anchor's transaction on the ledger: its payload in hex, and all its bytes in base64."""
 
     payload: str
     transaction: str
@@ -85,9 +84,9 @@ class BundleAnchor(Model):
 
 
 class Bundle(Model):
-    """The file of a task, without entries of the policy's stream.
+    """The bundle file of a task, without entries of the policy's stream.
 
-    `policies` are documents by the SHA-256 of their texts, `salt` is the task's.
+    `policies` maps the SHA-256 of a policy document to its text; `salt` is the task's.
     """
 
     format: Literal["qaes-bundle-1"] = FORMAT
@@ -126,27 +125,27 @@ def build_bundle(
     policies: Iterable[str],
     policy_entries: Sequence[PolicyTrailEntry] = (),
 ) -> dict[str, Any]:
-    """Put a bundle together, from the stored parts as they are: whether they hold is for the verifier to find.
+    """Build a bundle from the stored parts, unchanged: the verifier checks whether they hold.
 
     Parameters
     ----------
     log_id, network, task_id, salt
-        Of the log, of its anchors, of the task.
+        Ids of the log, of its network and of the task, and the task's salt.
     entries
         The task's whole trail, from its first entry.
     anchored
-        The bytes of the transaction of the newest confirmed anchor, or of any other; None when there is none yet.
+        Bytes of the transaction of a confirmed anchor, usually the newest; None if no anchor is confirmed.
     prove
-        Makes an inclusion proof; called for each entry that the anchor covers.
+        Computes an inclusion proof; called for each entry that the anchor covers.
     policies
-        The texts of the policy documents that `policy_ids` names.
+        Texts of the policy documents that `policy_ids` returns.
     policy_entries
-        The entries of the policy's stream that `policy_numbers` names. Without any, the bundle is of format 1.
+        Entries of the policy's stream that `policy_numbers` returns. Without any, the bundle has format 1.
 
     Raises
     ------
     ProofError
-        `anchored` is no transaction with an anchor (`payload`).
+        `anchored` is not a transaction with an anchor (`payload`).
     """
     anchor = size = None
     if anchored is not None:
@@ -204,7 +203,7 @@ def _shifted(moment: str, by: timedelta) -> str:
 
 
 def policy_ids(entries: Iterable[TrailEntry]) -> set[str]:
-    """Which policies a task's trail refers to: pinned by its plan, in force when a step was begun, or seen by one."""
+    """Return the policies of a task's trail: pinned by its plan, in force at a step's start, or reported by one."""
     found: set[str] = set()
     for entry in entries:
         said = json.loads(entry.text)
@@ -219,7 +218,7 @@ def _anchor(encoded: bytes) -> tuple[BundleAnchor, int]:
     try:
         sent = transaction.decode(encoded)
     except ValueError as error:
-        raise ProofError("payload", f"not a transaction: {error}") from error
+        raise ProofError("payload", f"the bytes are not a transaction: {error}") from error
     size = decode_anchor(sent.payload).size
     anchor = BundleAnchor(
         payload=sent.payload.hex(),

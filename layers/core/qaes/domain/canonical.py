@@ -1,4 +1,4 @@
-"""One text for one value: RFC 8785 (JSON Canonicalization Scheme) and its SHA-256."""
+"""Canonical texts of values (RFC 8785, JSON Canonicalization Scheme), and their SHA-256."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SALT_LETTERS = 32
 
 
 def canonical_json(value: Any) -> str:
-    """The RFC 8785 text of `value`.
+    """Return the RFC 8785 text of `value`.
 
     Raises
     ------
@@ -24,25 +24,25 @@ def canonical_json(value: Any) -> str:
     try:
         return rfc8785.dumps(value).decode("utf-8")
     except (rfc8785.CanonicalizationError, UnicodeError, RecursionError) as error:
-        raise InvalidInputError(f"cannot be kept as JSON: {type(error).__name__}") from error
+        raise InvalidInputError(f"cannot be stored as JSON: {type(error).__name__}") from error
 
 
 def sha256_hex(data: str | bytes) -> str:
-    """SHA-256 of bytes, or of the UTF-8 of a text, as 64 hex letters."""
+    """Return the SHA-256 of bytes, or of the UTF-8 of a text, as 64 hexadecimal digits."""
     return hashlib.sha256(data.encode("utf-8") if isinstance(data, str) else data).hexdigest()
 
 
 def hash_of(value: Any) -> str:
-    """SHA-256 of the canonical text of `value`, as 64 hex letters."""
+    """Return the SHA-256 of the canonical text of `value`, as 64 hexadecimal digits."""
     return sha256_hex(canonical_json(value))
 
 
 def salted_hash(salt: str, value: Any) -> str:
-    """`hash_of` with a secret `salt` beside the value.
+    """Return `hash_of` the value together with a secret `salt`.
 
-    Who knows the hash but not the salt (128 random bits of the task, as 32 hex letters) finds nothing out by hashing
-    guesses; who is shown the salt can check the hash.
+    The salt is 128 random bits of the task, as 32 hexadecimal digits. Without it, hashing guesses does not reveal the
+    value; with it, anyone can check the hash.
     """
     if len(salt) != SALT_LETTERS or not set(salt) <= set("0123456789abcdef"):
-        raise InvalidInputError(f"a salt has {SALT_LETTERS} hexadecimal digits", field="salt")
+        raise InvalidInputError(f"a salt must have {SALT_LETTERS} hexadecimal digits", field="salt")
     return hash_of({"salt": salt, "value": value})

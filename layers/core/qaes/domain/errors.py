@@ -1,20 +1,20 @@
-"""What can go wrong, each with one meaning; turned into HTTP once, at the edge (`qaes.adapters.http`).
+"""The errors of this project, each with one meaning. Only `qaes.adapters.http` converts them to HTTP.
 
 QaesError
-├── InvalidInputError   the caller sent something that is not acceptable; `field` names it   (422)
+├── InvalidInputError   the input is not acceptable; `field` names the wrong part            (422)
 ├── ForbiddenError      the caller may not do this                                           (403)
-├── NotFoundError       there is no such thing, or the caller may not know of it             (404)
-├── ConflictError       it cannot be done in the present state                               (409)
-├── LimitError          the caller has too much in flight: later                             (429)
-├── PermanentError      an outside system said no, for good: never retry                     (422)
-├── StoppedError        a step may not run, or has failed: the state machine knows each by its class
-│   ├── StepDeniedError         a policy, a limit or the ledger does not let it run
-│   ├── ApprovalNeededError     people must approve it first
-│   ├── ApprovalRejectedError   an approver rejected it
-│   ├── ApprovalExpiredError    nobody decided in time
-│   └── StepFailedError         it has failed, which is on record
-└── TransientError      an outside system did not answer: retry                              (503)
-    └── ThrottledError      AWS refuses calls for now: retry for minutes                     (503)
+├── NotFoundError       the item does not exist, or is hidden from the caller                (404)
+├── ConflictError       the current state does not allow this                                (409)
+├── LimitError          too much is in flight for the caller: try again later                (429)
+├── PermanentError      an outside system rejected the request: do not retry                 (422)
+├── StoppedError        a step must not run, or has failed; the state machine uses the class
+│   ├── StepDeniedError         a policy, a limit or the ledger does not allow the step
+│   ├── ApprovalNeededError     people must approve the step first
+│   ├── ApprovalRejectedError   an approver rejected the step
+│   ├── ApprovalExpiredError    no decision was made in time
+│   └── StepFailedError         the step has failed, and its failure is recorded
+└── TransientError      an outside system did not respond: retry                             (503)
+    └── ThrottledError      AWS throttles the call: retry for minutes                        (503)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 
 class QaesError(Exception):
-    """Base of all errors of this project; `message` is fit to be shown to a user."""
+    """Base of all errors of this project; `message` may be shown to users."""
 
     def __init__(self, message: str, *, field: str | None = None, **details: Any) -> None:
         super().__init__(message)
@@ -33,27 +33,27 @@ class QaesError(Exception):
 
 
 class InvalidInputError(QaesError):
-    """The input is not acceptable; `field` is the dotted path of the part that is wrong."""
+    """The input is not acceptable; `field` is the dotted path of the wrong part."""
 
 
 class ForbiddenError(QaesError):
-    """The caller is known and may not do this."""
+    """The caller is authenticated, but may not do this."""
 
 
 class NotFoundError(QaesError):
-    """There is no such thing, or the caller may not know that there is."""
+    """The item does not exist, or is hidden from the caller."""
 
 
 class ConflictError(QaesError):
-    """The present state does not allow it; `details` may carry that state."""
+    """The current state does not allow this; `details` may contain that state."""
 
 
 class LimitError(QaesError):
-    """The caller has as much in flight as is allowed: to be tried again when some of it has ended."""
+    """The caller has the maximum in flight. Try again after some of it has ended."""
 
 
 class PermanentError(QaesError):
-    """An outside system refused, and would refuse again; `code` is a stable word for the reason."""
+    """An outside system rejected the request, and would reject it again; `code` is a stable word for the reason."""
 
     def __init__(self, code: str, message: str, **details: Any) -> None:
         super().__init__(message, **details)
@@ -61,11 +61,11 @@ class PermanentError(QaesError):
 
 
 class StoppedError(QaesError):
-    """A step may not run now, or has failed. Another attempt would meet the same: the state machine retries none."""
+    """A step must not run now, or has failed. A retry would not help, so the state machine never retries it."""
 
 
 class StepDeniedError(StoppedError):
-    """A policy, a limit or the ledger does not let the step run."""
+    """A policy, a limit or the ledger does not allow the step."""
 
 
 class ApprovalNeededError(StoppedError):
@@ -77,16 +77,16 @@ class ApprovalRejectedError(StoppedError):
 
 
 class ApprovalExpiredError(StoppedError):
-    """Nobody decided on the step in time."""
+    """No decision on the step was made in time."""
 
 
 class StepFailedError(StoppedError):
-    """The step has failed, which is on record."""
+    """The step has failed, and its failure is recorded."""
 
 
 class TransientError(QaesError):
-    """An outside system could not be asked, or its answer was not received: the outcome is unknown."""
+    """An outside system did not respond, or its response was lost: the outcome is unknown."""
 
 
 class ThrottledError(TransientError):
-    """AWS refuses a call because there are too many: the state machine retries it by this name, for minutes."""
+    """AWS throttles a call. The state machine matches this name, and retries for minutes."""

@@ -18,7 +18,7 @@ PLAN_ID_PATTERN = rf"^plan_{_UUID7}$"
 
 
 def uuid7() -> uuid.UUID:
-    """A UUID of version 7 (RFC 9562, section 5.7): 48 bits of Unix milliseconds, then 74 random bits."""
+    """Return a UUID of version 7 (RFC 9562, section 5.7): 48 bits of Unix milliseconds, then 74 random bits."""
     value = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(os.urandom(10), "big")
     value = value & ~(0xF << 76) | 0x7 << 76
     value = value & ~(0x3 << 62) | 0x2 << 62
@@ -42,12 +42,12 @@ def is_plan_id(text: str) -> bool:
 
 
 def now() -> datetime:
-    """The present moment, aware, in UTC."""
+    """Return the current time in UTC, with its time zone."""
     return datetime.now(UTC)
 
 
 def timestamp(moment: datetime) -> str:
-    """ISO 8601 with milliseconds and a `Z`: `2026-11-23T12:00:00.000Z`. Text order is time order."""
+    """Return ISO 8601 with milliseconds and a `Z`: `2026-11-23T12:00:00.000Z`. Text order is time order."""
     return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 

@@ -1,7 +1,7 @@
-"""The Merkle tree of RFC 6962: hashes, roots, and the checking of proofs.
+"""The Merkle tree of RFC 6962: hashes, roots, and the verification of proofs.
 
-Sources: RFC 6962, section 2.1 (the hashes); RFC 9162, sections 2.1.3.2 and 2.1.4.2 (the checks, whose steps are named
-in the comments). How proofs are made is in `qaes.domain.tiles`; nothing here trusts it.
+Sources: RFC 6962, section 2.1 (the hashes); RFC 9162, sections 2.1.3.2 and 2.1.4.2 (the verification, whose steps the
+comments name). `qaes.domain.tiles` computes proofs; this module does not trust it.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from qaes.domain.errors import QaesError
 
 HASH_BYTES = 32
 EMPTY_ROOT = hashlib.sha256(b"").digest()
-"""The root of a tree without leaves."""
+"""Root of a tree without leaves."""
 
 
 class ProofError(QaesError):
-    """A proof, or what it is signed with, does not hold; `check` is one word for what is wrong.
+    """A proof, or its signature, does not hold; `check` is the failed check.
 
-    `size` (no such tree), `index` (no such leaf in it), `form` (not hashes), `short`, `long` (another number of hashes
-    than the proof has), `root` (another tree), `tile` (a tile is not there). Of notes: `text`, `key`, `signature`; of
-    anchors: `payload`.
+    `size` (no tree has this size), `index` (the tree does not have this leaf), `form` (malformed hashes), `short`,
+    `long` (wrong number of hashes), `root` (another tree), `tile` (missing tile). For notes: `text`, `key`,
+    `signature`; for anchors: `payload`.
     """
 
     def __init__(self, check: str, message: str) -> None:
@@ -32,26 +32,26 @@ class ProofError(QaesError):
 def leaf_digest(data: bytes) -> bytes:
     """Hash a zero byte and the data of a leaf.
 
-    The zero byte keeps a leaf from ever being taken for an inner node of a tree.
+    The zero byte ensures that no inner node has the hash of a leaf.
     """
     return hashlib.sha256(b"\x00" + data).digest()
 
 
 def leaf_hash(text: str) -> str:
-    """Hash the UTF-8 of `text` as a leaf; 64 hex letters."""
+    """Hash the UTF-8 bytes of `text` as a leaf; 64 hexadecimal digits."""
     return leaf_digest(text.encode("utf-8")).hex()
 
 
 def node_hash(left: bytes, right: bytes) -> bytes:
-    """Hash a byte 1 and two hashes."""
+    """Hash a byte 1 and the two hashes of an inner node."""
     return hashlib.sha256(b"\x01" + left + right).digest()
 
 
 def root_of(leaves: Sequence[bytes]) -> bytes:
-    """Compute the root over the hashes of the leaves, in memory."""
+    """Compute the root of a tree with these leaf hashes in memory."""
     if not leaves:
         return EMPTY_ROOT
-    # Subtrees of 2^n leaves from the left, merged as soon as two have the same size.
+    # The stack has subtrees of 2^n leaves from the left; two of the same size are merged at once.
     stack: list[tuple[int, bytes]] = []
     for leaf in leaves:
         size, hash_ = 1, leaf
@@ -71,12 +71,12 @@ def verify_inclusion(*, leaf: bytes, index: int, size: int, proof: Sequence[byte
     Raises
     ------
     ProofError
-        It does not, or the proof is not the one for this place (RFC 9162, 2.1.3.2).
+        The tree does not have it, or the proof is for another place (RFC 9162, 2.1.3.2).
     """
     _check_size(size)
     if not 0 <= index < size:
         # 1. Compare leaf_index against tree_size.
-        raise ProofError("index", f"a tree of {size} has no leaf {index}")
+        raise ProofError("index", f"a tree of size {size} does not have the leaf {index}")
     _check_form([leaf, root, *proof])
     # 2. Set fn to leaf_index and sn to tree_size - 1.
     fn, sn = index, size - 1
@@ -103,7 +103,7 @@ def verify_inclusion(*, leaf: bytes, index: int, size: int, proof: Sequence[byte
     if sn != 0:
         raise ProofError("short", "the inclusion proof is too short")
     if r != root:
-        raise ProofError("root", "the inclusion proof leads to another root")
+        raise ProofError("root", "the inclusion proof results in another root")
 
 
 def verify_consistency(  # noqa: C901 - the steps of the RFC, one after the other
@@ -114,17 +114,17 @@ def verify_consistency(  # noqa: C901 - the steps of the RFC, one after the othe
     Raises
     ------
     ProofError
-        It does not, or the proof is not the one for these two sizes (RFC 9162, 2.1.4.2). There is none from size 0.
+        It does not, or the proof is for other sizes (RFC 9162, 2.1.4.2). Size 0 has no proof.
     """
     _check_size(first)
     if second < first:
-        raise ProofError("size", f"a tree of {second} cannot follow one of {first}")
+        raise ProofError("size", f"a tree of size {second} cannot follow a tree of size {first}")
     _check_form([first_root, second_root, *proof])
     if first == second:
         if proof:
-            raise ProofError("long", "between equal sizes the consistency proof is empty")
+            raise ProofError("long", "the consistency proof between equal sizes must be empty")
         if first_root != second_root:
-            raise ProofError("root", "two roots of one size")
+            raise ProofError("root", "the roots of equal sizes differ")
         return
     # 1. If consistency_path is an empty array, stop and fail.
     if not proof:
@@ -159,14 +159,14 @@ def verify_consistency(  # noqa: C901 - the steps of the RFC, one after the othe
     if sn != 0:
         raise ProofError("short", "the consistency proof is too short")
     if fr != first_root or sr != second_root:
-        raise ProofError("root", "the consistency proof leads to other roots")
+        raise ProofError("root", "the consistency proof results in other roots")
 
 
 def _check_size(size: int) -> None:
     if not 1 <= size < 1 << 64:
-        raise ProofError("size", f"nothing can be proved of a tree of size {size}")
+        raise ProofError("size", f"a tree of size {size} has no proofs")
 
 
 def _check_form(hashes: Sequence[bytes]) -> None:
     if any(len(each) != HASH_BYTES for each in hashes):
-        raise ProofError("form", f"a hash has {HASH_BYTES} bytes")
+        raise ProofError("form", f"a hash must have {HASH_BYTES} bytes")

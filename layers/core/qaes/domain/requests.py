@@ -1,4 +1,4 @@
-"""What a caller asks for: the body of `POST /task/start` and of `POST /plan/create`, and what makes it acceptable."""
+"""The bodies of `POST /task/start` and of `POST /plan/create`, and their checks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ MAX_PARAMETERS_BYTES = 32 * 1024
 
 _ADDRESSES = ("wallet_address", "to_address")
 _KNOWN_PARAMETERS = (*_ADDRESSES, "amount", "alert_threshold")
-"""In these, null is as good as absent."""
+"""Parameters in which null means absent."""
 
 
 def _shows_something(text: str) -> str:
     if is_blank(text):
-        raise ValueError("shows nothing to its reader")
+        raise ValueError("has no visible character")
     return text
 
 
@@ -33,34 +33,35 @@ Description = Annotated[
 
 
 class TaskRequest(BaseModel):
-    """A task as it is asked for. `wallet_address` is another place for `parameters.wallet_address`."""
+    """A requested task. `wallet_address` is an alternative to `parameters.wallet_address`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     task_type: str = Field(
-        pattern=r"^[A-Za-z0-9_.-]{1,64}$", description="monitor_wallet, transfer_funds, or any other word"
+        pattern=r"^[A-Za-z0-9_.-]{1,64}$",
+        description="type of the action: monitor_wallet, transfer_funds, or another word",
     )
     description: Description
     wallet_address: str | None = Field(
         None,
-        description="an identity of 60 capital letters, its checksum among them, or 0x and 16 to 40 hexadecimal digits",
+        description="an identity of 60 capital letters including its checksum, or 0x and 16 to 40 hexadecimal digits",
         json_schema_extra={"pattern": "^(0[xX][0-9a-fA-F]{16,40}|[A-Z]{60})$"},
     )
     parameters: dict[str, Any] | None = Field(None, description="at most 32 KiB of canonical JSON")
 
     def resolved(self, network: str) -> dict[str, Any]:
-        """Check the parameters and bring them into the form in which they are kept, hashed, shown and executed.
+        """Check the parameters, and return them in the form that is stored, hashed, shown and executed.
 
         Parameters
         ----------
         network
-            The ledger's network. The mock alone has the older clients' addresses.
+            The ledger's network. Only the mock has the older clients' addresses.
 
         Raises
         ------
         InvalidInputError
-            A parameter is missing, not of its form, contradicts another, or all of them are too large; or the task can
-            never run: it transfers to the wallet that pays, or names an address that the network does not have.
+            A parameter is missing, malformed or contradicts another; all parameters together are too large; or the task
+            can never run: it transfers to the paying wallet, or names an address that the network does not have.
         """
         parameters = {
             name: value
@@ -73,23 +74,23 @@ class TaskRequest(BaseModel):
         if self.wallet_address is not None:
             wallet = _check_address(self.wallet_address, network, "wallet_address")
             if parameters.setdefault("wallet_address", wallet) != wallet:
-                raise InvalidInputError("differs from parameters.wallet_address", field="wallet_address")
+                raise InvalidInputError("must be the same as parameters.wallet_address", field="wallet_address")
         _check_whole_number(parameters, "amount", 1)
         _check_whole_number(parameters, "alert_threshold", 0)
         step = planning.action_step(self.task_type)
         for name in planning.NEEDS.get(step, ()):
             if name not in parameters:
-                raise InvalidInputError(f"a task of type {self.task_type} needs {name}", field=f"parameters.{name}")
+                raise InvalidInputError(f"a task of type {self.task_type} requires {name}", field=f"parameters.{name}")
         for name in ("wallet_address", "to_address") if step == "onchain_action" else ():
             check_payable(parameters[name], f"parameters.{name}")
         if step == "onchain_action" and is_same_wallet(parameters["wallet_address"], parameters["to_address"]):
-            raise InvalidInputError("is the wallet that pays: a transfer needs another", field="parameters.to_address")
+            raise InvalidInputError("must not be the paying wallet", field="parameters.to_address")
         _check_size(parameters)
         return parameters
 
 
 class PlanRequest(TaskRequest):
-    """A plan as it is asked for, for a task or for none."""
+    """A requested plan, with or without a task."""
 
     task_id: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]{1,64}$")
 
@@ -97,13 +98,13 @@ class PlanRequest(TaskRequest):
 def _check_address(address: object, network: str, field: str) -> str:
     checked = check_address(address, field)
     if network != "mock" and not is_identity_shaped(checked):
-        raise InvalidInputError(f"on {network} an address is an identity of 60 capital letters", field=field)
+        raise InvalidInputError(f"on {network} an address must be an identity of 60 capital letters", field=field)
     return checked
 
 
 def _check_whole_number(parameters: dict[str, Any], name: str, least: int) -> None:
     value = parameters.get(name, least)
-    # A bool is an int to Python, and 1.0 is an amount to nobody.
+    # In Python, a bool is an int. A fraction such as 1.0 is not accepted as an amount either.
     if type(value) is not int or not least <= value <= MAX_QU:
         raise InvalidInputError(f"must be a whole number from {least} to {MAX_QU}", field=f"parameters.{name}")
 
@@ -114,4 +115,4 @@ def _check_size(parameters: dict[str, Any]) -> None:
     except InvalidInputError as error:
         raise InvalidInputError(error.message, field="parameters") from error
     if size > MAX_PARAMETERS_BYTES:
-        raise InvalidInputError(f"larger than {MAX_PARAMETERS_BYTES} bytes", field="parameters")
+        raise InvalidInputError(f"must have at most {MAX_PARAMETERS_BYTES} bytes of canonical JSON", field="parameters")

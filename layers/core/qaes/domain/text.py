@@ -1,10 +1,10 @@
-"""Text that people read and decide by: what it may contain, and how to show it where anything may stand in it.
+"""Rules for text that people read and decide by, and safe display of arbitrary text.
 
-A character that is invisible, reorders its surroundings or controls a terminal is refused, unless a script or an emoji
-needs it where it stands. Guides: UTS 39, RFC 5892 appendix A (joiners), RFC 8264 (PRECIS). PRECIS' FreeformClass itself
-does not fit: it refuses line breaks, and every emoji that several characters make up.
+A character is rejected if it is invisible, reorders its surroundings or controls a terminal, unless a script or an
+emoji needs it in its place. Guides: UTS 39, RFC 5892 appendix A (joiners), RFC 8264 (PRECIS). PRECIS' FreeformClass
+does not fit: it rejects line breaks, and every emoji of several characters.
 
-The module needs the standard library alone: the authorizer, which every request waits for, imports it.
+This module needs only the standard library: the authorizer imports it, and every request waits for the authorizer.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from qaes.domain.generated.unicode_tables import DEFAULT_IGNORABLE, EMOJI, PICTO
 
 MAX_SUBJECT_LENGTH = 256
 SYSTEM_ACTORS = frozenset({"planner", "compliance", "worker", "execution", "reconciler"})
-"""The parts of the system that act in the audit trail: no person may have such a name."""
+"""Actors of the audit trail that are parts of the system. No person may have such a name."""
 
 _NONCHARACTERS = ((0xFDD0, 0xFDEF), *((plane << 16 | 0xFFFE, plane << 16 | 0xFFFF) for plane in range(17)))
 _HIDDEN = (
     *DEFAULT_IGNORABLE,
-    (0x7F, 0x9F),  # delete, and C1: some terminals obey U+009B as they do escape [
+    (0x7F, 0x9F),  # delete, and C1: some terminals treat U+009B as escape [
     (0x2028, 0x2029),  # line and paragraph separator
     (0xD800, 0xDFFF),  # surrogates
-    (0xE000, 0xF8FF),  # private use: a font may draw anything
-    (0xFFF9, 0xFFFD),  # annotations, the object replacement, and what stands for bytes that are not UTF-8
+    (0xE000, 0xF8FF),  # private use: fonts display them in any form
+    (0xFFF9, 0xFFFD),  # annotations, object replacement, replacement of bytes that are not UTF-8
     *_NONCHARACTERS,
     (0xF0000, 0xFFFFD),
     (0x100000, 0x10FFFD),
@@ -43,13 +43,13 @@ def _class_of(*ranges: tuple[int, int]) -> str:
 _ASCII_CONTROL = re.compile("[\x00-\x1f\x7f]")
 
 
-@cache  # compiled for the first text outside ASCII: it takes ten milliseconds, and most requests need none of it
+@cache  # compiled for the first text outside ASCII: it takes ten milliseconds, and most requests do not need it
 def _compiled(*ranges: tuple[int, int]) -> re.Pattern[str]:
     return re.compile(_class_of(*ranges))
 
 
 def _suspects(text: str) -> re.Pattern[str]:
-    """Return the pattern of the characters that are acceptable only in their place."""
+    """Return the pattern of the characters that are acceptable only in some places."""
     return _ASCII_CONTROL if text.isascii() else _compiled((0, 0x1F), *_HIDDEN)
 
 
@@ -60,11 +60,11 @@ def _is_in(letter: str, table: tuple[tuple[int, int], ...]) -> bool:
 
 _ZWNJ, _ZWJ, _KEYCAP, _BRAILLE_BLANK = "\u200c", "\u200d", "\u20e3", "\u2800"
 _VIRAMA = 9
-"""The canonical combining class of a virama."""
+"""Canonical combining class of a virama."""
 
 
 def flaw_of(text: str, *, lines: bool = True) -> str | None:
-    """Return why a text is refused, naming the character's code point; None when it is acceptable.
+    """Return the reason why a text is rejected, with the character's code point; None if it is acceptable.
 
     Parameters
     ----------
@@ -78,15 +78,15 @@ def flaw_of(text: str, *, lines: bool = True) -> str | None:
 
 
 def is_blank(text: str) -> bool:
-    """Whether a reader would see nothing: spaces, marks without a letter, an empty Braille cell."""
+    """Return whether a reader would see nothing: spaces, marks without a letter, an empty Braille cell."""
     return all(unicodedata.category(letter)[0] in "ZCM" or letter == _BRAILLE_BLANK for letter in text)
 
 
 def inert(text: str, *, lines: bool = False) -> str:
-    r"""Return a text for a terminal or a log line, with each character that `flaw_of` refuses written as `\u{202E}`.
+    r"""Return a text for a terminal or a log line, with each character that `flaw_of` rejects written as `\u{202E}`.
 
-    With `lines`, line breaks and tabs stay as they are. For text that was accepted before these rules, and for text
-    from elsewhere: a bundle, a log, another system's answer.
+    With `lines`, line breaks and tabs stay unchanged. Use it for text that was stored before these rules, and for
+    external text: a bundle, a log, a response of another system.
     """
     return _suspects(text).sub(
         lambda found: found.group() if _is_in_place(text, found.start(), lines=lines) else _escape(found.group()), text
@@ -94,7 +94,7 @@ def inert(text: str, *, lines: bool = False) -> str:
 
 
 def json_inert(text: str) -> str:
-    r"""Return the same JSON text with hidden characters written as `\uXXXX`: a parser reads the same value."""
+    r"""Return the same JSON text with hidden characters written as `\uXXXX`. A parser reads the same value."""
     return _compiled(*_HIDDEN).sub(lambda found: _json_escape(found.group()), text)
 
 
@@ -113,22 +113,22 @@ def _named(letter: str) -> str:
 
 
 def _is_in_place(text: str, at: int, *, lines: bool) -> bool:
-    """Whether a suspect character has a legitimate use where it stands."""
+    """Return whether a suspect character has a legitimate use in its place."""
     letter, before, after = text[at], text[at - 1 : at], text[at + 1 : at + 2]
     if letter in "\n\t\r":
-        # A carriage return alone makes a terminal write over the line.
+        # A lone carriage return makes a terminal overwrite the line.
         return lines and (letter != "\r" or after == "\n")
     if letter == _ZWNJ:
         return _is_virama(before) or (_is_arabic(_base_before(text, at)) and _is_arabic(after))
     if letter == _ZWJ:
         return _is_virama(before) or (before.isalpha() and _is_virama(after)) or _joins_emoji(text, at)
     if letter in "\ufe0e\ufe0f":
-        # After a digit it is part of a keycap, or hides in a number.
+        # After a digit it belongs to a keycap emoji, or hides in a number.
         return _is_in(before, EMOJI) and (before > "9" or after == _KEYCAP)
     if "\ufe00" <= letter <= "\ufe02" or "\U000e0100" <= letter <= "\U000e01ef":
         return unicodedata.name(before, "").startswith("CJK ") if before else False
     if "\u180b" <= letter <= "\u180f":
-        return "\u1820" <= before <= "\u18aa"  # Mongolian letters' variants
+        return "\u1820" <= before <= "\u18aa"  # variants of Mongolian letters
     return False
 
 
@@ -137,7 +137,7 @@ def _is_virama(letter: str) -> bool:
 
 
 def _is_arabic(letter: str) -> bool:
-    """Whether a letter is of a script that is written joined, as Arabic is: there the joiners change what is seen."""
+    """Return whether a letter belongs to a joined script such as Arabic, where joiners change the visible form."""
     return letter != "" and unicodedata.bidirectional(letter) == "AL" and letter.isalpha()
 
 
@@ -160,31 +160,31 @@ def _joins_emoji(text: str, at: int) -> bool:
 
 
 def normal_subject(subject: str) -> str:
-    """Return a token's subject in its one spelling: NFC, without surrounding spaces.
+    """Return a token's subject in its normal form: NFC, without surrounding spaces.
 
     Raises
     ------
     ValueError
-        It is empty, too long or the name of a part of the system, or has a character that is not printed: two such
-        subjects may look the same.
+        The subject is empty, too long or the name of a part of the system, or has a character that is not printable:
+        such subjects may look the same.
     """
     normal = unicodedata.normalize("NFC", subject).strip(" ")
-    # `isprintable` refuses every space but U+0020, and has no objection to variation selectors and fillers.
+    # `isprintable` rejects every space but U+0020, and accepts variation selectors and fillers.
     if not normal.isprintable() or _suspects(normal).search(normal) or is_blank(normal):
-        raise ValueError("a character of the subject is not printed, or it has none that is")
+        raise ValueError("the subject must have printable characters only, and at least one")
     if len(normal) > MAX_SUBJECT_LENGTH:
         raise ValueError("the subject is too long")
     if normal in SYSTEM_ACTORS:
-        raise ValueError("the subject is the name of a part of the system")
+        raise ValueError("the subject must not be the name of a part of the system")
     return normal
 
 
 def same_subject(one: str, other: str) -> bool:
-    """Whether two subjects are one person's, to whom four eyes do not apply.
+    """Return whether two subjects belong to one person, so that the four-eyes rule rejects the second.
 
-    Compared in NFC, without surrounding spaces, ignorable characters and blanks of Braille: a subject that was recorded
-    before tokens' subjects were normalised is the same person's. A look-alike letter of another script is another
-    subject.
+    Subjects are compared in NFC, without surrounding spaces, ignorable characters and Braille blanks: a subject that
+    was recorded before subjects were normalised is the same person's. A look-alike letter of another script makes
+    another subject.
     """
     return _comparable(one) == _comparable(other)
 
@@ -197,7 +197,7 @@ def _comparable(subject: str) -> str:
 
 
 def subject_note(subject: str) -> str | None:
-    """Return a warning for a person who reads the subject: letters outside ASCII may look like others; None without."""
+    """Return a warning for a reader if the subject has letters outside ASCII, which may look like others, or None."""
     foreign = list(dict.fromkeys(letter for letter in subject if not " " <= letter <= "~"))
     if not foreign:
         return None
@@ -209,7 +209,7 @@ def subject_note(subject: str) -> str | None:
 
 
 def _scripts(text: str) -> Iterator[str]:
-    """Yield each letter's script, as its name begins: there is no such property in the standard library."""
+    """Yield each letter's script, the first word of its Unicode name: the standard library has no script property."""
     for letter in text:
         if letter.isalpha():
             yield unicodedata.name(letter, "UNNAMED").split()[0]

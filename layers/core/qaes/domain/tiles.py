@@ -1,10 +1,10 @@
-"""The log's Merkle tree in tiles of 256 hashes, and the proofs made from them.
+"""The log's Merkle tree in tiles of 256 hashes, and the proofs computed from them.
 
-Sources: C2SP tlog-tiles (tiles of height 8, paths); RFC 6962, sections 2.1.1 and 2.1.2 (what a proof consists of).
+Sources: C2SP tlog-tiles (tiles of height 8, paths); RFC 6962, sections 2.1.1 and 2.1.2 (content of a proof).
 
-The tile (level, index) has the hashes of the complete subtrees of 256^level leaves, from number 256 * index on. Hashes
-of subtrees in between are computed from it. A tile of fewer than 256 hashes is partial; it grows at its end only, so
-that every version of it is a beginning of the later ones.
+The tile (level, index) has the hashes of the complete subtrees of 256^level leaves, starting with number 256 * index.
+The hashes of the subtrees between two levels are computed from it. A tile with fewer than 256 hashes is partial. It
+only grows at its end, so each version of it is a prefix of the later versions.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ TILE_WIDTH = 1 << TILE_HEIGHT
 MAX_LEVEL = 63
 
 ReadTile = Callable[[int, int, int], bytes]
-"""(level, index, width) -> at least the first `width` hashes of that tile, one after the other."""
+"""(level, index, width) -> at least the first `width` hashes of that tile, concatenated."""
 
 TileLevel = int | Literal["entries"]
-"""A level of hashes, or the tiles of the entries' texts."""
+"""A level of hashes, or `entries` for the tiles of the entries' texts."""
 
 _PATH = re.compile(r"tile/(0|[1-9][0-9]?|entries)/((?:x[0-9]{3}/)*)([0-9]{3})(?:\.p/([1-9][0-9]{0,2}))?", re.ASCII)
 
 
 class _Tree:
-    """The tree of `size` leaves; each tile is read at most once."""
+    """The tree of `size` leaves. It reads each tile at most once."""
 
     def __init__(self, size: int, read_tile: ReadTile) -> None:
         if not 0 <= size < 1 << 64:
-            raise ProofError("size", f"there is no tree of size {size}")
+            raise ProofError("size", f"a tree cannot have the size {size}")
         self._size = size
         self._read = read_tile
         self._tiles: dict[tuple[int, int], bytes] = {}
 
     def hash(self, start: int, end: int) -> bytes:
-        """MTH(D[start:end]): `start` is where a subtree that large may begin (RFC 6962, 2.1)."""
+        """Return MTH(D[start:end]); `start` is a valid start of a subtree of this size (RFC 6962, 2.1)."""
         count = end - start
         if count & (count - 1) == 0:
             return self._complete(start, count.bit_length() - 1)
@@ -49,7 +49,7 @@ class _Tree:
         return node_hash(self.hash(start, start + k), self.hash(start + k, end))
 
     def _complete(self, start: int, height: int) -> bytes:
-        """The hash of the 2^height leaves from `start`, which is a multiple of that."""
+        """Return the hash of the 2^height leaves from `start`, a multiple of 2^height."""
         level, above = divmod(height, TILE_HEIGHT)
         first = start >> level * TILE_HEIGHT
         tile = self._tile(level, first // TILE_WIDTH)
@@ -67,22 +67,22 @@ class _Tree:
 
 
 def tile_width(level: int, index: int, size: int) -> int:
-    """How many hashes the tile has in a log of `size` leaves; 0: there is no such tile."""
+    """Return the number of hashes of the tile in a log of `size` leaves; 0 if the tile does not exist."""
     return max(0, min(TILE_WIDTH, (size >> level * TILE_HEIGHT) - index * TILE_WIDTH))
 
 
 def tree_root(size: int, read_tile: ReadTile) -> bytes:
-    """The root of the tree of `size` leaves."""
+    """Return the root of the tree of `size` leaves."""
     return _Tree(size, read_tile).hash(0, size) if size else EMPTY_ROOT
 
 
 def inclusion_proof(index: int, size: int, read_tile: ReadTile) -> list[bytes]:
-    """PATH(index, D[size]) of RFC 6962, section 2.1.1; at most 2 * ceil(log256 size) tiles are read.
+    """Return PATH(index, D[size]) of RFC 6962, section 2.1.1. Reads at most 2 * ceil(log256 size) tiles.
 
-    Raises ProofError when the tree has no such leaf.
+    Raises ProofError if the tree does not have this leaf.
     """
     if not 0 <= index < size:
-        raise ProofError("index", f"a tree of {size} has no leaf {index}")
+        raise ProofError("index", f"a tree of size {size} does not have the leaf {index}")
     tree = _Tree(size, read_tile)
     proof: list[bytes] = []
     start, end = 0, size
@@ -100,16 +100,16 @@ def inclusion_proof(index: int, size: int, read_tile: ReadTile) -> list[bytes]:
 
 
 def consistency_proof(first: int, second: int, read_tile: ReadTile) -> list[bytes]:
-    """PROOF(first, D[second]) of RFC 6962, section 2.1.2; at most 2 * ceil(log256 second) tiles are read.
+    """Return PROOF(first, D[second]) of RFC 6962, section 2.1.2. Reads at most 2 * ceil(log256 second) tiles.
 
     Raises ProofError unless 1 <= first <= second.
     """
     if not 1 <= first <= second:
-        raise ProofError("size", f"no proof leads from a tree of {first} to one of {second}")
+        raise ProofError("size", f"no consistency proof exists from size {first} to size {second}")
     tree = _Tree(second, read_tile)
     proof: list[bytes] = []
     start, end, known = 0, second, True
-    # SUBPROOF(m, D[n], b): b says that the subtree is the first tree itself, whose root the verifier has.
+    # SUBPROOF(m, D[n], b): b is true if the subtree is the first tree itself, whose root the verifier has.
     while end != first:
         middle = start + (1 << (end - start - 1).bit_length() - 1)
         if first <= middle:
@@ -124,12 +124,12 @@ def consistency_proof(first: int, second: int, read_tile: ReadTile) -> list[byte
 
 
 def appended(size: int, leaves: Sequence[bytes], read_tile: ReadTile) -> dict[tuple[int, int], bytes]:
-    """What the tiles become when leaf hashes are appended to a log of `size`.
+    """Return the changed tiles after leaf hashes are appended to a log of `size`.
 
     Returns
     -------
     dict
-        (level, index) -> the tile's whole content, for each tile that changes. At most one tile a level is read.
+        (level, index) -> the whole content of each changed tile. At most one tile of each level is read.
     """
     changed: dict[tuple[int, int], bytes] = {}
     hashes, level, first = list(leaves), 0, size
@@ -143,13 +143,13 @@ def appended(size: int, leaves: Sequence[bytes], read_tile: ReadTile) -> dict[tu
             changed[level, index + len(full)] = tile
             if len(tile) == TILE_WIDTH * HASH_BYTES:
                 full.append(tile_root(tile))
-        # A full tile's root is one hash of the level above.
+        # The root of a full tile is one hash of the level above.
         hashes, level, first = full, level + 1, index
     return changed
 
 
 def tile_root(tile: bytes) -> bytes:
-    """The hash in the level above that stands for a full tile."""
+    """Return the hash that represents a full tile in the level above."""
     row = [tile[at : at + HASH_BYTES] for at in range(0, len(tile), HASH_BYTES)]
     while len(row) > 1:
         row = [node_hash(row[n], row[n + 1]) for n in range(0, len(row), 2)]
@@ -159,14 +159,14 @@ def tile_root(tile: bytes) -> bytes:
 def _read(read_tile: ReadTile, level: int, index: int, width: int) -> bytes:
     content = read_tile(level, index, width)[: width * HASH_BYTES]
     if not content or len(content) != width * HASH_BYTES:
-        raise ProofError("tile", f"tile {level}/{index} has not {width} hashes")
+        raise ProofError("tile", f"tile {level}/{index} has fewer than {width} hashes")
     return content
 
 
 def tile_path(level: TileLevel, index: int, width: int = TILE_WIDTH) -> str:
-    """The path of a tile under the log's prefix: `tile/0/x001/x234/067.p/8` (C2SP tlog-tiles)."""
+    """Return the path of a tile under the log's prefix: `tile/0/x001/x234/067.p/8` (C2SP tlog-tiles)."""
     if (level != "entries" and not 0 <= level <= MAX_LEVEL) or not 1 <= width <= TILE_WIDTH or index < 0:
-        raise InvalidInputError("there is no such tile", field="tile")
+        raise InvalidInputError("this tile does not exist", field="tile")
     digits = str(index)
     digits = digits.zfill((len(digits) + 2) // 3 * 3)
     groups = [digits[at : at + 3] for at in range(0, len(digits), 3)]
@@ -175,16 +175,16 @@ def tile_path(level: TileLevel, index: int, width: int = TILE_WIDTH) -> str:
 
 
 def parse_tile_path(path: str) -> tuple[TileLevel, int, int]:
-    """(level, index, width) of a path as `tile_path` writes it. Raises InvalidInputError for any other."""
+    """Return (level, index, width) of a path in the format of `tile_path`. Raises InvalidInputError otherwise."""
     found = _PATH.fullmatch(path) if len(path) <= 80 else None
     if found is None:
-        raise InvalidInputError("not the path of a tile", field="path")
+        raise InvalidInputError("the text is not the path of a tile", field="path")
     level_, groups, last, width_ = found.groups()
     level: TileLevel = "entries" if level_ == "entries" else int(level_)
     index = int(groups.replace("x", "").replace("/", "") + last)
     width = int(width_) if width_ else TILE_WIDTH
     if index >= 1 << 64 or (width_ and width == TILE_WIDTH) or path != _path_or_none(level, index, width):
-        raise InvalidInputError("not the path of a tile", field="path")
+        raise InvalidInputError("the text is not the path of a tile", field="path")
     return level, index, width
 
 

@@ -1,11 +1,11 @@
 """Qubic's primitives in plain Python: hashing, keys, signatures, identities, transactions.
 
-Written from the public specifications that each module names. Import the module that is needed: `identity`, which
-every address check uses, loads no curve arithmetic.
+Each module names the public specification that it implements. Import only the modules that you need: `identity`, which
+every check of an address uses, loads no curve arithmetic.
 """
 
 MAX_QU = 10**15
-"""Most QU in one amount; the whole supply is of that order."""
+"""Maximum amount in QU; the whole supply has this order of magnitude."""
 SIGNATURE_BYTES = 64
 OPEN_STATES = frozenset({"signed", "broadcast"})
-"""The states of a submission whose transaction can still take effect."""
+"""States of a submission whose transaction can still take effect."""

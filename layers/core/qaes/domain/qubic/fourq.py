@@ -5,7 +5,7 @@ Sources: Costello and Longa, "FourQ: four-dimensional decompositions on a Q-curv
 Revisited" (2008; formulas for a = -1).
 
 -x^2 + y^2 = 1 + d x^2 y^2 over GF(p^2), p = 2^127 - 1, i^2 = -1. Python integers, plain windows, no endomorphisms.
-**Not constant-time**: use it with a key whose loss is bearable.
+**Not constant-time**: use it only with a key whose loss is acceptable.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Point = tuple[Fp2, Fp2, Fp2, Fp2]
 
 P = 2**127 - 1
 N = 0x29CBC14E5E0A72F05397829CBC14E5DFBD004DFE0F79992FB2540EC7768CE7
-"""The prime order of the subgroup of G."""
+"""Prime order of the subgroup of G."""
 COFACTOR = 392
 D: Fp2 = (4205857648805777768770, 125317048443780598345676279555970305165)
 _TWO_D: Fp2 = (2 * D[0] % P, 2 * D[1] % P)
@@ -41,7 +41,7 @@ def _square(a: Fp2) -> Fp2:
     return (a0 + a1) * (a0 - a1) % P, 2 * a0 * a1 % P
 
 
-# Sums and differences stay unreduced: Python's integers have room, and every product is reduced.
+# Sums and differences stay unreduced: Python's integers are unbounded, and every product is reduced.
 def _add(a: Fp2, b: Fp2) -> Fp2:
     return a[0] + b[0], a[1] + b[1]
 
@@ -56,13 +56,13 @@ def _inverse(a: Fp2) -> Fp2:
 
 
 def _root(n: int) -> int | None:
-    """A square root in GF(p): p = 3 mod 4."""
+    """Return a square root in GF(p): p = 3 mod 4."""
     root = pow(n, (P + 1) // 4, P)
     return root if (root * root - n) % P == 0 else None
 
 
 def _root2(a: Fp2) -> Fp2 | None:
-    """A square root in GF(p^2) by the norm, or None."""
+    """Return a square root in GF(p^2) by the norm, or None."""
     a0, a1 = a
     if a1 == 0:
         real = _root(a0)
@@ -83,7 +83,7 @@ def _root2(a: Fp2) -> Fp2 | None:
 
 
 def point(x: Fp2, y: Fp2) -> Point:
-    """Extended coordinates of the affine point (x, y)."""
+    """Return the extended coordinates of the affine point (x, y)."""
     return x, y, _ONE, _mul(x, y)
 
 
@@ -91,24 +91,24 @@ G: Point = point(
     (0x1A3472237C2FB305286592AD7B3833AA, 0x1E1F553F2878AA9C96869FB360AC77F6),
     (0x0E3FEE9BA120785AB924A2462BCBB287, 0x6E1C4AF8630E024249A7C344844C8B5C),
 )
-"""The generator of the subgroup of order N."""
+"""Generator of the subgroup of order N."""
 
 
 def affine(p: Point) -> tuple[Fp2, Fp2]:
-    """(x, y) of a point."""
+    """Return (x, y) of a point."""
     z = _inverse(p[2])
     return _mul(p[0], z), _mul(p[1], z)
 
 
 def on_curve(x: Fp2, y: Fp2) -> bool:
-    """Whether (x, y) satisfies the curve's equation."""
+    """Return whether (x, y) satisfies the curve's equation."""
     xx, yy = _square(x), _square(y)
     left, right = _sub(yy, xx), _add(_ONE, _mul(D, _mul(xx, yy)))
     return (left[0] - right[0]) % P == 0 and (left[1] - right[1]) % P == 0
 
 
 def add(p: Point, q: Point) -> Point:
-    """Add; the formula is complete."""
+    """Add two points. The formula is complete."""
     x1, y1, z1, t1 = p
     x2, y2, z2, t2 = q
     a = _mul(_sub(y1, x1), _sub(y2, x2))
@@ -132,7 +132,7 @@ def double(p: Point) -> Point:
 
 
 def equal(p: Point, q: Point) -> bool:
-    """Whether both are the same point."""
+    """Return whether both are the same point."""
     left, right = _mul(p[0], q[2]), _mul(q[0], p[2])
     return left == right and _mul(p[1], q[2]) == _mul(q[1], p[2])
 
@@ -155,7 +155,7 @@ def multiply(scalar: int, p: Point = G) -> Point:
 
 
 def multiply_add(*terms: tuple[int, Point]) -> Point:
-    """The sum of scalar * point over all terms, by windows of four bits that share the doublings (Straus)."""
+    """Return the sum of scalar * point over all terms, by windows of four bits that share the doublings (Straus)."""
     tables = [(scalar, _multiples_of_g() if p is G else _multiples(p)) for scalar, p in terms]
     windows = (max(scalar for scalar, _ in terms).bit_length() + 3) // 4
     sum_ = IDENTITY
@@ -170,7 +170,7 @@ def multiply_add(*terms: tuple[int, Point]) -> Point:
 
 
 def has_low_order(p: Point) -> bool:
-    """Whether the cofactor alone takes p to the neutral element."""
+    """Return whether the cofactor alone takes p to the neutral element."""
     return equal(multiply(COFACTOR, p), IDENTITY)
 
 
@@ -179,21 +179,21 @@ def _sign(x: Fp2) -> int:
 
 
 def encode(p: Point) -> bytes:
-    """32 bytes: y, with the sign of x in the highest bit."""
+    """Return 32 bytes: y, with the sign of x in the highest bit."""
     x, y = affine(p)
     return (y[0] | y[1] << 128 | _sign(x) << 255).to_bytes(32, "little")
 
 
 def decode(data: bytes) -> Point:
-    """The point of 32 bytes.
+    """Decode a point of 32 bytes.
 
     Raises
     ------
     ValueError
-        Another length, a coordinate that is not reduced, no point of the curve, or a sign that does not fit.
+        Wrong length, an unreduced coordinate, no point of the curve, or a wrong sign.
     """
     if len(data) != 32:
-        raise ValueError("a point has 32 bytes")
+        raise ValueError("a point must have 32 bytes")
     value = int.from_bytes(data, "little")
     sign = value >> 255
     y = (value & (1 << 128) - 1, value >> 128 & (1 << 127) - 1)
@@ -204,9 +204,9 @@ def decode(data: bytes) -> Point:
     d_yy = _mul(D, yy)
     x = _root2(_mul(numerator, _inverse((d_yy[0] + 1, d_yy[1]))))
     if x is None:
-        raise ValueError("this is no point of the curve")
+        raise ValueError("the bytes are not a point of the curve")
     if _sign(x) != sign:
         x = (-x[0] % P, -x[1] % P)
     if _sign(x) != sign or not on_curve(x, y):
-        raise ValueError("this is no point of the curve")
+        raise ValueError("the bytes are not a point of the curve")
     return point(x, y)

@@ -1,4 +1,4 @@
-"""32 bytes as 60 letters with a checksum: an identity in capitals, a transaction's id in small letters.
+"""Encoding of 32 bytes as 60 letters with a checksum: identities in capitals, transaction ids in lower case.
 
 Source: Qubic's integration documents. Four uint64 (little-endian), each as 14 letters of base 26, the least significant
 first; then 18 bits of K12 of the 32 bytes as 4 letters.
@@ -28,18 +28,18 @@ def _letters(value: int, count: int) -> str:
 
 
 def encode_identity(data: bytes) -> str:
-    """The identity (60 capitals) of 32 bytes."""
+    """Return the identity (60 capitals) of 32 bytes."""
     if len(data) != 32:
-        raise ValueError("an identity stands for 32 bytes")
+        raise ValueError("an identity must encode 32 bytes")
     words = (int.from_bytes(data[at : at + 8], "little") for at in range(0, 32, 8))
     checksum = int.from_bytes(k12(data, 3), "little") & 0x3FFFF
     return "".join(_letters(word, 14) for word in words) + _letters(checksum, 4)
 
 
 def decode_identity(identity: str) -> bytes:
-    """The 32 bytes of an identity. Raises ValueError unless form and checksum are right."""
+    """Return the 32 bytes of an identity. Raises ValueError if its form or checksum is wrong."""
     if not is_identity_shaped(identity):
-        raise ValueError("an identity has 60 letters A to Z")
+        raise ValueError("an identity must have 60 letters A to Z")
     data = bytearray()
     for at in range(0, 56, 14):
         value = 0
@@ -54,36 +54,36 @@ def decode_identity(identity: str) -> bytes:
 
 
 def encode_transaction_id(data: bytes) -> str:
-    """The transaction id (60 small letters) of a 32-byte hash."""
+    """Return the transaction id (60 lower-case letters) of a 32-byte hash."""
     return encode_identity(data).lower()
 
 
 def decode_transaction_id(txid: str) -> bytes:
-    """The 32-byte hash of a transaction id. Raises ValueError unless form and checksum are right."""
+    """Return the 32-byte hash of a transaction id. Raises ValueError if its form or checksum is wrong."""
     if not _TRANSACTION_ID.fullmatch(txid):
-        raise ValueError("a transaction id has 60 letters a to z")
+        raise ValueError("a transaction id must have 60 letters a to z")
     return decode_identity(txid.upper())
 
 
 def is_identity_shaped(text: str) -> bool:
-    """Whether `text` has the form of an identity; says nothing of its checksum."""
+    """Return whether `text` has the form of an identity. The checksum is not checked."""
     return _IDENTITY.fullmatch(text) is not None
 
 
 def is_transaction_id_shaped(text: str) -> bool:
-    """Whether `text` has the form of a transaction id; says nothing of its checksum."""
+    """Return whether `text` has the form of a transaction id. The checksum is not checked."""
     return _TRANSACTION_ID.fullmatch(text) is not None
 
 
 def check_address(address: object, field: str = "address") -> str:
-    """An address that the ledger takes, in its one spelling.
+    """Return an address of the ledger in its normal form.
 
     Parameters
     ----------
     address
         A Qubic identity, or an address of the older clients: `0x` and 16 to 40 hexadecimal digits.
     field
-        What the error names.
+        Field that the error names.
 
     Returns
     -------
@@ -93,30 +93,30 @@ def check_address(address: object, field: str = "address") -> str:
     Raises
     ------
     InvalidInputError
-        It is neither, or the identity's checksum is wrong.
+        The address has neither form, or the identity's checksum is wrong.
     """
     if not isinstance(address, str):
-        raise InvalidInputError("an address is text", field=field)
+        raise InvalidInputError("an address must be text", field=field)
     if _LEGACY_ADDRESS.fullmatch(address):
         return address.lower()
     if not is_identity_shaped(address):
         raise InvalidInputError(
-            "an address is an identity of 60 capital letters, or 0x and 16 to 40 hexadecimal digits", field=field
+            "an address must be an identity of 60 capital letters, or 0x and 16 to 40 hexadecimal digits", field=field
         )
     try:
         decode_identity(address)
     except ValueError as error:
-        raise InvalidInputError(f"{error}: it is mistyped", field=field) from error
+        raise InvalidInputError(f"{error}: check the spelling", field=field) from error
     return address
 
 
 def check_payable(address: object, field: str = "address") -> str:
-    """Check an address that money may go to or come from: one that somebody can hold the key of.
+    """Check an address of a transfer: only addresses that can have a key are accepted.
 
-    A public key that is a small number belongs to the smart contract of that number, and 0 to nobody: a transfer to it
-    burns the amount. In qubic/core the number is the first of four uint64, below 1,024, and the other three are 0.
-    Nobody has the key of an address whose other three are 0, whatever the first one is. An address of the older clients
-    stands for its number.
+    A public key that is a small number belongs to the smart contract with that number. The zero address belongs to
+    no one: a transfer to it burns the amount. In qubic/core the number is the first of four uint64, below 1,024; the
+    other three are 0. An address whose other three are 0 cannot have a key, regardless of the first. The number of an
+    older client's address is its value.
 
     Returns
     -------
@@ -136,7 +136,7 @@ def check_payable(address: object, field: str = "address") -> str:
     else:
         number = int(address, 16) if int(address, 16) < MAX_CONTRACTS else None
     if number == 0:
-        raise InvalidInputError(f"{name} is the zero address, to which a transfer burns its amount", field=field)
+        raise InvalidInputError(f"{name} is the zero address: a transfer to it burns the amount", field=field)
     if number is not None:
         raise InvalidInputError(
             f"{name} is the address of smart contract {number}: transfers to and from contracts are not supported",

@@ -9,7 +9,7 @@ _MASK = (1 << 64) - 1
 _RATE = 168
 _DOMAIN = 0x07
 MAX_BYTES = 8191
-"""The longest message of one chunk: the chunk is 8,192 bytes, and the coded length of the customization is one."""
+"""Maximum length of a message of one chunk: 8,192 bytes less one byte for the empty customization string."""
 
 _ROUND_CONSTANTS = (
     0x000000008000808B,
@@ -71,7 +71,7 @@ def _permute(a: list[int]) -> None:
 
 
 def k12(message: bytes, size: int = 32) -> bytes:
-    """The first `size` bytes of KT128 of `message`.
+    """Return the first `size` bytes of KT128 of `message`.
 
     Raises
     ------
@@ -79,11 +79,11 @@ def k12(message: bytes, size: int = 32) -> bytes:
         The message does not fit one chunk (more than 8,191 bytes), or `size` is negative.
     """
     if len(message) > MAX_BYTES:
-        raise ValueError(f"a message of one chunk has at most {MAX_BYTES} bytes")
+        raise ValueError(f"a message of one chunk must have at most {MAX_BYTES} bytes")
     if size < 0:
-        raise ValueError("the size is negative")
+        raise ValueError("the size must not be negative")
     padded = bytearray(message)
-    padded.append(0)  # the coded length of the empty customization string
+    padded.append(0)  # encoded length of the empty customization string
     padded.append(_DOMAIN)
     padded.extend(bytes(-len(padded) % _RATE))
     padded[-1] ^= 0x80

@@ -1,8 +1,8 @@
-"""SchnorrQ signatures as Qubic uses them: over FourQ, with KangarooTwelve as the hash.
+"""SchnorrQ signatures as in Qubic: over FourQ, with KangarooTwelve as the hash.
 
 Sources: Costello and Longa, "SchnorrQ: Schnorr signatures on FourQ" (Microsoft Research, 2016); the hash, the key
-derivation and the published vectors from Qubic's documents. Signing is deterministic. **Not constant-time**: a key used
-here belongs to an anchor with a small balance, never to a treasury.
+derivation and the published vectors from Qubic's documents. Signing is deterministic. **Not constant-time**: use it
+only for an anchor key with a small balance, never for a treasury.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ SEED_LETTERS = 55
 
 
 def subseed_of(seed: str) -> bytes:
-    """The 32-byte subseed of a seed of 55 letters a to z. Raises ValueError for another seed."""
+    """Return the 32-byte subseed of a seed of 55 letters a to z. Raises ValueError for any other seed."""
     if len(seed) != SEED_LETTERS or not all("a" <= letter <= "z" for letter in seed):
-        raise ValueError("a seed has 55 letters a to z")  # and never shows in a message
+        raise ValueError("a seed must have 55 letters a to z")  # never put the seed into a message
     return k12(bytes(ord(letter) - ord("a") for letter in seed))
 
 
 def public_key_of(subseed: bytes) -> bytes:
-    """The 32-byte public key of a subseed."""
+    """Return the 32-byte public key of a subseed."""
     return fourq.encode(fourq.multiply(_number(k12(_sized(subseed, 32, "subseed"))) % fourq.N))
 
 
 def sign(subseed: bytes, public_key: bytes, digest: bytes) -> bytes:
-    """The 64-byte signature of a 32-byte digest."""
+    """Return the 64-byte signature of a 32-byte digest."""
     _sized(digest, 32, "digest")
     _sized(public_key, 32, "public key")
     key = k12(_sized(subseed, 32, "subseed"), 64)
@@ -37,10 +37,10 @@ def sign(subseed: bytes, public_key: bytes, digest: bytes) -> bytes:
 
 
 def verify(public_key: bytes, digest: bytes, signature: bytes) -> bool:
-    """Whether `signature` is the holder's of `public_key` for `digest`.
+    """Return whether `signature` is valid for `public_key` and `digest`.
 
-    False, too, for another length, a point that is none, s >= N (a twin s + N would be another id for the same act),
-    and a public key of low order (for which anybody can sign).
+    It is also False for a wrong length, a malformed point, s >= N (a twin s + N would give the same transaction another
+    id), and a public key of low order (for which anyone can sign).
     """
     if len(public_key) != 32 or len(digest) != 32 or len(signature) != SIGNATURE_BYTES:
         return False
@@ -68,5 +68,5 @@ def _number(data: bytes) -> int:
 
 def _sized(data: bytes, size: int, name: str) -> bytes:
     if len(data) != size:
-        raise ValueError(f"the {name} has {size} bytes")
+        raise ValueError(f"the {name} must have {size} bytes")
     return data

@@ -19,16 +19,16 @@ _HEADER = struct.Struct("<32s32sqIHH")
 
 @dataclass(frozen=True)
 class Transaction:
-    """One transaction; `signature` is empty until it is signed.
+    """A transaction; `signature` is empty until it is signed.
 
     Attributes
     ----------
     source, destination
         Public keys, 32 bytes each.
     amount
-        QU, 0 to 10^15.
+        In QU, 0 to 10^15.
     tick
-        The one tick in which it executes, or never; uint32.
+        The only tick in which it can execute; uint32.
     input_type
         uint16.
     payload
@@ -37,7 +37,7 @@ class Transaction:
     Raises
     ------
     ValueError
-        A field is out of its range.
+        A field is out of range.
     """
 
     source: bytes
@@ -50,65 +50,65 @@ class Transaction:
 
     def __post_init__(self) -> None:
         if len(self.source) != 32 or len(self.destination) != 32:
-            raise ValueError("a public key has 32 bytes")
+            raise ValueError("a public key must have 32 bytes")
         if not 0 <= self.amount <= MAX_QU:
-            raise ValueError("the amount is 0 to 10^15")
+            raise ValueError("the amount must be 0 to 10^15")
         if not 0 <= self.tick < 1 << 32:
-            raise ValueError("the tick is a uint32")
+            raise ValueError("the tick must be a uint32")
         if not 0 <= self.input_type < 1 << 16:
-            raise ValueError("the input type is a uint16")
+            raise ValueError("the input type must be a uint16")
         if len(self.payload) > MAX_PAYLOAD:
-            raise ValueError(f"the payload has at most {MAX_PAYLOAD} bytes")
+            raise ValueError(f"the payload must have at most {MAX_PAYLOAD} bytes")
         if len(self.signature) not in (0, SIGNATURE_BYTES):
-            raise ValueError("a signature has 64 bytes")
+            raise ValueError("a signature must have 64 bytes")
 
     @property
     def unsigned(self) -> bytes:
-        """Header and payload."""
+        """Return header and payload."""
         header = _HEADER.pack(self.source, self.destination, self.amount, self.tick, self.input_type, len(self.payload))
         return header + self.payload
 
     @property
     def digest(self) -> bytes:
-        """The 32 bytes that are signed."""
+        """Return the 32 bytes that are signed."""
         return k12(self.unsigned)
 
     def encode(self) -> bytes:
-        """The bytes as sent. Raises ValueError when it is not signed."""
+        """Return the bytes as sent. Raises ValueError if the transaction is not signed."""
         if not self.signature:
             raise ValueError("the transaction is not signed")
         return self.unsigned + self.signature
 
     @property
     def id(self) -> str:
-        """60 small letters, of all the bytes with the signature."""
+        """Return the id: 60 lower-case letters, the hash of all bytes including the signature."""
         return encode_transaction_id(k12(self.encode()))
 
     def sign(self, subseed: bytes) -> Transaction:
-        """The same, signed by `subseed`. The signature is deterministic, and so is the id."""
+        """Return the transaction signed with `subseed`. The signature and the id are deterministic."""
         from qaes.domain.qubic import schnorrq
 
         return replace(self, signature=schnorrq.sign(subseed, self.source, self.digest))
 
     def is_signed_by_source(self) -> bool:
-        """Whether the signature is the source's."""
+        """Return whether the source has signed the transaction."""
         from qaes.domain.qubic import schnorrq
 
         return schnorrq.verify(self.source, self.digest, self.signature)
 
 
 def decode(data: bytes) -> Transaction:
-    """The transaction of its bytes; the signature is not checked.
+    """Decode a transaction; the signature is not checked.
 
     Raises
     ------
     ValueError
-        The bytes are cut, or more than the transaction's, or a field is out of its range.
+        The bytes are too short or too long, or a field is out of range.
     """
     if len(data) < _HEADER.size + SIGNATURE_BYTES:
         raise ValueError("the transaction is cut short")
     source, destination, amount, tick, input_type, size = _HEADER.unpack_from(data)
     if len(data) != _HEADER.size + size + SIGNATURE_BYTES:
-        raise ValueError("the transaction's length is not the one that it names")
+        raise ValueError("the transaction's length does not match its input size")
     payload = data[_HEADER.size : _HEADER.size + size]
     return Transaction(source, destination, amount, tick, input_type, payload, data[_HEADER.size + size :])
