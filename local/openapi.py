@@ -1,8 +1,8 @@
 # ruff: noqa: E501 - Markdown
-"""The API's one document (OpenAPI 3.1), generated from the services' code, and the guide that is made of it.
+"""The API's document (OpenAPI 3.1), generated from the services' code, and the guide, generated from the document.
 
-`python -m local.openapi` writes functions/gateway/openapi.json and docs/api.md; with `--check` it only says whether they
-are what the code says.
+`python -m local.openapi` writes functions/gateway/openapi.json and docs/api.md; with `--check` it only compares them
+with the code.
 """
 
 from __future__ import annotations
@@ -21,41 +21,41 @@ if TYPE_CHECKING:
     from fastapi import FastAPI
 
 SERVICES = {
-    "gateway": "Tasks: start, list, see, decide, cancel, retry.",
-    "planner": "Plans, without executing them.",
-    "agent_runtime": "How far a task's execution is.",
-    "audit": "The trail, and its verification.",
-    "qubic": "The policy and the ledger.",
-    "worker": "Runs the steps.",
+    "gateway": "Tasks: start, list, read, decide, cancel, retry.",
+    "planner": "Plans without execution.",
+    "agent_runtime": "Progress of a task's execution.",
+    "audit": "Audit trail, and its verification.",
+    "qubic": "Policy and ledger.",
+    "worker": "Execution of steps.",
 }
 DOCUMENT = "functions/gateway/openapi.json"
-"""What the gateway serves; docs/openapi.json is a link to it."""
+"""The file that the gateway serves; docs/openapi.json is a link to it."""
 GUIDE = "docs/api.md"
 PROBLEM = "application/problem+json"
 JSON, OCTETS = "application/json", "application/octet-stream"
 DESCRIPTION = (
-    "Let AI agents and automations act with money and data: tasks are planned under a policy, approved by people, "
+    "AI agents and automations act with money and data: tasks are planned under a policy, approved by people, "
     "executed step by step and audited. Errors are problems (RFC 9457). Amounts are whole QU."
 )
 ERRORS = {
-    "400": "The body is not JSON, or the request cannot be read.",
-    "401": "No valid bearer token.",
-    "403": "The caller's roles do not allow it, or it is the caller's own task, or one that they had run again; or only a person may do it, and an agent calls.",
-    "404": "There is no such thing, or the caller may not see it.",
-    "409": "The present state does not allow it; `task_status` says what it is.",
-    "413": "The body is too large; or the bundle, to be sent.",
+    "400": "The body is not JSON, or the request is malformed.",
+    "401": "The request has no valid bearer token.",
+    "403": "The caller's roles do not allow the operation; the caller started or retried the task; or an agent calls an operation for people only.",
+    "404": "The item does not exist, or the caller cannot see it.",
+    "409": "The current state does not allow the operation; `task_status` has the state.",
+    "413": "The body of the request, or the bundle in the response, is too large.",
     "415": "The body is not application/json.",
-    "422": "A field is not acceptable; `errors` names it.",
-    "429": "Too many requests, or too many open tasks; `Retry-After` says when to come back.",
-    "500": "The service failed; the correlation id finds the reason in its log.",
-    "503": "A part of the service does not answer; `Retry-After` says when to come back.",
+    "422": "A field is invalid; `errors` names it.",
+    "429": "Too many requests, or too many open tasks; `Retry-After` has the time to wait.",
+    "500": "The service failed; search its log for the correlation id.",
+    "503": "A part of the service does not respond; `Retry-After` has the time to wait.",
 }
 
 Document = dict[str, Any]
 
 
 NOT_FOUND_WITHOUT_AN_ID = {"/plan/create", "/audit/log/checkpoint", "/audit/log/consistency", "/log/checkpoint"}
-"""They name a task in the body, or the log that may not be there, or not so long, yet."""
+"""Operations whose body names a task, or whose log may be missing or shorter."""
 
 
 def document() -> Document:
@@ -64,9 +64,9 @@ def document() -> Document:
     Raises
     ------
     LookupError
-        A route does not say who may call it, or has no example.
+        A route has no rule for its callers, or no example.
     ValueError
-        Two services mean different things by one name.
+        Two services use one name for different schemas.
     """
     paths: Document = {}
     schemas: Document = {"Problem": problem_schema()}
@@ -75,7 +75,7 @@ def document() -> Document:
         found = app.openapi()
         for name, schema in found.get("components", {}).get("schemas", {}).items():
             if schemas.setdefault(name, schema) != schema:
-                raise ValueError(f"{name} of {service} is not what another service calls {name}")
+                raise ValueError(f"{name} of {service} differs from another service's {name}")
         for path, operations in found["paths"].items():
             paths[path] = {}
             for method, operation in operations.items():
@@ -89,7 +89,7 @@ def document() -> Document:
             "description": DESCRIPTION,
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
-        "servers": [{"url": "/", "description": "the local cloud"}, {"url": "/v1", "description": "the stage on AWS"}],
+        "servers": [{"url": "/", "description": "local cloud"}, {"url": "/v1", "description": "stage on AWS"}],
         "security": [{"token": []}],
         "tags": [{"name": service, "description": text} for service, text in SERVICES.items()],
         "paths": dict(sorted(paths.items())),
@@ -136,8 +136,8 @@ def _operation(app: FastAPI, service: str, path: str, method: str, operation: Do
         done["x-roles"] = list(roles)
         if is_deciding(route):
             done["x-deciding"] = True
-            done["description"] += " For people alone: an agent's token gets 403."
-        done["description"] += f"\n\nWho may: {', '.join(roles)}."
+            done["description"] += " For people only: an agent's token gets 403."
+        done["description"] += f"\n\nRoles: {', '.join(roles)}."
     for key in ("parameters", "requestBody"):
         if key in operation:
             done[key] = _plain(operation[key])
@@ -150,7 +150,7 @@ def _operation(app: FastAPI, service: str, path: str, method: str, operation: Do
 
 
 def _errors(path: str, method: str, operation: Document, *, secured: bool) -> list[str]:
-    """The errors that such an operation can answer with."""
+    """Return the statuses of an operation's errors."""
     found = ["429", "500"]
     found += ["401", "403", "503"] if secured else []
     found += ["400", "413", "415", "422"] if "requestBody" in operation else []
@@ -163,7 +163,7 @@ def _errors(path: str, method: str, operation: Document, *, secured: bool) -> li
 
 
 def _plain(value: Any) -> Any:
-    """Leave out what says nothing: titles made of names, and null as a value of parameters that may be absent."""
+    """Remove redundant parts: titles that repeat names, and null as a value of optional parameters."""
     if isinstance(value, list):
         return [_plain(each) for each in value]
     if not isinstance(value, dict):
@@ -192,14 +192,14 @@ def _add_examples(operation: Document, name: str) -> None:
 
 
 def success(operation: Document) -> tuple[str, str, Document]:
-    """Return status, media type and content of an operation's answer when all is well."""
+    """Return status, media type and content of an operation's success response."""
     [(status, answer)] = [each for each in operation["responses"].items() if each[0].startswith("2")]
     [(kind, content)] = answer["content"].items()
     return status, kind, content
 
 
 def _add_links(paths: Document, schemas: Document) -> None:
-    """Say where an answer leads: what a POST has made and names in a field, others take in their path by that name."""
+    """Add links from the response of a POST to the operations whose path has a field of that response."""
     operations = [operation for path in dict(sorted(paths.items())).values() for operation in path.values()]
     followers: dict[str, list[str]] = {}
     for operation in operations:
@@ -216,7 +216,7 @@ def _add_links(paths: Document, schemas: Document) -> None:
         links = {
             follower: {"operationId": follower, "parameters": {name: f"$response.body#/{name}"}}
             for name in schema.get("required", [])
-            if schema["properties"][name].get("type") == "string"  # what may be null leads nowhere
+            if schema["properties"][name].get("type") == "string"  # a nullable field has no link
             for follower in followers.get(name, [])
         }
         if links:
@@ -224,7 +224,7 @@ def _add_links(paths: Document, schemas: Document) -> None:
 
 
 def text_of(found: Document) -> str:
-    """Return the document as it is committed."""
+    """Return the committed form of the document."""
     return json.dumps(found, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -233,27 +233,27 @@ def text_of(found: Document) -> str:
 
 INTRODUCTION = """# The API
 
-Written by `make openapi` from the services' code; [openapi.json](openapi.json) is the same for programs, and the API serves both, at
-`/openapi.json` and `/docs`. Each example below is tested: the request is sent, and what comes back has the answer's form and fields.
+`make openapi` generates this page from the services' code. [openapi.json](openapi.json) has the same content for programs, and the API serves
+both, at `/docs` and `/openapi.json`. The tests send each request below, and compare the response with its example.
 
 The base address is `http://localhost:8000` with `make up`, and the stack's output `ApiUrl` on AWS.
 
-## A token
+## Tokens
 
-Each request carries `Authorization: Bearer …`, a JWT (RS256 or ES256) whose roles are in the claims that the parameter `RoleClaims` names, by default
-`scope` and `cognito:groups`.
+Each request carries `Authorization: Bearer …`, a JWT (RS256 or ES256). Its roles are in the claims that the parameter `RoleClaims` names, by
+default `scope` and `cognito:groups`.
 
-- `make up` writes one for each role: `source .local/tokens.env` gives `$REQUESTER`, `$APPROVER`, `$AUDITOR` and `$OPERATOR`,
-  and `$APPROVER2` and `$OPERATOR2` for a second person. `make token ROLE=approver SUBJECT=dave` prints one for anybody else.
-- On AWS, your issuer gives them (`JwtIssuer`, `JwtAudience`, `JwksUrl`), or the stack's own Cognito user pool, if you name no issuer:
+- `make up` writes a token for each role: `source .local/tokens.env` sets `$REQUESTER`, `$APPROVER`, `$AUDITOR` and `$OPERATOR`, and
+  `$APPROVER2` and `$OPERATOR2` for a second person. `make token ROLE=approver SUBJECT=dave` prints a token for another person.
+- On AWS, your issuer creates the tokens (`JwtIssuer`, `JwtAudience`, `JwksUrl`). Without an issuer, the stack has its own Cognito user pool:
   [deploy.md](deploy.md) has the commands.
 
-No token, or one that is not the issuer's, has expired or is for somebody else: 401. A token
-works for at most 60 seconds after it has expired. Clocks may differ by 60 seconds.
+The status is 401 if the token is missing, expired, or has another issuer or audience. A token works for at most 60 seconds after it has
+expired. Clocks may differ by 60 seconds.
 
-## The examples
+## Examples
 
-The commands below use the tokens of `make up`, and the ids of a transfer that waits for its approval. These set them:
+The commands below use the tokens of `make up`, and the ids of a transfer that waits for its approval. These commands set the ids:
 
 ```bash
 source .local/tokens.env
@@ -274,57 +274,59 @@ TXID=$(curl -s "http://localhost:8000/audit/$TASK" -H "Authorization: Bearer $AU
 
 ## Roles
 
-| role | may |
+| role | rights |
 |---|---|
-| requester | start tasks and make plans; see, cancel and retry their own tasks |
-| approver | see every task; approve or reject those that they did not request themselves |
+| requester | start tasks and create plans; read, cancel and retry their own tasks |
+| approver | read every task; approve or reject the tasks of other requesters |
 | auditor | read every task, audit entry and proof |
-| operator | all of those, write to the ledger, propose a policy, and approve one that another operator proposed |
+| operator | all of these; record hashes on the ledger; propose a policy, and approve another operator's proposal |
 
-A task that the caller may not see is 404, as one that is not there. Nobody decides on their own task, nor on one that they have retried, whatever
-their roles. Agents are not people: a token that the issuer has given to one of the clients in `AgentClientIds` has the role requester alone, whatever it claims, and gets
-403 from every operation that decides. What an agent has started, retried or cancelled says so, by its client's id (`agent`). A task is retried at most 20 times. A bundle shows what the trail's hashes hide: to who asked for the task, to auditors and operators.
+A task that the caller cannot see returns 404, like an unknown one. A person cannot decide on a task that they started or retried, regardless of
+their roles. An agent cannot decide at all: a token of a client in `AgentClientIds` has only the role requester, regardless of its claims, and
+gets 403 from every operation that is for people only. The client's id (`agent`) is recorded with each start, retry and cancellation by an
+agent. A task can be retried at most 20 times. A bundle reveals the content behind the hashes of the trail, so only the task's requester,
+auditors and operators can read it.
 
-## What a request may contain
+## Accepted input
 
-A request has one meaning, or it is refused with 422 and the name of the field (the network's own routes answer 400, in the
-public RPC's form). The caller's role is checked first.
+A request that can be read in two ways is rejected with 422 and the name of the field. The network's own routes return 400 in the public RPC's
+format. The API checks the caller's role first.
 
-- **Query**: only the parameters of the route, each once, not empty, at most 256 letters. A whole number has one spelling.
-- **Headers**: `Idempotency-Key`, `Content-Type` and `Authorization` stand once.
-- **Body**: JSON without repeated names, beyond-range numbers or unknown fields.
-- **Text** (values, and names of parameters): no character that is invisible, reorders text or controls a terminal: controls
-  but line break and tab, bidi controls and marks, zero-width and other default-ignorable characters, private use. Joiners are
-  accepted where Arabic, Indic scripts and emoji need them, and variation selectors after emoji, CJK and Mongolian letters.
-  Emoji tags (the flags of England, Scotland, Wales) are not, since they can spell hidden words.
-- **Subjects** of tokens are compared in NFC without surrounding spaces. A token whose subject has a character that is not
-  printed is refused with 401.
+- **Query**: only the parameters of the route, each once, not empty, with at most 256 characters. A whole number has no sign, leading zeros or spaces.
+- **Headers**: `Idempotency-Key`, `Content-Type` and `Authorization` occur once.
+- **Body**: JSON without repeated names, unknown fields, or numbers out of range.
+- **Text** (values, and names of parameters): no character that is invisible, reorders text or controls a terminal. These are control
+  characters except line break and tab, bidirectional controls and marks, zero-width and other default-ignorable characters, and private-use
+  characters. Joiners are accepted where Arabic, Indic scripts and emoji need them, and variation selectors after emoji, CJK and Mongolian
+  letters. Emoji tags (the flags of England, Scotland, Wales) are rejected, because they can spell hidden words.
+- **Subjects** of tokens are compared in NFC without surrounding spaces. A subject with a character that is not printable is rejected with 401.
 
-## The log, for its own kind of clients
+## The log for clients of transparency logs
 
 Clients of transparency logs ([C2SP tlog-tiles](https://c2sp.org/tlog-tiles)) read the log under a prefix: `<prefix>/checkpoint`, and
-`<prefix>/tile/<level>/<index>[.p/<width>]`. There are two.
+`<prefix>/tile/<level>/<index>[.p/<width>]`. There are two prefixes:
 
-- `ApiUrl` and `/log`: with a token; entries too (`/log/tile/entries/…`), for auditors. Ask for tiles with `Accept: application/octet-stream`: API Gateway sends
-  base64 to who does not say so. Entries are compressed for who sends `Accept-Encoding: gzip`.
-- The stack's output `PublicLogUrl` (locally `http://localhost:8000/public/log`): for everybody, without any header, where the operator has set `PublicLog=true`.
-  Checkpoint and tiles of hashes, as far as they are anchored. A hash is over a text with 128 random bits, and says nothing about it.
-  **Entries are not public**: they name people and tasks. So a client that only follows and proves (a monitor of the tree, a witness, who holds a leaf
-  hash) has all it needs; one that reads every entry needs a token and the first prefix. `LogThrottlingRate` and `LogThrottlingBurst` are its limits.
+- `ApiUrl` and `/log`, with a token. Auditors can also read entries (`/log/tile/entries/…`). Request tiles with
+  `Accept: application/octet-stream`; otherwise API Gateway sends base64. Entries are compressed if the request has `Accept-Encoding: gzip`.
+- The stack's output `PublicLogUrl` (locally `http://localhost:8000/public/log`), without any header, if the operator has set `PublicLog=true`.
+  It has the checkpoint and the hash tiles, as far as they are anchored. A hash covers a text with 128 random bits, so it does not reveal the
+  text. **Entries are not public**: they name people and tasks. This prefix is sufficient for a monitor of the tree, for a witness, and for a
+  verifier with a leaf hash. A client that reads every entry needs a token and the first prefix. `LogThrottlingRate` and `LogThrottlingBurst`
+  limit the requests.
 
-A tile never changes and may be kept for ever, by everybody where it is public; a checkpoint for 5 seconds. The checkpoint's origin, and the name of its key, is the parameter
-`LogOrigin`; without it, the first prefix without `https://`. The key is `verifier_key` of `GET /audit/log/checkpoint`; get it from elsewhere if
-you do not trust the server.
+A tile never changes: clients may cache it for ever, and the public tiles may also be in shared caches. A checkpoint may be cached for 5 seconds.
+The checkpoint's origin, which is also the name of its key, is the parameter `LogOrigin`; the default is the first prefix without `https://`. The
+key is `verifier_key` of `GET /audit/log/checkpoint`. Get it from another source if you do not trust the server.
 
-## Once, and once only
+## Idempotency
 
-`Idempotency-Key` on `start`, `approve`, `cancel` and `retry`: for 24 hours the same key and body take effect once, and get the same answer, with
-`Idempotent-Replay: true` from the second time on. The same key with another body is 409.
+`Idempotency-Key` applies to `start`, `approve`, `cancel` and `retry`. For 24 hours, requests with the same key and body take effect once and
+return the same response, from the second time on with `Idempotent-Replay: true`. The same key with another body returns 409.
 """
 
 
 VARIABLES = {"task_id": "$TASK", "plan_id": "$PLAN", "hash": "$HASH", "txid": "$TXID"}
-"""What the guide's first commands set, for the parameters of paths."""
+"""Variables of the guide's first commands, for the parameters of paths."""
 
 
 def guide(found: Document) -> str:
@@ -339,14 +341,14 @@ def guide(found: Document) -> str:
     rows = "\n".join(f"| {status} | {text} |" for status, text in ERRORS.items())
     parts.append(
         "## Errors\n\nEvery error is `application/problem+json` (RFC 9457): `type`, `title`, `status`, `detail`, `instance`, and a\n"
-        "`correlation_id` that is in the logs. `errors` names each field that is wrong; `task_status`, `decided_by` and `code` say more where\n"
+        "`correlation_id` that is in the logs. `errors` names each invalid field; `task_status`, `decided_by` and `code` are present if\n"
         f"they are known.\n\n| status | when |\n|---|---|\n{rows}\n"
     )
     return "\n".join(parts)
 
 
 def _chapter(path: str, method: str, operation: Document) -> str:
-    summary, _, roles = operation["description"].partition("\n\nWho may: ")
+    summary, _, roles = operation["description"].partition("\n\nRoles: ")
     url, query, headers = path, [], []
     for each in operation.get("parameters", []):
         if "example" in each:
@@ -356,7 +358,7 @@ def _chapter(path: str, method: str, operation: Document) -> str:
             elif each["in"] == "query":
                 query.append(f"{each['name']}={each['example']}")
             else:
-                # A key is for one request: another task's has another key.
+                # Each request has its own key, so another task has another key.
                 value = f"{path.rpartition('/')[2]}-$TASK" if "{task_id}" in path else each["example"]
                 headers.append(f'  -H "{each["name"]}: {value}"')
     url = f'"http://localhost:8000{url}{"?" + "&".join(query) if query else ""}"'
@@ -368,7 +370,7 @@ def _chapter(path: str, method: str, operation: Document) -> str:
         lines += ["  -H 'Content-Type: application/json'", f"  -d '{json.dumps(example)}'"]
     status, kind, content = success(operation)
     command = " \\\n".join(lines)
-    who = f"Who may: {roles}" if roles else "Open to everybody."
+    who = f"Roles: {roles}" if roles else "No token needed."
     return (
         f"### `{method.upper()} {path}`\n\n{summary} {who}\n\n```bash\n{command}\n```\n\n"
         f"{status}:\n\n```{'json' if kind == JSON else 'text'}\n{_example(kind, content)}\n```\n"
@@ -376,14 +378,14 @@ def _chapter(path: str, method: str, operation: Document) -> str:
 
 
 def _example(kind: str, content: Document) -> str:
-    """The answer's example as text; bytes are said to be such."""
+    """Return the response's example as text, with a placeholder for bytes."""
     if kind == JSON:
         return json.dumps(content["example"], indent=2, ensure_ascii=False)
     return f"({kind})" if kind == OCTETS else str(content["example"])
 
 
 def main() -> int:
-    """Write the files, or compare them; return an exit code."""
+    """Write the files or compare them; return an exit code."""
     parser = argparse.ArgumentParser(prog="python -m local.openapi", description="The API's OpenAPI document.")
     parser.add_argument("--check", action="store_true", help="change nothing")
     check = parser.parse_args().check
@@ -391,7 +393,7 @@ def main() -> int:
     wanted = {DOCUMENT: text_of(found), GUIDE: guide(found)}
     stale = [name for name, text in wanted.items() if not (ROOT / name).is_file() or (ROOT / name).read_text() != text]
     if check and stale:
-        print(f"not what the code says: {', '.join(stale)}; make openapi writes them", file=sys.stderr)
+        print(f"not up to date: {', '.join(stale)}. Run make openapi", file=sys.stderr)
         return 1
     for name in stale:
         (ROOT / name).write_text(wanted[name])

@@ -1,4 +1,4 @@
-"""An example of each operation, by operation id; tests/openapi sends them and compares what comes back."""
+"""An example of each operation, by operation id. tests/openapi sends them and compares the responses."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ TASK = {"task_id": PLANNED_TASK}
 KEY = {"Idempotency-Key": "invoice-4711"}
 
 PAYER = "UVWBFEZYKGFRJGPFHUTYFTZSLIWAAWGYUMHPMISXUETCLFEQAVNAQLNCCXEL"
-"""The demo wallet's identity on the mock."""
+"""Identity of the demo wallet on the mock network."""
 SIGNED = (
     "Bt+xy+SLZNsdYzbHNuaQHdR3mxXDCm2lW+zUWBqJrFZa3Ot0hJo1HRK+QPrE5HVZeC8s0u0C355lpNmWVGTZMQUAAAAAAAAAZC0xAQAAAABNbCpO"
     "yxabE3qTVL6KVuQ6jFqDd4ct4o47XfiXTeBXr1AAADbcL/LpQu/acI1dLtW2eD0RlcaXDf5sb3zoUgMA"

@@ -74,12 +74,12 @@ def html_of(found: Document) -> str:
 
 
 def _article(path: str, method: str, operation: Document, errors: Document) -> str:
-    summary, _, roles = operation["description"].partition("\n\nWho may: ")
+    summary, _, roles = operation["description"].partition("\n\nRoles: ")
     parts = [
         f'<article id="{escape(operation["operationId"])}"><h3><b>{method.upper()}</b> <code>{escape(path)}</code></h3>'
     ]
     parts.append(
-        f"<p>{_text(summary)}</p><p class=role>{escape((roles and f'Who may: {roles}') or 'Open to everybody.')}</p>"
+        f"<p>{_text(summary)}</p><p class=role>{escape((roles and f'Roles: {roles}') or 'Open to everybody.')}</p>"
     )
     if parameters := operation.get("parameters"):
         rows = "".join(
