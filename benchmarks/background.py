@@ -1,7 +1,7 @@
-"""Items that are there before a benchmark begins: a million of them beside moto's own, which it keeps in memory.
+"""Items that exist before a benchmark begins: a million, in addition to moto's items, which are in memory.
 
-Their keys, in the table and in its indexes, are in SQLite. An item is made whole when it is first read, by its key or
-by a query, and is moto's from then on. So what is read, written and counted is what DynamoDB would read and write.
+SQLite stores their keys in the table and in its indexes. The first read of an item, by key or by query, creates the
+whole item in moto. The benchmark therefore reads, writes and counts the same items as DynamoDB would.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.units import Schema, schemas
 from tests.support.template import ACCOUNT, REGION
 
 Keys = dict[str, str]
-"""The attributes of an item that are keys of the table or of an index."""
+"""Attributes of an item that are keys of the table or of an index."""
 Made = dict[str, Any]
 
 CHUNK = 100_000
@@ -29,7 +29,7 @@ _BIND = inspect.signature(Table.query)
 
 
 class Background:
-    """The items of one table, by their keys; `make` returns a whole item for what was given with its keys."""
+    """Items of one table by their keys; `make` returns the whole item for the text that was stored with its keys."""
 
     def __init__(self, table: str, make: Callable[[str], Made]) -> None:
         self.schema: Schema = schemas()[table]
@@ -44,7 +44,7 @@ class Background:
             )
 
     def add(self, items: Iterator[tuple[Keys, str]]) -> None:
-        """Add items by their keys, and what `make` is given for each."""
+        """Add items by their keys, each with the text for `make`."""
         while chunk := list(islice(items, CHUNK)):
             rows: dict[str, list[tuple[str, ...]]] = {"": []}
             for keys, given in chunk:
@@ -61,7 +61,7 @@ class Background:
     def find(
         self, index: str, value: str, comparison: str | None, operands: list[str], *, newest: bool, limit: int
     ) -> list[tuple[str, str, str]]:
-        """Return (pk, sk, given) of what a query meets first, at most `limit`; -1 for all."""
+        """Return (pk, sk, given) of the first items of a query, at most `limit`; -1 for all."""
         condition = {None: "", "BEGINS_WITH": " AND b BETWEEN ? AND ? || char(1114111)"}.get(comparison)
         if condition is None:
             condition = f" AND b {_COMPARISONS[str(comparison)]}"
@@ -73,7 +73,7 @@ class Background:
 
 
 class _TableWithBackground(Table):
-    """moto's table, and what was there before."""
+    """moto's table with the background items."""
 
     background: Background
 
@@ -89,9 +89,9 @@ class _TableWithBackground(Table):
         if bound.get("exclusive_start_key"):
             if limit > 0:
                 raise NotImplementedError("a second page of a query with a limit")
-            return super().query(*arguments, **named)  # the first one has taken all
+            return super().query(*arguments, **named)  # the first query has created all items
         key = conditions[0][1] if bound.get("index_name") and conditions else bound["hash_key"]
-        # What is moto's by now may have other keys: as many more are read.
+        # Items in moto may have changed their keys, so read as many more.
         found = self.background.find(
             bound.get("index_name") or "",
             key.value,

@@ -1,7 +1,7 @@
-"""Two builds side by side: what a task takes from its start to `completed`, in one run on one machine.
+"""Comparison of two builds: the time of a task from its start to `completed`, in one run on one machine.
 
-`python -m benchmarks.compare CHECKOUT` starts the local cloud of another checkout of the project and that of this one,
-and runs tasks on both by turns, so that each build meets the same load. The ratio counts, not the seconds.
+`python -m benchmarks.compare CHECKOUT` starts the local clouds of another checkout and of this one, and runs tasks on
+both alternately, so that both have the same load. Compare the ratio, not the seconds.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ POLL_SECONDS = 0.02
 
 @dataclass
 class Build:
-    """A running build, and how long each of its tasks took, in seconds."""
+    """A running build, and the duration of each of its tasks in seconds."""
 
     name: str
     requester: httpx.Client
@@ -47,7 +47,7 @@ class Build:
     seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in TASKS})
 
     def run(self, kind: str) -> float:
-        """Run one task of that kind, which is approved as soon as it waits; the seconds from start to `completed`."""
+        """Run one task of a kind, and approve it as soon as it waits. Return the seconds from start to `completed`."""
         begin = time.perf_counter()
         answer = self.requester.post("/task/start", json=TASKS[kind] | {"description": "how long does it take?"})
         task_id = str(answer.raise_for_status().json()["task_id"])
@@ -65,7 +65,7 @@ class Build:
 
 @contextlib.contextmanager
 def running(name: str, checkout: Path) -> Iterator[Build]:
-    """Start the local cloud of a checkout on free ports; it is stopped at the end."""
+    """Start the local cloud of a checkout on free ports, and stop it at the end."""
     ports = Ports.free()
     environment = os.environ | {"QAES_HTTP_PORT": str(ports.http), "QAES_PORT": str(ports.aws)}
     make = ["make", "-C", str(checkout)]
@@ -90,7 +90,7 @@ def running(name: str, checkout: Path) -> Iterator[Build]:
 
 
 def measure(other: Path, rounds: int = ROUNDS) -> tuple[Build, Build]:
-    """Run the tasks on both builds by turns, in an order by chance."""
+    """Run the tasks on both builds alternately, in random order."""
     with running("before", other) as before, running("now", ROOT) as now:
         for number in range(WARM_UP + rounds):
             turns = [(build, kind) for build in (before, now) for kind in TASKS]
@@ -103,7 +103,7 @@ def measure(other: Path, rounds: int = ROUNDS) -> tuple[Build, Build]:
 
 
 def report(before: Build, now: Build) -> dict[str, dict[str, float]]:
-    """Medians in seconds, and their ratio, by kind of task."""
+    """Return the medians in seconds and their ratio, by kind of task."""
     found = {}
     for kind, target in TARGETS.items():
         old, new = (statistics.median(build.seconds[kind]) for build in (before, now))

@@ -1,7 +1,7 @@
 """Count what a task consumes, in a run of the deployed definition on moto: `python -m benchmarks.cost`.
 
-A run has phases, which end where the task waits for a person or for the ledger. A stream hands over what a phase has
-written as one batch to each of its listeners. The anchor is counted separately: whole, or shared by a batch's tasks.
+A run has phases, which end where the task waits for a person or for the ledger. A stream delivers the writes of a phase
+as one batch to each of its listeners. The anchor is counted separately: as a whole, or shared by a batch's tasks.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from tests.support.api import Api
 from tests.support.cloud import Cloud, cloud
 
 BASELINE = Path(__file__).with_name("baseline.json")
-"""The figures of the workflow with one state for each agent, counted by this same program."""
+"""Figures of the workflow with one state for each agent, counted by this program."""
 
 SHARED_BY = 6
-"""How many tasks share an anchor in the `_shared` figures."""
+"""Number of tasks that share an anchor in the `_shared` figures."""
 PRICES_OF = "2026-11, us-east-1, list prices"
 TRANSITION, INVOCATION, API_REQUEST, EVENT = 25.00e-6, 0.20e-6, 3.50e-6, 1.00e-6
 GB_SECOND = {"x86_64": 16.6667e-6, "arm64": 13.3334e-6}
@@ -41,9 +41,9 @@ ALARM_MONTH, SECRET_MONTH, METRIC_MONTH = 0.10, 0.40, 0.30
 MINUTES_A_MONTH = 30 * 24 * 60
 SECONDS_A_CALL = 0.1
 PLATFORM_LINES = {"platform.start": 155, "platform.report": 365}
-"""Bytes of the lines that Lambda itself writes for an invocation, at its system log level INFO."""
+"""Bytes of Lambda's own log lines for an invocation, at its system log level INFO."""
 ACCESS_VALUE_BYTES = 24
-"""What API Gateway writes for a variable of the access log's format, on average."""
+"""Average bytes of a variable in API Gateway's access log."""
 
 TASKS: dict[str, dict[str, Any]] = {
     "monitoring": {
@@ -56,12 +56,12 @@ TASKS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 ANCHORING = "AuditLogTable"
-"""The table whose stream belongs to the anchor."""
+"""Table whose stream belongs to the anchor."""
 
 
 @dataclass
 class Count:
-    """What was used; `functions` counts the invocations of each."""
+    """Consumption of a task; `functions` counts the invocations of each function."""
 
     transitions: int = 0
     write_units: float = 0
@@ -74,12 +74,12 @@ class Count:
 
     @property
     def invocations(self) -> float:
-        """All invocations, the authorizer's among them."""
+        """All invocations, including the authorizer's."""
         return sum(self.functions.values())
 
     @property
     def dollars(self) -> float:
-        """The price of one, before logs and traces; a call is taken to last 100 ms."""
+        """Price of one task without logs and traces, with 100 ms for each call."""
         architecture = template.template()["Parameters"]["Architecture"]["Default"]
         gigabyte_seconds = sum(
             count * memory_of(name) / 1024 * SECONDS_A_CALL for name, count in self.functions.items()
@@ -97,14 +97,14 @@ class Count:
 
 @dataclass
 class TaskCost:
-    """A task's count without the anchor, the anchor's, and the functions that a task's end waits for."""
+    """A task's count without the anchor, the anchor's count, and the functions on the critical path."""
 
     task: Count
     anchor: Count
     on_path: list[str]
 
     def figures(self) -> dict[str, Any]:
-        """Return the figures of docs/performance.json: whole, and with a sixth of the anchor in `_shared`."""
+        """Return the figures of docs/performance.json, in `_shared` with a sixth of the anchor."""
         found: dict[str, Any] = {"transitions": self.task.transitions}
         for suffix, part in (("", 1.0), ("_shared", 1 / SHARED_BY)):
             found |= {
@@ -119,9 +119,9 @@ class TaskCost:
         return found | {"functions_on_path": len(self.on_path), "functions": self.on_path}
 
     def _traces(self) -> float:
-        """One trace for each request and for the execution, as far as they are sampled, and for each batch and event.
+        """Return the number of traces: of sampled requests and executions, and of batches and events.
 
-        Lambda samples a batch itself, all of them at this load, unless its function only passes traces through.
+        At this load, Lambda samples every batch, unless the function only passes traces through.
         """
         batches = sum(self.task.functions[name] + self.anchor.functions[name] / SHARED_BY for name in begin_traces())
         return (self.task.api_requests + 1) * sampled() + batches
@@ -134,7 +134,7 @@ def memory_of(function: str) -> int:
 
 
 def begin_traces() -> list[str]:
-    """Return the functions that begin a trace for what a stream, a queue or a schedule sends them."""
+    """Return the functions that begin a trace for an event of a stream, a queue or a schedule."""
     common = template.template()["Globals"]["Function"]["Tracing"]
     return [
         name
@@ -145,19 +145,19 @@ def begin_traces() -> list[str]:
 
 
 def sampled() -> float:
-    """Return which part of requests and executions is traced: all at this load, unless the template has a rule."""
+    """Return the traced fraction of requests and executions: all at this load, unless the template has a rule."""
     rules = template.resources("AWS::XRay::SamplingRule").values()
     rates = [float(template.resolve(rule["Properties"])["SamplingRule"]["FixedRate"]) for rule in rules]
     return min(rates, default=1.0)
 
 
 def measure(name: str) -> TaskCost:
-    """Run the task `name` of TASKS to its end, a second person approving if asked, and count."""
+    """Run the task `name` of TASKS to its end, with a second person's approval if required, and count."""
     logger().setLevel("ERROR")
     with cloud() as aws:
         run = _Run(aws)
         aws.invoke("LedgerFunction", {"operation": "policy"})
-        run.streams()  # what was there before is nobody's
+        run.streams()  # earlier records do not count
         aws.invocations.clear()
         with metered(run.units), _captured() as written:
             task_id = run.request("POST", "/task/start", TASKS[name])["task_id"]
@@ -188,7 +188,7 @@ def listeners_of(*tables: str) -> set[str]:
 
 
 class _Run:
-    """One measured run: what API Gateway, the streams and EventBridge do, done here."""
+    """One measured run. It does the work of API Gateway, the streams and EventBridge."""
 
     def __init__(self, aws: Cloud) -> None:
         self.aws, self.units, self.requests = aws, Units(), 0
@@ -199,14 +199,14 @@ class _Run:
         waiting_ticks = aws._waiting_ticks  # noqa: SLF001
 
         def not_counted() -> list[int]:
-            with self.units.not_counted():  # the tests' own look at the ledger, which lets ticks pass
+            with self.units.not_counted():  # the tests' own read of the ledger, which advances ticks
                 return waiting_ticks()
 
         aws._waiting_ticks = not_counted  # type: ignore[method-assign]  # noqa: SLF001
 
     def request(self, method: str, path: str, body: Any, **caller: str) -> Any:
         self.requests += 1
-        # API Gateway keeps the authorizer's answer for a minute: longer than a task whose approver is there.
+        # API Gateway caches the authorizer's result for a minute: longer than a task with a prompt approver.
         if (name := json.dumps(caller, sort_keys=True)) not in self._callers:
             self._callers.add(name)
             self.aws.invocations["AuthorizerFunction"] += 1
@@ -220,7 +220,7 @@ class _Run:
             self.aws.wait(task_id, status)
 
     def streams(self, *tables: str) -> dict[str, list[dict[str, Any]]]:
-        """Return what each table's stream has had since the last time."""
+        """Return the new records of each table's stream."""
         client, found = boto3.client("dynamodbstreams"), {}
         for table in tables or ("TasksTable", "AuditEntriesTable", ANCHORING):
             if table not in self._shards:
@@ -235,7 +235,7 @@ class _Run:
         return found
 
     def deliver(self, *tables: str) -> bool:
-        """Hand what is new in each table's stream to its listeners, as one batch; return whether there was anything."""
+        """Deliver the new records of each table's stream as one batch; return whether there were any."""
         delivered = False
         for table in tables:
             records = self.streams(table)[table]
@@ -258,13 +258,13 @@ class _Run:
                     self.aws.invoke(name, event)
 
     def anchor(self) -> None:
-        """Let the log's growth be anchored, and the anchor be confirmed."""
-        self.aws.stop_time()  # from here on ticks pass, and the ledger's events are delivered, between two deliveries
+        """Anchor the log's growth, and confirm the anchor."""
+        self.aws.stop_time()  # from here on, ticks pass and ledger events are delivered only between two deliveries
         for _ in range(10):
             delivered, ticks = self.deliver(ANCHORING), self.aws.pass_ticks()
             if not (delivered or ticks):
                 return
-        raise RuntimeError("the anchor does not come to an end")
+        raise RuntimeError("the anchor is not confirmed")
 
     def count(self, log_bytes: int) -> Count:
         return Count(
@@ -284,7 +284,7 @@ class _Run:
         )
 
     def state_machine_log(self, task_id: str) -> int:
-        """Return what the state machine logs of the execution, by its level."""
+        """Return the bytes that the state machine logs for the execution at its log level."""
         [machine] = template.resources("AWS::Serverless::StateMachine").values()
         if machine["Properties"]["Logging"]["Level"] != "ALL":
             return 0
@@ -331,7 +331,7 @@ def _difference(whole: Count, part: Count) -> Count:
 
 @contextmanager
 def _captured() -> Iterator[Any]:
-    """Take what handlers log, at the level INFO; yields a function that returns how many bytes there are so far."""
+    """Capture the handlers' log at level INFO; yield a function that returns the bytes so far."""
     logger().setLevel("INFO")
     sys.stdout.flush()
     kept = os.dup(1)
@@ -351,7 +351,7 @@ def _captured() -> Iterator[Any]:
 
 
 def idle_dollars_a_month() -> dict[str, float]:
-    """Return what a stack costs that nobody uses: schedules, alarms, secrets and metrics."""
+    """Return the cost of an unused stack: schedules, alarms, secrets and metrics."""
     architecture = template.template()["Parameters"]["Architecture"]["Default"]
     calls = dollars = 0.0
     for name, body in template.resources("AWS::Serverless::Function").items():

@@ -1,4 +1,4 @@
-"""What requests and scheduled runs cost when a stack has had many tasks: `make bench ONLY=growth`.
+"""Cost of requests and scheduled runs on a stack with many past tasks: `make bench ONLY=growth`.
 
 The tasks are created directly, and then real requests are made to the deployed definition on moto. Units are counted
 by DynamoDB's rules (`benchmarks.units`).
@@ -30,26 +30,26 @@ from tests.support.cloud import Cloud, _environment_lock, cloud
 
 SIZES = (10**4, 10**6)
 MOST_GROWTH = 1.1
-"""How many times as much an operation may cost at the larger size."""
+"""Maximum ratio of an operation's cost at the larger size to its cost at the smaller size."""
 DAYS = 30
-"""The tasks were started within so many days, at even intervals."""
+"""The tasks were started within this many days, at even intervals."""
 REQUESTERS = 1_000
-"""So many people have started them; a tenth of all tasks is alice's."""
+"""Number of requesters. A tenth of all tasks is alice's."""
 OPEN = {"waiting_approval": 50, "executing": 50}
-"""Tasks of each size that have not ended: they are as many, because each of them costs."""
+"""Open tasks at each size. The number is constant, because each open task costs reads."""
 FRESH = 100
 FRESH_SECONDS = 90
-"""So many changes are so old at each size: the sweeper looks at them."""
+"""Age of the FRESH newest changes at each size, which the sweeper reads."""
 APPROVED = {"approved": True, "reason": "invoice 4711 checked"}
 ENDED: tuple[Status, ...] = ("completed",) * 17 + ("failed", "denied", "cancelled")
 
 
 Measured = dict[str, Units]
-"""What each operation consumes, by its name."""
+"""Consumption of each operation, by its name."""
 
 
 class Past:
-    """The tasks that a stack has had, without the last minutes' but for a few that are there at each size."""
+    """A stack's past tasks. At each size, the same few tasks are from the last minutes."""
 
     def __init__(self, size: int, model: Task) -> None:
         self.size, self._model = size, model
@@ -58,7 +58,7 @@ class Past:
         self._begin = self.end - timedelta(days=DAYS)
 
     def attach(self) -> dict[str, int]:
-        """Create the items; return how many of each kind."""
+        """Create the items; return the number of each kind."""
         tasks = Background("TasksTable", self._task)
         tasks.add(self._keys_of_tasks())
         tasks.add(self._keys_of_events())
@@ -87,19 +87,19 @@ class Past:
         return {"pk": task_id, "sk": self._event, "day": day_key(moment[:10], task_id), "timestamp": moment}
 
     def _id(self, n: int) -> str:
-        """Make a UUIDv7 of the task's moment and number."""
+        """Return a UUIDv7 from the task's time and number."""
         milliseconds, digits = int(self._moment(n).timestamp() * 1000), f"{n:015x}"
         head = f"{milliseconds:012x}"
         return f"task_{head[:8]}-{head[8:]}-7{digits[:3]}-8{digits[3:6]}-{digits[6:]}000"
 
     def _moment(self, n: int) -> datetime:
-        """Evenly over the days, but the last tasks: they were started a minute and a half ago."""
+        """Return evenly spread times; the last tasks were started a minute and a half ago."""
         if n >= self.size - FRESH:
             return self.end - timedelta(seconds=FRESH_SECONDS, milliseconds=self.size - n)
         return self._begin + (timedelta(days=DAYS) - timedelta(minutes=30)) * (n / self.size)
 
     def _status(self, n: int) -> Status:
-        place = self.size - FRESH - n  # those that have not ended are the last but for the fresh ones
+        place = self.size - FRESH - n  # the open tasks are the last before the fresh ones
         if 0 < place <= OPEN["executing"]:
             return "executing"
         if 0 < place - OPEN["executing"] <= OPEN["waiting_approval"]:
@@ -124,20 +124,20 @@ class Past:
         return task_item(self._model.model_copy(update=fields))
 
     def _index_item(self, given: str) -> Made:
-        leaves = base64.b64encode(bytes(HASH_BYTES * self._model.events)).decode()  # moto keeps bytes as it gets them
+        leaves = base64.b64encode(bytes(HASH_BYTES * self._model.events)).decode()  # moto stores bytes unchanged
         return {
             "pk": {"S": self._id(int(given))}, "sk": {"S": self._index}, "index": {"N": given}, "leaves": {"B": leaves},
         }  # fmt: skip
 
     def open_executions(self) -> set[str]:
-        """Return the names of the executions that run."""
+        """Return the names of the running executions."""
         return {self._id(self.size - FRESH - place) for place in range(1, sum(OPEN.values()) + 1)}
 
 
 def measure(size: int, more: dict[str, Callable[[], Any]] | None = None) -> tuple[dict[str, int], Measured]:
-    """Create so many tasks; return how many items of each kind were created, and what each operation consumes.
+    """Create `size` tasks; return the number of items of each kind, and the consumption of each operation.
 
-    `more` are further operations, by their names.
+    `more` has further operations by their names.
     """
     logger().setLevel("ERROR")
     past = Past(size, _model())
@@ -167,7 +167,7 @@ def measure(size: int, more: dict[str, Callable[[], Any]] | None = None) -> tupl
 
 
 def _model() -> Task:
-    """Run a task of which the others are copies."""
+    """Run the task that the others are copies of."""
     with cloud() as aws:
         task_id = _call(aws, "POST", "/task/start", TASKS["monitoring"], **ALICE)["task_id"]
         return Task.model_validate(aws.wait(task_id, "completed"))
@@ -186,7 +186,7 @@ def _call(aws: Cloud, method: str, path: str, body: Any = None, *, status: str |
 
 
 def _units(operation: Callable[[], Any]) -> Units:
-    """Count one operation; what it has started waits meanwhile for the lock that every function of moto's takes."""
+    """Count one operation. Functions that it starts wait for the lock that every function of moto takes."""
     units = Units()
     with _environment_lock, metered(units):
         operation()
@@ -194,6 +194,6 @@ def _units(operation: Callable[[], Any]) -> Units:
 
 
 def grown(before: Units, after: Units) -> float:
-    """Return how many times as much the second consumes, in read or in write units, whichever grew more."""
+    """Return the growth of the consumption, in read or in write units, whichever grew more."""
     pairs = ((before.read, after.read), (before.written, after.written))
     return max(more / less if less else float(more > 0) + 1 for less, more in pairs)

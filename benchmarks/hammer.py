@@ -1,11 +1,10 @@
-"""Hammer: many tasks' events at once, and every proof verified as the log grows.
+"""Load test of the audit log: many tasks' events at once, with every proof verified as the log grows.
 
-`make hammer` runs it on a local cloud of its own. It puts the events into the tasks' table, as the task store does, so
-that everything after that is the real way: stream, recorder, stream, sequencer, anchor, ledger. Then it checks each
-entry's inclusion under the root that the ledger's transaction carries, and that each anchored log begins with the one
-before; and runs fsck. It prints its figures as the tables of docs/performance.md, and exits with 1 when a proof does
-not hold, fsck finds something, something never gets into the log, or entries wait for their index for longer than they
-may at the median.
+`make hammer` runs it on a separate local cloud. It writes the events to the tasks table, as the task store does, so the
+rest is the real path: stream, recorder, stream, sequencer, anchor, ledger. Then it checks each entry's inclusion under
+the root that the ledger's transaction carries, checks that each anchored log begins with the previous one, and runs
+fsck. It prints its figures as the tables of docs/performance.md. It exits with 1 if a proof does not hold, fsck has a
+finding, an event never gets into the log, or the median wait of an entry for its index is too long.
 """
 
 from __future__ import annotations
@@ -42,16 +41,16 @@ from qaes.domain.tiles import TILE_WIDTH, appended, consistency_proof, inclusion
 
 SIZES = (10**2, 10**3, 10**4, 10**5, 10**6)
 MEDIAN_SECONDS_TO_INDEX = 10.0
-"""What the audit trail promises on the local AWS."""
+"""The audit trail's guarantee on the local AWS."""
 
 
 class HammerError(Exception):
-    """What was promised does not hold; says what."""
+    """A guarantee does not hold; the text names it."""
 
 
 @dataclass
 class Figures:
-    """What was measured; times in seconds, from the event's being written."""
+    """Measured figures; times in seconds since the event was written."""
 
     entries: int = 0
     writers: int = 0
@@ -93,9 +92,9 @@ def _p99(values: list[float]) -> float:
 
 
 def write_events(tasks: int, events: int, workers: int, rate: float, started: dict[EntryKey, float]) -> None:
-    """Write the events of `tasks` tasks, from as many threads as there are workers; `started` says when.
+    """Write the events of `tasks` tasks from `workers` threads; `started` receives the time of each.
 
-    At most `rate` events a second, all in all; 0: as fast as it goes.
+    `rate` limits the events a second of all threads together; 0: no limit.
     """
     turns, begin = itertools.count(), time.monotonic()
 
@@ -129,9 +128,9 @@ def write_events(tasks: int, events: int, workers: int, rate: float, started: di
 def watch(
     log: Log, writer: threading.Thread, started: dict[EntryKey, float], figures: Figures, patience: float
 ) -> None:
-    """Follow the log until the ledger has confirmed all that was written.
+    """Poll the log until the ledger has confirmed all written events.
 
-    Raises HammerError when nothing more comes.
+    Raises HammerError if there is no progress for `patience` seconds.
     """
     begin = log.head().size
     last = time.monotonic()
@@ -154,9 +153,9 @@ def watch(
             break
         if time.monotonic() - last > patience:
             there = f"{len(started)} events are written, {len(indexed)} in the log, {anchored} anchored"
-            raise HammerError(f"nothing has come for {patience:.0f} s: {there}")
+            raise HammerError(f"no progress for {patience:.0f} s: {there}")
         time.sleep(0.2)
-    # A look may have come before `started` had the entry: the writer says it after the table has it.
+    # A poll may precede the entry in `started`, which the writer adds after the write to the table.
     figures.to_index = [moment - started[key] for key, moment in indexed if key in started]
     if not figures.to_index:
         raise HammerError("no event could be written")
@@ -197,7 +196,7 @@ def verify_all(log: Log, anchors: Iterable[Anchor]) -> int:
 
 
 def stored_bytes() -> int:
-    """What entries and log take in their tables and indexes, by the length of names and values."""
+    """Return the bytes of entries and log in their tables and indexes, by the length of names and values."""
 
     def size(value: Any) -> int:
         [(kind, content)] = value.items()
@@ -213,7 +212,7 @@ def stored_bytes() -> int:
 
 
 def hammer(tasks: int, events: int, workers: int, rate: float, patience: float) -> Figures:
-    """Load the log of the environment's tables, and verify all of it."""
+    """Load the log of the environment's tables, and verify it completely."""
     log, figures = Log(), Figures(writers=workers)
     started: dict[EntryKey, float] = {}
     anchors_before = sum(1 for _ in log.anchors.all())
@@ -238,7 +237,7 @@ def hammer(tasks: int, events: int, workers: int, rate: float, patience: float) 
 
 
 def proof_costs(sizes: Iterable[int] = SIZES, samples: int = 50) -> list[tuple[str, ...]]:
-    """What an inclusion proof costs, by the size of the log: bytes, time to verify it, tiles read to make it."""
+    """Return the cost of an inclusion proof by the size of the log: bytes, time to verify, tiles to read."""
     rows = []
     for size in sizes:
         leaves = [leaf_digest(str(number).encode()) for number in range(size)]
@@ -264,7 +263,7 @@ def proof_costs(sizes: Iterable[int] = SIZES, samples: int = 50) -> list[tuple[s
         longest = max(len(proof) for proof in proofs) * HASH_BYTES
         bound = 2 * math.ceil(math.log(size, TILE_WIDTH)) + 2
         if most > bound:
-            raise HammerError(f"a proof of {size} entries takes {most} reads, and may take {bound}")
+            raise HammerError(f"a proof of {size} entries takes {most} reads, more than {bound}")
         rows.append((f"{size:,}", f"{longest} bytes", f"{each * 1e6:.0f} µs", f"{most} (≤ {bound})"))
     return rows
 
@@ -274,29 +273,34 @@ def _nothing(level: int, index: int, width: int) -> bytes:
 
 
 def check_median(figures: Figures, limit: float) -> None:
-    """Raises HammerError when entries wait for their index for longer than `limit` seconds at the median; 0: never."""
+    """Raise HammerError if the median wait of entries for their index exceeds `limit` seconds; 0: never."""
     if limit and (median := _middle(figures.to_index)) > limit:
-        raise HammerError(f"an entry has its index after {median:.1f} s at the median, and should within {limit:g} s")
+        raise HammerError(f"the median wait for an index is {median:.1f} s, more than {limit:g} s")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.hammer", description="Load the audit log, verify it.")
     parser.add_argument("--tasks", type=int, default=50)
-    parser.add_argument("--events", type=int, default=20, help="of each task (20)")
+    parser.add_argument("--events", type=int, default=20, help="events of each task (20)")
     parser.add_argument("--workers", type=int, default=4, help="threads that write (4)")
-    parser.add_argument("--rate", type=float, default=0, help="events a second, all in all (0: as fast as it goes)")
-    parser.add_argument("--patience", type=float, default=300, help="seconds in which something must have come (300)")
+    parser.add_argument("--rate", type=float, default=0, help="events a second of all threads (0: no limit)")
+    parser.add_argument("--patience", type=float, default=300, help="maximum seconds without progress (300)")
     parser.add_argument(
-        "--median", type=float, default=MEDIAN_SECONDS_TO_INDEX, help="seconds to an index at the median (10; 0: any)"
+        "--median",
+        type=float,
+        default=MEDIAN_SECONDS_TO_INDEX,
+        help="maximum median seconds to an index (10; 0: no limit)",
     )
-    parser.add_argument("--sizes", type=int, nargs="*", default=SIZES, help="of the logs whose proofs are measured")
-    parser.add_argument("--proofs-only", action="store_true", help="only what proofs cost, without a cloud")
+    parser.add_argument(
+        "--sizes", type=int, nargs="*", default=SIZES, help="sizes of the logs whose proofs are measured"
+    )
+    parser.add_argument("--proofs-only", action="store_true", help="measure only the cost of proofs, without a cloud")
     return parser.parse_args(arguments)
 
 
 def main() -> int:
-    """Hammer a local cloud of its own; return an exit code."""
+    """Load a separate local cloud; return an exit code."""
     arguments = parse()
     try:
         if arguments.sizes:
@@ -331,7 +335,7 @@ def _hammer_a_cloud(arguments: argparse.Namespace) -> None:
             report = settled(60, log_id="qaes")
             print(f"\n{show(report)}", flush=True)
             if report.findings:
-                raise HammerError("fsck has found something")
+                raise HammerError("fsck has findings")
             check_median(figures, arguments.median)
     finally:
         cloud.remove_directory()

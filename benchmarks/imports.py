@@ -1,7 +1,7 @@
-"""What loading each function takes, as multiples of `import boto3; boto3.client("dynamodb")` in the same run.
+"""Load time of each function, as a multiple of `import boto3; boto3.client("dynamodb")` in the same run.
 
-A function is loaded as Lambda loads it: in a fresh interpreter, with its environment, its AWS clients made by its
-module. It is loaded with the byte code that the build adds, and without.
+A function is loaded as in Lambda: in a fresh interpreter, with its environment and the AWS clients that its module
+creates. It is loaded with the byte code that the build adds, and without.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def only_what_lambda_has_compiled(path, *arguments, **options):
     return cached(path, *arguments, **options)
 machinery.cache_from_source = only_what_lambda_has_compiled
 """
-"""Lets Python compile the functions and the layer's packages anew, as in a container of Lambda without byte code."""
+"""Makes Python compile the functions and the layer's packages, as in a Lambda container without byte code."""
 
 
 @dataclass
@@ -45,19 +45,19 @@ class Loaded:
 
     @property
     def ratio(self) -> float:
-        """What the module takes by itself, as a multiple of the baseline, which is mostly a client."""
+        """Time of the module without its clients, as a multiple of the baseline, which is mostly a client."""
         return self.module / self.baseline
 
 
 def kind(module: str) -> str:
-    """Which of the three limits a handler's module is under."""
+    """Return the kind of a handler's module, which determines its limit."""
     if module.startswith("authorizer."):
         return "authorizer"
     return "api" if module.endswith(".api") else "workflow"
 
 
 def milliseconds(statement: str, environment: dict[str, str], before: str = "") -> float:
-    """One import in a fresh interpreter, after the statements `before`, with byte code cached, as Lambda's is."""
+    """Time one import in a fresh interpreter, after the statements `before`, with cached byte code as in Lambda."""
     program = f"{before}\nimport time; t = time.perf_counter(); {statement}; print((time.perf_counter() - t) * 1000)"
     path = os.pathsep.join(str(ROOT / each) for each in ("functions", "layers/core"))
     own = {"PATH": os.environ["PATH"], "PYTHONPATH": path, "PYTHONPYCACHEPREFIX": str(ROOT / ".local/pycache")}
@@ -69,7 +69,7 @@ def milliseconds(statement: str, environment: dict[str, str], before: str = "") 
 
 
 def measure() -> list[Loaded]:
-    """Measure every function, in rounds that are interleaved."""
+    """Measure every function in interleaved rounds."""
     runs: dict[tuple[str, str], tuple[str, dict[str, str], str]] = {("", "baseline"): (BASELINE, {}, "")}
     modules: dict[str, str] = {}
     for name, handler in template.functions().items():

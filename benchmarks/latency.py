@@ -1,4 +1,4 @@
-"""What a request and a task take on the local AWS, beside a function that does nothing behind the same API Gateway."""
+"""Latency of requests and tasks on the local AWS, compared with an empty function behind the same API Gateway."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MONITORING = {
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds by request, and seconds from start to `completed`, one for each task."""
+    """Milliseconds by request, and seconds from start to `completed` for each task."""
 
     requests: dict[str, list[float]]
     tasks: list[float]
@@ -42,7 +42,7 @@ class Latency:
 
 
 def bare_api(cloud: Cloud) -> str:
-    """Deploy a function that does nothing, with an API of its own; returns its path."""
+    """Deploy an empty function with a separate API; return its path."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         archive.writestr("bare.py", CODE)
@@ -76,7 +76,7 @@ def bare_api(cloud: Cloud) -> str:
 
 
 def measure(cloud: Cloud) -> Latency:
-    """Interleave the requests, so that each kind meets the same load; then run tasks one after the other."""
+    """Interleave the requests, so that each kind has the same load; then run tasks in sequence."""
     api = f"/_aws/execute-api/{cloud.outputs['ApiId']}/v1"
     headers = {"Authorization": f"Bearer {cloud.token('requester')}", "Content-Type": "application/json"}
     with httpx.Client(base_url=cloud.endpoint, headers=headers, timeout=60) as http:
@@ -96,7 +96,7 @@ def measure(cloud: Cloud) -> Latency:
                 answer.raise_for_status()
                 if number >= WARM_UP:
                     times[name].append(milliseconds)
-            # What was started ends before the next round, and competes with nothing.
+            # Started tasks end before the next round, so they do not compete with it.
             _wait(http, api, answer.json()["task_id"], "denied")
         return Latency(times, [_until_completed(http, api) for _ in range(TASKS)])
 

@@ -1,6 +1,6 @@
 """Peak memory of each function: its built code and layer, in a fresh process, on its events, against the local AWS.
 
-Run with HANDLER FUNCTION EVENT… this file is that process: it prints its peak resident set in MB (Linux).
+With the arguments HANDLER FUNCTION EVENT…, this file is that process: it prints its peak resident set in MB (Linux).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CALLS = 20
 
 @dataclass
 class Context:
-    """What handlers look at of Lambda's context."""
+    """The attributes of Lambda's context that handlers use."""
 
     function_name: str
     memory_limit_in_mb: int = 512
@@ -60,19 +60,19 @@ def megabytes(cloud: Cloud, function: str) -> float:
 
 
 def main() -> None:
-    """Call a handler with each of its events, `CALLS` times in all or more."""
+    """Call a handler with each of its events, at least `CALLS` times in total."""
     _, handler, function, *paths = sys.argv
     module, _, attribute = handler.rpartition(".")
     call = getattr(importlib.import_module(module), attribute)
     cases = [json.loads(Path(path).read_text()) for path in paths]
     for number in range(max(CALLS, len(cases))):
-        with contextlib.suppress(Exception):  # an event that was used up is refused, which takes memory as well
+        with contextlib.suppress(Exception):  # a used event is rejected, which needs memory too
             call(cases[number % len(cases)], Context(function))
     print(f"\n{_peak_megabytes():.1f}")
 
 
 def _peak_megabytes() -> float:
-    # Not getrusage: its maximum is at least that of the process that started this one.
+    # Not getrusage: its maximum includes the parent process.
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(status["VmHWM"].split()[0]) / 1024
 

@@ -1,4 +1,4 @@
-"""`make bench`: measures, and writes docs/performance.md. A target that is missed is marked; it fails nothing."""
+"""`make bench`: measures, and writes docs/performance.md. It marks a missed target, but does not fail."""
 
 # ruff: noqa: E501, RUF001 - the text of a report
 from __future__ import annotations
@@ -45,7 +45,7 @@ COMPARISON = "The time of a task beside another build"
 
 
 def mark(holds: bool) -> str:
-    """Whether a target is met."""
+    """Return the mark for a target."""
     return "✓" if holds else "✗"
 
 
@@ -57,7 +57,7 @@ def table(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def import_times() -> str:
-    """What loading each function takes."""
+    """Return the section about the loading of each function."""
     rows = [
         (
             each.function,
@@ -73,16 +73,16 @@ def import_times() -> str:
     head = ("function", "without byte code", "now", "of it AWS clients", "the rest", "target", "")
     return f"""## Loading a function
 
-In a fresh process with the function's environment. The AWS clients are made here too, where Lambda gives a whole processor; before, the first
-invocation made them. The rest has a target as a multiple of `{imports.BASELINE}` in the same run (medians of {imports.ROUNDS}).
-"Without byte code" compiles the functions and the layer's packages anew, as Lambda did before the layer's build added byte code. The functions' own code, which has
-none on AWS, compiles in 10 to 35 ms.
+Each function is loaded in a fresh process with its environment. This includes its AWS clients, because Lambda provides a whole processor during
+the load; in earlier releases, the first invocation created them. The target for the rest is a multiple of `{imports.BASELINE}` in the same run
+(medians of {imports.ROUNDS}). "Without byte code" compiles the functions and the layer's packages, as Lambda did before the layer's build added
+byte code. The functions' own code has no byte code on AWS, and compiles in 10 to 35 ms.
 
 {table(head, rows)}"""
 
 
 def costs() -> str:
-    """What two tasks cost, before the workflow was simplified and now; also writes docs/performance.json."""
+    """Return the section about the cost of two tasks, and write it to docs/performance.json."""
     found, before = cost.report(), json.loads(cost.BASELINE.read_text())
     _write_figures(cost=found)
     head = (
@@ -102,14 +102,14 @@ def costs() -> str:
     bill = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in idle.items())
     return f"""## What a task costs
 
-Counted by `python -m benchmarks.cost` in a run of the deployed definition on moto, by DynamoDB's own rules: item sizes, before-images, indexes, transactions, each key of a BatchGetItem.
-The count includes the API's requests (monitoring 2, transfer 4), the authorizer, the streams' batches and the end of the execution. It leaves out the mock network's
-own table. "Before" is the workflow with one state for each agent. "Shared" means that six tasks share an anchor. Prices: {cost.PRICES_OF}; a call lasts {cost.SECONDS_A_CALL * 1000:.0f} ms with the function's
-memory. Dollars are before logs and traces, which have rows of their own.
+`python -m benchmarks.cost` counts a run of the deployed definition on moto by DynamoDB's rules: item sizes, before-images, indexes, transactions,
+each key of a BatchGetItem. The count includes the API's requests (monitoring 2, transfer 4), the authorizer, the streams' batches and the end of
+the execution, but not the mock network's table. "Before" is the workflow with one state for each agent. "Shared" means that six tasks share an
+anchor. Prices: {cost.PRICES_OF}; a call lasts {cost.SECONDS_A_CALL * 1000:.0f} ms with the function's memory. Logs and traces have separate rows.
 
 {table(head, rows)}
 
-An idle stack costs by the month, in dollars: {bill}."""
+Cost of an idle stack for a month, in dollars: {bill}."""
 
 
 def _write_figures(**sections: Any) -> None:
@@ -119,7 +119,7 @@ def _write_figures(**sections: Any) -> None:
 
 
 def growths() -> str:
-    """What requests and scheduled runs cost after few tasks and after many; also writes docs/performance.json."""
+    """Return the section about the growth of costs, and write it to docs/performance.json."""
     (small, before), (large, after) = ((size, growth.measure(size)) for size in growth.SIZES)
     created, figures, rows = after[0], {}, []
     for name, units in after[1].items():
@@ -139,22 +139,22 @@ def growths() -> str:
     still = " and ".join(f"{count} {status}" for status, count in growth.OPEN.items())
     return f"""## How costs grow with the number of tasks
 
-By `make bench ONLY=growth`: the same requests and scheduled runs, on moto, when the stack has had {small:,} tasks and when it has had {large:,}. The tasks are
-created directly. At {large:,} tasks these are {kinds}, with all their keys in the table and in its six indexes; what is read is a whole
-item, copied from a task that has really run. They have no other items (plans, steps, approvals, audit entries, batches, tiles), which none of the operations below
-reads of another task. They spread over {growth.DAYS} days and {growth.REQUESTERS:,} requesters; a tenth is one requester's, whose lists are measured. At both sizes {still} tasks have
-not ended, and {growth.FRESH} changes are {growth.FRESH_SECONDS} seconds old: the reconciler reads each open task, and the sweeper each new change. A page has 20 tasks. The list of running
-executions, one call of Step Functions for each 1,000 of them, is not counted.
+`make bench ONLY=growth` sends the same requests and scheduled runs on moto to a stack with {small:,} past tasks and to a stack with {large:,}. The
+tasks are created directly. {large:,} tasks are {kinds}, with all their keys in the table and in its six indexes. Every item that is read is
+complete, and copied from a task that ran. The tasks have no other items (plans, steps, approvals, audit entries, batches, tiles), because no
+operation below reads those of another task. The tasks cover {growth.DAYS} days and {growth.REQUESTERS:,} requesters. One requester has a tenth of them, and this requester's lists are
+measured. At both sizes {still} tasks have not ended, and {growth.FRESH} changes are {growth.FRESH_SECONDS} seconds old: the reconciler reads each open task,
+and the sweeper each new change. A page has 20 tasks. The list of running executions, one call of Step Functions for each 1,000, is not counted.
 
 {table(head, rows)}
 
-What grows with the load, not with the history: the reconciler's run with the tasks that are open ({_each(after[1], "the reconciler's run", sum(growth.OPEN.values()))} read units for each), and
-the sweeper's with the changes of the last three minutes ({_each(after[1], "the sweeper's run", growth.FRESH)} for each).
+Two costs grow with the load, not with the history: the reconciler's run with the number of open tasks ({_each(after[1], "the reconciler's run", sum(growth.OPEN.values()))} read units for each), and
+the sweeper's run with the changes of the last three minutes ({_each(after[1], "the sweeper's run", growth.FRESH)} for each).
 
-Limits of one partition, at 1,000 write units a second: `by_status` has four shards for the statuses that a task passes through, so 2,000 tasks a second without
-an approval; `by_day` has eight, so 8,000 changes a second; `by_kind` and the key `completed` are written once for each task, so 1,000 tasks a second. One requester starts
-at most 25 to 35 tasks a second, because each start changes the requester's count of open tasks in a transaction ([ADR 12](adr/0012-open-tasks-are-counted.md)); more are
-answered 503 with `Retry-After`."""
+A partition is limited to 1,000 write units a second. `by_status` has four shards for the transient statuses, enough for 2,000 tasks a second without
+an approval. `by_day` has eight shards, enough for 8,000 changes a second. `by_kind` and the key `completed` are written once for each task, enough
+for 1,000 tasks a second. One requester can start at most 25 to 35 tasks a second, because each start changes the requester's count of open tasks in
+a transaction ([ADR 12](adr/0012-open-tasks-are-counted.md)). Further requests return 503 with `Retry-After`."""
 
 
 def _each(found: growth.Measured, name: str, count: int) -> str:
@@ -162,7 +162,7 @@ def _each(found: growth.Measured, name: str, count: int) -> str:
 
 
 def windows() -> str:
-    """What the windows of the sequencer and of the anchor save."""
+    """Return the section about the windows of the sequencer and of the anchor."""
     kinds = ("BATCH", "HEAD", "TILE", "INDEX")
     rows = [
         (
@@ -177,16 +177,16 @@ def windows() -> str:
         for each in window.measure()
     ]
     head = ("tasks a second", "windows", "sequencer's calls", "anchor's calls", *kinds, "write units", "read units")
-    return f"""## What the log's windows save
+    return f"""## Savings of the log's windows
 
-By `make bench ONLY=window`, on moto, for each task, of {window.TASKS} with {window.EVENTS} entries each: the sequencer waits so long for further entries, and the anchor so long for
-further growth. The columns BATCH to INDEX are write units. The anchor's calls are those of the log's growth alone.
+`make bench ONLY=window` measures one task on moto, as the average of {window.TASKS} tasks with {window.EVENTS} entries each. A window is the time that the sequencer waits for
+further entries, and the anchor for further growth. The columns BATCH to INDEX are write units. The anchor's calls are those for the log's growth.
 
 {table(head, rows)}"""
 
 
 def latencies(cloud: Cloud) -> str:
-    """What requests and tasks take."""
+    """Return the section about the latency of requests and tasks."""
     found = latency.measure(cloud)
     bare = found.p50("a bare function")
     rows = [
@@ -195,19 +195,19 @@ def latencies(cloud: Cloud) -> str:
     ]
     return f"""## Requests and tasks on the local AWS
 
-Warm, through API Gateway and the authorizer, one after the other and interleaved ({latency.ROUNDS} of each). The local AWS runs every function as a
-process on this machine: the ratio to a function that does nothing (without an authorizer) says more than the milliseconds.
+Warm requests through API Gateway and the authorizer, in sequence and interleaved ({latency.ROUNDS} of each). The local AWS runs every function as a
+process on this machine, so compare the ratio to an empty function without an authorizer, not the milliseconds.
 
 {table(("request", "p50", "p95", "p50 / bare p50"), rows)}
 
-From `POST /task/start` to `completed`, a monitoring task: median {statistics.median(found.tasks):.1f} s of {latency.TASKS}, which is {statistics.median(found.tasks) * 1000 / bare:.0f} bare requests."""
+A monitoring task from `POST /task/start` to `completed`: median {statistics.median(found.tasks):.1f} s of {latency.TASKS}, which is {statistics.median(found.tasks) * 1000 / bare:.0f} bare requests."""
 
 
 def comparison() -> str:
-    """What tasks take beside another build, whose checkout is BEFORE."""
+    """Return the comparison with another build, whose checkout is BEFORE."""
     other = Path(os.environ.get("BEFORE", "")).resolve()
     if other == ROOT or not (other / "template.yaml").is_file():
-        sys.exit("BEFORE=… names a checkout of another version: make bench ONLY=compare BEFORE=/path/to/it")
+        sys.exit("Set BEFORE to a checkout of another version: make bench ONLY=compare BEFORE=/path/to/checkout")
     revision = ["git", "-C", str(other), "rev-parse", "--short", "HEAD"]
     name = subprocess.run(revision, check=True, stdout=subprocess.PIPE, text=True).stdout.strip()
     rows = [
@@ -223,14 +223,14 @@ def comparison() -> str:
     ]
     return f"""## {COMPARISON}
 
-By `make bench ONLY=compare BEFORE=…`: from `POST /task/start` to `completed`, on two local clouds that run at the same time ("before" is revision `{name}`), by turns in an order
-by chance; medians of {compare.ROUNDS}. A transfer is approved as soon as it waits.
+`make bench ONLY=compare BEFORE=…` measures the time from `POST /task/start` to `completed` on two local clouds that run at the same time ("before" is revision `{name}`), alternately in
+random order; medians of {compare.ROUNDS}. A transfer is approved as soon as it waits.
 
 {table(("task", "before", "now", "now / before", "target", ""), rows)}"""
 
 
 def sizes(cloud: Cloud) -> str:
-    """The layer's size and each function's peak memory."""
+    """Return the section about the layer's size and each function's peak memory."""
     layer = BUILD / "CoreLayer" / "python"
     packages = sorted(((_bytes(path) / 1e6, path.name) for path in layer.iterdir() if path.is_dir()), reverse=True)
     total = sum(_bytes(path) for path in layer.iterdir()) / 1e6
@@ -247,16 +247,16 @@ def sizes(cloud: Cloud) -> str:
         rows.append((name, f"{used:.0f} MB", f"{limit} MB", mark(used <= limit)))
     return f"""## Size and memory
 
-The layer, unzipped: {total:.0f} MB (≤ {LAYER_MEGABYTES} MB {mark(total <= LAYER_MEGABYTES)}), {compiled:.0f} MB of it byte code. Its largest packages, in MB: {largest}.
+The unzipped layer has {total:.0f} MB (≤ {LAYER_MEGABYTES} MB {mark(total <= LAYER_MEGABYTES)}), including {compiled:.0f} MB of byte code. Its largest packages, in MB: {largest}.
 
-Peak resident memory of a fresh process that has called the function's handler {memory.CALLS} times with its events, built code and layer, against
-the local AWS. The authorizer's events hold no token to verify.
+The peak is the resident memory of a fresh process after {memory.CALLS} calls of the function's handler with its events, on the local AWS, with the built
+code and layer. The authorizer's events have no token to verify.
 
 {table(("function", "peak", "MemorySize", ""), rows)}"""
 
 
 def primitives() -> str:
-    """The Qubic primitives."""
+    """Return the section about the Qubic primitives."""
     rows = []
     for name, (milliseconds, ratio) in qubic.measure().items():
         limit = qubic.LIMITS.get(name)
@@ -264,27 +264,27 @@ def primitives() -> str:
         rows.append((name, f"{milliseconds:.2f} ms", f"{ratio:.1f}×", *target))
     return f"""## Qubic primitives
 
-In pure Python, as multiples of a SHA-256 over 1 MiB in the same run (median of {qubic.ROUNDS}).
+Times in pure Python, as multiples of a SHA-256 over 1 MiB in the same run (median of {qubic.ROUNDS}).
 
 {table(("", "time", "ratio", "target", ""), rows)}"""
 
 
 def audit_log() -> str:
-    """What the audit log does under load, and what its proofs cost."""
+    """Return the section about the audit log under load, and the cost of its proofs."""
     proofs = _hammer("--proofs-only")
     steady = _hammer("--rate", "30", "--tasks", "100", "--sizes")
     at_once = _hammer("--tasks", "100", "--median", "0", "--sizes")
     return f"""## The audit log
 
-By `make hammer` on a local AWS of its own, which runs every function as a process on this machine; each entry's proof is verified, and
-fsck finds nothing. Times count from the event's being written in the tasks table. First 30 events a second, as 1.5 tasks a second would make; then as many as
-this machine takes, which measures how fast the queue is worked off.
+`make hammer` uses a separate local AWS, which runs every function as a process on this machine. Each entry's proof is verified, and
+fsck reports no finding. Times start when the event is written to the tasks table. The first run has 30 events a second, the load of 1.5 tasks a second;
+the second run has as many as this machine accepts, which measures the throughput.
 
 {steady}
 
 {at_once}
 
-A proof is made of the tiles, and verified, in memory:
+A proof is computed from the tiles and verified, in memory:
 
 {proofs}"""
 
@@ -302,13 +302,13 @@ def _bytes(path: Path) -> int:
 
 
 def _section(title: str) -> str | None:
-    """Return a section of the report as it is now, with the line that ends it."""
+    """Return a section of the current report, with the line that ends it."""
     found = re.search(rf"## {title}\n.*?\n(?=\n## )", REPORT.read_text(), flags=re.DOTALL)
     return found[0] if found else None
 
 
 def sizes_alone() -> str:
-    """Return the section of `sizes`, from a local AWS of its own."""
+    """Return the section of `sizes`, from a separate local AWS."""
     with Cloud(f"bench-{os.getpid()}") as cloud:
         _seed(cloud)
         section = sizes(cloud)
@@ -320,22 +320,22 @@ SECTIONS: dict[str, tuple[str, Callable[[], str]]] = {
     "compare": (COMPARISON, comparison),
     "imports": ("Loading a function", import_times),
     "cost": ("What a task costs", costs),
-    "window": ("What the log's windows save", windows),
+    "window": ("Savings of the log's windows", windows),
     "growth": ("How costs grow with the number of tasks", growths),
     "memory": ("Size and memory", sizes_alone),
 }
-"""The sections that can be measured alone, by their names on the command line: title, and what measures it."""
+"""Sections that can be measured separately, by their names on the command line: title and function."""
 
 
 def main() -> None:
-    """Measure everything, then write the report in one go; with an argument, replace that section of SECTIONS alone."""
+    """Measure everything, then write the report at once; with an argument, replace only that section of SECTIONS."""
     progress = Progress()
     if sys.argv[1:]:
         [only] = sys.argv[1:]
         title, section = SECTIONS[only]
         before = _section(title)
         if before is None:
-            sys.exit(f"{REPORT.relative_to(ROOT)} has no section `{title}` yet: run make bench")
+            sys.exit(f"{REPORT.relative_to(ROOT)} has no section `{title}` yet. Run make bench")
         REPORT.write_text(REPORT.read_text().replace(before, section() + "\n"))
         return
     progress("Qubic primitives")
@@ -357,12 +357,12 @@ def main() -> None:
     cloud.remove_directory()
     progress("the audit log under load")
     parts.insert(5, audit_log())
-    if (compared := _section(COMPARISON)) is not None:  # it needs another checkout: what was measured last stays
+    if (compared := _section(COMPARISON)) is not None:  # it needs another checkout: keep the last measurement
         parts.insert(5, compared.rstrip())
     head = f"""# Performance
 
-Written by `make bench` on {now():%Y-%m-%d}, with {os.cpu_count()} cores and Python {platform.python_version()}. Absolute times are this machine's; ratios within the run
-are what to compare.
+Written by `make bench` on {now():%Y-%m-%d}, with {os.cpu_count()} cores and Python {platform.python_version()}. Absolute times
+depend on this machine; compare the ratios within the run.
 """
     REPORT.write_text("\n\n".join([head.rstrip(), *parts]) + "\n")
     progress(f"written: {REPORT.relative_to(ROOT)}")

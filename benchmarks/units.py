@@ -26,9 +26,9 @@ Call = Callable[[Any, str, Any], Any]
 
 WRITE_BYTES, READ_BYTES = 1024, 4096
 CONTAINER_BYTES, ELEMENT_BYTES = 3, 1
-"""What a list or a map takes by itself, and for each of its elements."""
+"""Bytes of a list or a map itself, and of each of its elements."""
 OUTSIDE = frozenset({"ChainTable"})
-"""The mock network's own table: it stands for the world outside."""
+"""The mock network's table, which represents an outside system."""
 
 
 def item_size(item: Item) -> int:
@@ -55,7 +55,7 @@ def value_size(value: Item) -> int:
 
 
 def _number_size(text: str) -> int:
-    """About one byte for each two significant digits, and one; one more for a sign."""
+    """Return about one byte for each two significant digits, plus one, plus one for a sign."""
     digits = text.lstrip("-").partition("e")[0].partition("E")[0].replace(".", "").strip("0")
     return math.ceil(len(digits) / 2) + 1 + text.startswith("-")
 
@@ -72,22 +72,22 @@ def read_units(size: int, *, consistent: bool) -> float:
 
 @dataclass(frozen=True)
 class Index:
-    """A global secondary index: its keys, and what it projects (None: everything)."""
+    """A global secondary index: its keys and its projected attributes (None: all)."""
 
     name: str
     keys: tuple[str, ...]
     projected: frozenset[str] | None
 
     def image(self, item: Item | None) -> Item | None:
-        """Return what the index holds of `item`; None when the item lacks one of its keys."""
+        """Return the attributes of `item` in the index; None if the item lacks one of the index's keys."""
         if item is None or not all(key in item for key in self.keys):
             return None
         return item if self.projected is None else {name: item[name] for name in item if name in self.projected}
 
     def write_units(self, before: Item | None, after: Item | None) -> int:
-        """Return what a change of the item costs here.
+        """Return the write units of a change of the item.
 
-        Nothing, when what the index holds stays as it is; a change of a key is a delete and a put.
+        An unchanged image costs nothing; a changed key is a delete and a put.
         """
         old, new = self.image(before), self.image(after)
         if old == new:
@@ -109,7 +109,7 @@ class Schema:
         return {name: item[name] for name in self.keys}
 
     def index(self, name: str) -> Index:
-        """Return the index of that name."""
+        """Return the index with this name."""
         return next(index for index in self.indexes if index.name == name)
 
 
@@ -135,13 +135,13 @@ def _schema(properties: dict[str, Any]) -> Schema:
 
 @dataclass
 class Units:
-    """What was consumed, in all and by (table, operation)."""
+    """Consumed units, in total and by (table, operation)."""
 
     written: int = 0
     read: float = 0
     by_operation: Counter[tuple[str, str]] = field(default_factory=Counter)
     uncounted: set[int] = field(default_factory=set)
-    """Threads whose calls are the benchmark's own."""
+    """Threads with the benchmark's own calls."""
 
     def write(self, table: str, operation: str, units: int) -> None:
         self.written += units
@@ -153,7 +153,7 @@ class Units:
 
     @contextmanager
     def not_counted(self) -> Iterator[None]:
-        """Leave out what this thread does meanwhile: waiting, and looking at the result."""
+        """Do not count this thread's calls meanwhile: waiting, and reading the result."""
         own = threading.get_ident()
         self.uncounted.add(own)
         try:
@@ -163,7 +163,7 @@ class Units:
 
 
 class _Meter:
-    """Counts each call to DynamoDB; `call` is botocore's own, with moto behind it."""
+    """Counts each call to DynamoDB; `call` is botocore's function, with moto behind it."""
 
     def __init__(self, units: Units, call: Call) -> None:
         self._units, self._call = units, call
@@ -176,7 +176,7 @@ class _Meter:
         try:
             answer = self._call(client, operation, arguments)
         except ClientError:
-            # A write that fails its condition consumes the units of what it looked at.
+            # A write whose condition fails consumes the units of the existing item.
             self._count_writes(client, operation, writes, before, failed=True)
             raise
         self._count_writes(client, operation, writes, before, failed=False)
@@ -211,7 +211,7 @@ class _Meter:
             self._read(arguments["TableName"], operation, size, bool(arguments.get("ConsistentRead")))
         elif operation == "BatchGetItem":
             for table, request in arguments["RequestItems"].items():
-                for key in request["Keys"]:  # each is rounded by itself
+                for key in request["Keys"]:  # each key is rounded separately
                     size = item_size(self._whole(client, {"TableName": table, "Key": key}) or {})
                     self._read(table, operation, size, bool(request.get("ConsistentRead")))
         elif operation == "TransactGetItems":
@@ -226,7 +226,7 @@ class _Meter:
         return self._stored(client, "Get", {"TableName": arguments["TableName"], "Key": arguments["Key"]})
 
     def _scanned(self, client: Any, operation: str, arguments: Any) -> list[Item]:
-        """Return what was read: before any filter, and whole items whatever was asked of them."""
+        """Return the whole items that were read, before filters and projections."""
         kept = {name: value for name, value in arguments.items() if name not in _NARROWING}
         condition = str(kept.get("KeyConditionExpression", ""))
         for name in ("ExpressionAttributeNames", "ExpressionAttributeValues"):
@@ -262,13 +262,13 @@ def _writes(operation: str, arguments: Any) -> list[tuple[str, Any]]:
 
 
 def _kind_of(body: Any) -> str:
-    """Name the kind of item by the first word of its sort key: EVENT, STEP, ENTRY."""
+    """Return the kind of item, the first word of its sort key: EVENT, STEP, ENTRY."""
     key = body.get("Item") or body["Key"]
     return str(next(iter(key.get("sk", key["pk"]).values()))).partition("#")[0]
 
 
 @contextmanager
 def metered(units: Units) -> Iterator[None]:
-    """Count into `units` what every thread of this process consumes, one call at a time."""
+    """Count in `units` the consumption of every thread of this process, one call at a time."""
     with patch.object(moto_cloud, "_make_api_call", _Meter(units, moto_cloud._make_api_call)):  # noqa: SLF001
         yield

@@ -1,7 +1,7 @@
-"""What the windows of the sequencer and of the anchor save: `make bench ONLY=window`.
+"""Savings of the windows of the sequencer and of the anchor: `make bench ONLY=window`.
 
-Tasks arrive at even intervals. Their entries are recorded on moto, and the sequencer gets them in the batches that a
-window makes of them: Lambda invokes it so many seconds after the first entry, with all that have come by then.
+Tasks arrive at even intervals. Their entries are recorded on moto. The sequencer receives them in batches: Lambda
+invokes it at the end of the window after the first entry, with all entries up to then.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from tests.support.trail import deliver, entry_items, put_entries
 
 TASKS = 40
 RATES = (0.1, 1.0, 5.0)
-"""Tasks a second."""
+"""Rates in tasks a second."""
 EVENTS = 7
 RECORDED_AFTER = (1.0, 1.0, 1.0, 1.0, 2.2, 2.2, 2.2)
-"""Seconds from a task's start to each of its entries: the recorder has a window of its own, of a second."""
+"""Seconds from a task's start to each of its entries. The recorder's window is one second."""
 WINDOWS = ((1, 1), (5, 15))
-"""(sequencer, anchor) in seconds: before, and the defaults of the template."""
+"""Pairs (sequencer, anchor) in seconds: before, and the template's defaults."""
 
 
 @dataclass
 class Saved:
-    """What a task costs in the log with one pair of windows, at one rate."""
+    """Cost of a task in the log with one pair of windows, at one rate."""
 
     rate: float
     sequencer_window: int
@@ -41,7 +41,7 @@ class Saved:
 
 
 def batches_of(moments: list[float], window: float, most: int) -> list[list[int]]:
-    """Divide what comes at these moments into the batches that Lambda makes of it, by their numbers."""
+    """Divide the entries at these moments into Lambda's batches, by their numbers."""
     found: list[list[int]] = []
     end = -1.0
     for number, moment in enumerate(moments):

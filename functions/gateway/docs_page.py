@@ -1,5 +1,5 @@
 # ruff: noqa: E501 - HTML
-"""The page of the API's document: HTML that needs no script and nothing from elsewhere."""
+"""HTML page of the API's document, without scripts and external resources."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def html_of(found: Document) -> str:
         '<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">',
         f'<title>{escape(found["info"]["title"])}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body>',
         f"<header><h1>{escape(found['info']['title'])}</h1><p>{escape(found['info']['description'])}</p>",
-        '<p><a href="openapi.json">openapi.json</a>, the same for programs.</p></header><nav aria-label="Services">',
+        '<p><a href="openapi.json">openapi.json</a>, the document for programs.</p></header><nav aria-label="Services">',
         *(f'<a href="#{name}">{_words(name)}</a>' for name in sections),
         "</nav><main>",
     ]
@@ -79,7 +79,7 @@ def _article(path: str, method: str, operation: Document, errors: Document) -> s
         f'<article id="{escape(operation["operationId"])}"><h3><b>{method.upper()}</b> <code>{escape(path)}</code></h3>'
     ]
     parts.append(
-        f"<p>{_text(summary)}</p><p class=role>{escape((roles and f'Roles: {roles}') or 'Open to everybody.')}</p>"
+        f"<p>{_text(summary)}</p><p class=role>{escape((roles and f'Roles: {roles}') or 'No token needed.')}</p>"
     )
     if parameters := operation.get("parameters"):
         rows = "".join(
@@ -108,12 +108,12 @@ def _words(name: str) -> str:
 
 
 def _text(text: str) -> str:
-    """Plain text as HTML, with what stands in backticks as code."""
+    """Return plain text as HTML, with text in backticks as code."""
     return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def _answer(kind: str, content: Document) -> str:
-    """The answer's example; bytes are said to be such."""
+    """Return the response's example, with a placeholder for bytes."""
     if kind == "application/json":
         return _json(content["example"])
     return f"<pre>{escape(str(content.get('example', f'({kind})')))}</pre>"
