@@ -94,4 +94,4 @@ def test_a_route_without_a_rule_cannot_be_documented() -> None:
         check=False,
     )
     assert found.returncode != 0
-    assert "/secret does not say who may call it" in found.stderr
+    assert "/secret has no rule for its callers" in found.stderr

@@ -64,7 +64,10 @@ class Ledger:
             elif self.submitted[key].payload != payload:
                 return {"ok": False, "error": {"code": "key_conflict", "message": "another payload"}}
         if key not in self.submitted:
-            return {"ok": False, "error": {"code": "not_found", "message": "no transaction was submitted under this key"}}
+            return {
+                "ok": False,
+                "error": {"code": "not_found", "message": "no transaction was submitted under this key"},
+            }
         signed = self.submitted[key]
         answer = {
             "network": self.network,

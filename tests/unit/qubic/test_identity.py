@@ -114,7 +114,7 @@ def contract(number: int) -> str:
 
 @pytest.mark.parametrize("address", [ZERO, "0x" + "0" * 16, "0X" + "0" * 40])
 def test_check_payable_refuses_the_zero_address(address: str) -> None:
-    with pytest.raises(InvalidInputError, match=r"^to_address is the zero address, to which") as caught:
+    with pytest.raises(InvalidInputError, match=r"^to_address is the zero address: a transfer") as caught:
         check_payable(address, "parameters.to_address")
     assert caught.value.field == "parameters.to_address"
 

@@ -70,7 +70,7 @@ def _repeat(pauses: Pauses, operation: str, **arguments: Any) -> dict[str, Any]:
 
 
 def transact(writes: Sequence[Item], *, urgent: bool = False) -> None:
-    """Write all items or none; `urgent`: retry faster and for longer if other callers use the items. Raises as `call`."""
+    """Write all items or none; `urgent`: retry faster and longer if other callers use the items. Raises as `call`."""
     pauses = Pauses(URGENT_PATIENCE_SECONDS, URGENT_PAUSE_SECONDS) if urgent else Pauses()
     _repeat(pauses, "transact_write_items", TransactItems=list(writes), ClientRequestToken=str(uuid4()))
 
