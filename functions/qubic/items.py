@@ -30,9 +30,9 @@ class Items:
     def __init__(self, table: str) -> None:
         self.table = table
 
-    def get(self, pk: str, sk: str) -> Item | None:
-        """Read one item consistently."""
-        return dynamo.get(self.table, pk, sk)
+    def get(self, pk: str, sk: str, *, consistent: bool = True) -> Item | None:
+        """Read one item; without `consistent`, as it was a moment ago."""
+        return dynamo.get(self.table, pk, sk, consistent=consistent)
 
     def query(self, **arguments: Any) -> Iterator[Item]:
         """Read the items of a query consistently."""

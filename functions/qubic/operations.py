@@ -15,7 +15,7 @@ from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
 
-from qaes.adapters import settings
+from qaes.adapters import settings, suspensions
 from qaes.adapters.handlers import function
 from qaes.adapters.logs import logger
 from qaes.domain.errors import (
@@ -92,11 +92,22 @@ def _refused(operation: object, code: str, message: str, **details: Any) -> dict
 def _policy(it: Submissions, arguments: Arguments) -> Result:
     """Return the policy in force and the caller's next input, which saves a second invocation.
 
-    With `address`, the result has `balance` as that operation returns it. With `transfer`, it has `transfer` as
-    `check_transfer` returns it under this policy. An error in either does not affect the policy.
+    With `action`, the policy has only what a decision on that action needs, and `suspended` has the suspensions of that
+    action and of `*`. With `pinned` as well, the member of that name is the version with that id, reduced in the same
+    way, unless that version is in force. With `address`, the result has `balance` as that operation returns it. With
+    `transfer`, it has `transfer` as `check_transfer` returns it under this policy. An error in either does not affect
+    the policy.
     """
-    policy = policies().in_force()
-    result = policy.model_dump(mode="json")
+    versions = policies()
+    policy, action, pinned = versions.in_force(), arguments["action"], arguments["pinned"]
+    if action is None and pinned is not None:
+        raise InvalidInputError("`pinned` needs `action`: a version is returned as far as the action needs it")
+    result = (policy if action is None else policy.reduced(str(action))).model_dump(mode="json")
+    if action is not None:
+        found = suspensions.suspended(str(action), consistent=False)
+        result["suspended"] = {name: each.model_dump(mode="json") for name, each in found.items()}
+    if pinned is not None and pinned != policy.policy_id:
+        result["pinned"] = versions.once_in_force(str(pinned)).reduced(str(action)).model_dump(mode="json")
     if arguments["address"] is not None:
         result["balance"] = _answer("balance", lambda: _balance(it, arguments))
     if arguments["transfer"] is not None:
@@ -219,7 +230,7 @@ def _health(it: Submissions, _arguments: Arguments) -> Result:
 
 
 _DEFAULTS: dict[str, Arguments] = {
-    "policy": {"address": None, "transfer": None},
+    "policy": {"action": None, "pinned": None, "address": None, "transfer": None},
     # Callers that name no person: only auditors and operators can read the record's metadata.
     "transfer": {"requester": ""},
     "record_instruction": {"requester": ""},
@@ -227,7 +238,7 @@ _DEFAULTS: dict[str, Arguments] = {
 }
 _TERMS = {"source", "destination", "amount"}
 _OPERATIONS: dict[str, tuple[Callable[[Submissions, Arguments], Result], set[str]]] = {
-    "policy": (_policy, {"address", "transfer"}),
+    "policy": (_policy, {"action", "pinned", "address", "transfer"}),
     "policy_document": (_policy_document, {"policy_id"}),
     "settle_policy": (_settle_policy, set()),
     "identity": (_identity, set()),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,6 +30,7 @@ from qubic.transactions.model import INPUT_TYPES, Submission
 from qubic.transactions.submissions import Submissions
 from qubic.wallets import service_identity
 
+_NEVER_IN_FORCE = "no such policy has come into force"
 REFUSED_METRIC = "PolicyRefused"
 LOOK_AGAIN_SECONDS = 60
 """How long a process relies on it that HEAD names the newest version that has been in force."""
@@ -90,7 +93,7 @@ class Trust(Versions):
         if not head.in_force:
             head = self._begin()
         for version in range(head.in_force, 0, -1):
-            item = self._item(version)
+            item = self._item_in_force(version)
             if version == head.in_force or (item is not None and record_of(item).status == "superseded"):
                 try:
                     policy = self._good(version, item).policy
@@ -100,6 +103,17 @@ class Trust(Versions):
                     self._remember(in_force=version)
                     return policy
         raise TransientError("no version of the policy is what the ledger has: nothing is allowed")
+
+    def once_in_force(self, policy_id: str) -> Policy:
+        """Return a version that is or was in force. Raises as `document`."""
+        version, item = self._came_into_force(policy_id)
+        with self._refusing(version):
+            return self._of_that_id(policy_id, self._good(version, item))
+
+    def _item_in_force(self, version: int) -> Item | None:
+        """Read a version; one that this process has seen in force does not change, so any replica may answer."""
+        seen = _seen.get((self._table, self.network), _Seen())
+        return self._item(version, consistent=version > seen.in_force)
 
     def _begin(self) -> Head:
         """Bring the first version forward; what is in force then. A matter of the lifecycle."""
@@ -159,18 +173,10 @@ class Trust(Versions):
         TransientError
             The network, which this process has not asked of that version yet, does not answer.
         """
-        version = version_of(policy_id)
-        item = self._item(version) if version else None
-        if version is None or item is None or record_of(item).status not in {"in_force", "superseded"}:
-            raise NotFoundError("no such policy has come into force", field="policy_id")
-        try:
+        version, item = self._came_into_force(policy_id)
+        with self._refusing(version):
             submission = self._confirmed(version)
-            good = self._good(version, item, submission).policy
-        except AlteredError as error:
-            self._report(version, error)
-            raise PermanentError("policy_altered", f"version {version} of the policy: {error}") from error
-        if good.policy_id != policy_id:
-            raise NotFoundError("no such policy has come into force", field="policy_id")
+            self._of_that_id(policy_id, self._good(version, item, submission))
         return {
             "policy_id": policy_id,
             "version": version,
@@ -181,6 +187,28 @@ class Trust(Versions):
             "source": submission.source,
             "encoded": base64.b64encode(submission.encoded).decode(),
         }
+
+    def _came_into_force(self, policy_id: str) -> tuple[int, Item]:
+        """Read the version that an id names. Raises NotFoundError if none has come into force."""
+        version = version_of(policy_id)
+        item = self._item_in_force(version) if version else None
+        if version is None or item is None or record_of(item).status not in {"in_force", "superseded"}:
+            raise NotFoundError(_NEVER_IN_FORCE, field="policy_id")
+        return version, item
+
+    def _of_that_id(self, policy_id: str, good: _Good) -> Policy:
+        if good.policy.policy_id != policy_id:
+            raise NotFoundError(_NEVER_IN_FORCE, field="policy_id")
+        return good.policy
+
+    @contextmanager
+    def _refusing(self, version: int) -> Iterator[None]:
+        """Report a version that was altered, and refuse it for good."""
+        try:
+            yield
+        except AlteredError as error:
+            self._report(version, error)
+            raise PermanentError("policy_altered", f"version {version} of the policy: {error}") from error
 
     def _good(self, version: int, item: Item | None, submission: Submission | None = None) -> _Good:
         """Return the version's policy; a `submission` that is given is checked, even if another was before.

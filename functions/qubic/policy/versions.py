@@ -87,8 +87,8 @@ class Versions:
         item = self._items.get(self._pk, "HEAD")
         return Head(**{name: int(item[name]["N"]) for name in asdict(Head())}) if item else Head()
 
-    def _item(self, version: int) -> Item | None:
-        return self._items.get(self._pk, version_sk(version))
+    def _item(self, version: int, *, consistent: bool = True) -> Item | None:
+        return self._items.get(self._pk, version_sk(version), consistent=consistent)
 
     def _existing(self, version: int) -> Item:
         item = self._item(version)

@@ -39,9 +39,13 @@ def is_check(write: Item) -> bool:
     return checked is not None and checked["ExpressionAttributeNames"].get("#all") == EVERY_ACTION
 
 
-def suspended(action: str | None = None, task_id: str = "") -> dict[str, Suspension]:
-    """Read what is suspended, as it is now: all names, or of those `action` and `*` alone."""
-    item = dynamo.get(_table(), **_names(_copy_of(task_id)))
+def suspended(action: str | None = None, task_id: str = "", *, consistent: bool = True) -> dict[str, Suspension]:
+    """Read what is suspended: all names, or of those `action` and `*` alone.
+
+    Not `consistent`, it is what was suspended a moment ago, for half of the cost: enough to inform, because each
+    intent's transaction checks it.
+    """
+    item = dynamo.get(_table(), **_names(_copy_of(task_id)), consistent=consistent)
     found = item["suspended"]["M"] if item else {}
     return {
         name: _suspension(value["M"]) for name, value in found.items() if action in (None, name) or name == EVERY_ACTION
