@@ -88,7 +88,7 @@ def _verdict(
         and transfers.settle(store, ledger, task, record).submitted
     ):
         return compliance.go_on(task, plan)
-    policy, funds = transfers.policy_and_funds(ledger, step)
+    policy, funds = transfers.policy_and_funds(ledger, step, task.requester, task.agent)
     verdict = compliance.decide(task, plan, step_index, policy.decide(plan.analysis.action_type), approval)
     if verdict.verdict not in {"await_approval", "execute"}:
         return verdict

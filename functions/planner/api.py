@@ -77,7 +77,7 @@ def create_plan(body: PlanRequest, caller: Annotated[Caller, Depends(require("re
         analysis=analysis,
         policy=policy.decide(analysis.action_type),
     )
-    verdict = _verdict(ledger, plan)
+    verdict = _verdict(ledger, plan, caller)
     previews.save(plan)
     return PreviewAnswer(**dict(_answer(plan)), verdict=verdict)
 
@@ -96,12 +96,12 @@ def get_plan(
     return _answer(plan)
 
 
-def _verdict(ledger: LedgerClient, plan: Plan) -> PlanVerdict:
+def _verdict(ledger: LedgerClient, plan: Plan, caller: Caller) -> PlanVerdict:
     """Ask what the compliance agent asks, and of the ledger what it would ask before an approval and after it."""
     step, verdict = compliance.preview(plan, plan.policy)
     reason = verdict.reason
     if verdict.verdict != "denied":
-        funds = transfers.funds_of(ledger, plan.steps[-1])
+        funds = transfers.funds_of(ledger, plan.steps[-1], caller.subject, caller.agent)
         refusal = funds.refusal or (funds.refusal_today if verdict.verdict == "execute" else None)
         if refusal is not None:
             step, verdict, reason = plan.steps[-1], compliance.Verdict(verdict="denied", reason=refusal), refusal

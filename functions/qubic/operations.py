@@ -10,7 +10,7 @@ a permanent error or a full queue (`busy`). Errors that a repetition may solve a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from aws_lambda_powertools.utilities.typing import LambdaContext
@@ -25,7 +25,7 @@ from qaes.domain.errors import (
     NotFoundError,
     PermanentError,
 )
-from qaes.domain.policy import Policy
+from qaes.domain.policy import Policy, refusal_over
 from qaes.domain.qubic.identity import check_address
 from qubic.spending import rule_for
 from qubic.transactions.hashes import check_hash, hash_state, record_instruction, write_hash
@@ -144,26 +144,43 @@ def _check_transfer(it: Submissions, arguments: Arguments) -> Result:
 
 
 def _checked_transfer(it: Submissions, policy: Policy, terms: Any) -> Result:
-    if not isinstance(terms, dict) or set(terms) != _TERMS:
+    if not isinstance(terms, dict) or set(_CALLER | terms) != _TERMS | set(_CALLER):
         raise InvalidInputError(f"a transfer must have {', '.join(sorted(_TERMS))}", field="transfer")
     wallets, amount = Wallets(it.chain.network), check_amount(terms["amount"])
     wallets.check_parties(terms["source"], terms["destination"])
-    rule = rule_for(policy, destination=terms["destination"], amount=amount)
+    caller = _caller(_CALLER | terms)
     source = wallets.identity(terms["source"])
-    refusal = it.spending.refusal_today(rule, source, amount) if it.sends_transfers else None
+    rule = rule_for(policy, source=source, destination=terms["destination"], amount=amount, **caller)
+    used = it.spending.read(rule.limits) if it.sends_transfers else ()
+    refusal = next((each for use in used if (each := refusal_over(policy.policy_id, use.limit, used=use.used))), None)
     return {
         "source": _balance(it, {"address": terms["source"]}),
         "refusal_today": refusal.message if refusal else None,
+        "used": {use.limit.key: use.used for use in used},
     }
 
 
 def _transfer(it: Submissions, arguments: Arguments) -> Result:
     terms = {name: arguments[name] for name in ("reference", "source", "destination", "amount")}
     _check_terms(arguments)
+    caller = _caller(arguments)
+    by = {"requested_by": caller["requester"], "agent": caller["agent"] or ""}
     if not it.sends_transfers:
         existing = it.get(f"transfer:{terms['reference']}")  # sent while the policy allowed it: report its state
-        return (existing or it.simulate_transfer(**terms)).answer()
-    return it.submit_transfer(**terms, run=arguments["run"], requested_by=str(arguments["requester"])).answer()
+        return (existing or it.simulate_transfer(**terms, **by)).answer()
+    return it.submit_transfer(**terms, **by, run=arguments["run"], granted=_granted(arguments)).answer()
+
+
+def _caller(arguments: Arguments) -> dict[str, Any]:
+    requester, agent = arguments["requester"], arguments["agent"]
+    return {"requester": str(requester), "agent": None if agent is None else str(agent)}
+
+
+def _granted(arguments: Arguments) -> Sequence[str]:
+    granted = arguments["granted"]
+    if not isinstance(granted, (list, tuple)) or not all(isinstance(key, str) for key in granted):
+        raise InvalidInputError("`granted` is a list of the keys of limits", field="granted")
+    return granted
 
 
 def _check_terms(arguments: Arguments) -> None:
@@ -229,10 +246,12 @@ def _health(it: Submissions, _arguments: Arguments) -> Result:
     return {"status": "healthy", "tick": it.chain.tick_info().tick, "policy_id": policy.policy_id}
 
 
+_CALLER: Arguments = {"requester": "", "agent": None}
 _DEFAULTS: dict[str, Arguments] = {
     "policy": {"action": None, "pinned": None, "address": None, "transfer": None},
     # Callers that name no person: only auditors and operators can read the record's metadata.
-    "transfer": {"requester": ""},
+    "check_transfer": _CALLER,
+    "transfer": _CALLER | {"granted": []},
     "record_instruction": {"requester": ""},
     "write": {"written_by": ""},
 }
@@ -243,8 +262,8 @@ _OPERATIONS: dict[str, tuple[Callable[[Submissions, Arguments], Result], set[str
     "settle_policy": (_settle_policy, set()),
     "identity": (_identity, set()),
     "balance": (_balance, {"address"}),
-    "check_transfer": (_check_transfer, _TERMS),
-    "transfer": (_transfer, _TERMS | {"reference", "run", "requester"}),
+    "check_transfer": (_check_transfer, _TERMS | set(_CALLER)),
+    "transfer": (_transfer, _TERMS | set(_CALLER) | {"reference", "run", "granted"}),
     "transfer_state": (_transfer_state, {"reference"}),
     "record_instruction": (_record_instruction, {"hash", "reference", "requester"}),
     "write": (_write, {"hash", "metadata", "written_by"}),

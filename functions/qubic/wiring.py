@@ -5,7 +5,7 @@ from __future__ import annotations
 from qaes.adapters import settings
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import logger
-from qaes.domain.policy import PolicyDecision
+from qaes.domain.policy import Decision
 from qubic.network import chain
 from qubic.policy.lifecycle import Policies
 from qubic.policy.suspending import Suspending
@@ -39,7 +39,7 @@ def suspending() -> Suspending:
     return Suspending(settings.text("QUBIC_NETWORK"))
 
 
-def _rule_for(submission: Submission) -> PolicyDecision:
+def _rule_for(submission: Submission) -> Decision:
     """Return the rule of the policy in force that allows a transfer, based on its signed terms. Raises PermanentError.
 
     The rule applies to the caller's spelling of the address if it is the wallet that the signed bytes pay.
@@ -48,9 +48,12 @@ def _rule_for(submission: Submission) -> PolicyDecision:
     pays_it = named and Wallets(submission.network).identity(named) == submission.destination
     return rule_for(
         policies().in_force(),
+        source=submission.source,
         destination=named if pays_it else submission.destination,
         amount=submission.amount,
         input_type=submission.input_type,
+        requester=submission.requested_by,
+        agent=submission.agent or None,
     )
 
 

@@ -165,7 +165,7 @@ def _check_claim(store: TaskStore, ledger: LedgerClient, task: Task, plan: Plan,
 
 def _act(store: TaskStore, ledger: LedgerClient, task: Task, plan: Plan, claimed: StepRecord) -> StepRecord:
     step = plan.steps[claimed.step_index]
-    effect = Effect(transfers.reference_of(task.task_id, step.step_id), ledger, task.requester, task.run)
+    effect = Effect(transfers.reference_of(task.task_id, step.step_id), ledger, task.requester, task.run, task.agent)
     try:
         result = steps.ACTS[step.type](step.parameters, effect)
     except PermanentError as refusal:  # the ledger refuses nothing that it has signed, nor signs what it has refused
@@ -186,7 +186,7 @@ def _claim(
 ) -> tuple[Task, StepRecord]:
     """Record the intent to act, if the step may run by the policy in force, its limits and the wallet's balance now."""
     step = plan.steps[step_index]
-    policy, funds = transfers.policy_and_funds(ledger, step)
+    policy, funds = transfers.policy_and_funds(ledger, step, task.requester, task.agent)
     current = policy.decide(plan.analysis.action_type)
     approval = store.latest_approval(task.task_id, step_index, of=task)
     try:

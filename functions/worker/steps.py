@@ -50,6 +50,8 @@ class Effect:
     ledger: LedgerClient
     requester: str
     run: int
+    agent: str | None = None
+    granted: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,9 @@ def onchain_action(parameters: Parameters, effect: Effect) -> Result | Submitted
         destination=parameters["to_address"],
         amount=parameters["amount"],
         requester=effect.requester,
+        agent=effect.agent,
         run=effect.run,
+        granted=effect.granted,
     )
     state = transfer["state"]
     if state in OPEN_STATES:

@@ -430,4 +430,4 @@ def test_preview_says_when_the_day_has_no_room(api: Api, monkeypatch: pytest.Mon
     monkeypatch.setattr(Policies, "in_force", lambda _: free)
     verdict = create(api)["verdict"]
     assert (verdict["allowed"], verdict["verdict"]) == (False, "denied")
-    assert "100 QU are spent today" in verdict["reason"]
+    assert "100 QU are used" in verdict["reason"]

@@ -122,7 +122,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         ({"reference": "x" * 3000}, "invalid_input"),
     ],
 )
-def test_what_is_refused_leaves_nothing(call: Call, transfer: Call, changes: dict[str, Any], expected: str) -> None:
+def test_what_is_refused_leaves_nothing(
+    call: Call, transfer: Call, limited: None, changes: dict[str, Any], expected: str
+) -> None:
     assert code(transfer(**changes)) == expected
     assert code(call("transfer_state", reference="task#step_3")) == "not_found"
     assert spent() == 0
@@ -139,9 +141,10 @@ def test_what_cannot_be_paid_has_failed(call: Call, transfer: Call, changes: dic
 
 
 def spent() -> int:
-    """What all wallets have spent, on all days."""
+    """Return what all windows have used."""
     found = boto3.client("dynamodb").scan(TableName="LedgerTable")["Items"]
-    return sum(int(item["spent"]["N"]) for item in found if item["sk"]["S"] == "SPENT")
+    windows = [item["buckets"]["M"] for item in found if item["sk"]["S"] == "LIMIT"]
+    return sum(int(total["N"]) for buckets in windows for total in buckets.values())
 
 
 @pytest.mark.parametrize(("changes", "expected"), REFUSED)
@@ -159,7 +162,7 @@ def test_check_transfer_returns_balance_and_todays_refusal(call: Call, limited: 
     full = call("check_transfer", **terms)["result"]
     assert (full["source"]["balance"], full["source"]["available"]) == (1000, 400)
     assert full["refusal_today"].startswith("over daily_limit: policy policy-v2-")
-    assert full["refusal_today"].endswith("lets a wallet send at most 1000 QU a day, and 600 QU are spent today")
+    assert full["refusal_today"].endswith("lets a wallet send at most 1000 QU in 24 hours, and 600 QU are used")
     assert code(call("check_transfer", **terms | {"amount": 1001})) == "daily_limit_exceeded"  # on any day
     assert spent() == 600
 

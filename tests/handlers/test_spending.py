@@ -1,4 +1,4 @@
-"""The daily limit: each transfer counts once, with its signature, and never beyond the limit, however many ask."""
+"""The limits of transfers: each counts once, with its signature, and never beyond a limit, however many request it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ from tests.support.api import set_environment
 from tests.support.cloud import Cloud, cloud
 
 RICH, POOR, EMPTY = DEMO_BALANCES
-DAY, NEXT_DAY = "2026-11-23", "2026-11-24"
+NOON = datetime(2026, 11, 23, 12, tzinfo=UTC)
+WINDOW = timedelta(seconds=86_400 * 61 / 60)
+"""After so long, nothing of a moment counts in a window of 24 hours."""
 IDENTITY = demo_key(RICH).identity
 NOBODY = encode_identity(bytes([7]) * 32)
 """An identity that is no contract's, and whose key is nowhere."""
@@ -44,22 +46,31 @@ class Ledger:
 
     def __init__(self, aws: Cloud) -> None:
         self.aws = aws
-        self.moment = datetime(2026, 11, 23, 12, tzinfo=UTC)
-        self.policy = policy()
+        self.moment = NOON
+        self.policy = policy(daily_limit=10**15)
 
     def submissions(self) -> Submissions:
         def rule(submission: Submission) -> Any:
-            return rule_for(self.policy, destination=submission.address, amount=submission.amount)
+            return rule_for(
+                self.policy,
+                source=submission.source,
+                destination=submission.address,
+                amount=submission.amount,
+                requester=submission.requested_by,
+                agent=submission.agent or None,
+            )
 
         chain = MockChain(genesis={}, table="ChainTable", clock=self.aws.clock, tick_milliseconds=1000)
         return Submissions(chain, "LedgerTable", rule_for=rule, clock=lambda: self.moment)
 
-    def transfer(self, reference: str, amount: int, source: str = RICH, run: int = 1, to: str = EMPTY) -> Submission:
+    def transfer(
+        self, reference: str, amount: int, source: str = RICH, run: int = 1, to: str = EMPTY, **by: Any
+    ) -> Submission:
         """Submit a transfer; a busy queue is asked again, as the state machine does."""
         for _ in range(50):
             try:
                 return self.submissions().submit_transfer(
-                    reference, source=source, destination=to, amount=amount, run=run
+                    reference, source=source, destination=to, amount=amount, run=run, **by
                 )
             except TransientError:
                 time.sleep(0.01)
@@ -70,8 +81,11 @@ class Ledger:
             self.transfer(*arguments, **changes)
         return caught.value.code
 
-    def spent(self, day: str = DAY, source: str = RICH) -> int:
-        return self.submissions().spending.spent(Wallets("mock").identity(source), day)
+    def spent(self, source: str = RICH) -> int:
+        """Return what a wallet's window of 24 hours has used."""
+        identity = Wallets("mock").identity(source)
+        rule = rule_for(policy(daily_limit=10**15), source=identity, destination=NOBODY, amount=1)
+        return self.submissions().spending.read(rule.limits)[0].used
 
     def state(self, reference: str) -> Submission:
         found = self.submissions().get(f"transfer:{reference}")
@@ -124,32 +138,36 @@ def at_once(calls: list[Callable[[], Any]]) -> list[Any]:
         return list(pool.map(run, calls))
 
 
-def sums() -> list[dict[str, Any]]:
+def windows() -> list[dict[str, Any]]:
     items = boto3.client("dynamodb").scan(TableName="LedgerTable")["Items"]
-    return [item for item in items if item["pk"]["S"].startswith("SPENT#")]
+    return [item for item in items if item["pk"]["S"].startswith("LIMIT#")]
 
 
 # The limit
 
 
-def test_the_sum_of_a_day_never_exceeds_the_limit(ledger: Ledger) -> None:
+def test_sum_of_a_window_never_exceeds_the_limit(ledger: Ledger) -> None:
     ledger.policy = policy(daily_limit=100)
     ledger.transfer("a", 60)
     ledger.transfer("b", 40)
-    with pytest.raises(PermanentError, match="at most 100 QU a day, and 100 QU are spent today") as caught:
-        ledger.transfer("c", 1)
-    assert (caught.value.code, caught.value.details) == ("daily_limit_exceeded", {"spent": 100, "limit": 100})
+    assert ledger.refusal("c", 1) == "daily_limit_exceeded"
+    assert "at most 100 QU" in ledger.state("c").error
     ledger.transfer("d", 100, source=POOR)  # another wallet has its own
-    ledger.moment += timedelta(days=1)
+    ledger.moment += WINDOW
     ledger.transfer("e", 100)
-    assert (ledger.spent(), ledger.spent(NEXT_DAY), ledger.spent(source=POOR)) == (100, 100, 100)
+    assert (ledger.spent(), ledger.spent(POOR)) == (100, 0)
 
 
-def test_a_day_is_one_of_utc(ledger: Ledger) -> None:
-    for hour, reference in ((0, "a"), (23, "b")):
-        ledger.moment = datetime(2026, 11, 23, hour, 59, 59, tzinfo=UTC)
-        ledger.transfer(reference, 50)
-    assert ledger.spent() == 100
+def test_window_rolls_over_midnight(ledger: Ledger) -> None:
+    ledger.policy = policy(daily_limit=100)
+    ledger.moment = datetime(2026, 11, 23, 23, 59, tzinfo=UTC)
+    ledger.transfer("a", 100)
+    ledger.moment += timedelta(minutes=2)
+    assert ledger.refusal("b", 1) == "daily_limit_exceeded"
+    ledger.moment += timedelta(hours=23, minutes=57)
+    assert ledger.refusal("c", 1) == "daily_limit_exceeded"
+    ledger.moment += timedelta(minutes=26)
+    assert ledger.transfer("d", 100).state in {"signed", "broadcast"}
 
 
 @pytest.mark.parametrize(
@@ -164,7 +182,7 @@ def test_a_transfer_beyond_the_policy_counts_nothing(ledger: Ledger, limits: dic
     ledger.policy = policy(**limits)
     assert ledger.refusal("a", 50) == code
     assert ledger.policy.policy_id in ledger.state("a").error
-    assert sums() == []
+    assert windows() == []
 
 
 @pytest.mark.parametrize(
@@ -186,7 +204,7 @@ def test_a_transfer_that_is_not_signed_counts_nothing(ledger: Ledger, changes: d
     ledger.policy = policy(daily_limit=10**15)
     with pytest.raises(error):
         ledger.transfer(**{"reference": "a", "amount": 50} | changes)
-    assert sums() == []
+    assert windows() == []
 
 
 def test_a_transfer_counts_once_however_often_it_is_asked(ledger: Ledger) -> None:
@@ -195,16 +213,17 @@ def test_a_transfer_counts_once_however_often_it_is_asked(ledger: Ledger) -> Non
     ledger.policy = policy(daily_limit=10)  # it was let through before
     assert ledger.transfer("a", 60).txid == first.txid
     ledger.settle()
-    ledger.moment += timedelta(days=1)
+    assert ledger.spent() == 60
+    ledger.moment += WINDOW
     assert ledger.transfer("a", 60).state == "confirmed"
-    assert (ledger.spent(), ledger.spent(NEXT_DAY)) == (60, 0)
+    assert ledger.spent() == 0
 
 
 @pytest.mark.parametrize(("source", "amount"), [(RICH, 61), (POOR, 60)])
 def test_other_terms_under_a_reference_count_nothing(ledger: Ledger, source: str, amount: int) -> None:
     ledger.transfer("a", 60)
     assert ledger.refusal("a", amount, source=source) == "reference_conflict"
-    assert (ledger.spent(), ledger.spent(source=POOR)) == (60, 0)
+    assert (ledger.spent(), ledger.spent(POOR)) == (60, 0)
 
 
 def test_a_wallet_is_one_by_all_its_addresses(ledger: Ledger) -> None:
@@ -213,17 +232,26 @@ def test_a_wallet_is_one_by_all_its_addresses(ledger: Ledger) -> None:
     for number, address in enumerate((IDENTITY, RICH.upper().replace("X", "x"))):
         assert ledger.refusal(f"b{number}", 41, source=address) == "daily_limit_exceeded"
     assert ledger.transfer("a", 60, source=IDENTITY).source == IDENTITY
-    assert ledger.spent(source=IDENTITY) == 60
+    assert ledger.spent(IDENTITY) == 60
 
 
-def test_a_limit_set_at_noon_counts_the_morning(ledger: Ledger) -> None:
+def test_limit_starts_empty_when_it_is_new(ledger: Ledger) -> None:
     ledger.policy = policy(max_amount=50)
     ledger.transfer("a", 50)
+    assert windows() == []
+    ledger.policy = policy(daily_limit=50)
     ledger.transfer("b", 50)
-    assert ledger.spent() == 100
-    ledger.policy = policy(daily_limit=149)
-    assert ledger.refusal("c", 50) == "daily_limit_exceeded"
-    ledger.policy = policy(daily_limit=150)
+    assert ledger.refusal("c", 1) == "daily_limit_exceeded"
+
+
+def test_window_survives_versions_of_the_policy(ledger: Ledger) -> None:
+    ledger.policy = policy(daily_limit=100)
+    ledger.transfer("a", 60)
+    ledger.policy = policy()
+    ledger.transfer("b", 60)  # no limit counts it
+    ledger.policy = policy(daily_limit=100, max_amount=50)
+    assert ledger.refusal("c", 41) == "daily_limit_exceeded"
+    ledger.policy = policy(daily_limit=110)
     assert ledger.transfer("d", 50).state == "signed"
 
 
@@ -291,7 +319,7 @@ def test_an_expired_transfer_gives_back_once(ledger: Ledger) -> None:
     ledger.settle()
     assert ledger.state("a").state == "expired"
     at_once([lambda: ledger.submissions().advance(IDENTITY)] * 8)
-    assert (ledger.spent(), ledger.state("a").counted_on) == (40, "")
+    assert ledger.spent() == 40
     ledger.transfer("c", 60)
     assert ledger.refusal("a", 60, run=2) == "daily_limit_exceeded"
 
@@ -317,10 +345,9 @@ def test_a_later_run_counts_for_its_own_attempt(ledger: Ledger) -> None:
     ledger.transfer("a", 50)
     ledger.settle()
     assert ledger.spent() == 0
-    ledger.moment += timedelta(days=1)
     assert ledger.transfer("a", 50, run=2).attempt == 2
     ledger.settle()
-    assert (ledger.spent(), ledger.spent(NEXT_DAY), ledger.state("a").state) == (0, 50, "confirmed")
+    assert (ledger.spent(), ledger.state("a").state) == (50, "confirmed")
 
 
 def test_a_transfer_that_could_not_be_paid_gives_back(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,7 +386,8 @@ def test_a_transfer_that_is_found_after_all_counts_once(ledger: Ledger) -> None:
 def test_a_sum_that_was_set_back_keeps_no_transfer_from_closing(ledger: Ledger) -> None:
     ledger.faults(drop=1)
     ledger.transfer("a", 60)
-    for item in sums():
+    assert windows()
+    for item in windows():
         boto3.client("dynamodb").delete_item(
             TableName="LedgerTable", Key={name: item[name] for name in ("pk", "sk")}
         )  # fmt: skip
@@ -377,31 +405,31 @@ def late(ledger: Ledger) -> None:
     ledger.aws.clock.pass_seconds(3 * LEAD_TICKS)
 
 
-def test_signed_again_on_the_same_day_it_counts_once(ledger: Ledger) -> None:
+def test_signed_again_in_a_full_window_it_counts_once(ledger: Ledger) -> None:
     ledger.policy = policy(daily_limit=60)
     late(ledger)
     ledger.settle()
     assert (ledger.state("waits").attempt, ledger.state("waits").state, ledger.spent()) == (2, "confirmed", 60)
 
 
-def test_signed_again_on_a_later_day_it_counts_there(ledger: Ledger) -> None:
+def test_signed_again_it_counts_from_then_on(ledger: Ledger) -> None:
     late(ledger)
-    ledger.moment += timedelta(days=1)
+    ledger.moment += timedelta(hours=12)
     ledger.settle()
-    assert (ledger.spent(), ledger.spent(NEXT_DAY)) == (10, 50)
+    assert ledger.spent() == 60
+    ledger.moment += WINDOW - timedelta(hours=12)
+    assert ledger.spent() == 50
     assert (ledger.state("waits").attempt, ledger.state("waits").state) == (2, "confirmed")
 
 
-def test_signed_again_without_room_that_day_it_expires(ledger: Ledger) -> None:
+def test_signed_again_without_room_it_expires(ledger: Ledger) -> None:
     late(ledger)
-    ledger.moment += timedelta(days=1)
     ledger.policy = policy(daily_limit=59)
-    ledger.transfer("another day's", 10)
     ledger.settle()
     waits = ledger.state("waits")
     assert (waits.state, waits.error.partition(":")[0]) == ("expired", "expired")
-    assert "over daily_limit" in waits.error
-    assert (ledger.spent(), ledger.spent(NEXT_DAY)) == (10, 10)
+    assert "daily_limit" in waits.error
+    assert ledger.spent() == 10
 
 
 # Refused, while another call signs
@@ -451,7 +479,7 @@ def test_a_twin_does_not_sign_once_the_other_was_refused(ledger: Ledger) -> None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Submissions, "_sign", meanwhile)
         assert ledger.transfer("a", 50).state == "failed"
-    assert sums() == []
+    assert windows() == []
 
 
 def test_a_refusal_does_not_hide_what_was_signed_before(ledger: Ledger) -> None:
@@ -548,7 +576,7 @@ def test_the_compliance_agent_only_reads_the_ledger(aws: Cloud, sent: list[dict[
     aws.invocations.clear()
     assert outcome(aws, task_id) == "execute"
     assert aws.invocations == {"AwaitApprovalFunction": 1, "LedgerFunction": 1}
-    assert sums() == []
+    assert windows() == []
 
 
 def test_a_ledger_that_does_not_answer_lets_nothing_run(aws: Cloud, sent: list[dict[str, str]]) -> None:
@@ -568,4 +596,4 @@ def test_what_is_only_simulated_counts_nothing(ledger: Ledger) -> None:
     ledger.policy = policy(max_amount=49)
     with pytest.raises(PermanentError):
         ledger.submissions().simulate_transfer("a", **terms)
-    assert sums() == []
+    assert windows() == []

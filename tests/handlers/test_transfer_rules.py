@@ -59,7 +59,7 @@ def signed() -> list[dict[str, Any]]:
     """What was signed of the transfer, or counted as spent."""
     items = boto3.client("dynamodb").scan(TableName="LedgerTable")["Items"]
     attempts = [item for item in items if item["pk"]["S"].startswith("SUBMISSION#mock#transfer") and "txid" in item]
-    return [item for item in attempts if item["txid"]["S"]] + [item for item in items if item["sk"]["S"] == "SPENT"]
+    return [item for item in attempts if item["txid"]["S"]] + [item for item in items if item["sk"]["S"] == "LIMIT"]
 
 
 @pytest.mark.parametrize("claim", CLAIMS)
@@ -139,14 +139,14 @@ def test_ledger_keeps_confirming_what_was_sent_before(aws: Cloud, enforce: Enfor
 def test_rule_of_transaction_does_not_judge_transfers() -> None:
     rules = {"transfer_funds": ALLOWED, "transaction": FORBIDDEN}
     policy = Policy(policy_id="policy-v7-0123456789ab", version=7, rules=rules)
-    rule = rule_for(policy, destination=EMPTY, amount=10)
-    assert rule.action_type == "transfer_funds"
+    rule = rule_for(policy, source=RICH, destination=EMPTY, amount=10)
+    assert rule.action == "transfer_funds"
 
 
 def test_transaction_with_input_type_has_no_rule() -> None:
     policy = Policy(policy_id="policy-v7-0123456789ab", version=7, rules={"transfer_funds": ALLOWED})
     with pytest.raises(PermanentError) as caught:
-        rule_for(policy, destination=EMPTY, amount=10, input_type=1)
+        rule_for(policy, source=RICH, destination=EMPTY, amount=10, input_type=1)
     assert caught.value.code == "not_allowed"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from qaes.domain.canonical import sha256_hex
 from qaes.domain.policy import Policy, PolicyDocumentV2, policy_of
 
+POLICY_ID = f"policy-v7-{sha256_hex(str(7))}"
 FINANCE = ["fay", "finn", "flora"]
 
 REFUND: dict[str, Any] = {
@@ -102,3 +103,11 @@ def with_rule(**members: Any) -> dict[str, Any]:
     result = copy.deepcopy(CONTENT)
     result["rules"]["refund_customer"] |= members
     return result
+
+
+def of_limits(action: str, *limits: dict[str, Any], **members: Any) -> Policy:
+    """Return a policy that allows one action without an approval, within these limits."""
+    rule = {"allowed": True, "risk_level": "high", "tiers": [{"max_amount": None, "approvals": 0}]}
+    rules = {action: rule | members | {"limits": list(limits)}}
+    groups = CONTENT["groups"]
+    return Policy.model_validate({"policy_id": POLICY_ID, "version": 7, "format": 2, "groups": groups, "rules": rules})

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from qaes.adapters import settings
+from qaes.adapters.limits import Share
 from qaes.domain.anchor import ANCHOR_INPUT_TYPE
 from qaes.domain.canonical import canonical_json
 from qaes.domain.errors import InvalidInputError
@@ -37,6 +38,8 @@ INPUT_TYPES: dict[Kind, int] = {
 NO_EFFECT = "moved_nothing:"
 OUTCOME_UNKNOWN = "moved_unknown:"
 """How the stored error of a transfer begins that had no effect, or whose outcome is unknown (decision 19)."""
+_LEFT_OUT = frozenset({"agent", "granted", "counted_in"})
+"""Fields of a submission that its item has only with a value."""
 
 MAX_OPEN = 100
 """Most open submissions of one source; beyond, the ledger is busy."""
@@ -68,8 +71,14 @@ class Submission:
         Why it expired or failed: `expired`, `moved_nothing`, `moved_unknown`, `no_key` or a refusal's code, and a text.
     address
         Of a transfer: the destination as the caller named it, which the policy's limits are about.
+    agent
+        The client of the agent that requested the transfer; empty: a person did.
+    granted
+        The keys of the limits over which people have approved the transfer.
+    counted_in
+        What a transfer counts in the windows of its rule's limits; once it has moved nothing, what it counted there.
     counted_on
-        The day on which a transfer's amount counts as spent; empty: on none.
+        The day on which an earlier release counted a transfer's amount; empty: on none.
     """
 
     key: str
@@ -95,6 +104,9 @@ class Submission:
     requested_by: str = ""
     address: str = ""
     counted_on: str = ""
+    agent: str = ""
+    granted: tuple[str, ...] = ()
+    counted_in: tuple[Share, ...] = ()
 
     @property
     def is_open(self) -> bool:
@@ -258,6 +270,8 @@ def signed_item(submission: Submission) -> Item:
 def submission_item(submission: Submission) -> Item:
     item = item_key(f"SUBMISSION#{submission.network}#{submission.key}", "SUBMISSION")
     for name, value in asdict(submission).items():
+        if name in _LEFT_OUT and not value:
+            continue
         if isinstance(value, bytes):
             item[name] = {"B": value}
         elif isinstance(value, int):
@@ -273,4 +287,7 @@ def submission_of(item: Item) -> Submission:
         if name not in {"pk", "sk"}:
             [(kind, value)] = attribute.items()
             fields[name] = int(value) if kind == "N" else bytes(value) if kind == "B" else value
-    return Submission(**fields | {"metadata": json.loads(fields["metadata"])})
+    fields["metadata"] = json.loads(fields["metadata"])
+    fields["granted"] = tuple(json.loads(fields.get("granted", "[]")))
+    fields["counted_in"] = tuple(Share(*share) for share in json.loads(fields.get("counted_in", "[]")))
+    return Submission(**fields)

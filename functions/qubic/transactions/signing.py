@@ -10,11 +10,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 
-from qaes.domain.errors import TransientError
+from qaes.adapters import dynamo
+from qaes.adapters.limits import Reservation
+from qaes.domain.errors import ThrottledError, TransientError
 from qaes.domain.ids import now, timestamp
-from qaes.domain.policy import PolicyDecision
+from qaes.domain.policy import Decision
 from qaes.domain.qubic.transaction import Transaction
-from qubic.items import Item, item_key
+from qubic.items import ChangedError, Item, item_key
 from qubic.network.base import Balance, Chain
 from qubic.spending import Spending
 from qubic.transactions.model import (
@@ -64,7 +66,7 @@ class Signing(Store):
         *,
         on_signed: Callable[[Submission], None] = lambda _: None,
         on_closed: Callable[[Submission], None] = lambda _: None,
-        rule_for: Callable[[Submission], PolicyDecision | None] = lambda _: None,
+        rule_for: Callable[[Submission], Decision | None] = lambda _: None,
         sends_transfers: bool = True,
         clock: Callable[[], datetime] | None = None,
     ) -> None:
@@ -99,15 +101,14 @@ class Signing(Store):
         return found, found.balance - promised
 
     def _sign(
-        self, wanted: Submission, key: Key, before: Submission | None, source: Source, rule: PolicyDecision | None
+        self, wanted: Submission, key: Key, before: Submission | None, source: Source, rule: Decision | None
     ) -> Submission:
         """Sign for a tick that is free, and store it, with what it spends: the commit point.
 
-        Raises ChangedError when others were first, PermanentError when the day's limit has no room.
+        Raises ChangedError when others were first, PermanentError when a limit has no room.
         """
         tick = max(self._present_tick(), source.last_tick) + LEAD_TICKS
         transaction = transaction_of(wanted, key, tick)
-        counted_on, spends = self._spend(wanted, rule)
         signed = replace(
             wanted,
             state="signed",
@@ -116,7 +117,6 @@ class Signing(Store):
             encoded=transaction.encode(),
             attempt=(before.attempt if before else 0) + 1,
             settled=settled_before(before),
-            counted_on=counted_on,
             created_at=before.created_at if before else wanted.created_at,
             updated_at=timestamp(now()),
             version=(before.version if before else 0) + 1,
@@ -125,7 +125,6 @@ class Signing(Store):
         places = tuple(place for place in source.open if place.key != signed.key)
         queue = replace(source, last_tick=tick, open=(*places, Place(tick, signed.key, signed.amount)))
         writes = [
-            self._put_submission(signed, before),
             self._items.put_new(item_key(self._pk(signed.key), f"ATTEMPT#{signed.attempt:06d}") | signed_item(signed)),
             self._items.put_new(
                 item_key(f"TXID#{self._network}#{signed.txid}", "TXID")
@@ -133,28 +132,50 @@ class Signing(Store):
                 | signed_item(signed)
             ),
             self._put_source(queue),
-            *spends,
         ]
         if source.version == 0:
             named = item_key(f"SOURCES#{self._network}", source.identity)
             writes.append({"Put": {"TableName": self._table, "Item": named}})
-        self._items.write(*writes)
+
+        def counted(reservation: Reservation) -> list[Item]:
+            nonlocal signed
+            signed = replace(signed, counted_in=reservation.shares, counted_on="")
+            return [self._put_submission(signed, before), *writes]
+
+        self._write_counted(counted, lambda: self._reserve(wanted, rule))
         return signed
 
-    def _spend(self, wanted: Submission, rule: PolicyDecision | None) -> tuple[str, list[Item]]:
-        """Return the day on which a transfer counts, and what its signature's transaction writes for that.
+    def _reserve(self, wanted: Submission, rule: Decision | None) -> Reservation:
+        """Count a transfer in the windows of its rule's limits; one that is signed again counts there anew.
 
-        One that is signed again on a later day, not having been sent, counts on that day instead.
+        Raises PermanentError when a limit has no room.
         """
-        today = self.spending.today()
-        if not wanted.amount or wanted.counted_on == today:
-            return wanted.counted_on, []
-        if rule is not None and (refusal := self.spending.refusal_today(rule, wanted.source, wanted.amount)):
-            raise refusal
-        writes = [self.spending.add(wanted.source, wanted.amount, today, rule.daily_limit if rule else None)]
+        if rule is None:
+            return Reservation(shares=wanted.counted_in)
+        # What an earlier release counted is in the window already: it is moved there, and needs no room.
+        bounded = not (wanted.counted_on and self.spending.counts_day(wanted.counted_on))
+        held, granted = wanted.counted_in, wanted.granted
+        reservation = self.spending.reserve(rule, granted=granted, held=held, bounded=bounded)
         if wanted.counted_on:
-            writes += self.spending.give_back(wanted.source, wanted.amount, wanted.counted_on)
-        return today, writes
+            given = self.spending.give_back_of_day(wanted.source, wanted.amount, wanted.counted_on)
+            reservation = replace(reservation, writes=(*reservation.writes, *given))
+        return reservation
+
+    def _write_counted(self, writes: Callable[[Reservation], list[Item]], reserve: Callable[[], Reservation]) -> None:
+        """Write all or nothing, with what is counted; when others have changed only the windows, count anew.
+
+        Raises ChangedError as `Items.write`, and ThrottledError when others keep changing the windows.
+        """
+        pauses = dynamo.Pauses()
+        while True:
+            reservation = reserve()
+            others = writes(reservation)
+            try:
+                return self._items.write(*others, *reservation.writes)
+            except ChangedError as error:
+                if min(error.refused) < len(others):
+                    raise
+            pauses.wait_or_raise(ThrottledError("others use the same limits at the moment: try again"))
 
     def _present_tick(self) -> int:
         """Return the present tick, if it can be true: a wrong one would hold up its source for ever."""

@@ -18,7 +18,7 @@ A refusal of a transfer is stored, too: a twin of the call that was refused can 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -101,11 +101,14 @@ class Submissions(Tracking):
         amount: int,
         run: int = 1,
         requested_by: str = "",
+        agent: str = "",
+        granted: Sequence[str] = (),
     ) -> Submission:
         """Move `amount` QU, once for each `reference`; one that moved nothing is signed anew only for a later `run`.
 
-        Its amount counts as spent from the transaction that stores the signature on, until the one that closes it as
-        having moved nothing. A transfer that waits for its turn is judged again; once it was sent, nothing stops it.
+        It counts in the windows of its rule's limits from the transaction that stores the signature on, until the one
+        that closes it as having moved nothing. In the windows of the limits whose keys are `granted`, it counts without
+        a bound. A transfer that waits for its turn is judged again; once it was sent, nothing stops it.
 
         Raises
         ------
@@ -119,17 +122,23 @@ class Submissions(Tracking):
         TransientError
             The ledger does not answer.
         """
-        wanted = self._wanted_transfer(reference, source, destination, amount, run)
-        return self._submit(
-            replace(wanted, requested_by=requested_by), lambda: self._wallets.parties(source, destination)[0]
+        wanted = replace(
+            self._wanted_transfer(reference, source, destination, amount, run),
+            requested_by=requested_by,
+            agent=agent,
+            granted=tuple(granted),
         )
+        return self._submit(wanted, lambda: self._wallets.parties(source, destination)[0])
 
-    def simulate_transfer(self, reference: str, *, source: str, destination: str, amount: int) -> Submission:
+    def simulate_transfer(
+        self, reference: str, *, source: str, destination: str, amount: int, requested_by: str = "", agent: str = ""
+    ) -> Submission:
         """Sign a transfer and send nothing: what a network shows whose transfers are not allowed here.
 
         Nothing is stored: the same call gives another tick, and so another id. Raises as `submit_transfer`.
         """
         wanted = self._wanted_transfer(reference, source, destination, amount, 1)
+        wanted = replace(wanted, requested_by=requested_by, agent=agent)
         key, _ = self._wallets.parties(source, destination)
         self._rule_for(wanted)
         balance = self.chain.balance(key.identity).balance

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 
 from qaes.adapters import metrics
+from qaes.adapters.limits import Reservation
 from qaes.adapters.logs import logger
 from qaes.domain.errors import InvalidInputError, PermanentError, TransientError
 from qaes.domain.qubic.identity import encode_identity
@@ -224,17 +225,32 @@ class Tracking(Signing):
     def _close(self, submission: Submission, state: State, error: str) -> Submission:
         """Store how it has ended, and in the same transaction give back what it did not spend, or count what it did."""
         closed = changed(submission, state=state, error=error)
-        spends: list[Item] = []
-        if closed.counted_on and closed.no_effect:
-            spends = self.spending.give_back(closed.source, closed.amount, closed.counted_on)
+        if closed.no_effect:
             closed = replace(closed, counted_on="")
-        elif closed.amount and not closed.counted_on and not closed.no_effect:
-            # It was given up, and has been found after all: no limit undoes that.
-            closed = replace(closed, counted_on=self.spending.today())
-            spends = [self.spending.add(closed.source, closed.amount, closed.counted_on)]
-        self._items.write(self._put_submission(closed, submission), *spends)
+
+        def counted(reservation: Reservation) -> list[Item]:
+            nonlocal closed
+            closed = replace(closed, counted_in=reservation.shares)
+            return [self._put_submission(closed, submission)]
+
+        self._write_counted(counted, lambda: self._recount(submission, closed))
         logger().info("closed", extra={"submission": closed.key, "state": state, "tick": closed.tick})
         return closed
+
+    def _recount(self, before: Submission, closed: Submission) -> Reservation:
+        """Give back what a transfer counts that has moved nothing; one that was given up, and is found, counts again.
+
+        No limit undoes what has moved.
+        """
+        if not closed.amount or closed.no_effect == before.no_effect:
+            return Reservation(shares=before.counted_in)
+        if not closed.no_effect:
+            of_wallet = self.spending.of_wallet(before.source, before.amount)
+            return self.spending.count_again(before.counted_in or [of_wallet])
+        writes = self.spending.give_back(before.counted_in)
+        if before.counted_on:
+            writes += self.spending.give_back_of_day(before.source, before.amount, before.counted_on)
+        return Reservation(shares=before.counted_in, writes=tuple(writes))
 
     def is_included(self, transaction: Transaction) -> bool:
         """Tell whether the network has a transaction in its tick, by id or by its source's list.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from qaes.adapters import clients, settings
 from qaes.domain.errors import LimitError, PermanentError, TransientError
@@ -23,6 +23,24 @@ _FUNCTIONS = {
     "submit_anchor": "LEDGER_ANCHOR_FUNCTION",
 }
 """Environment variable with the function for each writing operation; LEDGER_FUNCTION has all reading operations."""
+
+
+class CheckedTransfer(NamedTuple):
+    """What the ledger reports about a transfer before it is submitted.
+
+    Attributes
+    ----------
+    balance
+        Of the wallet that is to pay.
+    refusal_now
+        Which limit has no room at the moment; None: each has, or lets people approve the transfer.
+    used
+        What each limit of the rule has used, by the limit's key.
+    """
+
+    balance: WalletBalance
+    refusal_now: str | None
+    used: Mapping[str, int]
 
 
 class LedgerClient:
@@ -50,11 +68,8 @@ class LedgerClient:
         answer = self._call("policy", address=address)
         return Policy.model_validate(answer), _or_refusal(answer["balance"], _wallet_balance)
 
-    def policy_and_check(
-        self, *, source: str, destination: str, amount: int
-    ) -> tuple[Policy, tuple[WalletBalance, str | None] | PermanentError]:
+    def policy_and_check(self, **terms: Any) -> tuple[Policy, CheckedTransfer | PermanentError]:
         """Return the policy in force and the result or error of `check_transfer` under it, in one call."""
-        terms = {"source": source, "destination": destination, "amount": amount}
         answer = self._call("policy", transfer=terms)
         return Policy.model_validate(answer), _or_refusal(answer["transfer"], _checked_transfer)
 
@@ -67,12 +82,22 @@ class LedgerClient:
         return _wallet_balance(self._call("balance", address=address))
 
     def transfer(
-        self, *, reference: str, source: str, destination: str, amount: int, requester: str, run: int = 1
+        self,
+        *,
+        reference: str,
+        source: str,
+        destination: str,
+        amount: int,
+        requester: str,
+        agent: str | None = None,
+        run: int = 1,
+        granted: Sequence[str] = (),
     ) -> dict[str, Any]:
         """Sign and submit a transfer of `amount` QU, once for each `reference`. Return its state, as `transfer_state`.
 
         The result means in flight, not completed. A repetition returns the same transfer. It is signed again only if it
         has expired and `run` is a later one. The ledger derives the policy's rule from the transfer.
+        People have approved it over the limits whose keys are `granted`.
         """
         return self._call(
             "transfer",
@@ -81,20 +106,33 @@ class LedgerClient:
             destination=destination,
             amount=amount,
             requester=requester,
+            agent=agent,
             run=run,
+            granted=list(granted),
         )
 
     def transfer_state(self, reference: str) -> dict[str, Any]:
         """Return `{state, txid, tick, error}`; `state` is signed, broadcast, confirmed, expired or failed."""
         return self._call("transfer_state", reference=reference)
 
-    def check_transfer(self, *, source: str, destination: str, amount: int) -> tuple[WalletBalance, str | None]:
-        """Return the balance of the source and, if today's limit has no room, the reason. Nothing is reserved.
+    def check_transfer(
+        self, *, source: str, destination: str, amount: int, requester: str = "", agent: str | None = None
+    ) -> CheckedTransfer:
+        """Return the balance of the source, and what the rule's limits have used. Nothing is reserved.
 
         Raises PermanentError if the ledger would reject the transfer on any day: `not_allowed`, `over_max_amount`,
         `daily_limit_exceeded`, `address_not_allowed`, `no_key` or `invalid_address`. The balance is not checked.
         """
-        return _checked_transfer(self._call("check_transfer", source=source, destination=destination, amount=amount))
+        return _checked_transfer(
+            self._call(
+                "check_transfer",
+                source=source,
+                destination=destination,
+                amount=amount,
+                requester=requester,
+                agent=agent,
+            )
+        )
 
     def policy_document(self, policy_id: str) -> dict[str, Any]:
         """Return `{policy_id, version, text, hash, txid, tick, encoded}`: a version's text and its transaction."""
@@ -168,8 +206,8 @@ def _or_refusal(answer: dict[str, Any], read: Callable[[dict[str, Any]], T]) -> 
         return refusal
 
 
-def _checked_transfer(answer: dict[str, Any]) -> tuple[WalletBalance, str | None]:
-    return _wallet_balance(answer["source"]), answer["refusal_today"]
+def _checked_transfer(answer: dict[str, Any]) -> CheckedTransfer:
+    return CheckedTransfer(_wallet_balance(answer["source"]), answer["refusal_today"], answer.get("used", {}))
 
 
 def _wallet_balance(answer: dict[str, Any]) -> WalletBalance:

@@ -5,12 +5,14 @@ Only the state ExecuteAction submits a transfer. Everything else reads what beca
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from qaes.adapters.callbacks import CallbacksTable
 from qaes.adapters.executions import answer, fail
-from qaes.adapters.ledger_client import LedgerClient
+from qaes.adapters.ledger_client import CheckedTransfer, LedgerClient
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain import compliance
 from qaes.domain.errors import PermanentError, StepFailedError
@@ -52,46 +54,51 @@ def state_of(ledger: LedgerClient, task_id: str, step_id: str) -> dict[str, Any]
 
 
 class Funds(NamedTuple):
-    """The balance of the wallet that is to pay a step, and why it cannot; all None for a step that is no transfer.
+    """The balance of the wallet that is to pay a step, and why it cannot; all empty for a step that is no transfer.
 
-    `refusal_today` is for want of room in the day's limit: what is approved today may be made on another day.
+    `refusal_today` is for want of room in a limit: what is approved today may be made on another day. `used` is what
+    each limit of the policy in force has used, by the limit's key.
     """
 
-    balance: WalletBalance | None
-    refusal: str | None
-    refusal_today: str | None
+    balance: WalletBalance | None = None
+    refusal: str | None = None
+    refusal_today: str | None = None
+    used: Mapping[str, int] = MappingProxyType({})
 
 
-def funds_of(ledger: LedgerClient, step: Step) -> Funds:
+def funds_of(ledger: LedgerClient, step: Step, requester: str, agent: str | None) -> Funds:
     """Read whether the ledger would take a transfer: its addresses, its source's key and balance, the policy.
 
     The compliance agent reads it before it asks a person or has the transfer submitted, the planner for a preview. A
     balance that cannot be read now raises TransientError: it is neither enough nor too little.
     """
     if step.type not in CONFIRMED_LATER:
-        return Funds(None, None, None)
-    terms = step.parameters
+        return Funds()
     try:
-        balance, refusal_today = ledger.check_transfer(
-            source=terms["from_address"], destination=terms["to_address"], amount=terms["amount"]
-        )
+        return _funds(step, ledger.check_transfer(**_terms(step, requester, agent)))
     except PermanentError as error:
-        return Funds(None, f"{error.code}: {error.message}", None)
-    return Funds(balance, compliance.refusal_by_balance(step, balance), refusal_today)
+        return _funds(step, error)
 
 
-def policy_and_funds(ledger: LedgerClient, step: Step) -> tuple[Policy, Funds]:
+def policy_and_funds(ledger: LedgerClient, step: Step, requester: str, agent: str | None) -> tuple[Policy, Funds]:
     """Read the policy in force, and what `funds_of` says under it: one call of the ledger."""
     if step.type not in CONFIRMED_LATER:
-        return ledger.policy(), Funds(None, None, None)
-    terms = step.parameters
-    policy, checked = ledger.policy_and_check(
-        source=terms["from_address"], destination=terms["to_address"], amount=terms["amount"]
-    )
+        return ledger.policy(), Funds()
+    policy, checked = ledger.policy_and_check(**_terms(step, requester, agent))
+    return policy, _funds(step, checked)
+
+
+def _terms(step: Step, requester: str, agent: str | None) -> dict[str, Any]:
+    to, amount = step.parameters["to_address"], step.parameters["amount"]
+    source = step.parameters["from_address"]
+    return {"source": source, "destination": to, "amount": amount, "requester": requester, "agent": agent}
+
+
+def _funds(step: Step, checked: CheckedTransfer | PermanentError) -> Funds:
     if isinstance(checked, PermanentError):
-        return policy, Funds(None, f"{checked.code}: {checked.message}", None)
-    balance, refusal_today = checked
-    return policy, Funds(balance, compliance.refusal_by_balance(step, balance), refusal_today)
+        return Funds(refusal=f"{checked.code}: {checked.message}")
+    refusal = compliance.refusal_by_balance(step, checked.balance)
+    return Funds(checked.balance, refusal, checked.refusal_now, checked.used)
 
 
 def is_submitted(ledger: LedgerClient, task_id: str, step_id: str) -> bool:

@@ -1,7 +1,7 @@
 """The limits of a rule: whether they let a transfer pass, and the arithmetic of their rolling windows.
 
-A window has 60 buckets, each with a number and a sum. The newest 61 buckets cover at least the seconds of the window, so a
-limit never admits more than the exact rolling sum would.
+A window has 60 buckets, each with a number and a sum. The newest 61 buckets cover at least the seconds of the window,
+so a limit never admits more than the exact rolling sum would.
 """
 
 from __future__ import annotations
@@ -64,12 +64,12 @@ def refusal_by_limits(rule: PolicyDecision, *, destination: object, amount: obje
 
 
 def refusal_by_daily_limit(rule: PolicyDecision, *, amount: int, spent: int) -> PermanentError | None:
-    """Return `daily_limit_exceeded` if a wallet that has spent `spent` QU today may not send `amount` more."""
+    """Return `daily_limit_exceeded` if a wallet that has sent `spent` QU in 24 hours may not send `amount` more."""
     if rule.daily_limit is None or spent + amount <= rule.daily_limit:
         return None
-    text = f"over daily_limit: policy {rule.policy_id} lets a wallet send at most {rule.daily_limit} QU a day"
+    text = f"over daily_limit: policy {rule.policy_id} lets a wallet send at most {rule.daily_limit} QU in 24 hours"
     if spent:
-        text += f", and {spent} QU are spent today"
+        text += f", and {spent} QU are used"
     return PermanentError("daily_limit_exceeded", text, spent=spent, limit=rule.daily_limit)
 
 

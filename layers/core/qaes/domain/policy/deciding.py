@@ -246,9 +246,9 @@ def refusal_over(policy_id: str, use: LimitUse, *, used: int) -> PermanentError 
     if use.over != "deny" or used + use.add <= use.maximum:
         return None
     if use.code == "daily_limit_exceeded":
-        text = f"over daily_limit: policy {policy_id} lets a wallet send at most {use.maximum} QU a day"
+        text = f"over daily_limit: policy {policy_id} lets a wallet send at most {use.maximum} QU in 24 hours"
         return PermanentError(
-            use.code, text + (f", and {used} QU are spent today" if used else ""), spent=used, limit=use.maximum
+            use.code, text + (f", and {used} QU are used" if used else ""), spent=used, limit=use.maximum
         )
     return PermanentError(use.code, limit_words(use, used), used=used, limit=use.maximum, per=use.per)
 

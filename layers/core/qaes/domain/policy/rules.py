@@ -71,7 +71,7 @@ class Rule(BaseModel):
     )
     max_amount: int | None = Field(None, ge=1, le=MAX_QU, strict=True, description="most QU that one transfer moves")
     daily_limit: int | None = Field(
-        None, ge=1, le=MAX_QU, strict=True, description="most QU that a wallet sends in a day (UTC)"
+        None, ge=1, le=MAX_QU, strict=True, description="most QU that a wallet sends in 24 hours"
     )
     allowed_addresses: tuple[Address, ...] | None = Field(
         None, min_length=1, max_length=MAX_ADDRESSES, description="where money may go; null: anywhere"
