@@ -10,6 +10,7 @@ import argparse
 import ast
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
@@ -174,7 +175,10 @@ def check_links(path: str, text: str) -> Iterator[Finding]:
             if child.type != "link_open" or re.match(r"\w+:", link):
                 continue
             target, _, anchor = link.partition("#")
-            file = (ROOT / path).parent / target
+            folder = (
+                ROOT if path.startswith("changelog.d/") else (ROOT / path).parent
+            )  # a fragment becomes CHANGELOG.md
+            file = folder / target
             found = not target or file.exists()
             if found and anchor:
                 found = anchor in anchors(file.read_text() if target else text)
@@ -187,6 +191,15 @@ def check_decisions(index: str, names: list[str]) -> Iterator[Finding]:
     for name in names:
         if f"]({name})" not in index:
             yield Finding("docs/adr/README.md", 1, name, "a row: number, decision in one sentence, status")
+
+
+def check_fragments(names: list[str]) -> Iterator[Finding]:
+    """Yield the fragments of the changelog whose name has no type, which towncrier would leave out."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["towncrier"]
+    types = [each["directory"] for each in settings["type"]]
+    for name in names:
+        if not re.fullmatch(rf"(\+[\w-]+|\d+)\.({'|'.join(types)})\.md", name):
+            yield Finding(f"changelog.d/{name}", 1, name, f"+<words>.<type>.md with a type of {', '.join(types)}")
 
 
 def check_test_names(names: list[str]) -> Iterator[Finding]:
@@ -206,7 +219,7 @@ def check_page(path: str, text: str) -> list[Finding]:
 
 def pages() -> list[str]:
     """Return the pages that are checked."""
-    every = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]
+    every = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "changelog.d").glob("*.md")]
     return sorted({str(path.relative_to(ROOT)) for path in every} - GENERATED)
 
 
@@ -234,6 +247,7 @@ def main() -> None:
             findings += check_links(name, (ROOT / name).read_text())
         decisions = sorted(path.name for path in (ROOT / "docs" / "adr").glob("[0-9]*.md"))
         findings += check_decisions((ROOT / "docs" / "adr" / "README.md").read_text(), decisions)
+        findings += check_fragments(sorted(path.name for path in (ROOT / "changelog.d").iterdir()))
         findings += check_test_names(test_names())
     print(*findings, sep="\n", end="\n" if findings else "")
     sys.exit(bool(findings))
