@@ -217,6 +217,8 @@ class Action(BaseModel):
 _HOST = re.compile(
     r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?", re.ASCII | re.IGNORECASE
 )
+_TRANSLATED = [ipaddress.ip_network(network) for network in ("64:ff9b::/96", "64:ff9b:1::/48")]
+"""NAT64 addresses, which stand for IPv4 addresses, private ones too."""
 _LOCAL_SUFFIXES = ("localhost", "local", "internal", "home.arpa", "lan")
 
 
@@ -251,7 +253,8 @@ def _host_flaw(host: str) -> str | None:
         pass
     else:
         mapped = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None)
-        if not address.is_global or address.is_multicast or (mapped and not mapped.is_global):
+        is_translated = any(address in network for network in _TRANSLATED)
+        if not address.is_global or address.is_multicast or is_translated or (mapped and not mapped.is_global):
             return "names a private or reserved address"
         return None
     if len(host) > 253 or not _HOST.fullmatch(host):

@@ -33,6 +33,7 @@ Code = Literal[
     "no_source",
     "daily_limit_exceeded",
     "limit_exceeded",
+    "invalid_parameters",
 ]
 
 
@@ -185,7 +186,8 @@ def evaluate(policy: Policy, request: ActionRequest) -> Decision:
     if rule is None or not rule.allowed:
         return decided
     try:
-        _check_requester(policy, rule, request)
+        if refusal := requester_refusal(policy, name, request.requester, request.agent):
+            raise _Denial("requester_not_allowed", refusal)  # noqa: TRY301
         index = _tier(decided, rule, action)
         tier = rule.tiers[index]
         uses = tuple(_use(policy, decided, limit, request, action) for limit in rule.limits)
@@ -282,22 +284,26 @@ def _text(value: object) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _check_requester(policy: Policy, rule: ActionRule, request: ActionRequest) -> None:
-    """Check that the caller is one of the rule's requesters: an agent by its client, a person by subject or group."""
+def requester_refusal(policy: Policy, action: str, requester: str, agent: str | None = None) -> str | None:
+    """Return why a caller may not request an action, whatever the parameters are; None if the caller may.
+
+    A person needs an entry by subject or group, an agent one by its client: the token of a permitted person is not
+    enough.
+    """
+    rule = policy.rule_for(action)
+    if rule is None or not rule.allowed:
+        return f"policy {policy.policy_id} does not allow {action}"
     if rule.requesters is None:
-        return
-    if request.agent is not None:
-        accepted = f"agent:{request.agent}" in rule.requesters
+        return None
+    if agent is not None:
+        accepted = f"agent:{agent}" in rule.requesters
     else:
         groups = [name for kind, _, name in (each.partition(":") for each in rule.requesters) if kind == "group"]
-        accepted = f"user:{request.requester}" in rule.requesters or any(
-            request.requester in (policy.members(name) or ()) for name in groups
+        accepted = f"user:{requester}" in rule.requesters or any(
+            requester in (policy.members(name) or ()) for name in groups
         )
-    if accepted:
-        return
-    caller = "this agent" if request.agent is not None else "this requester"
-    text = f"policy {policy.policy_id} does not allow {caller} to request {action_of(request.action)}"
-    raise _Denial("requester_not_allowed", text)
+    caller = "this agent" if agent is not None else "this requester"
+    return None if accepted else f"policy {policy.policy_id} does not allow {caller} to request {action}"
 
 
 def _tier(decided: Decision, rule: ActionRule, action: Action | BuiltIn | None) -> int:

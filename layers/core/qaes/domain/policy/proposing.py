@@ -10,7 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 from qaes.domain.errors import InvalidInputError
 from qaes.domain.policy.actions import LambdaHandler
 from qaes.domain.policy.difference import check_removals
-from qaes.domain.policy.document import Policy, PolicyDocument, PolicyDocumentV2
+from qaes.domain.policy.document import Policy, PolicyDocument, PolicyDocumentV2, policy_of
 from qaes.domain.policy.names import invalid_input
 from qaes.domain.policy.rules import Rules, check_enforceable
 
@@ -62,6 +62,29 @@ def propose(
         check_enforceable(rules)
     check_removals(current, document, remove)
     return document
+
+
+def read_policy(value: object, function_prefix: str = FUNCTION_PREFIX) -> Policy:
+    """Check a parsed policy file, and return its policy: a document of either format, or the body of a proposal.
+
+    A proposal's `based_on` and `remove` are not read: they are for a running system. Raises InvalidInputError.
+    """
+    if not isinstance(value, Mapping):
+        raise InvalidInputError("a policy is an object")
+    content = {name: inner for name, inner in value.items() if name not in {"based_on", "remove", "proposed_by"}}
+    format_ = content.pop("format", 2 if is_format_2(content) else 1)
+    version = content.pop("version", 1)
+    document: PolicyDocument | PolicyDocumentV2
+    if format_ == 2:
+        document = PolicyDocumentV2.make({"format": 2, "version": version, **content})
+        check_actions(document, function_prefix)
+    else:
+        for name in content.keys() - {"rules"}:
+            raise InvalidInputError("format 1 has no such member", field=str(name))
+        rules = _format_1_rules(content.get("rules"))
+        check_enforceable(rules)
+        document = PolicyDocument.write(rules, version=1)
+    return policy_of(document.text())
 
 
 def check_actions(document: PolicyDocumentV2, function_prefix: str = FUNCTION_PREFIX) -> None:

@@ -1,0 +1,1 @@
+"""The command `python -m qaes.policy`: evaluates cases against a policy, without AWS."""
