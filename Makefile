@@ -10,7 +10,7 @@ MAKEFLAGS += --no-print-directory --no-builtin-rules
 export SAM_CLI_TELEMETRY := 0
 export AUTH_MODE QAES_PORT QAES_HTTP_PORT SAM_LOCAL_ARGS TASK ROLE SUBJECT
 
-.PHONY: help demo up down status logs token fsck test e2e browser sam-local check openapi fuzz format requirements bench hammer clean
+.PHONY: help demo up down status logs token fsck test e2e browser sam-local check openapi fuzz format requirements bench load-test hammer clean
 
 help:  ## This list
 	@awk -F ' ## ' '/^[a-z0-9-]+:.* ## / { name = $$1; sub(/:.*/, "", name); printf "make %-14s %s\n", name, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -110,8 +110,10 @@ format: $(VENV)/.all-stamp ## Format code, apply the fixes of ruff, wrap the doc
 bench: $(VENV)/.all-stamp ## Measure; writes docs/performance.md and .json (ONLY=imports, cost, window, growth, memory: that section; ONLY=compare BEFORE=/a/checkout)
 	@PYTHONPATH=functions:layers/core $(BIN)/python -m benchmarks.run $(ONLY)
 
-hammer: $(VENV)/.all-stamp ## Load the audit log of a local AWS of its own, verify every proof, print figures (HAMMER_ARGS)
-	@PYTHONPATH=functions:layers/core $(BIN)/python -m benchmarks.hammer $(HAMMER_ARGS)
+load-test: $(VENV)/.all-stamp ## Load the audit log of a local AWS of its own, verify every proof, print figures (LOAD_TEST_ARGS)
+	@PYTHONPATH=functions:layers/core $(BIN)/python -m benchmarks.load_test $(LOAD_TEST_ARGS)
+
+hammer: load-test
 
 clean: ## Remove what was built, installed and logged
 	@if [ -x $(BIN)/python ] && [ -f .local/cloud/lock ]; then $(BIN)/python -m local down; fi

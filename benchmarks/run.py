@@ -271,12 +271,12 @@ Times in pure Python, as multiples of a SHA-256 over 1 MiB in the same run (medi
 
 def audit_log() -> str:
     """Return the section about the audit log under load, and the cost of its proofs."""
-    proofs = _hammer("--proofs-only")
-    steady = _hammer("--rate", "30", "--tasks", "100", "--sizes")
-    at_once = _hammer("--tasks", "100", "--median", "0", "--sizes")
+    proofs = _load_test("--proofs-only")
+    steady = _load_test("--rate", "30", "--tasks", "100", "--sizes")
+    at_once = _load_test("--tasks", "100", "--median", "0", "--sizes")
     return f"""## The audit log
 
-`make hammer` uses a separate local AWS, which runs every function as a process on this machine. Each entry's proof is verified, and
+`make load-test` uses a separate local AWS, which runs every function as a process on this machine. Each entry's proof is verified, and
 fsck reports no finding. Times start when the event is written to the tasks table. The first run has 30 events a second, the load of 1.5 tasks a second;
 the second run has as many as this machine accepts, which measures the throughput.
 
@@ -289,9 +289,9 @@ A proof is computed from the tiles and verified, in memory:
 {proofs}"""
 
 
-def _hammer(*arguments: str) -> str:
-    hammer = [sys.executable, "-m", "benchmarks.hammer", *arguments]
-    done = subprocess.run(hammer, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+def _load_test(*arguments: str) -> str:
+    command = [sys.executable, "-m", "benchmarks.load_test", *arguments]
+    done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
     return "\n".join(line for line in done.stdout.splitlines() if line.startswith("|"))
 
 

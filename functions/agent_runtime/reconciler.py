@@ -24,7 +24,7 @@ from qaes.adapters.logs import logger
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain.errors import NotFoundError
 from qaes.domain.ids import now, parse_timestamp
-from qaes.domain.models import OPEN, TERMINAL, Task
+from qaes.domain.models import OPEN_STATUSES, TERMINAL, Task
 
 GRACE_SECONDS = 30
 """A task that changed less than this ago is left to those who are at work on it."""
@@ -67,7 +67,7 @@ def _reconcile_open(store: TaskStore, executions: Executions, context: LambdaCon
     def has_time() -> bool:
         return context.get_remaining_time_in_millis() > end
 
-    tasks = [task for status in OPEN for task in store.open_tasks(status, GRACE_SECONDS)]
+    tasks = [task for status in OPEN_STATUSES for task in store.open_tasks(status, GRACE_SECONDS)]
     waiting = {each.task_id: each.waiting_since or each.updated_at for each in tasks if _waits(each)}
     reconciled: list[str] = []
     try:

@@ -14,7 +14,7 @@ from itertools import islice
 from audit.log import Batch, Head, Indexed, Leaf, Log
 from audit.policy_stream import PolicyOutbox
 from audit.store import (
-    ROLES,
+    HASH_ROLES,
     AuditStore,
     EntryKey,
     ForgedEventError,
@@ -336,7 +336,7 @@ class Fsck:
             self._fail("event", f"{task_id} {seq}", f"entry and event differ in {', '.join(other)}")
 
     def _check_lookup(self, task_id: str, entry: StoredEntry, stored: Item, expected: Item) -> None:
-        for role in ROLES:
+        for role in HASH_ROLES:
             if stored.get(role) != expected.get(role):
                 self._fail("lookup", f"{task_id} {entry.seq}", f"the lookup by its {role} hash does not find it")
 

@@ -16,14 +16,14 @@ from fastapi.responses import PlainTextResponse
 
 from audit import tlog
 from audit.log import Log
-from qaes.adapters.http import OPEN, create_app, make_handler
+from qaes.adapters.http import NO_TOKEN, create_app, make_handler
 
 Part = Annotated[str, Path(max_length=8)]
 
 app = create_app("public-log")
 
 
-@app.get("/log/checkpoint", openapi_extra=OPEN)
+@app.get("/log/checkpoint", openapi_extra=NO_TOKEN)
 def get_checkpoint() -> Response:
     """Return the newest anchored checkpoint as a signed note (C2SP tlog-checkpoint)."""
     return PlainTextResponse(
@@ -31,25 +31,25 @@ def get_checkpoint() -> Response:
     )
 
 
-@app.get("/log/tile/{level}/{a}", openapi_extra=OPEN)
+@app.get("/log/tile/{level}/{a}", openapi_extra=NO_TOKEN)
 def get_tile(level: Part, a: Part) -> Response:
     """Return 256 hashes of 32 bytes."""
     return _tile(level, a)
 
 
-@app.get("/log/tile/{level}/{a}/{b}", openapi_extra=OPEN)
+@app.get("/log/tile/{level}/{a}/{b}", openapi_extra=NO_TOKEN)
 def get_tile_2(level: Part, a: Part, b: Part) -> Response:
     """Return a hash tile numbered 1000 or more, or one that is not full."""
     return _tile(level, a, b)
 
 
-@app.get("/log/tile/{level}/{a}/{b}/{c}", openapi_extra=OPEN)
+@app.get("/log/tile/{level}/{a}/{b}/{c}", openapi_extra=NO_TOKEN)
 def get_tile_3(level: Part, a: Part, b: Part, c: Part) -> Response:
     """Return a hash tile whose number has three groups."""
     return _tile(level, a, b, c)
 
 
-@app.get("/log/tile/{level}/{a}/{b}/{c}/{d}", openapi_extra=OPEN)
+@app.get("/log/tile/{level}/{a}/{b}/{c}/{d}", openapi_extra=NO_TOKEN)
 def get_tile_4(level: Part, a: Part, b: Part, c: Part, d: Part) -> Response:
     """Return a hash tile whose number has four groups."""
     return _tile(level, a, b, c, d)

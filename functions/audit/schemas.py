@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from audit.anchors import Anchor
 from audit.evidence import CHECKS, LogStatus, Match, Trail
-from audit.store import Role, StoredEntry
+from audit.store import HashRole, StoredEntry
 from qaes.domain.audit import Check
 from qaes.domain.ids import is_task_id
 
@@ -110,7 +110,7 @@ class MatchAnswer(_Answer):
     task_id: str | None = Field(description="null: the entry is about no task")
     stream: str = Field(description="the task's id, or `policy`")
     seq: int
-    role: Role
+    role: HashRole
     entry_text: str | None
     leaf: str | None
     prev: str | None

@@ -29,12 +29,12 @@ from qaes.domain.models import Event
 from qaes.domain.tasks.decisions import Decided, is_decision
 
 Item = dict[str, Any]
-Role = Literal["leaf", "input", "output"]
+HashRole = Literal["leaf", "input", "output"]
 
 EntryKey = tuple[str, int]
 """Stream (a task's id, or `policy`) and number of the entry."""
 
-ROLES: tuple[Role, ...] = ("leaf", "input", "output")
+HASH_ROLES: tuple[HashRole, ...] = ("leaf", "input", "output")
 """Lookup attributes of an entry, each with its own index: `by_leaf`, `by_input`, `by_output`."""
 CALLS_AT_ONCE = 8
 _LAST = 999_999
@@ -70,7 +70,7 @@ class Occurrence:
 
     task_id: str
     seq: int
-    role: Role
+    role: HashRole
 
 
 class ForgedEventError(QaesError):
@@ -235,7 +235,10 @@ class AuditStore:
         A scan returns the items of one partition key consecutively and sorted.
         """
         for task_id, items in groupby(_scan(self._entries), lambda item: str(item["pk"]["S"])):
-            yield task_id, [(entry_of(item), {role: item[role] for role in ROLES if role in item}) for item in items]
+            yield (
+                task_id,
+                [(entry_of(item), {role: item[role] for role in HASH_ROLES if role in item}) for item in items],
+            )
 
     def last_entry(self, task_id: str) -> StoredEntry | None:
         """Read the task's newest entry."""
@@ -258,12 +261,12 @@ class AuditStore:
 
         The indexes are eventually consistent: an entry of the last few seconds may be missing.
         """
-        by_role = [self._found_by(role, hash_) for role in ROLES]
+        by_role = [self._found_by(role, hash_) for role in HASH_ROLES]
         found = heapq.merge(*by_role, key=lambda each: each.task_id, reverse=True)
         for _, of_task in groupby(found, lambda each: each.task_id):
             yield from sorted(of_task, key=lambda each: (each.seq, each.role), reverse=True)
 
-    def _found_by(self, role: Role, hash_: str) -> Iterator[Occurrence]:
+    def _found_by(self, role: HashRole, hash_: str) -> Iterator[Occurrence]:
         found = dynamo.items(
             TableName=self._entries,
             IndexName=f"by_{role}",
@@ -282,11 +285,11 @@ class AuditStore:
 
 def lookup(leaf: str, entry: AuditEntry) -> Item:
     """Return the lookup attributes of an entry. An entry without a hash is not in that hash's index."""
-    hashes: dict[Role, str] = {"leaf": leaf, "input": entry.input_hash, "output": entry.output_hash}
+    hashes: dict[HashRole, str] = {"leaf": leaf, "input": entry.input_hash, "output": entry.output_hash}
     return {role: _lookup_value(role, hash_) for role, hash_ in hashes.items() if hash_}
 
 
-def _lookup_value(role: Role, hash_: str) -> Item:
+def _lookup_value(role: HashRole, hash_: str) -> Item:
     """Store hashes as bytes, half the size of text. The leaf hash is text, because the entries' stream delivers it."""
     return {"S": hash_} if role == "leaf" else {"B": bytes.fromhex(hash_)}
 

@@ -30,7 +30,7 @@ from qaes import VERSION
 from qaes.adapters import settings
 from qaes.adapters.executions import Executions
 from qaes.adapters.health import add_health, state_machine_answers, tasks_table_answers
-from qaes.adapters.http import OPEN, Caller, TaskId, create_app, make_handler, require
+from qaes.adapters.http import NO_TOKEN, Caller, TaskId, create_app, make_handler, require
 from qaes.adapters.logs import logger, note
 from qaes.adapters.task_changes import ReplayedError
 from qaes.adapters.task_items import Idempotency
@@ -94,7 +94,7 @@ def start_task(
     return StartAnswer(task_id=task.task_id, status=task.status, message=message)
 
 
-@app.get("/", openapi_extra=OPEN)
+@app.get("/", openapi_extra=NO_TOKEN)
 def get_about() -> About:
     """Return what this service is, and where its documentation is."""
     return About(

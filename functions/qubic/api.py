@@ -11,7 +11,7 @@ from fastapi import Depends, Path, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from qaes import VERSION
-from qaes.adapters.http import EVERY_ROLE, OPEN, Caller, Sha256, create_app, make_handler, require
+from qaes.adapters.http import EVERY_ROLE, NO_TOKEN, Caller, Sha256, create_app, make_handler, require
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.domain.errors import NotFoundError, TransientError
 from qaes.domain.qubic.identity import is_transaction_id_shaped
@@ -175,7 +175,9 @@ def get_transaction(
     )
 
 
-@app.get("/qubic/health", responses={503: {"model": LedgerUnhealthy}}, operation_id="qubic_health", openapi_extra=OPEN)
+@app.get(
+    "/qubic/health", responses={503: {"model": LedgerUnhealthy}}, operation_id="qubic_health", openapi_extra=NO_TOKEN
+)
 def health(response: Response) -> LedgerHealthy | LedgerUnhealthy:
     """Return 200 if the network responds, a policy is in force, and the wallet that signs records has a balance."""
     it = submissions()

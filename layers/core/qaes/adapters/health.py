@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from qaes import VERSION
 from qaes.adapters import clients, dynamo, settings
-from qaes.adapters.http import OPEN, RETRY_AFTER_SECONDS
+from qaes.adapters.http import NO_TOKEN, RETRY_AFTER_SECONDS
 from qaes.adapters.logs import logger
 
 
@@ -62,7 +62,7 @@ def add_health(app: FastAPI, path: str, checks: dict[str, Callable[[], object]])
         health,
         methods=["GET"],
         operation_id=f"{service.replace('-', '_')}_health",
-        openapi_extra=OPEN,
+        openapi_extra=NO_TOKEN,
         responses={200: {"model": Healthy}, 503: {"model": Unhealthy}},
     )
 

@@ -195,7 +195,7 @@ def require(*roles: str, deciding: bool = False) -> Callable[[Request], Coroutin
 EVERY_ROLE = require("requester", "approver", "auditor")
 """The dependency of a route that every role may call."""
 
-OPEN: dict[str, Any] = {"security": []}
+NO_TOKEN: dict[str, Any] = {"security": []}
 """`openapi_extra` of a route without authentication."""
 
 # For the document only: a malformed id returns 404, like an unknown one.
@@ -210,15 +210,15 @@ def roles_of(route: APIRoute) -> tuple[str, ...] | None:
     Raises
     ------
     LookupError
-        The route has no `require`, and is not marked `OPEN`.
+        The route has no `require`, and is not marked `NO_TOKEN`.
     """
-    if route.openapi_extra == OPEN:
+    if route.openapi_extra == NO_TOKEN:
         return None
     for dependency in route.dependant.dependencies:
         roles: tuple[str, ...] | None = getattr(dependency.call, "roles", None)
         if roles is not None:
             return tuple(role for role in ROLES if role in roles or role == "operator")
-    raise LookupError(f"{route.path} has no rule for its callers: add `require` or `OPEN`")
+    raise LookupError(f"{route.path} has no rule for its callers: add `require` or `NO_TOKEN`")
 
 
 def is_deciding(route: APIRoute) -> bool:

@@ -23,7 +23,7 @@ Status = Literal[
     "cancelled",
 ]
 TERMINAL: frozenset[str] = frozenset({"completed", "denied", "rejected", "expired", "failed", "cancelled"})
-OPEN: tuple[Status, ...] = ("pending", "executing", "waiting_approval")
+OPEN_STATUSES: tuple[Status, ...] = ("pending", "executing", "waiting_approval")
 """The statuses of a task that has not ended. No task has `planning`, which stays in the API for its clients."""
 
 StepType = Literal["check_balance", "policy_check", "monitor_action", "onchain_action", "generic_action"]

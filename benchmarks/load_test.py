@@ -1,10 +1,10 @@
 """Load test of the audit log: many tasks' events at once, with every proof verified as the log grows.
 
-`make hammer` runs it on a separate local cloud. It writes the events to the tasks table, as the task store does, so the
-rest is the real path: stream, recorder, stream, sequencer, anchor, ledger. Then it checks each entry's inclusion under
-the root that the ledger's transaction carries, checks that each anchored log begins with the previous one, and runs
-fsck. It prints its figures as the tables of docs/performance.md. It exits with 1 if a proof does not hold, fsck has a
-finding, an event never gets into the log, or the median wait of an entry for its index is too long.
+`make load-test` runs it on a separate local cloud. It writes the events to the tasks table, as the task store does,
+so the rest is the real path: stream, recorder, stream, sequencer, anchor, ledger. Then it checks each entry's
+inclusion under the root that the ledger's transaction carries, checks that each anchored log begins with the previous
+one, and runs fsck. It prints its figures as the tables of docs/performance.md. It exits with 1 if a proof does not
+hold, fsck has a finding, an event never gets into the log, or the median wait of an entry for its index is too long.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MEDIAN_SECONDS_TO_INDEX = 10.0
 """The audit trail's guarantee on the local AWS."""
 
 
-class HammerError(Exception):
+class LoadTestError(Exception):
     """A guarantee does not hold; the text names it."""
 
 
@@ -110,7 +110,7 @@ def write_events(tasks: int, events: int, workers: int, rate: float, started: di
         for number in range(1, events + 1):
             event = Event(
                 kind="step_executed",
-                actor="hammer",
+                actor="load-test",
                 status="succeeded",
                 input_hash=salted_hash(salt, number),
                 output_hash=salted_hash(salt, [task_id, number]),
@@ -130,7 +130,7 @@ def watch(
 ) -> None:
     """Poll the log until the ledger has confirmed all written events.
 
-    Raises HammerError if there is no progress for `patience` seconds.
+    Raises LoadTestError if there is no progress for `patience` seconds.
     """
     begin = log.head().size
     last = time.monotonic()
@@ -153,12 +153,12 @@ def watch(
             break
         if time.monotonic() - last > patience:
             there = f"{len(started)} events are written, {len(indexed)} in the log, {anchored} anchored"
-            raise HammerError(f"no progress for {patience:.0f} s: {there}")
+            raise LoadTestError(f"no progress for {patience:.0f} s: {there}")
         time.sleep(0.2)
     # A poll may precede the entry in `started`, which the writer adds after the write to the table.
     figures.to_index = [moment - started[key] for key, moment in indexed if key in started]
     if not figures.to_index:
-        raise HammerError("no event could be written")
+        raise LoadTestError("no event could be written")
     figures.seconds = max(moment for key, moment in indexed if key in started) - min(started.values())
     figures.entries = len(started)
 
@@ -211,7 +211,7 @@ def stored_bytes() -> int:
     return total
 
 
-def hammer(tasks: int, events: int, workers: int, rate: float, patience: float) -> Figures:
+def load(tasks: int, events: int, workers: int, rate: float, patience: float) -> Figures:
     """Load the log of the environment's tables, and verify it completely."""
     log, figures = Log(), Figures(writers=workers)
     started: dict[EntryKey, float] = {}
@@ -226,12 +226,12 @@ def hammer(tasks: int, events: int, workers: int, rate: float, patience: float) 
     writer.start()
     watch(log, writer, started, figures, patience)
     if len(started) < tasks * events:
-        raise HammerError(f"only {len(started)} of {tasks * events} events could be written")
+        raise LoadTestError(f"only {len(started)} of {tasks * events} events could be written")
     anchors = list(log.anchors.all())
     figures.anchors = len(anchors) - anchors_before
     figures.proofs = verify_all(log, anchors)
     if figures.proofs < figures.entries:
-        raise HammerError(f"only {figures.proofs} of {figures.entries} entries are anchored")
+        raise LoadTestError(f"only {figures.proofs} of {figures.entries} entries are anchored")
     figures.bytes_per_entry = stored_bytes() / log.head().size
     return figures
 
@@ -263,7 +263,7 @@ def proof_costs(sizes: Iterable[int] = SIZES, samples: int = 50) -> list[tuple[s
         longest = max(len(proof) for proof in proofs) * HASH_BYTES
         bound = 2 * math.ceil(math.log(size, TILE_WIDTH)) + 2
         if most > bound:
-            raise HammerError(f"a proof of {size} entries takes {most} reads, more than {bound}")
+            raise LoadTestError(f"a proof of {size} entries takes {most} reads, more than {bound}")
         rows.append((f"{size:,}", f"{longest} bytes", f"{each * 1e6:.0f} µs", f"{most} (≤ {bound})"))
     return rows
 
@@ -273,14 +273,16 @@ def _nothing(level: int, index: int, width: int) -> bytes:
 
 
 def check_median(figures: Figures, limit: float) -> None:
-    """Raise HammerError if the median wait of entries for their index exceeds `limit` seconds; 0: never."""
+    """Raise LoadTestError if the median wait of entries for their index exceeds `limit` seconds; 0: never."""
     if limit and (median := _middle(figures.to_index)) > limit:
-        raise HammerError(f"the median wait for an index is {median:.1f} s, more than {limit:g} s")
+        raise LoadTestError(f"the median wait for an index is {median:.1f} s, more than {limit:g} s")
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """Parse the command line."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.hammer", description="Load the audit log, verify it.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.load_test", description="Load and verify the audit log."
+    )
     parser.add_argument("--tasks", type=int, default=50)
     parser.add_argument("--events", type=int, default=20, help="events of each task (20)")
     parser.add_argument("--workers", type=int, default=4, help="threads that write (4)")
@@ -308,15 +310,15 @@ def main() -> int:
             print(table(("entries in the log", "inclusion proof", "verified in", "tiles read"), costs), flush=True)
         if not arguments.proofs_only:
             print()
-            _hammer_a_cloud(arguments)
-    except (HammerError, LocalCloudError, ProofError, QaesError) as error:
+            _load_a_cloud(arguments)
+    except (LoadTestError, LocalCloudError, ProofError, QaesError) as error:
         print(f"FAILED: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def _hammer_a_cloud(arguments: argparse.Namespace) -> None:
-    cloud = Cloud(f"hammer-{os.getpid()}", progress=lambda _: None)
+def _load_a_cloud(arguments: argparse.Namespace) -> None:
+    cloud = Cloud(f"load-test-{os.getpid()}", progress=lambda _: None)
     try:
         with cloud:
             os.environ.update(cloud.environment)
@@ -330,12 +332,12 @@ def _hammer_a_cloud(arguments: argparse.Namespace) -> None:
             }
             os.environ.update({name: cloud.resources[resource] for name, resource in names.items()})
             clients.reset()
-            figures = hammer(arguments.tasks, arguments.events, arguments.workers, arguments.rate, arguments.patience)
+            figures = load(arguments.tasks, arguments.events, arguments.workers, arguments.rate, arguments.patience)
             print(table(("the log under load, on the local AWS", ""), figures.rows()), flush=True)
             report = settled(60, log_id="qaes")
             print(f"\n{show(report)}", flush=True)
             if report.findings:
-                raise HammerError("fsck has findings")
+                raise LoadTestError("fsck has findings")
             check_median(figures, arguments.median)
     finally:
         cloud.remove_directory()
