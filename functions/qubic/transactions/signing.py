@@ -10,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 
-from qaes.adapters import dynamo
+from qaes.adapters import dynamo, suspensions
 from qaes.adapters.limits import Reservation
-from qaes.domain.errors import ThrottledError, TransientError
+from qaes.domain.errors import PermanentError, ThrottledError, TransientError
 from qaes.domain.ids import now, timestamp
-from qaes.domain.policy import Decision
+from qaes.domain.policy import TRANSFER_ACTION, Decision
 from qaes.domain.qubic.transaction import Transaction
+from qaes.domain.suspensions import refusal
 from qubic.items import ChangedError, Item, item_key
 from qubic.network.base import Balance, Chain
 from qubic.spending import Spending
@@ -105,7 +106,7 @@ class Signing(Store):
     ) -> Submission:
         """Sign for a tick that is free, and store it, with what it spends: the commit point.
 
-        Raises ChangedError when others were first, PermanentError when a limit has no room.
+        Raises ChangedError when others were first, PermanentError when a limit has no room or transfers are suspended.
         """
         tick = max(self._present_tick(), source.last_tick) + LEAD_TICKS
         transaction = transaction_of(wanted, key, tick)
@@ -136,6 +137,8 @@ class Signing(Store):
         if source.version == 0:
             named = item_key(f"SOURCES#{self._network}", source.identity)
             writes.append({"Put": {"TableName": self._table, "Item": named}})
+        if signed.kind == "transfer":
+            writes.append(suspensions.check(TRANSFER_ACTION, _task_of(signed)))
 
         def counted(reservation: Reservation) -> list[Item]:
             nonlocal signed
@@ -164,7 +167,14 @@ class Signing(Store):
     def _write_counted(self, writes: Callable[[Reservation], list[Item]], reserve: Callable[[], Reservation]) -> None:
         """Write all or nothing, with what is counted; when others have changed only the windows, count anew.
 
-        Raises ChangedError as `Items.write`, and ThrottledError when others keep changing the windows.
+        Raises
+        ------
+        ChangedError
+            Others have changed something else.
+        PermanentError
+            Transfers are suspended.
+        ThrottledError
+            Others keep changing the windows.
         """
         pauses = dynamo.Pauses()
         while True:
@@ -173,7 +183,10 @@ class Signing(Store):
             try:
                 return self._items.write(*others, *reservation.writes)
             except ChangedError as error:
-                if min(error.refused) < len(others):
+                refused = [others[index] for index in error.refused if index < len(others)]
+                if any(suspensions.is_check(write) for write in refused):
+                    raise _suspended() from error
+                if refused:
                     raise
             pauses.wait_or_raise(ThrottledError("others use the same limits at the moment: try again"))
 
@@ -183,6 +196,20 @@ class Signing(Store):
         if tick > processed + MAX_TICKS_AHEAD:
             raise TransientError(f"the present tick is said to be {tick}, look-ups are at {processed}")
         return max(tick, processed)
+
+
+def _task_of(submission: Submission) -> str:
+    """Return the task that a transfer's reference names."""
+    return submission.key.removeprefix("transfer:").partition("#")[0]
+
+
+def _suspended() -> Exception:
+    """Return the error for a transaction that found transfers suspended."""
+    reason = refusal(TRANSFER_ACTION, suspensions.suspended(TRANSFER_ACTION))
+    if reason is None:
+        return ThrottledError("transfers were resumed at this moment: try again")
+    code, _, words = reason.partition(": ")
+    return PermanentError(code, words)
 
 
 def transaction_of(wanted: Submission, key: Key, tick: int) -> Transaction:
