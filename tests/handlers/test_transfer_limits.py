@@ -15,7 +15,19 @@ from qaes.domain.errors import PermanentError, ThrottledError, TransientError
 from qaes.domain.suspensions import Suspension
 from qubic.items import ChangedError, Items
 from qubic.transactions.signing import Signing
-from tests.handlers.test_spending import EMPTY, IDENTITY, NOBODY, NOON, POOR, RICH, WINDOW, Ledger, late, policy, windows
+from tests.handlers.test_spending import (
+    EMPTY,
+    IDENTITY,
+    NOBODY,
+    NOON,
+    POOR,
+    RICH,
+    WINDOW,
+    Ledger,
+    late,
+    policy,
+    windows,
+)
 from tests.support import policies
 from tests.support.api import set_environment
 from tests.support.cloud import Cloud, cloud
