@@ -1,4 +1,4 @@
-"""The worker's windows: each step counts once, gives back once, and no sum exceeds its limit, whatever the clock does."""
+"""The windows of the worker: each step counts once, gives back once, and no sum exceeds its limit at any moment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rolling limits of transfers: whom they count for, what people approved beyond them, and what an upgrade brings along."""
+"""Rolling limits of transfers: whom they count for, approvals beyond them, and the sums of the release before."""
 
 from __future__ import annotations
 
@@ -288,7 +288,7 @@ def test_given_up_transfer_of_the_release_before_counts(ledger: Ledger, monkeypa
 @pytest.mark.parametrize("name", ["transfer_funds", "*"])
 def test_nothing_is_signed_while_transfers_are_suspended(ledger: Ledger, name: str) -> None:
     dynamo.transact(suspensions.puts({name: STOPPED}))
-    with pytest.raises(PermanentError, match="olivia suspended .* the key leaked") as caught:
+    with pytest.raises(PermanentError, match=r"olivia suspended .* the key leaked") as caught:
         ledger.transfer("a", 10)
     assert caught.value.code == "suspended"
     assert windows() == []
