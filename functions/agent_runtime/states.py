@@ -20,10 +20,11 @@ from qaes.adapters.handlers import state, token_state
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import logger, note
 from qaes.adapters.task_repository import TaskStore
-from qaes.domain import compliance, planning
+from qaes.domain import compliance, planning, suspensions
 from qaes.domain.compliance import Verdict
 from qaes.domain.errors import StepDeniedError
 from qaes.domain.models import CONFIRMED_LATER, TERMINAL, Approval, Model, Plan, StepRecord, Task
+from qaes.domain.ruling import rule
 from qaes.domain.tasks import lifecycle
 
 
@@ -59,6 +60,7 @@ def await_approval(event: dict[str, Any], context: LambdaContext) -> dict[str, A
         required=verdict.approvals,
         execution=event.get("execution"),
         balance=verdict.balance,
+        terms=verdict.terms,
     )
     if asked_for.status != "pending":
         Executions.deliver(task.task_id, asked_for)
@@ -88,13 +90,17 @@ def _verdict(
         and transfers.settle(store, ledger, task, record).submitted
     ):
         return compliance.go_on(task, plan)
-    policy, funds = transfers.policy_and_funds(ledger, step, task.requester, task.agent)
-    verdict = compliance.decide(task, plan, step_index, policy.decide(plan.analysis.action_type), approval)
+    policies, funds = transfers.policies_and_funds(ledger, task, plan, step)
+    ruling = rule(task, policies.pinned, policies.current)
+    usage = transfers.usage_of(step, ruling, funds)
+    verdict = compliance.decide(task, plan, step_index, ruling, approval, usage)
     if verdict.verdict not in {"await_approval", "execute"}:
         return verdict
-    # What the ledger would refuse is denied before a person is asked and before the transfer is submitted. The day's
-    # limit may have room by the time people approve.
-    refusal = funds.refusal or (funds.refusal_today if verdict.verdict == "execute" else None)
+    # What the ledger would refuse is denied before a person is asked and before the transfer is submitted. A limit may
+    # have room by the time people approve.
+    now = verdict.verdict == "execute"
+    refusal = funds.refusal or (funds.refusal_today or ruling.refusal_by_usage(usage) if now else None)
+    refusal = refusal or suspensions.refusal(planning.action_type(task.task_type), policies.suspended)
     if refusal is not None and not transfers.is_submitted(ledger, task.task_id, step.step_id):
         return Verdict(verdict="denied", reason=refusal)
     return verdict.model_copy(update={"balance": funds.balance})

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 from botocore.exceptions import BotoCoreError, ClientError
 from fastapi import Depends, Header, Query, Response
 
+from gateway.known_policy import check_request, policy_in_force
 from gateway.schemas import (
     About,
     CancelRequest,
@@ -36,11 +37,14 @@ from qaes.adapters.task_changes import ReplayedError
 from qaes.adapters.task_items import Idempotency
 from qaes.adapters.task_list import list_tasks
 from qaes.adapters.task_repository import TaskStore, decided_answer, lifecycle_answer
+from qaes.domain import planning
 from qaes.domain.canonical import hash_of
 from qaes.domain.errors import ForbiddenError, InvalidInputError, NotFoundError, TransientError
 from qaes.domain.ids import TASK_ID_PATTERN, is_task_id, new_task_id, now, timestamp
 from qaes.domain.models import Status, Task
 from qaes.domain.planning import RECORDED_ONLY, action_step, effect_of
+from qaes.domain.policy import Policy
+from qaes.domain.policy.actions import BUILT_IN
 from qaes.domain.requests import TaskRequest
 from qaes.domain.text import subject_note
 
@@ -66,23 +70,34 @@ def start_task(
     response: Response,
     idempotency_key: IdempotencyKey = None,
 ) -> StartAnswer:
-    """Start a task. With an `Idempotency-Key` that was used for the same body, answer with the task of that time."""
-    moment = timestamp(now())
+    """Start a task. With an `Idempotency-Key` that was used for the same body, answer with the task of that time.
+
+    422 if the parameters do not fit the action's schema, or if fewer people can approve the task than must. A task that
+    the policy denies is started, and ends as `denied`.
+    """
+    moment, action = timestamp(now()), planning.action_type(body.task_type)
+    parameters, policy = _resolved(body, action)
     task = Task(
         task_id=new_task_id(),
         status="pending",
         task_type=body.task_type,
         description=body.description,
-        parameters=body.resolved(settings.text("QUBIC_NETWORK")),
+        parameters=parameters,
         requester=caller.subject,
         agent=caller.agent,
         created_at=moment,
         updated_at=moment,
     )
     asked_for = task.model_dump(mode="json", include={"task_type", "description", "parameters"})
-    task, replayed = TaskStore().start_task(
-        task, _idempotency(caller, idempotency_key, "start", asked_for), max_open=settings.number("MAX_OPEN_TASKS")
-    )
+    store, idempotency = TaskStore(), _idempotency(caller, idempotency_key, "start", asked_for)
+    if policy is not None:
+        try:
+            check_request(policy, task)
+        except InvalidInputError:
+            # A repetition gets the answer of the first request, whatever the policy says by now.
+            if idempotency is None or store.answered(idempotency) is None:
+                raise
+    task, replayed = store.start_task(task, idempotency, max_open=settings.number("MAX_OPEN_TASKS"))
     note(task_id=task.task_id)
     if replayed:
         response.headers[REPLAY] = "true"
@@ -289,6 +304,18 @@ def retry(
         return LifecycleAnswer.model_validate(replayed.answer)
     _start(task)
     return LifecycleAnswer.model_validate(lifecycle_answer(task_id, task.status))
+
+
+def _resolved(body: TaskRequest, action: str) -> tuple[dict[str, Any], Policy | None]:
+    """Check the parameters by the action's own rules, and return them with the policy in force, if it can be read.
+
+    The policy defines an operator's action. A built-in one needs no policy for its parameters.
+    """
+    network = settings.text("QUBIC_NETWORK")
+    if action in BUILT_IN:
+        return body.resolved(network), policy_in_force()
+    policy = policy_in_force()
+    return body.resolved(network, operators=policy is not None and action in policy.actions), policy
 
 
 def _start(task: Task) -> None:

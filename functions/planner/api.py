@@ -16,8 +16,9 @@ from qaes.adapters.task_repository import TaskStore
 from qaes.domain import compliance, planning
 from qaes.domain.errors import NotFoundError
 from qaes.domain.ids import is_plan_id, is_task_id, new_plan_id, now, timestamp
-from qaes.domain.models import Plan
+from qaes.domain.models import Plan, Task
 from qaes.domain.requests import PlanRequest
+from qaes.domain.ruling import Ruling, rule
 
 app = create_app("planner")
 handler = make_handler(app)
@@ -63,21 +64,33 @@ def create_plan(body: PlanRequest, caller: Annotated[Caller, Depends(require("re
     store = TaskStore()
     if body.task_id is not None and not _may_see_task(store, body.task_id, caller):
         raise NotFoundError("no such task", field="task_id")
-    parameters = body.resolved(settings.text("QUBIC_NETWORK"))
-    ledger = LedgerClient()
+    ledger, action = LedgerClient(), planning.action_type(body.task_type)
     policy = ledger.policy()
-    analysis = planning.analyze(body.task_type, policy)
-    plan = planning.build_plan(
-        plan_id=new_plan_id(),
-        task_id=body.task_id,
-        created_at=timestamp(now()),
+    parameters = body.resolved(settings.text("QUBIC_NETWORK"), operators=action in policy.actions)
+    moment = timestamp(now())
+    task = Task(
+        task_id=body.task_id or "",
+        status="pending",
         task_type=body.task_type,
         description=body.description,
         parameters=parameters,
-        analysis=analysis,
-        policy=policy.decide(analysis.action_type),
+        requester=caller.subject,
+        agent=caller.agent,
+        created_at=moment,
+        updated_at=moment,
     )
-    verdict = _verdict(ledger, plan, caller)
+    ruling = rule(task, policy, policy)
+    plan = planning.build_plan(
+        plan_id=new_plan_id(),
+        task_id=body.task_id,
+        created_at=moment,
+        task_type=body.task_type,
+        description=body.description,
+        parameters=parameters,
+        analysis=planning.analyze(body.task_type, policy),
+        policy=ruling.recorded,
+    )
+    verdict = _verdict(ledger, task, plan, ruling)
     previews.save(plan)
     return PreviewAnswer(**dict(_answer(plan)), verdict=verdict)
 
@@ -96,17 +109,22 @@ def get_plan(
     return _answer(plan)
 
 
-def _verdict(ledger: LedgerClient, plan: Plan, caller: Caller) -> PlanVerdict:
+def _verdict(ledger: LedgerClient, task: Task, plan: Plan, ruling: Ruling) -> PlanVerdict:
     """Ask what the compliance agent asks, and of the ledger what it would ask before an approval and after it."""
-    step, verdict = compliance.preview(plan, plan.policy)
+    action = plan.steps[-1]
+    funds = transfers.Funds()
+    if compliance.refusal_at_start(ruling) is None:
+        funds = transfers.funds_of(ledger, action, task.requester, task.agent)
+    usage = transfers.usage_of(action, ruling, funds)
+    step, verdict = compliance.preview(task, plan, ruling, usage)
     reason = verdict.reason
     if verdict.verdict != "denied":
-        funds = transfers.funds_of(ledger, plan.steps[-1], caller.subject, caller.agent)
-        refusal = funds.refusal or (funds.refusal_today if verdict.verdict == "execute" else None)
+        refusal_today = funds.refusal_today or ruling.refusal_by_usage(usage)
+        refusal = funds.refusal or (refusal_today if verdict.verdict == "execute" else None)
         if refusal is not None:
-            step, verdict, reason = plan.steps[-1], compliance.Verdict(verdict="denied", reason=refusal), refusal
-        elif funds.refusal_today is not None:
-            reason = f"{reason}; approved now, it would be denied: {funds.refusal_today}"
+            step, verdict, reason = action, compliance.Verdict(verdict="denied", reason=refusal), refusal
+        elif refusal_today is not None:
+            reason = f"{reason}; approved now, it would be denied: {refusal_today}"
     return PlanVerdict(
         allowed=verdict.verdict != "denied",
         verdict=verdict.verdict,

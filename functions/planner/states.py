@@ -14,6 +14,7 @@ from qaes.domain import compliance, planning
 from qaes.domain.ids import new_plan_id, now, timestamp
 from qaes.domain.models import TERMINAL, Analysis, Plan, Task
 from qaes.domain.policy import PolicyDecision
+from qaes.domain.ruling import rule
 from qaes.domain.tasks import lifecycle
 
 
@@ -29,12 +30,11 @@ def plan_task(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     lifecycle.refuse_other_execution(task, event.get("execution"))
     if task.plan_id is None and task.status not in TERMINAL:
         policy = LedgerClient().policy()
-        analysis = planning.analyze(task.task_type, policy)
-        decision = policy.decide(analysis.action_type)
-        if not decision.allowed:
-            task = store.deny_task(task, analysis, decision)
+        analysis, ruling = planning.analyze(task.task_type, policy), rule(task, policy, policy)
+        if refusal := compliance.refusal_at_start(ruling):
+            task = store.deny_task(task, analysis, ruling.recorded, reason=refusal)
         else:
-            task, plan = store.plan_task(task, _build(task, analysis, decision))
+            task, plan = store.plan_task(task, _build(task, analysis, ruling.recorded))
             return _planned(store, task, plan, is_new=True)
     if task.plan_id is None or task.status in TERMINAL:
         note(outcome=task.status, policy_id=task.policy_id)

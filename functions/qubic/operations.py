@@ -107,7 +107,10 @@ def _policy(it: Submissions, arguments: Arguments) -> Result:
         found = suspensions.suspended(str(action), consistent=False)
         result["suspended"] = {name: each.model_dump(mode="json") for name, each in found.items()}
     if pinned is not None and pinned != policy.policy_id:
-        result["pinned"] = versions.once_in_force(str(pinned)).reduced(str(action)).model_dump(mode="json")
+        before = versions.once_in_force(str(pinned)).reduced(str(action))
+        result["pinned"] = before.model_dump(mode="json")
+        # An approval for a group of the pinned rule counts if its person is in the present group of that name as well.
+        result["groups"] |= {name: policy.groups[name] for name in before.groups if name in policy.groups}
     if arguments["address"] is not None:
         result["balance"] = _answer("balance", lambda: _balance(it, arguments))
     if arguments["transfer"] is not None:

@@ -14,17 +14,23 @@ from qaes.adapters import audit_trail, settings, transfers
 from qaes.adapters.callbacks import Callback, CallbacksTable
 from qaes.adapters.executions import answer
 from qaes.adapters.handlers import state, token_state
+from qaes.adapters.intents import Intent
 from qaes.adapters.ledger_client import LedgerClient
+from qaes.adapters.limits import LimitsTable
 from qaes.adapters.task_repository import TaskStore
-from qaes.domain import compliance, planning
+from qaes.domain import compliance, planning, suspensions
 from qaes.domain.errors import ConflictError, PermanentError, StepDeniedError, StepFailedError
 from qaes.domain.ids import now
 from qaes.domain.models import CONFIRMED_LATER, TERMINAL, Plan, StepRecord, Task
+from qaes.domain.ruling import rule
 from qaes.domain.tasks import lifecycle
 from qaes.domain.tasks.lifecycle import StepOutcome
 from worker import steps
 from worker.confirmations import SETTLED, transfer_ended
 from worker.steps import Effect, Submitted
+
+Granted = tuple[str, ...]
+"""The keys of the limits beyond which people have approved an action."""
 
 
 @state("RunStep")
@@ -43,15 +49,10 @@ def run_step(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     step = plan.steps[step_index]
     if step.type not in steps.READS:
         raise ConflictError("this step has an effect: it is no plain step", step_index=step_index)
-    readings = steps.read(LedgerClient(), step)
-    record = store.run_step(
-        task,
-        plan,
-        step_index,
-        steps.outcome_of(step, readings),
-        readings.policy.decide(plan.analysis.action_type),
-        started=started,
-    )
+    readings = steps.read(LedgerClient(), task, plan, step)
+    if refusal := suspensions.refusal(planning.action_type(task.task_type), readings.suspended):
+        raise StepDeniedError(refusal)
+    record = store.run_step(task, plan, step_index, steps.outcome_of(step, readings), readings.ruling, started=started)
     if record.status == "failed":
         raise StepFailedError(record.error or "")
     return record.model_dump(mode="json", include={"step_id", "status", "attempt"})
@@ -135,44 +136,59 @@ def execute(
         task = store.get_task(task.task_id)  # the claim may be newer than `task`, and it is what has to be on record
         lifecycle.refuse_ended(task)
         lifecycle.refuse_other_run(task, claimed.run)
-        _check_claim(store, ledger, task, plan, step_index)
+        granted = _check_claim(store, ledger, task, plan, step_index)
     else:
-        task, claimed = _claim(store, ledger, task, plan, step_index, record, replaces)
+        task, claimed, granted = _claim(store, ledger, task, plan, step_index, record, replaces)
     if claimed.status != "running":
         return claimed
     if step.type in steps.READS:
-        return store.finish_step(task.task_id, claimed, steps.outcome_of(step, steps.read(ledger, step)))
+        return _finish(store, task, claimed, steps.outcome_of(step, steps.read(ledger, task, plan, step)))
     audit_trail.ensure_recorded(task.task_id, task.events, step_id=step.step_id)
     # The recorder may have taken seconds, in which somebody has cancelled the task.
     lifecycle.refuse_ended(task.model_copy(update={"status": store.status(task.task_id)}))
-    return _act(store, ledger, task, plan, claimed)
+    return _act(store, ledger, task, plan, claimed, granted)
 
 
-def _check_claim(store: TaskStore, ledger: LedgerClient, task: Task, plan: Plan, step_index: int) -> None:
+def _check_claim(store: TaskStore, ledger: LedgerClient, task: Task, plan: Plan, step_index: int) -> Granted:
     """Check that people approved a step that is said to be begun: other roles can write its record and its event.
 
-    A transfer that the ledger has was let through. Raises StoppedError otherwise.
+    Returns the limits beyond which they have approved it. A transfer that the ledger has was let through. Raises
+    StoppedError otherwise.
     """
     step = plan.steps[step_index]
     if step.type in CONFIRMED_LATER and transfers.is_submitted(ledger, task.task_id, step.step_id):
-        return
-    current = ledger.policy().decide(plan.analysis.action_type)
+        return ()
+    policies = ledger.policies(planning.action_type(task.task_type), pinned=plan.policy.policy_id)
+    ruling = rule(task, policies.pinned, policies.current)
     approval = store.latest_approval(task.task_id, step_index, of=task)
-    verdict = compliance.decide(task, plan, step_index, current, approval)
+    verdict = compliance.decide(task, plan, step_index, ruling, approval)
     if verdict.verdict != "execute":  # not ApprovalNeededError: nobody is asked about a step that was begun
         raise StepDeniedError(f"it was begun, and may not go on: {verdict.reason}")
+    return ruling.granted(approval.decisions if approval else ())
 
 
-def _act(store: TaskStore, ledger: LedgerClient, task: Task, plan: Plan, claimed: StepRecord) -> StepRecord:
+def _act(
+    store: TaskStore, ledger: LedgerClient, task: Task, plan: Plan, claimed: StepRecord, granted: Granted
+) -> StepRecord:
     step = plan.steps[claimed.step_index]
-    effect = Effect(transfers.reference_of(task.task_id, step.step_id), ledger, task.requester, task.run, task.agent)
+    reference = transfers.reference_of(task.task_id, step.step_id)
+    effect = Effect(reference, ledger, task.requester, task.run, task.agent, granted)
     try:
         result = steps.ACTS[step.type](step.parameters, effect)
     except PermanentError as refusal:  # the ledger refuses nothing that it has signed, nor signs what it has refused
-        return store.finish_step(task.task_id, claimed, StepOutcome(error=f"{refusal.code}: {refusal.message}"))
+        return _finish(store, task, claimed, StepOutcome(error=f"{refusal.code}: {refusal.message}"))
     if isinstance(result, Submitted):
         return claimed
-    return store.finish_step(task.task_id, claimed, StepOutcome(result=result))
+    return _finish(store, task, claimed, StepOutcome(result=result))
+
+
+def _finish(store: TaskStore, task: Task, claimed: StepRecord, outcome: StepOutcome) -> StepRecord:
+    """Record the outcome; an action that failed has done nothing, and no longer counts in the limits."""
+    if outcome.error is None or claimed.type in CONFIRMED_LATER:
+        return store.finish_step(task.task_id, claimed, outcome)
+    return store.finish_step(
+        task.task_id, claimed, outcome, lambda: LimitsTable().give_back_of(task.task_id, claimed.step_index)
+    )
 
 
 def _claim(
@@ -183,20 +199,29 @@ def _claim(
     step_index: int,
     record: StepRecord | None,
     replaces: str | None,
-) -> tuple[Task, StepRecord]:
-    """Record the intent to act, if the step may run by the policy in force, its limits and the wallet's balance now."""
+) -> tuple[Task, StepRecord, Granted]:
+    """Record the intent to act, if the step may run by both policies, their limits and the wallet's balance now.
+
+    Returns the task, the step's record, and the limits beyond which people have approved it.
+    """
     step = plan.steps[step_index]
-    policy, funds = transfers.policy_and_funds(ledger, step, task.requester, task.agent)
-    current = policy.decide(plan.analysis.action_type)
+    policies, funds = transfers.policies_and_funds(ledger, task, plan, step)
+    ruling = rule(task, policies.pinned, policies.current)
     approval = store.latest_approval(task.task_id, step_index, of=task)
+    # Whoever was asked in this execution has approved it, whether that was needed or not.
+    consumed = approval if approval is not None and approval.run == task.run else None
+    decisions = consumed.decisions if consumed else ()
+    intent = Intent(task, step_index, step, ruling, decisions, funds.used)
+    usage = intent.usage()
     try:
-        compliance.check_may_act(task, plan, step_index, current, approval, at=now())
+        compliance.check_may_act(task, plan, step_index, ruling, approval, usage, at=now())
     except PermanentError as too_old:
         store.refuse_step(task, plan, step_index, record, too_old.message)
         raise StepFailedError(too_old.message) from too_old
-    refusal = funds.refusal or funds.refusal_today
+    refusal = funds.refusal or funds.refusal_today or ruling.refusal_by_usage(usage)
     if refusal is not None and not transfers.is_submitted(ledger, task.task_id, step.step_id):
         raise StepDeniedError(refusal)
-    # Who was asked in this execution has approved it, whether that was needed or not.
-    consumed = approval if approval is not None and approval.run == task.run else None
-    return store.claim_step(task, plan, step_index, consumed, current, replaces=replaces)
+    task, claimed = store.claim_step(
+        task, plan, step_index, consumed, ruling.recorded, replaces=replaces, intent=intent
+    )
+    return task, claimed, ruling.granted(decisions)

@@ -6,17 +6,19 @@ an effect, which happens once for each reference (task and step): only ExecuteAc
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.transfers import result_of
+from qaes.domain import planning
 from qaes.domain.canonical import hash_of
 from qaes.domain.errors import PermanentError
-from qaes.domain.models import Step, StepType, WalletBalance
-from qaes.domain.policy import Policy
+from qaes.domain.models import Plan, Step, StepType, Task, WalletBalance
 from qaes.domain.qubic import OPEN_STATES
+from qaes.domain.ruling import Ruling, rule
+from qaes.domain.suspensions import Suspension
 from qaes.domain.tasks.lifecycle import StepOutcome
 
 Parameters = dict[str, Any]
@@ -27,9 +29,10 @@ SIMULATED = "signed, not sent: AllowTransfers is not set for this network"
 
 @dataclass(frozen=True)
 class Readings:
-    """What the ledger says, read in one call: the policy in force, and the wallet of a step that names one."""
+    """What the ledger says, read in one call: the policies' decisions, and the wallet of a step that names one."""
 
-    policy: Policy
+    ruling: Ruling
+    suspended: Mapping[str, Suspension]
     wallet: WalletBalance | PermanentError | None = None
 
     @property
@@ -72,7 +75,7 @@ def check_balance(parameters: Parameters, readings: Readings) -> Result:
 
 def policy_check(parameters: Parameters, readings: Readings) -> Result:
     """`{action_type, policy_id}` → the decision of the policy in force, and whether it is the pinned one."""
-    decision = readings.policy.decide(parameters["action_type"])
+    decision = readings.ruling.recorded
     return decision.model_dump(mode="json") | {"pinned": decision.policy_id == parameters["policy_id"]}
 
 
@@ -159,10 +162,15 @@ ACTS: dict[StepType, Callable[[Parameters, Effect], Result | Submitted]] = {
 }
 
 
-def read(ledger: LedgerClient, step: Step) -> Readings:
+def read(ledger: LedgerClient, task: Task, plan: Plan, step: Step) -> Readings:
     """Read what a step of READS needs, in one call of the ledger."""
-    wallet = step.parameters.get("wallet_address")
-    return Readings(ledger.policy()) if wallet is None else Readings(*ledger.policy_and_balance(wallet))
+    action, pinned = planning.action_type(task.task_type), plan.policy.policy_id
+    address, wallet = step.parameters.get("wallet_address"), None
+    if address is None:
+        policies = ledger.policies(action, pinned=pinned)
+    else:
+        policies, wallet = ledger.policy_and_balance(address, action=action, pinned=pinned)
+    return Readings(rule(task, policies.pinned, policies.current), policies.suspended, wallet)
 
 
 def outcome_of(step: Step, readings: Readings) -> StepOutcome:

@@ -12,7 +12,7 @@ from benchmarks.units import Units, metered
 from qaes.adapters.task_items import task_item
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain.models import Quorum, Terms
-from tests.handlers.test_task_store import build, new_task
+from tests.handlers.test_task_repository import build, new_task
 from tests.support.api import ALICE, BOB, CAROL, OLIVIA, Answer, Api, named, set_environment
 from tests.support.cloud import Cloud, cloud
 

@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from itertools import count
 from typing import Any
 
 import boto3
@@ -59,14 +60,15 @@ def live(monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
 @pytest.fixture
 def rule(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let the policy have another rule for transfers."""
+    versions = count(2)
 
     def change(**changes: Any) -> None:
-        policy = LedgerClient.policy
+        policy, policy_id = LedgerClient.policy, f"policy-v{next(versions)}-{'0' * 64}"
 
         def changed(self: LedgerClient) -> Policy:
             found = policy(self)
             rules = found.rules | {"transfer_funds": found.rules["transfer_funds"].model_copy(update=changes)}
-            return found.model_copy(update={"rules": rules})
+            return found.model_copy(update={"rules": rules, "policy_id": policy_id})
 
         in_force(monkeypatch, changed)
 

@@ -188,13 +188,13 @@ def test_policy_answers_the_check_of_a_transfer(call: Call, changes: dict[str, A
 def test_ledger_client_returns_the_policy_and_a_refusal(aws: Cloud) -> None:
     with function_environment(environment("AwaitApprovalFunction", PARAMETERS)):
         client = LedgerClient()
-        policy, balance = client.policy_and_balance(RICH)
-        assert (policy, balance) == (client.policy(), client.wallet_balance(RICH))
+        policies, balance = client.policy_and_balance(RICH)
+        assert (policies.current, balance) == (client.policy(), client.wallet_balance(RICH))
         assert isinstance(client.policy_and_balance("0x12")[1], PermanentError)
         allowed = client.policy_and_check(source=RICH, destination=EMPTY, amount=10)
-        assert allowed == (policy, client.check_transfer(source=RICH, destination=EMPTY, amount=10))
+        assert allowed == (policies, client.check_transfer(source=RICH, destination=EMPTY, amount=10))
         checked, refusal = client.policy_and_check(source=RICH, destination=EMPTY, amount=0)
-    assert checked == policy
+    assert checked == policies
     assert isinstance(refusal, PermanentError)
     assert refusal.code == "invalid_amount"
 

@@ -376,8 +376,9 @@ def test_compliance_decides_nothing_without_a_balance(
 def test_compliance_denies_an_address_that_the_network_lacks(
     aws: Cloud, plan_for: Plans, sent: Sent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: LedgerClient, **__: Any) -> Any:
-        return self.policy(), PermanentError("invalid_address", "address: on mainnet it is an identity of 60 letters")
+    def refuse(self: LedgerClient, **terms: Any) -> Any:
+        both = self.policies(terms["action"], pinned=terms["pinned"])
+        return both, PermanentError("invalid_address", "address: on mainnet it is an identity of 60 letters")
 
     monkeypatch.setattr(LedgerClient, "policy_and_check", refuse)
     task_id, _ = plan_for("transfer_funds", TRANSFER)

@@ -357,6 +357,7 @@ def cloud(
 
     Where there is a state machine, ticks pass by themselves; elsewhere `settle` lets them.
     """
+    from gateway import known_policy
     from qubic import wallets
     from qubic.network.mock import MockChain
     from qubic.policy import trust
@@ -366,6 +367,7 @@ def cloud(
     wallets._identity_of_the_ledger.cache_clear()
     trust._verified.clear()  # of tables of the same name, which are gone
     trust._seen.clear()
+    known_policy.forget()
 
     @traced
     def invoke(

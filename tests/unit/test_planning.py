@@ -9,18 +9,11 @@ from hypothesis import strategies as st
 from qaes.domain import planning
 from qaes.domain.errors import InvalidInputError
 from qaes.domain.models import Analysis, Plan
-from qaes.domain.policy import Policy, Rule
+from qaes.domain.policy import DEFAULT_RULES, PolicyDocument, policy_of
 from qaes.domain.qubic.identity import encode_identity
 
-POLICY = Policy(
-    policy_id="policy-v1-test",
-    version=1,
-    rules={
-        "monitoring": Rule(allowed=True, requires_approval=False, risk_level="low"),
-        "transaction": Rule(allowed=True, requires_approval=True, risk_level="medium"),
-        "transfer_funds": Rule(allowed=True, requires_approval=True, risk_level="high"),
-    },
-)
+POLICY = policy_of(PolicyDocument.write(DEFAULT_RULES, version=1).text())
+"""The first policy of every ledger."""
 TRANSFER = {"wallet_address": "0x1234567890abcdef", "to_address": "0xfedcba0987654321", "amount": 5}
 
 

@@ -14,16 +14,17 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from qaes.domain.canonical import sha256_hex
-from qaes.domain.compliance import refusal_by_limits
 from qaes.domain.errors import InvalidInputError
 from qaes.domain.models import Step
 from qaes.domain.policy import (
     DEFAULT_RULES,
     DENIED,
+    ActionRequest,
     Policy,
     PolicyDecision,
     PolicyDocument,
     Rule,
+    evaluate,
     policy_id_of,
     policy_of,
     version_of,
@@ -237,7 +238,10 @@ def test_the_verifier_in_the_guide_decides_as_the_policy_does(rules: dict[str, R
         parameters={"from_address": LEGACY, "to_address": LEGACY, "amount": amount},
     )  # fmt: skip
     decision = policy.decide("transfer_funds")
-    allowed = decision.allowed and refusal_by_limits(step, decision) is None
+    request = ActionRequest(
+        "transfer_funds", {"wallet_address": LEGACY, "to_address": LEGACY, "amount": amount}, "alice"
+    )
+    allowed = evaluate(policy, request).allowed
     approvals = decision.approvals if allowed and decision.requires_approval else 0
     found = names["decide"](text, policy.policy_id, "transfer_funds", step.model_dump(mode="json"))
     assert found == (allowed, approvals)

@@ -16,9 +16,10 @@ from qaes.domain.errors import (
 )
 from qaes.domain.ids import timestamp
 from qaes.domain.models import Approval, Outcome, Plan, Task
+from qaes.domain.ruling import rule
 from qaes.domain.tasks import approvals, lifecycle
 from qaes.domain.tasks.lifecycle import Change, History, StepOutcome
-from tests.unit.test_compliance import AT, NOW, PLAN, TASK, changed
+from tests.unit.test_compliance import AT, NOW, PLAN, TASK, changed, policy
 from tests.unit.test_planning import POLICY, plan
 
 MONITORING = plan("monitor_wallet", {"wallet_address": "0x1234567890abcdef"})
@@ -36,9 +37,10 @@ def applied(task: Task, change: Change) -> Task:
 
 
 def run(task: Task, steps: Plan, step_index: int, history: History, **changes: Any) -> Change:
-    current = changed(POLICY.decide(steps.analysis.action_type), **changes)
+    current = policy("policy-v2-now", steps.analysis.action_type, **changes) if changes else POLICY
+    decided = rule(task, POLICY, current)
     return lifecycle.run_step(
-        task, step_index, history, OUTCOME, current, run=task.run, started=AT, at=AT + timedelta(seconds=1)
+        task, step_index, history, OUTCOME, decided, run=task.run, started=AT, at=AT + timedelta(seconds=1)
     )
 
 
@@ -92,9 +94,9 @@ def test_the_last_step_ends_the_task() -> None:
 
 
 def test_a_step_that_fails_ends_the_task() -> None:
-    current = POLICY.decide("monitoring")
+    decided = rule(WATCHES, POLICY, POLICY)
     failed = StepOutcome(error="no_wallet: none")
-    change = lifecycle.run_step(WATCHES, 0, History(MONITORING), failed, current, run=1, started=AT, at=AT)
+    change = lifecycle.run_step(WATCHES, 0, History(MONITORING), failed, decided, run=1, started=AT, at=AT)
     assert kinds(change)[-2:] == ["step_executed:failed", "task_ended:failed"]
     assert (change.task["failed_step"], change.task["reason"]) == ("step_1", "no_wallet: none")
 

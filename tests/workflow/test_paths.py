@@ -11,7 +11,7 @@ import boto3
 import pytest
 
 from qaes.adapters.executions import Executions
-from qaes.adapters.ledger_client import LedgerClient
+from qaes.adapters.ledger_client import LedgerClient, Policies
 from qaes.adapters.task_items import plan_item
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain import policy
@@ -79,13 +79,26 @@ def after_planning(monkeypatch: pytest.MonkeyPatch, changed: Callable[[Any], Pol
     monkeypatch.setattr(TaskStore, "plan_task", then_changed)
 
 
-def in_force(monkeypatch: pytest.MonkeyPatch, changed: Callable[[Any], Policy]) -> None:
-    """Have the ledger's client answer with another policy."""
-    both = {name: getattr(LedgerClient, name) for name in ("policy_and_balance", "policy_and_check")}
+def in_force(monkeypatch: pytest.MonkeyPatch, changed: Callable[..., Policy]) -> None:
+    """Have the ledger's client answer with another policy; what a plan has pinned is still the ledger's to say."""
+    names = ("policies", "policy_and_balance", "policy_and_check")
+    policy, real = LedgerClient.policy, {name: getattr(LedgerClient, name) for name in names}
+
+    def read(self: LedgerClient, name: str, *arguments: Any, **terms: Any) -> Any:
+        current = changed(self)
+        if terms.get("pinned") == current.policy_id != policy(self).policy_id:
+            found = real[name](self, *arguments, **terms | {"pinned": None})
+            both = Policies(current, current, {})
+        else:
+            found = real[name](self, *arguments, **terms)
+            both = Policies(current, (found if name == "policies" else found[0]).pinned, {})
+        return both if name == "policies" else (both, found[1])
+
     monkeypatch.setattr(LedgerClient, "policy", changed)
-    for name, read in both.items():
-        with_it = lambda self, *names, read=read, **terms: (changed(self), read(self, *names, **terms)[1])
-        monkeypatch.setattr(LedgerClient, name, with_it)
+    for name in names:
+        monkeypatch.setattr(
+            LedgerClient, name, lambda self, *some, name=name, **terms: read(self, name, *some, **terms)
+        )
 
 
 def raise_always(event: Any) -> None:
@@ -494,9 +507,9 @@ def network(aws: Cloud) -> MockChain:
     return MockChain(genesis={}, table="ChainTable", clock=aws.clock, tick_milliseconds=1000)
 
 
-def retry(aws: Cloud, task_id: str) -> None:
+def retry(aws: Cloud, task_id: str, subject: str = "alice") -> None:
     """Take the end back and start the next execution, as the gateway does."""
-    task = TaskStore("TasksTable").retry(task_id, subject="alice")
+    task = TaskStore("TasksTable").retry(task_id, subject=subject)
     boto3.client("stepfunctions").start_execution(
         stateMachineArn=aws.machine_arn, name=task.execution_name, input=json.dumps({"task_id": task_id})
     )

@@ -9,6 +9,7 @@ from qaes.adapters import clients, settings
 from qaes.domain.errors import LimitError, PermanentError, TransientError
 from qaes.domain.models import WalletBalance
 from qaes.domain.policy import Policy
+from qaes.domain.suspensions import Suspension
 
 T = TypeVar("T")
 
@@ -43,6 +44,14 @@ class CheckedTransfer(NamedTuple):
     used: Mapping[str, int]
 
 
+class Policies(NamedTuple):
+    """The policy in force and the pinned one, as the ledger has their documents; and the suspended actions' names."""
+
+    current: Policy
+    pinned: Policy
+    suspended: dict[str, Suspension]
+
+
 class LedgerClient:
     """Invokes the qubic service's functions. A caller has the names, and the rights, of only those that it needs.
 
@@ -63,15 +72,23 @@ class LedgerClient:
         """Return the policy in force."""
         return Policy.model_validate(self._call("policy"))
 
-    def policy_and_balance(self, address: str) -> tuple[Policy, WalletBalance | PermanentError]:
-        """Return the policy in force and the result or error of `wallet_balance`, in one call."""
-        answer = self._call("policy", address=address)
-        return Policy.model_validate(answer), _or_refusal(answer["balance"], _wallet_balance)
+    def policies(self, action: str, *, pinned: str | None = None) -> Policies:
+        """Return the policy in force and the version `pinned`, reduced to what a decision on the action needs."""
+        return _policies(self._call("policy", **_given(action=action, pinned=pinned)))
 
-    def policy_and_check(self, **terms: Any) -> tuple[Policy, CheckedTransfer | PermanentError]:
-        """Return the policy in force and the result or error of `check_transfer` under it, in one call."""
-        answer = self._call("policy", transfer=terms)
-        return Policy.model_validate(answer), _or_refusal(answer["transfer"], _checked_transfer)
+    def policy_and_balance(
+        self, address: str, *, action: str | None = None, pinned: str | None = None
+    ) -> tuple[Policies, WalletBalance | PermanentError]:
+        """Return both policies and the result or error of `wallet_balance`, in one call."""
+        answer = self._call("policy", address=address, **_given(action=action, pinned=pinned))
+        return _policies(answer), _or_refusal(answer["balance"], _wallet_balance)
+
+    def policy_and_check(
+        self, *, action: str | None = None, pinned: str | None = None, **terms: Any
+    ) -> tuple[Policies, CheckedTransfer | PermanentError]:
+        """Return both policies and the result or error of `check_transfer` under the one in force, in one call."""
+        answer = self._call("policy", transfer=terms, **_given(action=action, pinned=pinned))
+        return _policies(answer), _or_refusal(answer["transfer"], _checked_transfer)
 
     def balance(self, address: str) -> int:
         """Return the balance of `address` in QU."""
@@ -197,6 +214,18 @@ def _result(answer: dict[str, Any]) -> dict[str, Any]:
         raise PermanentError(refusal["code"], refusal["message"])
     result: dict[str, Any] = answer["result"]
     return result
+
+
+def _given(**arguments: str | None) -> dict[str, str]:
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def _policies(answer: dict[str, Any]) -> Policies:
+    """Read both policies; only one is sent if they are the same."""
+    current = Policy.model_validate(answer)
+    pinned = Policy.model_validate(answer["pinned"]) if "pinned" in answer else current
+    suspended = {name: Suspension.model_validate(value) for name, value in answer.get("suspended", {}).items()}
+    return Policies(current, pinned, suspended)
 
 
 def _or_refusal(answer: dict[str, Any], read: Callable[[dict[str, Any]], T]) -> T | PermanentError:

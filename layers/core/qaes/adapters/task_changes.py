@@ -14,6 +14,7 @@ from typing import Any
 
 from qaes.adapters import dynamo, metrics
 from qaes.adapters.callbacks import Callback
+from qaes.adapters.intents import refuse_suspended
 from qaes.adapters.task_items import Idempotency, Item, is_counter, plan_item
 from qaes.adapters.task_queries import TaskQueries
 from qaes.domain.errors import ConflictError, LimitError, ThrottledError
@@ -76,6 +77,7 @@ class TaskChanges(TaskQueries):
             counters = {"version": task.version + 1, "events": task.events + len(change.events)}
             updated = task.model_copy(update={**change.task, **counters, "updated_at": timestamp(now())})
             writes = [self._items.put_task(updated, before=task), *self._writes(task, change, max_open)]
+            writes += [dict(write) for write in change.beside]
             if idempotency is not None and answer is not None:
                 writes.append(self._items.put_idempotency(idempotency, answer(change)))
             try:
@@ -83,6 +85,7 @@ class TaskChanges(TaskQueries):
             except dynamo.ConditionFailedError as error:
                 counter = next((write for write in writes if is_counter(write)), None)
                 self._refuse_beyond(max_open, counter, writes, error)
+                refuse_suspended(task_id, writes, error.refused)
                 _pause(attempt)
                 continue
             for event in change.events:

@@ -6,22 +6,21 @@ Called twice, a method finds that its change is there, and changes nothing.
 from __future__ import annotations
 
 import secrets
-from datetime import datetime
 from typing import Any
 
 from qaes.adapters import dynamo, metrics
-from qaes.adapters.task_changes import TaskChanges
 from qaes.adapters.task_items import Idempotency, task_item
+from qaes.adapters.task_steps import TaskSteps
 from qaes.domain.canonical import SALT_LETTERS, hash_of
 from qaes.domain.errors import ConflictError, TransientError
 from qaes.domain.ids import now
-from qaes.domain.models import Analysis, Approval, Outcome, Plan, Status, StepRecord, Task, Terms, WalletBalance
+from qaes.domain.models import Analysis, Approval, Outcome, Plan, Status, Task, Terms, WalletBalance
 from qaes.domain.policy import PolicyDecision
 from qaes.domain.tasks import approvals, events, lifecycle
-from qaes.domain.tasks.lifecycle import Change, History, StepOutcome
+from qaes.domain.tasks.lifecycle import Change, History
 
 
-class TaskStore(TaskChanges):
+class TaskStore(TaskSteps):
     """Starts, plans, runs and ends tasks, asks people and takes their decisions."""
 
     # Starting and planning
@@ -70,12 +69,13 @@ class TaskStore(TaskChanges):
         )
         return changed, plan if changed.plan_id == plan.plan_id else self.plan_of(changed)
 
-    def deny_task(self, task: Task, analysis: Analysis, decision: PolicyDecision) -> Task:
+    def deny_task(self, task: Task, analysis: Analysis, decision: PolicyDecision, *, reason: str | None = None) -> Task:
         """Pin the policy that does not allow the task, and end the task, once."""
-        run = task.run
-        return self._apply(
-            task.task_id, lambda newest: lifecycle.deny_task(newest, analysis, decision, now(), run=run), known=task
-        )[0]
+
+        def decide(newest: Task) -> Change:
+            return lifecycle.deny_task(newest, analysis, decision, now(), run=task.run, reason=reason)
+
+        return self._apply(task.task_id, decide, known=task)[0]
 
     # Approvals
 
@@ -169,88 +169,6 @@ class TaskStore(TaskChanges):
             return approvals.expire(task, self._plan_if_any(task), self.approvals(task_id, of=task), now())
 
         return self._apply(task_id, decide)[1].approval
-
-    # Steps
-
-    def run_step(
-        self,
-        task: Task,
-        plan: Plan,
-        step_index: int,
-        outcome: StepOutcome,
-        current: PolicyDecision,
-        *,
-        started: datetime,
-    ) -> StepRecord:
-        """Record a plain step from its beginning to its end; the last one, and one that failed, end the task.
-
-        Returns the record; the one of an attempt before, if that has finished the step. Raises what
-        `lifecycle.run_step` raises.
-        """
-
-        def decide(newest: Task) -> Change:
-            # Only of a task that has ever waited for people there are approvals.
-            asked = self._asked_in_this_run(newest) if newest.waiting_since else []
-            history = History(plan, self.records(newest.task_id), asked)
-            return lifecycle.run_step(
-                newest, step_index, history, outcome, current, run=task.run, started=started, at=now()
-            )
-
-        return _record_of(self._apply(task.task_id, decide, known=task)[1])
-
-    def claim_step(
-        self,
-        task: Task,
-        plan: Plan,
-        step_index: int,
-        approval: Approval | None,
-        current: PolicyDecision,
-        *,
-        replaces: str | None = None,
-    ) -> tuple[Task, StepRecord]:
-        """Record the intent to run a step before it acts; its approval is consumed by that, once.
-
-        Returns the task and the record: `running` with the number of this attempt, or finished, when an attempt before
-        has ended it. Raises what `lifecycle.claim_step` raises.
-        """
-
-        def decide(newest: Task) -> Change:
-            history = History(plan, self.records(newest.task_id))
-            return lifecycle.claim_step(
-                newest, step_index, history, approval, current, run=task.run, at=now(), replaces=replaces
-            )
-
-        changed, change = self._apply(task.task_id, decide, known=task)
-        return changed, _record_of(change)
-
-    def attempt_again(self, task: Task, plan: Plan, step_index: int) -> StepRecord:
-        """Count another attempt of a step that this execution has claimed; returns its record."""
-
-        def decide(newest: Task) -> Change:
-            return lifecycle.attempt_again(newest, step_index, History(plan, self.records(newest.task_id)))
-
-        return _record_of(self._apply(task.task_id, decide, known=task)[1])
-
-    def finish_step(self, task_id: str, running: StepRecord, outcome: StepOutcome) -> StepRecord:
-        """Record the end of a step once, and end the task if that was its last step; the first record counts."""
-
-        def decide(newest: Task) -> Change:
-            history = History(self.plan_of(newest), self.records(task_id), self._asked_in_this_run(newest))
-            return lifecycle.finish_step(newest, running, history, outcome, now())
-
-        return _record_of(self._apply(task_id, decide)[1])
-
-    def refuse_step(self, task: Task, plan: Plan, step_index: int, before: StepRecord | None, error: str) -> None:
-        """Record that a step may not run, which this execution has not begun, and end the task as failed.
-
-        Raises what `lifecycle.refuse_step` raises.
-        """
-
-        def decide(newest: Task) -> Change:
-            history = History(plan, self.records(newest.task_id), self._asked_in_this_run(newest))
-            return lifecycle.refuse_step(newest, step_index, history, before, error, run=task.run, at=now())
-
-        self._apply(task.task_id, decide)
 
     # Ending, and taking an end back
 
@@ -353,9 +271,6 @@ class TaskStore(TaskChanges):
         asked = self._asked_in_this_run(task)
         return History(plan=self.plan_of(task) if asked else None, asked=asked)
 
-    def _asked_in_this_run(self, task: Task) -> list[Approval]:
-        return [approval for approval in self.approvals(task.task_id, of=task) if approval.run == task.run]
-
 
 def decided_answer(task_id: str, approval: Approval) -> dict[str, Any]:
     """Return the answer to a decision, now and when it is replayed."""
@@ -377,12 +292,6 @@ def lifecycle_answer(task_id: str, status: Status) -> dict[str, Any]:
     """Return the answer to a cancellation or a retry, now and when it is replayed."""
     message = "The task has been cancelled." if status == "cancelled" else "The task runs again, from where it stopped."
     return {"task_id": task_id, "status": status, "message": message}
-
-
-def _record_of(change: Change) -> StepRecord:
-    if change.step is None:
-        raise ConflictError("this step was never begun")
-    return change.step
 
 
 def _approval_of(change: Change) -> Approval:

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 
 from qaes.adapters.callbacks import CallbacksTable
 from qaes.adapters.executions import answer, fail
-from qaes.adapters.ledger_client import CheckedTransfer, LedgerClient
+from qaes.adapters.ledger_client import CheckedTransfer, LedgerClient, Policies
+from qaes.adapters.limits import LimitsTable
 from qaes.adapters.task_repository import TaskStore
-from qaes.domain import compliance
+from qaes.domain import compliance, planning
 from qaes.domain.errors import PermanentError, StepFailedError
 from qaes.domain.ids import now, parse_timestamp
-from qaes.domain.models import CONFIRMED_LATER, TERMINAL, Step, StepRecord, Task, WalletBalance
-from qaes.domain.policy import Policy
+from qaes.domain.models import CONFIRMED_LATER, TERMINAL, Plan, Step, StepRecord, Task, WalletBalance
 from qaes.domain.qubic import OPEN_STATES
+from qaes.domain.ruling import Ruling, Usage
 from qaes.domain.tasks.lifecycle import StepOutcome
 
 LATE_SECONDS = 300
@@ -80,12 +81,20 @@ def funds_of(ledger: LedgerClient, step: Step, requester: str, agent: str | None
         return _funds(step, error)
 
 
-def policy_and_funds(ledger: LedgerClient, step: Step, requester: str, agent: str | None) -> tuple[Policy, Funds]:
-    """Read the policy in force, and what `funds_of` says under it: one call of the ledger."""
+def policies_and_funds(ledger: LedgerClient, task: Task, plan: Plan, step: Step) -> tuple[Policies, Funds]:
+    """Read the policy in force and the pinned one, and what `funds_of` returns under the first: one call."""
+    names = {"action": planning.action_type(task.task_type), "pinned": plan.policy.policy_id}
     if step.type not in CONFIRMED_LATER:
-        return ledger.policy(), Funds()
-    policy, checked = ledger.policy_and_check(**_terms(step, requester, agent))
-    return policy, _funds(step, checked)
+        return ledger.policies(**names), Funds()
+    policies, checked = ledger.policy_and_check(**names, **_terms(step, task.requester, task.agent))
+    return policies, _funds(step, checked)
+
+
+def usage_of(step: Step, ruling: Ruling, funds: Funds) -> Usage:
+    """Return what the limits of the policy in force have used: the ledger counts transfers, LimitsTable all else."""
+    if step.type in CONFIRMED_LATER or not ruling.current.limits:
+        return funds.used
+    return {use.limit.key: use.used for use in LimitsTable().read(ruling.current.limits)}
 
 
 def _terms(step: Step, requester: str, agent: str | None) -> dict[str, Any]:

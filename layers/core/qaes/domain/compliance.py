@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from datetime import datetime, timedelta
+from types import MappingProxyType
 from typing import Literal
 
-from qaes.domain import limits
 from qaes.domain.errors import (
     ApprovalExpiredError,
     ApprovalNeededError,
@@ -17,13 +18,13 @@ from qaes.domain.errors import (
     StoppedError,
 )
 from qaes.domain.ids import parse_timestamp
-from qaes.domain.models import TERMINAL, Approval, Model, Plan, Step, Task, WalletBalance
-from qaes.domain.planning import step_requires_approval
-from qaes.domain.policy import PolicyDecision
+from qaes.domain.models import TERMINAL, Approval, Model, Plan, Quorum, Step, Task, Terms, WalletBalance
+from qaes.domain.planning import can_require_approval, step_requires_approval
 from qaes.domain.qubic.identity import check_payable
+from qaes.domain.ruling import Ruling, Usage, refusal_by_people
 
 REJECTED = "an approver rejected it"
-
+NOTHING_USED: Usage = MappingProxyType({})
 
 MAX_APPROVAL_AGE = timedelta(minutes=55)
 """How long after an approval's `expires_at` its step may still begin; the verifier refuses a step after an hour."""
@@ -40,6 +41,8 @@ class Verdict(Model):
     """Seconds that they have; None: as long as the system allows."""
     balance: WalletBalance | None = None
     """Of the wallet that is to pay, when `verdict` is `await_approval` for a transfer; it is shown to the approver."""
+    terms: Terms | None = None
+    """Who must approve by a policy of format 2, when `verdict` is `await_approval`."""
 
 
 _STOPS: dict[str, type[StoppedError]] = {
@@ -62,28 +65,57 @@ def check_same_plan(task: Task, plan: Plan) -> None:
         raise ConflictError("the plan is not the one that was recorded", field="plan_hash")
 
 
-def decide(task: Task, plan: Plan, step_index: int, current: PolicyDecision, approval: Approval | None) -> Verdict:
-    """The pinned policy and the current one must both allow the step, and an approval must be for just this step.
+def decide(
+    task: Task, plan: Plan, step_index: int, ruling: Ruling, approval: Approval | None, usage: Usage = NOTHING_USED
+) -> Verdict:
+    """Decide whether a step may run: the pinned policy and the one in force must allow it, and people approve just it.
 
-    Nobody is asked to approve what the limits of either forbid; what a wallet has spent today is for the ledger to say.
-    `approval` is the newest that was asked for; a policy that has become stricter since asks for one anew, and so does
-    another execution of the task (a retry). Once somebody was asked, their answer counts, even if by now no policy
-    would ask.
+    Nobody is asked to approve what either policy forbids. Nor is anybody asked if too few people are left who can
+    approve. `approval` is the newest that was asked for; a policy that has become stricter since asks for one anew, and
+    so does another execution of the task (a retry). Once somebody was asked, their answer counts, even if by now no
+    policy would ask.
+
+    Parameters
+    ----------
+    usage
+        What the limits of the policy in force have used. A limit without room denies nothing here, because it may have
+        room by the time people have approved; but one that lets people approve the excess asks for their approval.
+
+    Raises
+    ------
+    ConflictError
+        The plan is not the one that was recorded, or says something else of its policy than the policy's document.
     """
     if rejected := rejection(task, approval):
         return rejected
     check_same_plan(task, plan)
+    if plan.policy != ruling.pins:
+        raise ConflictError("the plan's policy is not what the policy's document says", field="plan.policy")
     step = plan.steps[step_index]
     if approval is not None and approval.run != task.run:
         approval = None
     if task.status in TERMINAL:
         return Verdict(verdict="denied", reason=f"the task has ended: {task.status}")
-    if not plan.policy.allowed or not current.allowed:
-        return Verdict(verdict="denied", reason=f"policy {current.policy_id} does not allow {current.action_type}")
-    for refusal in (refusal_by_address(step), *(refusal_by_limits(step, each) for each in (plan.policy, current))):
-        if refusal:
-            return Verdict(verdict="denied", reason=refusal)
-    return _by_approval(plan, step, current, approval)
+    for refusal in _refusals(step, ruling):
+        return Verdict(verdict="denied", reason=refusal)
+    return _by_approval(plan, step, ruling, approval, usage)
+
+
+def _refusals(step: Step, ruling: Ruling) -> Iterator[str]:
+    """Yield why the policies, the parameters or a transfer's addresses do not let the step run, the first reason first.
+
+    In format 1, limits are those of the transfer alone: the steps before it run.
+    """
+    denials = [decision for decision in (ruling.pinned, ruling.current) if not decision.allowed]
+    for denial in denials:
+        if denial.format == 2 or denial.code == "not_allowed":
+            yield denial.reason
+    if ruling.flaw:
+        yield ruling.flaw
+    if refusal := refusal_by_address(step):
+        yield refusal
+    if step.type == "onchain_action":
+        yield from (denial.reason for denial in denials)
 
 
 def rejection(task: Task, approval: Approval | None) -> Verdict | None:
@@ -96,35 +128,34 @@ def rejection(task: Task, approval: Approval | None) -> Verdict | None:
     return Verdict(verdict="rejected", reason=REJECTED)
 
 
-def preview(plan: Plan, current: PolicyDecision) -> tuple[Step | None, Verdict]:
-    """Return the verdict that a task with this plan would get if it were started now, and the step that gets it.
+def preview(task: Task, plan: Plan, ruling: Ruling, usage: Usage = NOTHING_USED) -> tuple[Step | None, Verdict]:
+    """Return the verdict that `task` with this plan would get if it were started now, and the step that gets it.
 
     The first verdict that is not `execute` is the task's: `decide` says it, step by step, as it does for a task. The
     state machine asks for the policy's permission before there are steps: then the step is None.
     """
-    if not plan.policy.allowed:
-        reason = f"policy {plan.policy.policy_id} does not allow {plan.analysis.action_type}"
-        return None, Verdict(verdict="denied", reason=reason)
-    task = Task(
-        task_id=plan.task_id or "",
-        status="executing",
-        task_type=plan.analysis.action_type,
-        description="",
-        parameters={},
-        requester="",
-        created_at=plan.created_at,
-        updated_at=plan.created_at,
-        plan_id=plan.plan_id,
-        plan_hash=plan.hash(),
-    )
+    if refusal := refusal_at_start(ruling):
+        return None, Verdict(verdict="denied", reason=refusal)
+    planned = {"status": "executing", "plan_id": plan.plan_id, "plan_hash": plan.hash()}
+    task = task.model_copy(update=planned)
     found: tuple[Step | None, Verdict] = None, Verdict(verdict="execute", reason="no approval is needed")
     for index, step in enumerate(plan.steps):
-        verdict = decide(task, plan, index, current, None)
+        verdict = decide(task, plan, index, ruling, None, usage)
         if verdict.verdict == "denied":
             return step, verdict
         if verdict.verdict != "execute" and found[0] is None:
             found = step, verdict
     return found
+
+
+def refusal_at_start(ruling: Ruling) -> str | None:
+    """Return why a task is denied before it has a plan; None if it may be planned.
+
+    In format 1, the limits of a transfer deny it later.
+    """
+    if not ruling.recorded.allowed:
+        return ruling.current.reason
+    return ruling.flaw or refusal_by_people(ruling.tiers, ruling.current.policy_id)
 
 
 def go_on(task: Task, plan: Plan) -> Verdict:
@@ -139,12 +170,13 @@ def go_on(task: Task, plan: Plan) -> Verdict:
     return Verdict(verdict="execute", reason="its transfer was handed in before, and let through then")
 
 
-def _by_approval(plan: Plan, step: Step, current: PolicyDecision, approval: Approval | None) -> Verdict:
+def _by_approval(plan: Plan, step: Step, ruling: Ruling, approval: Approval | None, usage: Usage) -> Verdict:
+    quorums = ruling.quorums(usage)
     if approval is not None and approval.status != "approved":
-        return _not_approved(plan, current, approval)
-    given = sum(decision.approved for decision in approval.decisions) if approval else 0
-    if needs_approval(step, current) and given < _approvals(plan, current):
-        return _ask(plan, current)
+        return _not_approved(ruling, quorums, approval)
+    decisions = approval.decisions if approval else ()
+    if needs_approval(step, ruling, usage) and not all(quorum.is_met(decisions) for quorum in quorums):
+        return _ask(ruling, quorums)
     if approval is None:
         return Verdict(verdict="execute", reason="no approval is needed")
     if not covers(approval, plan, step):
@@ -152,25 +184,25 @@ def _by_approval(plan: Plan, step: Step, current: PolicyDecision, approval: Appr
     return Verdict(verdict="execute", reason="approved")
 
 
-def _not_approved(plan: Plan, current: PolicyDecision, approval: Approval) -> Verdict:
+def _not_approved(ruling: Ruling, quorums: tuple[Quorum, ...], approval: Approval) -> Verdict:
     if approval.status == "pending":
-        return _ask(plan, current)
+        return _ask(ruling, quorums or approval.quorums)
     if approval.status == "expired":
         return Verdict(verdict="expired", reason="nobody decided in time")
     return Verdict(verdict="denied", reason=f"the approval was {approval.status}")
 
 
-def _approvals(plan: Plan, current: PolicyDecision) -> int:
-    return max(plan.policy.approvals, current.approvals)
-
-
-def _ask(plan: Plan, current: PolicyDecision) -> Verdict:
-    limits = [each for each in (plan.policy.expires_after, current.expires_after) if each is not None]
+def _ask(ruling: Ruling, quorums: tuple[Quorum, ...]) -> Verdict:
+    policy_id = ruling.current.policy_id
+    if refusal := refusal_by_people(quorums, policy_id):
+        return Verdict(verdict="denied", reason=refusal)
+    expiries = [each for each in (ruling.pins.expires_after, ruling.recorded.expires_after) if each is not None]
     return Verdict(
         verdict="await_approval",
-        reason=f"policy {current.policy_id} asks for an approval",
-        approvals=_approvals(plan, current),
-        expires_after=min(limits, default=None),
+        reason=f"policy {policy_id} asks for an approval",
+        approvals=max(quorum.approvals for quorum in quorums),
+        expires_after=min(expiries, default=None),
+        terms=ruling.terms(quorums),
     )
 
 
@@ -199,18 +231,10 @@ def refusal_by_balance(step: Step, balance: WalletBalance) -> str | None:
     return f"insufficient_balance: the wallet holds {balance.balance} QU{rest}; the transfer needs {amount} QU"
 
 
-def refusal_by_limits(step: Step, policy: PolicyDecision) -> str | None:
-    """Tell which limit of the policy a transfer is beyond on any day; None when it is within all, or no transfer."""
-    if step.type != "onchain_action":
-        return None
-    to, amount = step.parameters.get("to_address"), step.parameters.get("amount")
-    refusal = limits.refusal_by_limits(policy, destination=to, amount=amount)
-    return refusal.message if refusal else None
-
-
-def needs_approval(step: Step, current: PolicyDecision) -> bool:
-    """Whether the plan or the policy in force asks for a person."""
-    return step.requires_approval or step_requires_approval(step.type, current)
+def needs_approval(step: Step, ruling: Ruling, usage: Usage = NOTHING_USED) -> bool:
+    """Whether the plan, the policy in force or a limit that is exceeded requires a person's approval."""
+    over = ruling.exceeds(usage) and can_require_approval(step.type)
+    return step.requires_approval or step_requires_approval(step.type, ruling.recorded) or over
 
 
 def covers(approval: Approval, plan: Plan, step: Step) -> bool:
@@ -219,7 +243,14 @@ def covers(approval: Approval, plan: Plan, step: Step) -> bool:
 
 
 def check_may_act(
-    task: Task, plan: Plan, step_index: int, current: PolicyDecision, approval: Approval | None, *, at: datetime
+    task: Task,
+    plan: Plan,
+    step_index: int,
+    ruling: Ruling,
+    approval: Approval | None,
+    usage: Usage = NOTHING_USED,
+    *,
+    at: datetime,
 ) -> None:
     """Check, as the last before a step begins at the moment `at`, that it may run.
 
@@ -230,7 +261,7 @@ def check_may_act(
     PermanentError
         `approval_too_old`: its approval expired `MAX_APPROVAL_AGE` ago or earlier, so a retry asks for a new one.
     """
-    if stopped := stopped_by(decide(task, plan, step_index, current, approval)):
+    if stopped := stopped_by(decide(task, plan, step_index, ruling, approval, usage)):
         raise stopped
     if approval is None or approval.run != task.run:
         return

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from qaes.domain.errors import ConflictError, InvalidInputError
 from qaes.domain.models import EFFECT_TYPES, Analysis, Plan, Step, StepType, Task
-from qaes.domain.policy import TRANSFER_ACTION, Policy, PolicyDecision
+from qaes.domain.policy import DENIED, TRANSFER_ACTION, Policy, PolicyDecision
 from qaes.domain.qubic.identity import check_payable
 
 Effect = Literal["performed", "recorded only"]
@@ -28,7 +28,8 @@ MAX_STEPS = 50
 def analyze(task_type: str, policy: Policy) -> Analysis:
     """What kind of action is this, and how risky does the policy call it?"""
     action = action_type(task_type)
-    return Analysis(action_type=action, risk_level=policy.decide(action).risk_level)
+    rule = policy.rule_for(action)
+    return Analysis(action_type=action, risk_level=rule.risk_level if rule else DENIED.risk_level)
 
 
 def action_type(task_type: str) -> str:
@@ -96,7 +97,13 @@ def is_plain(step: Step) -> bool:
 
 
 def step_requires_approval(type_: StepType, policy: PolicyDecision) -> bool:
-    return policy.requires_approval and type_ in EFFECT_TYPES | {"monitor_action"}
+    """Whether the policy requires an approval of a step of this type."""
+    return policy.requires_approval and can_require_approval(type_)
+
+
+def can_require_approval(type_: StepType) -> bool:
+    """Whether a step of this type is the action itself, of which people may have to approve."""
+    return type_ in EFFECT_TYPES | {"monitor_action"}
 
 
 def _action_parameters(

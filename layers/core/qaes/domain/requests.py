@@ -49,13 +49,15 @@ class TaskRequest(BaseModel):
     )
     parameters: dict[str, Any] | None = Field(None, description="at most 32 KiB of canonical JSON")
 
-    def resolved(self, network: str) -> dict[str, Any]:
+    def resolved(self, network: str, *, operators: bool = False) -> dict[str, Any]:
         """Check the parameters, and return them in the form that is stored, hashed, shown and executed.
 
         Parameters
         ----------
         network
             The ledger's network. Only the mock has the older clients' addresses.
+        operators
+            Whether the task's type is an operator's action: then only its schema defines its parameters.
 
         Raises
         ------
@@ -63,6 +65,8 @@ class TaskRequest(BaseModel):
             A parameter is missing, malformed or contradicts another; all parameters together are too large; or the task
             can never run: it transfers to the paying wallet, or names an address that the network does not have.
         """
+        if operators:
+            return self._as_given()
         parameters = {
             name: value
             for name, value in (self.parameters or {}).items()
@@ -85,6 +89,15 @@ class TaskRequest(BaseModel):
             check_payable(parameters[name], f"parameters.{name}")
         if step == "onchain_action" and is_same_wallet(parameters["wallet_address"], parameters["to_address"]):
             raise InvalidInputError("must not be the paying wallet", field="parameters.to_address")
+        _check_size(parameters)
+        return parameters
+
+    def _as_given(self) -> dict[str, Any]:
+        parameters = dict(self.parameters or {})
+        if self.wallet_address is not None and parameters.setdefault("wallet_address", self.wallet_address) != (
+            self.wallet_address
+        ):
+            raise InvalidInputError("differs from parameters.wallet_address", field="wallet_address")
         _check_size(parameters)
         return parameters
 

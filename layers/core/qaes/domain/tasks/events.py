@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qaes.domain.canonical import canonical_json, hash_of, salted_hash
@@ -73,23 +74,33 @@ def plan_built(task: Task, plan: Plan, at: str) -> Event:
 
 
 def step_started(
-    task: Task, begun: StepRecord, plan: Plan, approval: Approval | None, current: PolicyDecision, at: str
+    task: Task,
+    begun: StepRecord,
+    plan: Plan,
+    approval: Approval | None,
+    current: PolicyDecision,
+    at: str,
+    limits: Sequence[Mapping[str, Any]] | None = None,
 ) -> Event:
-    """Make the event of a claim: which step, with whose approval, and what the policy in force says."""
+    """Make the event of a claim: which step, with whose approval, and what the policy in force says.
+
+    By a policy of format 2, the claim of the action states the `limits`, and what they had used before it.
+    """
     claim = {
         "step_hash": plan.steps[begun.step_index].hash(),
         "run": begun.run,
         "attempt": begun.attempt,
         "approval": approval.round if approval else None,
     }
-    same_policy = {"output_of": "policy"} if current == plan.policy else {}
+    stated = {} if limits is None or current.format == 1 else {"limits": list(limits)}
+    same_policy = {"output_of": "policy"} if current == plan.policy and not stated else {}
     return make(
         task,
         "step_started",
         "worker",
         begun.status,
         claim,
-        current.model_dump(mode="json"),
+        current.model_dump(mode="json") | stated,
         at=at,
         **_of_step(begun),
         **same_policy,

@@ -34,6 +34,7 @@ from qaes.domain.models import (
     by_agent,
 )
 from qaes.domain.policy import PolicyDecision
+from qaes.domain.ruling import Ruling, Usage
 from qaes.domain.tasks import events
 
 MAX_RETRIES = 20
@@ -51,7 +52,8 @@ class Change:
 
     `step` is the step's record; it replaces `step_before` (None: there is none yet). `approval` replaces one with the
     status `approval_before` (None: it is new); `consumed` is one that was approved and is used up. `token` is
-    that of the state that waits for the decision on `approval`.
+    that of the state that waits for the decision on `approval`. `beside` are writes of other tables, as the adapter has
+    them.
     """
 
     task: Mapping[str, Any] = field(default_factory=dict)
@@ -64,6 +66,7 @@ class Change:
     consumed: Approval | None = None
     token: str | None = None
     opens: bool = False
+    beside: Sequence[Mapping[str, Any]] = ()
     writes_nothing: bool = False
 
     @property
@@ -112,14 +115,16 @@ def plan_task(task: Task, plan: Plan, at: datetime, *, run: int) -> Change:
     return Change(fields, (checked, events.plan_built(task, plan, moment)), plan=plan)
 
 
-def deny_task(task: Task, analysis: Analysis, decision: PolicyDecision, at: datetime, *, run: int) -> Change:
-    """Pin the policy that does not allow the task, and end the task."""
+def deny_task(
+    task: Task, analysis: Analysis, decision: PolicyDecision, at: datetime, *, run: int, reason: str | None = None
+) -> Change:
+    """Pin the policy that does not allow the task, and end the task; `reason` says more than that in words."""
     if task.plan_id is not None or task.status in TERMINAL:
         return Change(writes_nothing=True)
     refuse_other_run(task, run)
     checked = events.policy_checked(task, analysis, decision, timestamp(at))
     pinned = {"policy_id": decision.policy_id}
-    reason = not_allowed(decision)
+    reason = reason or not_allowed(decision)
     ending = end_task(task.model_copy(update=pinned), "denied", History(), actor="execution", reason=reason, at=at)
     return Change({**pinned, **ending.task}, (checked, *ending.events))
 
@@ -146,15 +151,17 @@ def run_step(
     step_index: int,
     history: History,
     outcome: StepOutcome,
-    current: PolicyDecision,
+    ruling: Ruling,
     *,
     run: int,
     started: datetime,
     at: datetime,
+    usage: Usage | None = None,
 ) -> Change:
     """Record a step that only reads and for which no person is asked: that it began, and its outcome.
 
-    The last step, and a step that failed, end the task. `current` is what the policy in force says.
+    The last step, and a step that failed, end the task. `ruling` is what the policies decide, `usage` what the
+    limits have used if the step is the action, and counts in them.
 
     Raises
     ------
@@ -174,14 +181,16 @@ def run_step(
     if next_step(plan, history.records) != step_index:
         raise ConflictError("a step before this one has not succeeded", step_index=step_index)
     asked = [approval for approval in history.asked if approval.step_index == step_index]
-    verdict = compliance.decide(task, plan, step_index, current, asked[-1] if asked else None)
+    verdict = compliance.decide(task, plan, step_index, ruling, asked[-1] if asked else None, usage or {})
     if stopped := compliance.stopped_by(verdict):
         raise stopped
     if asked:
         raise ApprovalNeededError("people were asked about this step")
     begun = _begin(task, step_index, plan, before, started)
     final, executed = _finish(task, plan, begun, outcome, at)
-    claimed = events.step_started(task, begun, plan, None, current, timestamp(at))  # both are of one transaction
+    limits = None if usage is None else ruling.limits(usage)
+    # Both events are of one transaction.
+    claimed = events.step_started(task, begun, plan, None, ruling.recorded, timestamp(at), limits)
     change = Change({"current_step": step_index}, (claimed, executed), step=final, step_before=before)
     return _with_end(change, task, history, final, at)
 
@@ -196,6 +205,7 @@ def claim_step(
     run: int,
     at: datetime,
     replaces: str | None = None,
+    limits: Sequence[Mapping[str, Any]] | None = None,
 ) -> Change:
     """Record the intent to run a step, which consumes its approval.
 
@@ -218,7 +228,7 @@ def claim_step(
         begun = before.model_copy(update={"attempt": before.attempt + 1, "run": task.run})
     else:
         begun = _begin(task, step_index, plan, before, at).model_copy(update={"replaces": replaces})
-    claimed = events.step_started(task, begun, plan, approval, current, timestamp(at))
+    claimed = events.step_started(task, begun, plan, approval, current, timestamp(at), limits)
     return Change({"current_step": step_index}, (claimed,), step=begun, step_before=before, consumed=approval)
 
 

@@ -1,0 +1,84 @@
+"""What the intent to run an action writes beside its task: its share of the limits' windows, and what it checks.
+
+The worker's roles alone do this. A transfer is counted by the ledger, with its signature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from qaes.adapters import suspensions
+from qaes.adapters.limits import LimitsTable
+from qaes.domain.errors import ApprovalNeededError, PermanentError, StepDeniedError
+from qaes.domain.models import CONFIRMED_LATER, Decision, Step, Task
+from qaes.domain.ruling import Ruling, Usage
+from qaes.domain.suspensions import refusal
+
+Item = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Intent:
+    """The intent to run the action of a task's plan, by what the policies decide.
+
+    Attributes
+    ----------
+    decisions
+        What people decided on the action: they may have approved it beyond a limit.
+    ledger_usage
+        What the limits of a transfer have used, as the ledger returned it.
+    """
+
+    task: Task
+    step_index: int
+    step: Step
+    ruling: Ruling
+    decisions: Sequence[Decision] = ()
+    ledger_usage: Usage = field(default_factory=dict)
+
+    @property
+    def is_counted_here(self) -> bool:
+        """Whether the action is counted in LimitsTable."""
+        return self.step.type not in CONFIRMED_LATER and bool(self.ruling.current.limits)
+
+    def usage(self) -> Usage:
+        """Return what the limits of the policy in force have used, as it is now."""
+        if not self.is_counted_here:
+            return self.ledger_usage
+        return {use.limit.key: use.used for use in LimitsTable().read(self.ruling.current.limits)}
+
+    def writes(self, *, counts: bool = True) -> list[Item]:
+        """Make the writes: the check that the action is not suspended and, if it `counts`, its share of the windows.
+
+        Raises
+        ------
+        StepDeniedError
+            A limit has no room.
+        ApprovalNeededError
+            A limit has no room any more, and lets people approve what exceeds it.
+        """
+        check = suspensions.check(self.ruling.current.action, self.task.task_id)
+        if not self.is_counted_here or not counts:
+            return [check]
+        granted = self.ruling.granted(self.decisions)
+        try:
+            reservation = LimitsTable().reserve_for(
+                self.task.task_id, self.step_index, self.ruling.current, granted=granted
+            )
+        except PermanentError as full:
+            if self.ruling.refusal_by_usage(self.usage()) is None:
+                raise ApprovalNeededError(full.message) from full
+            raise StepDeniedError(f"{full.code}: {full.message}") from full
+        return [check, *reservation.writes]
+
+
+def refuse_suspended(task_id: str, writes: Sequence[Item], refused: Sequence[int]) -> None:
+    """Raise StepDeniedError if the transaction failed because its action is suspended."""
+    for index in refused:
+        if suspensions.is_check(writes[index]):
+            action = writes[index]["ConditionCheck"]["ExpressionAttributeNames"]["#action"]
+            reason = refusal(action, suspensions.suspended(action, task_id))
+            if reason is not None:  # else it was resumed meanwhile
+                raise StepDeniedError(reason)

@@ -1,0 +1,132 @@
+"""The steps of a task: how they are run, claimed and finished, each change with the events of it in one transaction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import datetime
+
+from qaes.adapters.intents import Intent
+from qaes.adapters.task_changes import TaskChanges
+from qaes.adapters.task_items import Item
+from qaes.domain.errors import ConflictError
+from qaes.domain.ids import now
+from qaes.domain.models import Approval, Plan, StepRecord, Task
+from qaes.domain.policy import PolicyDecision
+from qaes.domain.ruling import Ruling
+from qaes.domain.tasks import lifecycle
+from qaes.domain.tasks.lifecycle import Change, History, StepOutcome
+
+
+class TaskSteps(TaskChanges):
+    """Runs, claims, finishes and refuses steps."""
+
+    def run_step(
+        self,
+        task: Task,
+        plan: Plan,
+        step_index: int,
+        outcome: StepOutcome,
+        ruling: Ruling,
+        *,
+        started: datetime,
+    ) -> StepRecord:
+        """Record a plain step from its beginning to its end; the last one, and one that failed, end the task.
+
+        The last one is the action, which counts in the limits of the policy in force if it succeeded. Returns the
+        record; the one of an attempt before, if that has finished the step. Raises what `lifecycle.run_step` and
+        `Intent.writes` raise.
+        """
+        is_action = step_index == len(plan.steps) - 1
+        intent = Intent(task, step_index, plan.steps[step_index], ruling) if is_action else None
+
+        def decide(newest: Task) -> Change:
+            # Only of a task that has ever waited for people there are approvals.
+            asked = self._asked_in_this_run(newest) if newest.waiting_since else []
+            history = History(plan, self.records(newest.task_id), asked)
+            usage = intent.usage() if intent else None
+            change = lifecycle.run_step(
+                newest, step_index, history, outcome, ruling, run=task.run, started=started, at=now(), usage=usage
+            )
+            if intent is None or change.writes_nothing:
+                return change
+            return replace(change, beside=intent.writes(counts=outcome.error is None))
+
+        return _record_of(self._apply(task.task_id, decide, known=task)[1])
+
+    def claim_step(
+        self,
+        task: Task,
+        plan: Plan,
+        step_index: int,
+        approval: Approval | None,
+        current: PolicyDecision,
+        *,
+        replaces: str | None = None,
+        intent: Intent | None = None,
+    ) -> tuple[Task, StepRecord]:
+        """Record the intent to run a step before it acts; its approval is consumed by that, once.
+
+        Returns the task and the record: `running` with the number of this attempt, or finished, when an attempt before
+        has ended it. Raises what `lifecycle.claim_step` and `Intent.writes` raise.
+        """
+
+        def decide(newest: Task) -> Change:
+            history = History(plan, self.records(newest.task_id))
+            limits = intent.ruling.limits(intent.usage()) if intent else None
+            change = lifecycle.claim_step(
+                newest, step_index, history, approval, current, run=task.run, at=now(), replaces=replaces, limits=limits
+            )
+            is_claim = intent is not None and bool(change.events)
+            return replace(change, beside=intent.writes()) if intent and is_claim else change
+
+        changed, change = self._apply(task.task_id, decide, known=task)
+        return changed, _record_of(change)
+
+    def attempt_again(self, task: Task, plan: Plan, step_index: int) -> StepRecord:
+        """Count another attempt of a step that this execution has claimed; returns its record."""
+
+        def decide(newest: Task) -> Change:
+            return lifecycle.attempt_again(newest, step_index, History(plan, self.records(newest.task_id)))
+
+        return _record_of(self._apply(task.task_id, decide, known=task)[1])
+
+    def finish_step(
+        self,
+        task_id: str,
+        running: StepRecord,
+        outcome: StepOutcome,
+        give_back: Callable[[], Sequence[Item]] = list,
+    ) -> StepRecord:
+        """Record the end of a step once, and end the task if that was its last step; the first record counts.
+
+        `give_back` makes the writes that take a step that has done nothing out of the limits.
+        """
+
+        def decide(newest: Task) -> Change:
+            history = History(self.plan_of(newest), self.records(task_id), self._asked_in_this_run(newest))
+            change = lifecycle.finish_step(newest, running, history, outcome, now())
+            return change if change.writes_nothing else replace(change, beside=give_back())
+
+        return _record_of(self._apply(task_id, decide)[1])
+
+    def refuse_step(self, task: Task, plan: Plan, step_index: int, before: StepRecord | None, error: str) -> None:
+        """Record that a step may not run, which this execution has not begun, and end the task as failed.
+
+        Raises what `lifecycle.refuse_step` raises.
+        """
+
+        def decide(newest: Task) -> Change:
+            history = History(plan, self.records(newest.task_id), self._asked_in_this_run(newest))
+            return lifecycle.refuse_step(newest, step_index, history, before, error, run=task.run, at=now())
+
+        self._apply(task.task_id, decide)
+
+    def _asked_in_this_run(self, task: Task) -> list[Approval]:
+        return [approval for approval in self.approvals(task.task_id, of=task) if approval.run == task.run]
+
+
+def _record_of(change: Change) -> StepRecord:
+    if change.step is None:
+        raise ConflictError("this step was never begun")
+    return change.step

@@ -1,0 +1,341 @@
+"""Policies of format 2 in the workflow: tiers, groups, limits and suspensions, by documents that the ledger has."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+
+from audit.store import Outbox
+from qaes.adapters.executions import Executions
+from qaes.adapters.ledger_client import LedgerClient
+from qaes.adapters.task_repository import TaskStore
+from qaes.domain.errors import ForbiddenError, PermanentError
+from qaes.domain.models import Approval
+from qaes.domain.policy import PolicyDocumentV2, Rule
+from qubic import wiring
+from tests.support.api import set_environment
+from tests.support.cloud import Cloud, call, cloud
+from tests.support.policies import REFUND
+from tests.workflow.conftest import begin
+from tests.workflow.test_paths import kinds, retry
+
+GROUPS = {"finance": ["bob", "carol", "dora"], "cfo": ["dora", "erin"]}
+FREE = {"max_amount": 10, "approvals": 0}
+BY_FINANCE = {"max_amount": 500, "approvals": 2, "approvers": "finance"}
+ALLOWED = {"allowed": True, "risk_level": "high"}
+TRANSFERS = {"transfer_funds": ALLOWED | {"tiers": [FREE, BY_FINANCE]}}
+
+
+@pytest.fixture
+def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
+    set_environment("QubicApiFunction", monkeypatch)
+    monkeypatch.setenv("LIMITS_TABLE", "LimitsTable")
+    with cloud() as it:
+        yield it
+
+
+def publish(rules: dict[str, Any], *, groups: Any = None, actions: Any = None) -> str:
+    """Put a version of format 2 in force, as two operators do; returns its id."""
+    content = {"groups": GROUPS if groups is None else groups, "actions": actions or {}, "rules": rules}
+
+    def write(_: Any, **terms: Any) -> PolicyDocumentV2:
+        return PolicyDocumentV2.write(content, **terms)
+
+    lifecycle, unchecked = "qubic.policy.lifecycle", lambda *_: None
+    with (
+        patch(f"{lifecycle}.PolicyDocument.write", write),
+        patch(f"{lifecycle}.check_enforceable", unchecked),
+        patch(f"{lifecycle}.check_removals", unchecked),
+    ):
+        return come_into_force({})
+
+
+def come_into_force(rules: dict[str, Rule]) -> str:
+    policies = wiring.policies()
+    proposed = policies.propose(rules, subject="olivia")
+    policies.approve(proposed.version, subject="oscar", four_eyes=True)
+    deadline = time.monotonic() + 20
+    while in_force() != proposed.policy_id and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert in_force() == proposed.policy_id
+    return proposed.policy_id
+
+
+def in_force() -> str:
+    return str(call("LedgerFunction", {"operation": "policy"})["result"]["policy_id"])
+
+
+def store() -> TaskStore:
+    return TaskStore("TasksTable")
+
+
+def approve(task_id: str, *subjects: str, deliver: bool = True) -> Approval:
+    for subject in subjects:
+        approval = store().decide(task_id, approved=True, subject=subject, reason="because")
+    if deliver and approval.status != "pending":
+        Executions.deliver(task_id, approval)
+    return approval
+
+
+def requests(aws: Cloud, task_id: str) -> int:
+    """How often people were asked."""
+    return kinds(aws, task_id).count("approval_requested:pending")
+
+
+def again(aws: Cloud, task_id: str) -> Approval:
+    """Wait until people are asked a second time."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        approval = store().open_approval(task_id)
+        if approval is not None and approval.round == 2:
+            aws.wait(task_id, "waiting_approval")
+            return approval
+        time.sleep(0.02)
+    raise AssertionError(f"nobody was asked again: {kinds(aws, task_id)}")
+
+
+def test_a_tier_without_approvals_asks_nobody(aws: Cloud, transfer: Callable[..., str]) -> None:
+    publish(TRANSFERS)
+    task_id = transfer(10)
+    aws.wait(task_id, "completed")
+    assert requests(aws, task_id) == 0
+    assert [state for state in aws.history(task_id) if state in {"AwaitApproval", "ExecuteAction"}] == [
+        "AwaitApproval",
+        "ExecuteAction",
+    ]
+
+
+def test_only_the_tiers_group_approves(aws: Cloud, transfer: Callable[..., str]) -> None:
+    policy_id = publish(TRANSFERS)
+    task_id = transfer(250)
+    aws.wait(task_id, "waiting_approval")
+    for outsider in ("erin", "mallory"):
+        with pytest.raises(ForbiddenError, match="only people in `finance`"):
+            approve(task_id, outsider)
+    assert approve(task_id, "bob").status == "pending"
+    approve(task_id, "carol")
+    aws.wait(task_id, "completed")
+    plan = store().plan_of(store().get_task(task_id))
+    assert plan.policy.model_dump() == {
+        "policy_id": policy_id, "action_type": "transfer_funds", "allowed": True, "requires_approval": True,
+        "risk_level": "high", "approvals": 2, "expires_after": None, "format": 2, "tier": 1, "approvers": "finance",
+        "signature": False,
+    }  # fmt: skip
+
+
+def test_an_amount_beyond_every_tier_is_denied_with_its_reason(aws: Cloud, transfer: Callable[..., str]) -> None:
+    publish(TRANSFERS)
+    task_id = transfer(501)
+    task = aws.wait(task_id, "denied")
+    assert "over max_amount" in task["reason"]
+    assert kinds(aws, task_id) == ["task_started:pending", "policy_checked:denied", "task_ended:denied"]
+
+
+def test_too_few_people_deny_a_task_at_once(aws: Cloud, transfer: Callable[..., str]) -> None:
+    publish(TRANSFERS, groups=GROUPS | {"finance": ["alice", "bob"]})
+    task = aws.wait(transfer(250), "denied")
+    assert task["reason"].startswith("too_few_approvers: ")
+
+
+def test_a_member_who_leaves_before_the_claim_does_not_count(aws: Cloud, transfer: Callable[..., str]) -> None:
+    publish(TRANSFERS)
+    task_id = transfer(250)
+    aws.wait(task_id, "waiting_approval")
+    approval = approve(task_id, "bob", "carol", deliver=False)
+    publish(TRANSFERS, groups=GROUPS | {"finance": ["bob", "dora", "erin"]})
+    Executions.deliver(task_id, approval)
+    asked = again(aws, task_id)
+    # Of the pinned group and the present one; the present tier lets erin count, who joined.
+    assert [quorum.members for quorum in asked.quorums] == [("bob", "dora")]
+    approve(task_id, "bob", "dora")
+    aws.wait(task_id, "completed")
+
+
+@pytest.mark.parametrize(
+    ("rules", "named"),
+    [
+        ({}, "does not allow transfer_funds"),
+        ({"transfer_funds": ALLOWED | {"allowed": False, "tiers": [FREE]}}, "does not allow transfer_funds"),
+        ({"transfer_funds": ALLOWED | {"tiers": [FREE]}}, "over max_amount"),
+        ({"transfer_funds": TRANSFERS["transfer_funds"] | {"requesters": ["user:zed"]}}, "this requester"),
+    ],
+)
+def test_a_stricter_policy_denies_an_approved_transfer(
+    aws: Cloud, transfer: Callable[..., str], rules: dict[str, Any], named: str
+) -> None:
+    publish(TRANSFERS)
+    task_id = transfer(250)
+    aws.wait(task_id, "waiting_approval")
+    approval = approve(task_id, "bob", "carol", deliver=False)
+    publish(rules)
+    Executions.deliver(task_id, approval)
+    task = aws.wait(task_id, "denied")
+    assert named in task["reason"]
+
+
+def test_format_2_comes_into_force_while_a_task_waits(aws: Cloud, transfer: Callable[..., str]) -> None:
+    task_id = transfer(250)
+    aws.wait(task_id, "waiting_approval")
+    approval = approve(task_id, "mallory", deliver=False)
+    publish(TRANSFERS)
+    Executions.deliver(task_id, approval)
+    asked = again(aws, task_id)
+    assert [(quorum.approvals, quorum.approvers) for quorum in asked.quorums] == [(2, "finance")]
+    approve(task_id, "bob", "carol")
+    aws.wait(task_id, "completed")
+    assert store().plan_of(store().get_task(task_id)).policy.format == 1
+
+
+def test_a_member_who_retried_a_task_does_not_count(aws: Cloud, transfer: Callable[..., str]) -> None:
+    publish(TRANSFERS)
+
+    def fail(event: Any) -> None:
+        raise ConnectionError("down")
+
+    aws.faults["AwaitApprovalFunction"] = fail
+    task_id = transfer(250)
+    aws.wait(task_id, "failed")
+    aws.execution(task_id)
+    aws.faults.clear()
+    retry(aws, task_id, subject="bob")
+    aws.wait(task_id, "waiting_approval")
+    [quorum] = store().open_approval(task_id).quorums  # type: ignore[union-attr]
+    assert quorum.members == ("carol", "dora")
+    with pytest.raises(ForbiddenError, match="retried"):
+        approve(task_id, "bob")
+    approve(task_id, "carol", "dora")
+    aws.wait(task_id, "completed")
+
+
+# Operators' actions, which are recorded only
+
+
+def refunds(**members: Any) -> dict[str, Any]:
+    return {"refund_customer": ALLOWED | {"tiers": [{"max_amount": None, "approvals": 0}]} | members}
+
+
+def refund(aws: Cloud, amount: int = 50) -> str:
+    moment = {"order_id": "123456", "amount": amount}
+    return begin(aws, "refund_customer", only=moment)
+
+
+def used(limits: list[dict[str, Any]]) -> list[int]:
+    return [limit["used"] for limit in limits]
+
+
+def claim_of(aws: Cloud, task_id: str) -> dict[str, Any]:
+    """What the action's claim states."""
+    found = Outbox("TasksTable").disclosed(task_id).values()
+    *_, claim = [json.loads(event.output) for event in found if event.kind == "step_started"]
+    return dict(claim)
+
+
+def test_an_operators_action_counts_in_its_limits(aws: Cloud) -> None:
+    limit = {"window_seconds": 86400, "max_amount": 100, "per": "action", "over": "deny"}
+    count = {"window_seconds": 3600, "max_count": 5, "per": "requester", "over": "deny"}
+    publish(refunds(limits=[limit, count]), actions={"refund_customer": REFUND})
+    first, second = refund(aws), None
+    aws.wait(first, "completed")
+    second = refund(aws)
+    aws.wait(second, "completed")
+    assert (used(claim_of(aws, first)["limits"]), used(claim_of(aws, second)["limits"])) == ([0, 0], [50, 1])
+    third = refund(aws, 1)
+    task = aws.wait(third, "denied")
+    assert task["reason"].startswith("limit_exceeded: `amount` 1 EUR-cent exceeds the limit of 100 EUR-cent in 86400 s")
+    assert "step_started:running" not in kinds(aws, third)[-2:]
+
+
+def test_over_a_limit_its_group_approves(aws: Cloud) -> None:
+    over = {"approvals": 1, "approvers": "cfo"}
+    limit = {"window_seconds": 86400, "max_count": 1, "per": "requester", "over": over}
+    publish(refunds(limits=[limit]), actions={"refund_customer": REFUND})
+    aws.wait(refund(aws), "completed")
+    task_id = refund(aws)
+    aws.wait(task_id, "waiting_approval")
+    with pytest.raises(ForbiddenError):
+        approve(task_id, "bob")
+    approve(task_id, "erin")
+    aws.wait(task_id, "completed")
+    assert used(claim_of(aws, task_id)["limits"]) == [1]
+    assert claim_of(aws, task_id)["limits"][0]["maximum"] == 1
+
+
+def test_an_action_that_fails_gives_its_share_back(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = {"window_seconds": 86400, "max_amount": 100, "per": "action", "over": "deny"}
+    publish(refunds(limits=[limit]), actions={"refund_customer": REFUND})
+
+    def no(*_: Any, **__: Any) -> Any:
+        raise PermanentError("not_allowed", "a test")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LedgerClient, "record_instruction", no)
+        aws.wait(refund(aws, 100), "failed")
+    task_id = refund(aws, 100)
+    aws.wait(task_id, "completed")
+    assert used(claim_of(aws, task_id)["limits"]) == [0]
+
+
+def test_parameters_that_do_not_fit_the_schema_are_denied(aws: Cloud) -> None:
+    publish(refunds(limits=[]), actions={"refund_customer": REFUND})
+    task = aws.wait(begin(aws, "refund_customer", only={"order_id": "12", "amount": 5}), "denied")
+    assert task["reason"].startswith("invalid_parameters: parameters.order_id: ")
+
+
+def test_an_action_that_the_policy_does_not_define_is_denied(aws: Cloud) -> None:
+    publish(TRANSFERS)
+    task = aws.wait(begin(aws, "note", only={}), "denied")
+    assert "has no action note" in task["reason"]
+
+
+# Monitoring
+
+
+def watching(**members: Any) -> dict[str, Any]:
+    return {"monitoring": ALLOWED | {"tiers": [{"max_amount": None, "approvals": 0}]} | members}
+
+
+def test_monitoring_with_approvals_waits_for_the_group(aws: Cloud, start: Callable[..., str]) -> None:
+    publish(watching(tiers=[{"max_amount": None, "approvals": 1, "approvers": "cfo"}]))
+    task_id = start()
+    aws.wait(task_id, "waiting_approval")
+    approve(task_id, "erin")
+    aws.wait(task_id, "completed")
+
+
+def test_monitoring_over_its_limit_waits_for_people(aws: Cloud, start: Callable[..., str]) -> None:
+    limit = {"window_seconds": 3600, "max_count": 1, "per": "source", "over": {"approvals": 1}}
+    publish(watching(limits=[limit]))
+    aws.wait(start(), "completed")
+    task_id = start()
+    aws.wait(task_id, "waiting_approval")
+    approve(task_id, "bob")
+    aws.wait(task_id, "completed")
+    assert used(claim_of(aws, task_id)["limits"]) == [1]
+
+
+# Suspension
+
+
+@pytest.mark.parametrize("name", ["transfer_funds", "*"])
+def test_a_suspension_denies_what_was_approved(aws: Cloud, transfer: Callable[..., str], name: str) -> None:
+    publish(TRANSFERS)
+    task_id = transfer(250)
+    aws.wait(task_id, "waiting_approval")
+    approval = approve(task_id, "bob", "carol", deliver=False)
+    wiring.suspending().suspend(name, subject="olivia", reason="the supplier's address changed")
+    Executions.deliver(task_id, approval)
+    task = aws.wait(task_id, "denied")
+    assert task["reason"].startswith("suspended: olivia suspended ")
+    assert "step_started:running" not in kinds(aws, task_id)[-3:]
+
+
+def test_a_suspension_denies_a_plain_step(aws: Cloud, start: Callable[..., str]) -> None:
+    publish(watching())
+    wiring.suspending().suspend("monitoring", subject="olivia", reason="a test")
+    task = aws.wait(start(), "denied")
+    assert task["reason"].startswith("suspended: olivia suspended `monitoring`")
