@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from fastapi import Body, Depends, FastAPI, Path, Query
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, StringConstraints, TypeAdapter
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from qaes.adapters.http import EVERY_ROLE, Caller, require
+from qaes.adapters.strict_input import accepts_bytes
 from qaes.domain.planning import RECORDED_ONLY, Effect, action_step, effect_of
-from qaes.domain.policy import MAX_RULES, POLICY_ID_PATTERN, ActionRule, ActionType, PolicyDifference, Rule, Rules
+from qaes.domain.policy import (
+    DENIED,
+    MAX_RULES,
+    POLICY_ID_PATTERN,
+    ActionRule,
+    ActionType,
+    PolicyDifference,
+    Rule,
+    normalised,
+    read_document,
+)
+from qaes.domain.policy.document import MAX_ACTIONS, MAX_DOCUMENT_V2_BYTES, MAX_GROUPS, Actions, Groups
 from qubic import suspension_api
 from qubic.policy.lifecycle import Policies
 from qubic.policy.versions import PolicyVersion
@@ -17,6 +32,25 @@ from qubic.suspension_api import SuspendedAction
 
 Operator = Annotated[Caller, Depends(require("operator", deciding=True))]
 Version = Annotated[int, Path(ge=1, lt=10**9)]
+
+
+MAX_PROPOSAL_BYTES = 2 * MAX_DOCUMENT_V2_BYTES
+"""Of the body of a proposal: JSON with escapes and line breaks is longer than the canonical text of the document."""
+MAX_REMOVED = MAX_RULES + MAX_GROUPS + MAX_ACTIONS
+
+
+AnyRules = Annotated[dict[ActionType, Rule | ActionRule], Field(max_length=MAX_RULES)]
+
+
+@dataclass(frozen=True)
+class Described:
+    """Documents a field of JSON by a type, which the domain checks: its errors name the part that is wrong."""
+
+    type_: Any
+
+    def __get_pydantic_json_schema__(self, _: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """Return the JSON schema of the type."""
+        return handler(TypeAdapter(self.type_).core_schema)
 
 
 class _Answer(BaseModel):
@@ -31,8 +65,8 @@ class RuleAnswer(_Answer):
     policy_id: str
     action_type: str
     allowed: bool
-    requires_approval: bool
-    rules: Rule
+    requires_approval: bool = Field(description="in format 2: whether any tier of the rule requires approvals")
+    rules: Rule | ActionRule
     effect: Effect = Field(description="of a task of this type; `recorded only`: the system performs nothing")
     suspended: list[SuspendedAction] = Field(description="this action, `*`, both or none")
 
@@ -42,6 +76,7 @@ class PolicyAnswer(_Answer):
 
     policy_id: str
     version: int
+    format: Literal[1, 2]
     rules: dict[str, Rule | ActionRule]
     recorded_only: list[str] = Field(description="action types that the system records, and does not perform")
     suspended: list[SuspendedAction] = Field(description="the suspended actions, which the rules do not show")
@@ -62,9 +97,13 @@ class PolicyProposalAnswer(PolicyVersionAnswer):
 
 
 class PolicyDocumentAnswer(PolicyProposalAnswer):
-    """A version of the policy; `text` is its document to the letter, whose SHA-256 is `hash`."""
+    """A version of the policy, with its document.
 
-    text: str
+    `text` is the document to the letter, whose SHA-256 is `hash`. A document with actions names their handlers, so
+    callers with the role requester alone get null instead of it, and instead of the difference.
+    """
+
+    text: str | None
 
 
 class PolicyVersionsAnswer(_Answer):
@@ -75,18 +114,24 @@ class PolicyVersionsAnswer(_Answer):
 
 
 class PolicyRequest(BaseModel):
-    """A new version: all of its rules. What is not among them is denied, and named in `remove` if it had a rule."""
+    """A new version, in whole.
+
+    With `groups` or `actions`, even empty, it has format 2; with `rules` alone it has format 1. An action without a
+    rule is denied. `remove` names every rule, group and action of the policy in force that the new version drops.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     based_on: str = Field(
-        pattern=POLICY_ID_PATTERN, description="the policy in force that was looked at; 409 if it is another by now"
+        pattern=POLICY_ID_PATTERN, description="the policy in force that you reviewed; 409 if another is in force"
     )
-    rules: Rules
+    rules: Annotated[dict[str, Any], Described(AnyRules)] = Field(
+        description="by action type; all of one format"
+    )
+    groups: Annotated[dict[str, Any] | None, Described(Groups | None)] = None
+    actions: Annotated[dict[str, Any] | None, Described(Actions | None)] = None
     remove: list[ActionType] = Field(
-        default_factory=list,
-        max_length=MAX_RULES,
-        description="the rules of the policy in force that `rules` drops: each must be named here",
+        default_factory=list, max_length=MAX_REMOVED, description="what the new version drops: each must be named here"
     )
 
 
@@ -117,21 +162,31 @@ def get_policy(
             network=it.network,
             policy_id=policy.policy_id,
             version=policy.version,
+            format=policy.format,
             rules=dict(policy.rules),
             recorded_only=recorded,
             suspended=[SuspendedAction.of(each) for each in suspension_api.suspending().suspended()],
         )
-    decision = policy.decide(action_type)
+    rule = policy.rules.get(action_type, DENIED)
+    tiers = normalised(action_type, rule).tiers if isinstance(rule, Rule) else rule.tiers
     return RuleAnswer(
         network=it.network,
         policy_id=policy.policy_id,
         action_type=action_type,
-        allowed=decision.allowed,
-        requires_approval=decision.requires_approval,
-        rules=decision.rule,
+        allowed=rule.allowed,
+        requires_approval=any(tier.approvals for tier in tiers),
+        rules=rule,
         effect=effect_of(action_step(action_type)),
         suspended=[SuspendedAction.of(each) for each in suspension_api.suspending().suspended(action_type)],
     )
+
+
+def has_actions(text: str) -> bool:
+    """Whether a document defines actions, and so names their handlers. One that cannot be read is taken to do so."""
+    try:
+        return bool(getattr(read_document(text), "actions", None))
+    except ValueError:
+        return True
 
 
 def get_policy_versions(
@@ -145,17 +200,27 @@ def get_policy_versions(
     return PolicyVersionsAnswer(network=it.network, versions=found, next_before=found[-1].version if more else None)
 
 
-def get_policy_version(version: Version) -> PolicyDocumentAnswer:
+def get_policy_version(version: Version, caller: Annotated[Caller, Depends(EVERY_ROLE)]) -> PolicyDocumentAnswer:
     """A version of the policy: its document, and what became of it."""
     it = policies()
     found, text = it.read(version)
+    if not caller.has("approver", "auditor") and has_actions(text):
+        return PolicyDocumentAnswer(network=it.network, text=None, difference=None, **dict(found))
     return PolicyDocumentAnswer(network=it.network, text=text, difference=it.difference(version), **dict(found))
 
 
+@accepts_bytes(MAX_PROPOSAL_BYTES)
 def propose_policy(body: PolicyRequest, caller: Operator) -> PolicyProposalAnswer:
     """Propose a new version of the policy, for another operator to approve. Operators only."""
     it = policies()
-    proposed = it.propose(body.rules, subject=caller.subject, based_on=body.based_on, remove=body.remove)
+    proposed = it.propose(
+        body.rules,
+        groups=body.groups,
+        actions=body.actions,
+        subject=caller.subject,
+        based_on=body.based_on,
+        remove=body.remove,
+    )
     changes = it.difference(proposed.version)
     return PolicyProposalAnswer(network=it.network, difference=changes, **dict(proposed))
 
@@ -181,7 +246,7 @@ def add_policy_routes(app: FastAPI) -> None:
     anybody: Any = [Depends(EVERY_ROLE)]
     app.get("/policy", dependencies=anybody)(get_policy)
     app.get("/policy/versions", dependencies=anybody)(get_policy_versions)
-    app.get("/policy/versions/{version}", dependencies=anybody)(get_policy_version)
+    app.get("/policy/versions/{version}")(get_policy_version)
     app.post("/policy", status_code=201)(propose_policy)
     app.post("/policy/versions/{version}/approve")(approve_policy)
     app.post("/policy/versions/{version}/reject")(reject_policy)

@@ -10,7 +10,7 @@ that none overtakes another. Version 1 has the default rules; the first request 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,11 +32,10 @@ from qaes.domain.policy import (
     Policy,
     PolicyDifference,
     PolicyDocument,
-    Rule,
-    check_enforceable,
-    check_removals,
+    PolicyDocumentV2,
     difference,
     policy_id_of,
+    proposing,
     read_document,
     version_of,
 )
@@ -46,6 +45,8 @@ from qubic.items import ChangedError, Item, attempts
 from qubic.policy.trust import AlteredError, Trust, submission_key
 from qubic.policy.versions import MAX_VERSION, Head, PolicyVersion, record_of, text_of, version_sk
 from qubic.transactions.submissions import Submissions
+
+AnyDocument = PolicyDocument | PolicyDocumentV2
 
 
 class Policies(Trust):
@@ -185,39 +186,42 @@ class Policies(Trust):
     # Decisions
 
     def propose(
-        self, rules: dict[str, Rule], *, subject: str, based_on: str | None = None, remove: Sequence[str] = ()
+        self,
+        rules: Mapping[str, Any],
+        *,
+        subject: str,
+        based_on: str | None = None,
+        remove: Sequence[str] = (),
+        groups: Mapping[str, Any] | None = None,
+        actions: Mapping[str, Any] | None = None,
     ) -> PolicyVersion:
-        """Write a new version down, for another operator to approve. The same proposal again is the same version.
+        """Store a new version, for another operator to approve. The same proposal again is the same version.
 
         Parameters
         ----------
-        rules
-            All rules: what is not among them is denied.
+        rules, groups, actions
+            The whole version. With `groups` or `actions`, even empty, it has format 2; with `rules` alone format 1.
         subject
-            Who proposes.
+            The operator who proposes.
         based_on
-            The `policy_id` that was looked at; by default the one in force.
+            The `policy_id` of the version that the operator reviewed; by default the one in force.
         remove
-            The rules in force that the new version drops: each has to be named.
+            The rules, groups and actions in force that the new version drops: each has to be named.
 
         Raises
         ------
         ConflictError
             `based_on` is not in force (any more), or a version is on its way to the ledger.
         InvalidInputError
-            The document is not acceptable, or `remove` does not name just what it drops.
+            The document is not acceptable, or `remove` does not name exactly what it drops.
         """
+        content = {"rules": rules, "groups": groups, "actions": actions}
         for _ in attempts():
             head = self._head()
             current = self.in_force()
-            based_on = based_on or current.policy_id
-            self._check_not_stale(head, based_on, current)
+            self._check_not_stale(head, based_on or current.policy_id, current)
             newest = self._item(head.newest)
-            document = PolicyDocument.write(
-                rules, version=head.newest + 1, proposed_by=subject, based_on=current.policy_id
-            )
-            check_enforceable(rules)
-            check_removals(current, document, remove)
+            document = proposing.propose(current, content, version=head.newest + 1, proposed_by=subject, remove=remove)
             if newest is not None and _is_same_proposal(newest, document):
                 return record_of(newest)
             proposed = _new_record(document, timestamp(now()))
@@ -365,7 +369,7 @@ class Policies(Trust):
         return record.model_copy(update={"status": "anchoring", "txid": submission.txid, "tick": submission.tick})
 
 
-def _new_record(document: PolicyDocument, moment: str) -> PolicyVersion:
+def _new_record(document: AnyDocument, moment: str) -> PolicyVersion:
     hash_ = sha256_hex(document.text())
     return PolicyVersion(
         version=document.version,
@@ -378,7 +382,7 @@ def _new_record(document: PolicyDocument, moment: str) -> PolicyVersion:
     )
 
 
-def _is_same_proposal(item: Item, document: PolicyDocument) -> bool:
+def _is_same_proposal(item: Item, document: AnyDocument) -> bool:
     """Tell whether the newest version is this very proposal, still open: it was sent twice."""
     version = document.version - 1
     return (

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator
 from functools import wraps
 from inspect import iscoroutinefunction
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -22,6 +22,8 @@ from starlette.exceptions import HTTPException
 
 from qaes.domain.errors import InvalidInputError
 from qaes.domain.text import flaw_of, inert, json_inert
+
+Endpoint = TypeVar("Endpoint", bound=Callable[..., object])
 
 MAX_BODY_BYTES = 256 * 1024
 MAX_DEPTH = 32
@@ -54,6 +56,7 @@ class StrictRoute(APIRoute):
         handle = super().get_route_handler()
         guards: list[Any] = [each.call for each in self.dependant.dependencies if hasattr(each.call, "roles")]
         query = {each.alias: each.field_info.annotation for each in _of(self.dependant, "query_params")}
+        limit = getattr(self.endpoint, "max_body_bytes", MAX_BODY_BYTES)
         headers = (*_ONE_MEANING, *(each.alias for each in _of(self.dependant, "header_params")))
 
         async def strictly(request: Request) -> Response:
@@ -66,6 +69,7 @@ class StrictRoute(APIRoute):
                 if content_type != "application/json" and not content_type.endswith("+json"):
                     raise HTTPException(415, "The body must be application/json.")
                 request = _StrictRequest(request.scope, request.receive)
+                request.limit = limit
                 await request.json()
             return _inert(await handle(request))
 
@@ -133,25 +137,37 @@ def _in_this_thread(endpoint: Callable[..., object]) -> Callable[..., Coroutine[
 
 
 class _StrictRequest(Request):
+    limit = MAX_BODY_BYTES
+
     async def json(self) -> object:
         if not hasattr(self, "_parsed"):
-            self._parsed = parse_json(await self.body())
+            self._parsed = parse_json(await self.body(), self.limit)
         return self._parsed
 
 
-def parse_json(body: bytes) -> object:
+def accepts_bytes(limit: int) -> Callable[[Endpoint], Endpoint]:
+    """Let an endpoint accept a body of up to `limit` bytes instead of MAX_BODY_BYTES."""
+
+    def decorate(endpoint: Endpoint) -> Endpoint:
+        endpoint.max_body_bytes = limit  # type: ignore[attr-defined] # StrictRoute reads it
+        return endpoint
+
+    return decorate
+
+
+def parse_json(body: bytes, limit: int = MAX_BODY_BYTES) -> object:
     """Parse a JSON text (RFC 8259) without ambiguous constructs. Return None for an empty body.
 
     Raises
     ------
     HTTPException
-        413 if it is longer than `MAX_BODY_BYTES`, 400 if it is not JSON in UTF-8.
+        413 if it is longer than `limit` bytes, 400 if it is not JSON in UTF-8.
     InvalidInputError
         The body has an integer above 2^53 - 1, a number that is not finite, a duplicate name, deceptive text (a name
         must not have line breaks either), or more than `MAX_DEPTH` levels; `field` names the place.
     """
-    if len(body) > MAX_BODY_BYTES:
-        raise HTTPException(413, f"The body is larger than {MAX_BODY_BYTES} bytes.")
+    if len(body) > limit:
+        raise HTTPException(413, f"The body is larger than {limit} bytes.")
     if not body:
         return None
     try:
