@@ -162,7 +162,7 @@ class HttpsHandler(BaseModel):
 
 def _kind_of_handler(value: Any) -> str | None:
     kind = value.get("type") if isinstance(value, Mapping) else getattr(value, "type", None)
-    return f"<{kind}>" if kind in {"lambda", "https"} else None
+    return f"<{kind}>" if kind in ("lambda", "https") else None
 
 
 Handler = Annotated[
