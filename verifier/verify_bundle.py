@@ -302,7 +302,14 @@ def check_inclusion(bundle: dict[str, Any], entries: list[dict[str, Any]], ancho
 SKEW = 300  # seconds: functions have clocks of their own; by more than that no entry is older than one before it
 LATE = 3600  # seconds after an approval's time in which a step may still begin by it: retries and deliveries take time
 MOST = 10**15  # QU: the supply is of that order
-NEEDS_APPROVAL = ("onchain_action", "generic_action", "monitor_action")
+ACTIONS = {  # action: the type of the step that performs it, and the parameters of the step from those of the request
+    "transfer_funds": (
+        "onchain_action",
+        {"to_address": "to_address", "amount": "amount", "from_address": "wallet_address"},
+    ),
+    "monitoring": ("monitor_action", {"wallet_address": "wallet_address", "alert_threshold": "alert_threshold"}),
+}
+NEEDS_APPROVAL = ("generic_action", *(type_ for type_, _ in ACTIONS.values()))
 INVISIBLE = (  # and printable
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
@@ -379,12 +386,9 @@ def planned(request: dict[str, Any], policy: dict[str, Any]) -> list[list[Any]]:
     wallet = parameters.get("wallet_address")
     steps: list[tuple[str, Any]] = [("check_balance", {"wallet_address": wallet})] if wallet is not None else []
     steps.append(("policy_check", {"action_type": action, "policy_id": policy["policy_id"]}))
-    if action == "transfer_funds":
-        to = {name: parameters.get(name) for name in ("to_address", "amount")}
-        steps.append(("onchain_action", to | {"from_address": wallet}))
-    elif action == "monitoring":
-        threshold = parameters.get("alert_threshold")
-        steps.append(("monitor_action", {"wallet_address": wallet, "alert_threshold": threshold}))
+    if action in ACTIONS:
+        type_, takes = ACTIONS[action]
+        steps.append((type_, {name: parameters.get(given) for name, given in takes.items()}))
     else:
         steps.append(("generic_action", {name: request[name] for name in ("task_type", "description", "parameters")}))
     return [[f"step_{number}", *each] for number, each in enumerate(steps, start=1)]

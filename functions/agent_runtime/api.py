@@ -12,8 +12,9 @@ from qaes.adapters.http import Caller, TaskId, create_app, make_handler, require
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain.errors import NotFoundError
 from qaes.domain.ids import is_task_id
-from qaes.domain.models import CONFIRMED_LATER, TERMINAL, Status, Step, StepRecord, StepStatus, StepType, Task
+from qaes.domain.models import TERMINAL, Status, Step, StepRecord, StepStatus, Task
 from qaes.domain.planning import Effect, effect_of
+from qaes.domain.step_types import CONFIRMED_LATER, StepType
 
 app = create_app("agent-runtime")
 handler = make_handler(app)

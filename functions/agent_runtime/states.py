@@ -23,8 +23,9 @@ from qaes.adapters.task_repository import TaskStore
 from qaes.domain import compliance, planning, suspensions
 from qaes.domain.compliance import Verdict
 from qaes.domain.errors import StepDeniedError
-from qaes.domain.models import CONFIRMED_LATER, TERMINAL, Approval, Model, Plan, StepRecord, Task
+from qaes.domain.models import TERMINAL, Approval, Model, Plan, StepRecord, Task
 from qaes.domain.ruling import rule
+from qaes.domain.step_types import CONFIRMED_LATER
 from qaes.domain.tasks import lifecycle
 
 

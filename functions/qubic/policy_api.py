@@ -125,9 +125,7 @@ class PolicyRequest(BaseModel):
     based_on: str = Field(
         pattern=POLICY_ID_PATTERN, description="the policy in force that you reviewed; 409 if another is in force"
     )
-    rules: Annotated[dict[str, Any], Described(AnyRules)] = Field(
-        description="by action type; all of one format"
-    )
+    rules: Annotated[dict[str, Any], Described(AnyRules)] = Field(description="by action type; all of one format")
     groups: Annotated[dict[str, Any] | None, Described(Groups | None)] = None
     actions: Annotated[dict[str, Any] | None, Described(Actions | None)] = None
     remove: list[ActionType] = Field(

@@ -21,8 +21,9 @@ from qaes.adapters.task_repository import TaskStore
 from qaes.domain import compliance, planning, suspensions
 from qaes.domain.errors import ConflictError, PermanentError, StepDeniedError, StepFailedError
 from qaes.domain.ids import now
-from qaes.domain.models import CONFIRMED_LATER, TERMINAL, Plan, StepRecord, Task
+from qaes.domain.models import TERMINAL, Plan, StepRecord, Task
 from qaes.domain.ruling import rule
+from qaes.domain.step_types import CONFIRMED_LATER
 from qaes.domain.tasks import lifecycle
 from qaes.domain.tasks.lifecycle import StepOutcome
 from worker import steps

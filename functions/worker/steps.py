@@ -15,9 +15,10 @@ from qaes.adapters.transfers import result_of
 from qaes.domain import planning
 from qaes.domain.canonical import hash_of
 from qaes.domain.errors import PermanentError
-from qaes.domain.models import Plan, Step, StepType, Task, WalletBalance
+from qaes.domain.models import Plan, Step, Task, WalletBalance
 from qaes.domain.qubic import OPEN_STATES
 from qaes.domain.ruling import Ruling, rule
+from qaes.domain.step_types import StepType
 from qaes.domain.suspensions import Suspension
 from qaes.domain.tasks.lifecycle import StepOutcome
 

@@ -12,8 +12,9 @@ from typing import Any
 from qaes.adapters import suspensions
 from qaes.adapters.limits import LimitsTable
 from qaes.domain.errors import ApprovalNeededError, PermanentError, StepDeniedError
-from qaes.domain.models import CONFIRMED_LATER, Decision, Step, Task
+from qaes.domain.models import Decision, Step, Task
 from qaes.domain.ruling import Ruling, Usage
+from qaes.domain.step_types import CONFIRMED_LATER
 from qaes.domain.suspensions import refusal
 
 Item = dict[str, Any]

@@ -16,7 +16,8 @@ from qaes.adapters.shards import IN_FLIGHT, status_key
 from qaes.adapters.task_events import event_item
 from qaes.domain.canonical import canonical_json, hash_of
 from qaes.domain.ids import now, timestamp
-from qaes.domain.models import CONFIRMED_LATER, Approval, Event, Plan, Status, StepRecord, Task
+from qaes.domain.models import Approval, Event, Plan, Status, StepRecord, Task
+from qaes.domain.step_types import CONFIRMED_LATER
 from qaes.domain.tasks.decisions import Decided
 
 IDEMPOTENCY_SECONDS = 24 * 3600

@@ -18,9 +18,10 @@ from qaes.adapters.task_repository import TaskStore
 from qaes.domain import compliance, planning
 from qaes.domain.errors import PermanentError, StepFailedError
 from qaes.domain.ids import now, parse_timestamp
-from qaes.domain.models import CONFIRMED_LATER, TERMINAL, Plan, Step, StepRecord, Task, WalletBalance
+from qaes.domain.models import TERMINAL, Plan, Step, StepRecord, Task, WalletBalance
 from qaes.domain.qubic import OPEN_STATES
 from qaes.domain.ruling import Ruling, Usage
+from qaes.domain.step_types import CONFIRMED_LATER
 from qaes.domain.tasks.lifecycle import StepOutcome
 
 LATE_SECONDS = 300

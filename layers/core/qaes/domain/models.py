@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 
 from qaes.domain.canonical import hash_of
 from qaes.domain.policy import PolicyDecision, RiskLevel
+from qaes.domain.step_types import StepType
 
 Status = Literal[
     "pending",
@@ -25,13 +26,6 @@ Status = Literal[
 TERMINAL: frozenset[str] = frozenset({"completed", "denied", "rejected", "expired", "failed", "cancelled"})
 OPEN_STATUSES: tuple[Status, ...] = ("pending", "executing", "waiting_approval")
 """The statuses of a task that has not ended. No task has `planning`, which stays in the API for its clients."""
-
-StepType = Literal["check_balance", "policy_check", "monitor_action", "onchain_action", "generic_action"]
-EFFECT_TYPES: frozenset[str] = frozenset({"onchain_action", "generic_action"})
-"""Step types that change something outside; only these can need an approval."""
-
-CONFIRMED_LATER: frozenset[StepType] = frozenset({"onchain_action"})
-"""Step types whose effect is handed in, and known only later: a transfer."""
 
 StepStatus = Literal["pending", "running", "succeeded", "failed"]
 ApprovalStatus = Literal["pending", "approved", "rejected", "expired", "cancelled"]

@@ -5,22 +5,15 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from qaes.domain.errors import ConflictError, InvalidInputError
-from qaes.domain.models import EFFECT_TYPES, Analysis, Plan, Step, StepType, Task
+from qaes.domain.models import Analysis, Plan, Step, Task
 from qaes.domain.policy import DENIED, TRANSFER_ACTION, Policy, PolicyDecision
+from qaes.domain.policy.actions import ACTION_STEPS, BUILT_IN, action_of, step_of
 from qaes.domain.qubic.identity import check_payable
+from qaes.domain.step_types import EFFECT_TYPES, StepType
 
 Effect = Literal["performed", "recorded only"]
 """What a completed action has done. `recorded only`: the hash of its instruction is on the ledger, and that is all."""
 
-ACTION_TYPES = {"monitor_wallet": "monitoring"}
-"""Task types whose action type has another name; any other word is its own, denied unless a rule allows it."""
-
-ACTION_STEPS: dict[str, StepType] = {"monitoring": "monitor_action", TRANSFER_ACTION: "onchain_action"}
-NEEDS: dict[StepType, tuple[str, ...]] = {
-    "monitor_action": ("wallet_address",),
-    "onchain_action": ("wallet_address", "to_address", "amount"),
-}
-"""The parameters without which an action fails for certain."""
 RECORDED_ONLY: Effect = "recorded only"
 MAX_STEPS = 50
 
@@ -34,12 +27,12 @@ def analyze(task_type: str, policy: Policy) -> Analysis:
 
 def action_type(task_type: str) -> str:
     """Return what kind of action a task of that type asks for: what the policy has rules for."""
-    return ACTION_TYPES.get(task_type, task_type)
+    return action_of(task_type)
 
 
 def action_step(task_type: str) -> StepType:
     """Return the type of the step that performs a task of that type."""
-    return ACTION_STEPS.get(action_type(task_type), "generic_action")
+    return step_of(action_of(task_type))
 
 
 def effect_of(step: StepType) -> Effect:
@@ -70,8 +63,8 @@ def build_plan(
     if wallet is not None:
         steps.append(("check_balance", {"wallet_address": wallet}))
     steps.append(("policy_check", {"action_type": analysis.action_type, "policy_id": policy.policy_id}))
-    action = ACTION_STEPS.get(analysis.action_type, "generic_action")
-    steps.append((action, _action_parameters(action, task_type, description, parameters)))
+    values = _action_parameters(analysis.action_type, task_type, description, parameters)
+    steps.append((step_of(analysis.action_type), values))
     return Plan(
         plan_id=plan_id,
         task_id=task_id,
@@ -103,29 +96,20 @@ def step_requires_approval(type_: StepType, policy: PolicyDecision) -> bool:
 
 def can_require_approval(type_: StepType) -> bool:
     """Whether a step of this type is the action itself, of which people may have to approve."""
-    return type_ in EFFECT_TYPES | {"monitor_action"}
+    return type_ in ACTION_STEPS
 
 
-def _action_parameters(
-    action: StepType, task_type: str, description: str, parameters: dict[str, Any]
-) -> dict[str, Any]:
-    if action == "onchain_action":
-        for field in NEEDS[action]:
+def _action_parameters(action: str, task_type: str, description: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    takes = BUILT_IN[action].takes if action in BUILT_IN else None
+    if takes is None:
+        return {"task_type": task_type, "description": description, "parameters": parameters}
+    if action == TRANSFER_ACTION:
+        for field in BUILT_IN[action].needs:
             if field not in parameters:
                 raise InvalidInputError(f"a transfer needs {field}", field=f"parameters.{field}")
         for field in ("wallet_address", "to_address"):
             check_payable(parameters[field], f"parameters.{field}")
-        return {
-            "from_address": parameters["wallet_address"],
-            "to_address": parameters["to_address"],
-            "amount": parameters["amount"],
-        }
-    if action == "monitor_action":
-        return {
-            "wallet_address": parameters.get("wallet_address"),
-            "alert_threshold": parameters.get("alert_threshold"),
-        }
-    return {"task_type": task_type, "description": description, "parameters": parameters}
+    return {name: parameters.get(given) for name, given in takes.items()}
 
 
 def check_follows(plan: Plan, task: Task) -> None:

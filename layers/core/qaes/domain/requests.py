@@ -6,9 +6,10 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
-from qaes.domain import planning
 from qaes.domain.canonical import canonical_json
 from qaes.domain.errors import InvalidInputError
+from qaes.domain.policy import TRANSFER_ACTION
+from qaes.domain.policy.actions import BUILT_IN, action_of
 from qaes.domain.qubic import MAX_QU
 from qaes.domain.qubic.demo import is_same_wallet
 from qaes.domain.qubic.identity import check_address, check_payable, is_identity_shaped
@@ -81,13 +82,13 @@ class TaskRequest(BaseModel):
                 raise InvalidInputError("must be the same as parameters.wallet_address", field="wallet_address")
         _check_whole_number(parameters, "amount", 1)
         _check_whole_number(parameters, "alert_threshold", 0)
-        step = planning.action_step(self.task_type)
-        for name in planning.NEEDS.get(step, ()):
+        action = action_of(self.task_type)
+        for name in BUILT_IN[action].needs if action in BUILT_IN else ():
             if name not in parameters:
                 raise InvalidInputError(f"a task of type {self.task_type} requires {name}", field=f"parameters.{name}")
-        for name in ("wallet_address", "to_address") if step == "onchain_action" else ():
+        for name in ("wallet_address", "to_address") if action == TRANSFER_ACTION else ():
             check_payable(parameters[name], f"parameters.{name}")
-        if step == "onchain_action" and is_same_wallet(parameters["wallet_address"], parameters["to_address"]):
+        if action == TRANSFER_ACTION and is_same_wallet(parameters["wallet_address"], parameters["to_address"]):
             raise InvalidInputError("must not be the paying wallet", field="parameters.to_address")
         _check_size(parameters)
         return parameters

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 
 from qaes.domain.policy.names import TRANSFER_ACTION, Name, once
 from qaes.domain.policy.rules import policy_error
+from qaes.domain.step_types import StepType
 
 Effect = Literal["none", "reversible", "irreversible"]
 JsonSchema = dict[str, Any]
@@ -34,14 +35,21 @@ class BuiltIn:
 
     Attributes
     ----------
+    step
+        The type of the step that performs the action.
     needs
         The parameters without which a request is refused.
+    takes
+        The parameters of the step, each with the name of the request's parameter; None: the step takes the whole
+        request.
     """
 
     title: str
     effect: Effect
+    step: StepType
     parameters: JsonSchema
     needs: tuple[str, ...]
+    takes: Mapping[str, str] | None = None
     amount: str | None = None
     destination: str | None = None
     source: str | None = "/wallet_address"
@@ -55,16 +63,19 @@ BUILT_IN: Mapping[str, BuiltIn] = {
     "monitoring": BuiltIn(
         title="Monitor a wallet",
         effect="none",
+        step="monitor_action",
         parameters={
             "type": "object",
             "properties": {"wallet_address": _ADDRESS, "alert_threshold": _QU | {"minimum": 0}},
             "required": ["wallet_address"],
         },
         needs=("wallet_address",),
+        takes={"wallet_address": "wallet_address", "alert_threshold": "alert_threshold"},
     ),
     "transaction": BuiltIn(
         title="Record an instruction",
         effect="none",
+        step="generic_action",
         parameters={
             "type": "object",
             "properties": {"wallet_address": _ADDRESS, "to_address": _ADDRESS, "amount": _QU},
@@ -76,18 +87,28 @@ BUILT_IN: Mapping[str, BuiltIn] = {
     TRANSFER_ACTION: BuiltIn(
         title="Transfer QU",
         effect="irreversible",
+        step="onchain_action",
         parameters={
             "type": "object",
             "properties": {"wallet_address": _ADDRESS, "to_address": _ADDRESS, "amount": _QU},
             "required": ["wallet_address", "to_address", "amount"],
         },
         needs=("wallet_address", "to_address", "amount"),
+        takes={"from_address": "wallet_address", "to_address": "to_address", "amount": "amount"},
         amount="/amount",
         destination="/to_address",
     ),
 }
 RESERVED = frozenset({*BUILT_IN, *TASK_TYPES})
 """The names that no document can define."""
+
+ACTION_STEPS: frozenset[StepType] = frozenset(action.step for action in BUILT_IN.values())
+"""The types of steps that perform an action, and so can need an approval: the last step of each plan."""
+
+
+def step_of(action: str) -> StepType:
+    """Return the type of the step that performs an action: any action but a built-in one is recorded only."""
+    return BUILT_IN[action].step if action in BUILT_IN else "generic_action"
 
 
 def action_of(task_type: str) -> str:

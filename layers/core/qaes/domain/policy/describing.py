@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from qaes.domain.policy.actions import BUILT_IN, TASK_TYPES, Effect
+from qaes.domain.policy.actions import BUILT_IN, TASK_TYPES, Effect, step_of
 from qaes.domain.policy.deciding import LimitUse, limit_words, requester_refusal
 from qaes.domain.policy.document import Policy
 from qaes.domain.policy.rules import Counts, Limit, Per, RiskLevel, Tier
@@ -61,7 +61,7 @@ def _describe(policy: Policy, name: str, requester: str, agent: str | None) -> A
         description="" if own is None else own.description,
         effect="none" if action is None else action.effect,
         built_in=name in BUILT_IN,
-        recorded_only=name == "transaction" or name not in BUILT_IN,
+        recorded_only=step_of(name) == "generic_action",
         may_request=refusal is None,
         reason=refusal,
         risk_level="high" if rule is None else rule.risk_level,

@@ -18,8 +18,6 @@ from qaes.domain.compliance import REJECTED
 from qaes.domain.errors import ApprovalNeededError, ConflictError, TransientError
 from qaes.domain.ids import parse_timestamp, timestamp
 from qaes.domain.models import (
-    CONFIRMED_LATER,
-    EFFECT_TYPES,
     RETRYABLE,
     TERMINAL,
     Analysis,
@@ -35,6 +33,7 @@ from qaes.domain.models import (
 )
 from qaes.domain.policy import PolicyDecision
 from qaes.domain.ruling import Ruling, Usage
+from qaes.domain.step_types import CONFIRMED_LATER, EFFECT_TYPES
 from qaes.domain.tasks import events
 
 MAX_RETRIES = 20
