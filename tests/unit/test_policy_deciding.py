@@ -235,7 +235,7 @@ def test_limit_denies_request_without_the_wallet_it_counts() -> None:
 # People
 
 
-def test_eligible_counts_the_group_without_those_who_cannot_approve() -> None:
+def test_eligible_leaves_out_people_who_cannot_approve() -> None:
     needed = decided(CONTENT, refund(50_000)).requirement
     assert needed is not None
     assert eligible(needed, ["rita"]) == 3
