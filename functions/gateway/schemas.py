@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from qaes.domain.models import TERMINAL, Approval, Decision, Plan, Status, Step, Task, WalletBalance
 from qaes.domain.planning import Effect, effect_of
-from qaes.domain.policy import RiskLevel, Rule
+from qaes.domain.policy import PolicyDecision, RiskLevel, Rule
 from qaes.domain.text import subject_note
 
 Agent = Annotated[
@@ -189,7 +189,7 @@ def question(task: Task, plan: Plan, approval: Approval) -> ApprovalQuestion:
         plan_hash=approval.plan_hash,
         step_hash=approval.step_hash,
         policy_id=approval.policy_id,
-        rule=plan.policy.rule,
+        rule=_rule(plan.policy),
         approvals_required=approval.required,
         tier=approval.terms.tier if approval.terms else None,
         approvers=_only_group(approval),
@@ -199,6 +199,19 @@ def question(task: Task, plan: Plan, approval: Approval) -> ApprovalQuestion:
         requested_at=approval.requested_at,
         expires_at=approval.expires_at,
         balance=approval.balance,
+    )
+
+
+def _rule(decision: PolicyDecision) -> Rule:
+    """Return the pinned decision in the form of a rule of format 1, whose limits a policy of format 2 does not have."""
+    if decision.format == 1:
+        return decision.rule
+    return Rule(
+        allowed=decision.allowed,
+        requires_approval=decision.requires_approval,
+        risk_level=decision.risk_level,
+        approvals=max(decision.approvals, 1),
+        expires_after=decision.expires_after,
     )
 
 

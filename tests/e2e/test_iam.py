@@ -24,7 +24,7 @@ def _refused(call: Callable[..., Any], **arguments: Any) -> None:
 
 MAY_INVOKE = {
     "LedgerFunction": {
-        "PlannerApiFunction", "PlanTaskFunction", "RunStepFunction", "AwaitApprovalFunction",
+        "GatewayFunction", "PlannerApiFunction", "PlanTaskFunction", "RunStepFunction", "AwaitApprovalFunction",
         "ReconcilerFunction", "ExecuteActionFunction",
         "WorkerApiFunction", "AuditApiFunction", "QubicApiFunction",
     },

@@ -6,7 +6,6 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest.mock import patch
 
 import pytest
 
@@ -16,15 +15,14 @@ from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain.errors import ForbiddenError, PermanentError
 from qaes.domain.models import Approval
-from qaes.domain.policy import PolicyDocumentV2, Rule
 from qubic import wiring
 from tests.support.api import set_environment
-from tests.support.cloud import Cloud, call, cloud
+from tests.support.cloud import Cloud, cloud
 from tests.support.policies import REFUND
+from tests.support.publishing import GROUPS, publish
 from tests.workflow.conftest import begin
 from tests.workflow.test_paths import kinds, retry
 
-GROUPS = {"finance": ["bob", "carol", "dora"], "cfo": ["dora", "erin"]}
 FREE = {"max_amount": 10, "approvals": 0}
 BY_FINANCE = {"max_amount": 500, "approvals": 2, "approvers": "finance"}
 ALLOWED = {"allowed": True, "risk_level": "high"}
@@ -37,37 +35,6 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     monkeypatch.setenv("LIMITS_TABLE", "LimitsTable")
     with cloud() as it:
         yield it
-
-
-def publish(rules: dict[str, Any], *, groups: Any = None, actions: Any = None) -> str:
-    """Put a version of format 2 in force, as two operators do; returns its id."""
-    content = {"groups": GROUPS if groups is None else groups, "actions": actions or {}, "rules": rules}
-
-    def write(_: Any, **terms: Any) -> PolicyDocumentV2:
-        return PolicyDocumentV2.write(content, **terms)
-
-    lifecycle, unchecked = "qubic.policy.lifecycle", lambda *_: None
-    with (
-        patch(f"{lifecycle}.PolicyDocument.write", write),
-        patch(f"{lifecycle}.check_enforceable", unchecked),
-        patch(f"{lifecycle}.check_removals", unchecked),
-    ):
-        return come_into_force({})
-
-
-def come_into_force(rules: dict[str, Rule]) -> str:
-    policies = wiring.policies()
-    proposed = policies.propose(rules, subject="olivia")
-    policies.approve(proposed.version, subject="oscar", four_eyes=True)
-    deadline = time.monotonic() + 20
-    while in_force() != proposed.policy_id and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert in_force() == proposed.policy_id
-    return proposed.policy_id
-
-
-def in_force() -> str:
-    return str(call("LedgerFunction", {"operation": "policy"})["result"]["policy_id"])
 
 
 def store() -> TaskStore:
@@ -100,7 +67,7 @@ def again(aws: Cloud, task_id: str) -> Approval:
 
 
 def test_a_tier_without_approvals_asks_nobody(aws: Cloud, transfer: Callable[..., str]) -> None:
-    publish(TRANSFERS)
+    publish(aws, TRANSFERS)
     task_id = transfer(10)
     aws.wait(task_id, "completed")
     assert requests(aws, task_id) == 0
@@ -111,7 +78,7 @@ def test_a_tier_without_approvals_asks_nobody(aws: Cloud, transfer: Callable[...
 
 
 def test_only_the_tiers_group_approves(aws: Cloud, transfer: Callable[..., str]) -> None:
-    policy_id = publish(TRANSFERS)
+    policy_id = publish(aws, TRANSFERS)
     task_id = transfer(250)
     aws.wait(task_id, "waiting_approval")
     for outsider in ("erin", "mallory"):
@@ -129,7 +96,7 @@ def test_only_the_tiers_group_approves(aws: Cloud, transfer: Callable[..., str])
 
 
 def test_an_amount_beyond_every_tier_is_denied_with_its_reason(aws: Cloud, transfer: Callable[..., str]) -> None:
-    publish(TRANSFERS)
+    publish(aws, TRANSFERS)
     task_id = transfer(501)
     task = aws.wait(task_id, "denied")
     assert "over max_amount" in task["reason"]
@@ -137,17 +104,17 @@ def test_an_amount_beyond_every_tier_is_denied_with_its_reason(aws: Cloud, trans
 
 
 def test_too_few_people_deny_a_task_at_once(aws: Cloud, transfer: Callable[..., str]) -> None:
-    publish(TRANSFERS, groups=GROUPS | {"finance": ["alice", "bob"]})
+    publish(aws, TRANSFERS, groups=GROUPS | {"finance": ["alice", "bob"]})
     task = aws.wait(transfer(250), "denied")
     assert task["reason"].startswith("too_few_approvers: ")
 
 
 def test_a_member_who_leaves_before_the_claim_does_not_count(aws: Cloud, transfer: Callable[..., str]) -> None:
-    publish(TRANSFERS)
+    publish(aws, TRANSFERS)
     task_id = transfer(250)
     aws.wait(task_id, "waiting_approval")
     approval = approve(task_id, "bob", "carol", deliver=False)
-    publish(TRANSFERS, groups=GROUPS | {"finance": ["bob", "dora", "erin"]})
+    publish(aws, TRANSFERS, groups=GROUPS | {"finance": ["bob", "dora", "erin"]})
     Executions.deliver(task_id, approval)
     asked = again(aws, task_id)
     # Of the pinned group and the present one; the present tier lets erin count, who joined.
@@ -168,11 +135,11 @@ def test_a_member_who_leaves_before_the_claim_does_not_count(aws: Cloud, transfe
 def test_a_stricter_policy_denies_an_approved_transfer(
     aws: Cloud, transfer: Callable[..., str], rules: dict[str, Any], named: str
 ) -> None:
-    publish(TRANSFERS)
+    publish(aws, TRANSFERS)
     task_id = transfer(250)
     aws.wait(task_id, "waiting_approval")
     approval = approve(task_id, "bob", "carol", deliver=False)
-    publish(rules)
+    publish(aws, rules)
     Executions.deliver(task_id, approval)
     task = aws.wait(task_id, "denied")
     assert named in task["reason"]
@@ -182,7 +149,7 @@ def test_format_2_comes_into_force_while_a_task_waits(aws: Cloud, transfer: Call
     task_id = transfer(250)
     aws.wait(task_id, "waiting_approval")
     approval = approve(task_id, "mallory", deliver=False)
-    publish(TRANSFERS)
+    publish(aws, TRANSFERS)
     Executions.deliver(task_id, approval)
     asked = again(aws, task_id)
     assert [(quorum.approvals, quorum.approvers) for quorum in asked.quorums] == [(2, "finance")]
@@ -192,7 +159,7 @@ def test_format_2_comes_into_force_while_a_task_waits(aws: Cloud, transfer: Call
 
 
 def test_a_member_who_retried_a_task_does_not_count(aws: Cloud, transfer: Callable[..., str]) -> None:
-    publish(TRANSFERS)
+    publish(aws, TRANSFERS)
 
     def fail(event: Any) -> None:
         raise ConnectionError("down")
@@ -238,7 +205,7 @@ def claim_of(aws: Cloud, task_id: str) -> dict[str, Any]:
 def test_an_operators_action_counts_in_its_limits(aws: Cloud) -> None:
     limit = {"window_seconds": 86400, "max_amount": 100, "per": "action", "over": "deny"}
     count = {"window_seconds": 3600, "max_count": 5, "per": "requester", "over": "deny"}
-    publish(refunds(limits=[limit, count]), actions={"refund_customer": REFUND})
+    publish(aws, refunds(limits=[limit, count]), actions={"refund_customer": REFUND})
     first, second = refund(aws), None
     aws.wait(first, "completed")
     second = refund(aws)
@@ -253,7 +220,7 @@ def test_an_operators_action_counts_in_its_limits(aws: Cloud) -> None:
 def test_over_a_limit_its_group_approves(aws: Cloud) -> None:
     over = {"approvals": 1, "approvers": "cfo"}
     limit = {"window_seconds": 86400, "max_count": 1, "per": "requester", "over": over}
-    publish(refunds(limits=[limit]), actions={"refund_customer": REFUND})
+    publish(aws, refunds(limits=[limit]), actions={"refund_customer": REFUND})
     aws.wait(refund(aws), "completed")
     task_id = refund(aws)
     aws.wait(task_id, "waiting_approval")
@@ -267,7 +234,7 @@ def test_over_a_limit_its_group_approves(aws: Cloud) -> None:
 
 def test_an_action_that_fails_gives_its_share_back(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = {"window_seconds": 86400, "max_amount": 100, "per": "action", "over": "deny"}
-    publish(refunds(limits=[limit]), actions={"refund_customer": REFUND})
+    publish(aws, refunds(limits=[limit]), actions={"refund_customer": REFUND})
 
     def no(*_: Any, **__: Any) -> Any:
         raise PermanentError("not_allowed", "a test")
@@ -281,13 +248,13 @@ def test_an_action_that_fails_gives_its_share_back(aws: Cloud, monkeypatch: pyte
 
 
 def test_parameters_that_do_not_fit_the_schema_are_denied(aws: Cloud) -> None:
-    publish(refunds(limits=[]), actions={"refund_customer": REFUND})
+    publish(aws, refunds(limits=[]), actions={"refund_customer": REFUND})
     task = aws.wait(begin(aws, "refund_customer", only={"order_id": "12", "amount": 5}), "denied")
     assert task["reason"].startswith("invalid_parameters: parameters.order_id: ")
 
 
 def test_an_action_that_the_policy_does_not_define_is_denied(aws: Cloud) -> None:
-    publish(TRANSFERS)
+    publish(aws, TRANSFERS)
     task = aws.wait(begin(aws, "note", only={}), "denied")
     assert "has no action note" in task["reason"]
 
@@ -300,7 +267,7 @@ def watching(**members: Any) -> dict[str, Any]:
 
 
 def test_monitoring_with_approvals_waits_for_the_group(aws: Cloud, start: Callable[..., str]) -> None:
-    publish(watching(tiers=[{"max_amount": None, "approvals": 1, "approvers": "cfo"}]))
+    publish(aws, watching(tiers=[{"max_amount": None, "approvals": 1, "approvers": "cfo"}]))
     task_id = start()
     aws.wait(task_id, "waiting_approval")
     approve(task_id, "erin")
@@ -309,7 +276,7 @@ def test_monitoring_with_approvals_waits_for_the_group(aws: Cloud, start: Callab
 
 def test_monitoring_over_its_limit_waits_for_people(aws: Cloud, start: Callable[..., str]) -> None:
     limit = {"window_seconds": 3600, "max_count": 1, "per": "source", "over": {"approvals": 1}}
-    publish(watching(limits=[limit]))
+    publish(aws, watching(limits=[limit]))
     aws.wait(start(), "completed")
     task_id = start()
     aws.wait(task_id, "waiting_approval")
@@ -323,7 +290,7 @@ def test_monitoring_over_its_limit_waits_for_people(aws: Cloud, start: Callable[
 
 @pytest.mark.parametrize("name", ["transfer_funds", "*"])
 def test_a_suspension_denies_what_was_approved(aws: Cloud, transfer: Callable[..., str], name: str) -> None:
-    publish(TRANSFERS)
+    publish(aws, TRANSFERS)
     task_id = transfer(250)
     aws.wait(task_id, "waiting_approval")
     approval = approve(task_id, "bob", "carol", deliver=False)
@@ -335,7 +302,50 @@ def test_a_suspension_denies_what_was_approved(aws: Cloud, transfer: Callable[..
 
 
 def test_a_suspension_denies_a_plain_step(aws: Cloud, start: Callable[..., str]) -> None:
-    publish(watching())
+    publish(aws, watching())
     wiring.suspending().suspend("monitoring", subject="olivia", reason="a test")
     task = aws.wait(start(), "denied")
     assert task["reason"].startswith("suspended: olivia suspended `monitoring`")
+
+
+# Limits of transfers, which the ledger counts
+
+
+def over(**over: Any) -> dict[str, Any]:
+    limit = {"window_seconds": 86400, "max_amount": 300, "per": "source", "over": over or "deny"}
+    return {"transfer_funds": ALLOWED | {"tiers": [{"max_amount": None, "approvals": 0}], "limits": [limit]}}
+
+
+def test_a_transfer_over_its_limit_is_denied(aws: Cloud, transfer: Callable[..., str]) -> None:
+    publish(aws, over())
+    first = transfer(250)
+    aws.wait(first, "completed")
+    task = aws.wait(transfer(51), "denied")
+    assert "exceeds the limit of 300 QU in 86400 s for this source (250 QU used)" in task["reason"]
+
+
+def test_a_transfer_over_its_limit_is_made_when_its_group_approves(aws: Cloud, transfer: Callable[..., str]) -> None:
+    publish(aws, over(approvals=1, approvers="cfo"))
+    aws.wait(transfer(250), "completed")
+    task_id = transfer(51)
+    aws.wait(task_id, "waiting_approval")
+    with pytest.raises(ForbiddenError):
+        approve(task_id, "bob")
+    approve(task_id, "erin")
+    aws.wait(task_id, "completed")
+    assert used(claim_of(aws, task_id)["limits"]) == [250]
+
+
+def test_the_groups_of_both_tiers_must_approve(aws: Cloud, transfer: Callable[..., str]) -> None:
+    """The tier in force names another group; the pinned one's is still in the document."""
+    publish(aws, TRANSFERS)
+    task_id = transfer(250)
+    aws.wait(task_id, "waiting_approval")
+    approval = approve(task_id, "bob", "carol", deliver=False)
+    by_cfo = {"max_amount": None, "approvals": 1, "approvers": "cfo"}
+    publish(aws, {"transfer_funds": ALLOWED | {"tiers": [by_cfo]}})
+    Executions.deliver(task_id, approval)
+    asked = again(aws, task_id)
+    assert [(quorum.approvals, quorum.approvers) for quorum in asked.quorums] == [(2, "finance"), (1, "cfo")]
+    approve(task_id, "bob", "dora")  # dora is in both groups
+    aws.wait(task_id, "completed")
