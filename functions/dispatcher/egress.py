@@ -18,8 +18,8 @@ from queue import Empty, SimpleQueue
 
 import h11
 
-from dispatcher.addresses import Url, is_acceptable, parse_url
 from dispatcher.contract import MAX_ANSWER_BYTES, NoAnswer, NotSent, Received, Reply
+from qaes.domain.addresses import Url, is_acceptable, parse_url
 
 MAX_HEADER_BYTES = 32 * 1024
 MAX_ADDRESSES = 4

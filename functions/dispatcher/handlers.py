@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import jsonschema_rs
-
 from dispatcher.contract import (
     MAX_ANSWER_BYTES,
     ActionRequest,
@@ -28,8 +26,8 @@ from dispatcher.contract import (
 from dispatcher.credentials import Credential, CredentialError, Credentials
 from dispatcher.egress import Egress
 from dispatcher.signatures import Signer
-from qaes.domain.canonical import canonical_json
 from qaes.domain.errors import InvalidInputError
+from qaes.domain.policy.schemas import check_schema, check_value
 
 if TYPE_CHECKING:
     from mypy_boto3_lambda import LambdaClient
@@ -153,40 +151,23 @@ def _error_type(payload: bytes) -> str:
         return "an error"
 
 
-def terms_of(result_schema: dict[str, Any], *, callbacks: bool = False) -> Terms:
-    """Return the terms of an action with that JSON Schema for its result.
+def terms_of(result_schema: dict[str, Any] | None, *, callbacks: bool = False) -> Terms:
+    """Return the terms of an action with that JSON Schema for its result; None accepts any result.
 
     Raises
     ------
     InvalidInputError
-        The schema is not JSON Schema 2020-12, or refers to another document.
+        The schema is not one that a policy can contain.
     """
-    return Terms(_flaw_finder(canonical_json(result_schema)), callbacks)
-
-
-@lru_cache(256)
-def _flaw_finder(schema: str) -> Callable[[Any], str | None]:
-    try:
-        validator = jsonschema_rs.Draft202012Validator(
-            json.loads(schema),
-            validate_formats=False,
-            retriever=_no_other_document,
-            pattern_options=jsonschema_rs.RegexOptions(),  # linear time
-        )
-    except ValueError as error:
-        raise InvalidInputError(
-            f"not a JSON Schema of 2020-12: {str(error).splitlines()[0]}", field="result"
-        ) from error
+    if result_schema is None:
+        return Terms(lambda _: None, callbacks)
+    check_schema(result_schema, "result", closed=False)
 
     def flaw_of(result: Any) -> str | None:
-        # The message of an error quotes the value, which may be sensitive: the place and the keyword do not.
-        for error in validator.iter_errors(result):
-            place = "/".join(["", *map(str, error.instance_path)]) or "the result"
-            return f"{place} violates `{error.schema_path[-1] if error.schema_path else 'false'}`"
+        try:
+            check_value(result_schema, result, "result")
+        except InvalidInputError as error:
+            return f"{error.field}: {error.message}"
         return None
 
-    return flaw_of
-
-
-def _no_other_document(uri: str) -> Any:
-    raise ValueError(f"refers to {uri}")
+    return Terms(flaw_of, callbacks)

@@ -26,6 +26,7 @@ from http_message_signatures import (
 
 from qaes.domain.canonical import canonical_json
 from qaes.domain.errors import ForbiddenError, InvalidInputError
+from qaes.domain.policy.actions import PublicKey
 
 LABEL = "qaes"
 KEY_BYTES = 32
@@ -116,11 +117,7 @@ def read_directory(text: str) -> dict[str, Ed25519PublicKey]:
 
 
 def verify_callback(
-    method: str,
-    url: str,
-    headers: Sequence[tuple[str, str]],
-    body: bytes,
-    public_keys: Sequence[Mapping[str, str]],
+    method: str, url: str, headers: Sequence[tuple[str, str]], body: bytes, public_keys: Sequence[PublicKey]
 ) -> str:
     """Return the id of the key that signed a handler's callback.
 
@@ -129,14 +126,14 @@ def verify_callback(
     url
         The URL of the reference, as the service publishes it: never as the request names it.
     public_keys
-        The action's `public_keys`, each `{"keyid", "ed25519"}` with the raw key in base64url.
+        The action's `public_keys`.
 
     Raises
     ------
     ForbiddenError
         No signature, one by another key, one that is too old, or one that does not cover `CALLBACK_COMPONENTS`.
     """
-    keys = {key["keyid"]: public_key(key["ed25519"]) for key in public_keys}
+    keys = {key.keyid: Ed25519PublicKey.from_public_bytes(base64.b64decode(key.ed25519)) for key in public_keys}
     return verify(_Message(method, url, _Lines(headers)), body, keys, CALLBACK_COMPONENTS)
 
 

@@ -158,7 +158,7 @@ def test_dry_run_answer_is_limited_and_has_its_own_shape() -> None:
 
 def test_flaw_of_result_never_quotes_the_value() -> None:
     outcome = classify("execute", answer({"status": "done", "result": {"refund_id": {"secret": "s3cr3t"}}}), TERMS)
-    assert "/refund_id violates `type`" in outcome.reason
+    assert "result.refund_id:" in outcome.reason
     assert "s3cr3t" not in outcome.reason
 
 

@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from dispatcher.addresses import parse_url
 from dispatcher.contract import MAX_ANSWER_BYTES, NoAnswer, NotSent, Received, Reply
 from dispatcher.egress import Egress
+from qaes.domain.addresses import parse_url
 from qaes.domain.errors import InvalidInputError
 from tests.support.tls import Authority, Server, answers, json_answer, serve
 

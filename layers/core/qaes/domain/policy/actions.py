@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import base64
 import binascii
-import ipaddress
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
+from qaes.domain.addresses import parse_url
+from qaes.domain.errors import InvalidInputError
 from qaes.domain.policy.names import TRANSFER_ACTION, Name, once
 from qaes.domain.policy.rules import policy_error
 from qaes.domain.step_types import StepType
@@ -235,53 +234,15 @@ class Action(BaseModel):
         return
 
 
-_HOST = re.compile(
-    r"(?:[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z](?:[a-z0-9-]{0,61}[a-z0-9])?", re.ASCII | re.IGNORECASE
-)
-_TRANSLATED = [ipaddress.ip_network(network) for network in ("64:ff9b::/96", "64:ff9b:1::/48")]
-"""NAT64 addresses, which stand for IPv4 addresses, private ones too."""
-_LOCAL_SUFFIXES = ("localhost", "local", "internal", "home.arpa", "lan")
-
-
 def url_flaw(url: str) -> str | None:
     """Return why a handler's URL is refused; None when it is acceptable.
 
     The dispatcher checks the address that it connects to as well: a name can resolve to any address.
     """
-    if not url.isascii() or not url.isprintable() or " " in url or "\\" in url:
-        return "a URL has only printable ASCII characters, without spaces and backslashes"
     try:
-        parts = urlsplit(url)
-        port = parts.port
-    except ValueError:
-        return "is not a URL"
-    host = parts.hostname or ""
-    if parts.scheme != "https" or not url.startswith("https://"):
-        return "must begin with https://"
-    if "@" in parts.netloc:
-        return "must not contain a user name or password: name a `credential` instead"
-    if "#" in url:
-        return "must not contain a fragment"
-    if port == 0 or parts.netloc.endswith(":"):
-        return "the port must be a number from 1 to 65535"
-    return _host_flaw(host)
-
-
-def _host_flaw(host: str) -> str | None:
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:
-        pass
-    else:
-        mapped = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None)
-        is_translated = any(address in network for network in _TRANSLATED)
-        if not address.is_global or address.is_multicast or is_translated or (mapped and not mapped.is_global):
-            return "names a private or reserved address"
-        return None
-    if len(host) > 253 or not _HOST.fullmatch(host):
-        return "must name a host by its full domain name, or by a public IP address"
-    if any(host.lower().endswith(f".{suffix}") for suffix in _LOCAL_SUFFIXES):
-        return "names a private host"
+        parse_url(url)
+    except InvalidInputError as error:
+        return error.message
     return None
 
 

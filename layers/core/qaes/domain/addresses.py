@@ -1,4 +1,4 @@
-"""Which URLs the dispatcher calls, and which network addresses it connects to. Pure.
+"""Which URLs a handler can have, and which network addresses the dispatcher connects to.
 
 A URL has one spelling here, so that two programs cannot read two hosts from it. Its host is a name or an address; a
 name says nothing about where the connection goes, so the connected address decides (`check_address`).
@@ -14,6 +14,7 @@ from qaes.domain.errors import InvalidInputError
 
 MAX_URL_LENGTH = 2048
 LOOPBACK_NAME = "localhost"
+_LOCAL_SUFFIXES = ("localhost", "local", "internal", "home.arpa", "lan")
 
 _URL = re.compile(
     r"(?P<scheme>https?)://(?P<host>\[[0-9a-f:.]+\]|[a-z0-9.-]+)(?::(?P<port>[1-9][0-9]{0,4}))?"
@@ -139,6 +140,8 @@ def _check_name(host: str, *, allow_local: bool) -> None:
     labels = host.split(".")
     if len(host) > 253 or len(labels) < 2 or not all(_LABEL.fullmatch(label) for label in labels):
         raise InvalidInputError("the host must be a complete domain name, such as actions.example.com", field="url")
+    if any(host.endswith(f".{suffix}") for suffix in _LOCAL_SUFFIXES):
+        raise InvalidInputError("the host must not be a name of a private network", field="url")
 
 
 def _advice(text: str) -> str:
@@ -150,5 +153,5 @@ def _advice(text: str) -> str:
     if "#" in text:
         return "the URL must not have a fragment"
     if "@" in text.partition("://")[2].partition("/")[0]:
-        return "the URL must not contain a user name or a password"
+        return "the URL must not contain a user name or a password: name a `credential` instead"
     return "the URL must be https://<host in lower case>[:port]/<path>, percent-encoded with capital letters"

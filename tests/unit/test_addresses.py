@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dispatcher.addresses import is_acceptable, parse_url
+from qaes.domain.addresses import is_acceptable, parse_url
 from qaes.domain.errors import InvalidInputError
 
 PUBLIC = ["93.184.216.34", "8.8.8.8", "1.1.1.1", "2606:4700::1111", "2a00:1450:4001:80b::200e", "64:ff9b::808:808"]
@@ -84,6 +84,7 @@ REFUSED = [
     *("https://actions.example.com#@127.0.0.1/", "https://actions.example.com/#top"),
     *("https://bücher.example/", "https://ⓔxample.com/", "https://\uff11\uff12\uff17.0.0.1/", "https://127。0。0。1/"),
     *("https://EXAMPLE.com/", "HTTPS://example.com/", "https://exam_ple.com/", "https://-a.example/", "https://a-.b/"),
+    *("https://a.localhost/", "https://db.internal/", "https://printer.local/", "https://nas.home.arpa/"),
     *("https://a..example/", "https://.example/", "https://" + "a" * 64 + ".example/", "https://" + "a." * 127 + "bb/"),
     *("https://a.example:0/", "https://a.example:22/", "https://a.example:25/", "https://a.example:65536/"),
     *("https://a.example:80/", "https://a.example:/", "https://a.example:0443/", "https://a.example:443443/"),
