@@ -8,9 +8,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-print-directory --no-builtin-rules
 export SAM_CLI_TELEMETRY := 0
-export AUTH_MODE QAES_PORT QAES_HTTP_PORT SAM_LOCAL_ARGS TASK ROLE SUBJECT
+export AUTH_MODE QAES_PORT QAES_HTTP_PORT SAM_LOCAL_ARGS TASK ROLE SUBJECT HANDLER ACTION EFFECTS CALLBACK CREDENTIAL
 
-.PHONY: help demo up down status logs token fsck test e2e browser sam-local check openapi fuzz format requirements bench load-test hammer clean
+.PHONY: help demo up down status logs token fsck check-handler test e2e browser sam-local check openapi fuzz format requirements bench load-test hammer clean
 
 help:  ## This list
 	@awk -F ' ## ' '/^[a-z0-9-]+:.* ## / { name = $$1; sub(/:.*/, "", name); printf "make %-14s %s\n", name, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -62,6 +62,9 @@ fsck: ## Check the audit log of the running local cloud, every entry, tile and a
 	@test -f .local/aws.env || { echo "$(NOT_RUNNING)" >&2; exit 1; }
 	@$(IF_INSTALLED) source .local/aws.env && PYTHONPATH=functions:layers/core $(BIN)/python -m local.fsck $(if $(REPAIR),--repair)
 
+check-handler: $(VENV)/.all-stamp ## Check that an action's handler keeps the contract (HANDLER=url|function ACTION=folder)
+	@PYTHONPATH=functions:layers/core $(BIN)/python -m local.check_handler
+
 # --- tests and checks
 
 test: $(VENV)/.all-stamp ## Unit, handler and workflow tests, on moto, with coverage
@@ -83,7 +86,7 @@ check: $(VENV)/.all-stamp ## Lint, types, import contracts, template, requiremen
 	@echo "ruff" && $(BIN)/ruff check --quiet . && $(BIN)/ruff format --check --quiet .
 	@echo "mypy" && $(BIN)/mypy --no-error-summary
 	@echo "import contracts" && PYTHONPATH=functions:layers/core $(BIN)/lint-imports --no-logo > .local/import-linter.log || { cat .local/import-linter.log; exit 1; }
-	@echo "cfn-lint" && $(BIN)/cfn-lint --append-rules cfn_lint_serverless.rules
+	@echo "cfn-lint" && $(BIN)/cfn-lint --append-rules cfn_lint_serverless.rules && $(BIN)/cfn-lint -t examples/*/template.yaml
 	@echo "sam validate" && AWS_DEFAULT_REGION=us-east-1 AWS_ACCESS_KEY_ID=test AWS_SECRET_ACCESS_KEY=test $(BIN)/sam validate --lint > .local/sam-validate.log 2>&1 || { cat .local/sam-validate.log; exit 1; }
 	@echo "checkov" && $(BIN)/checkov --config-file .checkov.yaml > .local/checkov.log || { cat .local/checkov.log; exit 1; }
 	@echo "openapi" && PYTHONPATH=functions:layers/core $(BIN)/python -m local.openapi --check

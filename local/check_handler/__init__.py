@@ -1,0 +1,1 @@
+"""The conformance kit: does a handler keep the contract of docs/actions.md? `make check-handler`."""
