@@ -93,7 +93,7 @@ def _verdict(
         return compliance.go_on(task, plan)
     policies, funds = transfers.policies_and_funds(ledger, task, plan, step)
     ruling = rule(task, policies.pinned, policies.current)
-    usage = transfers.usage_of(step, ruling, funds)
+    usage = transfers.usage_of(step, ruling, funds, (task.task_id, step_index))
     verdict = compliance.decide(task, plan, step_index, ruling, approval, usage)
     if verdict.verdict not in {"await_approval", "execute"}:
         return verdict

@@ -48,7 +48,7 @@ class Intent:
         """Return what the limits of the policy in force have used, as it is now."""
         if not self.is_counted_here:
             return self.ledger_usage
-        return {use.limit.key: use.used for use in LimitsTable().read(self.ruling.current.limits)}
+        return LimitsTable().usage(self.ruling.current, (self.task.task_id, self.step_index))
 
     def writes(self, *, counts: bool = True) -> list[Item]:
         """Make the writes: the check that the action is not suspended and, if it `counts`, its share of the windows.

@@ -70,10 +70,15 @@ class Windows:
         self._scope = scope
         self._clock = clock or now
 
-    def read(self, uses: Iterable[LimitUse]) -> tuple[Used, ...]:
-        """Read what each limit's window has used."""
-        at = self._clock()
-        return tuple(Used(use, self._used(use, self._window(use.key), at)) for use in uses)
+    def read(self, uses: Iterable[LimitUse], held: Sequence[Share] = ()) -> tuple[Used, ...]:
+        """Read what each limit's window has used, without what the act itself counts there already (`held`)."""
+        at, own, used = self._clock(), {share.key: share for share in held}, []
+        for use in uses:
+            window = self._window(use.key)
+            if use.key in own:
+                window = window.without(own[use.key])
+            used.append(Used(use, self._used(use, window, at)))
+        return tuple(used)
 
     def reserve(
         self,
@@ -209,6 +214,13 @@ class LimitsTable(Windows):
         reservation = self.reserve(decision, granted=granted, held=held)
         reserved = self._put_reserved(task_id, step_index, version, reservation.shares)
         return replace(reservation, writes=(*reservation.writes, reserved))
+
+    def usage(self, decision: Decision, step: tuple[str, int] | None = None) -> dict[str, int]:
+        """Read what each limit's window has used, by the limit's key, without what the task's `step` counts there."""
+        if not decision.limits:
+            return {}
+        held = self._reserved(*step)[1] if step else ()
+        return {each.limit.key: each.used for each in self.read(decision.limits, held)}
 
     def give_back_of(self, task_id: str, step_index: int) -> list[Item]:
         """Make the writes that give back what a step's claim counts: for the record that the step has done nothing."""

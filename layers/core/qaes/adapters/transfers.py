@@ -91,11 +91,14 @@ def policies_and_funds(ledger: LedgerClient, task: Task, plan: Plan, step: Step)
     return policies, _funds(step, checked)
 
 
-def usage_of(step: Step, ruling: Ruling, funds: Funds) -> Usage:
-    """Return what the limits of the policy in force have used: the ledger counts transfers, LimitsTable all else."""
+def usage_of(step: Step, ruling: Ruling, funds: Funds, counted: tuple[str, int] | None = None) -> Usage:
+    """Return what the limits of the policy in force have used: the ledger counts transfers, LimitsTable all else.
+
+    What the step `counted` (its task and index) in an earlier execution is left out.
+    """
     if step.type in CONFIRMED_LATER or not ruling.current.limits:
         return funds.used
-    return {use.limit.key: use.used for use in LimitsTable().read(ruling.current.limits)}
+    return LimitsTable().usage(ruling.current, counted)
 
 
 def _terms(step: Step, requester: str, agent: str | None) -> dict[str, Any]:
