@@ -158,7 +158,7 @@ def _checked_transfer(it: Submissions, policy: Policy, terms: Any) -> Result:
     refusal = next((each for use in used if (each := refusal_over(policy.policy_id, use.limit, used=use.used))), None)
     return {
         "source": _balance(it, {"address": terms["source"]}),
-        "refusal_today": refusal.message if refusal else None,
+        "refusal_today": f"{refusal.code}: {refusal.message}" if refusal else None,
         "used": {use.limit.key: use.used for use in used},
     }
 

@@ -13,7 +13,7 @@ import boto3
 import pytest
 
 from local.environment import ROOT
-from tests.support import transfers_at_once
+from tests.support import claims_at_once, transfers_at_once
 from tests.support.cloud import SEED
 from tests.support.dynamodb import dynamodb
 
@@ -35,7 +35,7 @@ def run(program: str, environment: dict[str, str], *arguments: int) -> Counter[s
     ]
     printed = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0] * PROCESSES
-    return sum((Counter(json.loads(text)) for text in printed), Counter())
+    return sum((Counter(json.loads(text.splitlines()[-1])) for text in printed), Counter())
 
 
 def sums(table: str) -> list[int]:
@@ -46,11 +46,27 @@ def sums(table: str) -> list[int]:
 
 
 def test_transfers_reach_the_limit_and_never_exceed_it(tmp_path: Path) -> None:
+    tables = {"POLICY_TABLE": "PolicyTable", "QUBIC_SEED_SECRET": "seed"}
     with dynamodb(tmp_path, "LedgerTable", "ChainTable", "PolicyTable") as environment:
         boto3.client("secretsmanager").create_secret(Name="seed", SecretString=SEED)
         transfers_at_once.chain({transfers_at_once.wallet(number) for number in range(REQUESTS)}).tick_info()
-        ended = run("tests.support.transfers_at_once", environment | {"QUBIC_SEED_SECRET": "seed"}, 2)
+        ended = run("tests.support.transfers_at_once", environment | tables, 2)
 
         fits = transfers_at_once.MAXIMUM // transfers_at_once.AMOUNT
         assert ended == {"signed": fits, "limit_exceeded": REQUESTS - fits}
         assert sums("LedgerTable") == [transfers_at_once.MAXIMUM]
+
+
+def test_claims_reach_the_limit_and_never_exceed_it(tmp_path: Path) -> None:
+    tables = {
+        "TASKS_TABLE": "TasksTable",
+        "DECISIONS_TABLE": "DecisionsTable",
+        "LIMITS_TABLE": "LimitsTable",
+        "POLICY_TABLE": "PolicyTable",
+    }
+    with dynamodb(tmp_path, *tables.values()) as environment:
+        ended = run("tests.support.claims_at_once", environment | tables, 2)
+
+        fits = claims_at_once.MAXIMUM // claims_at_once.AMOUNT
+        assert ended == {"claimed": fits, "limit_exceeded": REQUESTS - fits}
+        assert sums("LimitsTable") == [claims_at_once.MAXIMUM]

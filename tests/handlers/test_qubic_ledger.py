@@ -161,7 +161,7 @@ def test_check_transfer_returns_balance_and_todays_refusal(call: Call, limited: 
     call("transfer", reference="task#step_3", run=1, **terms)
     full = call("check_transfer", **terms)["result"]
     assert (full["source"]["balance"], full["source"]["available"]) == (1000, 400)
-    assert full["refusal_today"].startswith("over daily_limit: policy policy-v2-")
+    assert full["refusal_today"].startswith("daily_limit_exceeded: over daily_limit: policy policy-v2-")
     assert full["refusal_today"].endswith("lets a wallet send at most 1000 QU in 24 hours, and 600 QU are used")
     assert code(call("check_transfer", **terms | {"amount": 1001})) == "daily_limit_exceeded"  # on any day
     assert spent() == 600

@@ -66,4 +66,4 @@ if __name__ == "__main__":
     it = submissions()
     with ThreadPoolExecutor(threads) as pool:
         ended = Counter(pool.map(lambda number: submit(it, number), range(first, first + count)))
-    sys.stdout.write(json.dumps(ended))
+    sys.stdout.write(f"{json.dumps(ended)}\n")

@@ -349,3 +349,27 @@ def test_the_groups_of_both_tiers_must_approve(aws: Cloud, transfer: Callable[..
     assert [(quorum.approvals, quorum.approvers) for quorum in asked.quorums] == [(2, "finance"), (1, "cfo")]
     approve(task_id, "bob", "dora")  # dora is in both groups
     aws.wait(task_id, "completed")
+
+
+def test_transfer_over_a_limit_of_its_requester_is_denied(aws: Cloud, transfer: Callable[..., str]) -> None:
+    limit = {"window_seconds": 3600, "max_count": 1, "per": "requester", "over": "deny"}
+    publish(aws, {"transfer_funds": ALLOWED | {"tiers": [FREE], "limits": [limit]}})
+    aws.wait(transfer(10), "completed")
+    task = aws.wait(transfer(10), "denied")
+    exceeds = "the request exceeds the limit of 1 request in 3600 s for this requester (1 request used)"
+    assert task["reason"] == f"limit_exceeded: {exceeds}"
+
+
+def test_retry_is_not_denied_by_its_own_share(aws: Cloud) -> None:
+    """The outcome of the first execution is unknown, so it keeps counting; the retry is the same action."""
+    limit = {"window_seconds": 86400, "max_count": 1, "per": "action", "over": "deny"}
+    publish(aws, refunds(limits=[limit]), actions={"refund_customer": REFUND})
+    aws.faults["LedgerTransferFunction"] = lambda event: 1 / 0  # type: ignore[assignment]
+    task_id = refund(aws)
+    aws.wait(task_id, "failed")
+    aws.execution(task_id)
+    aws.wait(refund(aws), "denied")
+    aws.faults.clear()
+    retry(aws, task_id)
+    aws.wait(task_id, "completed")
+    aws.wait(refund(aws), "denied")
