@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from local.seed import PLAN, PLANNED_TASK
+from planner.replay import NOTE as REPLAY_NOTE
 from qaes import VERSION
+from qaes.domain.policy import DEFAULT_RULES, Policy
+from qaes.domain.policy.describing import describe_actions
+from qaes.domain.policy.replaying import CHANGES
 
 HASH = "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
 TXID = "qepeyezutyuvpavhngoaggqfoxikrrkzmhqfzygkjyzqpwgkcrrsvhzbklbe"
@@ -118,6 +122,36 @@ PLAN_ANSWER = {
     "plan_hash": HASH,
 }
 TASK = {"task_id": PLANNED_TASK}
+COUNTS: dict[str, int] = dict.fromkeys(CHANGES, 0)
+REPLAYED = {
+    "task_id": PLANNED_TASK,
+    "task_type": "transfer_funds",
+    "requester": "alice",
+    "agent": None,
+    "created_at": MOMENT,
+    "change": "allow_to_deny",
+    "before": {
+        "allowed": True,
+        "code": "allowed",
+        "reason": "the rule requires 1 approval by any approver",
+        "tier": 0,
+        "approvals": 1,
+        "approvers": None,
+    },
+    "after": {
+        "allowed": False,
+        "code": "over_max_amount",
+        "reason": f"over max_amount: policy policy-v2-{HASH} lets a transfer move at most 500 QU",
+        "tier": None,
+        "approvals": 0,
+        "approvers": None,
+    },
+}
+TRANSFER_DESCRIPTION = next(
+    each.model_dump(mode="json")
+    for each in describe_actions(Policy(policy_id=POLICY_ID, version=1, rules=dict(DEFAULT_RULES)), requester="alice")
+    if each.action == "transfer_funds"
+)
 KEY = {"Idempotency-Key": "invoice-4711"}
 
 PAYER = "UVWBFEZYKGFRJGPFHUTYFTZSLIWAAWGYUMHPMISXUETCLFEQAVNAQLNCCXEL"
@@ -359,6 +393,51 @@ EXAMPLES: dict[str, dict[str, Any]] = {
         "answer": SUSPENDED
         | {"network": "mock", "status": "resume_requested"}
         | {"resume_requested_by": "oscar", "resume_requested_at": MOMENT},
+    },
+    "explain_decision": {
+        "body": {"action": "transfer_funds", "parameters": TRANSFER},
+        "answer": {
+            "policy_id": POLICY_ID,
+            "version": 1,
+            "status": "in_force",
+            "action": "transfer_funds",
+            "requester": "alice",
+            "agent": None,
+            "decision": "await_approval",
+            "code": "allowed",
+            "reason": "the rule requires 1 approval by any approver",
+            "risk_level": "high",
+            "tier": 0,
+            "approvals": [{"approvals": 1, "approvers": None, "eligible": None}],
+            "signature": False,
+            "expires_after": None,
+            "escalate_after": None,
+            "escalate_to": None,
+            "amount": 1,
+            "unit": "QU",
+            "destination": OTHER,
+            "source": WALLET,
+            "limits": [],
+            "suspended": False,
+        },
+    },
+    "replay_version": {
+        "parameters": POLICY_VERSION,
+        "body": {"days": 7},
+        "answer": {
+            "policy_id": f"policy-v2-{HASH}",
+            "compared_with": POLICY_ID,
+            "since": MOMENT,
+            "requests": 12,
+            "counts": COUNTS | {"unchanged": 11, "allow_to_deny": 1},
+            "changes": [REPLAYED],
+            "next_cursor": None,
+            "ignores_windows": True,
+            "note": REPLAY_NOTE,
+        },
+    },
+    "get_actions": {
+        "answer": {"policy_id": POLICY_ID, "version": 1, "suspended": [], "actions": [TRANSFER_DESCRIPTION]},
     },
     "propose_policy": {
         "body": {"based_on": POLICY_ID, "rules": {"transfer_funds": LIMITED_RULE}, "remove": DROPPED},

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from fastapi import Depends
 from pydantic import BaseModel, Field
 
-from planner import previews
+from planner import explaining, previews, replay
 from qaes.adapters import settings, transfers
 from qaes.adapters.health import add_health, tasks_table_answers
 from qaes.adapters.http import Caller, PlanId, create_app, make_handler, require
@@ -31,6 +31,10 @@ add_health(
         "ledger": lambda: LedgerClient().health(),
     },
 )
+
+
+explaining.add_explaining_routes(app)
+replay.add_replay_route(app)
 
 
 class PlanAnswer(Plan):

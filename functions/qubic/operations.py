@@ -25,7 +25,7 @@ from qaes.domain.errors import (
     NotFoundError,
     PermanentError,
 )
-from qaes.domain.policy import Policy, refusal_over
+from qaes.domain.policy import TRANSFER_ACTION, ActionRequest, Policy, evaluate, refusal_over
 from qaes.domain.qubic.identity import check_address
 from qubic.spending import rule_for
 from qubic.transactions.hashes import check_hash, hash_state, record_instruction, write_hash
@@ -104,8 +104,7 @@ def _policy(it: Submissions, arguments: Arguments) -> Result:
         raise InvalidInputError("`pinned` needs `action`: a version is returned as far as the action needs it")
     result = (policy if action is None else policy.reduced(str(action))).model_dump(mode="json")
     if action is not None:
-        found = suspensions.suspended(str(action), consistent=False)
-        result["suspended"] = {name: each.model_dump(mode="json") for name, each in found.items()}
+        result |= _suspended(str(action))
     if pinned is not None and pinned != policy.policy_id:
         before = versions.once_in_force(str(pinned)).reduced(str(action))
         result["pinned"] = before.model_dump(mode="json")
@@ -120,6 +119,39 @@ def _policy(it: Submissions, arguments: Arguments) -> Result:
 
 def _policy_document(_it: Submissions, arguments: Arguments) -> Result:
     return policies().document(str(arguments["policy_id"]))
+
+
+def _suspended(action: str | None = None) -> Result:
+    found = suspensions.suspended(action, consistent=False)
+    return {"suspended": {name: each.model_dump(mode="json") for name, each in found.items()}}
+
+
+def _suspensions(_it: Submissions, _arguments: Arguments) -> Result:
+    return _suspended()
+
+
+def _policy_version(_it: Submissions, arguments: Arguments) -> Result:
+    """Return a version of the policy, proposals included, and its status."""
+    found, policy = policies().version(_version(arguments))
+    return {"status": found.status, "policy": policy.model_dump(mode="json")}
+
+
+def _limits_used(it: Submissions, arguments: Arguments) -> Result:
+    """Return what the limits of a transfer have used, by their keys, under a version or the one in force (None)."""
+    if not isinstance(arguments["parameters"], dict):
+        raise InvalidInputError("the parameters must be an object", field="parameters")
+    versions = policies()
+    policy = versions.in_force() if arguments["version"] is None else versions.version(_version(arguments))[1]
+    decision = evaluate(policy, ActionRequest(TRANSFER_ACTION, arguments["parameters"], **_caller(arguments)))
+    used = it.spending.read(decision.limits) if it.sends_transfers else ()
+    return {"used": {use.limit.key: use.used for use in used}}
+
+
+def _version(arguments: Arguments) -> int:
+    version = arguments["version"]
+    if type(version) is not int:
+        raise InvalidInputError("the version must be a whole number", field="version")
+    return version
 
 
 def _settle_policy(_it: Submissions, _arguments: Arguments) -> Result:
@@ -254,6 +286,7 @@ _DEFAULTS: dict[str, Arguments] = {
     "policy": {"action": None, "pinned": None, "address": None, "transfer": None},
     # Callers that name no person: only auditors and operators can read the record's metadata.
     "check_transfer": _CALLER,
+    "limits_used": _CALLER | {"version": None},
     "transfer": _CALLER | {"granted": []},
     "record_instruction": {"requester": ""},
     "write": {"written_by": ""},
@@ -262,6 +295,9 @@ _TERMS = {"source", "destination", "amount"}
 _OPERATIONS: dict[str, tuple[Callable[[Submissions, Arguments], Result], set[str]]] = {
     "policy": (_policy, {"action", "pinned", "address", "transfer"}),
     "policy_document": (_policy_document, {"policy_id"}),
+    "suspensions": (_suspensions, set()),
+    "policy_version": (_policy_version, {"version"}),
+    "limits_used": (_limits_used, {"version", "parameters"} | set(_CALLER)),
     "settle_policy": (_settle_policy, set()),
     "identity": (_identity, set()),
     "balance": (_balance, {"address"}),

@@ -41,6 +41,7 @@ def test_the_table_of_the_contract() -> None:
         "get_policy_versions": everybody, "get_policy_version": everybody, "propose_policy": operators,
         "approve_policy": operators, "reject_policy": operators,
         "suspend_action": operators, "resume_action": operators,
+        "explain_decision": everybody, "get_actions": everybody, "replay_version": {"auditor", "operator"},
         "rpc_tick_info": everybody, "rpc_broadcast_transaction": operators, "rpc_balance": everybody,
         "rpc_last_processed_tick": everybody, "rpc_transaction": everybody, "rpc_transactions": everybody,
         "get_mock_faults": operators, "put_mock_faults": operators,
@@ -61,7 +62,7 @@ def test_who_may_do_what(operation: Operation, own: bool, ask: Callable[..., Ans
 
 AN_AGENT_MAY_CHANGE = {"start_task", "create_plan", "cancel", "retry"}
 """Every other operation that changes anything is for people: `require(…, deciding=True)`."""
-READS_BY_POST = {"rpc_transaction", "rpc_transactions"}
+READS_BY_POST = {"rpc_transaction", "rpc_transactions", "explain_decision", "replay_version"}
 
 
 def test_what_an_agent_may_not_change_is_for_people() -> None:

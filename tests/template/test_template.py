@@ -38,7 +38,14 @@ ROUTES = {
         "GET /docs",
         "GET /health",
     },
-    "PlannerApiFunction": {"POST /plan/create", "GET /plan/{plan_id}", "GET /planner/health"},
+    "PlannerApiFunction": {
+        "POST /plan/create",
+        "GET /plan/{plan_id}",
+        "POST /policy/decide",
+        "POST /policy/versions/{version}/replay",
+        "GET /actions",
+        "GET /planner/health",
+    },
     "AgentRuntimeApiFunction": {"GET /task/{task_id}/status", "GET /agent-runtime/health"},
     "WorkerApiFunction": {"GET /worker/health"},
     "AuditApiFunction": {

@@ -35,6 +35,7 @@ from qaes.domain.policy import (
     PolicyDocumentV2,
     difference,
     policy_id_of,
+    policy_of,
     proposing,
     read_document,
     version_of,
@@ -340,6 +341,22 @@ class Policies(Trust):
         """Return the same, and the document. Raises NotFoundError."""
         item = self._existing(version)
         return self._shown(record_of(item)), text_of(item)
+
+    def version(self, version: int) -> tuple[PolicyVersion, Policy]:
+        """Return a version, whatever became of it, and the policy that its document makes.
+
+        Raises
+        ------
+        NotFoundError
+            No such version exists.
+        PermanentError
+            `policy_altered`: its text is not the one that was proposed.
+        """
+        item = self._existing(version)
+        record, text = record_of(item), text_of(item)
+        if sha256_hex(text) != record.hash:
+            raise PermanentError("policy_altered", f"version {version} of the policy: its text was altered")
+        return self._shown(record), policy_of(text)
 
     def difference(self, version: int) -> PolicyDifference | None:
         """Compare a version with the one that it is based on; None when one of the two texts cannot be read.

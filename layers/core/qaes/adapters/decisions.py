@@ -6,7 +6,9 @@ by zlib. The first decision is the request, and it has the salt of the task's ha
 
 from __future__ import annotations
 
+import json
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 from qaes.adapters import dynamo, settings
@@ -39,6 +41,12 @@ class DecisionsTable:
         """Read one decision."""
         item = dynamo.get(self._table, task_id, f"{_PREFIX}{number:06d}")
         return _event(item) if item else None
+
+    def requests(self, task_ids: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
+        """Read the requests of tasks, at most a batch: by the task's id, when it was made, and what was requested."""
+        found = dynamo.get_many(self._table, [_key(task_id, 1) for task_id in task_ids], ConsistentRead=False)
+        events = {item["pk"]["S"]: _event(item) for item in found}
+        return {task_id: (event.timestamp, json.loads(event.input)) for task_id, event in events.items()}
 
     def of(self, task_id: str) -> Decisions:
         """Read all decisions on a task. Raises NotFoundError if nobody asked for such a task."""

@@ -90,6 +90,24 @@ class LedgerClient:
         answer = self._call("policy", transfer=terms, **_given(action=action, pinned=pinned))
         return _policies(answer), _or_refusal(answer["transfer"], _checked_transfer)
 
+    def policy_version(self, version: int) -> tuple[str, Policy]:
+        """Return the status of a version of the policy, proposals included, and the version."""
+        answer = self._call("policy_version", version=version)
+        return str(answer["status"]), Policy.model_validate(answer["policy"])
+
+    def suspensions(self) -> dict[str, Suspension]:
+        """Return every suspended name with its suspension."""
+        found = self._call("suspensions")["suspended"]
+        return {name: Suspension.model_validate(value) for name, value in found.items()}
+
+    def limits_used(
+        self, parameters: Mapping[str, Any], *, requester: str, agent: str | None, version: int | None
+    ) -> dict[str, int]:
+        """Return what the limits of a transfer have used, by their keys, under a version or the one in force (None)."""
+        terms = {"parameters": dict(parameters), "requester": requester, "agent": agent, "version": version}
+        used: dict[str, int] = self._call("limits_used", **terms)["used"]
+        return used
+
     def balance(self, address: str) -> int:
         """Return the balance of `address` in QU."""
         return self.wallet_balance(address).balance

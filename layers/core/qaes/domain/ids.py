@@ -29,6 +29,12 @@ def new_task_id() -> TaskId:
     return TaskId(f"task_{uuid7()}")
 
 
+def first_task_id(moment: datetime) -> str:
+    """Return what no id of a task that was started at or after `moment` sorts before."""
+    milliseconds = f"{int(moment.timestamp() * 1000):012x}"
+    return f"task_{milliseconds[:8]}-{milliseconds[8:]}"
+
+
 def new_plan_id() -> PlanId:
     return PlanId(f"plan_{uuid7()}")
 
