@@ -77,6 +77,7 @@ def test_evaluate_denies_amount_above_every_tier() -> None:
 def test_evaluate_denies_amount_that_is_no_whole_number(amount: object) -> None:
     decision = decided(CONTENT, refund(amount))
     assert (decision.allowed, decision.code) == (False, "invalid_amount")
+    assert decision.reason == "`amount` must be a whole number from 1, in EUR-cent"
 
 
 def test_last_tier_without_maximum_reaches_every_amount() -> None:
@@ -229,7 +230,7 @@ def test_limit_denies_request_without_the_wallet_it_counts() -> None:
         "limits": [{"window_seconds": 60, "max_count": 9, "per": "source", "over": "deny"}],
     }  # fmt: skip
     content = changed(CONTENT, "rules.transaction", rule)
-    assert decided(content, ActionRequest("transaction", {}, "rita")).code == "no_source"
+    assert decided(content, ActionRequest("transaction", {}, "rita")).code == "missing_source"
 
 
 # People

@@ -30,7 +30,8 @@ Code = Literal[
     "over_max_amount",
     "address_not_allowed",
     "destination_not_allowed",
-    "no_source",
+    "missing_source",
+    "missing_destination",
     "daily_limit_exceeded",
     "limit_exceeded",
     "invalid_parameters",
@@ -308,14 +309,11 @@ def requester_refusal(policy: Policy, action: str, requester: str, agent: str | 
 
 def _tier(decided: Decision, rule: ActionRule, action: Action | BuiltIn | None) -> int:
     """Return the index of the first tier that reaches the amount."""
-    has_amount = action is not None and action.amount is not None
-    limited = any(limit.counts == "amount" for limit in rule.limits)
-    if (
-        has_amount
-        and decided.amount is None
-        and (limited or rule.tiers[0].max_amount is not None or _is_required(action))
-    ):
-        raise _Denial("invalid_amount", f"policy {decided.policy_id} has limits, and the amount is no whole number")
+    if decided.amount is None and action is not None and action.amount is not None:
+        # A built-in action needs no amount where the rule has no limit on it; its own checks say whether it is missing.
+        limited = any(limit.counts == "amount" for limit in rule.limits) or rule.tiers[0].max_amount is not None
+        if limited or isinstance(action, Action):
+            raise _Denial("invalid_amount", _amount_flaw(decided, action.amount))
     for index, tier in enumerate(rule.tiers):
         if tier.max_amount is None or (decided.amount is not None and decided.amount <= tier.max_amount):
             return index
@@ -327,9 +325,10 @@ def _tier(decided: Decision, rule: ActionRule, action: Action | BuiltIn | None) 
     raise _Denial("over_max_amount", text)
 
 
-def _is_required(action: Action | BuiltIn | None) -> bool:
-    """Whether a request without an amount is wrong by itself: an operator's action whose schema requires it."""
-    return isinstance(action, Action)
+def _amount_flaw(decided: Decision, pointer: str) -> str:
+    if decided.format == 1:
+        return f"policy {decided.policy_id} has limits, and the amount is no whole number"
+    return f"`{pointer[1:].replace('/', '.')}` must be a whole number from 1, in {decided.unit}"
 
 
 def _check_empty_windows(policy: Policy, limits: Iterable[LimitUse]) -> None:
@@ -372,7 +371,8 @@ def _use(
     if value is None and limit.per == "agent":
         return None
     if value is None:
-        raise _Denial("no_source", f"the request names no {limit.per}, for which policy {policy.policy_id} has a limit")
+        code: Code = "missing_source" if limit.per == "source" else "missing_destination"
+        raise _Denial(code, f"the request names no {limit.per}, for which policy {policy.policy_id} has a limit")
     unit = decided.unit or ""
     over: Literal["deny"] | Requirement = "deny"
     if limit.over != "deny":
