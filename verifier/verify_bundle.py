@@ -11,6 +11,7 @@ What to trust is given by you: the name of the log and the identity that anchors
 
     JSON        the file is JSON without surprises, and has the members of a bundle
     Chain       every entry has its canonical text and names the one before it; inputs and outputs have their hashes
+    Policy      how the policy changed while the task ran: proposed, approved, in force, suspended, resumed
     Anchor      the transaction on the ledger carries the log's size and root; every entry is included under that root
     Story       what was decided follows from the policy; who approved; what ran is what was asked for and approved
     Qubic       the transaction's id and signature (K12, FourQ, SchnorrQ)
@@ -48,12 +49,16 @@ NONE = type(None)
 BUNDLE: dict[str, Any] = dict.fromkeys(("format", "log_id", "network", "task_id", "salt"), str)
 BUNDLE |= {"entries": list, "anchor": (dict, NONE), "policies": dict}
 SENT = {"text": str, "input": str, "output": str, "index": (int, NONE), "proof": (list, NONE)}
+FORMAT_1, FORMAT_2 = "qaes-bundle-1", "qaes-bundle-2"  # a bundle of format 2 has entries of the policy, too
+BUNDLE_2, SENT_2 = BUNDLE | {"policy_entries": list}, SENT | {"salt": str}
+ENTRY_2 = ENTRY | {"stream": str, "task_id": NONE}  # an entry of another stream than a task's
 DEPTH = 250
 DEEP = f"nested more than {DEPTH} levels deep"
 FORMS = {
     "hash": r"[0-9a-f]{64}", "salt": r"[0-9a-f]{32}", "time": r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z",
     "txid": r"[a-z]{60}", "task": r"task_[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}",
     "action": r"[A-Za-z0-9_.-]{1,64}", "address": r"0x[0-9a-f]{16,40}|[A-Z]{60}",
+    "legacy": r"0[xX][0-9a-fA-F]{16,40}", "identity": r"[A-Z]{60}",
     "policy": r"policy-v[1-9][0-9]{0,8}-[0-9a-f]{64}",
 }  # fmt: skip
 
@@ -166,14 +171,20 @@ def read_bundle(data: bytes) -> dict[str, Any]:
     if isinstance(value, dict) and "entries" not in value and {"detail", "message"} & set(value):
         said = canonical({name: value[name] for name in ("detail", "message", "status") if name in value})
         raise Failed("R3 format", f"an error response of the API, not a bundle: {said[:300]}")
-    bundle = members(value, BUNDLE, "R3 format", "bundle", exactly=True)
-    need(bundle["format"] == "qaes-bundle-1", "R3 format", "not a bundle of this format")
+    with_policy = isinstance(value, dict) and value.get("format") == FORMAT_2
+    bundle = members(value, BUNDLE_2 if with_policy else BUNDLE, "R3 format", "bundle", exactly=True)
+    need(bundle["format"] in (FORMAT_1, FORMAT_2), "R3 format", "not a bundle of this format")
     need(bundle["network"] in ("mock", "mainnet"), "R3 format", "there is no such network")
     need(has_form(bundle["salt"], "salt"), "R3 format", "not a salt")
     need(has_form(bundle["task_id"], "task"), "R3 format", "not the id of a task")
     need(len(bundle["entries"]) > 0, "R3 format", "there are no entries")
     for number, each in enumerate(bundle["entries"], start=1):
         members(each, SENT, "R3 format", f"entry {number}", exactly=True)
+    bundle.setdefault("policy_entries", [])
+    need(bool(bundle["policy_entries"]) == with_policy, "R3 format", "there are no entries of the policy")
+    for number, each in enumerate(bundle["policy_entries"], start=1):
+        members(each, SENT_2, "R3 format", f"policy entry {number}", exactly=True)
+        need(has_form(each["salt"], "salt"), "R3 format", "not a salt", f"policy entry {number}")
     for hash_, document in bundle["policies"].items():
         held = isinstance(document, str) and sha256(document) == hash_
         need(held, "R75 policy", "not the document of this hash", hash_)
@@ -186,23 +197,32 @@ def check_chain(bundle: dict[str, Any], log_id: str) -> list[dict[str, Any]]:
     prev, entries = "0" * 64, []
     for seq, sent in enumerate(bundle["entries"], start=1):
         where = f"entry {seq}"
-        value = parse_canonical(sent["text"], "R7 text", where)
-        entry = members(value, ENTRY, "R7 text", where, exactly=True)
-        need(entry["v"] == 1, "R7 text", "an entry of another version", where)
-        need(has_form(entry["nonce"], "salt"), "R7 text", "not a nonce", where)
-        need(entry["log_id"] == log_id, "R4 log", "of another log than the pinned one", where)
+        entry = read_entry(sent["text"], ENTRY, 1, log_id, where)
         need(entry["task_id"] == bundle["task_id"], "R5 task", "of another task", where)
         need(entry["seq"] == seq, "R8 seq", f"its number is {entry['seq']}", where)
         need(entry["prev"] == prev, "R9 prev", "does not name the entry before", where)
-        for side in ("input", "output"):
-            value = parse_canonical(sent[side], f"R10 {side}", where)
-            # The canonical text of the two members is put together from canonical texts.
-            salted = sha256('{"salt":"' + bundle["salt"] + '","value":' + sent[side] + "}")
-            need(entry[f"{side}_hash"] == salted, f"R10 {side}", f"not what the {side}'s hash is of", where)
-            entry[side] = value
-        prev = leaf_hash(sent["text"].encode()).hex()
-        entries.append(entry | {"where": where, "leaf": bytes.fromhex(prev)})
+        disclose(entry, sent, bundle["salt"])
+        prev = entry["leaf"].hex()
+        entries.append(entry)
     return entries
+
+
+def read_entry(text: str, types: dict[str, Any], version: int, log_id: str, where: str) -> dict[str, Any]:
+    """Read the text of one entry, and add where it stands and its leaf hash."""
+    entry = members(parse_canonical(text, "R7 text", where), types, "R7 text", where, exactly=True)
+    need(entry["v"] == version, "R7 text", "an entry of another version", where)
+    need(has_form(entry["nonce"], "salt"), "R7 text", "not a nonce", where)
+    need(entry["log_id"] == log_id, "R4 log", "of another log than the pinned one", where)
+    return entry | {"where": where, "leaf": leaf_hash(text.encode())}
+
+
+def disclose(entry: dict[str, Any], sent: dict[str, Any], salt: str) -> None:
+    """Add an entry's input and output, whose salted hashes it has."""
+    for side in ("input", "output"):
+        entry[side] = parse_canonical(sent[side], f"R10 {side}", entry["where"])
+        # The canonical text of the two members is put together from canonical texts.
+        salted = sha256('{"salt":"' + salt + '","value":' + sent[side] + "}")
+        need(entry[f"{side}_hash"] == salted, f"R10 {side}", f"not what the {side}'s hash is of", entry["where"])
 
 
 # The log and its anchor (RFC 6962) ------------------------------------------------------------------------------------
@@ -273,12 +293,12 @@ def check_anchor(bundle: dict[str, Any], log_id: str, identity: str) -> dict[str
     return anchor | {"bytes": sent, "size": size, "root": payload[21:53], "sequence": sequence}
 
 
-def check_inclusion(bundle: dict[str, Any], entries: list[dict[str, Any]], anchor: dict[str, Any]) -> int:
-    """Count the entries that are in the anchored log; those that are not come last."""
+def check_inclusion(all_sent: list[dict[str, Any]], entries: list[dict[str, Any]], anchor: dict[str, Any]) -> int:
+    """Count the entries of a stream that are in the anchored log; those that are not come last."""
     last = -1
-    for number, (sent, entry) in enumerate(zip(bundle["entries"], entries, strict=True)):
+    for number, (sent, entry) in enumerate(zip(all_sent, entries, strict=True)):
         if sent["index"] is None or sent["proof"] is None:
-            rest = bundle["entries"][number:]
+            rest = all_sent[number:]
             need(all(each["index"] is each["proof"] is None for each in rest), "R15 index", "a gap", entry["where"])
             return number
         hashes = all(has_form(each, "hash") for each in sent["proof"])
@@ -296,7 +316,7 @@ def check_inclusion(bundle: dict[str, Any], entries: list[dict[str, Any]], ancho
     return len(entries)
 
 
-# The story ------------------------------------------------------------------------------------------------------------
+# What the story is made of --------------------------------------------------------------------------------------------
 
 
 SKEW = 300  # seconds: functions have clocks of their own; by more than that no entry is older than one before it
@@ -313,6 +333,7 @@ NEEDS_APPROVAL = ("generic_action", *(type_ for type_, _ in ACTIONS.values()))
 INVISIBLE = (  # and printable
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
+BLANK = "\u2800"  # the empty cell of Braille
 PARTS = ("planner", "compliance", "worker", "execution", "reconciler")
 KINDS = {  # kind: who checks it, by whom it is (None: a person, or by its status), what its status may be
     "task_started": ("_start", None, "pending"),
@@ -358,6 +379,8 @@ def place_of(entry: dict[str, Any]) -> tuple[int, str, str]:
 def read_document(text: str, hash_: str) -> dict[str, Any]:
     """A policy document, each rule in its full form."""
     rule, written = "R76 policy", parse_canonical(text, "R76 policy", hash_)
+    if isinstance(written, dict) and same(written.get("format"), 2):
+        return Document(written, text, hash_).content
     need(isinstance(written, dict) and same(written.get("format"), 1), rule, "not a document of format 1", hash_)
     document = members({"proposed_by": None, "based_on": None} | written, DOCUMENT, rule, hash_, exactly=True)
     based_on, rules = document["based_on"], document["rules"]
@@ -394,19 +417,515 @@ def planned(request: dict[str, Any], policy: dict[str, Any]) -> list[list[Any]]:
     return [[f"step_{number}", *each] for number, each in enumerate(steps, start=1)]
 
 
+# How the policy changed -----------------------------------------------------------------------------------------------
+
+
+CHANGES = {  # kind: the status of its entries
+    "policy_proposed": "proposed", "policy_approved": "approved", "policy_rejected": "rejected",
+    "policy_in_force": "in_force", "action_suspended": "suspended", "resume_requested": "requested",
+    "action_resumed": "resumed",
+}  # fmt: skip
+LEDGER = "ledger"  # the actor where no person acted
+SUSPENSION = {"event": int, "resume_requested_by": TEXT}
+
+
+class PolicyStream:
+    """The entries of the policy in a bundle: when which version was in force, and when which action was suspended."""
+
+    def __init__(self, bundle: dict[str, Any], log_id: str) -> None:
+        self.entries: list[dict[str, Any]] = []
+        self.of_version: dict[str, dict[str, dict[str, Any]]] = {}
+        self.in_force: list[tuple[float, float, Any]] = []  # (since, until, policy_id)
+        self.suspended: list[tuple[str, float, float]] = []  # (name, since, until)
+        self.newest, self.anchored = 0.0, 0
+        for number, sent in enumerate(bundle["policy_entries"], start=1):
+            entry = read_entry(sent["text"], ENTRY_2, 2, log_id, f"policy entry {number}")
+            disclose(entry, sent, sent["salt"])
+            self._check(entry, self.entries[-1] if self.entries else None)
+            self.entries.append(entry)
+            self.of_version.setdefault(entry["about"], {})[entry["kind"]] = entry
+
+    def _check(self, entry: dict[str, Any], last: dict[str, Any] | None) -> None:
+        where, kind, about_action = entry["where"], entry["kind"], not entry["kind"].startswith("policy_")
+        known = kind in CHANGES and entry["status"] == CHANGES[kind] and entry["stream"] == "policy"
+        need(known, "R91 text", "there is no such kind, status or stream", where)
+        alone = place_of(entry) == (-1, "", kind) and entry["plan_hash"] == ""
+        need(alone, "R91 text", "it is about no step and no plan", where)
+        of_ledger = entry["actor"] == LEDGER and kind in ("policy_in_force", "policy_rejected")
+        by_person = person(entry["actor"]) not in ("", LEDGER) and kind != "policy_in_force"
+        need(of_ledger or by_person, "R91 text", "no such actor", where)
+        about = members(entry["input"], {"name" if about_action else "policy_id": str}, "R91 text", where)
+        name = about["name"] if about_action else about["policy_id"]
+        names_one = name == "*" or has_form(name, "action") if about_action else has_form(name, "policy")
+        need(names_one and entry["policy_id"] == ("" if about_action else name), "R91 text", "about what?", where)
+        state = members(entry["output"], {"in_force": TEXT, "suspended": dict}, "R91 text", where, exactly=True)
+        version = state["in_force"]
+        need(version is None or has_form(version, "policy"), "R91 text", "no version is in force", where)
+        for each in state["suspended"].values():
+            members(each, SUSPENSION, "R91 text", where, exactly=True)
+        entry |= {"about": name, "time": moment(entry["timestamp"], where), "state": state}
+        need(entry["time"] > self.newest - SKEW, "R28 time", "long before an entry before it", where)
+        self.newest = max(self.newest, entry["time"])
+        need(entry["seq"] > (last["seq"] if last else 0), "R92 seq", "not after the entry before", where)
+        follows = last is not None and last["seq"] + 1 == entry["seq"]
+        if last is not None and follows:
+            need(entry["prev"] == last["leaf"].hex(), "R93 prev", "does not name the entry before", where)
+        need((entry["seq"] == 1) == (entry["prev"] == "0" * 64), "R93 prev", "first, or not?", where)
+        if follows or entry["seq"] == 1:
+            # Which version was in force before the first change, that change alone says.
+            before = last["state"] if last and follows else {"in_force": state["in_force"], "suspended": {}}
+            self._check_change(entry, before, where)
+
+    def _check_change(self, entry: dict[str, Any], before: dict[str, Any], where: str) -> None:
+        """Recompute the state after a change from the state before it."""
+        kind, name, suspended = entry["kind"], entry["about"], dict(before["suspended"])
+        now = suspended.get(name)
+        if kind == "action_suspended":
+            suspended[name] = {"event": entry["seq"], "resume_requested_by": None}
+        if kind in ("resume_requested", "action_resumed"):
+            need(now is not None, "R94 state", f"{name} was not suspended", where)
+        if kind == "resume_requested":
+            suspended[name] = suspended[name] | {"resume_requested_by": entry["actor"]}
+        if kind == "action_resumed":
+            asked = suspended.pop(name)["resume_requested_by"]
+            need(asked is not None, "R94 state", "nobody had requested it", where)
+            need(person(asked) != person(entry["actor"]), "R95 four eyes", "resumed by one person alone", where)
+        in_force = name if kind == "policy_in_force" else before["in_force"]
+        expected = {"in_force": in_force, "suspended": suspended}
+        need(same(entry["state"], expected), "R94 state", "the state does not follow from the one before", where)
+
+    def begin(self, began: float, action: str) -> None:
+        """Find what was in force, and whether the action was suspended, from before the task began on."""
+        first = len(self.entries) - 1
+        while first and self.entries[first - 1]["seq"] + 1 == self.entries[first]["seq"]:
+            first -= 1
+        entry, during = self.entries[first], self.entries[first:]
+        whole = entry["seq"] == 1 or entry["time"] < began - SKEW
+        need(whole, "R96 seq", "entries of the policy from before the task are missing", entry["where"])
+        self.in_force = periods([(each["time"], each["state"]["in_force"]) for each in during])
+        for name in (action, "*"):
+            suspended = periods([(each["time"], name in each["state"]["suspended"]) for each in during])
+            self.suspended += [(name, since, until) for since, until, is_so in suspended if is_so]
+
+    def lines(self) -> list[str]:
+        """What the report says of the entries."""
+        seqs = ", ".join(str(each["seq"]) for each in self.entries)
+        return [f"changes   of the policy: entries {seqs}, of which {self.anchored} are in the anchored log"]
+
+    def unproved(self, story: Story, *, has_log: bool) -> list[tuple[bool, str]]:
+        """What the report says was not checked of the policy."""
+        last, action = self.entries[-1]["seq"], story.analysis.get("action_type")
+        own = any(action in each.get("actions", {}) for each in story.policies.values())
+        return [
+            (
+                not has_log,
+                f"NOT CHECKED whether the policy changed after its entry {last}, while the task ran: use --log",
+            ),
+            (own, f"NOT CHECKED that the parameters obey the JSON Schema of {action}, nor its result"),
+        ]
+
+    def check_not_suspended(self, time: float, where: str) -> None:
+        for name, since, until in self.suspended:
+            need(not since < time < until, "R97 step", f"begun while {name} was suspended", where)
+
+    def check_version(self, policy_id: str, document: dict[str, Any], time: float, where: str) -> str:
+        """Check how a version came into force, and that this was before its use; a note where no entry says it."""
+        found = self.of_version.get(policy_id, {})
+        proposed, approved, in_force = map(found.get, ("policy_proposed", "policy_approved", "policy_in_force"))
+        wanted = [in_force] if document["proposed_by"] is None else [proposed, approved, in_force]
+        if document["format"] == 1 and None in wanted:
+            return f"NOTE      no entry of the policy says how {policy_id} came into force"
+        need(None not in wanted, "R98 policy", f"how {policy_id} came into force is missing", where)
+        steps = [each["seq"] for each in wanted if each]
+        need(steps == sorted(steps), "R98 policy", f"{policy_id} was not proposed, approved, in force in turn", where)
+        if proposed and approved:
+            by_author = proposed["actor"] == document["proposed_by"]
+            need(by_author, "R98 policy", f"{policy_id} was proposed by another person than its document says", where)
+            alone = person(proposed["actor"]) == person(approved["actor"])
+            need(not alone, "R99 four eyes", f"{policy_id} was approved by its author", where)
+        early = in_force is not None and time < in_force["time"] - SKEW
+        need(not early, "R100 policy", f"{policy_id} was not in force yet", where)
+        for since, until, other in self.in_force:
+            if other and since < time < until and version_in(other) > document["version"]:
+                return f"NOTE      {policy_id} was used, although {other} was in force ({where})"
+        return ""
+
+
+def version_in(policy_id: str) -> int:
+    return int(policy_id.split("-")[1][1:])
+
+
+def periods(changes: list[tuple[float, Any]]) -> list[tuple[float, float, Any]]:
+    """When each value held for certain, whatever clocks differ by: (since, until, value)."""
+    found: list[tuple[float, float, Any]] = []
+    for place, (time, value) in enumerate(changes):
+        if place == 0 or value != changes[place - 1][1]:
+            found.append((time + SKEW, float("inf"), value))
+            if place:
+                found[-2] = (found[-2][0], time - SKEW, found[-2][2])
+    return found
+
+
+def person(name: str) -> str:
+    """A name in the one form in which two names are compared."""
+    visible = "".join(each for each in name if each.isprintable() and not re.match(INVISIBLE, each))
+    return unicodedata.normalize("NFC", visible).strip()
+
+
+# A policy of format 2 -------------------------------------------------------------------------------------------------
+
+
+WHOLE = (int, NONE)
+DOCUMENT_2 = DOCUMENT | {"roots": list, "signed_operations": list, "groups": dict, "actions": dict}
+ACTION = {
+    "title": str, "description": str, "effect": str, "handler": dict, "parameters": dict, "result": (dict, NONE),
+    "amount": TEXT, "unit": TEXT, "destination": TEXT, "sensitive": list, "timeout_seconds": int,
+    "result_timeout_seconds": int, "dry_run": bool,
+}  # fmt: skip
+HANDLERS: dict[str, dict[str, Any]] = {
+    "lambda": {"type": str, "function_name": str},
+    "https": {"type": str, "url": str, "public_keys": list, "credential": (dict, NONE)},
+}
+RULE_2 = {
+    "allowed": bool, "risk_level": str, "requesters": (list, NONE), "destinations": (list, NONE), "tiers": list,
+    "allow_derived": bool, "smart_contracts": bool, "limits": list,
+}  # fmt: skip
+TIER = {
+    "max_amount": WHOLE, "approvals": int, "approvers": TEXT, "signature": bool, "expires_after": WHOLE,
+    "escalate_after": WHOLE, "escalate_to": TEXT,
+}  # fmt: skip
+LIMIT = {"window_seconds": int, "max_amount": WHOLE, "max_count": WHOLE, "per": str, "over": (str, dict)}
+NEEDED = {"approvals": int, "approvers": TEXT}
+LARGEST = 2**53 - 1
+BUILT_IN: dict[str, dict[str, Any]] = {  # the actions of every policy, and what a policy can limit of them
+    "monitoring": {"effect": "none", "amount": None, "destination": None, "source": "/wallet_address"},
+    "transaction": {"effect": "none", "amount": "/amount", "destination": "/to_address", "source": "/wallet_address"},
+    "transfer_funds": {
+        "effect": "irreversible", "amount": "/amount", "destination": "/to_address", "source": "/wallet_address",
+    },
+}  # fmt: skip
+FORMS |= {
+    "function": r"[A-Za-z0-9_-]{1,64}", "secret": r"qaes/actions/[A-Za-z0-9_.-]{1,64}",
+    "pointer": r"(?:/(?:[^/~]|~[01])+){1,16}", "url": r"https://[!-~]+", "key": r"[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=",
+}  # fmt: skip
+
+
+HIDDEN = (  # beyond the categories: fillers, replacements, noncharacters, and selectors that select nothing
+    "[\u034f\u115f\u1160\u17b4\u17b5\u2065\u3164\ufdd0-\ufdef\ufe03-\ufe0d\uffa0\ufff0-\ufff8\ufffc-\uffff"
+    + "".join(chr(plane << 16 | last) for plane in range(1, 17) for last in (0xFFFE, 0xFFFF))
+    + "\U000e0000-\U000e00ff\U000e01f0-\U000e0fff]"
+)
+
+
+class Document:
+    """Reads a policy document of format 2 as the service does: what one accepts, the other accepts.
+
+    Two things are for the service alone to refuse, when a document is proposed, because they decide nothing here: to
+    which hosts a handler's address may lead, and where in a text a variation selector may stand.
+    """
+
+    def __init__(self, written: dict[str, Any], text: str, hash_: str) -> None:
+        self.hash = hash_
+        self.content = document = self._members(written, DOCUMENT_2)
+        self._need(len(text.encode()) <= 2**18, "more than 256 KiB")
+        self._need(0 < document["version"] < 10**9, "no version")
+        based_on = document["based_on"]
+        self._need(based_on is None or has_form(based_on, "policy"), "based on no policy")
+        self._check_values(written)
+        later = document["roots"] == document["signed_operations"] == []
+        self._need(later, "roots or signed operations, which do not exist yet")
+        for part in ("groups", "actions", "rules"):
+            names = len(document[part]) <= 200 and all(has_form(each, "action") for each in document[part])
+            self._need(names, f"more than 200 {part}, or one without a name")
+        for group in document["groups"].values():
+            self._need(type(group) is list and 1 <= len(group) <= 200, "a group has 1 to 200 members")
+            self._need(all(is_subject(each) for each in group) and self._once(group), "a group has other members")
+        for name, action in document["actions"].items():
+            self._need(name not in (*BUILT_IN, "monitor_wallet"), f"{name} cannot be defined")
+            self._check_action(self._members(action, ACTION))
+        for name, rule in document["rules"].items():
+            defined: Any = BUILT_IN.get(name) or document["actions"].get(name)
+            self._need(defined is not None, f"a rule for {name}, which is no action")
+            self._check_rule(name, self._members(rule, RULE_2), defined)
+
+    def _need(self, holds: bool, message: str) -> None:
+        need(holds, "R102 policy", message, self.hash)
+
+    def _members(self, value: Any, types: dict[str, Any]) -> dict[str, Any]:
+        return members(value, types, "R102 policy", self.hash, exactly=True)
+
+    def _once(self, values: list[Any]) -> bool:
+        return all(type(each) is str for each in values) and len(set(values)) == len(values)
+
+    def _check_values(self, value: Any) -> None:
+        """Check all texts and numbers, level by level: no hidden characters, no fractions, at most 32 levels deep."""
+        level = [value]
+        for _ in range(33):
+            named = [name for each in level if isinstance(each, dict) for name in each]
+            for text in [*named, *(each for each in level if isinstance(each, str))]:
+                hidden = any(unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") for letter in text)
+                hidden = hidden or re.search(HIDDEN, text) is not None
+                self._need(not hidden, "a control, bidi, zero-width or another invisible character")
+            self._need(not any(isinstance(each, float) for each in level), "a number that is no integer")
+            inner = [each.values() if isinstance(each, dict) else each for each in level if type(each) in (dict, list)]
+            level = [each for values in inner for each in values]
+        self._need(not level, "nested more than 32 levels deep")
+
+    def _check_action(self, action: dict[str, Any]) -> None:
+        self._need(1 <= len(action["title"]) <= 100 and len(action["description"]) <= 2000, "a text has another length")
+        self._need(action["effect"] in ("none", "reversible", "irreversible"), "there is no such effect")
+        pointers = [action[each] for each in ("amount", "destination") if action[each] is not None]
+        self._need(len(action["sensitive"]) <= 50 and self._once(action["sensitive"]), "sensitive lists no pointers")
+        for each in (*pointers, *action["sensitive"]):
+            self._need(has_form(each, "pointer") and len(each) <= 512, "a value is no pointer")
+        self._need((action["amount"] is None) == (action["unit"] is None), "amount and unit need each other")
+        self._need(action["unit"] is None or has_form(action["unit"], "action"), "the unit has no name")
+        in_time = 1 <= action["timeout_seconds"] <= 20 and 1 <= action["result_timeout_seconds"] <= 604_800
+        self._need(in_time, "a timeout is out of range")
+        kind = action["handler"].get("type")
+        self._need(type(kind) is str and kind in HANDLERS, "there is no such handler")
+        handler = self._members(action["handler"], HANDLERS[str(kind)])
+        if kind == "lambda":
+            self._need(has_form(handler["function_name"], "function"), "the handler has no name")
+            return
+        self._need(has_form(handler["url"], "url") and len(handler["url"]) <= 2048, "the handler has no address")
+        keys = [self._members(each, {"keyid": str, "ed25519": str}) for each in handler["public_keys"]]
+        for key in keys:
+            self._need(has_form(key["keyid"], "action") and has_form(key["ed25519"], "key"), "a key has another form")
+        self._need(len(keys) <= 10 and self._once([key["keyid"] for key in keys]), "more than 10 keys, or one twice")
+        if handler["credential"] is not None:
+            credential = self._members(handler["credential"], {"type": str, "secret": str})
+            known = credential["type"] in ("bearer", "basic", "header", "oauth2")
+            self._need(known and has_form(credential["secret"], "secret"), "the credential has another form")
+
+    def _check_rule(self, name: str, rule: dict[str, Any], action: dict[str, Any]) -> None:
+        self._need(rule["risk_level"] in ("low", "medium", "high"), "there is no such risk level")
+        self._need(1 <= len(rule["tiers"]) <= 5 and len(rule["limits"]) <= 10, "1 to 5 tiers, and at most 10 limits")
+        self._need(not rule["smart_contracts"] or name == "transfer_funds", f"{name} moves no money")
+        for requester in self._list(rule["requesters"]):
+            kind, _, value = requester.partition(":")
+            good = kind in ("user", "group", "agent") and value != ""
+            self._need(good and (kind != "user" or is_subject(value)), "there is no such requester")
+            self._need(kind != "group" or value in self.content["groups"], f"there is no group {value}")
+            self._need(kind != "agent" or len(value) <= 256, "an agent's name is too long")
+        self._check_destinations(name, rule, action)
+        most = 0
+        for tier in rule["tiers"]:
+            self._need(most is not None, "a tier after the last")
+            self._check_tier(name, self._members(tier, TIER))
+            self._need(tier["max_amount"] is None or tier["max_amount"] > most, "the tiers do not rise")
+            most = tier["max_amount"]
+        one = len(rule["tiers"]) == 1 and rule["tiers"][0]["max_amount"] is None
+        self._need(action["amount"] is not None or one, f"{name} has no amount, so one tier")
+        limits = [self._check_limit(action, self._members(limit, LIMIT)) for limit in rule["limits"]]
+        self._need(len(set(limits)) == len(limits), "a limit stands twice")
+        counted = any(limit["max_count"] is not None for limit in rule["limits"])
+        free = not rule["allowed"] or action["effect"] == "none" or action["amount"] is not None
+        self._need(free or counted, f"{name} has an effect, no amount, and no limit with max_count")
+
+    def _list(self, values: list[Any] | None) -> list[str]:
+        good = values is None or (1 <= len(values) <= 100 and self._once(values))
+        self._need(good, "a list has 1 to 100 texts, each once")
+        return values or []
+
+    def _check_destinations(self, name: str, rule: dict[str, Any], action: dict[str, Any]) -> None:
+        destinations = self._list(rule["destinations"])
+        self._need(not destinations or action["destination"] is not None, f"{name} has no destination")
+        for each in destinations:
+            self._need(len(each) <= 256, "a destination has more than 256 characters")
+            if name in BUILT_IN:
+                good = address(each) == each and (rule["smart_contracts"] or not is_contract(each))
+                self._need(good, f"{each} is no address in its one spelling, or of a smart contract")
+
+    def _check_tier(self, name: str, tier: dict[str, Any]) -> None:
+        top = MOST if name in BUILT_IN else LARGEST
+        self._need(tier["max_amount"] is None or 1 <= tier["max_amount"] <= top, "a tier's max_amount is out of range")
+        self._need(0 <= tier["approvals"] <= 10 and not tier["signature"], "0 to 10 approvals, without signatures")
+        after, to, expires = tier["escalate_after"], tier["escalate_to"], tier["expires_after"]
+        for each in (after, expires):
+            self._need(each is None or 1 <= each <= RANGES["expires_after"], "a tier's time is out of range")
+        self._need((after is None) == (to is None), "escalate_after and escalate_to need each other")
+        self._need(None in (after, expires) or after < expires, "it expires before it escalates")
+        without = (tier["approvers"], after, to) == (None, None, None)
+        self._need(tier["approvals"] > 0 or without, "a tier without approvals names people")
+        self._need(to is None or to in self.content["groups"], f"there is no group {to}")
+        self._check_group(tier)
+
+    def _check_group(self, needed: dict[str, Any]) -> None:
+        group = needed["approvers"]
+        self._need(group is None or group in self.content["groups"], f"there is no group {group}")
+        enough = group is None or len(self.content["groups"][group]) >= needed["approvals"]
+        self._need(enough, f"the group {group} has fewer members than approvals")
+
+    def _check_limit(self, action: dict[str, Any], limit: dict[str, Any]) -> tuple[Any, ...]:
+        by_count = limit["max_count"] is not None
+        self._need(by_count == (limit["max_amount"] is None), "a limit has one of max_amount and max_count")
+        maximum = limit["max_count"] if by_count else limit["max_amount"]
+        self._need(1 <= maximum <= (10**6 if by_count else LARGEST), "a limit's maximum is out of range")
+        self._need(60 <= limit["window_seconds"] <= 2_678_400, "a limit's window is out of range")
+        self._need(by_count or action["amount"] is not None, "a limit of amounts, and no amount")
+        per = limit["per"]
+        self._need(per in ("action", "requester", "agent", "source", "destination"), "there is no such per")
+        has_it = per not in ("source", "destination") or action.get(per) is not None
+        self._need(has_it, f"the action has no {per}")
+        if limit["over"] != "deny":
+            over = self._members(limit["over"], NEEDED)
+            self._need(1 <= over["approvals"] <= 10, "1 to 10 approvals over a limit")
+            self._check_group(over)
+        return by_count, per, limit["window_seconds"]
+
+
+def is_subject(value: Any) -> bool:
+    """Whether a text can be a person's subject, in its one spelling."""
+    hidden = INVISIBLE.replace(BLANK, "\ufffc\ufffd")
+    if type(value) is not str or not value.isprintable() or re.search(hidden, value):
+        return False
+    shown = any(unicodedata.category(letter)[0] not in "ZCM" and letter != BLANK for letter in value)
+    normal = unicodedata.normalize("NFC", value).strip(" ") == value
+    return shown and normal and len(value) <= 256 and value not in PARTS
+
+
+def address(value: Any) -> str | None:
+    """A Qubic address in its one spelling; None for what is no address."""
+    if has_form(value, "legacy"):
+        return str(value).lower()
+    return value if has_form(value, "identity") and letters(number_of(value)) == value else None
+
+
+def number_of(identity: str) -> bytes:
+    """The 32 bytes of an identity, without its checksum."""
+    words = [identity[at : at + 14] for at in (0, 14, 28, 42)]
+    numbers = [sum((ord(letter) - 65) * 26**n for n, letter in enumerate(word)) for word in words]
+    return b"".join((number % 2**64).to_bytes(8, "little") for number in numbers)
+
+
+def is_contract(known: str) -> bool:
+    """Whether an address is that of a smart contract, or zero: nobody holds its key."""
+    return int(known, 16) < 1024 if known.startswith("0x") else not any(number_of(known)[8:])
+
+
+def wallet_of(text: str) -> str:
+    """The identity of a wallet: of an address of the older clients, the one that the mock network derives from it."""
+    if not text.startswith(("0x", "0X")):
+        return text
+    digest = hashlib.shake_256(b"qaes demo wallet, worth nothing: " + text.lower().encode()).digest(55)
+    key = k12(k12(bytes(byte % 26 for byte in digest)))
+    x, (real, imaginary) = times(int.from_bytes(key, "little") % ORDER, G)
+    sign = (x[0] or x[1]) >> 126
+    return letters((real | imaginary << 128 | sign << 255).to_bytes(32, "little"))
+
+
+def pointed(value: Any, pointer: str | None) -> Any:
+    for part in pointer.split("/")[1:] if pointer else ():
+        if not isinstance(value, dict):
+            return None
+        value = value.get(part.replace("~1", "/").replace("~0", "~"))
+    return value if pointer else None
+
+
+class Evaluation:
+    """What a document of format 2 decides on a request, recomputed.
+
+    `decision` is the form that plans and entries have, `limits` what the request adds to each window (with `over`),
+    `members` the people of the tier's group.
+    """
+
+    def __init__(self, document: dict[str, Any], policy_id: str, action: str, request: dict[str, Any]) -> None:
+        self.groups, parameters = document["groups"], request["parameters"]
+        self.rule = rule = document["rules"].get(action)
+        self.built_in = action in BUILT_IN
+        defined: Any = BUILT_IN.get(action) or document["actions"].get(action)
+        self.limits: list[dict[str, Any]] = []
+        tier, risk = None, "high"
+        if defined is not None and rule is not None:
+            risk = rule["risk_level"]
+            amount = pointed(parameters, defined["amount"])
+            self.amount = amount if type(amount) is int and 1 <= amount <= LARGEST else None
+            self.unit = "QU" if self.built_in else defined["unit"] or ""
+            to = pointed(parameters, defined["destination"])
+            self.values = {
+                "action": action, "requester": request["requester"], "agent": request.get("agent"),
+                "source": pointed(parameters, defined.get("source")), "destination": to,
+            }  # fmt: skip
+            tier = self._tier(defined) if rule["allowed"] and self._may_request() and self._may_go_to(to) else None
+            if tier is not None and not all(self._add(limit) for limit in rule["limits"]):
+                tier, self.limits = None, []
+        self.tier: dict[str, Any] = {} if tier is None or rule is None else rule["tiers"][tier]
+        approvals = self.tier.get("approvals", 0)
+        self.decision = {
+            "policy_id": policy_id, "action_type": action, "allowed": tier is not None, "risk_level": risk,
+            "requires_approval": approvals > 0, "approvals": approvals, "format": 2, "tier": tier,
+            "expires_after": self.tier.get("expires_after"), "approvers": self.tier.get("approvers"),
+            "signature": self.tier.get("signature", False),
+        }  # fmt: skip
+
+    def lines(self) -> list[str]:
+        """What the report says of the tier."""
+        if not self.decision["allowed"]:
+            return []
+        number, count, policy_id = self.decision["tier"] + 1, len(self.rule["tiers"]), self.decision["policy_id"]
+        amount = f"{self.amount} {self.unit}, " if self.amount is not None else ""
+        people = f"by {self.decision['approvers'] or 'any approvers'}" if self.decision["approvals"] else ""
+        approvals = f"{self.decision['approvals']} approval(s) {people}".strip()
+        return [f"tier      {number} of {count} of {policy_id}: {amount}{approvals}"]
+
+    def _may_request(self) -> bool:
+        requesters, agent = self.rule["requesters"], self.values["agent"]
+        if requesters is None or agent is not None:
+            return requesters is None or f"agent:{agent}" in requesters
+        who = self.values["requester"]
+        groups = [self.groups[each[6:]] for each in requesters if each.startswith("group:")]
+        return f"user:{who}" in requesters or any(who in group for group in groups)
+
+    def _may_go_to(self, destination: Any) -> bool:
+        known = address(destination) if self.built_in else destination
+        return self.rule["destinations"] is None or (type(known) is str and known in self.rule["destinations"])
+
+    def _tier(self, defined: dict[str, Any]) -> int | None:
+        """The first tier that reaches the amount."""
+        tiers = self.rule["tiers"]
+        limited = any(limit["max_amount"] is not None for limit in self.rule["limits"])
+        needs_amount = limited or tiers[0]["max_amount"] is not None or not self.built_in
+        if defined["amount"] is not None and self.amount is None and needs_amount:
+            return None
+        reach = (tier["max_amount"] is None or (self.amount or 0) <= tier["max_amount"] for tier in tiers)
+        return next((index for index, reaches in enumerate(reach) if reaches), None)
+
+    def _add(self, limit: dict[str, Any]) -> bool:
+        """Compute what the request adds to a window; whether an empty window has room for it."""
+        per, value = limit["per"], self.values[limit["per"]]
+        if value is None and per == "agent":
+            return True
+        if type(value) is not str:
+            return False
+        value = wallet_of(value) if self.built_in and per in ("source", "destination") else value
+        counts = "amount" if limit["max_amount"] is not None else "count"
+        maximum = limit[f"max_{counts}"]
+        key = f"{self.values['action']}/{self.unit}/{counts}/{per}/{limit['window_seconds']}/{sha256(value)}"
+        add = 1 if counts == "count" else self.amount or 0
+        use = {"key": key, "per": per, "value": value, "window_seconds": limit["window_seconds"]}
+        self.limits.append(use | {"counts": counts, "add": add, "maximum": maximum, "over": limit["over"]})
+        return bool(limit["over"] != "deny" or add <= maximum)
+
+
+# The story ------------------------------------------------------------------------------------------------------------
+
+
 class Story:
     """What the entries tell, one after the other; each may only tell what follows from those before.
 
     No value in it is changed in place: a copy of its attributes is a copy of its state.
     """
 
-    def __init__(self, policies: dict[str, str], network: str = "") -> None:
-        self.network = network
+    def __init__(self, policies: dict[str, str], network: str = "", stream: PolicyStream | None = None) -> None:
+        self.network, self.stream, self.began = network, stream, 0.0
         documents = {hash_: read_document(text, hash_) for hash_, text in policies.items()}
         self.policies = {f"policy-v{each['version']}-{hash_}": each for hash_, each in documents.items()}
         one_each = len({each["version"] for each in documents.values()}) == len(documents)
         need(one_each, "R77 policy", "two documents of one version")
         self.unused = frozenset(self.policies)
+        # By groups, as many as are required may have approved, and it does not suffice: then more people decide.
+        self.by_groups = stream is not None or any(each["format"] == 2 for each in documents.values())
         self.request: dict[str, Any] = {}
         self.analysis: dict[str, Any] = {}
         self.policy: dict[str, Any] = {}  # the pinned decision
@@ -423,6 +942,7 @@ class Story:
         self.rejections: tuple[str, ...] = ()
         self.effects: tuple[str, ...] = ()  # what ran, failed, or was refused
         self.lost: tuple[str, ...] = ()  # transfers that were begun, and begun anew without an outcome
+        self.decided: tuple[str, ...] = ()  # tiers and limits that applied
 
     def tell(self, entry: dict[str, Any], output_text: str) -> None:
         kind, where = entry["kind"], entry["where"]
@@ -458,8 +978,7 @@ class Story:
 
     def _person(self, entry: dict[str, Any]) -> str:
         """The person who is an entry's actor, in the one form in which two names are compared."""
-        visible = "".join(each for each in entry["actor"] if each.isprintable() and not re.match(INVISIBLE, each))
-        name = unicodedata.normalize("NFC", visible).strip()
+        name = person(entry["actor"])
         need(name not in ("", *PARTS), "R25 text", "not done by a person", entry["where"])
         return name
 
@@ -472,6 +991,7 @@ class Story:
 
     def _start(self, entry: dict[str, Any], where: str) -> None:
         self.request = entry["input"]
+        self.began = moment(entry["timestamp"], where)
         started = entry["actor"] == self.request["requester"]
         need(started, "R32 input", "not started by the requester", where)
         said = members(entry["output"], {"task_id": str}, "R33 task", where)
@@ -486,16 +1006,21 @@ class Story:
         action, asked = self.analysis["action_type"], self.request["task_type"]
         follows = action == {"monitor_wallet": "monitoring"}.get(asked, asked)
         need(follows, "R80 policy", "another action type", where)
-        self.policy = self._decision(entry["output"], where)
+        if self.stream:
+            self.stream.begin(self.began, action)
+        self.policy = self._decision(entry["output"], entry)
         need(self.policy["risk_level"] == self.analysis["risk_level"], "R80 policy", "another risk", where)
         decided = entry["policy_id"] == self.policy["policy_id"]
         need(decided, "R35 policy", "not the policy that decided", where)
         said = "allowed" if self.policy["allowed"] else "denied"
         need(entry["status"] == said, "R81 policy", f"the policy says {said}", where)
 
-    def _decision(self, value: Any, where: str) -> dict[str, Any]:
+    def _evaluate(self, policy_id: str) -> Evaluation:
+        return Evaluation(self.policies[policy_id], policy_id, self.analysis["action_type"], self.request)
+
+    def _decision(self, value: Any, entry: dict[str, Any]) -> dict[str, Any]:
         """Recompute a decision from the document that it names."""
-        types, action = {"policy_id": str, "action_type": str}, self.analysis["action_type"]
+        types, action, where = {"policy_id": str, "action_type": str}, self.analysis["action_type"], entry["where"]
         decision = ABSENT | members(value, types, "R79 policy", where)
         known = decision["policy_id"] in self.policies
         need(known, "R78 policy", "its document is not in the bundle", where)
@@ -505,6 +1030,15 @@ class Story:
             again = f"version {document['version']} after {self.version} ({where})"
             self.notes += (f"NOTE      an older version of the policy was in force again: {again}",)
         self.version = document["version"]
+        if self.stream:
+            time = moment(entry["timestamp"], where)
+            note = self.stream.check_version(decision["policy_id"], document, time, where)
+            self.notes += (note,) if note and note not in self.notes else ()
+        if document["format"] == 2:
+            evaluated = self._evaluate(decision["policy_id"])
+            need(same(value, evaluated.decision), "R103 policy", "not what the document says of the request", where)
+            self.decided += tuple(line for line in evaluated.lines() if line not in self.decided)
+            return decision
         # An action type without a rule is denied.
         rule = document["rules"].get(action, ABSENT | DENIED)
         says = rule | {"policy_id": decision["policy_id"], "action_type": action}
@@ -551,9 +1085,9 @@ class Story:
         step, before = self._step(entry, "approval"), self.approval
         given = len(before["by"]) if before.get("step") == place_of(entry) else 0
         # Approved already: a policy that became stricter since wants more people.
-        ended = before.get("state", "approved") != "approved" or self.rejected_in == self.run
+        ended = before.get("state", "approved") not in ("approved", "enough") or self.rejected_in == self.run
         need(not ended, "R42 approval", "another one is open, or was a no, or came to nothing", where)
-        need(asked["required"] > given, "R42 approval", "as many have approved already", where)
+        need(asked["required"] > given or self.by_groups, "R42 approval", "as many have approved already", where)
         need(not self._tried(), "R43 approval", "the step was begun, refused, or has failed already", where)
         need(asked["plan_hash"] == self.plan_hash, "R41 approval", "asked for another plan", where)
         need(asked["step_hash"] == sha256(canonical(step)), "R41 approval", "asked for another step", where)
@@ -566,7 +1100,7 @@ class Story:
         need(open_for > 0, "R85 approval", "expired before it was asked for", where)
         need(open_for <= limit, "R85 approval", "open for longer than the policy says, or than 30 days", where)
         self.rounds = self.rounds | {entry["step_index"]: next_round}
-        self.approval = {"state": "pending", "asked": asked, "by": (), "step": place_of(entry)}
+        self.approval = {"state": "pending", "asked": asked, "by": (), "subjects": (), "step": place_of(entry)}
         self._said(entry)
 
     def _said(self, entry: dict[str, Any]) -> None:
@@ -577,7 +1111,8 @@ class Story:
     def _of_approval(self, entry: dict[str, Any], state: str) -> None:
         # The step may have succeeded since: an execution before this one had begun it.
         approval = self.approval if self.approval.get("step") == place_of(entry) else {}
-        asked = approval.get("state") == state and same(entry["input"], approval["asked"])
+        # `enough` is either: as many as required have approved, and the groups are counted when the step begins.
+        asked = approval.get("state") in (state, "enough") and same(entry["input"], approval["asked"])
         need(asked, "R46 approval", "nobody was asked this", entry["where"])
         self._said(entry)
 
@@ -604,13 +1139,14 @@ class Story:
         yes = said["approved"]
         need(entry["status"] == ("approved" if yes else "rejected"), "R48 approval", "neither nor", where)
         by += (who,) if yes else ()
+        subjects = self.approval["subjects"] + ((entry["actor"],) if yes else ())
         need(said["approvals"] == len(by), "R53 approval", "not as many have approved", where)
-        state = "approved" if len(by) >= asked["required"] else "pending"
+        state = ("enough" if self.by_groups else "approved") if len(by) >= asked["required"] else "pending"
         if not yes:
             state, self.rejected_in = "rejected", self.run
             place = " ".join(place_of(entry)[1:])
             self.rejections += (f"rejected  {place} by {entry['actor']}, in run {self.run}: {said['reason']}",)
-        self.approval = self.approval | {"state": state, "by": by}
+        self.approval = self.approval | {"state": state, "by": by, "subjects": subjects}
 
     def _claim(self, entry: dict[str, Any], where: str) -> None:
         """A step is begun, once in a run: by the policy in force now and the pinned one, with what both ask for."""
@@ -618,9 +1154,12 @@ class Story:
         need(said["step_hash"] == sha256(canonical(step)), "R54 step", "another step was begun", where)
         need(said["run"] == self.run and said["attempt"] > 0, "R54 step", "begun for another run", where)
         need(not self._tried(), "R55 step", "begun a second time", where)
-        policy, approval = self._decision(entry["output"], where), self.approval
+        output = members(entry["output"], {}, "R79 policy", where)
+        of_format_2 = same(output.get("format"), 2)
+        stated = output.pop("limits", []) if of_format_2 else []
+        policy, approval = self._decision(output, entry), self.approval
         need(policy["allowed"], "R87 step", "begun though the policy in force did not allow it", where)
-        held = approval.get("state", "approved") == "approved" and self.rejected_in != self.run
+        held = approval.get("state", "approved") in ("approved", "enough") and self.rejected_in != self.run
         need(held, "R56 step", "begun without its approval", where)
         approval = approval if approval.get("step") == place_of(entry) else {}
         by, of_round = approval.get("by", ()), approval["asked"]["round"] if approval else None
@@ -628,9 +1167,12 @@ class Story:
         if approval:
             late = moment(entry["timestamp"], where) - moment(approval["asked"]["expires_at"], where) >= LATE
             need(not late, "R58 step", "begun long after its approval had expired", where)
-        if step["requires_approval"] or self._must_ask(step, policy):
-            required = max(self.policy["approvals"], policy["approvals"])
-            need(len(by) >= required, "R88 step", "begun without its approval", where)
+        subjects, acts = approval.get("subjects", ()), step["type"] in NEEDS_APPROVAL
+        if acts and self.stream:
+            self.stream.check_not_suspended(moment(entry["timestamp"], where), where)
+        over = self._over_limits(stated, policy, subjects, where) if acts and of_format_2 else False
+        if step["requires_approval"] or self._must_ask(step, policy) or over:
+            self._check_people(policy, by, subjects, where)
         if step["type"] == "onchain_action":
             for each in (self.policy, policy):
                 self._within_limits(step["parameters"], each, where)
@@ -638,6 +1180,49 @@ class Story:
             self.lost += (self.unknown(self.claim),)
         self.claim, self.approval = {"run": self.run, "step": step}, {}
         self.approvers += tuple(each for each in by if each not in self.approvers)
+
+    def _check_people(self, policy: dict[str, Any], by: tuple[str, ...], subjects: tuple[str, ...], where: str) -> None:
+        """Check that as many people have approved as each of the two policies requires, of its groups."""
+        groups = self._groups(policy)
+        for each in (self.policy, policy):
+            if each.get("format") != 2:
+                need(len(by) >= each["approvals"], "R88 step", "begun without its approval", where)
+            elif each["approvals"]:
+                # Who has left the group since then does not count, nor who was not in it.
+                of_both = set(self._groups(each).get(each["approvers"], [])) & set(groups.get(each["approvers"], []))
+                self._enough(each, of_both, subjects, "R104 step", where)
+
+    def _groups(self, policy: dict[str, Any]) -> dict[str, list[str]]:
+        """The groups of a policy; one of format 1 has none."""
+        return dict(self.policies[policy["policy_id"]].get("groups", {}))
+
+    def _enough(
+        self, needed: dict[str, Any], people: set[str], subjects: tuple[str, ...], rule: str, where: str
+    ) -> None:
+        group = needed["approvers"]
+        given = sum(group is None or each in people for each in subjects)
+        whom = f"by {group}" if group is not None else "by any approvers"
+        need(given >= needed["approvals"], rule, f"{given} of {needed['approvals']} approvals {whom}", where)
+
+    def _over_limits(self, stated: Any, policy: dict[str, Any], subjects: tuple[str, ...], where: str) -> bool:
+        """Check what a claim states of the limits; whether the request exceeds one that lets people approve it."""
+        evaluated, exceeds = self._evaluate(policy["policy_id"]), False
+        uses = evaluated.limits
+        need(type(stated) is list and len(stated) == len(uses), "R105 step", "not the limits of its policy", where)
+        for each, use in zip(stated, uses, strict=False):
+            said = members(each, {"used": int}, "R105 step", where)
+            used, expected = said.pop("used"), {name: value for name, value in use.items() if name != "over"}
+            need(same(said, expected) and used >= 0, "R105 step", "not what the policy says of a limit", where)
+            unit = evaluated.unit if use["counts"] == "amount" else "requests"
+            window = f"{use['maximum']} {unit} in {use['window_seconds']} s, by {use['per']} {use['value']}"
+            self.decided += (f"limit     {window}: {used} used before (NOT PROVED), and {use['add']} now",)
+            if used + use["add"] <= use["maximum"]:
+                continue
+            need(use["over"] != "deny", "R106 step", f"beyond the limit of {window}", where)
+            exceeds = True
+            people = set(self._groups(policy).get(use["over"]["approvers"], []))
+            self._enough(use["over"], people, subjects, "R107 step", where)
+        return exceeds
 
     def unknown(self, claim: dict[str, Any]) -> str:
         name = "{step_id} {type}".format(**claim["step"])
@@ -648,6 +1233,12 @@ class Story:
         return self.run in (self.failed_in, self.claim.get("run"))
 
     def _within_limits(self, moved: dict[str, Any], policy: dict[str, Any], where: str) -> None:
+        if policy.get("format") == 2:  # its amounts and destinations are part of its decision
+            rule = self.policies[policy["policy_id"]]["rules"][policy["action_type"]]
+            ends = [address(moved[name]) for name in ("from_address", "to_address")]
+            payable = rule["smart_contracts"] or not any(end is not None and is_contract(end) for end in ends)
+            need(payable, "R108 step", "moves money to or from a smart contract, or burns it", where)
+            return
         most = min(policy[limit] or MOST for limit in ("max_amount", "daily_limit"))
         need(moved["amount"] <= most, "R89 step", "moves more than the policy allows", where)
         known = moved["to_address"] in (policy["allowed_addresses"] or [moved["to_address"]])
@@ -705,7 +1296,7 @@ class Story:
             done = f": instruction {output['instruction_hash']} submitted as {output['txid']}"
         if step["type"] == "policy_check":
             seen = members(output, {"pinned": bool}, "R86 policy", where)
-            pinned, decision = seen.pop("pinned"), self._decision(seen, where)
+            pinned, decision = seen.pop("pinned"), self._decision(seen, entry)
             need(pinned == (decision["policy_id"] == self.policy["policy_id"]), "R86 policy", "pinned or not?", where)
         self.effects += (f"ran       {name}{done}",)
         self.done, self.failed_in = self.done + 1, 0
@@ -910,7 +1501,9 @@ def look_up(rpc: str, anchor: dict[str, Any], identity: str) -> None:
         need(each, "R20 rpc", f"the node has another {name}", "anchor")
 
 
-def check_whole_log(prefix: str, bundle: dict[str, Any], anchor: dict[str, Any], anchored: int, open_: bool) -> str:
+def check_whole_log(
+    prefix: str, bundle: dict[str, Any], anchor: dict[str, Any], anchored: int, open_: bool, story: Story
+) -> list[str]:
     """Read the log up to its newest checkpoint (C2SP tlog-tiles): both roots, and which entries the task has in it."""
     note = read(prefix, "checkpoint").split(b"\n")
     try:
@@ -920,6 +1513,7 @@ def check_whole_log(prefix: str, bundle: dict[str, Any], anchor: dict[str, Any],
     need(size >= anchor["size"], "R21 whole log", f"its checkpoint, of size {size}, is older than the anchor", prefix)
     leaves: list[bytes] = []
     found: list[bytes] = []
+    of_policy: list[bytes] = []
     data = b""
     for at in range(size):
         if at % 256 == 0:
@@ -928,6 +1522,8 @@ def check_whole_log(prefix: str, bundle: dict[str, Any], anchor: dict[str, Any],
         text, data = data[2 : 2 + length], data[2 + length :]
         if f'"task_id":"{bundle["task_id"]}"'.encode() in text:
             found.append(text)
+        if b'"stream":"policy"' in text:
+            of_policy.append(text)
         leaves.append(leaf_hash(text))
     anchored_root = root_of(leaves[: anchor["size"]])
     need(
@@ -949,7 +1545,26 @@ def check_whole_log(prefix: str, bundle: dict[str, Any], anchor: dict[str, Any],
         prefix,
     )
     follow = f"LATER: {later} entries of the task follow" if later else "the task has these entries and no others"
-    return f"log       as of size {size}, root {newest.hex()}: {follow}"
+    if story.stream:
+        check_policy_in_log(prefix, of_policy, story.stream, story.newest, open_)
+    return [f"log       as of size {size}, root {newest.hex()}: {follow}"]
+
+
+def check_policy_in_log(prefix: str, texts: list[bytes], stream: PolicyStream, newest: float, open_: bool) -> None:
+    """Check that the log has the bundle's entries of the policy, one chain, and no other change while the task ran."""
+    rule, prev, last = "R109 whole log", "0" * 64, stream.entries[-1]["seq"]
+    leaves = {each["seq"]: each["leaf"] for each in stream.entries[: stream.anchored]}
+    for number, text in enumerate(texts, start=1):
+        types = {"seq": int, "prev": str, "timestamp": str}
+        entry = members(parse(text.decode(errors="replace"), prefix, fractions=True), types, rule, prefix)
+        linked = (entry["seq"], entry["prev"]) == (number, prev)
+        need(linked, rule, f"its entries of the policy are no chain, at {number}", prefix)
+        leaf = leaf_hash(text)
+        prev = leaf.hex()
+        need(leaves.pop(number, leaf) == leaf, rule, f"it has another entry {number} of the policy", prefix)
+        after = number <= last or moment(entry["timestamp"], prefix) > newest
+        need(after or open_, rule, f"entry {number} of the policy, while the task ran: ask for a newer bundle", prefix)
+    need(not leaves, rule, "it lacks entries of the policy", prefix)
 
 
 def read_tile(prefix: str, index: int, count: int) -> bytes:
@@ -988,9 +1603,14 @@ def verify(
     need(task_id in (None, bundle["task_id"]), "R5 task", "not the task that was asked for")
     need(network in (None, bundle["network"]), "R6 network", f"it says {bundle['network']}")
     entries = check_chain(bundle, log_id)
+    stream = PolicyStream(bundle, log_id) if bundle["policy_entries"] else None
     anchor = check_anchor(bundle, log_id, anchor_identity)
-    anchored = check_inclusion(bundle, entries, anchor)
-    story = Story(bundle["policies"], bundle["network"])
+    anchored = check_inclusion(bundle["entries"], entries, anchor)
+    if stream:
+        stream.anchored = check_inclusion(bundle["policy_entries"], stream.entries, anchor)
+    story = Story(bundle["policies"], bundle["network"], stream)
+    of_format_2 = any(each["format"] == 2 for each in story.policies.values())
+    need(stream is not None or not of_format_2, "R101 policy", "a document of format 2, and no entries of the policy")
     for sent, entry in zip(bundle["entries"], entries, strict=True):
         story.tell(entry, sent["output"])
     need(not story.unused, "R78 policy", "a document that nothing refers to")
@@ -998,6 +1618,8 @@ def verify(
         last, begun = entries[-1]["where"], story.claim.get("step", {})
         rest, known = f"entry {anchored + 1}", begun.get("type") != "onchain_action"
         need(anchored == len(entries), "R19 complete", "not anchored yet (--open accepts that)", rest)
+        for each in stream.entries[stream.anchored :] if stream else ():
+            need(False, "R19 complete", "not anchored yet (--open accepts that)", each["where"])
         need(bool(story.ended), "R19 complete", "the task's end is missing (--open accepts that)", last)
         need(known, "R19 complete", "what became of the transfer is missing (--open accepts that)", last)
     check_transaction(anchor)
@@ -1009,9 +1631,10 @@ def verify(
         (named == "mock", "NOT PROVED  network: mock! Its operator can make another history: nothing to an outsider."),
         (not rpc, "NOT PROVED  that any network has the transaction, and so since when: use --rpc"),
         (not log, f"NOT CHECKED what the log has of the task after size {size}, or besides: use --log"),
+        *(stream.unproved(story, has_log=bool(log)) if stream else ()),
     ]
     lines = report(bundle, anchor, entries, anchored, story) + [line for is_so, line in unproved if is_so]
-    return lines + ([check_whole_log(log, bundle, anchor, anchored, open_)] if log else [])
+    return lines + (check_whole_log(log, bundle, anchor, anchored, open_, story) if log else [])
 
 
 def report(
@@ -1025,6 +1648,8 @@ def report(
         f"anchor    as of size {anchor['size']}, number {anchor['sequence']}, tick {anchor['tick']}: {anchor['txid']}",
         f"network   {bundle['network']}",
         *(f"policy    {each}" for each in story.policies or ["none was looked at"]),
+        *story.decided,
+        *(story.stream.lines() if story.stream else ()),
         *story.notes,
         *story.rejections,
         f"approved  by {', '.join(story.approvers) or 'nobody'}",

@@ -28,7 +28,16 @@ from tests.support import template
 from tests.support.cloud import PARAMETERS, Cloud, cloud
 from tests.support.cloud import _environment as function_environment
 from tests.support.crashes import STRIDE, sampled_numbers
-from tests.support.trail import entry_items, json_of, log, outbox, policy_outbox, store, stream_of
+from tests.support.trail import (
+    entry_items,
+    forget_policy_events,
+    json_of,
+    log,
+    outbox,
+    policy_outbox,
+    store,
+    stream_of,
+)
 
 EVENTS = 2
 EACH = 8
@@ -137,6 +146,7 @@ def run(aws: Cloud, task_id: str, saboteur: Saboteur | None) -> None:
 
 
 def check(aws: Cloud, task_id: str, log_id: str, where: str) -> None:
+    forget_policy_events()
     report = fsck(
         store(), log(), LedgerClient("LedgerFunction"), log_id=log_id, outbox=outbox(), policy_outbox=policy_outbox()
     )
@@ -221,6 +231,7 @@ def test_a_flaw_would_be_found(aws: Cloud) -> None:
         TableName="AuditLogTable",
         Key={"pk": {"S": task_id}, "sk": {"S": "INDEX#000001"}},  # its only entry's
     )
+    forget_policy_events()
     report = fsck(
         store(), log(), LedgerClient("LedgerFunction"), log_id="flawed", outbox=outbox(), policy_outbox=policy_outbox()
     )

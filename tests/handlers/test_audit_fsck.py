@@ -27,6 +27,7 @@ from tests.support.trail import (
     anchor_all,
     deliver,
     entry_items,
+    forget_policy_events,
     log,
     new_recorder,
     new_sequencer,
@@ -41,7 +42,7 @@ from tests.support.trail import (
 
 @pytest.fixture
 def aws() -> Iterator[Cloud]:
-    with cloud(state_machine=False) as it:
+    with cloud(state_machine=False, policy=False) as it:
         clients.client("dynamodb")
         clients.lambda_client()
         yield it
@@ -57,6 +58,7 @@ def sound(aws: Cloud) -> str:
             found.append(task_with(events))
             new_recorder().drain(found[-1])
             anchor_all(aws)
+        forget_policy_events()
         return found[0]
 
     return str(prepared(aws, "sound", record))

@@ -46,7 +46,7 @@ STREAM = "policy"
 
 @pytest.fixture
 def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
-    with cloud(state_machine=False) as it:
+    with cloud(state_machine=False, policy=False) as it:
         clients.client("dynamodb")
         clients.lambda_client()
         monkeypatch.setenv("RECORDER_FUNCTION", "RecordEventsFunction")
@@ -160,7 +160,7 @@ def test_policy_event_refused_when_its_number_is_taken(aws: Cloud) -> None:
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
     set_environment("AuditApiFunction", monkeypatch)
-    with cloud(state_machine=False) as it:
+    with cloud(state_machine=False, policy=False) as it:
         clients.client("dynamodb")
         yield Api(it, "AuditApiFunction")
 

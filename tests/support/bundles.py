@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib.util
+import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,13 +15,14 @@ from typing import Any
 
 from qaes.domain import planning
 from qaes.domain.anchor import ANCHOR_INPUT_TYPE, AnchorPayload, log_id_bytes
-from qaes.domain.audit import GENESIS, build_entry, entry_text
-from qaes.domain.bundle import TrailEntry, build_bundle
+from qaes.domain.audit import GENESIS, build_entry, build_policy_entry, entry_text
+from qaes.domain.bundle import PolicyTrailEntry, TrailEntry, build_bundle, policy_ids, policy_numbers
 from qaes.domain.canonical import canonical_json, hash_of, salted_hash
 from qaes.domain.ids import parse_timestamp, timestamp
 from qaes.domain.merkle import leaf_digest, leaf_hash
 from qaes.domain.models import Event, Plan, Step
-from qaes.domain.policy import PolicyDecision, PolicyDocument, Rule, policy_of
+from qaes.domain.policy import Policy, PolicyDecision, PolicyDocument, Rule, policy_of
+from qaes.domain.policy_events import LEDGER, PolicyEvent, next_event
 from qaes.domain.qubic import schnorrq
 from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.qubic.transaction import Transaction, decode
@@ -178,6 +180,8 @@ class Trail:
         self.run = 1
         self.later: list[str] = []
         """Documents of policies that came into force after the pinned one."""
+        self.changes: list[PolicyEvent] = []
+        """Of the policy, in the stream `policy` of the log."""
 
     def record(self, kind: Any, actor: str, status: str, input_: Any, output: Any, **fields: Any) -> Trail:
         self.moment += timedelta(seconds=1)
@@ -199,6 +203,21 @@ class Trail:
         self.prev = leaf_hash(text)
         self.entries.append((text, canonical_json(input_), canonical_json(output)))
         return self
+
+    def change(self, kind: Any, actor: str = "olivia", *, seconds: float = 0, **more: Any) -> Trail:
+        """Record a change of the policy, so many seconds from the newest entry on."""
+        at = timestamp(self.moment + timedelta(seconds=seconds))
+        about = {"policy_id": self.policy.policy_id} if kind.startswith("policy_") else {"name": "transfer_funds"}
+        before = self.changes[-1] if self.changes else None
+        self.changes.append(next_event(before, kind, actor=actor, at=at, **(about | more)))
+        return self
+
+    def enact(self, policy: Policy | None = None, *, seconds: float = -86_400) -> Trail:
+        """Record how a version came into force, by default a day before the task."""
+        about = {"policy_id": (policy or self.policy).policy_id}
+        self.change("policy_proposed", seconds=seconds, **about)
+        self.change("policy_approved", "oscar", seconds=seconds + 1, **about)
+        return self.change("policy_in_force", LEDGER, seconds=seconds + 2, **about)
 
     def start(self) -> Trail:
         output = {"task_id": TASK_ID, "idempotency_key": None}
@@ -338,6 +357,7 @@ class Trail:
         anchorer, log = anchorer or Anchorer(), log or Log()
         entries = []
         covered = len(self.entries) - unanchored
+        policy_entries = self.policy_entries(log)
         for number, (text, input_, output) in enumerate(self.entries):
             if number == covered:
                 payload = payload or log.anchor(log_id=self.log_id)
@@ -354,7 +374,23 @@ class Trail:
             anchored=anchorer.transaction(payload.encode()).encode(),
             prove=log.prove,
             policies=[self.policy_text, *self.later] if self.policy_id else [],
+            policy_entries=policy_entries,
         )
+
+    def policy_entries(self, log: Log) -> list[PolicyTrailEntry]:
+        """Put the changes of the policy into the log; return the entries that the task's bundle contains."""
+        if not self.changes:
+            return []
+        prev, found = GENESIS, {}
+        for event in self.changes:
+            text = entry_text(build_policy_entry(event, log_id=self.log_id, prev=prev))
+            prev = leaf_hash(text)
+            entry = TrailEntry(text, event.input, event.output, log.append(text)[0])
+            found[event.number] = PolicyTrailEntry(entry, event.salt)
+        times = [json.loads(text)["timestamp"] for text, _, _ in self.entries]
+        used = policy_ids([TrailEntry(*each, None) for each in self.entries])
+        numbers = policy_numbers(self.changes, versions=used, first=times[0], last=times[-1])
+        return [found[number] for number in numbers]
 
 
 def approved() -> Trail:

@@ -39,6 +39,7 @@ from tests.support.bundles import (
     transfer,
     transferred,
 )
+from tests.support.policy_rows import IN_LOG, POLICY_ROWS
 
 ROOT = Path(__file__).parents[2]
 verifier = load_verifier()
@@ -714,7 +715,7 @@ ROWS: dict[str, dict[str, Callable[..., Case | Trail]]] = {
         "version 0": lambda: with_document(lambda document: document.update(version=0)),
         "version -1": lambda: with_document(lambda document: document.update(version=-1)),
         "a version that is true": lambda: with_document(lambda document: document.update(version=True)),
-        "another format": lambda: with_document(lambda document: document.update(format=2)),
+        "another format": lambda: with_document(lambda document: document.update(format=3)),
         "rules that are none": lambda: with_document(lambda document: document.update(rules=[])),
         "a rule that is none": lambda: with_document(lambda document: document["rules"].update(x=None)),
         "approvals 0": lambda: with_document(change_rule(approvals=0)),
@@ -807,20 +808,36 @@ def followed(folder: Path) -> Case:
     return of_bundle(bundle, log=log.write(folder))
 
 
+def in_log(row: Callable[[Path], tuple[dict[str, Any], str]]) -> Callable[[Path], Case]:
+    def made(folder: Path) -> Case:
+        bundle, log = row(folder)
+        return of_bundle(bundle, log=log)
+
+    return made
+
+
+WITH_LOG = {name: in_log(row) for name, row in IN_LOG.items()} | {"a retry follows": followed}
+ROWS |= POLICY_ROWS | {"R109 whole log": {name: WITH_LOG[name] for name in IN_LOG}}
 ROWS["R22 later"] = {"a retry follows": followed}
 CASES = [(rule, name) for rule, variants in ROWS.items() for name in variants]
 
 
 def make(rule: str, name: str, folder: Path) -> Case:
     row = ROWS[rule][name]
-    made = row(folder) if row is followed else row()
+    made = row(folder) if name in WITH_LOG else row()
+    if isinstance(made, dict):
+        return of_bundle(made)
     return of_trail(made) if isinstance(made, Trail) else made
 
 
 STRUCTURAL = {"R1", "R2", "R3", "R11", "R12", "R20", "R21", "R27"}
 """Without these there is nothing that could be looked at further."""
-NOT_ALONE = {("R15 index", "beyond the size"), ("R15 index", "a gap")}
-"""There is no proof for these either."""
+NOT_ALONE = {
+    ("R15 index", "beyond the size"),  # nor is there a proof
+    ("R15 index", "a gap"),
+    ("R91 text", "a state with another member"),  # nor does it follow from the one before
+}
+"""Each of these breaks another rule as well."""
 
 
 @pytest.mark.parametrize(("rule", "name"), CASES)
