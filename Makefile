@@ -43,7 +43,7 @@ up: $(VENV)/.local-stamp ## Start the local cloud, API at http://localhost:8000 
 	@$(BIN)/python -m local up
 
 # On a fresh clone nothing runs: to say so, nothing is installed.
-NOT_RUNNING := The local cloud does not run. Start it: make up
+NOT_RUNNING := The local cloud does not run. Start it with: make up
 IF_INSTALLED := [ -x $(BIN)/python ] && [ -f $(VENV)/.local-stamp ] || { echo "$(NOT_RUNNING)" >&2; exit 1; };
 
 down: ## Stop the local cloud, and remove what it and interrupted runs have left

@@ -1,4 +1,4 @@
-"""Count what a task consumes, in a run of the deployed definition on moto: `python -m benchmarks.cost`.
+"""Count the consumption of a task, in a run of the deployed definition on moto: `python -m benchmarks.cost`.
 
 A run has phases, which end where the task waits for a person or for the ledger. A stream delivers the writes of a phase
 as one batch to each of its listeners. The anchor is counted separately: as a whole, or shared by a batch's tasks.

@@ -194,6 +194,6 @@ def _units(operation: Callable[[], Any]) -> Units:
 
 
 def grown(before: Units, after: Units) -> float:
-    """Return the growth of the consumption, in read or in write units, whichever grew more."""
+    """Return the growth of the consumption, the larger of read and write units."""
     pairs = ((before.read, after.read), (before.written, after.written))
     return max(more / less if less else float(more > 0) + 1 for less, more in pairs)

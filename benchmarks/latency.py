@@ -18,7 +18,7 @@ from local.environment import REGION
 ROUNDS, WARM_UP, TASKS = 25, 3, 5
 ACCOUNT = "000000000000"
 CODE = 'def handler(event, context):\n    return {"statusCode": 200, "body": "{}"}\n'
-NOTE = {"task_type": "note", "description": "denied by the policy: no step competes with what is measured"}
+NOTE = {"task_type": "note", "description": "denied by the policy: no step competes with the measurement"}
 MONITORING = {
     "task_type": "monitor_wallet",
     "description": "how long does it take?",

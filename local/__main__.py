@@ -21,7 +21,7 @@ def main() -> int:
     commands.add_parser("down", help="stop it")
     commands.add_parser("run", help="run the local cloud in the foreground")
     commands.add_parser("status", help="show whether the local cloud runs")
-    logs = commands.add_parser("logs", help="print what the services logged")
+    logs = commands.add_parser("logs", help="print the services' log")
     logs.add_argument("--task", default="", help="only the lines of this task")
     logs.add_argument("--all", action="store_true", help="include the platform's lines and the metrics")
     token = commands.add_parser("token", help="print a token")

@@ -65,7 +65,7 @@ _NAMES = {
 
 
 class Construction(NamedTuple):
-    """A construction that the project does not use, and what to write instead."""
+    """A construction that the project does not use, and its replacement."""
 
     pattern: re.Pattern[str]
     instead: str

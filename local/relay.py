@@ -55,7 +55,7 @@ class Relay:
 
     @property
     def address(self) -> str:
-        """Its own address as `host:port`."""
+        """Address of the relay as `host:port`."""
         host, port = self._server.socket.getsockname()
         return f"{host}:{port}"
 

@@ -56,7 +56,7 @@ def _runs(directory: Path) -> bool:
 
 
 def is_locked(path: Path) -> bool:
-    """Whether a living process holds the lock of this file."""
+    """Return whether a living process holds the lock of this file."""
     if not path.is_file():
         return False
     with path.open("a") as lock:

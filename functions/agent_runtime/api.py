@@ -1,4 +1,4 @@
-"""The agent runtime over HTTP: how far a task's execution is."""
+"""HTTP API of the agent runtime: the progress of a task's execution."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ add_health(app, "/agent-runtime/health", {"tasks_table": tasks_table_answers, "s
 
 
 class StepState(BaseModel):
-    """A step of the plan, and what became of it; `skipped` when the task ended before it."""
+    """A step of the plan, and its outcome; `skipped` if the task ended before it."""
 
     step_id: str
     type: StepType
@@ -32,13 +32,15 @@ class StepState(BaseModel):
     requires_approval: bool
     attempt: int
     duration_ms: int | None
-    effect: Effect = Field(description="of the step when it succeeds; `recorded only`: the system performs nothing")
+    effect: Effect = Field(
+        description="effect of the step if it succeeds; `recorded only`: the system performs nothing"
+    )
 
 
 class ExecutionAnswer(BaseModel):
-    """A task's execution. `current_step` counts from 0; `total_steps` is 0 until there is a plan.
+    """A task's execution. `current_step` counts from 0; `total_steps` is 0 before the task has a plan.
 
-    `reason` says why the task has ended, when it did not complete.
+    `reason` is the reason for the end of a task that did not complete.
     """
 
     task_id: str
@@ -54,7 +56,7 @@ class ExecutionAnswer(BaseModel):
 def get_status(
     task_id: TaskId, caller: Annotated[Caller, Depends(require("requester", "approver", "auditor"))]
 ) -> ExecutionAnswer:
-    """Show each step of a task, with its result or its error."""
+    """Return each step of a task, with its result or its error."""
     store = TaskStore()
     task = store.get_task(task_id) if is_task_id(task_id) else None
     if task is None or not caller.may_see(task.requester):
@@ -74,7 +76,7 @@ def get_status(
 
 def _state(task: Task, index: int, step: Step, record: StepRecord | None) -> StepState:
     status: StepStatus | Literal["waiting_approval", "skipped"] = "pending"
-    # A worker that died leaves its step as it was; the task has ended all the same. A transfer may still happen.
+    # A crashed worker leaves its step `running`, although the task has ended. A transfer may still happen.
     died = record is not None and record.status == "running" and record.type not in CONFIRMED_LATER
     died = died or (record is None and task.status == "failed" and step.step_id == task.failed_step)
     interrupted = died and task.status in TERMINAL

@@ -1,9 +1,9 @@
-"""The reconciler: no task is left behind, whatever crashed.
+"""The reconciler: completes tasks after any crash.
 
-Runs every minute and when an execution fails. It starts what was written and not started, delivers a
-decision that was committed and not delivered, reminds of an approval and closes it when its time is over, and ends a
-task whose execution has ended without saying so. It puts on record how transfers have ended, those of ended tasks too,
-and wakes who waits for them. Each minute it tells how old the oldest open approval is.
+It runs every minute, and when an execution fails. It starts executions that were not started, delivers committed
+decisions, reminds people of approvals, closes expired approvals, and ends tasks whose execution ended without an
+outcome. It records the end of transfers, also of ended tasks, and resumes the waiting executions. Each minute
+it publishes the age of the oldest open approval.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from qaes.domain.ids import now, parse_timestamp
 from qaes.domain.models import OPEN_STATUSES, TERMINAL, Task
 
 GRACE_SECONDS = 30
-"""A task that changed less than this ago is left to those who are at work on it."""
+"""A task that changed more recently than this is left to its own execution."""
 
 OPEN_TASKS_SHARE = 0.5
-"""The part of a run's time that open tasks get; transfers get the rest."""
+"""Share of a run's time for open tasks; the rest is for transfers."""
 
 REMINDER = 0.25
-"""The part of an approval's time that is left when people are reminded of it."""
+"""Share of an approval's time that is left at the reminder."""
 
 _left: list[str] = []
-"""The first task that this process had no time for in its last run, if there was one."""
+"""The first task that this process skipped for lack of time in its last run, if any."""
 
 REASONS = {
     "TIMED_OUT": "the execution reached its time limit",
@@ -48,20 +48,20 @@ REASONS = {
 
 @function
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """An EventBridge event → `{"reconciled": [task ids]}`."""
+    """Process an EventBridge event. Return `{"reconciled": [task ids]}`."""
     store, executions = TaskStore(), Executions()
     if event.get("detail-type") == "Step Functions Execution Status Change":
         return {"reconciled": _execution_changed(store, event.get("detail") or {})}
     reconciled: list[str] = []
     try:
         reconciled += _reconcile_open(store, executions, context)
-    finally:  # whatever keeps open tasks from being helped must not keep transfers from being settled
+    finally:  # an error with open tasks must not block the settling of transfers
         reconciled += _settle_transfers(store, context)
     return {"reconciled": list(dict.fromkeys(reconciled))}
 
 
 def _reconcile_open(store: TaskStore, executions: Executions, context: LambdaContext) -> list[str]:
-    """Help open tasks in half of the time that is left. The next run of this process goes on where this one stopped."""
+    """Reconcile open tasks in their share of the time. The process's next run continues where this one stopped."""
     end = context.get_remaining_time_in_millis() * (1 - OPEN_TASKS_SHARE)
 
     def has_time() -> bool:
@@ -81,14 +81,14 @@ def _reconcile_open(store: TaskStore, executions: Executions, context: LambdaCon
             if _reconciled(task, store, executions, running):
                 reconciled.append(task.task_id)
                 if task.waiting_until and now() >= parse_timestamp(task.waiting_until):
-                    waiting.pop(task.task_id, None)  # its approval was just closed
+                    waiting.pop(task.task_id, None)  # its approval was closed just now
     finally:
         metrics.open_approvals([(now() - parse_timestamp(since)).total_seconds() for since in waiting.values()])
     return reconciled
 
 
 def _from(tasks: list[Task], first: str | None) -> list[Task]:
-    """Put the tasks in order, from the one with the id `first` on; from any one in a process that has just begun."""
+    """Order the tasks from the id `first` on, or from a random one in a new process."""
     ordered = sorted(tasks, key=lambda task: task.task_id)
     if first is None:
         start = int(random.random() * len(ordered))  # noqa: S311 (an order, no secret)
@@ -104,7 +104,7 @@ def _waits(task: Task) -> bool:
 def _running(executions: Executions, has_time: Callable[[], bool]) -> set[str]:
     try:
         return executions.running(has_time)
-    except Exception:  # noqa: BLE001 the list only saves calls: without it, each execution is described
+    except Exception:  # noqa: BLE001 the list only saves calls: without it, describe each execution
         logger().exception("running executions could not be listed")
         return set()
 
@@ -112,20 +112,22 @@ def _running(executions: Executions, has_time: Callable[[], bool]) -> set[str]:
 def _reconciled(task: Task, store: TaskStore, executions: Executions, running: Collection[str]) -> bool:
     try:
         return reconcile(task, store, executions, running)
-    except Exception:  # noqa: BLE001 one task that cannot be helped now must not keep the others waiting
-        logger().exception("could not reconcile", extra={"task_id": task.task_id})
+    except Exception:  # noqa: BLE001 one task's error must not block the others
+        logger().exception("the task could not be reconciled", extra={"task_id": task.task_id})
         return False
 
 
 def reconcile(task: Task, store: TaskStore, executions: Executions, running: Collection[str] = ()) -> bool:
-    """Bring one open task forward, if it is stuck; returns whether it did. What is in `running` is not described."""
+    """Advance an open task if it is stuck, and return whether it was. Executions in `running` need no describe call."""
     status = "RUNNING" if task.execution_name in running else executions.status(task)
     if status == "RUNNING" and _waits(task):
         return _waiting(task, store, executions)
-    listed, task = task, store.get_task(task.task_id)  # the list has copies: the run is what people decided
+    listed, task = task, store.get_task(task.task_id)  # the list has copies; the decisions determine the run
     if task.status in TERMINAL:
         return False
-    if task.execution_name != listed.execution_name:  # retried since it was listed: how the run before ended is no end
+    if (
+        task.execution_name != listed.execution_name
+    ):  # retried since the list: the end of the earlier run does not count
         status = executions.status(task)
     if status is None:
         if task.status != "pending" and task.run == 1:
@@ -139,7 +141,7 @@ def reconcile(task: Task, store: TaskStore, executions: Executions, running: Col
 
 
 def _waiting(task: Task, store: TaskStore, executions: Executions) -> bool:
-    """Close an approval whose time is over, and before that remind of it, once."""
+    """Remind people of an approval once before it expires, and close it after that."""
     if task.waiting_since and task.waiting_until and not _is_due(task.waiting_since, task.waiting_until):
         return False
     approval = store.open_approval(task.task_id)
@@ -154,13 +156,13 @@ def _waiting(task: Task, store: TaskStore, executions: Executions) -> bool:
 
 
 def _is_due(since: str, until: str) -> bool:
-    """Return whether only the last part of an approval's time is left, or none."""
+    """Return whether the reminder of an approval is due."""
     asked, expires = parse_timestamp(since), parse_timestamp(until)
     return now() >= expires - (expires - asked) * REMINDER
 
 
 def _deliver(task: Task, store: TaskStore, executions: Executions) -> bool:
-    """A decision that the execution still waits for; a token that was used already is not an error."""
+    """Deliver a decision that the execution still waits for. A used token is not an error."""
     approvals = store.approvals(task.task_id)
     if task.status != "executing" or not approvals or approvals[-1].status not in {"approved", "rejected", "expired"}:
         return False
@@ -172,7 +174,7 @@ def _deliver(task: Task, store: TaskStore, executions: Executions) -> bool:
 
 
 def _wake(task: Task, store: TaskStore) -> bool:
-    """Wake an execution that waits for a step that is finished: whoever has finished it did not come to tell."""
+    """Resume an execution that waits for a finished step, because the message was lost."""
     if task.status != "executing" or task.current_step is None:
         return False
     record = store.step(task.task_id, task.current_step)
@@ -180,24 +182,24 @@ def _wake(task: Task, store: TaskStore) -> bool:
 
 
 def _settle_transfers(store: TaskStore, context: LambdaContext) -> list[str]:
-    """Put on record how transfers have ended whose end nobody has told; returns the tasks whose step is finished now.
+    """Record the ends of transfers whose events were lost. Return the tasks whose step is finished now.
 
-    In any order, so that those which the ledger is slow to answer for do not keep the others waiting for ever.
+    The order is random, so that slow answers of the ledger for some transfers do not block the others for ever.
     """
     in_flight, settled = store.transfers_in_flight(GRACE_SECONDS), []
     random.shuffle(in_flight)
     for task_id, record in in_flight:
         if context.get_remaining_time_in_millis() < CALL_SECONDS * 1000:
-            logger().warning("no time left to ask the ledger: the others are asked for next time")
+            logger().warning("no time left; the next run settles the other transfers")
             break
         try:
             task, newest = store.get_task(task_id), store.step(task_id, record.step_index)
             if newest is None or newest.status != "running":
-                continue  # the index is behind
+                continue  # the index is eventually consistent
             if transfers.settle_and_tell(store, LedgerClient(), task, newest).status != "running":
                 settled.append(task_id)
-        except Exception:  # noqa: BLE001 as above
-            logger().exception("could not settle a transfer", extra={"task_id": task_id})
+        except Exception:  # noqa: BLE001 one transfer's error must not block the others
+            logger().exception("the transfer could not be settled", extra={"task_id": task_id})
     return settled
 
 
@@ -207,7 +209,7 @@ def _execution_changed(store: TaskStore, detail: dict[str, Any]) -> list[str]:
     try:
         task = store.get_task(str(json.loads(detail["input"])["task_id"]))
     except (KeyError, TypeError, ValueError, NotFoundError):
-        logger().warning("an execution of no known task", extra={"execution": detail.get("name")})
+        logger().warning("the execution belongs to no known task", extra={"execution": detail.get("name")})
         return []
     if task.status in TERMINAL or detail.get("name") != task.execution_name:
         return []
@@ -216,7 +218,7 @@ def _execution_changed(store: TaskStore, detail: dict[str, Any]) -> list[str]:
 
 
 def _end(store: TaskStore, task: Task, execution_status: str) -> None:
-    """The execution has ended and has not said how the task did: whatever it was, the task has failed."""
+    """End a task as failed, because its execution ended without an outcome."""
     store.end_task(
         task.task_id,
         "failed",

@@ -1,10 +1,10 @@
-"""The agents of the runtime that are states of the state machine.
+"""The runtime's agents that are states of the state machine.
 
-compliance agent   `await_approval`    may the action run now, must people approve it first, or is it denied?
-execution agent    `end_task`          how did the execution end, if no step has ended the task?
+compliance agent   `await_approval`    decides whether the action runs now, waits for an approval, or is denied
+execution agent    `end_task`          ends the task if no step has ended it
 
-People who are asked see no callback token. When the state is retried (the function's answer was lost), they may have
-decided in between, and have woken a token that nobody waits under any more: the decision is delivered to the new one.
+Approvers never see a callback token. If the state is retried because the function's response was lost, people may have
+decided in between, with the earlier token. The decision is then delivered to the new token.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from qaes.domain.tasks import lifecycle
 def await_approval(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Compliance agent. `{task_id, task_token, execution?}` → `{verdict, reason}`; `verdict` may be `pending`.
 
-    A rejection comes first: no plan has to be read for it, and no ledger has to answer. What an attempt before has
-    handed in is not decided on again. If it has ended without moving anything, that is put on record first: what is
-    asked for after that is for another attempt.
+    A rejection comes first, because it needs neither the plan nor the ledger. There is no new decision on a transfer
+    that an earlier attempt submitted. If the transfer ended without an effect, its end is recorded first: a new
+    approval is for another attempt.
     """
     store, token = TaskStore(), str(event["task_token"])
     task = store.get_task(str(event["task_id"]))
@@ -69,7 +69,7 @@ def await_approval(event: dict[str, Any], context: LambdaContext) -> dict[str, A
 
 
 def _answered(token: str, verdict: Verdict) -> dict[str, Any]:
-    """Answer the token at once, as nobody is asked: with the verdict, or with the error that stops the step."""
+    """Respond to the token at once, with the verdict or with the error that stops the step."""
     if stopped := compliance.stopped_by(verdict):
         note(outcome=verdict.verdict)
         raise stopped
@@ -84,7 +84,7 @@ def _verdict(
     compliance.check_same_plan(task, plan)
     planning.check_follows(plan, task)
     if record is not None and record.status == "succeeded":
-        return compliance.go_on(task, plan)  # it succeeded after its execution had ended: nobody is asked about it
+        return compliance.go_on(task, plan)  # it succeeded after its execution had ended: request no approval
     if (
         record is not None
         and record.type in CONFIRMED_LATER
@@ -97,8 +97,8 @@ def _verdict(
     verdict = compliance.decide(task, plan, step_index, ruling, approval, usage)
     if verdict.verdict not in {"await_approval", "execute"}:
         return verdict
-    # What the ledger would refuse is denied before a person is asked and before the transfer is submitted. A limit may
-    # have room by the time people approve.
+    # Deny a transfer that the ledger would reject, before the approval and before the submission. A limit may have room
+    # by the time of the approval.
     now = verdict.verdict == "execute"
     refusal = funds.refusal or (funds.refusal_today or ruling.refusal_by_usage(usage) if now else None)
     refusal = refusal or suspensions.refusal(planning.action_type(task.task_type), policies.suspended)
@@ -108,7 +108,7 @@ def _verdict(
 
 
 class EndOfTask(Model):
-    """What the state machine says at its end; `error` is the state's error output."""
+    """The state machine's input at its end; `error` is the state's error output."""
 
     task_id: str
     outcome: Literal["denied", "rejected", "expired", "failed"]
@@ -119,13 +119,13 @@ class EndOfTask(Model):
 REASONS = {
     "denied": "policy {policy_id} does not allow {action_type}",
     "rejected": compliance.REJECTED,
-    "expired": "nobody decided in time",
+    "expired": "no decision was made in time",
     "failed": "a step failed",
 }
 KIND_OF_FAILURE = {
     "States.Timeout": "the time limit was reached",
-    "LimitError": "the ledger had too much to write; retry the task",
-    "ConfirmationTimedOut": "the ledger has not confirmed the transfer in time; a retry asks again, and pays once",
+    "LimitError": "the ledger's queue was full; retry the task later",
+    "ConfirmationTimedOut": "the ledger did not confirm the transfer in time; retry the task, which pays only once",
 }
 
 
@@ -133,8 +133,8 @@ KIND_OF_FAILURE = {
 def end_task(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Execution agent. `{task_id, outcome, execution?, error?}` → `{status, reason}`: the terminal status, once.
 
-    What went wrong is read from the step records: the state's error output names functions and ARNs, which are for
-    the logs, not for users. Only that of StepDeniedError is our own: the compliance agent's verdict.
+    The reason comes from the step records: the state's error output names functions and ARNs, which are for the logs,
+    not for users. Only StepDeniedError has our own text: the compliance agent's verdict.
     """
     end = EndOfTask.model_validate(event)
     store = TaskStore()
@@ -142,10 +142,12 @@ def end_task(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     name = str((end.error or {}).get("Error"))
     reason, failed_step = REASONS[end.outcome], None
     if end.outcome == "failed":
-        log = logger().info if task.status in TERMINAL else logger().error  # cancelled, say: nothing is wrong
+        log = (
+            logger().info if task.status in TERMINAL else logger().error
+        )  # for example cancelled, which is not an error
         log("the execution failed", extra={"state_error": name})
         failed_step, error = _failed_step(store, task)
-        reason = error or KIND_OF_FAILURE.get(name, "a service did not answer")
+        reason = error or KIND_OF_FAILURE.get(name, "a service did not respond; retry the task")
     elif end.outcome == "denied":
         reason = reason.format(policy_id=task.policy_id, action_type=planning.action_type(task.task_type))
         reason = _cause(end.error) or reason if name == StepDeniedError.__name__ else reason
@@ -156,7 +158,7 @@ def end_task(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
 
 
 def _failed_step(store: TaskStore, task: Task) -> tuple[str | None, str | None]:
-    """Return the step at which the task has failed, and its error if it has one."""
+    """Return the failed step, and its error if it has one."""
     if task.plan_id is None:
         return None, None
     plan, records = store.plan_of(task), store.records(task.task_id)
@@ -166,7 +168,7 @@ def _failed_step(store: TaskStore, task: Task) -> tuple[str | None, str | None]:
 
 
 def _cause(error: dict[str, Any] | None) -> str:
-    """Return what the error says: a token's answer is the text itself, a function's exception comes in JSON."""
+    """Return the text of an error: a token's error is plain text, a function's exception is JSON."""
     cause = str((error or {}).get("Cause") or "")
     try:
         return str(json.loads(cause)["errorMessage"])

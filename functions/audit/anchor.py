@@ -145,7 +145,7 @@ class Anchorer:
             raise PermanentError(
                 error.code,
                 f"the ledger has another payload for anchor {pending.sequence} of {self._log_id}: the log's table "
-                "was restored to an earlier state, or another writer uses this log's id",
+                "was restored to an earlier state, or another service uses this log's id",
             ) from error
 
     def _anchor(self, pending: Anchoring, answer: dict[str, Any]) -> Anchor:

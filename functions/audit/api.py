@@ -130,7 +130,7 @@ def get_bundle(task_id: TaskId, who: BundleReader) -> Bundle | BundleWithPolicy:
     A bundle with entries of the policy's stream (proposals, approvals, suspensions) has format 2.
 
     The status is 413 if the bundle is larger than a response can be. The pages of the trail still return the
-    entries, but without the content behind their hashes and without proofs: nobody can check such a task offline.
+    entries, but without the content behind their hashes and without proofs: such a task cannot be checked offline.
     """
     if not is_task_id(task_id):
         raise NotFoundError("no such task", field="task_id")

@@ -1,4 +1,4 @@
-"""The policy's events, as the audit reads them: `qaes.domain.policy_events` says who writes them, and how."""
+"""Read access of the audit to the policy's events. `qaes.domain.policy_events` describes their writer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qaes.domain.policy_events import STREAM, PolicyEvent
 
 
 class PolicyOutbox:
-    """The events of the policy, written by the qubic service; only read here."""
+    """Events of the policy. The qubic service writes them; this service only reads them."""
 
     def __init__(self, table: str | None = None) -> None:
         self._table = table
@@ -33,7 +33,7 @@ class PolicyOutbox:
 def policy_entries(entries: Sequence[TrailEntry], log: Log, store: AuditStore) -> list[PolicyTrailEntry]:
     """Read the entries of the policy's stream that a task depends on, with the texts of their events.
 
-    From the first one on that is not on record yet, they are left out.
+    The list ends before the first event without an entry.
     """
     try:
         said = [json.loads(each.text) for each in entries]

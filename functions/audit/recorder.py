@@ -32,7 +32,7 @@ SECONDS_FOR_A_TASK = 10
 
 @dataclass(frozen=True)
 class Drained:
-    """The number of entries that this run recorded, and the number of the task's newest entry (0 if it has none)."""
+    """The number of entries that this run recorded, and the number of the task's newest entry (0 without entries)."""
 
     recorded: int
     seq: int
@@ -85,7 +85,7 @@ class Recorder:
         return Drained(recorded, seq)
 
     def _entries_after(self, stream: str, seq: int) -> Iterator[tuple[int, _Build]]:
-        """Read the numbers of the events after `seq`, and what makes the entry of each."""
+        """Read the numbers of the events after `seq`, each with a function that builds its entry."""
         if stream == STREAM:
             for change in self._policy_outbox.events_after(seq):
                 yield change.number, partial(build_policy_entry, change, log_id=self._log_id)

@@ -111,7 +111,7 @@ class Sequencer:
             raise CorruptLogError(f"the batch at {batch.start} does not have the committed root")
         return tiles
 
-    # What is to be added
+    # Outstanding entries
 
     def _outstanding(
         self, tasks: dict[str, dict[int, StoredEntry]]

@@ -199,7 +199,7 @@ class Outbox:
         return {(item["pk"]["S"], _number(item)) for item in found}
 
     def last_event(self, task_id: str) -> int:
-        """Read the number of the task's newest event; 0 if it has none."""
+        """Read the number of the task's newest event; 0 without events."""
         item = _newest(self._table, task_id, "EVENT")
         return _number(item) if item else 0
 

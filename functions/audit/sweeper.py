@@ -142,7 +142,7 @@ class Sweeper:
         yield last, {}
 
     def _newest_of_the_policy(self, last: str) -> dict[str, int]:
-        """The number of the policy's newest event: whoever records it records all before it. Empty after `last`."""
+        """Return the number of the policy's newest event, if not after `last`: earlier events are recorded with it."""
         newest = self._policy_outbox.newest()
         return {STREAM: newest.number} if newest and newest.timestamp <= last else {}
 

@@ -20,7 +20,7 @@ from qaes.adapters.http import PROBLEM_ANSWER, Caller, require
 from qaes.adapters.strict_input import StrictRoute
 
 READERS = ("auditor", "approver", "operator")
-"""Roles that can read every task's trail. A requester can read the trails of their own tasks."""
+"""Roles that can read every task's trail. A requester can read only their tasks' trails."""
 Reader = Annotated[Caller, Depends(require("requester", *READERS))]
 Auditor = Annotated[Caller, Depends(require("auditor"))]
 

@@ -1,4 +1,4 @@
-"""The next request of an attempt, by what its requests came to: pure, so that a crash loses only time.
+"""The next request of an attempt, by the outcomes of its requests: pure, so that a crash loses only time.
 
 One rule protects against a second effect: **after a request to execute that the handler may have received, only the
 handler's `not_found` to a later query permits another**. The reference is the same, so a handler that keeps the
@@ -39,7 +39,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Next:
-    """What to do now. `until` is the end of a wait; `verdict` says what an attempt that is given up came to."""
+    """The next action. `until` is the end of a wait; `verdict` is the outcome of an attempt that is given up."""
 
     action: Literal["execute", "query", "wait", "give_up", "ended"]
     until: datetime | None = None
@@ -85,7 +85,7 @@ def next_request(
 
 
 def _is_unseen(history: Sequence[Sent]) -> bool:
-    """Whether the handler says that it has never seen the reference, and has never said otherwise."""
+    """Return whether the handler reports that it has never seen the reference, and never reported otherwise."""
     last = history[-1]
     return last.mode == "query" and last.kind == "not_found" and all(sent.kind != "accepted" for sent in history)
 

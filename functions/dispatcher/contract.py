@@ -1,4 +1,4 @@
-"""The handler contract (docs/actions.md): what a request contains, and the meaning of each answer.
+"""The handler contract (docs/actions.md): the content of a request, and the meaning of each answer.
 
 This module is pure. A transport returns a `Reply`; `classify` turns the reply into the one `Outcome` that the contract
 gives it. Every reply that the contract does not name has an unknown outcome: the handler may have acted.
@@ -95,7 +95,7 @@ class ActionRequest(Model):
         return canonical_json(self.model_dump(mode="json")).encode()
 
 
-# What a transport returns
+# Results of a transport
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class NoAnswer:
 Reply = Received | NotSent | NoAnswer
 
 
-# What a reply means
+# Meaning of a reply
 
 
 class Outcome(Model):
@@ -187,7 +187,7 @@ def _unknown(reason: str) -> Outcome:
 
 
 def _by_status_alone(reply: Received) -> Outcome | None:
-    """Return the outcome of an HTTP status that needs no body: a proxy may have answered, so none says `done`."""
+    """Return the outcome of an HTTP status that needs no body: a proxy may have answered, so no status means `done`."""
     if reply.status == 429 or (reply.status == 503 and reply.retry_after is not None):
         return Outcome(kind="busy", reason=f"HTTP {reply.status}", retry_after=_seconds(reply.retry_after))
     if reply.status == 409:

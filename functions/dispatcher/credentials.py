@@ -48,7 +48,7 @@ class Basic:
 
 @dataclass(frozen=True)
 class Header:
-    """A header of its own, such as X-Api-Key."""
+    """A separate header, such as X-Api-Key."""
 
     name: str
     value: str = field(repr=False)

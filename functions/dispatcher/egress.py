@@ -37,13 +37,13 @@ class _EgressError(Exception):
 
 
 class Clock:
-    """The time that is left of a call."""
+    """The remaining time of a call."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
 
     def left(self) -> float:
-        """Return the seconds that are left, and raise TimeoutError if there are none."""
+        """Return the remaining seconds. Raises TimeoutError at the end."""
         seconds = self._end - time.monotonic()
         if seconds <= 0:
             raise TimeoutError

@@ -1,7 +1,7 @@
 """HTTP message signatures (RFC 9421) with Ed25519: of the dispatcher's requests, and of handlers' callbacks.
 
-The library `http-message-signatures` builds and checks the signatures. This module decides what a signature must
-cover, how old it may be, and which keys count.
+The library `http-message-signatures` builds and checks the signatures. This module defines the content that a
+signature must cover, its maximum age, and the accepted keys.
 """
 
 from __future__ import annotations

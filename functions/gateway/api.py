@@ -1,7 +1,7 @@
-"""The gateway: starts tasks, shows them, takes decisions.
+"""The gateway: starts tasks, returns them, and records decisions.
 
-A conditional write is the commit point of each request. What follows it (starting the execution, resuming it) may fail
-without the caller's noticing: the reconciler does what was left undone.
+A conditional write is the commit point of each request. The steps after it (start or resumption of the execution) may
+fail without an error for the caller: the reconciler completes them.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ IdempotencyKey = Annotated[
     Header(
         alias="Idempotency-Key",
         pattern=r"^[!-~]{1,255}$",
-        description="for 24 hours, the same key and body take effect once and get the same answer",
+        description="for 24 hours, requests with the same key and body take effect once and return the same response",
     ),
 ]
 REPLAY = "Idempotent-Replay"
@@ -94,24 +94,26 @@ def start_task(
         try:
             check_request(policy, task)
         except InvalidInputError:
-            # A repetition gets the answer of the first request, whatever the policy says by now.
+            # A repetition gets the response of the first request, regardless of the current policy.
             if idempotency is None or store.answered(idempotency) is None:
                 raise
     task, replayed = store.start_task(task, idempotency, max_open=settings.number("MAX_OPEN_TASKS"))
     note(task_id=task.task_id)
     if replayed:
         response.headers[REPLAY] = "true"
-        return StartAnswer(task_id=task.task_id, status=task.status, message="The task had been started already.")
+        return StartAnswer(task_id=task.task_id, status=task.status, message="The task was already started.")
     _start(task)
     message = "The task has been accepted."
     if effect_of(action_step(task.task_type)) == RECORDED_ONLY:
-        message += f" Its action is {RECORDED_ONLY}: a hash of it goes to the ledger, and the system performs nothing."
+        message += (
+            f" Its action is {RECORDED_ONLY}: its hash is written to the ledger, and the system performs nothing."
+        )
     return StartAnswer(task_id=task.task_id, status=task.status, message=message)
 
 
 @app.get("/", openapi_extra=NO_TOKEN)
 def get_about() -> About:
-    """Return what this service is, and where its documentation is."""
+    """Return a description of this service, and the paths of its documentation."""
     return About(
         service="Qubic Autonomous Execution System",
         version=VERSION,
@@ -123,7 +125,7 @@ def get_about() -> About:
 
 
 DOCUMENT = Path(__file__).with_name("openapi.json")
-# The page has no script, and nothing from elsewhere; its style is its own, and its icon is none (data:).
+# The page has no script and no external resources; its style is inline, and its icon is empty (data:).
 PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'; base-uri 'none'; "
     "form-action 'none'"
@@ -132,13 +134,13 @@ PAGE_POLICY = (
 
 @app.get("/openapi.json", include_in_schema=False)
 def get_openapi() -> Response:
-    """Serve the API's document."""
+    """Return the API's document."""
     return Response(DOCUMENT.read_text(), media_type="application/json")
 
 
 @app.get("/docs", include_in_schema=False)
 def get_docs() -> Response:
-    """Serve the API's document as a page."""
+    """Return the API's document as a page."""
     from gateway.docs_page import page
 
     return Response(page(DOCUMENT), media_type="text/html", headers={"Content-Security-Policy": PAGE_POLICY})
@@ -148,7 +150,7 @@ def get_docs() -> Response:
 def get_task(
     task_id: TaskId, caller: Annotated[Caller, Depends(require("requester", "approver", "auditor"))]
 ) -> TaskAnswer:
-    """Show a task; while it waits for a person, with what is asked."""
+    """Return a task, with the approval request while it waits for a person."""
     store = TaskStore()
     task = _visible(store, task_id, caller)
     approval = store.open_approval(task_id, of=task) if task.status == "waiting_approval" else None
@@ -174,11 +176,13 @@ def get_task(
 @app.get("/tasks")
 def get_tasks(
     caller: Annotated[Caller, Depends(require("requester", "approver", "auditor"))],
-    status: Annotated[Status | None, Query(description="only those; `waiting_approval` is an approver's inbox")] = None,
-    mine: Annotated[bool, Query(description="only those that the caller asked for")] = False,
+    status: Annotated[
+        Status | None, Query(description="only tasks in this status; `waiting_approval` lists the pending approvals")
+    ] = None,
+    mine: Annotated[bool, Query(description="only tasks that the caller requested")] = False,
     for_me: Annotated[
         bool,
-        Query(description="only those that the caller may decide on now; needs `status=waiting_approval`"),
+        Query(description="only tasks that the caller can decide on now; requires `status=waiting_approval`"),
     ] = False,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     cursor: Annotated[
@@ -190,13 +194,13 @@ def get_tasks(
         ),
     ] = None,
 ) -> TaskPage:
-    """List tasks, newest first. Callers who only request tasks see their own.
+    """List tasks, newest first. Callers with only the role requester see their own tasks.
 
-    With `for_me`, the list is the caller's inbox: the tasks whose approval the caller may give or refuse now. A page
-    reads at most `limit` tasks, so it may be short or empty and lead on.
+    With `for_me`, the list is the caller's inbox: the tasks that the caller can approve or reject now. A page reads at
+    most `limit` tasks, so it may be short or empty and still have a `next_cursor`.
     """
     if cursor is not None and not is_task_id(cursor):
-        raise InvalidInputError("not a cursor of this list", field="cursor")
+        raise InvalidInputError("`cursor` is not a `next_cursor` of this list", field="cursor")
     if for_me and status != "waiting_approval":
         raise InvalidInputError("needs `status=waiting_approval`", field="for_me")
     if for_me and not caller.has("approver"):
@@ -220,10 +224,10 @@ def decide(
     response: Response,
     idempotency_key: IdempotencyKey = None,
 ) -> DecisionAnswer:
-    """Approve or reject what the task waits for, once; 409 when it waits for nothing.
+    """Approve or reject the pending step of a task, once; 409 if the task does not wait for an approval.
 
-    A person cannot decide on a task that they started or retried, in any run. If the policy names the group that
-    approves, only people in that group can decide.
+    A person cannot decide on a task that they started or retried in any run. If the policy names a group of
+    approvers, only members of that group can decide.
     """
     store = TaskStore()
     task = _visible(store, task_id, caller)
@@ -243,7 +247,7 @@ def decide(
         return DecisionAnswer.model_validate(replayed.answer)
     note(decision="approved" if body.approved else "rejected", approval=approval.status)
     if approval.status != "pending":
-        _afterwards("not delivered yet", task_id, lambda: Executions().deliver(task_id, approval))
+        _afterwards("the decision is not delivered yet", task_id, lambda: Executions().deliver(task_id, approval))
     return DecisionAnswer.model_validate(decided_answer(task_id, approval))
 
 
@@ -255,9 +259,9 @@ def cancel(
     body: CancelRequest | None = None,
     idempotency_key: IdempotencyKey = None,
 ) -> LifecycleAnswer:
-    """Cancel a task that has not ended; 409 when it has, or when an approver has rejected it.
+    """Cancel a task that has not ended; 409 if it has ended, or if an approver has rejected it.
 
-    What a step has done by then stays done, and on record.
+    The effects of its completed steps remain, and stay recorded.
     """
     store = TaskStore()
     _changeable(store, task_id, caller)
@@ -273,8 +277,8 @@ def cancel(
     except ReplayedError as replayed:
         response.headers[REPLAY] = "true"
         return LifecycleAnswer.model_validate(replayed.answer)
-    # If it cannot be stopped now: it finds the task ended before its next step.
-    _afterwards("not stopped", task_id, lambda: Executions().stop(task, "the task was cancelled"))
+    # If the execution cannot be stopped now, its next step sees that the task has ended.
+    _afterwards("the execution is not stopped yet", task_id, lambda: Executions().stop(task, "the task was cancelled"))
     return LifecycleAnswer.model_validate(lifecycle_answer(task_id, task.status))
 
 
@@ -285,9 +289,9 @@ def retry(
     response: Response,
     idempotency_key: IdempotencyKey = None,
 ) -> LifecycleAnswer:
-    """Run a task on that failed or expired, from the step that did not succeed; any other is 409.
+    """Retry a failed or expired task from the step that did not succeed; 409 for any other status.
 
-    What needs an approval is asked for again. A task that an approver has rejected is never run again.
+    Required approvals are requested again. A task that an approver has rejected cannot be retried.
     """
     store = TaskStore()
     _changeable(store, task_id, caller)
@@ -319,11 +323,11 @@ def _resolved(body: TaskRequest, action: str) -> tuple[dict[str, Any], Policy | 
 
 
 def _start(task: Task) -> None:
-    _afterwards("not started yet", task.task_id, lambda: Executions().start(task))
+    _afterwards("the execution is not started yet", task.task_id, lambda: Executions().start(task))
 
 
 def _afterwards(failure: str, task_id: str, act: Callable[[], object]) -> None:
-    """Do what follows a commit; when it fails, the reconciler does it."""
+    """Run the action after a commit. If it fails, the reconciler completes it."""
     try:
         act()
     except (TransientError, BotoCoreError, ClientError) as error:
@@ -337,14 +341,14 @@ def _idempotency(caller: Caller, key: str | None, operation: str, content: dict[
 
 
 def _changeable(store: TaskStore, task_id: str, caller: Caller) -> None:
-    """Refuse who may not cancel or retry the task: 403 if they may see it, 404 if not."""
+    """Reject callers who cannot cancel or retry the task: 403 if they can see it, otherwise 404."""
     task = _visible(store, task_id, caller)
     if not caller.may_change(task.requester):
-        raise ForbiddenError("only its requester or an operator may do this")
+        raise ForbiddenError("only the task's requester or an operator can do this")
 
 
 def _visible(store: TaskStore, task_id: str, caller: Caller) -> Task:
-    """Read a task; one that the caller may not see is not there."""
+    """Read a task. Raises NotFoundError if the caller cannot see it."""
     task = store.get_task(task_id) if is_task_id(task_id) else None
     if task is None or not caller.may_see(task.requester):
         raise NotFoundError("no such task", field="task_id")

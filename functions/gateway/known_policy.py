@@ -1,7 +1,7 @@
-"""The policy in force, as the gateway knows it: it refuses at once what can never be approved or is no valid request.
+"""The gateway's copy of the policy in force, to reject requests at once that are invalid or can never be approved.
 
-The policy is read through the ledger and kept for a moment, so a request may be checked by a policy that was in force
-until then. The planner decides by the policy in force, with the same words.
+The policy is read through the ledger and cached for a moment, so a request may be checked by an earlier policy. The
+planner decides by the policy in force, with the same texts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from qaes.domain.ruling import TOO_FEW, refusal_by_people, rule
 KEPT_SECONDS = 30
 
 _known: list[tuple[float, Policy]] = []
-"""The policy that this process knows, and until when it uses it."""
+"""The cached policy, and the end of its use."""
 
 
 def policy_in_force() -> Policy | None:

@@ -1,4 +1,4 @@
-"""The bodies of the gateway's requests and answers, and how an answer shows a task."""
+"""Request and response bodies of the gateway, and the representation of tasks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from qaes.domain.policy import PolicyDecision, RiskLevel, Rule
 from qaes.domain.text import subject_note
 
 Agent = Annotated[
-    str | None, Field(description="the client of the agent that asked for the task; null when a person did")
+    str | None, Field(description="client id of the agent that requested the task; null if a person requested it")
 ]
 
 
 class StartAnswer(BaseModel):
-    """The task is recorded; it runs by itself."""
+    """The task is recorded, and runs without further requests."""
 
     task_id: str
     status: Status
@@ -25,25 +25,25 @@ class StartAnswer(BaseModel):
 
 
 class TaskError(BaseModel):
-    """Why a task did not complete, and at which step."""
+    """The reason why a task did not complete, and the failed step."""
 
     step_id: str | None
     reason: str
 
 
-EFFECT = Field(description="of the action when it completes; `recorded only`: the system performs nothing")
-NOTE = Field(description="names the letters of the requester that are outside ASCII: they may look like others")
+EFFECT = Field(description="effect of the completed action; `recorded only`: the system performs nothing")
+NOTE = Field(description="lists the requester's letters outside ASCII, which may look like other letters")
 
 
 class QuorumAnswer(BaseModel):
-    """How many people must approve, and of which group; `approvers` is null where any approvers count."""
+    """Number and group of the people who must approve; `approvers` is null if any approver counts."""
 
     approvals: int
     approvers: str | None
 
 
 class ApprovalQuestion(BaseModel):
-    """What people are asked to approve: exactly what the hashes stand for, and nothing else, will run."""
+    """The approval request. The system runs exactly the plan and step with these hashes, and nothing else."""
 
     step_index: int
     step_id: str
@@ -59,21 +59,21 @@ class ApprovalQuestion(BaseModel):
     policy_id: str
     rule: Rule
     approvals_required: int
-    tier: int | None = Field(description="of the rule, counted from 0; null for a policy of format 1")
-    approvers: str | None = Field(description="the group whose approvals count; null: any approvers, or several groups")
-    quorums: list[QuorumAnswer] = Field(description="each must be met; a person in two groups counts for both")
-    amount: int | None = Field(description="what the action moves, in `unit`; null where it has no amount")
+    tier: int | None = Field(description="tier of the rule, from 0; null for a policy of format 1")
+    approvers: str | None = Field(description="group whose approvals count; null: any approver, or several groups")
+    quorums: list[QuorumAnswer] = Field(description="all must be met; a person in two groups counts for both")
+    amount: int | None = Field(description="amount that the action moves, in `unit`; null if it has no amount")
     unit: str | None
     decisions: list[Decision]
     requested_at: str
     expires_at: str
     balance: WalletBalance | None = Field(
-        description="of the wallet that is to pay, when the approval was requested; null where no money moves"
+        description="balance of the paying wallet at the time of the request; null if no money moves"
     )
 
 
 class TaskAnswer(BaseModel):
-    """A task as it stands."""
+    """A task in its current state."""
 
     task_id: str
     status: Status
@@ -93,7 +93,7 @@ class TaskAnswer(BaseModel):
 
 
 class TaskSummary(BaseModel):
-    """A task in a list; `waiting_until` is when the approval that it waits for expires."""
+    """A task in a list; `waiting_until` is the expiry of its pending approval."""
 
     task_id: str
     status: Status
@@ -108,7 +108,7 @@ class TaskSummary(BaseModel):
 
 
 class TaskPage(BaseModel):
-    """Tasks, newest first; with `next_cursor`, unless this is the last page. A page before it may be short."""
+    """Tasks, newest first; `next_cursor` is null on the last page. Other pages may be short."""
 
     tasks: list[TaskSummary]
     next_cursor: str | None
@@ -118,19 +118,19 @@ Reason = Annotated[str, StringConstraints(strip_whitespace=True, max_length=2000
 
 
 class DecisionRequest(BaseModel):
-    """A decision. Who decides is told by the token alone."""
+    """A decision. The token identifies the person who decides."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     approved: bool
     reason: Reason
     plan_hash: str | None = Field(
-        None, pattern="^[0-9a-f]{64}$", description="the plan that was looked at; 409 if it is another by now"
+        None, pattern="^[0-9a-f]{64}$", description="hash of the plan that the person read; 409 if the plan has changed"
     )
 
 
 class DecisionAnswer(BaseModel):
-    """The decision is recorded; the task goes on when enough people have approved."""
+    """The decision is recorded. The task continues when enough people have approved."""
 
     task_id: str
     approved: bool
@@ -140,7 +140,7 @@ class DecisionAnswer(BaseModel):
 
 
 class CancelRequest(BaseModel):
-    """Why a task is cancelled."""
+    """The reason for a cancellation."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -148,7 +148,7 @@ class CancelRequest(BaseModel):
 
 
 class LifecycleAnswer(BaseModel):
-    """The task's status from now on."""
+    """The task's new status."""
 
     task_id: str
     status: Status
@@ -156,7 +156,7 @@ class LifecycleAnswer(BaseModel):
 
 
 class About(BaseModel):
-    """What this API is; the other fields are paths below its address."""
+    """Description of this API; the other fields are paths below its address."""
 
     service: str
     version: str
@@ -167,14 +167,14 @@ class About(BaseModel):
 
 
 def error_of(task: Task) -> TaskError | None:
-    """Return why a task did not complete; None if it did, or has not ended."""
+    """Return the error of a task that did not complete; None if it completed or has not ended."""
     if task.status not in TERMINAL or task.status == "completed":
         return None
     return TaskError(step_id=task.failed_step, reason=task.reason or task.status)
 
 
 def question(task: Task, plan: Plan, approval: Approval) -> ApprovalQuestion:
-    """Return what people are asked to approve."""
+    """Return the approval request."""
     step = plan.steps[approval.step_index]
     return ApprovalQuestion(
         step_index=approval.step_index,
@@ -216,7 +216,7 @@ def _rule(decision: PolicyDecision) -> Rule:
 
 
 def _only_group(approval: Approval) -> str | None:
-    """Return the name of the group whose approvals are requested, if all are of one group."""
+    """Return the name of the group whose approvals are requested, if there is only one group."""
     groups = {quorum.approvers for quorum in approval.quorums}
     return groups.pop() if len(groups) == 1 else None
 

@@ -1,4 +1,4 @@
-"""The planner over HTTP: a plan that is not executed, and a stored plan."""
+"""HTTP API of the planner: previews of plans, and stored plans."""
 
 from __future__ import annotations
 
@@ -38,33 +38,33 @@ replay.add_replay_route(app)
 
 
 class PlanAnswer(Plan):
-    """A plan, and the hash that an approval of its steps is bound to."""
+    """A plan, and its hash, which approvals of its steps refer to."""
 
     plan_hash: str
 
 
 class PlanVerdict(BaseModel):
-    """What a task with this plan would get if it were started now. `step_id` is the step that gets it; null: all do.
+    """The verdict on a task with this plan if it started now. `step_id` is the step that determines it; null: all.
 
-    What others spend meanwhile, and another policy, may change it.
+    Other transfers and a new policy may change it.
     """
 
     allowed: bool = Field(description="false: the task would be denied")
     verdict: Literal["execute", "await_approval", "denied"]
     step_id: str | None
     reason: str
-    approvals: int = Field(description="how many people would have to approve")
+    approvals: int = Field(description="number of people who would have to approve")
 
 
 class PreviewAnswer(PlanAnswer):
-    """A plan that is not executed, and the verdict that its task would get."""
+    """A plan that is not executed, and the verdict on its task."""
 
     verdict: PlanVerdict
 
 
 @app.post("/plan/create")
 def create_plan(body: PlanRequest, caller: Annotated[Caller, Depends(require("requester"))]) -> PreviewAnswer:
-    """Make a plan without executing it, by the nodes that plan a task; it is kept for 30 days, without the verdict."""
+    """Create a plan with the planner's nodes, without executing it. It is stored for 30 days, without the verdict."""
     store = TaskStore()
     if body.task_id is not None and not _may_see_task(store, body.task_id, caller):
         raise NotFoundError("no such task", field="task_id")
@@ -103,7 +103,7 @@ def create_plan(body: PlanRequest, caller: Annotated[Caller, Depends(require("re
 def get_plan(
     plan_id: PlanId, caller: Annotated[Caller, Depends(require("requester", "approver", "auditor"))]
 ) -> PlanAnswer:
-    """Show a plan; the plan of a task that the caller may not see is not there."""
+    """Return a plan. The plan of a task that the caller cannot see returns 404."""
     store = TaskStore()
     if not is_plan_id(plan_id):
         raise NotFoundError("no such plan", field="plan_id")
@@ -114,7 +114,7 @@ def get_plan(
 
 
 def _verdict(ledger: LedgerClient, task: Task, plan: Plan, ruling: Ruling) -> PlanVerdict:
-    """Ask what the compliance agent asks, and of the ledger what it would ask before an approval and after it."""
+    """Return the compliance agent's verdict, with the ledger's checks from before and after an approval."""
     action = plan.steps[-1]
     funds = transfers.Funds()
     if compliance.refusal_at_start(ruling) is None:
@@ -128,7 +128,7 @@ def _verdict(ledger: LedgerClient, task: Task, plan: Plan, ruling: Ruling) -> Pl
         if refusal is not None:
             step, verdict, reason = action, compliance.Verdict(verdict="denied", reason=refusal), refusal
         elif refusal_today is not None:
-            reason = f"{reason}; approved now, it would be denied: {refusal_today}"
+            reason = f"{reason}; after an approval now, it would be denied: {refusal_today}"
     return PlanVerdict(
         allowed=verdict.verdict != "denied",
         verdict=verdict.verdict,
@@ -140,7 +140,7 @@ def _verdict(ledger: LedgerClient, task: Task, plan: Plan, ruling: Ruling) -> Pl
 
 def _may_see_task(store: TaskStore, task_id: str, caller: Caller) -> bool:
     if not is_task_id(task_id):
-        # Older clients put any word there; it names no task, and so hides none.
+        # Older clients send any word there. It names no task, so nothing is hidden.
         return True
     try:
         return caller.may_see(store.get_task(task_id).requester)

@@ -1,4 +1,4 @@
-"""What the policy decides on a request, in detail, and nothing is written: `POST /policy/decide`, `GET /actions`."""
+"""Read-only explanations of the policy's decisions: `POST /policy/decide`, `GET /actions`."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ class _Model(BaseModel):
 
 
 class DecideRequest(_Model):
-    """A request to explain. It is the caller's own, unless it names another requester or an agent."""
+    """A request to explain: the caller's own, unless it names another requester or an agent."""
 
     action: str = Field(pattern=ACTION_TYPE_PATTERN, description="an action, or the type of a task that requests it")
     parameters: dict[str, Any] = Field(
-        default_factory=dict, description="as the task would have them (`wallet_address`, `to_address`, `amount`)"
+        default_factory=dict, description="parameters of the task (`wallet_address`, `to_address`, `amount`)"
     )
     requester: str | None = Field(
         None, min_length=1, max_length=MAX_SUBJECT_LENGTH, description="another subject; for operators and auditors"
     )
     agent: str | None = Field(
-        None, min_length=1, max_length=128, description="an agent's client that requests; for operators and auditors"
+        None, min_length=1, max_length=128, description="requesting agent's client; for operators and auditors"
     )
     version: int | None = Field(
         None, ge=1, lt=10**9, strict=True, description="a version of the policy, a proposal too; null: the one in force"
@@ -52,18 +52,18 @@ class NeededApprovals(_Model):
     """Approvals that the request needs."""
 
     approvals: int
-    approvers: str | None = Field(description="the group that the people must belong to; null: any approver")
+    approvers: str | None = Field(description="group of the approvers; null: any approver")
     eligible: int | None = Field(
-        description="how many people can give them, without the requester; null: any approver can"
+        description="number of people who can give them, without the requester; null: any approver"
     )
 
 
 class DecideAnswer(_Model):
-    """What the policy decides on the request. Balances, and people's decisions, do not count here."""
+    """The policy's decision on the request. Balances and people's decisions do not count here."""
 
     policy_id: str
     version: int
-    status: str = Field(description="of the version, such as `in_force` or `proposed`")
+    status: str = Field(description="status of the version, such as `in_force` or `proposed`")
     action: str
     requester: str
     agent: str | None
@@ -71,8 +71,8 @@ class DecideAnswer(_Model):
     code: str = Field(description="`allowed`, or a stable word for the reason of a denial")
     reason: str
     risk_level: RiskLevel
-    tier: int | None = Field(description="the index of the rule's tier that applies; null: none")
-    approvals: list[NeededApprovals] = Field(description="all of them are needed")
+    tier: int | None = Field(description="index of the rule's tier that applies; null without a tier")
+    approvals: list[NeededApprovals] = Field(description="required approvals, all of them")
     signature: bool
     expires_after: int | None
     escalate_after: int | None
@@ -90,14 +90,14 @@ class ActionsAnswer(_Model):
 
     policy_id: str
     version: int
-    suspended: list[str] = Field(description="the names that are suspended now; `*`: every action")
+    suspended: list[str] = Field(description="names of suspended actions; `*` means every action")
     actions: list[ActionDescription]
 
 
 def explain_decision(body: DecideRequest, caller: Annotated[Caller, Depends(EVERY_ROLE)]) -> DecideAnswer:
-    """Explain what the policy decides on a request: the tier, the approvals, the room in each limit, and the reason.
+    """Explain the policy's decision on a request: the tier, the approvals, the room in each limit, and the reason.
 
-    Nothing is written, and nobody is asked. Only operators and auditors may explain the request of somebody else.
+    This writes nothing and requests no approval. Only operators and auditors can explain another person's request.
     """
     requester, agent = _asking(body, caller)
     ledger, action = LedgerClient(), planning.action_type(body.action)
@@ -140,7 +140,7 @@ def explain_decision(body: DecideRequest, caller: Annotated[Caller, Depends(EVER
 
 
 def get_actions(caller: Annotated[Caller, Depends(EVERY_ROLE)]) -> ActionsAnswer:
-    """List the built-in actions and those of the policy in force, with what a request of the caller must satisfy."""
+    """List the built-in actions and those of the policy in force, with the caller's requirements."""
     ledger = LedgerClient()
     policy, suspended = ledger.policy(), ledger.suspensions()
     described = describe_actions(policy, requester=caller.subject, agent=caller.agent)
@@ -153,13 +153,13 @@ def get_actions(caller: Annotated[Caller, Depends(EVERY_ROLE)]) -> ActionsAnswer
 
 
 def add_explaining_routes(app: FastAPI) -> None:
-    """Give the service's application these routes."""
+    """Add these routes to the service's application."""
     app.post("/policy/decide")(explain_decision)
     app.get("/actions")(get_actions)
 
 
 def _asking(body: DecideRequest, caller: Caller) -> tuple[str, str | None]:
-    """Return whose request it is, and through which agent.
+    """Return the requester and the agent of the request.
 
     Raises
     ------
@@ -210,7 +210,7 @@ def _usage(
     agent: str | None,
     version: int | None,
 ) -> Usage:
-    """Read what the limits have used: the ledger counts transfers, and LimitsTable every other action."""
+    """Read the usage of the limits, from the ledger for transfers, otherwise from LimitsTable."""
     if not decision.limits:
         return {}
     if decision.action == TRANSFER_ACTION:
@@ -236,7 +236,7 @@ def _refusal(
 
 
 def _reason(decision: Decision, usage: Usage) -> str:
-    """State in words which tier applies, and which limits the request exceeds with the approvals of people."""
+    """Return the text about the tier that applies, and the limits that the request exceeds with approvals."""
     over = [
         limit_state(use, usage.get(use.key, 0)).words
         for use in decision.limits

@@ -1,4 +1,4 @@
-"""Previews: plans that nobody executes, in a table of their own, so that the planner's API writes nothing of a task."""
+"""Previews: plans that are not executed. They have their own table, so the planner's API cannot write to tasks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def get(plan_id: str) -> Plan | None:
 
 
 def table_answers() -> None:
-    """Raise unless the table is there."""
+    """Raise an error unless the table exists."""
     dynamo.call("describe_table", TableName=_table())
 
 

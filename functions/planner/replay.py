@@ -25,7 +25,7 @@ MAX_CHANGES = 500
 MOST_REQUESTS = 10_000
 """Requests that one call decides again."""
 TIME_SECONDS = 15.0
-"""No batch begins later than this after the first: a caller gets the rest with the cursor."""
+"""No batch begins later than this after the first. The cursor leads to the rest."""
 NOTE = (
     "Each request is decided as if it were the only one: the usage of the limits' windows is ignored. So are the "
     "balances, suspensions and decisions of people."
@@ -40,12 +40,12 @@ class ReplayRequest(_Model):
     """The recorded requests to decide again: those of the last days, newest first."""
 
     days: int = Field(ge=1, le=MAX_DAYS, strict=True)
-    limit: int = Field(100, ge=1, le=MAX_CHANGES, strict=True, description="most changes in the answer")
-    cursor: str | None = Field(None, pattern=TASK_ID_PATTERN, description="`next_cursor` of the answer before")
+    limit: int = Field(100, ge=1, le=MAX_CHANGES, strict=True, description="maximum number of changes in the response")
+    cursor: str | None = Field(None, pattern=TASK_ID_PATTERN, description="`next_cursor` of the previous response")
 
 
 class ReplayedDecision(_Model):
-    """What a version decides on the request."""
+    """A version's decision on the request."""
 
     allowed: bool
     code: str
@@ -56,7 +56,7 @@ class ReplayedDecision(_Model):
 
     @classmethod
     def of(cls, decision: Decision) -> ReplayedDecision:
-        """Show a decision."""
+        """Return the representation of a decision."""
         return cls(
             allowed=decision.allowed,
             code=decision.code,
@@ -89,10 +89,10 @@ class ReplayAnswer(_Model):
     policy_id: str = Field(description="the version that decided again")
     compared_with: str = Field(description="the version in force; if it changes between two pages, begin again")
     since: str
-    requests: int = Field(description="how many recorded requests this call decided again")
+    requests: int = Field(description="number of recorded requests that this call decided again")
     counts: dict[Change, int]
     changes: list[ReplayedRequest] = Field(description="newest first")
-    next_cursor: str | None = Field(description="leads to older requests; null: these were the last")
+    next_cursor: str | None = Field(description="cursor to older requests; null on the last page")
     ignores_windows: Literal[True] = True
     note: str = NOTE
 
@@ -124,7 +124,7 @@ def replay_version(
 
 
 def add_replay_route(app: FastAPI) -> None:
-    """Give the service's application this route."""
+    """Add this route to the service's application."""
     app.post("/policy/versions/{version}/replay")(replay_version)
 
 

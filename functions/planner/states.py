@@ -20,10 +20,10 @@ from qaes.domain.tasks import lifecycle
 
 @state("PlanTask")
 def plan_task(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """`{task_id, execution?}` → `{allowed, nodes, steps, action?}`; all but the plan itself, which is stored.
+    """`{task_id, execution?}` → `{allowed, nodes, steps, action?}`. The plan itself is stored.
 
-    `steps` are the plain steps to run, `action` is the last step if it has an effect, needs people, or has succeeded
-    already. Called again, and in a retry of the task, it goes on with the stored plan and leaves out what succeeded.
+    `steps` are the plain steps to run. `action` is the last step if it has an effect, needs an approval, or has already
+    succeeded. A repeated call, or a retry of the task, uses the stored plan and omits the steps that succeeded.
     """
     store = TaskStore()
     task = store.get_task(str(event["task_id"]))
@@ -72,7 +72,7 @@ def _planned(store: TaskStore, task: Task, plan: Plan, *, is_new: bool) -> dict[
 
 
 def _nodes(plan: Plan) -> list[dict[str, Any]]:
-    """What each node came to: the console of Step Functions shows it."""
+    """Return the outcome of each node, for the console of Step Functions."""
     decision = plan.policy.model_dump(mode="json", include={"policy_id", "allowed", "requires_approval", "approvals"})
     return [
         {"node": "analyze_task", "result": plan.analysis.model_dump(mode="json")},

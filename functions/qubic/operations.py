@@ -92,11 +92,11 @@ def _refused(operation: object, code: str, message: str, **details: Any) -> dict
 def _policy(it: Submissions, arguments: Arguments) -> Result:
     """Return the policy in force and the caller's next input, which saves a second invocation.
 
-    With `action`, the policy has only what a decision on that action needs, and `suspended` has the suspensions of that
-    action and of `*`. With `pinned` as well, the member of that name is the version with that id, reduced in the same
-    way, unless that version is in force. With `address`, the result has `balance` as that operation returns it. With
-    `transfer`, it has `transfer` as `check_transfer` returns it under this policy. An error in either does not affect
-    the policy.
+    With `action`, the policy has only the parts for a decision on that action, and `suspended` has the suspensions of
+    that action and of `*`. With `pinned` as well, the member of that name is the version with that id, reduced in the
+    same way, unless that version is in force. With `address`, the result has `balance` as that operation returns it.
+    With `transfer`, it has `transfer` as `check_transfer` returns it under this policy. An error in either does not
+    affect the policy.
     """
     versions = policies()
     policy, action, pinned = versions.in_force(), arguments["action"], arguments["pinned"]
@@ -137,7 +137,7 @@ def _policy_version(_it: Submissions, arguments: Arguments) -> Result:
 
 
 def _limits_used(it: Submissions, arguments: Arguments) -> Result:
-    """Return what the limits of a transfer have used, by their keys, under a version or the one in force (None)."""
+    """Return the usage of a transfer's limits, by their keys, under a version or the one in force (None)."""
     if not isinstance(arguments["parameters"], dict):
         raise InvalidInputError("the parameters must be an object", field="parameters")
     versions = policies()

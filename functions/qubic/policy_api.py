@@ -1,4 +1,4 @@
-"""The policy over HTTP: what is in force, its versions, and how one operator proposes and another approves."""
+"""HTTP API of the policy: the policy in force, its versions, proposals and their approval."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Described:
 class _Answer(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    network: str = Field(description="the network that answers; nothing of `mock` is on the real one")
+    network: str = Field(description="network that responds; transactions of `mock` are not on the real network")
 
 
 class RuleAnswer(_Answer):
@@ -67,7 +67,7 @@ class RuleAnswer(_Answer):
     allowed: bool
     requires_approval: bool = Field(description="in format 2: whether any tier of the rule requires approvals")
     rules: Rule | ActionRule
-    effect: Effect = Field(description="of a task of this type; `recorded only`: the system performs nothing")
+    effect: Effect = Field(description="effect of a task of this type; `recorded only`: the system performs nothing")
     suspended: list[SuspendedAction] = Field(description="this action, `*`, both or none")
 
 
@@ -79,20 +79,20 @@ class PolicyAnswer(_Answer):
     format: Literal[1, 2]
     rules: dict[str, Rule | ActionRule]
     recorded_only: list[str] = Field(description="action types that the system records, and does not perform")
-    suspended: list[SuspendedAction] = Field(description="the suspended actions, which the rules do not show")
+    suspended: list[SuspendedAction] = Field(description="suspended actions, which the rules do not show")
 
 
 class PolicyVersionAnswer(PolicyVersion):
-    """A version of the policy, and what became of it."""
+    """A version of the policy, and its status."""
 
     network: str
 
 
 class PolicyProposalAnswer(PolicyVersionAnswer):
-    """A version of the policy, and what it changes."""
+    """A version of the policy, and its changes."""
 
     difference: PolicyDifference | None = Field(
-        description="from the version that it is based on; null when a text that was altered cannot be read"
+        description="changes from the version that it is based on; null if an altered text cannot be read"
     )
 
 
@@ -107,34 +107,30 @@ class PolicyDocumentAnswer(PolicyProposalAnswer):
 
 
 class PolicyVersionsAnswer(_Answer):
-    """Versions, newest first; with `next_before`, unless these are the last."""
+    """Versions, newest first; `next_before` is null on the last page."""
 
     versions: list[PolicyVersion]
     next_before: int | None
 
 
 class PolicyRequest(BaseModel):
-    """A new version, in whole.
-
-    With `groups` or `actions`, even empty, it has format 2; with `rules` alone it has format 1. An action without a
-    rule is denied. `remove` names every rule, group and action of the policy in force that the new version drops.
-    """
+    """All rules of a new version. Other actions are denied; `remove` must name those that had a rule."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     based_on: str = Field(
-        pattern=POLICY_ID_PATTERN, description="the policy in force that you reviewed; 409 if another is in force"
+        pattern=POLICY_ID_PATTERN, description="policy in force that the proposal is based on; 409 if it has changed"
     )
     rules: Annotated[dict[str, Any], Described(AnyRules)] = Field(description="by action type; all of one format")
     groups: Annotated[dict[str, Any] | None, Described(Groups | None)] = None
     actions: Annotated[dict[str, Any] | None, Described(Actions | None)] = None
     remove: list[ActionType] = Field(
-        default_factory=list, max_length=MAX_REMOVED, description="what the new version drops: each must be named here"
+        default_factory=list, max_length=MAX_REMOVED, description="items that the new version drops: each must be named here"
     )
 
 
 class RejectRequest(BaseModel):
-    """Why a proposal is rejected."""
+    """The reason for a rejection."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -142,7 +138,7 @@ class RejectRequest(BaseModel):
 
 
 def policies() -> Policies:
-    """Make the policy's store."""
+    """Create the policy store."""
     from qubic import wiring
 
     return wiring.policies()
@@ -151,7 +147,7 @@ def policies() -> Policies:
 def get_policy(
     action_type: Annotated[str | None, Query(min_length=1, max_length=128)] = None,
 ) -> RuleAnswer | PolicyAnswer:
-    """The rule for an action type (without one it is denied), or every rule."""
+    """Return the rule for an action type, or every rule. An action type without a rule is denied."""
     it = policies()
     policy = it.in_force()
     if action_type is None:
@@ -191,7 +187,7 @@ def get_policy_versions(
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     before: Annotated[int | None, Query(ge=1, lt=10**9, description="only versions before this one")] = None,
 ) -> PolicyVersionsAnswer:
-    """Every version of the policy, newest first."""
+    """List every version of the policy, newest first."""
     it = policies()
     found = it.list(limit, before)
     more = len(found) == limit and found[-1].version > 1
@@ -199,7 +195,7 @@ def get_policy_versions(
 
 
 def get_policy_version(version: Version, caller: Annotated[Caller, Depends(EVERY_ROLE)]) -> PolicyDocumentAnswer:
-    """A version of the policy: its document, and what became of it."""
+    """Return a version of the policy with its document and status."""
     it = policies()
     found, text = it.read(version)
     if not caller.has("approver", "auditor") and has_actions(text):
@@ -224,7 +220,7 @@ def propose_policy(body: PolicyRequest, caller: Operator) -> PolicyProposalAnswe
 
 
 def approve_policy(version: Version, caller: Operator) -> PolicyVersionAnswer:
-    """Approve another operator's proposal: it is in force once its hash is confirmed on the ledger."""
+    """Approve another operator's proposal. It is in force as soon as its hash is confirmed on the ledger."""
     it = policies()
     approved = it.approve(version, subject=caller.subject, four_eyes=caller.four_eyes)
     return PolicyVersionAnswer(network=it.network, **dict(approved))
@@ -233,14 +229,14 @@ def approve_policy(version: Version, caller: Operator) -> PolicyVersionAnswer:
 def reject_policy(
     version: Version, caller: Operator, body: Annotated[RejectRequest | None, Body()] = None
 ) -> PolicyVersionAnswer:
-    """Reject a proposal, or withdraw one's own."""
+    """Reject a proposal, or withdraw your own."""
     it = policies()
     rejected = it.reject(version, subject=caller.subject, reason=body.reason if body else "")
     return PolicyVersionAnswer(network=it.network, **dict(rejected))
 
 
 def add_policy_routes(app: FastAPI) -> None:
-    """Give the service's application these routes."""
+    """Add these routes to the service's application."""
     anybody: Any = [Depends(EVERY_ROLE)]
     app.get("/policy", dependencies=anybody)(get_policy)
     app.get("/policy/versions", dependencies=anybody)(get_policy_versions)

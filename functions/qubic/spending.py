@@ -1,8 +1,8 @@
-"""What transfers use of the policy's rolling limits: counted in the transaction that stores a transfer's signature.
+"""Usage of the policy's rolling limits, counted in the DynamoDB transaction that stores a transfer's signature.
 
-The windows are in the ledger's table (`qaes.adapters.limits`). A submission's `counted_in` has what it counts. Releases
+The windows are in the ledger's table (`qaes.adapters.limits`). A submission's `counted_in` has its counts. Releases
 before rolling limits counted in SPENT#<network>#<identity>#<day>/SPENT, the sum of a day (UTC), and a submission of
-theirs has the day as `counted_on`. Those sums still count in the windows of 24 hours for each wallet.
+these releases has the day as `counted_on`. These sums still count in the windows of 24 hours for each wallet.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def rule_for(
     requester: str = "",
     agent: str | None = None,
 ) -> Decision:
-    """Return the decision that lets a transaction with this effect move money: the effect names the rule.
+    """Return the decision that allows a transaction with this effect. The effect determines the rule.
 
     | effect | rule |
     |---|---|
@@ -37,7 +37,7 @@ def rule_for(
     | records data: amount 0, from the service's identity to itself | none: it moves no money and is not a transfer |
     | any other effect, for example the call of a smart contract | none: rejected, because no rule covers it |
 
-    Raises PermanentError: `not_allowed`, or which part of the rule forbids the transfer at any time.
+    Raises PermanentError: `not_allowed`, or the part of the rule that forbids the transfer at any time.
     """
     if input_type:
         raise PermanentError("not_allowed", f"policy {policy.policy_id} has no rule for input type {input_type}")
@@ -63,19 +63,21 @@ class Spending(Windows):
         self._network = network
 
     def of_wallet(self, identity: str, amount: int) -> Share:
-        """Return what a transfer counts in the window of 24 hours for a wallet, for one that does not say where."""
+        """Return the counts of a transfer without `counted_in` in a wallet's window of 24 hours."""
         limit = Limit(window_seconds=DAY, max_amount=amount, per="source", over="deny")
         return Share(limit_key(TRANSFER_ACTION, "QU", limit, identity), DAY, 0, amount)
 
     def of_day(self, identity: str, day: str) -> int:
-        """Return what a wallet has spent on a day, in QU, as an earlier release counted it."""
+        """Return the amount in QU that an earlier release counted for a wallet on a day."""
         item = self._items.get(self._pk_of_day(identity, day), "SPENT")
         return int(item["spent"]["N"]) if item else 0
 
     def give_back_of_day(self, identity: str, amount: int, day: str) -> list[Item]:
-        """Make the write that takes back what an earlier release counted. The sum never goes below 0."""
+        """Return the write that subtracts an amount that an earlier release counted. The sum never goes below 0."""
         if self.of_day(identity, day) < amount:
-            logger().error("a day's sum is less than a transfer counted on it", extra={"source": identity, "day": day})
+            logger().error(
+                "the day's sum is less than a transfer that was counted on it", extra={"source": identity, "day": day}
+            )
             return []
         return [
             {
@@ -94,9 +96,9 @@ class Spending(Windows):
         return day in _days(self._clock())
 
     def _elsewhere(self, use: LimitUse, at: datetime, began: datetime | None) -> int:
-        """Return the sums of today and yesterday: an earlier release does not say when in the day a transfer was.
+        """Return the sums of today and yesterday: earlier releases did not store the time of a transfer in the day.
 
-        Nothing is added to them any more. A window that is older than two days has none, and they are not read.
+        Nothing is added to them any more. They are not read for a window that is older than two days.
         """
         if (use.per, use.counts, use.window_seconds) != ("source", "amount", DAY):
             return 0

@@ -1,4 +1,4 @@
-"""Suspended actions over HTTP: one operator suspends an action at once, and two resume it."""
+"""HTTP API of suspensions: one operator suspends an action at once, and two resume it."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class SuspendedAction(BaseModel):
     status: Status = Field(description="`active`: not suspended; `resume_requested`: still suspended")
     suspended_by: str | None
     suspended_at: str | None
-    reason: str | None = Field(description="why it was suspended")
+    reason: str | None = Field(description="reason of the suspension")
     resume_requested_by: str | None
     resume_requested_at: str | None = Field(description="a request counts for one day")
 
     @classmethod
     def of(cls, found: Suspended) -> Self:
-        """Show what is stored."""
+        """Return the representation of a stored suspension."""
         stored = found.suspension
         return cls(
             action=found.name,
@@ -58,7 +58,7 @@ ActionName = Annotated[
 
 
 class SuspendRequest(BaseModel):
-    """The action to suspend, and why."""
+    """The action to suspend, and the reason."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -69,12 +69,12 @@ class SuspendRequest(BaseModel):
     @classmethod
     def _shows_something(cls, reason: str) -> str:
         if is_blank(reason):
-            raise ValueError("shows nothing to its reader")
+            raise ValueError("has no visible character")
         return reason
 
 
 class ResumeRequest(BaseModel):
-    """The suspended action that is to resume."""
+    """The suspended action to resume."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -82,7 +82,7 @@ class ResumeRequest(BaseModel):
 
 
 def suspending() -> Suspending:
-    """Make the store of suspensions."""
+    """Create the store of suspensions."""
     from qubic import wiring
 
     return wiring.suspending()
@@ -91,9 +91,9 @@ def suspending() -> Suspending:
 def suspend_action(body: SuspendRequest, caller: Operator) -> SuspensionAnswer:
     """Suspend an action, or every action (`*`), at once. Operators only; one is enough.
 
-    After the answer, no step of the action begins: no intent is recorded, and no transfer is signed. A step that has
-    not begun ends as `denied`, with the code `suspended`. An effect in flight continues, and its outcome is recorded.
-    Again, nothing changes; but a request to resume ends.
+    After the response, no step of the action starts: no intent is recorded, and no transfer is signed. A step that has
+    not started ends as `denied`, with the code `suspended`. An effect in flight continues, and its outcome is recorded.
+    A repetition changes nothing, but ends a request to resume.
     """
     it = suspending()
     _check_known(it, body.action)
@@ -103,9 +103,9 @@ def suspend_action(body: SuspendRequest, caller: Operator) -> SuspensionAnswer:
 def resume_action(body: ResumeRequest, caller: Operator) -> SuspensionAnswer:
     """Resume a suspended action. Operators only; two are needed.
 
-    The first call requests it (`resume_requested`), and the call of another operator within one day completes it
-    (`active`). The operator who suspended the action may be one of the two. Again by the same operator, nothing
-    changes. To refuse a request, suspend the action again. `*` and an action's name are resumed each by itself.
+    The first call requests it (`resume_requested`), and another operator's call within one day completes it
+    (`active`). The operator who suspended the action can be one of the two. A repetition by the same operator changes
+    nothing. To reject a request, suspend the action again. `*` and an action's name are resumed separately.
     """
     it = suspending()
     _check_known(it, body.action)
@@ -117,7 +117,7 @@ def _suspension_answer(it: Suspending, found: Suspended) -> SuspensionAnswer:
 
 
 def _check_known(it: Suspending, name: str) -> None:
-    """Check that the name is an action's, as far as that can be read: an emergency waits for no ledger.
+    """Check that the name is an action's, if the policy can be read: an emergency must not wait for the ledger.
 
     Raises InvalidInputError for a name that is neither built in, nor in the policy in force, nor suspended.
     """
@@ -130,10 +130,12 @@ def _check_known(it: Suspending, name: str) -> None:
     except TransientError:
         return
     if name not in known and all(each.name != name for each in it.suspended()):
-        raise InvalidInputError("the policy in force has no rule of this name, so it denies the action", field="action")
+        raise InvalidInputError(
+            "the policy in force has no rule with this name, so it already denies the action", field="action"
+        )
 
 
 def add_suspension_routes(app: FastAPI) -> None:
-    """Give the service's application these routes."""
+    """Add these routes to the service's application."""
     app.post("/policy/suspend")(suspend_action)
     app.post("/policy/resume")(resume_action)

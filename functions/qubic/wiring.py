@@ -35,7 +35,7 @@ def policies() -> Policies:
 
 
 def suspending() -> Suspending:
-    """Make the store of suspensions."""
+    """Create the store of suspensions."""
     return Suspending(settings.text("QUBIC_NETWORK"))
 
 

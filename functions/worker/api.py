@@ -1,4 +1,4 @@
-"""The worker over HTTP: its health."""
+"""HTTP API of the worker: its health."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The end of a transfer: it is put on record, which ends the task, and then ExecuteAction is woken, if it still waits.
+"""The end of a transfer: record it, which ends the task, and resume ExecuteAction if it still waits.
 
-Who comes first does not matter: ExecuteAction reads the record after it has left its token, and the qubic service
-publishes the end at least once. What both miss, the reconciler finds.
+The order does not matter: ExecuteAction reads the record after it has stored its token, and the qubic service publishes
+the end at least once. The reconciler handles lost events.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ UNRECORDED_TRANSFER_METRIC = "UnrecordedTransfer"
 
 @function
 def transfer_ended(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """Take the qubic service's event `transfer_settled`, give `{status}` of the step's record, null without one.
+    """Process the event `transfer_settled`. Return `{status}` of the step's record, null without a record.
 
-    The event only names a transfer. What became of it is what the ledger answers now: an event may come late, or again.
+    The event only names a transfer. Its outcome is read from the ledger, because an event may come late or repeatedly.
     """
     detail = event["detail"]
     reference = transfers.reference_of(str(detail["task_id"]), str(detail["step_id"]))
@@ -38,27 +38,27 @@ def transfer_ended(event: dict[str, Any], context: LambdaContext) -> dict[str, A
 
 
 def _ended(reference: str) -> StepRecord | None:
-    """Finish the step's record, and wake who waits; the record, if there is one."""
+    """Finish the step's record, and resume the waiting execution. Return the record, if it exists."""
     store = TaskStore()
     task_id, _, step_id = reference.partition("#")
     try:
         task = store.get_task(task_id)
     except NotFoundError:
-        logger().warning("a transfer of no known task", extra={"reference": reference})
+        logger().warning("the transfer belongs to no known task", extra={"reference": reference})
         return None
     step_index = _index_of(store, task, step_id)
     record = store.step(task_id, step_index) if step_index is not None else None
     if record is None:
-        logger().warning("a transfer of no step that was begun", extra={"reference": reference})
+        logger().warning("the transfer belongs to no started step", extra={"reference": reference})
         return None
     return transfers.settle_and_tell(store, LedgerClient(), task, record)
 
 
 def _check_on_record(record: StepRecord | None, reference: str, txid: str) -> None:
-    """Raise the alarm when a confirmed transfer's step has ended otherwise, or was never begun.
+    """Raise an alarm if a confirmed transfer's step has another end, or was never started.
 
-    A step's end is told once and is not taken back; so what happened after a refusal that was told too early is for a
-    person to put right. A confirmed transfer stays so: that an event is old does not matter.
+    A recorded end is final, so an operator must correct a transfer that was confirmed after its step failed. A
+    confirmed transfer stays confirmed, so a late event does no harm.
     """
     if record is not None and (record.status == "running" or (record.result or {}).get("txid") == txid):
         return
@@ -67,7 +67,7 @@ def _check_on_record(record: StepRecord | None, reference: str, txid: str) -> No
         return
     status = record.status if record is not None else None
     logger().error(
-        "money has moved, and it is not on record",
+        "a transfer was confirmed that no step records",
         extra={"transfer": reference, "txid": state["txid"], "step": status},
     )
     metrics.count_one(UNRECORDED_TRANSFER_METRIC)

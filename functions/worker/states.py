@@ -1,7 +1,7 @@
-"""The worker's states: RunStep runs a plain step, ExecuteAction the one that has an effect or that people approved.
+"""The worker's states: RunStep runs a plain step, ExecuteAction runs a step with an effect or an approval.
 
-Only ExecuteAction's role may move money. Its function also takes the qubic service's event that a transfer is settled,
-puts that on record, and wakes the execution, if it still waits. The reconciler does the same for events that were lost.
+Only ExecuteAction's role can move money. Its function also processes the qubic service's event `transfer_settled`:
+it records the end, and resumes the execution if it still waits. The reconciler does the same for lost events.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def run_step(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     Raises
     ------
     StoppedError
-        The step may not run, people must be asked first, or it has failed.
+        The step must not run, needs an approval first, or has failed.
     """
     store, step_index = TaskStore(), int(event["step_index"])
     task = store.get_task(str(event["task_id"]))
@@ -49,7 +49,7 @@ def run_step(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     plan, started = store.plan_of(task), now()
     step = plan.steps[step_index]
     if step.type not in steps.READS:
-        raise ConflictError("this step has an effect: it is no plain step", step_index=step_index)
+        raise ConflictError("this step has an effect, so it is not a plain step", step_index=step_index)
     readings = steps.read(LedgerClient(), task, plan, step)
     if refusal := suspensions.refusal(planning.action_type(task.task_type), readings.suspended):
         raise StepDeniedError(refusal)
@@ -60,7 +60,7 @@ def run_step(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
 
 
 def handle_action(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """Handle the state ExecuteAction, and the event that settles what it has submitted."""
+    """Handle the state ExecuteAction, and the event that settles its transfer."""
     if event.get("detail-type") == SETTLED:
         return transfer_ended(event, context)
     return execute_action(event, context)
@@ -68,9 +68,9 @@ def handle_action(event: dict[str, Any], context: LambdaContext) -> dict[str, An
 
 @token_state("ExecuteAction")
 def execute_action(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
-    """`{task_id, task_token, execution?}` → `{step_id, status, attempt}`; `status` is `submitted` until it is known.
+    """`{task_id, task_token, execution?}` → `{step_id, status, attempt}`; `status` is `submitted` before the outcome.
 
-    The action is the plan's last step. Its outcome ends the task, and the token is answered then.
+    The action is the plan's last step. Its outcome ends the task and resumes the token's execution.
     """
     store, ledger, token = TaskStore(), LedgerClient(), str(event["task_token"])
     task = store.get_task(str(event["task_id"]))
@@ -82,11 +82,11 @@ def execute_action(event: dict[str, Any], context: LambdaContext) -> dict[str, A
     attempt_of = record.run if record is not None and record.status == "running" else task.run
     callbacks.wait(Callback("ACTION", task.task_id, step_index, token, limit, task.run, attempt_of))
     if record is not None and record.status == "running":
-        record = store.step(task.task_id, step_index)  # it may have ended before this token was there to be answered
+        record = store.step(task.task_id, step_index)  # it may have ended before this token was stored
     ended = None
     try:
         if attempt_of < task.run and record is not None and record.status == "failed":
-            ended = record  # as if it had ended a moment later: another attempt is for a retry
+            ended = record  # as if it had ended a moment later: only a retry makes another attempt
         else:
             ended = execute(store, ledger, task, plan, step_index, record)
     finally:
@@ -103,18 +103,18 @@ def execute_action(event: dict[str, Any], context: LambdaContext) -> dict[str, A
 def execute(
     store: TaskStore, ledger: LedgerClient, task: Task, plan: Plan, step_index: int, record: StepRecord | None
 ) -> StepRecord:
-    """Run the action; `record` is what an attempt before has left. The record is `running` while its outcome is open.
+    """Run the action; `record` comes from an earlier attempt. The record is `running` while its outcome is unknown.
 
-    A refusal is a value (`failed`); only what may work when tried again is raised. The intent is recorded, and the
-    approval consumed, before the step acts; the effect carries (task, step) as its reference, so that the ledger
-    answers a repetition from its record.
+    A rejection by the ledger is a result (`failed`); only transient errors are raised. The intent is recorded, and the
+    approval used, before the step acts. The effect has (task, step) as its reference, so that the ledger returns the
+    existing transfer to a repetition.
 
     Raises
     ------
     StoppedError
-        The step may not run, or people must be asked (again).
+        The step must not run, or needs a (new) approval.
     TransientError
-        The intent is not in the audit table yet, or the ledger did not answer.
+        The intent is not in the audit table yet, or the ledger did not respond.
     """
     if record is not None and not record.may_run(task):
         if record.status == "succeeded" and task.status not in TERMINAL:
@@ -125,16 +125,16 @@ def execute(
     lifecycle.refuse_ended(task)
     step, replaces = plan.steps[step_index], None
     if step.type in CONFIRMED_LATER and record is not None and record.run < task.run:
-        # What an execution before this one has handed in was let through then: its end is this step's, whatever it is.
+        # The step's end is the end of the transfer that an earlier execution submitted.
         settled = transfers.settle(store, ledger, task, record)
         if settled.in_flight or settled.record != record:
             return settled.record
         before = transfers.state_of(ledger, task.task_id, step.step_id) if record.status == "failed" else None
         replaces = before["txid"] if before else None
     if record is not None and record.status == "running" and record.run == task.run:
-        # The claim stands, whatever the policy says by now. To hand a transfer in again is not another attempt.
+        # The claim stands, even if the policy has changed. A repeated submission is not another attempt.
         claimed = record if step.type in CONFIRMED_LATER else store.attempt_again(task, plan, step_index)
-        task = store.get_task(task.task_id)  # the claim may be newer than `task`, and it is what has to be on record
+        task = store.get_task(task.task_id)  # the claim may be newer than `task`, and must be recorded
         lifecycle.refuse_ended(task)
         lifecycle.refuse_other_run(task, claimed.run)
         granted = _check_claim(store, ledger, task, plan, step_index)
@@ -145,16 +145,16 @@ def execute(
     if step.type in steps.READS:
         return _finish(store, task, claimed, steps.outcome_of(step, steps.read(ledger, task, plan, step)))
     audit_trail.ensure_recorded(task.task_id, task.events, step_id=step.step_id)
-    # The recorder may have taken seconds, in which somebody has cancelled the task.
+    # The recorder may have taken seconds, in which a person may have cancelled the task.
     lifecycle.refuse_ended(task.model_copy(update={"status": store.status(task.task_id)}))
     return _act(store, ledger, task, plan, claimed, granted)
 
 
 def _check_claim(store: TaskStore, ledger: LedgerClient, task: Task, plan: Plan, step_index: int) -> Granted:
-    """Check that people approved a step that is said to be begun: other roles can write its record and its event.
+    """Check that people approved a claimed step, because other roles can write its record and its event.
 
-    Returns the limits beyond which they have approved it. A transfer that the ledger has was let through. Raises
-    StoppedError otherwise.
+    Returns the limits that the approvals allow it to exceed. A transfer that the ledger has was submitted after this
+    check. Raises StoppedError if the approval is missing.
     """
     step = plan.steps[step_index]
     if step.type in CONFIRMED_LATER and transfers.is_submitted(ledger, task.task_id, step.step_id):
@@ -163,8 +163,8 @@ def _check_claim(store: TaskStore, ledger: LedgerClient, task: Task, plan: Plan,
     ruling = rule(task, policies.pinned, policies.current)
     approval = store.latest_approval(task.task_id, step_index, of=task)
     verdict = compliance.decide(task, plan, step_index, ruling, approval)
-    if verdict.verdict != "execute":  # not ApprovalNeededError: nobody is asked about a step that was begun
-        raise StepDeniedError(f"it was begun, and may not go on: {verdict.reason}")
+    if verdict.verdict != "execute":  # not ApprovalNeededError: a started step requests no approval
+        raise StepDeniedError(f"the step was started, but must not continue: {verdict.reason}")
     return ruling.granted(approval.decisions if approval else ())
 
 
@@ -176,7 +176,7 @@ def _act(
     effect = Effect(reference, ledger, task.requester, task.run, task.agent, granted)
     try:
         result = steps.ACTS[step.type](step.parameters, effect)
-    except PermanentError as refusal:  # the ledger refuses nothing that it has signed, nor signs what it has refused
+    except PermanentError as refusal:  # the ledger never rejects a transfer that it has signed, and vice versa
         return _finish(store, task, claimed, StepOutcome(error=f"{refusal.code}: {refusal.message}"))
     if isinstance(result, Submitted):
         return claimed
@@ -203,13 +203,13 @@ def _claim(
 ) -> tuple[Task, StepRecord, Granted]:
     """Record the intent to act, if the step may run by both policies, their limits and the wallet's balance now.
 
-    Returns the task, the step's record, and the limits beyond which people have approved it.
+    Returns the task, the step's record, and the limits that the approvals allow it to exceed.
     """
     step = plan.steps[step_index]
     policies, funds = transfers.policies_and_funds(ledger, task, plan, step)
     ruling = rule(task, policies.pinned, policies.current)
     approval = store.latest_approval(task.task_id, step_index, of=task)
-    # Whoever was asked in this execution has approved it, whether that was needed or not.
+    # An approval in this execution counts, even if the current policy does not require it.
     consumed = approval if approval is not None and approval.run == task.run else None
     decisions = consumed.decisions if consumed else ()
     intent = Intent(task, step_index, step, ruling, decisions, funds.used)

@@ -1,6 +1,6 @@
-"""The five step types: what each reads or does, and what its result says.
+"""The five step types: their reads, effects and results.
 
-A step in READS only reads: the state RunStep runs it, or ExecuteAction if people had to approve it. A step in ACTS has
+A step in READS only reads: the state RunStep runs it, or ExecuteAction if it needed an approval. A step in ACTS has
 an effect, which happens once for each reference (task and step): only ExecuteAction runs it.
 """
 
@@ -30,7 +30,7 @@ SIMULATED = "signed, not sent: AllowTransfers is not set for this network"
 
 @dataclass(frozen=True)
 class Readings:
-    """What the ledger says, read in one call: the policies' decisions, and the wallet of a step that names one."""
+    """Data of the ledger from one call: the policy in force, and the wallet of a step that has one."""
 
     ruling: Ruling
     suspended: Mapping[str, Suspension]
@@ -38,17 +38,17 @@ class Readings:
 
     @property
     def balance(self) -> int:
-        """The wallet's balance in QU. Raises the ledger's refusal, if that was its answer."""
+        """Return the wallet's balance in QU. Raises the ledger's error, if that was its response."""
         if isinstance(self.wallet, PermanentError):
             raise self.wallet
         if self.wallet is None:
-            raise PermanentError("no_wallet", "there is no wallet_address to monitor")
+            raise PermanentError("no_wallet", "the task has no `wallet_address` to monitor")
         return self.wallet.balance
 
 
 @dataclass(frozen=True)
 class Effect:
-    """What a step with an effect is given: `reference` names task and step, `run` is the execution that asks."""
+    """Input of a step with an effect: `reference` identifies task and step, `run` the requesting execution."""
 
     reference: str
     ledger: LedgerClient
@@ -60,7 +60,7 @@ class Effect:
 
 @dataclass(frozen=True)
 class Submitted:
-    """The effect is under way, and its outcome is not known yet: the step is finished when it is."""
+    """The effect is in flight. The step is finished when its outcome is known."""
 
     txid: str
     tick: int
@@ -88,7 +88,7 @@ def monitor_action(parameters: Parameters, readings: Readings) -> Result:
     balance, threshold = readings.balance, parameters["alert_threshold"]
     alert = threshold is not None and balance < threshold
     if threshold is None:
-        message = f"balance {balance} QU; no alert_threshold was set"
+        message = f"balance {balance} QU; no alert_threshold is set"
     else:
         message = f"balance {balance} QU is {'below' if alert else 'not below'} the threshold of {threshold} QU"
     return {
@@ -106,8 +106,8 @@ def monitor_action(parameters: Parameters, readings: Readings) -> Result:
 def onchain_action(parameters: Parameters, effect: Effect) -> Result | Submitted:
     """`{from_address, to_address, amount}` → `{txid, tick, amount, from_address, to_address, network}`, or `Submitted`.
 
-    `Submitted` until the ledger has confirmed the transfer. Where transfers are not allowed on a real network, the
-    result says `simulated`, and there is nothing to wait for.
+    `Submitted` until the ledger has confirmed the transfer. If transfers are not enabled on a real network, the result
+    is `simulated`, without a wait.
 
     Raises
     ------
@@ -136,11 +136,11 @@ def onchain_action(parameters: Parameters, effect: Effect) -> Result | Submitted
 
 
 def generic_action(parameters: Parameters, effect: Effect) -> Result:
-    """`{task_type, description, parameters}` → `{task_type, instruction_hash, txid, tick}`: a receipt, no effect.
+    """`{task_type, description, parameters}` → `{task_type, instruction_hash, txid, tick}`: a receipt without effect.
 
-    The system cannot perform such an action itself: it puts the instruction's hash on the ledger. `txid` and `tick` are
-    those of the transaction that was submitted. If its tick passes without it, the ledger signs another:
-    `GET /verify/{instruction_hash}` returns the one that is confirmed.
+    The system cannot perform such an action itself. It writes the instruction's hash to the ledger. `txid` and `tick`
+    belong to the submitted transaction. If its tick passes without it, the ledger signs another transaction:
+    `GET /verify/{instruction_hash}` returns the confirmed one.
     """
     instruction = hash_of({"reference": effect.reference, "instruction": parameters})
     written = effect.ledger.record_instruction(instruction, reference=effect.reference, requester=effect.requester)
@@ -164,7 +164,7 @@ ACTS: dict[StepType, Callable[[Parameters, Effect], Result | Submitted]] = {
 
 
 def read(ledger: LedgerClient, task: Task, plan: Plan, step: Step) -> Readings:
-    """Read what a step of READS needs, in one call of the ledger."""
+    """Read the input of a step of READS, in one call of the ledger."""
     action, pinned = planning.action_type(task.task_type), plan.policy.policy_id
     address, wallet = step.parameters.get("wallet_address"), None
     if address is None:
@@ -175,7 +175,7 @@ def read(ledger: LedgerClient, task: Task, plan: Plan, step: Step) -> Readings:
 
 
 def outcome_of(step: Step, readings: Readings) -> StepOutcome:
-    """Return the outcome of a step of READS; the ledger's refusal is its failure."""
+    """Return the outcome of a step of READS. A rejection by the ledger fails it."""
     try:
         return StepOutcome(result=READS[step.type](step.parameters, readings))
     except PermanentError as refusal:

@@ -37,19 +37,19 @@ SETTLE_SECONDS = 60
 DEADLINE = timedelta(minutes=5)
 
 Effects = Callable[[str], int]
-"""A reference → how many effects the handler's own records show for it."""
+"""Maps a reference to the number of its effects in the handler's own records."""
 
 
 class KitError(Exception):
-    """The kit cannot begin; the message says what to change."""
+    """The kit cannot start; the message has the correction."""
 
 
 class FlawError(Exception):
-    """The handler breaks the contract; the message says how."""
+    """The handler violates the contract; the message has the violation."""
 
 
 class NotApplicableError(Exception):
-    """A check does not concern this handler; the message says why."""
+    """A check does not apply to this handler; the message has the reason."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def read_sample(folder: Path) -> Sample:
     Raises
     ------
     KitError
-        A file is missing or does not contain what the kit needs.
+        A file is missing or incomplete.
     """
     try:
         ((name, definition),) = json.loads((folder / "action.json").read_text())["actions"].items()
@@ -203,7 +203,7 @@ class Target:
     # Calls
 
     def send(self, request: ActionRequest) -> Outcome:
-        """Send a request once, and return what its answer means."""
+        """Send a request once, and return the meaning of its answer."""
         return self._caller.call(self.handler, request, self.terms, timeout_seconds=self.timeout_seconds)
 
     def answer(self, request: ActionRequest) -> Outcome:

@@ -49,7 +49,7 @@ FAINT_TEXTS = """() => {
 
 
 @EVERY_WINDOW
-def test_the_page_is_readable(open_page: Open, size: tuple[int, int], scheme: str) -> None:
+def test_page_is_readable(open_page: Open, size: tuple[int, int], scheme: str) -> None:
     page = open_page("/docs", size, scheme).page
     read, faint = javascript(page, FAINT_TEXTS)
     assert read > 20 * len(OPERATIONS)
@@ -68,16 +68,14 @@ def test_dark_is_dark(open_page: Open) -> None:
 
 
 @EVERY_WINDOW
-def test_the_browser_has_no_complaints_and_loads_nothing_else(
-    open_page: Open, size: tuple[int, int], scheme: str
-) -> None:
+def test_browser_has_no_complaints_and_loads_nothing_else(open_page: Open, size: tuple[int, int], scheme: str) -> None:
     opened = open_page("/docs", size, scheme)
     opened.page.wait_for_load_state("networkidle")
     assert opened.complaints == []
     assert [url for url in opened.requests if not url.startswith("data:")] == [opened.page.url]
 
 
-def test_a_script_that_came_into_the_page_would_not_run(open_page: Open) -> None:
+def test_script_that_came_into_the_page_would_not_run(open_page: Open) -> None:
     """The policy holds: not for a script in the page, nor for one or an image from elsewhere, nor for a form."""
     opened = open_page("/docs")
     javascript(
@@ -115,7 +113,7 @@ def test_headings_and_landmarks_are_those_of_a_document(open_page: Open) -> None
     assert set(OPERATIONS) <= set(targets) <= set(ids)
 
 
-def test_a_keyboard_is_enough(open_page: Open) -> None:
+def test_keyboard_is_enough(open_page: Open) -> None:
     """Tab goes through what can be used in the order of the page, and shows where it is; Enter follows and opens."""
     page = open_page("/docs").page
     usable = page.locator("a[href], summary").count()
@@ -142,7 +140,7 @@ def test_a_keyboard_is_enough(open_page: Open) -> None:
     assert page.locator("#create_plan details").get_attribute("open") is not None
 
 
-def test_the_document_for_programs_is_linked(open_page: Open) -> None:
+def test_document_for_programs_is_linked(open_page: Open) -> None:
     page = open_page("/docs").page
     page.get_by_role("link", name="openapi.json").click()
     page.wait_for_url("**/openapi.json")

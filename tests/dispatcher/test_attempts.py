@@ -44,7 +44,7 @@ def test_next_request_executes_again_after_not_found_only() -> None:
         assert next_at(60, lost, sent("query", "not_found", 1), sent("query", kind, 2)).action == "query"
 
 
-def test_next_request_queries_when_not_found_contradicts_accepted() -> None:
+def test_next_request_queries_when_not_found_contradicts() -> None:
     history = (sent("execute", "accepted"), sent("query", "not_found", 1))
     assert next_at(60, *history).action == "query"
 

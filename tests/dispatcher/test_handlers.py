@@ -130,7 +130,7 @@ def issuer(token: bytes) -> Script:
     return answers(json_answer(token))
 
 
-def test_oauth2_token_is_requested_once_and_kept_until_it_expires() -> None:
+def test_oauth2_token_is_kept_until_it_expires() -> None:
     now = 0.0
     with serve(issuer(b'{"access_token":"t1","token_type":"Bearer","expires_in":100}')) as server:
         credentials = Credentials(Egress(allow_local=True), clock=lambda: now)

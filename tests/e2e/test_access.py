@@ -74,12 +74,12 @@ FORGED: dict[str, Callable[[Issuer], str]] = {
 
 
 @pytest.mark.parametrize("what", FORGED)
-def test_a_token_that_is_not_the_issuers_is_refused(api: Api, what: str) -> None:
+def test_token_that_is_not_the_issuers_is_refused(api: Api, what: str) -> None:
     answer = api(None, "GET", f"/task/{ABSENT}", token=FORGED[what](api.cloud.issuer))
     assert answer.status_code == 401
 
 
-def test_a_token_that_the_issuer_signed_is_taken(api: Api) -> None:
+def test_token_that_the_issuer_signed_is_taken(api: Api) -> None:
     """Or the refusals above would say nothing."""
     answer = api(None, "GET", f"/task/{ABSENT}", token=_signed(api.cloud.issuer))
     assert (answer.status_code, answer.json()["status"]) == (404, 404)
@@ -164,11 +164,11 @@ def test_bad_input_is_refused_with_its_field_and_leaves_nothing(api: Api) -> Non
 
 
 @pytest.mark.parametrize("path", [f"/task/{ABSENT}", "/task/nonsense", "/plan/plan_nonsense", f"/task/{ABSENT}/status"])
-def test_an_unknown_id_is_not_found(api: Api, path: str) -> None:
+def test_unknown_id_is_not_found(api: Api, path: str) -> None:
     answer = api("operator", "GET", path)
     assert (answer.status_code, answer.headers["Content-Type"]) == (404, "application/problem+json")
 
 
-def test_a_route_that_is_not_there_is_refused(api: Api) -> None:
+def test_route_that_is_not_there_is_refused(api: Api) -> None:
     assert api("operator", "GET", "/no/such/route").status_code in {403, 404}
     assert api("operator", "DELETE", f"/task/{ABSENT}").status_code in {403, 404, 405}

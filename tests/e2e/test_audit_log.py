@@ -42,7 +42,7 @@ def test_every_entry_says_that_it_is_anchored(api: Api, anchored: str) -> None:
     assert found["verified"] is True, found
 
 
-def test_a_stranger_verifies_the_bundle(api: Api, anchored: str, tmp_path: Path) -> None:
+def test_stranger_verifies_the_bundle(api: Api, anchored: str, tmp_path: Path) -> None:
     answer = api("requester", "GET", f"/audit/{anchored}/bundle")
     assert answer.status_code == 200
     bundle = tmp_path / "bundle.json"
@@ -77,7 +77,7 @@ def test_clients_of_logs_read_checkpoint_and_tiles(api: Api, anchored: str) -> N
     assert api("requester", "GET", f"/log/tile/entries/{width}", **OCTETS).status_code == 403
 
 
-def test_a_stock_client_reads_the_public_log(api: Api, anchored: str, waiting: Callable[..., str]) -> None:
+def test_stock_client_reads_the_public_log(api: Api, anchored: str, waiting: Callable[..., str]) -> None:
     """No token, no Accept header: it verifies inclusion and consistency from the tiles alone."""
     prefix = f"{api.cloud.url}/public/log"
     key = api("auditor", "GET", "/audit/log/checkpoint").json()["verifier_key"]
@@ -95,7 +95,7 @@ def test_a_stock_client_reads_the_public_log(api: Api, anchored: str, waiting: C
     assert tlog_client.extends(before.size, before.root, after.size, after.root, proof)
 
 
-def test_the_public_log_has_no_entries_and_says_what_may_be_kept(api: Api, anchored: str) -> None:
+def test_public_log_has_no_entries_and_says_what_may_be_kept(api: Api, anchored: str) -> None:
     kept = {
         "/public/log/checkpoint": (200, "public, max-age=5"),
         "/public/log/tile/0/000.p/1": (200, "public, max-age=31536000, immutable"),

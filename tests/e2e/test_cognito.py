@@ -64,7 +64,7 @@ def _keys_from_here(cloud: Cloud) -> None:
     functions.update_function_configuration(FunctionName=name, Environment={"Variables": variables})
 
 
-def test_the_pool_has_the_roles_as_groups(own: Api) -> None:
+def test_pool_has_the_roles_as_groups(own: Api) -> None:
     groups = own.cloud.client("cognito-idp").list_groups(UserPoolId=own.cloud.outputs["UserPoolId"])["Groups"]
     assert {group["GroupName"] for group in groups} == {"requester", "approver", "auditor", "operator"}
 
@@ -90,7 +90,7 @@ def test_what_is_no_access_token_of_the_pool_is_refused(own: Api) -> None:
     assert own(None, "GET", "/tasks", token=cloud.token("operator")).status_code == 401
 
 
-def test_a_page_of_the_origin_may_ask_and_read(own: Api) -> None:
+def test_page_of_the_origin_may_ask_and_read(own: Api) -> None:
     # The local AWS imports no headers of a preflight's answer: tests/template looks at what SAM makes of them.
     assert own.http.options("/task/start", headers={"Origin": ORIGIN}).status_code == 200
     answer = own(None, "GET", "/health", Origin=ORIGIN)

@@ -21,7 +21,7 @@ def test_each_service_says_that_it_is_healthy(api: Api, path: str) -> None:
     assert answer.json()["service"]
 
 
-def test_a_monitoring_task_completes_by_itself(api: Api) -> None:
+def test_monitoring_task_completes_by_itself(api: Api) -> None:
     task_id = api.start(MONITORING)
     task = api.wait(task_id)
     assert (task["status"], task["requires_approval"], task["error"]) == ("completed", False, None)
@@ -42,9 +42,7 @@ def test_a_monitoring_task_completes_by_itself(api: Api) -> None:
     assert api("auditor", "GET", f"/audit/verify/{'0' * 64}").json()["verified"] is False
 
 
-def test_a_transfer_waits_for_another_person_and_then_moves_the_amount_once(
-    api: Api, waiting: Callable[..., str]
-) -> None:
+def test_transfer_waits_for_other_person_and_moves_once(api: Api, waiting: Callable[..., str]) -> None:
     before = api.balance(SOURCE), api.balance(DESTINATION)
     task_id = waiting(250)
     question = api.task(task_id)["approval"]
@@ -66,7 +64,7 @@ def test_a_transfer_waits_for_another_person_and_then_moves_the_amount_once(
     assert after.json()["task_status"] == "completed"
 
 
-def test_a_rejected_transfer_moves_nothing(api: Api, waiting: Callable[..., str]) -> None:
+def test_rejected_transfer_moves_nothing(api: Api, waiting: Callable[..., str]) -> None:
     before = api.balance(SOURCE)
     task_id = waiting()
     assert api.decide(task_id, approved=False, reason="no such invoice").status_code == 200
@@ -78,7 +76,7 @@ def test_a_rejected_transfer_moves_nothing(api: Api, waiting: Callable[..., str]
     assert [entry["status"] for entry in api.trail(task_id)][-2:] == ["rejected", "rejected"]
 
 
-def test_an_action_without_a_rule_is_denied_and_nothing_executed(api: Api) -> None:
+def test_action_without_a_rule_is_denied_and_nothing_executed(api: Api) -> None:
     task_id = api.start({"task_type": "launch_rocket", "description": "to the moon"})
     task = api.wait(task_id)
     assert task["status"] == "denied"
@@ -87,7 +85,7 @@ def test_an_action_without_a_rule_is_denied_and_nothing_executed(api: Api) -> No
     assert not {"step_started", "step_executed"} & {entry["kind"] for entry in api.trail(task_id)}
 
 
-def test_transfer_beyond_the_balance_is_denied_and_nobody_is_asked(api: Api) -> None:
+def test_transfer_above_balance_denied_end_to_end(api: Api) -> None:
     before = api.balance(EMPTY)
     task_id = api.start(transfer(before + 1, EMPTY))
     task = api.wait(task_id)
@@ -106,7 +104,7 @@ def test_approver_sees_the_balance_of_the_wallet_that_pays(api: Api, waiting: Ca
     assert api("requester", "POST", f"/task/{task_id}/cancel").status_code == 200
 
 
-def test_a_key_makes_a_repeated_request_harmless(api: Api) -> None:
+def test_key_makes_a_repeated_request_harmless(api: Api) -> None:
     key = {"Idempotency_Key": "e2e-1"}
     first = api.start(MONITORING, **key)
     again = api("requester", "POST", "/task/start", dict(MONITORING), **key)
@@ -116,7 +114,7 @@ def test_a_key_makes_a_repeated_request_harmless(api: Api) -> None:
     assert other.status_code == 409
 
 
-def test_a_plan_is_made_without_being_executed(api: Api) -> None:
+def test_plan_is_made_without_being_executed(api: Api) -> None:
     answer = api("requester", "POST", "/plan/create", transfer(5))
     assert answer.status_code in {200, 201}
     plan = answer.json()
@@ -126,9 +124,7 @@ def test_a_plan_is_made_without_being_executed(api: Api) -> None:
 
 
 @pytest.mark.parametrize(("task", "limit"), [(MONITORING, 7), (transfer(3), 9)], ids=["monitoring", "transfer"])
-def test_a_task_costs_no_more_state_transitions_than_was_promised(
-    api: Api, task: dict[str, object], limit: int
-) -> None:
+def test_task_costs_at_most_promised_state_transitions(api: Api, task: dict[str, object], limit: int) -> None:
     task_id = api.start(task)
     if task is not MONITORING:
         api.wait(task_id, "waiting_approval")
@@ -144,7 +140,7 @@ def test_a_task_costs_no_more_state_transitions_than_was_promised(
     assert len(entered) <= limit
 
 
-def test_an_approval_that_nobody_gives_ends_the_task_in_its_own_status(api: Api, nobody_decides: str) -> None:
+def test_expired_approval_ends_task_as_expired(api: Api, nobody_decides: str) -> None:
     task = api.wait(nobody_decides, "expired", seconds=APPROVAL_SECONDS + 40)
     assert task["approval"] is None
     late = api.decide(nobody_decides, approved=True)

@@ -49,7 +49,7 @@ def _wait(client: Any, task_id: str, wanted: str) -> Any:
     return task
 
 
-def test_a_generated_client_starts_a_task_waits_for_it_and_approves_it(client: Callable[[str], Any]) -> None:
+def test_generated_client_starts_and_approves_task(client: Callable[[str], Any]) -> None:
     with client("requester") as alice, client("approver") as bob, client("auditor") as carol:
         models = importlib.import_module(f"{PACKAGE}.models")
         request = models.TaskRequest.from_dict(

@@ -106,7 +106,7 @@ def test_only_the_ledgers_functions_have_the_key(
 
 
 @pytest.mark.parametrize("function", sorted(QUBIC))
-def test_the_qubic_service_deletes_nothing_and_leaves_its_key_alone(
+def test_qubic_service_cannot_delete_or_change_its_key(
     local_cloud: Cloud, session: Callable[[str], boto3.Session], function: str
 ) -> None:
     dynamodb = session(function).client("dynamodb", endpoint_url=local_cloud.endpoint)
@@ -119,7 +119,7 @@ def test_the_qubic_service_deletes_nothing_and_leaves_its_key_alone(
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_each_role_invokes_what_it_needs_of_the_ledger_and_nothing_else(
+def test_each_role_invokes_only_its_ledger_functions(
     local_cloud: Cloud, session: Callable[[str], boto3.Session], function: str
 ) -> None:
     client = session(function).client("lambda", endpoint_url=local_cloud.endpoint)
@@ -137,7 +137,7 @@ WAKERS = STARTERS | {"ExecuteActionFunction", "AwaitApprovalFunction"}
 
 
 @pytest.mark.parametrize("function", sorted(set(FUNCTIONS) - STARTERS))
-def test_only_gateway_and_reconciler_start_an_execution_and_only_who_has_tokens_wakes_one(
+def test_only_listed_roles_start_or_resume_executions(
     local_cloud: Cloud, session: Callable[[str], boto3.Session], function: str
 ) -> None:
     step_functions = session(function).client("stepfunctions", endpoint_url=local_cloud.endpoint)
@@ -169,7 +169,7 @@ def test_only_execute_action_and_the_sweeper_invoke_the_recorder(
     _refused(client.invoke, FunctionName=local_cloud.resources["RecordEventsFunction"], Payload='{"task_id": "x"}')
 
 
-def test_a_role_may_still_do_its_work(local_cloud: Cloud, session: Callable[[str], boto3.Session]) -> None:
+def test_role_may_still_do_its_work(local_cloud: Cloud, session: Callable[[str], boto3.Session]) -> None:
     """Or the refusals above would say nothing."""
     dynamodb = session("AuditApiFunction").client("dynamodb", endpoint_url=local_cloud.endpoint)
     found = dynamodb.query(

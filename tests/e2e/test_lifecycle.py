@@ -12,7 +12,7 @@ import httpx
 from tests.e2e.conftest import MONITORING, SOURCE, Api
 
 
-def test_a_cancelled_task_stops_its_execution(api: Api, waiting: Callable[..., str]) -> None:
+def test_cancelled_task_stops_its_execution(api: Api, waiting: Callable[..., str]) -> None:
     task_id = waiting(4)
     answer = api("requester", "POST", f"/task/{task_id}/cancel", {"reason": "no longer needed"})
     assert (answer.status_code, answer.json()["status"]) == (200, "cancelled")
@@ -36,7 +36,7 @@ def nothing_reaches_the_network(api: Api) -> Iterator[None]:
         assert api("operator", "PUT", "/mock/faults", {}).status_code == 200
 
 
-def test_a_failed_task_is_retried_from_the_step_that_failed(api: Api, waiting: Callable[..., str]) -> None:
+def test_failed_task_is_retried_from_the_step_that_failed(api: Api, waiting: Callable[..., str]) -> None:
     before, task_id = api.balance(SOURCE), waiting(2)
     with nothing_reaches_the_network(api):
         api.decide(task_id, approved=True)
@@ -78,9 +78,7 @@ def test_fifty_starts_at_once_under_one_key_start_one_task(api: Api) -> None:
     assert api.wait(answer.json()["task_id"])["status"] == "completed"
 
 
-def test_fifty_decisions_cancellations_and_retries_at_once_under_one_key_take_effect_once(
-    api: Api, waiting: Callable[..., str]
-) -> None:
+def test_concurrent_changes_under_one_key_take_effect_once(api: Api, waiting: Callable[..., str]) -> None:
     """On one task: approved, it fails; retried, it waits again; it is cancelled."""
     task_id, approval = waiting(2), {"approved": True, "reason": "checked"}
     with nothing_reaches_the_network(api):
@@ -104,7 +102,7 @@ def test_fifty_decisions_cancellations_and_retries_at_once_under_one_key_take_ef
     assert sorted(names) == [task_id, f"{task_id}-2"]
 
 
-def test_the_list_is_an_inbox_and_has_pages(api: Api, waiting: Callable[..., str]) -> None:
+def test_list_is_an_inbox_and_has_pages(api: Api, waiting: Callable[..., str]) -> None:
     task_id = waiting(1)
     inbox = api("approver", "GET", "/tasks?status=waiting_approval").json()["tasks"]
     assert task_id in [task["task_id"] for task in inbox]
@@ -119,7 +117,7 @@ def test_the_list_is_an_inbox_and_has_pages(api: Api, waiting: Callable[..., str
     assert api("requester", "POST", f"/task/{task_id}/cancel").status_code == 200
 
 
-def test_a_decision_on_another_plan_is_refused(api: Api, waiting: Callable[..., str]) -> None:
+def test_decision_on_another_plan_is_refused(api: Api, waiting: Callable[..., str]) -> None:
     task_id = waiting(1)
     body = {"approved": True, "reason": "checked", "plan_hash": "0" * 64}
     assert api("approver", "POST", f"/task/{task_id}/approve", body).status_code == 409

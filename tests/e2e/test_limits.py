@@ -24,7 +24,7 @@ def is_problem(answer: httpx.Response, status: int) -> None:
     assert problem["detail"]
 
 
-def test_a_flood_of_one_route_is_answered_429_and_the_others_go_on(api: Api) -> None:
+def test_flood_of_one_route_returns_429_for_it_only(api: Api) -> None:
     """A route that needs no token, with the limits that the template gives it."""
 
     def ask(_: int) -> httpx.Response:
@@ -63,12 +63,12 @@ def test_what_the_gateway_refuses_is_a_problem_too(api: Api) -> None:
 
 
 @pytest.mark.parametrize("method", ["DELETE", "PUT", "PATCH", "TRACE", "QUERY"])
-def test_a_method_that_a_path_does_not_have_is_not_found(api: Api, method: str) -> None:
+def test_method_that_a_path_does_not_have_is_not_found(api: Api, method: str) -> None:
     is_problem(api("operator", method, "/health"), 404)
     is_problem(api("operator", method, "/task/start"), 404)
 
 
-def test_a_line_break_in_a_query_is_refused_by_the_service(api: Api) -> None:
+def test_line_break_in_a_query_is_refused_by_the_service(api: Api) -> None:
     answer = api("operator", "GET", "/policy?action_type=%0Atransfer")
     assert answer.status_code == 422
     assert [error["field"] for error in answer.json()["errors"]] == ["action_type"]

@@ -36,13 +36,15 @@ def _grow_old(api: Api, task_id: str) -> None:
     dynamodb.put_item(TableName=table, Item=item | {"data": {"S": json.dumps(old)}})
 
 
-def test_the_ledgers_event_of_a_transfers_end_reaches_the_worker(api: Api) -> None:
+def test_ledgers_event_of_a_transfers_end_reaches_the_worker(api: Api) -> None:
     task_id = new_task_id()
     detail = {"task_id": task_id, "step_id": "step_3", "outcome": "confirmed", "txid": "x"}
     entry = {"Source": "qaes.qubic", "DetailType": "transfer_settled", "Detail": json.dumps(detail)}
     api.cloud.client("events").put_events(Entries=[entry | {"EventBusName": api.cloud.resources["LedgerBus"]}])
     deadline = time.monotonic() + 30
-    while not [line for line in api.cloud.service_logs(task_id, everything=False) if "of no known task" in line]:
+    while not [
+        line for line in api.cloud.service_logs(task_id, everything=False) if "belongs to no known task" in line
+    ]:
         assert time.monotonic() < deadline
         time.sleep(0.5)
 
@@ -51,9 +53,7 @@ def _reconcile(api: Api) -> list[str]:
     return list(api.invoke("ReconcilerFunction", {"detail-type": "Scheduled Event"})["reconciled"])
 
 
-def test_a_decision_that_was_not_delivered_is_delivered(
-    api: Api, store: TaskStore, waiting: Callable[..., str]
-) -> None:
+def test_decision_that_was_not_delivered_is_delivered(api: Api, store: TaskStore, waiting: Callable[..., str]) -> None:
     task_id = waiting(2)
     store.decide(task_id, approved=True, subject="bob", reason="and then the gateway crashed")
     _grow_old(api, task_id)
@@ -61,7 +61,7 @@ def test_a_decision_that_was_not_delivered_is_delivered(
     assert api.wait(task_id)["status"] == "completed"
 
 
-def test_a_task_that_was_written_and_not_started_is_started(api: Api, store: TaskStore) -> None:
+def test_task_that_was_written_and_not_started_is_started(api: Api, store: TaskStore) -> None:
     task = Task(
         task_id=new_task_id(),
         status="pending",
@@ -78,7 +78,7 @@ def test_a_task_that_was_written_and_not_started_is_started(api: Api, store: Tas
     assert api.wait(task.task_id)["status"] == "completed"
 
 
-def test_a_task_whose_execution_was_stopped_has_failed(api: Api, waiting: Callable[..., str]) -> None:
+def test_task_whose_execution_was_stopped_has_failed(api: Api, waiting: Callable[..., str]) -> None:
     """Without a call of ours: the change of the execution's status reaches the reconciler by its rule."""
     task_id = waiting(2)
     api.cloud.client("stepfunctions").stop_execution(executionArn=api.execution_arn(task_id))

@@ -55,7 +55,7 @@ def end(store: TaskStore, task_id: str, outcome: Outcome, failed_step: str | Non
     store.end_task(task_id, outcome, actor="execution", reason="because", failed_step=failed_step)
 
 
-def test_a_task_under_way_has_the_inherited_fields(api: Api, store: TaskStore) -> None:
+def test_task_under_way_has_the_inherited_fields(api: Api, store: TaskStore) -> None:
     task_id, plan = planned(store)
     run(store, task_id, 0)
     body = status_of(api, task_id)
@@ -73,13 +73,13 @@ def test_a_task_under_way_has_the_inherited_fields(api: Api, store: TaskStore) -
     assert (third["type"], third["requires_approval"]) == ("onchain_action", True)
 
 
-def test_a_task_without_a_plan_has_no_steps_yet(api: Api, store: TaskStore) -> None:
+def test_task_without_a_plan_has_no_steps_yet(api: Api, store: TaskStore) -> None:
     task, _ = store.start_task(new_task())
     nothing_yet = {"current_step": 0, "total_steps": 0, "steps": [], "requires_approval": False, "reason": None}
     assert status_of(api, task.task_id) == {"task_id": task.task_id, "status": "pending"} | nothing_yet
 
 
-def test_a_step_that_is_tried_again_says_how_often(api: Api, store: TaskStore) -> None:
+def test_step_that_is_tried_again_says_how_often(api: Api, store: TaskStore) -> None:
     task_id, plan = planned(store)
     for _ in range(2):
         claim(store, task_id, plan, 0, None, run=1, current=plan.policy)
@@ -88,7 +88,7 @@ def test_a_step_that_is_tried_again_says_how_often(api: Api, store: TaskStore) -
     assert (body["steps"][0]["attempt"], body["steps"][0]["duration_ms"]) == (2, None)
 
 
-def test_the_step_that_waits_for_a_person_says_so_until_it_is_decided(api: Api, store: TaskStore) -> None:
+def test_waiting_step_reports_status_until_decision(api: Api, store: TaskStore) -> None:
     task_id, plan = planned(store)
     for index in range(2):
         run(store, task_id, index)
@@ -101,7 +101,7 @@ def test_the_step_that_waits_for_a_person_says_so_until_it_is_decided(api: Api, 
     assert (body["status"], steps(body)) == ("executing", ["succeeded", "succeeded", "pending"])
 
 
-def test_a_failed_task_shows_the_step_that_failed_and_why(api: Api, store: TaskStore) -> None:
+def test_failed_task_shows_the_step_that_failed_and_why(api: Api, store: TaskStore) -> None:
     task_id, _ = planned(store)
     run(store, task_id, 0)
     run(store, task_id, 1, error="insufficient_balance: 4 QU are missing")
@@ -113,17 +113,17 @@ def test_a_failed_task_shows_the_step_that_failed_and_why(api: Api, store: TaskS
     assert (failed["result"], failed["error"]) == (None, "insufficient_balance: 4 QU are missing")
 
 
-def test_a_step_whose_worker_died_has_failed_with_the_task(api: Api, store: TaskStore) -> None:
+def test_step_whose_worker_died_has_failed_with_the_task(api: Api, store: TaskStore) -> None:
     task_id, plan = planned(store)
     claim(store, task_id, plan, 0, None, run=1, current=plan.policy)
-    reason = "a service did not answer"
+    reason = "a service did not respond; retry the task"
     store.end_task(task_id, "failed", actor="execution", reason=reason, failed_step="step_1")
     body = status_of(api, task_id)
     assert steps(body) == ["failed", "skipped", "skipped"]
     assert (body["steps"][0]["error"], body["reason"]) == (reason, reason)
 
 
-def test_a_transfer_that_the_ledger_may_still_make_has_not_failed_with_its_task(api: Api, store: TaskStore) -> None:
+def test_open_transfer_has_not_failed_with_its_task(api: Api, store: TaskStore) -> None:
     task_id, plan = planned(store)
     for index in range(2):
         run(store, task_id, index)
@@ -147,7 +147,7 @@ def test_steps_that_a_task_did_not_come_to_are_skipped(api: Api, store: TaskStor
         assert (body["status"], steps(body)) == (outcome, ["succeeded", "skipped", "skipped"])
 
 
-def test_a_step_that_never_ran_shows_why_the_task_failed(api: Api, store: TaskStore) -> None:
+def test_step_that_never_ran_shows_why_the_task_failed(api: Api, store: TaskStore) -> None:
     """A plain step leaves no record when its function fails for good: the task says which step it was."""
     task_id, _ = planned(store)
     run(store, task_id, 0)
@@ -157,14 +157,14 @@ def test_a_step_that_never_ran_shows_why_the_task_failed(api: Api, store: TaskSt
     assert body["steps"][1]["error"] == "because"
 
 
-def test_a_task_that_was_denied_before_it_had_a_plan_has_no_steps(api: Api, store: TaskStore) -> None:
+def test_status_has_no_steps_when_denied_without_plan(api: Api, store: TaskStore) -> None:
     task, _ = store.start_task(new_task())
     end(store, task.task_id, "denied")
     body = status_of(api, task.task_id)
     assert (body["status"], body["steps"], body["total_steps"]) == ("denied", [], 0)
 
 
-def test_a_completed_task_shows_all_results(api: Api, store: TaskStore) -> None:
+def test_completed_task_shows_all_results(api: Api, store: TaskStore) -> None:
     task_id, _ = planned(store)
     for index in range(3):
         run(store, task_id, index)

@@ -48,14 +48,14 @@ def told(task_id: str) -> list[tuple[str, Any, Any]]:
     ]
 
 
-def test_an_agent_has_an_agent_s_roles_whatever_it_comes_with() -> None:
+def test_agent_has_an_agent_s_roles_whatever_it_comes_with() -> None:
     everything = frozenset(EVERY_ROLE.split())
     assert Caller("alice", everything, agent="crm-agent").roles == {"requester"}
     assert Caller("alice", everything, agent="").roles == {"requester"}
     assert Caller("alice", everything).roles == everything
 
 
-def test_a_task_that_an_agent_starts_says_so(api: Api, store: TaskStore) -> None:
+def test_task_that_an_agent_starts_says_so(api: Api, store: TaskStore) -> None:
     task_id = start(api, **AGENT)
     task = store.get_task(task_id)
     assert (task.requester, task.agent) == ("alice", "crm-agent")
@@ -68,7 +68,7 @@ def test_a_task_that_an_agent_starts_says_so(api: Api, store: TaskStore) -> None
         assert listed["agent"] == "crm-agent"
 
 
-def test_a_person_s_task_has_the_hashes_that_it_always_had(api: Api, store: TaskStore) -> None:
+def test_person_s_task_has_the_hashes_that_it_always_had(api: Api, store: TaskStore) -> None:
     task_id = start(api)
     task = store.get_task(task_id)
     members = {"task_id", "task_type", "description", "parameters", "requester"}
@@ -82,7 +82,7 @@ def test_a_person_s_task_has_the_hashes_that_it_always_had(api: Api, store: Task
     assert set(output) == {"status", "reason", "failed_step", "idempotency_key"}
 
 
-def test_an_agent_s_retry_and_cancellation_say_so(api: Api, store: TaskStore) -> None:
+def test_agent_s_retry_and_cancellation_say_so(api: Api, store: TaskStore) -> None:
     task_id, _ = planned(store)
     store.end_task(task_id, "failed", actor="test", reason="so")
     assert api("POST", f"/task/{task_id}/retry", **AGENT).status == 202
@@ -94,7 +94,7 @@ def test_an_agent_s_retry_and_cancellation_say_so(api: Api, store: TaskStore) ->
     assert store.get_task(task_id).agent is None, "a person has asked for the task"
 
 
-def test_the_trail_names_the_agent_of_each_entry(aws: Cloud, api: Api, store: TaskStore) -> None:
+def test_trail_names_the_agent_of_each_entry(aws: Cloud, api: Api, store: TaskStore) -> None:
     task_id = start(api, **AGENT)
     api("POST", f"/task/{task_id}/cancel")
     aws.drain(task_id)
@@ -109,7 +109,7 @@ def test_the_trail_names_the_agent_of_each_entry(aws: Cloud, api: Api, store: Ta
 
 
 @pytest.mark.parametrize("altered", ["not JSON", "[]", '"crm-agent"', '{"agent": ["x"]}', "[" * 9000])
-def test_the_trail_is_read_though_an_event_was_altered(aws: Cloud, api: Api, store: TaskStore, altered: str) -> None:
+def test_trail_is_read_though_an_event_was_altered(aws: Cloud, api: Api, store: TaskStore, altered: str) -> None:
     task_id = start(api, **AGENT)
     assert api("POST", f"/task/{task_id}/cancel", **AGENT).status == 200
     aws.drain(task_id)
@@ -132,9 +132,7 @@ def test_the_trail_is_read_though_an_event_was_altered(aws: Cloud, api: Api, sto
 
 @pytest.mark.parametrize("subject", ["bob", "alice"])
 @pytest.mark.parametrize("roles", ["approver", "operator", EVERY_ROLE, "requester"])
-def test_an_agent_with_an_approver_s_token_decides_nothing(
-    api: Api, store: TaskStore, subject: str, roles: str
-) -> None:
+def test_agent_with_an_approver_s_token_decides_nothing(api: Api, store: TaskStore, subject: str, roles: str) -> None:
     task_id, _ = waiting(store)
     for body in (YES, NO):
         answer = api("POST", f"/task/{task_id}/approve", body, subject=subject, roles=roles, agent="crm-agent")
@@ -143,7 +141,7 @@ def test_an_agent_with_an_approver_s_token_decides_nothing(
     assert "approval_decided" not in events(task_id)
 
 
-def test_an_agent_touches_no_policy(aws: Cloud) -> None:
+def test_agent_touches_no_policy(aws: Cloud) -> None:
     qubic = Api(aws, "QubicApiFunction")
     before = items("LedgerTable", "PolicyTable")
     agent = {"subject": "olivia", "roles": EVERY_ROLE, "agent": "crm-agent"}
@@ -161,7 +159,7 @@ def test_an_agent_touches_no_policy(aws: Cloud) -> None:
     assert items("LedgerTable", "PolicyTable") == before
 
 
-def test_an_agent_sees_and_changes_its_own_tasks_alone(api: Api, store: TaskStore) -> None:
+def test_agent_sees_and_changes_its_own_tasks_alone(api: Api, store: TaskStore) -> None:
     other = start(api, **MALLORY)
     agent = AGENT | {"roles": EVERY_ROLE}
     assert api("GET", f"/task/{other}", **agent).status == 404
@@ -177,6 +175,6 @@ def test_decide_returns_403_to_the_person_an_agent_acts_for(api: Api, store: Tas
         assert api("POST", f"/task/{task_id}/approve", YES, subject="alice", roles=roles).status == 403
 
 
-def test_the_body_cannot_name_an_agent(api: Api) -> None:
+def test_body_cannot_name_an_agent(api: Api) -> None:
     answer = api("POST", "/task/start", TRANSFER | {"agent": "crm-agent"})
     assert answer.status == 422

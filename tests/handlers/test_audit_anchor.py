@@ -52,7 +52,7 @@ def confirmed() -> list[Anchor]:
     return list(log().anchors.all())
 
 
-def test_a_log_that_is_empty_is_not_anchored(aws: Cloud, ledger: Ledger) -> None:
+def test_log_that_is_empty_is_not_anchored(aws: Cloud, ledger: Ledger) -> None:
     assert anchor(aws) == {"sequence": None, "size": 0, "state": "none"}
     assert ledger.submitted == {}
 
@@ -75,7 +75,7 @@ def test_what_has_grown_is_sealed_submitted_and_confirmed(aws: Cloud, ledger: Le
     assert log().anchors.newest() == one
 
 
-def test_the_checkpoint_is_signed_by_a_key_that_readers_can_pin(aws: Cloud, ledger: Ledger) -> None:
+def test_checkpoint_is_signed_by_a_key_that_readers_can_pin(aws: Cloud, ledger: Ledger) -> None:
     grow(aws, 3)
     ledger.confirms_at_once = True
     anchor(aws)
@@ -87,7 +87,7 @@ def test_the_checkpoint_is_signed_by_a_key_that_readers_can_pin(aws: Cloud, ledg
     assert secret not in str(one)
 
 
-def test_one_is_in_flight_at_a_time_and_the_next_covers_all_that_came_meanwhile(aws: Cloud, ledger: Ledger) -> None:
+def test_one_anchor_in_flight_and_next_covers_rest(aws: Cloud, ledger: Ledger) -> None:
     grow(aws, 2)
     anchor(aws)
     grow(aws, 2)
@@ -102,7 +102,7 @@ def test_one_is_in_flight_at_a_time_and_the_next_covers_all_that_came_meanwhile(
     assert (second.previous, second.sequence, second.size) == (first.digest, 1, 7)
 
 
-def test_a_log_that_has_not_grown_is_not_anchored_again(aws: Cloud, ledger: Ledger) -> None:
+def test_log_that_has_not_grown_is_not_anchored_again(aws: Cloud, ledger: Ledger) -> None:
     ledger.confirms_at_once = True
     grow(aws)
     for _ in range(3):
@@ -122,7 +122,7 @@ def test_what_is_not_integrated_yet_is_not_anchored(aws: Cloud, ledger: Ledger) 
     assert anchor(aws) == {"sequence": 0, "size": 2, "state": "pending"}
 
 
-def test_the_first_anchor_for_an_index_is_found(aws: Cloud, ledger: Ledger) -> None:
+def test_first_anchor_for_an_index_is_found(aws: Cloud, ledger: Ledger) -> None:
     ledger.confirms_at_once = True
     for size in (2, 5, 6):
         grow(aws, size - log().head().size)
@@ -141,7 +141,7 @@ def stopped(aws: Cloud) -> str:
     return caught.value.code
 
 
-def test_a_log_is_anchored_on_one_network_only(aws: Cloud, ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
+def test_log_is_anchored_on_one_network_only(aws: Cloud, ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
     grow(aws)
     anchor(aws)
     aws.parameters["QubicNetwork"] = "mainnet"
@@ -160,7 +160,7 @@ def test_a_log_is_anchored_on_one_network_only(aws: Cloud, ledger: Ledger, capsy
     assert anchor(aws)["sequence"] == 1
 
 
-def test_a_ledger_of_another_network_is_not_believed(aws: Cloud, ledger: Ledger) -> None:
+def test_ledger_of_another_network_is_not_believed(aws: Cloud, ledger: Ledger) -> None:
     ledger.confirms_at_once = True
     ledger.network = "mainnet"
     grow(aws)
@@ -179,7 +179,7 @@ def test_what_the_ledger_has_given_up_for_good_is_said(aws: Cloud, ledger: Ledge
     assert anchor(aws)["state"] == "confirmed"
 
 
-def test_a_new_key_takes_over_the_anchor_that_the_former_left(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_key_takes_over_the_anchor_that_the_former_left(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the real ledger: the former key's transaction missed its tick, and nobody can sign for it any more."""
     from qubic import wallets
     from qubic.network import chain
@@ -233,7 +233,7 @@ def test_log_that_was_set_back_is_not_anchored(aws: Cloud, ledger: Ledger, table
     assert confirmed() == anchored[: len(anchored) if code == "corrupt" else 1]
 
 
-def test_a_ledger_that_is_down_leaves_the_same_anchor_for_the_next_call(aws: Cloud, ledger: Ledger) -> None:
+def test_anchor_stays_same_when_ledger_is_down(aws: Cloud, ledger: Ledger) -> None:
     grow(aws)
 
     def down(event: Any) -> None:
@@ -272,7 +272,7 @@ def forged(ledger: Ledger, **changes: Any) -> dict[str, Any]:
     "changes", [{"payload": b"QAES"}, {"input_type": 1}, {"amount": 1}, {"destination": bytes(32)}],
     ids=["payload", "input type", "amount", "destination"],
 )  # fmt: skip
-def test_a_transaction_with_something_else_in_it_is_not_believed(
+def test_transaction_with_something_else_in_it_is_not_believed(
     aws: Cloud, ledger: Ledger, changes: dict[str, Any], request: pytest.FixtureRequest
 ) -> None:
     grow(aws)
@@ -286,7 +286,7 @@ def test_a_transaction_with_something_else_in_it_is_not_believed(
     assert anchor(aws)["state"] == "confirmed"
 
 
-def test_the_answer_has_to_agree_with_the_bytes(aws: Cloud, ledger: Ledger) -> None:
+def test_answer_has_to_agree_with_the_bytes(aws: Cloud, ledger: Ledger) -> None:
     grow(aws)
     anchor(aws)
     ledger.confirm()
@@ -325,7 +325,7 @@ def test_calls_at_the_same_time_seal_and_confirm_once(aws: Cloud, ledger: Ledger
     assert [each.sequence for each in confirmed()] == [0]
 
 
-def test_an_anchor_is_never_replaced(aws: Cloud, ledger: Ledger) -> None:
+def test_anchor_is_never_replaced(aws: Cloud, ledger: Ledger) -> None:
     ledger.confirms_at_once = True
     grow(aws)
     anchor(aws)
@@ -347,7 +347,7 @@ def test_without_its_key_nothing_is_confirmed(aws: Cloud, ledger: Ledger) -> Non
     assert confirmed() == []
 
 
-def test_the_transaction_is_the_one_that_a_verifier_reads(aws: Cloud, ledger: Ledger) -> None:
+def test_transaction_is_the_one_that_a_verifier_reads(aws: Cloud, ledger: Ledger) -> None:
     ledger.confirms_at_once = True
     grow(aws)
     anchor(aws)

@@ -131,7 +131,7 @@ def altered(entry: StoredEntry, **changes: Any) -> str:
 # Reading a trail
 
 
-def test_a_trail_has_the_inherited_fields_and_the_proofs(get: Get, recorded: str) -> None:
+def test_trail_has_the_inherited_fields_and_the_proofs(get: Get, recorded: str) -> None:
     status, body = get(f"/audit/{recorded}")
     assert status == 200
     assert (body["task_id"], body["network"], len(body["logs"])) == (recorded, "mock", 4)
@@ -179,7 +179,7 @@ def test_each_entry_says_how_far_it_has_come(get: Get, aws: Cloud, recorded: str
     assert logs[4]["qubic_txid"] != logs[3]["qubic_txid"]
 
 
-def test_a_task_whose_events_are_not_on_record_yet_has_an_empty_trail(get: Get) -> None:
+def test_trail_is_empty_before_events_are_recorded(get: Get) -> None:
     task_id = start_task()
     status, body = get(f"/audit/{task_id}")
     assert (status, body["logs"], body["qubic_txid"]) == (200, [], None)
@@ -188,7 +188,7 @@ def test_a_task_whose_events_are_not_on_record_yet_has_an_empty_trail(get: Get) 
     }  # fmt: skip
 
 
-def test_a_trail_is_read_by_pages_and_its_chain_is_that_of_the_whole(get: Get, recorded: str) -> None:
+def test_trail_pages_have_chain_of_whole_trail(get: Get, recorded: str) -> None:
     whole = get(f"/audit/{recorded}")[1]
     assert whole["next_cursor"] is None
     found, cursor = [], {}
@@ -219,7 +219,7 @@ def test_who_reads_every_trail(get: Get, recorded: str, roles: str) -> None:
     assert get(f"/audit/{recorded}", roles=roles)[0] == 200
 
 
-def test_a_requester_reads_the_trails_of_their_own_tasks_only(get: Get, recorded: str) -> None:
+def test_requester_reads_the_trails_of_their_own_tasks_only(get: Get, recorded: str) -> None:
     assert get(f"/audit/{recorded}", roles="requester", subject="alice")[0] == 200
     status, body = get(f"/audit/{recorded}", roles="requester", subject="bob")
     missing_status, missing = get(f"/audit/{new_task_id()}", roles="requester", subject="bob")
@@ -243,7 +243,7 @@ def test_what_is_no_task_is_not_found(get: Get, task_id: str) -> None:
     assert get(f"/audit/{new_task_id()}")[0] == 404
 
 
-def test_a_trail_that_was_tampered_with_says_where(get: Get, recorded: str) -> None:
+def test_trail_that_was_tampered_with_says_where(get: Get, recorded: str) -> None:
     second = entries(recorded)[1]
     rewrite(recorded, 2, altered(second, status="failed"), second.leaf)
     status, body = get(f"/audit/{recorded}")
@@ -252,7 +252,7 @@ def test_a_trail_that_was_tampered_with_says_where(get: Get, recorded: str) -> N
     assert (body["chain"]["broken"]["seq"], body["chain"]["broken"]["check"]) == (2, "leaf")
 
 
-def test_a_text_that_is_no_entry_any_more_is_shown_as_it_is(get: Get, recorded: str) -> None:
+def test_text_that_is_no_entry_any_more_is_shown_as_it_is(get: Get, recorded: str) -> None:
     rewrite(recorded, 2, "{}", leaf_hash("{}"))
     status, body = get(f"/audit/{recorded}")
     assert status == 200
@@ -261,20 +261,20 @@ def test_a_text_that_is_no_entry_any_more_is_shown_as_it_is(get: Get, recorded: 
 
 
 @pytest.mark.parametrize("seq", [1, 3, 4])
-def test_an_entry_that_was_taken_away_is_missed(get: Get, recorded: str, seq: int) -> None:
+def test_entry_that_was_taken_away_is_missed(get: Get, recorded: str, seq: int) -> None:
     remove(recorded, seq)
     broken = get(f"/audit/{recorded}")[1]["chain"]["broken"]
     assert (broken["seq"], broken["check"]) == (seq, "seq")
 
 
-def test_a_trail_that_was_taken_away_as_a_whole_is_missed(get: Get, recorded: str) -> None:
+def test_trail_that_was_taken_away_as_a_whole_is_missed(get: Get, recorded: str) -> None:
     for seq in range(1, 5):
         remove(recorded, seq)
     status, body = get(f"/audit/{recorded}")
     assert (status, body["logs"], body["chain"]["verified"]) == (200, [], False)
 
 
-def test_a_newest_entry_that_was_replaced_is_not_the_one_in_the_log(get: Get, recorded: str) -> None:
+def test_replaced_newest_entry_differs_from_log(get: Get, recorded: str) -> None:
     text = altered(entries(recorded)[3], status="failed")
     rewrite(recorded, 4, text, leaf_hash(text))
     broken = get(f"/audit/{recorded}")[1]["chain"]["broken"]
@@ -284,7 +284,7 @@ def test_a_newest_entry_that_was_replaced_is_not_the_one_in_the_log(get: Get, re
 # Verifying a hash
 
 
-def test_a_leaf_hash_is_verified_with_its_evidence(get: Get, recorded: str) -> None:
+def test_leaf_hash_is_verified_with_its_evidence(get: Get, recorded: str) -> None:
     third = entries(recorded)[2]
     status, body = get(f"/audit/verify/{third.leaf}")
     assert (status, body["hash"], body["verified"], body["network"]) == (200, third.leaf, True, "mock")
@@ -308,7 +308,7 @@ def test_a_leaf_hash_is_verified_with_its_evidence(get: Get, recorded: str) -> N
     assert (match["failed"], match["reason"], body["evidence"]["more"]) == ([], None, False)
 
 
-def test_the_hash_of_an_input_or_output_is_verified_through_its_entries(get: Get, recorded: str) -> None:
+def test_input_and_output_hash_verified_by_entries(get: Get, recorded: str) -> None:
     for hash_, role in ((SOME_HASH, "input"), (OTHER_HASH, "output")):
         status, body = get(f"/audit/verify/{hash_.upper()}")
         assert (status, body["verified"], body["hash"]) == (200, True, hash_)
@@ -319,7 +319,7 @@ def test_the_hash_of_an_input_or_output_is_verified_through_its_entries(get: Get
         ]
 
 
-def test_an_unknown_hash_is_not_verified_and_there_is_nothing_to_show(get: Get, recorded: str) -> None:
+def test_unknown_hash_is_not_verified_and_has_no_match(get: Get, recorded: str) -> None:
     status, body = get(f"/audit/verify/{'f' * 64}")
     assert (status, body["verified"], body["evidence"]) == (200, False, {"matches": [], "more": False})
 
@@ -330,7 +330,7 @@ def test_what_is_no_hash_is_refused(get: Get, hash_: str) -> None:
     assert (status, body["errors"][0]["field"]) == (422, "hash")
 
 
-def test_an_answer_has_the_newest_matches_and_says_that_there_are_more(get: Get, aws: Cloud) -> None:
+def test_verify_returns_newest_matches_and_more_flag(get: Get, aws: Cloud) -> None:
     task_id = task_with(MATCHES + 2)
     new_recorder().drain(task_id)
     anchor_all(aws)
@@ -339,7 +339,7 @@ def test_an_answer_has_the_newest_matches_and_says_that_there_are_more(get: Get,
     assert [match["seq"] for match in body["evidence"]["matches"]] == list(range(MATCHES + 2, 2, -1))
 
 
-def test_a_requester_verifies_what_is_in_their_own_trails_only(get: Get, recorded: str) -> None:
+def test_requester_verifies_what_is_in_their_own_trails_only(get: Get, recorded: str) -> None:
     leaf = entries(recorded)[0].leaf
     assert get(f"/audit/verify/{leaf}", roles="requester", subject="alice")[1]["verified"] is True
     status, body = get(f"/audit/verify/{leaf}", roles="requester", subject="bob")
@@ -357,13 +357,13 @@ def failing(get: Get, hash_: str) -> set[str]:
     return set(body["evidence"]["matches"][0]["failed"])
 
 
-def test_an_altered_text_is_caught(get: Get, recorded: str) -> None:
+def test_altered_text_is_caught(get: Get, recorded: str) -> None:
     second = entries(recorded)[1]
     rewrite(recorded, 2, altered(second, actor="mallory"), second.leaf)
     assert failing(get, second.leaf) == {"leaf", "chain", "included"}
 
 
-def test_an_altered_text_with_its_own_hash_is_caught(get: Get, recorded: str) -> None:
+def test_altered_text_with_its_own_hash_is_caught(get: Get, recorded: str) -> None:
     fourth = entries(recorded)[3]
     text = altered(fourth, actor="mallory")
     rewrite(recorded, 4, text, leaf_hash(text))
@@ -373,12 +373,12 @@ def test_an_altered_text_with_its_own_hash_is_caught(get: Get, recorded: str) ->
 
 
 @pytest.mark.parametrize("role", ["input", "output"])
-def test_an_entry_led_to_by_another_hash_is_caught(get: Get, recorded: str, role: str) -> None:
+def test_entry_led_to_by_another_hash_is_caught(get: Get, recorded: str, role: str) -> None:
     change_entry(recorded, 2, **{role: {"B": bytes.fromhex("a" * 64)}})
     assert failing(get, "a" * 64) == {"occurs"}
 
 
-def test_a_chain_written_anew_is_caught_by_the_proof(get: Get, recorded: str) -> None:
+def test_chain_written_anew_is_caught_by_the_proof(get: Get, recorded: str) -> None:
     """Entries, indexes and tiles are rewritten, each with its right hash; the anchored root is another."""
     client, prev, leaves = boto3.client("dynamodb"), GENESIS, b""
     for entry in entries(recorded):
@@ -416,18 +416,18 @@ def change_anchor(name: str, value: Any) -> None:
         ("encoded", {"B": b"x" * 100}, {"payload", "signature", "included"}),
     ],
 )
-def test_an_anchor_that_was_altered_is_caught(get: Get, recorded: str, name: str, value: Any, failed: set[str]) -> None:
+def test_anchor_that_was_altered_is_caught(get: Get, recorded: str, name: str, value: Any, failed: set[str]) -> None:
     change_anchor(name, value)
     assert failing(get, entries(recorded)[0].leaf) == failed
 
 
-def test_an_anchor_whose_signature_is_another_is_caught(get: Get, recorded: str) -> None:
+def test_anchor_whose_signature_is_another_is_caught(get: Get, recorded: str) -> None:
     [one] = log().anchors.all()
     change_anchor("encoded", {"B": one.encoded[:-1] + bytes([one.encoded[-1] ^ 1])})
     assert failing(get, entries(recorded)[0].leaf) == {"signature"}
 
 
-def test_an_entry_that_is_not_anchored_yet_is_not_verified(get: Get, aws: Cloud) -> None:
+def test_entry_that_is_not_anchored_yet_is_not_verified(get: Get, aws: Cloud) -> None:
     task_id = task_with(2)
     new_recorder().drain(task_id)
     leaf = entries(task_id)[0].leaf
@@ -440,7 +440,7 @@ def test_an_entry_that_is_not_anchored_yet_is_not_verified(get: Get, aws: Cloud)
     assert (match["log_status"], match["proof"], match["qubic_txid"]) == ("anchoring", None, None)
 
 
-def test_an_entry_that_was_taken_away_is_not_verified(get: Get, recorded: str) -> None:
+def test_entry_that_was_taken_away_is_not_verified(get: Get, recorded: str) -> None:
     third = entries(recorded)[2]
     remove(recorded, 3)
     check_not_found(get, third.leaf)
@@ -448,7 +448,7 @@ def test_an_entry_that_was_taken_away_is_not_verified(get: Get, recorded: str) -
     assert (broken["seq"], broken["check"]) == (3, "seq")
 
 
-def test_an_index_that_is_behind_proves_no_entry(get: Get, recorded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_that_is_behind_proves_no_entry(get: Get, recorded: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The index still has what the table has no more: the entry itself decides."""
     third = entries(recorded)[2]
     stale = [Occurrence(recorded, 3, "leaf")]
@@ -457,7 +457,7 @@ def test_an_index_that_is_behind_proves_no_entry(get: Get, recorded: str, monkey
     assert {"recorded", "occurs", "leaf"} < failing(get, third.leaf)
 
 
-def test_an_index_behind_the_newest_entry_shows_the_others(
+def test_index_behind_the_newest_entry_shows_the_others(
     get: Get, recorded: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What was recorded a moment ago may be missing; all that is shown is verified as ever."""
@@ -468,19 +468,19 @@ def test_an_index_behind_the_newest_entry_shows_the_others(
     assert [match["seq"] for match in body["evidence"]["matches"]] == [3, 2]
 
 
-def test_an_entry_before_it_that_was_taken_away_breaks_its_chain(get: Get, recorded: str) -> None:
+def test_entry_before_it_that_was_taken_away_breaks_its_chain(get: Get, recorded: str) -> None:
     third = entries(recorded)[2]
     remove(recorded, 1)
     assert failing(get, third.leaf) == {"chain"}
 
 
-def test_an_entry_before_the_broken_one_still_holds(get: Get, recorded: str) -> None:
+def test_entry_before_the_broken_one_still_holds(get: Get, recorded: str) -> None:
     first, _, third, _ = entries(recorded)
     rewrite(recorded, 3, altered(third, actor="mallory"), third.leaf)
     assert get(f"/audit/verify/{first.leaf}")[1]["verified"] is True
 
 
-def test_a_ledger_that_cannot_be_asked_is_no_answer(get: Get, aws: Cloud, recorded: str) -> None:
+def test_ledger_that_cannot_be_asked_is_no_answer(get: Get, aws: Cloud, recorded: str) -> None:
     def down(event: Any) -> None:
         raise RuntimeError("down")
 
@@ -497,7 +497,7 @@ def bundle_of(get: Get, task_id: str, **options: Any) -> dict[str, Any]:
     return body
 
 
-def test_a_bundle_discloses_what_the_hashes_are_over(get: Get, aws: Cloud) -> None:
+def test_bundle_discloses_what_the_hashes_are_over(get: Get, aws: Cloud) -> None:
     task_id = start_task()
     TaskStore("TasksTable").end_task(task_id, "failed", actor="execution", reason="no budget", failed_step=None)
     new_recorder().drain(task_id)
@@ -548,9 +548,7 @@ def test_who_retries_as_often_as_they_may_still_gets_the_bundle(get: Get, aws: C
     assert again == [{"request_hash": hash_of(task.request())}] * (MAX_RETRIES + 1)
 
 
-def test_a_bundle_that_is_too_large_to_send_says_where_its_trail_is(
-    get: Get, recorded: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_too_large_bundle_response_names_trail(get: Get, recorded: str, monkeypatch: pytest.MonkeyPatch) -> None:
     size = len(json.dumps(request(f"/audit/{recorded}/bundle")["body"]))
     for most, status in ((size, 200), (size - 1, 413)):
         monkeypatch.setattr("audit.api.MAX_ANSWER_BYTES", most)
@@ -559,7 +557,7 @@ def test_a_bundle_that_is_too_large_to_send_says_where_its_trail_is(
     assert f"/audit/{recorded}?limit=" in body["detail"] and "cannot be checked offline" in body["detail"]
 
 
-def test_a_bundle_before_the_anchor_has_no_proofs(get: Get, aws: Cloud) -> None:
+def test_bundle_before_the_anchor_has_no_proofs(get: Get, aws: Cloud) -> None:
     task_id = task_with(2)
     assert get(f"/audit/{task_id}/bundle")[0] == 404
     new_recorder().drain(task_id)
@@ -568,7 +566,7 @@ def test_a_bundle_before_the_anchor_has_no_proofs(get: Get, aws: Cloud) -> None:
     assert (bundle["anchor"], [each["proof"] for each in bundle["entries"]]) == (None, [None, None])
 
 
-def test_a_bundle_is_for_auditors_and_who_asked_for_the_task(get: Get, recorded: str) -> None:
+def test_bundle_is_for_auditors_and_who_asked_for_the_task(get: Get, recorded: str) -> None:
     path = f"/audit/{recorded}/bundle"
     assert get(path, roles="requester", subject="alice")[0] == 200
     assert get(path, roles="operator", subject="olivia")[0] == 200
@@ -592,7 +590,7 @@ def test_nothing_but_the_bundle_shows_the_salt(get: Get, recorded: str) -> None:
     assert salt not in "".join(entry.text for entry in entries(recorded))
 
 
-def test_an_altered_trail_still_has_a_bundle_for_the_verifier_to_refuse(get: Get, recorded: str) -> None:
+def test_altered_trail_still_has_bundle(get: Get, recorded: str) -> None:
     rewrite(recorded, 2, "{}", leaf_hash("{}"))
     assert bundle_of(get, recorded)["entries"][1]["text"] == "{}"
 
@@ -606,7 +604,7 @@ def test_before_the_first_anchor_there_is_no_checkpoint(get: Get) -> None:
         assert (status, body["detail"]) == (404, "the log has no anchored checkpoint yet; try again later")
 
 
-def test_the_checkpoint_is_that_of_the_newest_anchor(get: Get, recorded: str) -> None:
+def test_checkpoint_is_that_of_the_newest_anchor(get: Get, recorded: str) -> None:
     status, body = get("/audit/log/checkpoint", roles="requester", subject="mallory")
     assert status == 200
     assert (body["log_id"], body["anchor"]["size"], body["anchor"]["sequence"]) == ("qaes", 4, 0)
@@ -618,7 +616,7 @@ def test_the_checkpoint_is_that_of_the_newest_anchor(get: Get, recorded: str) ->
     assert (said.origin, said.size, said.root.hex()) == (ORIGIN, 4, body["anchor"]["root"])
 
 
-def test_the_log_of_one_size_begins_with_that_of_another(get: Get, aws: Cloud, recorded: str) -> None:
+def test_log_of_one_size_begins_with_that_of_another(get: Get, aws: Cloud, recorded: str) -> None:
     second = task_with(3)
     new_recorder().drain(second)
     anchor_all(aws)
@@ -681,7 +679,7 @@ def test_entries_are_compressed_for_who_takes_that(
     assert (gzip.decompress(content) if compressed else content) == plain
 
 
-def test_a_tile_may_be_kept_by_who_asked_for_it_and_nothing_else_may(get: Get, recorded: str) -> None:
+def test_tile_may_be_cached_privately_only(get: Get, recorded: str) -> None:
     def kept(path: str) -> str:
         return {name.lower(): value for name, value in request(path)["headers"].items()}["cache-control"]
 
@@ -730,7 +728,7 @@ def test_entries_are_for_auditors_hashes_for_every_role(get: Get, recorded: str)
     assert request("/log/tile/entries/000.p/4", roles="operator")["statusCode"] == 200
 
 
-def test_an_entry_that_the_log_has_and_the_table_has_not_is_no_tile(get: Get, recorded: str) -> None:
+def test_tile_missing_when_entry_is_only_in_log(get: Get, recorded: str) -> None:
     remove(recorded, 2)
     assert get("/log/tile/entries/000.p/4")[0] == 500
 
@@ -750,7 +748,7 @@ def test_health_names_the_part_that_fails(get: Get, aws: Cloud) -> None:
 
 
 @pytest.mark.parametrize(("name", "status"), [("api_get", 404), ("api_verify", 200), ("api_health", 200)])
-def test_the_sample_events_are_taken(aws: Cloud, name: str, status: int) -> None:
+def test_sample_events_are_taken(aws: Cloud, name: str, status: int) -> None:
     answer = call_api(json.loads((EVENTS / f"{name}.json").read_text()))
     assert answer["statusCode"] == status
     json.loads(answer["body"])

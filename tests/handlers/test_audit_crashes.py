@@ -222,7 +222,7 @@ def test_every_call_may_fail_once(after: bool, error: Callable[[str], Exception]
     assert tried * STRIDE > 40
 
 
-def test_a_flaw_would_be_found(aws: Cloud) -> None:
+def test_flaw_would_be_found(aws: Cloud) -> None:
     """The same without recovery leaves findings: what the suite looks at is really there to be broken."""
     aws.parameters["LogId"] = "flawed"
     task_id = start_task()

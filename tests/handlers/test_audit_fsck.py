@@ -114,14 +114,14 @@ def first_anchor() -> Anchor:
     return next(iter(log().anchors.all()))
 
 
-def test_a_sound_log_has_no_findings(sound: str) -> None:
+def test_sound_log_has_no_findings(sound: str) -> None:
     report = check()
     assert report.findings == []
     assert (report.tasks, report.entries, report.size, report.anchors, report.anchored) == (2, 5, 5, 2, 5)
     assert "every invariant holds" in show(report)
 
 
-def test_an_empty_log_is_sound(aws: Cloud) -> None:
+def test_empty_log_is_sound(aws: Cloud) -> None:
     assert check().findings == []
 
 
@@ -238,7 +238,7 @@ def test_every_invariant_is_broken_by_one_of_these(sound: str) -> None:
     assert set(INVARIANTS) - named == {"twice"}
 
 
-def test_an_entry_that_is_there_twice_is_named(sound: str, aws: Cloud) -> None:
+def test_entry_that_is_there_twice_is_named(sound: str, aws: Cloud) -> None:
     """The log as a faulty sequencer would write it."""
     head, entry = log().head(), next(store().entries(sound))
     tiles = appended(5, [bytes.fromhex(entry.leaf)], log().tile)
@@ -279,7 +279,7 @@ def test_what_is_missing_is_handed_to_recorder_and_sequencer(
     assert [entry.seq for entry in store().entries(unrecorded)] == [1, 2]
 
 
-def test_the_end_of_a_task_that_nobody_recorded_is_found(aws: Cloud) -> None:
+def test_end_of_a_task_that_nobody_recorded_is_found(aws: Cloud) -> None:
     task_id = start_task()
     new_recorder().drain(task_id)
     end_task(task_id)
@@ -288,14 +288,14 @@ def test_the_end_of_a_task_that_nobody_recorded_is_found(aws: Cloud) -> None:
     assert [(each.invariant, each.where) for each in report.findings] == [("unrecorded", f"{task_id} 2")]
 
 
-def test_a_last_event_that_is_gone_is_missed(aws: Cloud) -> None:
+def test_last_event_that_is_gone_is_missed(aws: Cloud) -> None:
     task_id = start_task()
     end_task(task_id)
     remove(TASKS, task_id, "EVENT#000002")
     assert found() == {"event", "unrecorded"}
 
 
-def test_an_event_that_comes_in_during_the_scan_is_no_finding(aws: Cloud, sound: str) -> None:
+def test_event_that_comes_in_during_the_scan_is_no_finding(aws: Cloud, sound: str) -> None:
     """A scan is no snapshot: it shows the task as it is after the event, and the events as they were before."""
     there = outbox().tasks
 
@@ -308,7 +308,7 @@ def test_an_event_that_comes_in_during_the_scan_is_no_finding(aws: Cloud, sound:
 
 
 @pytest.mark.parametrize("read", ["last_event", "events_said"])
-def test_an_event_that_comes_in_while_a_task_is_looked_at_again_is_no_finding(
+def test_event_during_second_read_is_no_finding(
     aws: Cloud, sound: str, read: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there, look = outbox().tasks, getattr(Outbox, read)
@@ -331,7 +331,7 @@ def test_an_event_that_comes_in_while_a_task_is_looked_at_again_is_no_finding(
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_a_count_that_is_not_that_of_the_events_is_named(aws: Cloud, sound: str, count: int) -> None:
+def test_count_that_is_not_that_of_the_events_is_named(aws: Cloud, sound: str, count: int) -> None:
     stored = boto3.client("dynamodb").get_item(TableName=TASKS, Key={"pk": {"S": sound}, "sk": {"S": "TASK"}})
     data = json.loads(stored["Item"]["data"]["S"]) | {"events": count}
     change(TASKS, sound, "TASK", data={"S": json.dumps(data)})
@@ -339,7 +339,7 @@ def test_a_count_that_is_not_that_of_the_events_is_named(aws: Cloud, sound: str,
     assert told == [f"event: {sound} {count}: the task counts {count} events, but its last event is 3"]
 
 
-def test_a_task_that_was_erased_is_no_finding(aws: Cloud, sound: str) -> None:
+def test_task_that_was_erased_is_no_finding(aws: Cloud, sound: str) -> None:
     client = boto3.client("dynamodb")
     for item in client.scan(TableName=TASKS)["Items"]:
         if item["pk"]["S"] == sound:
@@ -383,7 +383,7 @@ def test_it_reads_by_the_page_and_not_by_the_entry(aws: Cloud) -> None:
     assert len(reads) < 25, reads
 
 
-def test_an_anchor_in_flight_is_no_finding(aws: Cloud, sound: str) -> None:
+def test_anchor_in_flight_is_no_finding(aws: Cloud, sound: str) -> None:
     task_id = task_with(2)
     new_recorder().drain(task_id)
     sequence_all(aws)

@@ -113,7 +113,7 @@ def check_complete(task_id: str, count: int) -> None:
             assert (task_id, entry.seq, role) in {(p.task_id, p.seq, p.role) for p in store.occurrences(hash_)}
 
 
-def test_the_state_records_what_is_outstanding_and_says_how_much(aws: Cloud) -> None:
+def test_state_records_what_is_outstanding_and_says_how_much(aws: Cloud) -> None:
     task_id = start_task()
     assert aws.invoke("RecordEventsFunction", {"task_id": task_id}) == {"recorded": 1, "seq": 1}
     end_task(task_id)
@@ -122,7 +122,7 @@ def test_the_state_records_what_is_outstanding_and_says_how_much(aws: Cloud) -> 
     check_complete(task_id, 2)
 
 
-def test_an_entry_says_what_the_event_said(aws: Cloud) -> None:
+def test_entry_says_what_the_event_said(aws: Cloud) -> None:
     task_id = task_with(2)
     new_recorder().drain(task_id)
     started, step = (json.loads(entry.text) for entry in entries(task_id))
@@ -132,7 +132,7 @@ def test_an_entry_says_what_the_event_said(aws: Cloud) -> None:
     assert (step["input_hash"], step["output_hash"]) == (SOME_HASH, OTHER_HASH)
 
 
-def test_a_task_without_events_has_nothing_to_record(aws: Cloud) -> None:
+def test_task_without_events_has_nothing_to_record(aws: Cloud) -> None:
     assert aws.invoke("RecordEventsFunction", {"task_id": new_task_id()}) == {"recorded": 0, "seq": 0}
 
 
@@ -158,7 +158,7 @@ def test_events_are_read_page_by_page(aws: Cloud, monkeypatch: pytest.MonkeyPatc
     check_complete(task_id, 7)
 
 
-def test_a_missing_event_stops_the_recorder(aws: Cloud) -> None:
+def test_missing_event_stops_the_recorder(aws: Cloud) -> None:
     task_id = start_task()
     add_events(task_id, 3, 3)
     with pytest.raises(BrokenChainError) as caught:
@@ -229,7 +229,7 @@ def crashing(at: int, *, after: bool, calls: list[str]) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_a_crash_at_any_call_is_made_good_by_the_next_drain(aws: Cloud, after: bool) -> None:
+def test_crash_at_any_call_is_made_good_by_the_next_drain(aws: Cloud, after: bool) -> None:
     crashed: list[str] = []
     for at in range(1, 200):
         task_id, calls = task_with(3), []
@@ -298,7 +298,7 @@ def stream_event(*tasks: str, events: int = 2) -> tuple[dict[str, Any], dict[str
     return {"Records": records}, numbers
 
 
-def test_the_stream_drains_each_task_of_the_batch(aws: Cloud) -> None:
+def test_stream_drains_each_task_of_the_batch(aws: Cloud) -> None:
     first, second = task_with(2), task_with(2)
     event, _ = stream_event(first, second)
     assert aws.invoke("RecordEventsFunction", event) == {"batchItemFailures": []}
@@ -307,7 +307,7 @@ def test_the_stream_drains_each_task_of_the_batch(aws: Cloud) -> None:
     assert aws.invoke("RecordEventsFunction", event) == {"batchItemFailures": []}
 
 
-def test_the_stream_gets_back_the_events_of_the_task_that_could_not_be_recorded(aws: Cloud) -> None:
+def test_stream_gets_back_events_of_failed_task(aws: Cloud) -> None:
     good, bad = task_with(2), start_task()
     add_events(bad, 3, 3)
     event, numbers = stream_event(good, bad)
@@ -316,14 +316,14 @@ def test_the_stream_gets_back_the_events_of_the_task_that_could_not_be_recorded(
     check_complete(good, 2)
 
 
-def test_the_stream_and_the_state_do_the_same(aws: Cloud) -> None:
+def test_stream_and_the_state_do_the_same(aws: Cloud) -> None:
     task_id = task_with(3)
     assert aws.invoke("RecordEventsFunction", {"task_id": task_id})["recorded"] == 3
     assert aws.invoke("RecordEventsFunction", stream_event(task_id)[0]) == {"batchItemFailures": []}
     check_complete(task_id, 3)
 
 
-def test_the_sample_events_are_taken(aws: Cloud) -> None:
+def test_sample_events_are_taken(aws: Cloud) -> None:
     assert aws.invoke("RecordEventsFunction", json.loads((EVENTS / "record_task.json").read_text())) == {
         "recorded": 0,
         "seq": 0,

@@ -61,7 +61,7 @@ def check_log(count: int) -> None:
         assert (indexed.index, indexed.leaf) == (index, leaf.hex())
 
 
-def test_an_empty_log_has_a_head_and_a_root(aws: Cloud) -> None:
+def test_empty_log_has_a_head_and_a_root(aws: Cloud) -> None:
     assert log().head() == Head()
     assert log().head().root == EMPTY_ROOT
     assert deliver(aws, []) == []
@@ -92,7 +92,7 @@ def test_what_is_delivered_again_has_its_index_already(aws: Cloud) -> None:
     check_log(3)
 
 
-def test_an_order_that_the_stream_did_not_keep_is_put_right(aws: Cloud) -> None:
+def test_order_that_the_stream_did_not_keep_is_put_right(aws: Cloud) -> None:
     task_id = recorded(6)
     items = entry_items(task_id)
     assert deliver(aws, [items[4]]) == []
@@ -114,7 +114,7 @@ def test_fsck_has_the_entries_of_a_task_put_into_the_log(aws: Cloud) -> None:
     check_log(3)
 
 
-def test_an_entry_that_was_altered_is_not_put_into_the_log_and_keeps_no_other_out(aws: Cloud) -> None:
+def test_altered_entry_is_not_sequenced_and_blocks_none(aws: Cloud) -> None:
     bad, good = recorded(3), recorded(2)
     text = entries(bad)[1].text.replace("worker", "nobody")
     items = entry_items(bad)
@@ -130,7 +130,7 @@ def test_an_entry_that_was_altered_is_not_put_into_the_log_and_keeps_no_other_ou
 @pytest.mark.parametrize(
     ("name", "value"), [("task_id", "task_x"), ("seq", 7), ("log_id", "another"), ("prev", "0" * 64)]
 )
-def test_an_entry_of_another_place_is_refused(aws: Cloud, name: str, value: Any) -> None:
+def test_entry_of_another_place_is_refused(aws: Cloud, name: str, value: Any) -> None:
     from qaes.domain.canonical import canonical_json
 
     task_id = recorded(2)
@@ -141,7 +141,7 @@ def test_an_entry_of_another_place_is_refused(aws: Cloud, name: str, value: Any)
     check_log(1)
 
 
-def test_an_entry_that_is_gone_keeps_those_after_it_out(aws: Cloud) -> None:
+def test_entry_that_is_gone_keeps_those_after_it_out(aws: Cloud) -> None:
     task_id = recorded(4)
     items = entry_items(task_id)
     boto3.client("dynamodb").delete_item(
@@ -151,7 +151,7 @@ def test_an_entry_that_is_gone_keeps_those_after_it_out(aws: Cloud) -> None:
     check_log(1)
 
 
-def test_a_crash_after_the_commit_is_completed_by_the_next_run(aws: Cloud) -> None:
+def test_crash_after_the_commit_is_completed_by_the_next_run(aws: Cloud) -> None:
     task_id, other = recorded(3), recorded(2)
     with patch.object(type(log()), "widen_tile", side_effect=RuntimeError("crash")), pytest.raises(RuntimeError):
         deliver(aws, entry_items(task_id))
@@ -170,7 +170,7 @@ def test_nothing_is_committed_on_a_head_that_has_moved(aws: Cloud) -> None:
     check_log(1)
 
 
-def test_a_tile_never_gets_narrower_and_an_index_never_another(aws: Cloud) -> None:
+def test_tile_never_gets_narrower_and_an_index_never_another(aws: Cloud) -> None:
     task_id = recorded(2)
     deliver(aws, entry_items(task_id))
     wide = log().stored_tile(0, 0)
@@ -187,7 +187,7 @@ def test_a_tile_never_gets_narrower_and_an_index_never_another(aws: Cloud) -> No
     check_log(2)
 
 
-def test_a_batch_whose_root_is_another_is_not_integrated(aws: Cloud) -> None:
+def test_batch_whose_root_is_another_is_not_integrated(aws: Cloud) -> None:
     task_id = recorded(2)
     with patch.object(type(log()), "widen_tile", side_effect=RuntimeError("crash")), pytest.raises(RuntimeError):
         deliver(aws, entry_items(task_id))
@@ -332,7 +332,7 @@ def test_sequencing_again_after_a_crash_between_two_indexes(aws: Cloud) -> None:
     check_log(24)
 
 
-def test_an_index_is_told_for_many_entries_at_once(aws: Cloud) -> None:
+def test_index_is_told_for_many_entries_at_once(aws: Cloud) -> None:
     task_id = put_entries(120)
     deliver(aws, entry_items(task_id))
     found = log().indexes([(task_id, seq) for seq in range(1, 130)])
@@ -346,7 +346,7 @@ def test_an_index_is_told_for_many_entries_at_once(aws: Cloud) -> None:
 # Proofs from tiles
 
 
-def test_a_proof_needs_few_reads(aws: Cloud) -> None:
+def test_proof_needs_few_reads(aws: Cloud) -> None:
     """At most 2 * ceil(log256 n) + 2 of the table, the index and the anchor included."""
     size = 3 * 256 + 7
     hashes = [leaf_hash(str(number)) for number in range(size)]
@@ -373,7 +373,7 @@ def test_a_proof_needs_few_reads(aws: Cloud) -> None:
             verify_consistency(first=first, second=size, proof=proof, first_root=root_of(raw[:first]), second_root=root)
 
 
-def test_the_store_is_only_read(aws: Cloud) -> None:
+def test_store_is_only_read(aws: Cloud) -> None:
     task_id = recorded(2)
     before = entries(task_id)
     deliver(aws, entry_items(task_id))

@@ -76,14 +76,14 @@ def test_what_no_stream_has_brought_is_recorded_and_sequenced(aws: Cloud) -> Non
     check_in_log(task_id)
 
 
-def test_a_task_that_nobody_ever_recorded_is_found(aws: Cloud) -> None:
+def test_task_that_nobody_ever_recorded_is_found(aws: Cloud) -> None:
     tasks = [task_with(3), start_task()]
     for minutes in (2, 3):
         sweep(minutes * MINUTE)
     check_in_log(*tasks)
 
 
-def test_a_day_late_is_not_too_late(aws: Cloud) -> None:
+def test_day_late_is_not_too_late(aws: Cloud) -> None:
     assert sweep() == outcome([], [], 0)
     task_id = task_with(2)
     assert sweep(timedelta(days=1)).to_record == [task_id]
@@ -91,7 +91,7 @@ def test_a_day_late_is_not_too_late(aws: Cloud) -> None:
     check_in_log(task_id)
 
 
-def test_an_event_that_the_index_shows_late_is_found(aws: Cloud) -> None:
+def test_event_that_the_index_shows_late_is_found(aws: Cloud) -> None:
     """Its timestamp is from before the last look."""
     assert sweep() == outcome([], [], 0)
     task_id = start_task()
@@ -129,7 +129,7 @@ def test_what_is_in_the_log_costs_one_look_and_nobody_is_called(aws: Cloud) -> N
     assert set(calls) == {"GetItem", "PutItem", "Query"}, "later it looks at what came since"
 
 
-def test_the_stream_may_come_at_the_same_time_and_later(aws: Cloud) -> None:
+def test_stream_may_come_at_the_same_time_and_later(aws: Cloud) -> None:
     task_id = task_with(4)
     with ThreadPoolExecutor(3) as pool:
         runs = [
@@ -149,9 +149,7 @@ def test_the_stream_may_come_at_the_same_time_and_later(aws: Cloud) -> None:
     check_in_log(task_id)
 
 
-def test_what_cannot_be_recorded_stays_on_the_list_and_keeps_nobody_waiting(
-    aws: Cloud, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unrecordable_task_stays_listed_and_blocks_none(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeper, "MOST_HANDED", 1)
     bad = start_task()
     boto3.client("dynamodb").delete_item(TableName="TasksTable", Key={"pk": {"S": bad}, "sk": {"S": "EVENT#000001"}})
@@ -166,7 +164,7 @@ def test_what_cannot_be_recorded_stays_on_the_list_and_keeps_nobody_waiting(
     assert {each.key[0] for batch in log().batches() for each in batch.leaves} == {good}
 
 
-def test_a_recorder_that_does_not_answer_leaves_everything_for_the_next_run(aws: Cloud) -> None:
+def test_sweeper_keeps_list_when_recorder_is_down(aws: Cloud) -> None:
     task_id = start_task()
 
     aws.faults["RecordEventsFunction"] = down
@@ -219,7 +217,7 @@ def test_events_of_all_shards_are_found_in_order(aws: Cloud) -> None:
     assert len({shards.day_key("", task) for task in tasks}) > 1
 
 
-def test_a_long_list_is_worked_off_before_it_gets_longer(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_list_is_worked_off_before_it_gets_longer(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeper, "CHUNK", 1)
     monkeypatch.setattr(sweeper, "MOST_BEHIND", 2)
     tasks = [start_task() for _ in range(5)]
@@ -251,7 +249,7 @@ def erase(task_id: str) -> None:
         client.delete_item(TableName=TASKS, Key={"pk": item["pk"], "sk": item["sk"]})
 
 
-def test_a_task_that_was_erased_leaves_the_list(aws: Cloud, caplog: pytest.LogCaptureFixture) -> None:
+def test_task_that_was_erased_leaves_the_list(aws: Cloud, caplog: pytest.LogCaptureFixture) -> None:
     aws.faults["RecordEventsFunction"] = down
     erased, other = task_with(2), start_task()
     assert sweep().behind == 2
@@ -265,7 +263,7 @@ def test_a_task_that_was_erased_leaves_the_list(aws: Cloud, caplog: pytest.LogCa
     assert swept is not None and (swept.behind.keys(), swept.since.keys()) == ({other}, {other})
 
 
-def test_what_is_on_record_stays_on_the_list_when_its_events_are_erased(aws: Cloud) -> None:
+def test_recorded_task_stays_listed_when_events_are_erased(aws: Cloud) -> None:
     task_id = start_task()
     new_recorder().drain(task_id)
     aws.faults["SequencerFunction"] = down
@@ -277,7 +275,7 @@ def test_what_is_on_record_stays_on_the_list_when_its_events_are_erased(aws: Clo
     assert sweep(5 * MINUTE) == outcome([], [], 0)
 
 
-def test_who_has_been_behind_for_a_day_is_counted_apart_and_does_not_hide_the_next(aws: Cloud) -> None:
+def test_task_behind_for_a_day_is_counted_separately(aws: Cloud) -> None:
     bad = start_task()
     boto3.client("dynamodb").delete_item(TableName=TASKS, Key={"pk": {"S": bad}, "sk": {"S": "EVENT#000001"}})
     add_events(bad, 2, 2)
@@ -300,14 +298,14 @@ def test_how_far_back_the_sweeper_is_is_told(aws: Cloud, monkeypatch: pytest.Mon
     assert late.behind == 0 and 3590 <= late.lag_seconds <= 3600
 
 
-def test_the_function_says_how_many_are_behind(aws: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
+def test_function_says_how_many_are_behind(aws: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
     assert aws.invoke("AuditSweeperFunction", {}) == {"recorded": [], "sequenced": [], "behind": 0, "stuck": 0}
     said = capsys.readouterr().out
     for name, value in (("AuditBacklog", 0.0), ("TasksStuckInAudit", 0.0), ("AuditSweepLagSeconds", 60.0)):
         assert f'"{name}":[{value}]' in said
 
 
-def test_the_alarms_look_at_what_the_function_says(aws: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
+def test_alarms_look_at_what_the_function_says(aws: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
     """Name, namespace and dimensions as in the log: an alarm on anything else is silent for ever."""
     aws.invoke("AuditSweeperFunction", {})
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"_aws"')]

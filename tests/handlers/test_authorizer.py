@@ -139,7 +139,7 @@ def roles(answer: dict[str, Any]) -> str:
 # Who is let in
 
 
-def test_a_signed_token_opens_the_stage_to_its_subject_with_its_roles(authorize: Authorize, issuer: Issuer) -> None:
+def test_signed_token_grants_stage_with_roles(authorize: Authorize, issuer: Issuer) -> None:
     assert authorize(f"Bearer {signed(issuer)}") == {
         "principalId": "alice",
         "policyDocument": {
@@ -150,17 +150,17 @@ def test_a_signed_token_opens_the_stage_to_its_subject_with_its_roles(authorize:
     }
 
 
-def test_a_token_of_the_local_issuer_is_taken(authorize: Authorize, issuer: Issuer) -> None:
+def test_token_of_the_local_issuer_is_taken(authorize: Authorize, issuer: Issuer) -> None:
     answer = authorize(f"Bearer {issuer.token('approver')}")
     assert (answer["principalId"], roles(answer)) == ("bob", "approver")
 
 
 @pytest.mark.parametrize("spelling", ["Bearer {}", "bearer {}", "BEARER  {} "])
-def test_the_scheme_is_read_in_any_case(authorize: Authorize, issuer: Issuer, spelling: str) -> None:
+def test_scheme_is_read_in_any_case(authorize: Authorize, issuer: Issuer, spelling: str) -> None:
     assert authorize(spelling.format(signed(issuer)))["principalId"] == "alice"
 
 
-def test_a_token_signed_with_an_elliptic_curve_is_taken(authorize: Authorize, keys: KeyServer) -> None:
+def test_token_signed_with_an_elliptic_curve_is_taken(authorize: Authorize, keys: KeyServer) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
     public = json.loads(jwt.algorithms.ECAlgorithm.to_jwk(key.public_key()))
     keys.publish(public | {"kid": "curve", "use": "sig", "alg": "ES256"})
@@ -244,7 +244,7 @@ AGENTS = {"AgentClientIds": "crm-agent,https://agents.example/7"}
     ],
     ids=str,
 )
-def test_an_agent_has_the_role_requester_alone(issuer: Issuer, keys: KeyServer, changes: dict[str, Any]) -> None:
+def test_agent_has_the_role_requester_alone(issuer: Issuer, keys: KeyServer, changes: dict[str, Any]) -> None:
     answer = asking(issuer, keys, **AGENTS)(f"Bearer {signed(issuer, **({'scope': 'operator'} | changes))}")
     assert answer["principalId"] == "alice"
     assert answer["context"] == {"roles": "requester", "auth_mode": "jwt", "agent": "crm-agent"}
@@ -271,7 +271,7 @@ def test_other_clients_are_people(issuer: Issuer, keys: KeyServer, changes: dict
 
 @pytest.mark.parametrize("claim", ["client_id", "azp"])
 @pytest.mark.parametrize("value", [["crm-agent"], {"id": "crm-agent"}, 7, True, [], {}], ids=str)
-def test_a_client_that_is_no_text_is_refused(issuer: Issuer, keys: KeyServer, claim: str, value: Any) -> None:
+def test_client_that_is_no_text_is_refused(issuer: Issuer, keys: KeyServer, claim: str, value: Any) -> None:
     """It could be an agent's: nobody can say."""
     token = signed(issuer, **{claim: value})
     with pytest.raises(Exception, match=UNAUTHORIZED):
@@ -284,7 +284,7 @@ def test_without_agents_a_client_is_a_person(issuer: Issuer, keys: KeyServer, li
     assert "agent" not in answer["context"]
 
 
-def test_a_foreign_client_of_the_pool_is_still_refused(issuer: Issuer, keys: KeyServer) -> None:
+def test_foreign_client_of_the_pool_is_still_refused(issuer: Issuer, keys: KeyServer) -> None:
     token = signed(issuer, aud=None, token_use="access", client_id="somebody-else")
     with pytest.raises(Exception, match=UNAUTHORIZED):
         asking(issuer, keys, **AGENTS)(f"Bearer {token}")
@@ -301,7 +301,7 @@ def test_a_foreign_client_of_the_pool_is_still_refused(issuer: Issuer, keys: Key
     ],
     ids=["one audience of several", "Cognito's access token", "about to expire", "not valid yet", "issued just now"],
 )
-def test_a_token_within_a_minute_of_its_time_and_for_us_is_taken(
+def test_token_within_a_minute_of_its_time_and_for_us_is_taken(
     authorize: Authorize, issuer: Issuer, changes: dict[str, Any]
 ) -> None:
     assert authorize(f"Bearer {signed(issuer, **changes)}")["principalId"] == "alice"
@@ -347,7 +347,7 @@ def test_a_token_within_a_minute_of_its_time_and_for_us_is_taken(
     ],
     ids=str,
 )
-def test_a_signed_token_whose_claims_are_not_right_is_refused(
+def test_signed_token_whose_claims_are_not_right_is_refused(
     authorize: Authorize, issuer: Issuer, changes: dict[str, Any]
 ) -> None:
     # By hand: PyJWT makes no token whose issuer or subject is not text.
@@ -407,7 +407,7 @@ FORGED: dict[str, Callable[[Issuer], str]] = {
 
 
 @pytest.mark.parametrize("what", FORGED)
-def test_a_token_that_the_issuer_did_not_sign_is_refused(authorize: Authorize, issuer: Issuer, what: str) -> None:
+def test_token_that_the_issuer_did_not_sign_is_refused(authorize: Authorize, issuer: Issuer, what: str) -> None:
     with pytest.raises(Exception, match=UNAUTHORIZED):
         authorize(f"Bearer {FORGED[what](issuer)}")
 
@@ -442,7 +442,7 @@ def test_what_is_no_token_is_refused_and_nobody_is_asked(
     assert keys.fetches == 0
 
 
-def test_a_token_that_is_refused_is_not_in_the_logs(
+def test_token_that_is_refused_is_not_in_the_logs(
     authorize: Authorize, issuer: Issuer, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -464,7 +464,7 @@ def test_a_token_that_is_refused_is_not_in_the_logs(
 # The issuer's keys
 
 
-def test_keys_are_fetched_once_for_many_tokens_and_again_when_they_are_old(
+def test_keys_fetched_once_until_they_are_old(
     authorize: Authorize, keys: KeyServer, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)
@@ -476,7 +476,7 @@ def test_keys_are_fetched_once_for_many_tokens_and_again_when_they_are_old(
     assert keys.fetches == 2
 
 
-def test_an_unknown_key_id_is_asked_for_once_and_refused(
+def test_unknown_key_id_is_asked_for_once_and_refused(
     authorize: Authorize, keys: KeyServer, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)
@@ -487,7 +487,7 @@ def test_an_unknown_key_id_is_asked_for_once_and_refused(
     assert keys.fetches == 2
 
 
-def test_a_flood_of_made_up_key_ids_is_no_flood_of_fetches(
+def test_flood_of_made_up_key_ids_is_no_flood_of_fetches(
     authorize: Authorize, keys: KeyServer, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)
@@ -542,16 +542,14 @@ def test_keys_are_rotated_while_tokens_of_both_are_taken(
         authorize(old)
 
 
-def test_a_key_for_encryption_signs_nothing(authorize: Authorize, keys: KeyServer, issuer: Issuer) -> None:
+def test_key_for_encryption_signs_nothing(authorize: Authorize, keys: KeyServer, issuer: Issuer) -> None:
     [key] = issuer.key_set()["keys"]
     keys.publish(key | {"use": "enc"}, Issuer.create(issuer.url).key_set()["keys"][0])
     with pytest.raises(Exception, match=UNAUTHORIZED):
         authorize(f"Bearer {signed(issuer)}")
 
 
-def test_a_key_of_an_unknown_kind_does_not_hide_the_others(
-    authorize: Authorize, keys: KeyServer, issuer: Issuer
-) -> None:
+def test_key_of_an_unknown_kind_does_not_hide_the_others(authorize: Authorize, keys: KeyServer, issuer: Issuer) -> None:
     keys.publish({"kty": "new", "kid": "new"}, *issuer.key_set()["keys"])
     assert authorize(f"Bearer {signed(issuer)}")["principalId"] == "alice"
 
@@ -658,7 +656,7 @@ def test_key_that_was_withdrawn_before_an_outage_is_refused(
     assert authorize(f"Bearer {signed(successor)}")["principalId"] == "alice"
 
 
-def test_an_issuer_that_is_slow_is_not_waited_for(authorize: Authorize, keys: KeyServer, issuer: Issuer) -> None:
+def test_issuer_that_is_slow_is_not_waited_for(authorize: Authorize, keys: KeyServer, issuer: Issuer) -> None:
     authorize(f"Bearer {signed(issuer)}")
     verifier = app._verifier()
     assert verifier._keys.timeout <= 3  # the function itself has 10 s
@@ -670,9 +668,7 @@ def test_an_issuer_that_is_slow_is_not_waited_for(authorize: Authorize, keys: Ke
     assert time.monotonic() - begun < 5
 
 
-def test_an_issuer_that_hangs_up_is_an_issuer_that_is_down(
-    issuer: Issuer, authorize: Authorize, keys: KeyServer
-) -> None:
+def test_issuer_that_hangs_up_is_an_issuer_that_is_down(issuer: Issuer, authorize: Authorize, keys: KeyServer) -> None:
     keys.body += b" " * 10
     send = BaseHTTPRequestHandler.send_header
 
@@ -685,7 +681,7 @@ def test_an_issuer_that_hangs_up_is_an_issuer_that_is_down(
             authorize(f"Bearer {signed(issuer)}")
 
 
-def test_an_issuer_of_which_there_is_no_trace_is_down(issuer: Issuer, keys: KeyServer) -> None:
+def test_issuer_of_which_there_is_no_trace_is_down(issuer: Issuer, keys: KeyServer) -> None:
     # Port 9 (discard) of loopback: nobody listens there.
     parameters = {
         "AuthMode": "jwt", "JwtIssuer": issuer.url, "JwtAudience": AUDIENCE, "JwksUrl": "http://127.0.0.1:9/keys",
@@ -699,7 +695,7 @@ def test_an_issuer_of_which_there_is_no_trace_is_down(issuer: Issuer, keys: KeyS
 # The pool that the stack makes when no issuer is given
 
 
-def test_an_access_token_of_the_own_pool_names_its_user_with_the_groups_as_roles(
+def test_pool_access_token_has_groups_as_roles(
     keys: KeyServer, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     own = template.environment("AuthorizerFunction")
@@ -741,7 +737,7 @@ def test_in_stub_mode_everyone_is_demo_user_with_every_role(case: str) -> None:
     ],
     ids=str,
 )
-def test_a_setting_that_is_missing_or_unsafe_lets_nobody_in(parameters: dict[str, str], issuer: Issuer) -> None:
+def test_setting_that_is_missing_or_unsafe_lets_nobody_in(parameters: dict[str, str], issuer: Issuer) -> None:
     event = events.load("authorizer/stub") | {"authorizationToken": f"Bearer {signed(issuer)}"}
     app._verifier.cache_clear()
     with pytest.raises(SettingsError):

@@ -96,7 +96,7 @@ def test_ticks_follow_the_clock(network: Network) -> None:
 # In the named tick, or never
 
 
-def test_a_transaction_is_included_in_its_tick(network: Network) -> None:
+def test_transaction_is_included_in_its_tick(network: Network) -> None:
     sent = network.send(ALICE, DAVE, 10, ahead=3, payload=b"\x00paid", input_type=77)
     network.clock.ticks(3)
     assert network.chain.last_processed_tick().tick == sent.tick - 1
@@ -112,7 +112,7 @@ def test_a_transaction_is_included_in_its_tick(network: Network) -> None:
     assert network.balances() == [990, 500, 1, 10]
 
 
-def test_an_hour_without_anybody_asking_changes_nothing(network: Network) -> None:
+def test_hour_without_anybody_asking_changes_nothing(network: Network) -> None:
     sent = [network.send(ALICE, DAVE, 10), network.send(BOB, DAVE, 20)]
     network.clock.ticks(3600)
     assert network.balances() == [990, 480, 1, 30]
@@ -131,7 +131,7 @@ def test_broadcast_far_ahead_is_accepted_and_never_executes(network: Network) ->
     assert network.balances() == [1000, 500, 1, 0]
 
 
-def test_the_same_bytes_can_be_handed_in_at_any_time(network: Network) -> None:
+def test_same_bytes_can_be_handed_in_at_any_time(network: Network) -> None:
     sent = network.send(ALICE, DAVE, 10)
     for _ in range(2):
         assert network.chain.broadcast(sent.encode()) == sent.id
@@ -157,7 +157,7 @@ def test_one_of_a_source_is_in_flight(network: Network) -> None:
     assert network.balances() == [998, 495, 1, 7]
 
 
-def test_the_place_is_free_again(network: Network) -> None:
+def test_place_is_free_again(network: Network) -> None:
     first = network.send(ALICE, DAVE, ahead=2)
     network.clock.ticks(3)
     second = network.send(ALICE, DAVE, ahead=1)
@@ -186,7 +186,7 @@ def test_malformed_bytes_are_refused(network: Network) -> None:
         assert "malformed" in refused(network, each)
 
 
-def test_a_wrong_signature_is_refused(network: Network) -> None:
+def test_wrong_signature_is_refused(network: Network) -> None:
     signed = ALICE.signed(DAVE, 1, network.tick() + 2)
     for changed in (
         replace(signed, amount=2),
@@ -243,7 +243,7 @@ def test_everything_can_be_spent_and_no_more(network: Network) -> None:
     assert network.balances() == [0, 500, 1, 1000]
 
 
-def test_the_counters(network: Network) -> None:
+def test_counters(network: Network) -> None:
     first = network.send(ALICE, BOB, 7, ahead=1)
     network.clock.ticks(2)
     second = network.send(ALICE, BOB, 8, ahead=1)
@@ -265,7 +265,7 @@ def test_the_counters(network: Network) -> None:
 
 
 @pytest.mark.parametrize("amount", [0, 1, 1000, 1001])
-def test_a_transfer_to_oneself_moves_nothing(network: Network, amount: int) -> None:
+def test_transfer_to_oneself_moves_nothing(network: Network, amount: int) -> None:
     sent = network.send(ALICE, ALICE, amount, payload=b"a record")
     network.clock.ticks(4)
     found = network.chain.transaction(sent.id)
@@ -348,7 +348,7 @@ def test_any_transaction_comes_back_as_it_was_sent(
 # What goes wrong, as it shows from outside
 
 
-def test_a_network_that_does_not_answer(network: Network) -> None:
+def test_network_that_does_not_answer(network: Network) -> None:
     network.mock.set_faults(Faults(fail_requests=1000))
     encoded = ALICE.signed(DAVE, 1, FIRST_TICK + 3).encode()
     for ask in (
@@ -366,7 +366,7 @@ def test_a_network_that_does_not_answer(network: Network) -> None:
     assert sent_by(network, ALICE) == []
 
 
-def test_a_node_that_fails_after_accepting_has_accepted(network: Network) -> None:
+def test_node_that_fails_after_accepting_has_accepted(network: Network) -> None:
     network.mock.set_faults(Faults(fail_after_accepting=1000))
     sent = ALICE.signed(DAVE, 1, network.tick() + 2)
     with pytest.raises(TransientError):

@@ -124,7 +124,7 @@ def test_genesis_is_written_once_with_its_sum(chain: MockChain, clock: Clock) ->
     assert int(state["supply"]["N"]) == SUPPLY == supply()
 
 
-def test_a_genesis_that_comes_too_late_changes_nothing(chain: MockChain, clock: Clock) -> None:
+def test_genesis_that_comes_too_late_changes_nothing(chain: MockChain, clock: Clock) -> None:
     def others() -> None:
         first = another(clock)
         first.broadcast(ALICE.signed(DAVE, 10, first.tick_info().tick + 1).encode())
@@ -141,12 +141,12 @@ def test_a_genesis_that_comes_too_late_changes_nothing(chain: MockChain, clock: 
     [{"ALICE": 1}, {ALICE.identity: -1}, {key(str(number)).identity: 1 for number in range(mock.MAX_GENESIS + 1)}],
     ids=["no identity", "negative", "too many"],
 )
-def test_a_bad_genesis_is_refused(genesis: dict[str, int], clock: Clock) -> None:
+def test_bad_genesis_is_refused(genesis: dict[str, int], clock: Clock) -> None:
     with pytest.raises(ValueError, match=r"identity|negative|at most"):
         another(clock, genesis=genesis)
 
 
-def test_the_tick_s_duration_comes_from_the_environment(
+def test_tick_s_duration_comes_from_the_environment(
     chain: MockChain, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QUBIC_TICK_MILLISECONDS", "100")
@@ -212,7 +212,7 @@ def test_who_falls_over_half_way_is_made_good_by_the_next(chain: MockChain, cloc
     assert count >= 2 * 5  # state, close, pool, and a transaction for each
 
 
-def test_a_broadcast_that_falls_over_can_be_handed_in_again(chain: MockChain, clock: Clock) -> None:
+def test_broadcast_that_falls_over_can_be_handed_in_again(chain: MockChain, clock: Clock) -> None:
     for how in ("before", "after"):
         for position in range(20):
             sent = ALICE.signed(DAVE, 1, chain.tick_info().tick + 2)
@@ -231,7 +231,7 @@ def test_a_broadcast_that_falls_over_can_be_handed_in_again(chain: MockChain, cl
             pytest.fail("a broadcast takes more calls than that")
 
 
-def test_a_broadcast_that_is_overtaken_by_the_tick_never_executes(chain: MockChain, clock: Clock) -> None:
+def test_broadcast_overtaken_by_tick_never_executes(chain: MockChain, clock: Clock) -> None:
     """It was read that the tick is to come; by the time that it is written, the tick has been told as processed."""
     late = ALICE.signed(DAVE, 1, chain.tick_info().tick + 1)
 
@@ -266,7 +266,7 @@ def test_what_is_due_is_not_replaced(chain: MockChain, clock: Clock) -> None:
 
 
 @pytest.mark.parametrize("taken", [False, True])
-def test_a_later_transaction_that_comes_in_between_keeps_the_place(chain: MockChain, clock: Clock, taken: bool) -> None:
+def test_later_transaction_in_between_keeps_its_place(chain: MockChain, clock: Clock, taken: bool) -> None:
     tick = chain.tick_info().tick
     if taken:
         chain.broadcast(ALICE.signed(BOB, 1, tick + 1).encode())
@@ -313,7 +313,7 @@ def test_what_others_execute_in_between_is_not_executed_again(chain: MockChain, 
     assert balances(chain) == [999, 500, 1, 1]
 
 
-def test_a_balance_that_changes_under_the_reader_is_read_again(chain: MockChain, clock: Clock) -> None:
+def test_balance_that_changes_under_the_reader_is_read_again(chain: MockChain, clock: Clock) -> None:
     """No caller does that: the condition stands for what a mistake in the order of execution would do."""
     spent = ALICE.signed(DAVE, 1000, chain.tick_info().tick + 1)
     chain.broadcast(spent.encode())
@@ -369,7 +369,7 @@ def test_what_is_executed_in_one_tick_has_one_order(chain: MockChain, clock: Clo
 # The pool
 
 
-def test_a_tick_too_far_ahead_is_accepted_and_never_executes(chain: MockChain, clock: Clock) -> None:
+def test_tick_too_far_ahead_is_accepted_and_never_executes(chain: MockChain, clock: Clock) -> None:
     tick = chain.tick_info().tick
     far = ALICE.signed(BOB, 1, tick + MAX_TICKS_AHEAD + 1)
     near = BOB.signed(ALICE, 1, tick + MAX_TICKS_AHEAD)
@@ -454,7 +454,7 @@ def test_jump(chain: MockChain, clock: Clock) -> None:
     assert supply() == SUPPLY
 
 
-def test_a_jump_in_a_pause(chain: MockChain, clock: Clock) -> None:
+def test_jump_in_a_pause(chain: MockChain, clock: Clock) -> None:
     chain.set_faults(Faults(paused=True))
     tick = chain.tick_info().tick
     chain.set_faults(Faults(paused=True, jump=100))
@@ -518,7 +518,7 @@ def test_faults_are_consumed_once_each_by_many(chain: MockChain, clock: Clock) -
     assert sorted(at_once(12, call)) == [False] * 5 + [True] * 7
 
 
-def test_a_new_setting_ends_the_one_before(chain: MockChain, clock: Clock) -> None:
+def test_new_setting_ends_the_one_before(chain: MockChain, clock: Clock) -> None:
     chain.set_faults(Faults(drop=9, delay=9, empty_ticks=9, lag=9, fail_after_accepting=9, fail_requests=9))
     chain.set_faults(Faults())
     assert chain.faults() == Faults()
@@ -530,7 +530,7 @@ def test_a_new_setting_ends_the_one_before(chain: MockChain, clock: Clock) -> No
 # The table
 
 
-def test_a_table_that_is_not_there(chain: MockChain, clock: Clock) -> None:
+def test_table_that_is_not_there(chain: MockChain, clock: Clock) -> None:
     boto3.client("dynamodb").delete_table(TableName=TABLE)
     with pytest.raises(TransientError, match="ResourceNotFound"):
         chain.tick_info()

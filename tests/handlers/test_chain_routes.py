@@ -107,7 +107,7 @@ def test_who_may_call(call: Call, network: MockChain, name: str) -> None:
 # Shapes
 
 
-def test_the_shapes(call: Call, clock: Clock) -> None:
+def test_shapes(call: Call, clock: Clock) -> None:
     """As the document has them, name by name."""
     assert call("GET", "/live/v1/tick-info")[:2] == (
         200,
@@ -377,7 +377,7 @@ def test_what_is_no_question_at_all_is_a_problem(call: Call) -> None:
     )
 
 
-def test_the_document_knows_the_errors() -> None:
+def test_document_knows_the_errors() -> None:
     app = create_app("qubic")
     rpc.add_rpc_routes(app)
     document = app.openapi()
@@ -388,7 +388,7 @@ def test_the_document_knows_the_errors() -> None:
             assert operation["responses"].keys() == {"200", "default"} | errors
 
 
-def test_a_network_that_does_not_answer(call: Call, network: MockChain) -> None:
+def test_network_that_does_not_answer(call: Call, network: MockChain) -> None:
     network.set_faults(Faults(fail_requests=1))
     status, body, _ = call("GET", "/live/v1/tick-info")
     assert (status, body) == (503, {"code": 14, "message": "the node does not respond", "details": []})
@@ -405,7 +405,7 @@ def test_another_network_has_its_own_rpc(call: Call, monkeypatch: pytest.MonkeyP
         assert call(*CALLS[name], **ALICE)[0] == 403
 
 
-def test_a_chain_that_is_not_the_mock_is_not_served(
+def test_chain_that_is_not_the_mock_is_not_served(
     network: MockChain, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rpc, "chain", lambda: RpcChain("https://rpc.qubic.org"))

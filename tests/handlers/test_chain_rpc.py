@@ -145,7 +145,7 @@ def test_sent_reads_page_after_page(node: Node, monkeypatch: pytest.MonkeyPatch)
     assert [each[2]["pagination"]["offset"] for each in node.asked] == [0, 2, 4]
 
 
-def test_a_path_before_the_rpc_s(node: Node) -> None:
+def test_path_before_the_rpc_s(node: Node) -> None:
     node.says(200, TICK_INFO)
     assert RpcChain(node.url + "/v1/").tick_info().tick == 7
     assert node.asked[0][1] == "/v1/live/v1/tick-info"
@@ -168,14 +168,14 @@ def test_a_path_before_the_rpc_s(node: Node) -> None:
         "https://[::1",
     ],
 )
-def test_an_address_that_is_none_or_not_safe(url: str) -> None:
+def test_address_that_is_none_or_not_safe(url: str) -> None:
     with pytest.raises(ValueError, match="RPC") as caught:
         RpcChain(url)
     assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["https://rpc.qubic.org", "http://localhost:80/v1", "http://127.0.0.1", "http://[::1]"])
-def test_an_address_that_is_safe(url: str) -> None:
+def test_address_that_is_safe(url: str) -> None:
     assert RpcChain(url).network == "mainnet"
 
 
@@ -184,9 +184,7 @@ def test_an_address_that_is_safe(url: str) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("status", [500, 502, 503, 504, 429])
-def test_a_node_that_is_busy_is_asked_again(
-    node: Node, name: str, status: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_node_that_is_busy_is_asked_again(node: Node, name: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr("time.sleep", pauses.append)
     node.says(status, {"code": 14, "message": "busy"}, **{"Retry-After": "3600"})
@@ -248,23 +246,23 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_node_that_never_answers() -> None:
+def test_node_that_never_answers() -> None:
     with hanging(b"", wait=5) as url, pytest.raises(TransientError, match="does not respond"):
         RpcChain(url).tick_info()
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_node_that_stops_in_the_midst_of_its_answer() -> None:
+def test_node_that_stops_in_the_midst_of_its_answer() -> None:
     with hanging(BEGUN + b"{", wait=5) as url, pytest.raises(TransientError, match="cut off"):
         RpcChain(url).tick_info()
 
 
-def test_a_node_that_hangs_up_in_the_midst_of_its_answer() -> None:
+def test_node_that_hangs_up_in_the_midst_of_its_answer() -> None:
     with hanging(BEGUN + b"{}") as url, pytest.raises(TransientError, match="cut off"):
         RpcChain(url).tick_info()
 
 
-def test_a_node_that_drips(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_node_that_drips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each byte comes in time, the answer does not."""
     monkeypatch.setattr(rpc, "READ_SECONDS", 0.3)
     with hanging(BEGUN, wait=0.1, chunks=100) as url, pytest.raises(TransientError, match="too long"):
@@ -303,20 +301,20 @@ def test_a_redirect_is_not_followed(node: Node, name: str, status: int) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_an_answer_that_is_too_large(node: Node, name: str) -> None:
+def test_answer_that_is_too_large(node: Node, name: str) -> None:
     node.says(200, {"padding": "x" * MAX_ANSWER_BYTES})
     with pytest.raises(TransientError, match="larger"):
         CALLS[name](node.chain())
 
 
-def test_an_answer_of_the_largest_size(node: Node) -> None:
+def test_answer_of_the_largest_size(node: Node) -> None:
     padding = MAX_ANSWER_BYTES - len(json.dumps(TICK_INFO | {"padding": ""}))
     node.says(200, TICK_INFO | {"padding": "x" * padding})
     assert node.chain().tick_info().tick == 7
 
 
 @pytest.mark.parametrize("tick", [-1, "x", "1_000", " 7", 7.0, True, None, 2**32, 2**64, "1" * 21, [7]])
-def test_a_number_that_is_none(node: Node, tick: Any) -> None:
+def test_number_that_is_none(node: Node, tick: Any) -> None:
     node.says(200, {"tickInfo": TICK_INFO["tickInfo"] | {"tick": tick}})
     with pytest.raises(
         TransientError, match=r"^tick-info: the response does not match the documentation: tickInfo\.tick$"
@@ -467,7 +465,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_node_that_changes_something(node: Node, name: str) -> None:
+def test_node_that_changes_something(node: Node, name: str) -> None:
     node.says(200, content(SENT, **{name: CHANGES[name]}))
     with pytest.raises(TransientError, match="another transaction"):
         node.chain().transaction(SENT.id)
@@ -487,13 +485,13 @@ def test_a_node_that_changes_something(node: Node, name: str) -> None:
         ("signature", "ü"),
     ],
 )
-def test_a_node_that_answers_what_is_no_transaction(node: Node, name: str, value: Any) -> None:
+def test_node_that_answers_what_is_no_transaction(node: Node, name: str, value: Any) -> None:
     node.says(200, content(SENT, **{name: value}))
     with pytest.raises(TransientError, match=r"malformed transaction|does not match the documentation: tickNumber"):
         node.chain().transaction(SENT.id)
 
 
-def test_a_signature_that_is_not_the_source_s(node: Node) -> None:
+def test_signature_that_is_not_the_source_s(node: Node) -> None:
     """The id is that of these very bytes, and the source has not signed them."""
     s = int.from_bytes(SENT.signature[32:], "little")
     for signature in (bytes(64), SENT.signature[:32] + (s + fourq.N).to_bytes(32, "little")):
@@ -515,7 +513,7 @@ def test_a_signature_that_is_not_the_source_s(node: Node) -> None:
         ([content(SENT)] * (PAGE + 1), "more transactions than requested"),
     ],
 )
-def test_a_list_that_is_not_what_was_asked_for(node: Node, transactions: list[Any], match: str) -> None:
+def test_list_that_is_not_what_was_asked_for(node: Node, transactions: list[Any], match: str) -> None:
     node.says(200, listing(*transactions))
     with pytest.raises(TransientError, match=match):
         node.chain().sent(ALICE.identity, 1000, 2000)
@@ -543,7 +541,7 @@ def test_sent_unavailable_when_the_list_is_incomplete(
 # Broadcast
 
 
-def test_the_number_of_peers_decides_nothing(node: Node) -> None:
+def test_number_of_peers_decides_nothing(node: Node) -> None:
     for peers in (0, 7):
         node.answers.clear()
         node.says(200, {"peersBroadcasted": peers, "encodedTransaction": "", "transactionId": SENT.id})
@@ -551,7 +549,7 @@ def test_the_number_of_peers_decides_nothing(node: Node) -> None:
     assert base64.b64decode(node.asked[0][2]["encodedTransaction"]) == SENT.encode()
 
 
-def test_a_broadcast_that_is_refused(node: Node) -> None:
+def test_broadcast_that_is_refused(node: Node) -> None:
     node.says(400, {"code": 3, "message": "no balance\n" + "x" * 1000})
     with pytest.raises(PermanentError, match="no balance") as caught:
         node.chain().broadcast(SENT.encode())
@@ -573,7 +571,7 @@ def test_a_broadcast_that_is_refused(node: Node) -> None:
         (202, {"transactionId": SENT.id}),
     ],
 )
-def test_a_broadcast_of_which_nothing_is_known(node: Node, status: int, body: Any) -> None:
+def test_broadcast_of_which_nothing_is_known(node: Node, status: int, body: Any) -> None:
     node.says(status, body)
     with pytest.raises(TransientError):
         node.chain().broadcast(SENT.encode())
@@ -586,7 +584,7 @@ def test_what_is_no_transaction_is_not_sent(node: Node) -> None:
     assert node.asked == []
 
 
-def test_a_process_keeps_its_connections(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_keeps_its_connections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUBIC_NETWORK", "mainnet")
     monkeypatch.setenv("QUBIC_RPC_URL", "https://rpc.example")
     assert chain() is chain()

@@ -55,7 +55,7 @@ def transaction(*, passes: bool) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("passes", [True, False])
-def test_a_transaction_happens_as_a_whole_or_not_at_all(passes: bool) -> None:
+def test_transaction_happens_as_a_whole_or_not_at_all(passes: bool) -> None:
     with cloud(state_machine=False, policy=False):
         for table in (ENTRIES, TASKS):
             for name in ("replaced", "deleted", "updated", "other"):
@@ -80,7 +80,7 @@ def test_a_transaction_happens_as_a_whole_or_not_at_all(passes: bool) -> None:
             assert streamed() == [*told, ("INSERT", "later")]
 
 
-def test_a_cloud_has_nothing_of_the_one_before() -> None:
+def test_cloud_has_nothing_of_the_one_before() -> None:
     def found() -> Any:
         queues = boto3.client("sqs")
         url = queues.list_queues()["QueueUrls"][0]

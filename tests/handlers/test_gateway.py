@@ -114,7 +114,7 @@ BUSY = ClientError({"Error": {"Code": "ThrottlingException", "Message": "arn:aws
 # Starting
 
 
-def test_a_start_answers_at_once_and_the_execution_carries_the_tasks_name(live: Api) -> None:
+def test_start_responds_at_once_with_named_execution(live: Api) -> None:
     answer = live("POST", "/task/start", MONITOR)
     task_id = answer.body["task_id"]
     assert answer.status == 202
@@ -125,7 +125,7 @@ def test_a_start_answers_at_once_and_the_execution_carries_the_tasks_name(live: 
     live.aws.wait(task_id, "completed")
 
 
-def test_a_task_is_kept_as_it_was_asked_for_and_its_requester_is_the_tokens(api: Api, store: TaskStore) -> None:
+def test_start_stores_request_with_token_subject(api: Api, store: TaskStore) -> None:
     body = {
         "task_type": "transfer_funds",
         "description": "  pay  ",
@@ -153,7 +153,7 @@ def test_what_the_older_clients_send_is_taken(api: Api) -> None:
         assert api("POST", "/task/start", body).status == 202, what
 
 
-def test_json_that_does_not_say_so_is_taken_and_another_type_is_not(api: Api) -> None:
+def test_body_without_content_type_is_read_as_json(api: Api) -> None:
     event = api.event("POST", "/task/start", MONITOR)
     for headers in (event["headers"], event["multiValueHeaders"]):
         del headers["Content-Type"]
@@ -291,14 +291,14 @@ BAD: dict[str, tuple[Any, int, set[str]]] = {
 }  # fmt: skip
 
 
-def test_bad_input_is_refused_with_the_field_that_is_wrong_and_nothing_is_written(api: Api) -> None:
+def test_bad_input_rejected_with_field_without_write(api: Api) -> None:
     for what, (body, status, fields) in BAD.items():
         answer = api("POST", "/task/start", body)
         assert (answer.status, named(answer)) == (status, fields), (what, answer)
     assert items() == []
 
 
-def test_a_refusal_does_not_repeat_what_was_sent(api: Api) -> None:
+def test_refusal_does_not_repeat_what_was_sent(api: Api) -> None:
     secret = "s3cret-value"
     for body in (
         {**MONITOR, "task_type": f"{secret} "},
@@ -391,7 +391,7 @@ def test_what_is_no_route_is_a_problem_too(api: Api) -> None:
 # Starting once
 
 
-def test_a_replay_is_answered_with_the_task_of_the_first_time(live: Api) -> None:
+def test_replay_is_answered_with_the_task_of_the_first_time(live: Api) -> None:
     key = {"headers": {"Idempotency-Key": "invoice-7"}}
     first = live("POST", "/task/start", TRANSFER, **key)
     live.aws.wait(first.body["task_id"], "waiting_approval")
@@ -406,7 +406,7 @@ def test_a_replay_is_answered_with_the_task_of_the_first_time(live: Api) -> None
     assert executions(live.aws) == [first.body["task_id"]]
 
 
-def test_a_key_with_another_body_is_a_conflict_and_starts_nothing(api: Api) -> None:
+def test_start_conflicts_when_key_has_another_body(api: Api) -> None:
     key = {"headers": {"Idempotency-Key": "k"}}
     task_id = start(api, MONITOR, **key)
     before = items()
@@ -416,13 +416,13 @@ def test_a_key_with_another_body_is_a_conflict_and_starts_nothing(api: Api) -> N
     assert (tasks(), items()) == ({task_id}, before)
 
 
-def test_a_key_is_its_callers_own(api: Api) -> None:
+def test_key_is_its_callers_own(api: Api) -> None:
     key = {"headers": {"Idempotency-Key": "k"}}
     assert start(api, MONITOR, **key) != start(api, MONITOR, **key, **MALLORY)
     assert start(api, MONITOR) != start(api, MONITOR)
 
 
-def test_a_key_that_is_none_is_refused(api: Api) -> None:
+def test_key_that_is_none_is_refused(api: Api) -> None:
     for key in ("", " ", "x" * 256, "with space", "é", "tab\tbed"):
         answer = api("POST", "/task/start", MONITOR, headers={"Idempotency-Key": key})
         assert (answer.status, named(answer)) == (422, {"Idempotency-Key"}), key
@@ -438,7 +438,7 @@ def test_twenty_starts_at_once_under_one_key_make_one_task(live: Api) -> None:
     assert (tasks(), executions(live.aws)) == ({task_id}, [task_id])
 
 
-def test_twenty_starts_at_once_with_different_bodies_under_one_key_make_one_task(api: Api) -> None:
+def test_concurrent_starts_under_one_key_make_one_task(api: Api) -> None:
     requests = [
         {"method": "POST", "path": "/task/start", "body": MONITOR | {"description": f"number {number}"},
          "headers": {"Idempotency-Key": "k"}} for number in range(20)
@@ -447,9 +447,7 @@ def test_twenty_starts_at_once_with_different_bodies_under_one_key_make_one_task
     assert len(tasks()) == 1
 
 
-def test_a_task_whose_execution_could_not_be_started_is_accepted_and_reconciled(
-    live: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unstarted_execution_is_accepted_and_reconciled(live: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
     for error in (DOWN, BUSY):
         with monkeypatch.context() as patch:
@@ -464,7 +462,7 @@ def test_a_task_whose_execution_could_not_be_started_is_accepted_and_reconciled(
 
 
 @pytest.mark.parametrize("error", [DOWN, BUSY])
-def test_a_table_that_does_not_answer_is_a_503_and_no_more_is_said(
+def test_gateway_returns_503_without_details_when_table_is_down(
     api: Api, store: TaskStore, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     task_id, _ = waiting(store)
@@ -500,7 +498,7 @@ def test_what_nobody_expected_is_a_500_that_says_nothing_of_it(
     assert "s3cret" not in caplog.text + "".join(capsys.readouterr())
 
 
-def test_a_start_that_cannot_be_written_is_not_accepted(api: Api) -> None:
+def test_start_that_cannot_be_written_is_not_accepted(api: Api) -> None:
     boto3.client("dynamodb").delete_table(TableName="TasksTable")
     answer = api("POST", "/task/start", MONITOR)
     assert answer.status == 500
@@ -510,7 +508,7 @@ def test_a_start_that_cannot_be_written_is_not_accepted(api: Api) -> None:
 # Reading
 
 
-def test_a_task_is_shown_with_the_inherited_fields(live: Api) -> None:
+def test_task_is_shown_with_the_inherited_fields(live: Api) -> None:
     task_id = start(live, MONITOR)
     live.aws.wait(task_id, "completed")
     status, body, _ = live("GET", f"/task/{task_id}")
@@ -526,13 +524,13 @@ def test_a_task_is_shown_with_the_inherited_fields(live: Api) -> None:
     assert (body["requires_approval"], body["approval"], body["error"]) == (False, None, None)
 
 
-def test_a_task_that_was_just_accepted_has_no_plan_yet(api: Api) -> None:
+def test_task_that_was_just_accepted_has_no_plan_yet(api: Api) -> None:
     body = api("GET", f"/task/{start(api)}").body
     assert (body["status"], body["plan_id"], body["current_step"]) == ("pending", None, None)
     assert (body["requires_approval"], body["approval"], body["error"]) == (False, None, None)
 
 
-def test_who_is_asked_sees_just_what_would_run_and_by_what_hashes(live: Api) -> None:
+def test_approval_request_shows_step_and_hashes(live: Api) -> None:
     task_id = start_waiting(live)
     body = live("GET", f"/task/{task_id}", **BOB).body
     plan = TaskStore("TasksTable").get_plan(body["plan_id"])
@@ -549,7 +547,7 @@ def test_who_is_asked_sees_just_what_would_run_and_by_what_hashes(live: Api) -> 
     assert approval["balance"]["tick"] >= FIRST_TICK
 
 
-def test_a_task_that_has_ended_says_why_and_at_which_step(api: Api, store: TaskStore) -> None:
+def test_task_that_has_ended_says_why_and_at_which_step(api: Api, store: TaskStore) -> None:
     endings: tuple[tuple[Any, str, str | None, dict[str, Any] | None], ...] = (
         ("completed", "", None, None),
         ("failed", "no_wallet: none", "step_2", {"step_id": "step_2", "reason": "no_wallet: none"}),
@@ -566,7 +564,7 @@ def test_a_task_that_has_ended_says_why_and_at_which_step(api: Api, store: TaskS
         assert (body["status"], body["error"], body["approval"]) == (outcome, error, None)
 
 
-def test_a_requester_sees_their_own_tasks_and_others_as_if_they_were_not_there(api: Api) -> None:
+def test_requester_sees_other_tasks_as_missing(api: Api) -> None:
     task_id = start(api)
     for caller in (ALICE, BOB, CAROL, OLIVIA, MALLORY | {"roles": "requester auditor"}):
         assert api("GET", f"/task/{task_id}", **caller).status == 200
@@ -594,7 +592,7 @@ def decided(task_id: str) -> list[dict[str, Any]]:
     return [event.model_dump(mode="json") for event in events if event.kind == "approval_decided"]
 
 
-def test_an_approval_lets_the_transfer_run(live: Api) -> None:
+def test_approval_lets_the_transfer_run(live: Api) -> None:
     task_id = start_waiting(live)
     answer = live("POST", f"/task/{task_id}/approve", YES, **BOB)
     assert (answer.status, answer.body) == (
@@ -613,7 +611,7 @@ def test_an_approval_lets_the_transfer_run(live: Api) -> None:
     assert (event["actor"], event["status"], said["reason"]) == ("bob", "approved", YES["reason"])
 
 
-def test_a_rejection_ends_the_task_with_its_reason(live: Api) -> None:
+def test_rejection_ends_the_task_with_its_reason(live: Api) -> None:
     task_id = start_waiting(live)
     answer = live("POST", f"/task/{task_id}/approve", NO, **BOB)
     assert (answer.status, answer.body["approved"]) == (200, False)
@@ -621,7 +619,7 @@ def test_a_rejection_ends_the_task_with_its_reason(live: Api) -> None:
     assert live("GET", f"/task/{task_id}").body["error"] == {"step_id": None, "reason": NO["reason"]}
 
 
-def test_a_second_decision_is_told_that_nothing_waits(live: Api) -> None:
+def test_second_decision_is_told_that_nothing_waits(live: Api) -> None:
     task_id = start_waiting(live)
     assert live("POST", f"/task/{task_id}/approve", YES, **BOB).status == 200
     for caller, body in ((BOB, YES), (OLIVIA, NO)):
@@ -632,7 +630,7 @@ def test_a_second_decision_is_told_that_nothing_waits(live: Api) -> None:
     assert len(decided(task_id)) == 1
 
 
-def test_what_does_not_wait_cannot_be_decided_and_says_its_status(api: Api, store: TaskStore) -> None:
+def test_decide_returns_status_when_task_does_not_wait(api: Api, store: TaskStore) -> None:
     task, _ = store.start_task(new_task())
     executing, _ = planned(store)
     over, _ = waiting(store)
@@ -666,7 +664,7 @@ def test_who_is_no_approver_is_told_so(api: Api, store: TaskStore) -> None:
     assert items("TasksTable") == before
 
 
-def test_in_stub_mode_the_one_user_there_is_decides_on_their_own_task(live: Api) -> None:
+def test_only_user_can_decide_own_task_in_stub_mode(live: Api) -> None:
     task_id = start(live, **DEMO)
     live.aws.wait(task_id, "waiting_approval")
     assert live("POST", f"/task/{task_id}/approve", YES, **DEMO).status == 200
@@ -692,7 +690,7 @@ BAD_DECISIONS: dict[str, tuple[Any, int, set[str]]] = {
 }
 
 
-def test_a_bad_decision_is_refused_with_its_field_and_decides_nothing(api: Api, store: TaskStore) -> None:
+def test_bad_decision_rejected_with_field_without_effect(api: Api, store: TaskStore) -> None:
     task_id, _ = waiting(store)
     before = items("TasksTable")
     for what, (body, status, fields) in BAD_DECISIONS.items():
@@ -701,7 +699,7 @@ def test_a_bad_decision_is_refused_with_its_field_and_decides_nothing(api: Api, 
     assert items("TasksTable") == before
 
 
-def test_a_get_never_decides(api: Api, store: TaskStore) -> None:
+def test_get_never_decides(api: Api, store: TaskStore) -> None:
     task_id, _ = waiting(store)
     assert api("GET", f"/task/{task_id}/approve", **BOB).status == 405
     assert store.get_task(task_id).status == "waiting_approval"
@@ -724,9 +722,7 @@ def test_of_ten_opposite_decisions_at_once_exactly_one_wins(live: Api) -> None:
     assert (event["actor"], event["status"]) == (f"approver-{winner}", "rejected" if winner % 2 else "approved")
 
 
-def test_a_decision_that_could_not_be_delivered_stands_and_is_delivered_later(
-    live: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_undelivered_decision_stands_and_is_delivered(live: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     task_id = start_waiting(live)
     with monkeypatch.context() as patch:
         out_of_order(patch, "deliver", DOWN)
@@ -738,7 +734,7 @@ def test_a_decision_that_could_not_be_delivered_stands_and_is_delivered_later(
     live.aws.wait(task_id, "completed")
 
 
-def test_a_decision_for_which_nobody_waits_any_more_is_recorded(api: Api, store: TaskStore) -> None:
+def test_decision_for_which_nobody_waits_any_more_is_recorded(api: Api, store: TaskStore) -> None:
     """The execution is gone, its task not ended yet: the token wakes nobody, and that is not the approver's fault."""
     task_id, _ = waiting(store)
     assert api("POST", f"/task/{task_id}/approve", YES, **BOB).status == 200

@@ -38,7 +38,7 @@ def test_without_an_origin_no_page_may_read() -> None:
 
 
 @pytest.mark.parametrize("path", ["/tasks", "/no/such/route"])
-def test_pages_of_the_one_origin_may_read_the_headers_that_matter(path: str) -> None:
+def test_allowed_origin_can_read_headers(path: str) -> None:
     _, headers = answer(path, CorsAllowOrigin=ORIGIN)
     assert headers["access-control-allow-origin"] == ORIGIN
     assert headers["vary"] == "Origin"

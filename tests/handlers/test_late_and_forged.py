@@ -79,7 +79,7 @@ def approve(store: TaskStore, task_id: str, plan: Plan) -> None:
 
 
 def next_run(store: TaskStore, task_id: str) -> None:
-    store.end_task(task_id, "failed", actor="execution", reason="a service did not answer")
+    store.end_task(task_id, "failed", actor="execution", reason="a service did not respond; retry the task")
     store.retry(task_id, subject="alice")
 
 
@@ -187,7 +187,7 @@ def test_late_plain_step_of_run_1_records_nothing_in_run_2(aws: Cloud, store: Ta
     store.plan_task(task, plan_of(task))
     late = {"task_id": task.task_id, "step_index": 0, "execution": task.task_id}
     aws.faults["LedgerFunction"] = lambda event: next_run(store, task.task_id)
-    with pytest.raises(ConflictError, match="another execution"):
+    with pytest.raises(ConflictError, match="a later execution"):
         aws.invoke("RunStepFunction", late)
     assert store.steps(task.task_id) == []
 
@@ -199,7 +199,7 @@ def test_late_planner_of_run_1_pins_no_policy_in_run_2(aws: Cloud, store: TaskSt
     next_run(store, task.task_id)
     plan = plan_of(late)
     denied = plan.policy.model_copy(update={"allowed": False})
-    with pytest.raises(ConflictError, match="another execution"):
+    with pytest.raises(ConflictError, match="a later execution"):
         _ = store.plan_task(late, plan) if allowed else store.deny_task(late, plan.analysis, denied)
     assert (store.get_task(task.task_id).policy_id, store.get_task(task.task_id).status) == (None, "pending")
 

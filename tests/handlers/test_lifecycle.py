@@ -102,7 +102,7 @@ def listed(api: Api, query: str = "", **caller: Any) -> tuple[list[str], str | N
     return [task["task_id"] for task in answer.body["tasks"]], answer.body["next_cursor"]
 
 
-def test_tasks_are_listed_newest_first_and_a_requester_sees_their_own(api: Api) -> None:
+def test_list_is_newest_first_and_own_for_requesters(api: Api) -> None:
     mine = [start(api) for _ in range(3)]
     others = start(api, **MALLORY)
     assert listed(api) == (mine[::-1], None)
@@ -113,7 +113,7 @@ def test_tasks_are_listed_newest_first_and_a_requester_sees_their_own(api: Api) 
     assert listed(api, "mine=true", **BOB) == ([], None)
 
 
-def test_pages_show_every_task_once_though_tasks_come_and_change_meanwhile(api: Api, store: TaskStore) -> None:
+def test_pages_show_each_task_once_during_changes(api: Api, store: TaskStore) -> None:
     expected = [start(api) for _ in range(7)][::-1]
     for who in (ALICE, BOB):
         seen: list[str] = []
@@ -131,14 +131,14 @@ def test_pages_show_every_task_once_though_tasks_come_and_change_meanwhile(api: 
 
 
 @pytest.mark.parametrize("who", [ALICE, BOB])
-def test_a_list_of_one_status_is_an_inbox(api: Api, store: TaskStore, who: dict[str, str]) -> None:
+def test_list_of_one_status_is_an_inbox(api: Api, store: TaskStore, who: dict[str, str]) -> None:
     start(api)
     wait, _ = waiting(store)
     assert listed(api, "status=waiting_approval", **who) == ([wait], None)
     assert listed(api, "status=completed", **who) == ([], None)
 
 
-def test_a_task_in_a_list_says_what_an_approver_looks_for(api: Api, store: TaskStore) -> None:
+def test_task_in_a_list_says_what_an_approver_looks_for(api: Api, store: TaskStore) -> None:
     task_id, _ = waiting(store)
     [task] = api("GET", "/tasks", **BOB).body["tasks"]
     approval = store.open_approval(task_id)
@@ -152,7 +152,7 @@ def test_a_task_in_a_list_says_what_an_approver_looks_for(api: Api, store: TaskS
     ("name", "value"),
     [("status", "sleeping"), ("limit", "0"), ("limit", "101"), ("limit", "x"), ("cursor", "x"), ("mine", "perhaps")],
 )
-def test_a_bad_filter_is_refused_with_its_name(api: Api, name: str, value: str) -> None:
+def test_bad_filter_is_refused_with_its_name(api: Api, name: str, value: str) -> None:
     event = api.event("GET", "/tasks")
     event |= {"queryStringParameters": {name: value}, "multiValueQueryStringParameters": {name: [value]}}
     answer = api.checked(api.aws.invoke(api.function, event))
@@ -162,7 +162,7 @@ def test_a_bad_filter_is_refused_with_its_name(api: Api, name: str, value: str) 
 # Cancelling
 
 
-def test_a_waiting_task_is_cancelled_with_its_approval_and_its_execution(live: Api) -> None:
+def test_cancel_ends_waiting_task_with_approval(live: Api) -> None:
     task_id = start_waiting(live)
     answer = live("POST", f"/task/{task_id}/cancel", {"reason": "the invoice was wrong"})
     assert (answer.status, answer.body["status"]) == (200, "cancelled")
@@ -185,16 +185,14 @@ def test_a_waiting_task_is_cancelled_with_its_approval_and_its_execution(live: A
     assert open_tasks() == [0]
 
 
-def test_a_task_that_was_not_started_yet_is_cancelled_and_never_started(live: Api) -> None:
+def test_unstarted_task_is_cancelled_and_never_started(live: Api) -> None:
     task, _ = TaskStore("TasksTable").start_task(new_task())
     assert live("POST", f"/task/{task.task_id}/cancel").status == 200
     assert live.aws.invoke("ReconcilerFunction", {}) == {"reconciled": []}
     assert executions(live.aws) == []
 
 
-def test_an_execution_that_could_not_be_stopped_executes_nothing_more(
-    live: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unstoppable_execution_runs_no_further_step(live: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise DOWN
 
@@ -225,9 +223,7 @@ def test_who_may_cancel_and_retry(api: Api, store: TaskStore) -> None:
 
 
 @pytest.mark.parametrize("outcome", ["completed", "denied", "rejected", "cancelled", "failed", "expired"])
-def test_what_has_ended_is_not_cancelled_and_only_some_of_it_is_retried(
-    api: Api, store: TaskStore, outcome: Any
-) -> None:
+def test_ended_task_not_cancelled_and_partly_retriable(api: Api, store: TaskStore, outcome: Any) -> None:
     task_id, _ = waiting(store) if outcome in {"rejected", "expired"} else planned(store)
     if outcome == "rejected":
         store.decide(task_id, approved=False, subject="bob", reason="so")
@@ -238,7 +234,7 @@ def test_what_has_ended_is_not_cancelled_and_only_some_of_it_is_retried(
     assert answer.status == (202 if outcome in {"failed", "expired"} else 409)
 
 
-def test_who_retried_a_task_of_somebody_else_does_not_decide_on_it(api: Api, store: TaskStore) -> None:
+def test_person_who_retried_task_cannot_decide(api: Api, store: TaskStore) -> None:
     task_id, plan = planned(store)
     store.end_task(task_id, "failed", actor="test", reason="so")
     assert api("POST", f"/task/{task_id}/retry", **OLIVIA).status == 202
@@ -250,7 +246,7 @@ def test_who_retried_a_task_of_somebody_else_does_not_decide_on_it(api: Api, sto
     assert api("POST", f"/task/{task_id}/approve", YES, **BOB).status == 200
 
 
-def test_a_task_is_not_retried_without_end(api: Api, store: TaskStore) -> None:
+def test_task_is_not_retried_without_end(api: Api, store: TaskStore) -> None:
     task_id, _ = planned(store)
     for _ in range(MAX_RETRIES):
         store.end_task(task_id, "failed", actor="test", reason="so")
@@ -261,7 +257,7 @@ def test_a_task_is_not_retried_without_end(api: Api, store: TaskStore) -> None:
     assert f"at most {MAX_RETRIES} times" in answer.body["detail"]
 
 
-def test_a_task_that_runs_is_not_retried(api: Api, store: TaskStore) -> None:
+def test_task_that_runs_is_not_retried(api: Api, store: TaskStore) -> None:
     task_id, _ = planned(store)
     answer = api("POST", f"/task/{task_id}/retry")
     assert (answer.status, answer.body["task_status"]) == (409, "executing")
@@ -270,7 +266,7 @@ def test_a_task_that_runs_is_not_retried(api: Api, store: TaskStore) -> None:
 # Retrying
 
 
-def test_a_retry_resumes_at_the_step_that_failed_and_both_attempts_are_on_record(live: Api) -> None:
+def test_retry_resumes_at_failed_step_with_both_records(live: Api) -> None:
     task_id = start(live, TRANSFER | {"parameters": {**TRANSFER["parameters"], "amount": 1000}})  # type: ignore[dict-item]
     live.aws.wait(task_id, "waiting_approval")
     ledger = LedgerClient("LedgerTransferFunction")
@@ -312,7 +308,7 @@ def test_a_retry_resumes_at_the_step_that_failed_and_both_attempts_are_on_record
     assert open_tasks() == [0]
 
 
-def test_an_approval_can_be_asked_for_again_after_its_expiry(live: Api) -> None:
+def test_approval_can_be_asked_for_again_after_its_expiry(live: Api) -> None:
     task_id = start_waiting(live)
     expire(task_id)
     assert live.aws.invoke("ReconcilerFunction", {})["reconciled"] == [task_id]
@@ -325,7 +321,7 @@ def test_an_approval_can_be_asked_for_again_after_its_expiry(live: Api) -> None:
     assert balance() == 750
 
 
-def test_a_task_that_failed_before_it_had_a_plan_starts_from_the_beginning(live: Api) -> None:
+def test_task_failed_before_plan_restarts_from_beginning(live: Api) -> None:
     def fail(_: Any) -> None:
         raise ConnectionError("down")
 
@@ -339,7 +335,7 @@ def test_a_task_that_failed_before_it_had_a_plan_starts_from_the_beginning(live:
     assert kinds(task_id).count("plan_built") == 1
 
 
-def test_the_end_of_an_execution_before_a_retry_has_no_say(live: Api) -> None:
+def test_end_of_an_execution_before_a_retry_has_no_say(live: Api) -> None:
     store = TaskStore("TasksTable")
     task_id, _ = planned(store)
     store.end_task(task_id, "failed", actor="test", reason="so", execution=task_id)
@@ -353,9 +349,7 @@ def test_the_end_of_an_execution_before_a_retry_has_no_say(live: Api) -> None:
     assert store.get_task(task_id).status == "waiting_approval"
 
 
-def test_a_retry_whose_execution_could_not_be_started_is_started_by_the_reconciler(
-    live: Api, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reconciler_starts_execution_of_retry(live: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise DOWN
 
@@ -383,7 +377,7 @@ def expire(task_id: str) -> None:
     replace_approval(store, task_id, past)
 
 
-def test_a_decision_is_bound_to_the_plan_that_was_looked_at(api: Api, store: TaskStore) -> None:
+def test_decision_is_bound_to_the_plan_that_was_looked_at(api: Api, store: TaskStore) -> None:
     task_id, plan = waiting(store)
     answer = api("POST", f"/task/{task_id}/approve", YES | {"plan_hash": "0" * 64}, **BOB)
     assert (answer.status, named(answer)) == (409, {"plan_hash"})
@@ -426,7 +420,7 @@ def test_who_comes_second_is_told_who_decided(api: Api, store: TaskStore) -> Non
     assert (answer.status, answer.body["decided_by"], answer.body["decision"]) == (409, "bob", "rejected")
 
 
-def test_of_two_opposite_decisions_at_once_one_wins_and_the_other_hears_whose(api: Api, store: TaskStore) -> None:
+def test_concurrent_opposite_decisions_have_one_winner(api: Api, store: TaskStore) -> None:
     task_id, _ = waiting(store)
     people = [f"approver-{number}" for number in range(6)]
     answers = api.at_once(
@@ -446,7 +440,7 @@ def test_of_two_opposite_decisions_at_once_one_wins_and_the_other_hears_whose(ap
     assert {answer.body["decided_by"] for answer in answers if answer.status == 409} == {winner}
 
 
-def test_the_policy_may_give_less_time_than_the_system(live: Api, rule: Callable[..., None]) -> None:
+def test_policy_may_give_less_time_than_the_system(live: Api, rule: Callable[..., None]) -> None:
     rule(expires_after=5)
     question = live("GET", f"/task/{start_waiting(live)}").body["approval"]
     asked, expires = parse_timestamp(question["requested_at"]), parse_timestamp(question["expires_at"])
@@ -469,7 +463,7 @@ def test_people_are_reminded_once_before_an_approval_expires(live: Api) -> None:
     live.aws.wait(task_id, "completed")
 
 
-def test_an_approval_after_its_time_is_refused_and_the_task_expires_in_its_own_kind(live: Api) -> None:
+def test_late_approval_rejected_and_task_expires(live: Api) -> None:
     task_id = start_waiting(live)
     expire(task_id)
     answer = live("POST", f"/task/{task_id}/approve", YES, **BOB)
@@ -484,9 +478,7 @@ def test_an_approval_after_its_time_is_refused_and_the_task_expires_in_its_own_k
 
 
 @pytest.mark.parametrize("verb", ["approve", "cancel", "retry"])
-def test_a_key_gives_the_same_answer_again_and_conflicts_with_another_request(
-    api: Api, store: TaskStore, verb: str
-) -> None:
+def test_key_replays_response_and_conflicts_otherwise(api: Api, store: TaskStore, verb: str) -> None:
     if verb == "retry":
         task_id, _ = planned(store)
         store.end_task(task_id, "failed", actor="test", reason="so")
@@ -506,7 +498,7 @@ def test_a_key_gives_the_same_answer_again_and_conflicts_with_another_request(
     assert (conflict.status, named(conflict)) == (409, {"Idempotency-Key"})
 
 
-def test_twenty_cancellations_at_once_under_one_key_get_one_answer(api: Api, store: TaskStore) -> None:
+def test_concurrent_cancellations_get_one_response(api: Api, store: TaskStore) -> None:
     task_id, _ = waiting(store)
     request = {"method": "POST", "path": f"/task/{task_id}/cancel", "headers": {"Idempotency-Key": "k"}}
     answers = api.at_once([request] * 20)
@@ -516,7 +508,7 @@ def test_twenty_cancellations_at_once_under_one_key_get_one_answer(api: Api, sto
     assert kinds(task_id).count("task_ended") == 1
 
 
-def test_a_key_is_forgotten_after_a_day(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_is_forgotten_after_a_day(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     key = {"headers": {"Idempotency-Key": "k"}}
     first = start(api, **key)
     real = task_changes.time.time
@@ -543,7 +535,7 @@ def test_who_has_too_many_open_tasks_is_asked_to_come_back(api: Api, store: Task
     assert api("POST", f"/task/{first}/retry").status == 202
 
 
-def test_the_limit_holds_when_many_start_at_once(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limit_holds_when_many_start_at_once(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MAX_OPEN_TASKS", "5")
     answers = api.at_once([{"method": "POST", "path": "/task/start", "body": TRANSFER}] * 12)
     assert Counter(answer.status for answer in answers) == {202: 5, 429: 7}

@@ -44,9 +44,7 @@ def metrics(output: str) -> list[Metric]:
     ]
 
 
-def test_every_outcome_of_an_approval_has_a_status_a_kind_and_a_metric_of_its_own(
-    store: TaskStore, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_approval_outcome_has_own_metric(store: TaskStore, capsys: pytest.CaptureFixture[str]) -> None:
     """Expiry is not rejection, nor is a decision that did not arrive: people and alarms must be able to tell."""
 
     def reject(task_id: str) -> None:
@@ -59,7 +57,7 @@ def test_every_outcome_of_an_approval_has_a_status_a_kind_and_a_metric_of_its_ow
 
     def undeliverable(task_id: str) -> None:
         store.decide(task_id, approved=True, subject="bob", reason="yes")
-        store.end_task(task_id, "expired", actor="execution", reason="nobody decided in time")
+        store.end_task(task_id, "expired", actor="execution", reason="no decision was made in time")
 
     outcomes: dict[str, Any] = {
         "approved": approve,
@@ -124,7 +122,7 @@ def told(aws: Cloud, capsys: pytest.CaptureFixture[str]) -> dict[str, float]:
     return {name: value for name, value, _ in found if name in {"OpenApprovals", "OldestPendingApprovalAge"}}
 
 
-def test_the_age_of_the_oldest_open_approval_is_told_each_minute(
+def test_age_of_the_oldest_open_approval_is_told_each_minute(
     aws: Cloud, store: TaskStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert told(aws, capsys) == {"OpenApprovals": 0, "OldestPendingApprovalAge": 0}
@@ -140,7 +138,7 @@ def test_the_age_of_the_oldest_open_approval_is_told_each_minute(
     assert 300 <= found["OldestPendingApprovalAge"] < 360
 
 
-def test_an_approval_that_was_just_closed_for_its_time_does_not_count(
+def test_approval_closed_just_now_is_not_counted(
     aws: Cloud, store: TaskStore, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("qaes.adapters.executions.Executions.deliver", lambda *_: True)
@@ -148,7 +146,7 @@ def test_an_approval_that_was_just_closed_for_its_time_does_not_count(
     assert told(aws, capsys) == {"OpenApprovals": 0, "OldestPendingApprovalAge": 0}
 
 
-def test_an_execution_that_ended_says_nothing_of_approvals(
+def test_execution_that_ended_says_nothing_of_approvals(
     aws: Cloud, store: TaskStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ask(store, ago=5000)

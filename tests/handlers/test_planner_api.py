@@ -64,7 +64,7 @@ def down(_: Any) -> None:
     raise RuntimeError("down")
 
 
-def test_a_plan_has_the_inherited_fields_and_is_not_executed(api: Api) -> None:
+def test_plan_has_the_inherited_fields_and_is_not_executed(api: Api) -> None:
     plan = create(api)
     inherited = {"plan_id": str, "steps": list, "created_at": str, "analysis": dict, "policy": dict}
     assert {name: type(plan[name]) for name in inherited} == inherited
@@ -83,7 +83,7 @@ def test_a_plan_has_the_inherited_fields_and_is_not_executed(api: Api) -> None:
     assert items("TasksTable") == []
 
 
-def test_a_plan_to_watch_needs_nobodys_approval(api: Api) -> None:
+def test_plan_to_watch_needs_nobodys_approval(api: Api) -> None:
     plan = create(api, MONITOR)
     assert plan["analysis"] == {"action_type": "monitoring", "risk_level": "low"}
     assert [step["type"] for step in plan["steps"]] == ["check_balance", "policy_check", "monitor_action"]
@@ -96,7 +96,7 @@ def test_what_the_policy_does_not_know_is_planned_as_denied(api: Api) -> None:
     assert plan["policy"]["allowed"] is False
 
 
-def test_a_preview_is_read_back_as_it_was_given_and_goes_after_thirty_days(api: Api) -> None:
+def test_preview_is_stored_for_thirty_days(api: Api) -> None:
     plan = create(api)
     kept = {name: value for name, value in plan.items() if name != "verdict"}
     for caller in (ALICE, BOB, CAROL, OLIVIA):
@@ -108,7 +108,7 @@ def test_a_preview_is_read_back_as_it_was_given_and_goes_after_thirty_days(api: 
     assert days == pytest.approx(30, abs=0.01)
 
 
-def test_the_plan_of_a_task_is_for_those_who_see_the_task(api: Api, store: TaskStore) -> None:
+def test_plan_of_a_task_is_for_those_who_see_the_task(api: Api, store: TaskStore) -> None:
     task_id, plan = planned(store)
     for caller in (ALICE, BOB, CAROL, OLIVIA):
         answer = api("GET", f"/plan/{plan.plan_id}", **caller)
@@ -117,7 +117,7 @@ def test_the_plan_of_a_task_is_for_those_who_see_the_task(api: Api, store: TaskS
     assert (hidden.status, hidden.body["detail"]) == (missing.status, missing.body["detail"]) == (404, "no such plan")
 
 
-def test_a_plan_for_a_task_leaves_the_tasks_own_plan_as_it_is(api: Api, store: TaskStore) -> None:
+def test_plan_for_a_task_leaves_the_tasks_own_plan_as_it_is(api: Api, store: TaskStore) -> None:
     task_id, plan = planned(store)
     preview = create(api, MONITOR | {"task_id": task_id})
     assert (preview["task_id"], preview["plan_id"] == plan.plan_id) == (task_id, False)
@@ -125,7 +125,7 @@ def test_a_plan_for_a_task_leaves_the_tasks_own_plan_as_it_is(api: Api, store: T
     assert api("GET", f"/plan/{preview['plan_id']}", **MALLORY).status == 404
 
 
-def test_a_plan_is_not_made_for_a_task_that_is_not_there_for_the_caller(api: Api, store: TaskStore) -> None:
+def test_plan_returns_404_when_task_is_hidden(api: Api, store: TaskStore) -> None:
     task_id, _ = planned(store)
     before = items("TasksTable")
     for named_task, caller in ((task_id, MALLORY), (UNKNOWN, ALICE), (UNKNOWN, OLIVIA)):
@@ -140,7 +140,7 @@ def test_older_clients_name_a_task_by_any_word(api: Api) -> None:
     assert api("GET", f"/plan/{plan['plan_id']}").body == {name: plan[name] for name in plan if name != "verdict"}
 
 
-def test_bad_input_is_refused_as_it_is_for_a_task_and_no_plan_is_kept(api: Api) -> None:
+def test_plan_rejects_bad_input_without_storing(api: Api) -> None:
     bad = BAD | {
         "a task id that is no word": ({**MONITOR, "task_id": "a b"}, 422, {"task_id"}),
         "an empty task id": ({**MONITOR, "task_id": ""}, 422, {"task_id"}),
@@ -229,7 +229,7 @@ def test_plan_task_plans_nothing_for_an_ended_task(aws: Cloud, store: TaskStore,
     assert (store.get_task(task.task_id), aws.invocations["LedgerFunction"]) == (before, 0)
 
 
-def test_an_attempt_that_was_overtaken_does_not_go_by_another_policy(
+def test_overtaken_attempt_does_not_switch_policy(
     aws: Cloud, store: TaskStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another attempt stores its plan while this one has read a newer policy."""
@@ -254,7 +254,7 @@ def test_plan_task_runs_no_plan_that_was_altered(aws: Cloud, store: TaskStore) -
     richer = plan.steps[2].model_copy(update={"parameters": plan.steps[2].parameters | {"amount": 999}})
     altered = plan_item(plan.model_copy(update={"steps": (*plan.steps[:2], richer)}))
     boto3.client("dynamodb").put_item(TableName="TasksTable", Item=altered)
-    with pytest.raises(ConflictError, match="not the one that was recorded"):
+    with pytest.raises(ConflictError, match="differs from the recorded plan"):
         aws.invoke("PlanTaskFunction", {"task_id": task_id})
 
 
@@ -371,7 +371,7 @@ def test_preview_verdict_is_the_started_tasks(
         assert verdict == "execute" or previewed["reason"].startswith(reason), (seed, previewed, reason)
         if verdict == "await_approval" and step_id is not None:
             approved, why = approve(api.aws, store, task_id, previewed["approvals"], sent)
-            denied_today = "approved now, it would be denied: " in previewed["reason"]
+            denied_today = "after an approval now, it would be denied: " in previewed["reason"]
             assert approved == ("denied" if denied_today else "execute"), (seed, previewed, why)
             assert not denied_today or previewed["reason"].endswith(why)
             if request["task_type"] == "transfer_funds" and not denied_today:
@@ -425,7 +425,7 @@ def test_preview_says_when_the_day_has_no_room(api: Api, monkeypatch: pytest.Mon
     LedgerClient("LedgerTransferFunction").transfer(**terms, requester="alice")
     verdict = create(api)["verdict"]
     assert (verdict["verdict"], verdict["approvals"]) == ("await_approval", 1)
-    assert "approved now, it would be denied: daily_limit_exceeded: over daily_limit" in verdict["reason"]
+    assert "after an approval now, it would be denied: over daily_limit" in verdict["reason"]
     free = asks.model_copy(update={"rules": {"transfer_funds": rule.model_copy(update={"requires_approval": False})}})
     monkeypatch.setattr(Policies, "in_force", lambda _: free)
     verdict = create(api)["verdict"]

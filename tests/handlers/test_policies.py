@@ -133,7 +133,7 @@ def submissions_of_policies() -> list[str]:
 
 def test_until_the_first_version_is_confirmed_there_is_none(environment: None) -> None:
     with cloud(state_machine=False, policy=False) as aws:
-        with pytest.raises(TransientError, match="not on the ledger yet"):
+        with pytest.raises(TransientError, match="not confirmed on the ledger yet"):
             wiring.policies().in_force()
         assert wiring.policies().get(1).status == "anchoring"
         with pytest.raises(TransientError):
@@ -153,7 +153,7 @@ def test_whoever_asks_first_submits_the_first_version_once(environment: None) ->
         assert submissions_of_policies() == ["policy:1 ATTEMPT#000001", "policy:1 SUBMISSION"]
 
 
-def test_a_first_version_whose_confirmation_nobody_told_of(environment: None) -> None:
+def test_first_version_whose_confirmation_nobody_told_of(environment: None) -> None:
     """No writer at all: whoever asks looks whether the ledger has it by now."""
     with cloud(state_machine=False, policy=False) as aws:
         with pytest.raises(TransientError):
@@ -165,7 +165,7 @@ def test_a_first_version_whose_confirmation_nobody_told_of(environment: None) ->
 # The life of a version
 
 
-def test_a_version_is_in_force_when_the_ledger_has_it(aws: Cloud, store: Policies) -> None:
+def test_version_is_in_force_when_the_ledger_has_it(aws: Cloud, store: Policies) -> None:
     before = store.in_force()
     proposed = store.propose(RULES, subject="olivia")
     assert (proposed.version, proposed.status, proposed.proposed_by) == (2, "proposed", "olivia")
@@ -186,7 +186,7 @@ def test_a_version_is_in_force_when_the_ledger_has_it(aws: Cloud, store: Policie
     assert [(each.version, each.status) for each in store.list()] == [(2, "in_force"), (1, "superseded")]
 
 
-def test_a_document_is_proven_by_its_transaction(aws: Cloud, store: Policies) -> None:
+def test_document_is_proven_by_its_transaction(aws: Cloud, store: Policies) -> None:
     """As an offline verifier would, from what `policy_document` gives alone."""
     version = publish(aws, store)
     found = aws.invoke("LedgerFunction", {"operation": "policy_document", "policy_id": version.policy_id})["result"]
@@ -202,12 +202,12 @@ def test_a_document_is_proven_by_its_transaction(aws: Cloud, store: Policies) ->
 
 
 @pytest.mark.parametrize("policy_id", ["", f"policy-v1-{'0' * 64}", f"policy-v9-{'0' * 64}", "nonsense"])
-def test_a_document_that_there_is_none_of(store: Policies, policy_id: str) -> None:
+def test_document_that_there_is_none_of(store: Policies, policy_id: str) -> None:
     with pytest.raises(NotFoundError):
         store.document(policy_id)
 
 
-def test_a_document_that_never_came_into_force_is_not_given(store: Policies) -> None:
+def test_document_that_never_came_into_force_is_not_given(store: Policies) -> None:
     with pytest.raises(NotFoundError):
         store.document(store.propose(RULES, subject="olivia").policy_id)
 
@@ -240,7 +240,7 @@ def test_proposal_not_approved_by_a_look_alike(store: Policies, look_alike: str)
     assert store.get(2).status == "proposed"
 
 
-def test_the_same_proposal_twice_is_one(store: Policies) -> None:
+def test_same_proposal_twice_is_one(store: Policies) -> None:
     first = store.propose(RULES, subject="olivia")
     assert store.propose(RULES, subject="olivia") == first
     assert store.propose(RULES, subject="oscar").version == 3
@@ -248,7 +248,7 @@ def test_the_same_proposal_twice_is_one(store: Policies) -> None:
     assert store.propose(RULES, subject="oscar").version == 4
 
 
-def test_a_stale_proposal_is_refused(aws: Cloud, store: Policies) -> None:
+def test_stale_proposal_is_refused(aws: Cloud, store: Policies) -> None:
     first = store.in_force().policy_id
     store.propose(RULES, subject="olivia", based_on=first)
     store.propose(OTHER_RULES, subject="oscar", based_on=first)
@@ -264,14 +264,14 @@ def test_a_stale_proposal_is_refused(aws: Cloud, store: Policies) -> None:
         lambda: store.propose(OTHER_RULES, subject="olivia", based_on=first),
         lambda: store.approve(2, subject="oscar", four_eyes=True),
     ):
-        with pytest.raises(ConflictError, match="is in force by now") as caught:
+        with pytest.raises(ConflictError, match="is in force now") as caught:
             attempt()
         assert caught.value.details["policy_id"] == store.in_force().policy_id
     assert store.in_force().version == 3
     assert store.get(2).status == "proposed"
 
 
-def test_an_approval_is_given_once(aws: Cloud, store: Policies) -> None:
+def test_approval_is_given_once(aws: Cloud, store: Policies) -> None:
     store.propose(RULES, subject="olivia")
     first = store.approve(2, subject="oscar", four_eyes=True)
     assert store.approve(2, subject="oscar", four_eyes=True) == first
@@ -305,7 +305,7 @@ def test_what_is_on_its_way_cannot_be_rejected(aws: Cloud, store: Policies) -> N
     assert store.in_force().version == 2
 
 
-def test_a_version_that_there_is_none_of(store: Policies) -> None:
+def test_version_that_there_is_none_of(store: Policies) -> None:
     for call in (
         store.get,
         lambda n: store.approve(n, subject="o", four_eyes=True),
@@ -333,7 +333,7 @@ def test_of_two_approvals_at_once_one_wins(aws: Cloud, store: Policies) -> None:
     assert len([key for key in submissions_of_policies() if key.endswith("SUBMISSION")]) == 2
 
 
-def test_an_approval_and_a_rejection_at_once(aws: Cloud, store: Policies) -> None:
+def test_approval_and_a_rejection_at_once(aws: Cloud, store: Policies) -> None:
     store.propose(RULES, subject="olivia")
     found = at_once(
         lambda: wiring.policies().approve(2, subject="oscar", four_eyes=True),
@@ -372,7 +372,7 @@ def confirm_silently(aws: Cloud) -> None:
 
 
 @pytest.mark.parametrize("error", [TransientError, LimitError])
-def test_an_approval_that_could_not_be_submitted_is_by_the_writer(
+def test_worker_submits_approved_version_after_failure(
     aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     def busy(*_: Any, **__: Any) -> None:
@@ -391,7 +391,7 @@ def test_an_approval_that_could_not_be_submitted_is_by_the_writer(
 
 
 @pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
-def test_a_crash_at_each_write(aws: Cloud, monkeypatch: pytest.MonkeyPatch, done: bool) -> None:
+def test_crash_at_each_write(aws: Cloud, monkeypatch: pytest.MonkeyPatch, done: bool) -> None:
     """Approving and settling, cut off before or after each call that changes anything: it comes into force once."""
 
     class Cut(BaseException):
@@ -446,7 +446,7 @@ def looser(version: int) -> str:
 
 @pytest.mark.parametrize("text", ["{}", looser(2), looser(3)], ids=["none", "another", "another version"])
 @pytest.mark.parametrize("known", [True, False], ids=["checked before", "not checked before"])
-def test_an_altered_document_is_refused_and_the_last_good_one_is_in_force(
+def test_altered_document_keeps_last_valid_in_force(
     aws: Cloud,
     store: Policies,
     capsys: pytest.CaptureFixture[str],
@@ -473,11 +473,11 @@ def test_when_no_version_is_good_nothing_is_allowed(aws: Cloud, store: Policies)
     alter_text(1, looser(1))
     assert store.in_force().version == 2
     alter_text(2, looser(2))
-    with pytest.raises(TransientError, match="nothing is allowed"):
+    with pytest.raises(TransientError, match="every action is denied"):
         store.in_force()
 
 
-def test_a_rejected_version_is_never_fallen_back_to(aws: Cloud, store: Policies) -> None:
+def test_rejected_version_is_never_fallen_back_to(aws: Cloud, store: Policies) -> None:
     """Not even one whose hash the ledger has: it was altered when it should have come into force."""
     store.propose(OTHER_RULES, subject="olivia")
     text = store.read(2)[1]
@@ -490,7 +490,7 @@ def test_a_rejected_version_is_never_fallen_back_to(aws: Cloud, store: Policies)
     assert (store.get(2).status, store.in_force().version) == ("rejected", 1)
 
 
-def test_a_document_altered_before_it_is_submitted_never_is(
+def test_document_altered_before_it_is_submitted_never_is(
     aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store.propose(RULES, subject="olivia")
@@ -502,7 +502,7 @@ def test_a_document_altered_before_it_is_submitted_never_is(
     store.settle()
     assert '"PolicyRefused":[1.0]' in capsys.readouterr().out
     assert "policy:2 SUBMISSION" not in submissions_of_policies()
-    assert (store.get(2).status, store.get(2).reason) == ("rejected", "its text is not what was approved")
+    assert (store.get(2).status, store.get(2).reason) == ("rejected", "its text differs from the approved text")
     assert store.in_force().version == 1
     # And it does not stand in the way of the next.
     assert publish(aws, store, OTHER_RULES).version == 3
@@ -510,7 +510,7 @@ def test_a_document_altered_before_it_is_submitted_never_is(
 
 
 @pytest.mark.parametrize("confirmed", [False, True])
-def test_nothing_takes_the_place_of_a_first_version_that_was_altered(
+def test_altered_first_version_is_not_replaced(
     environment: None, monkeypatch: pytest.MonkeyPatch, confirmed: bool
 ) -> None:
     with cloud(state_machine=False, policy=False) as aws:
@@ -531,21 +531,21 @@ def test_nothing_takes_the_place_of_a_first_version_that_was_altered(
         assert wiring.policies().in_force().version == 1
 
 
-def test_a_document_altered_before_its_approval_cannot_be_approved(store: Policies) -> None:
+def test_document_altered_before_approval_is_rejected(store: Policies) -> None:
     store.propose(RULES, subject="olivia")
     alter_text(2, looser(2))
-    with pytest.raises(ConflictError, match="not what was proposed"):
+    with pytest.raises(ConflictError, match="differs from the proposal"):
         store.approve(2, subject="oscar", four_eyes=True)
 
 
-def test_a_document_altered_while_it_is_anchored_does_not_come_into_force(aws: Cloud, store: Policies) -> None:
+def test_document_altered_while_anchoring_is_not_in_force(aws: Cloud, store: Policies) -> None:
     store.propose(RULES, subject="olivia")
     store.approve(2, subject="oscar", four_eyes=True)
     alter_text(2, looser(2))
     aws.settle()
     assert store.in_force().version == 1
     assert store.get(2).status == "rejected"
-    assert "hash the ledger has" in store.get(2).reason
+    assert "another hash than its text's" in store.get(2).reason
     # And it does not stand in the way of the next.
     assert publish(aws, store, OTHER_RULES).version == 3
     assert store.in_force().version == 3
@@ -585,14 +585,14 @@ def forge(
     forget()
 
 
-def test_a_transaction_like_the_original_is_as_good(aws: Cloud, store: Policies) -> None:
+def test_transaction_like_the_original_is_as_good(aws: Cloud, store: Policies) -> None:
     """What the tests below change makes the difference."""
     publish(aws, store)
     forge(aws, sign=service_key())
     assert store.in_force().version == 2
 
 
-def test_a_transaction_of_another_key_anchors_nothing(aws: Cloud, store: Policies) -> None:
+def test_transaction_of_another_key_anchors_nothing(aws: Cloud, store: Policies) -> None:
     """With all that belongs to it: the network has it, and the table calls it the submission's."""
     publish(aws, store)
     forge(aws, sign=OTHER, text=looser(2))
@@ -612,13 +612,13 @@ def test_another_transaction_of_the_service_anchors_nothing(
     assert store.in_force().version == 1
 
 
-def test_an_amount_to_the_service_itself_is_no_record(aws: Cloud, store: Policies) -> None:
+def test_amount_to_the_service_itself_is_no_record(aws: Cloud, store: Policies) -> None:
     publish(aws, store)
     forge(aws, sign=service_key(), amount=1)
     assert store.in_force().version == 1
 
 
-def test_a_transaction_without_a_signature_anchors_nothing(
+def test_transaction_without_a_signature_anchors_nothing(
     aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not even if a node says that the network has it."""
@@ -628,7 +628,7 @@ def test_a_transaction_without_a_signature_anchors_nothing(
     assert store.in_force().version == 1
 
 
-def test_a_signed_transaction_that_the_network_does_not_have_anchors_nothing(aws: Cloud, store: Policies) -> None:
+def test_signed_but_absent_transaction_anchors_nothing(aws: Cloud, store: Policies) -> None:
     """Such as an attempt whose tick passed without it, for which another was signed."""
     publish(aws, store)
     forge(aws, sign=service_key(), include=False)
@@ -637,7 +637,7 @@ def test_a_signed_transaction_that_the_network_does_not_have_anchors_nothing(aws
         store.document(store.get(2).policy_id)
 
 
-def test_a_document_is_not_given_with_a_transaction_that_the_network_does_not_have(aws: Cloud, store: Policies) -> None:
+def test_document_withheld_when_network_has_no_transaction(aws: Cloud, store: Policies) -> None:
     """Though this process knows the version, by the right one."""
     publish(aws, store)
     store.in_force()
@@ -652,19 +652,19 @@ def test_a_document_is_not_given_with_a_transaction_that_the_network_does_not_ha
 # The network is asked
 
 
-def test_what_the_network_does_not_tell_yet_is_neither_good_nor_bad(aws: Cloud, store: Policies) -> None:
+def test_policy_undecided_when_network_does_not_respond(aws: Cloud, store: Policies) -> None:
     publish(aws, store)
     store.in_force()
     chain().set_faults(Faults(lag=1000))  # type: ignore[attr-defined]
     assert store.in_force().version == 2  # known to this process
     forget()
-    with pytest.raises(TransientError, match="does not tell yet"):
+    with pytest.raises(TransientError, match="cannot confirm the policy's transaction"):
         store.in_force()
     chain().set_faults(Faults())  # type: ignore[attr-defined]
     assert store.in_force().version == 2
 
 
-def test_a_network_that_does_not_answer(aws: Cloud, store: Policies) -> None:
+def test_network_that_does_not_answer(aws: Cloud, store: Policies) -> None:
     publish(aws, store)
     store.in_force()
     chain().set_faults(Faults(fail_requests=1000))  # type: ignore[attr-defined]
@@ -674,11 +674,11 @@ def test_a_network_that_does_not_answer(aws: Cloud, store: Policies) -> None:
         store.in_force()
 
 
-def test_what_the_table_alone_calls_confirmed_does_not_come_into_force(aws: Cloud, store: Policies) -> None:
+def test_version_confirmed_only_in_table_is_not_in_force(aws: Cloud, store: Policies) -> None:
     store.propose(RULES, subject="olivia")
     store.approve(2, subject="oscar", four_eyes=True)
     alter("SUBMISSION#mock#policy:2", "SUBMISSION", state={"S": "confirmed"})
-    with pytest.raises(TransientError, match="does not tell yet"):
+    with pytest.raises(TransientError, match="cannot confirm the policy's transaction"):
         store.settle()
     assert (store.in_force().version, store.get(2).status) == (1, "anchoring")
     aws.clock.pass_seconds(60)  # and it was sent: so it is there after all
@@ -686,9 +686,7 @@ def test_what_the_table_alone_calls_confirmed_does_not_come_into_force(aws: Clou
     assert store.in_force().version == 2
 
 
-def test_the_network_is_asked_once_for_each_version(
-    aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_network_is_asked_once_for_each_version(aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch) -> None:
     publish(aws, store)
     forget()
     asked: list[str] = []
@@ -710,7 +708,7 @@ def listed(*transactions: Transaction, ahead: int = 0) -> Callable[..., SentList
     [({}, 1), ({"ahead": -1}, None), ({"has": True}, 2)],
     ids=["not there", "behind", "there"],
 )
-def test_a_look_up_that_finds_nothing_is_not_believed_alone(
+def test_look_up_that_finds_nothing_is_not_believed_alone(
     aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch, page: dict[str, Any], version: int | None
 ) -> None:
     publish(aws, store)
@@ -724,7 +722,7 @@ def test_a_look_up_that_finds_nothing_is_not_believed_alone(
     monkeypatch.setattr(MockChain, "transaction", lambda *_: None)
     monkeypatch.setattr(MockChain, "sent", listed(*has, **page))
     if version is None:
-        with pytest.raises(TransientError, match="does not tell yet"):
+        with pytest.raises(TransientError, match="cannot confirm the policy's transaction"):
             store.in_force()
     else:
         assert store.in_force().version == version
@@ -749,7 +747,7 @@ def test_what_a_former_identity_anchored_stays_in_force(
     publish(aws, store)
     former = replace_seed()
     forget()
-    with pytest.raises(TransientError, match="nothing is allowed"):
+    with pytest.raises(TransientError, match="every action is denied"):
         store.in_force()
     monkeypatch.setenv("QUBIC_FORMER_IDENTITIES", f"{OTHER.identity}, {former}")
     assert store.in_force().version == 2
@@ -765,7 +763,7 @@ def test_former_identities_that_are_none(
         store.in_force()
 
 
-def test_a_version_that_was_on_its_way_when_the_seed_was_replaced(
+def test_version_on_its_way_survives_seed_replacement(
     aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The key that the service has now signs it."""
@@ -785,7 +783,7 @@ def test_a_version_that_was_on_its_way_when_the_seed_was_replaced(
     assert store.document(store.in_force().policy_id)["source"] == service_key().identity
 
 
-def test_the_first_version_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_version_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """The likely first day on a real network: a wallet with a balance takes the place of the one that was made."""
     with cloud(state_machine=False, policy=False) as aws:
         set_environment("LedgerRecordFunction", monkeypatch)
@@ -840,7 +838,7 @@ def lose_record() -> None:
 @pytest.mark.parametrize(
     "also", [(), (lose_item,), (lose_record,), (lose_submission,)], ids=["head", "item", "record", "submission"]
 )
-def test_a_head_that_was_rolled_back_is_refused(
+def test_head_that_was_rolled_back_is_refused(
     aws: Cloud, store: Policies, capsys: pytest.CaptureFixture[str], also: tuple[Callable[[], None], ...]
 ) -> None:
     publish(aws, store)
@@ -861,13 +859,13 @@ def test_a_head_that_was_rolled_back_is_refused(
         assert store.in_force().version == 2
 
 
-def test_a_head_that_was_removed(aws: Cloud, store: Policies, capsys: pytest.CaptureFixture[str]) -> None:
+def test_head_that_was_removed(aws: Cloud, store: Policies, capsys: pytest.CaptureFixture[str]) -> None:
     forget()
     remove("POLICY#mock", "HEAD")
     assert rolled_back(store, capsys)
 
 
-def test_a_submission_whose_version_is_missing_is_found(
+def test_submission_whose_version_is_missing_is_found(
     aws: Cloud, store: Policies, capsys: pytest.CaptureFixture[str]
 ) -> None:
     publish(aws, store)
@@ -880,7 +878,7 @@ def test_a_submission_whose_version_is_missing_is_found(
     assert rolled_back(store, capsys)
 
 
-def test_a_process_remembers_what_was_in_force(aws: Cloud, store: Policies, capsys: pytest.CaptureFixture[str]) -> None:
+def test_process_remembers_what_was_in_force(aws: Cloud, store: Policies, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever else was rolled back with HEAD."""
     publish(aws, store)
     store.in_force()
@@ -891,7 +889,7 @@ def test_a_process_remembers_what_was_in_force(aws: Cloud, store: Policies, caps
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["changed", "as it was"])
-def test_a_process_that_has_not_seen_the_newer_version(
+def test_process_that_has_not_seen_the_newer_version(
     aws: Cloud,
     store: Policies,
     capsys: pytest.CaptureFixture[str],
@@ -915,7 +913,7 @@ def test_a_process_that_has_not_seen_the_newer_version(
     assert rolled_back(store, capsys)
 
 
-def test_a_version_that_is_confirmed_and_not_settled_yet_is_no_rollback(aws: Cloud, store: Policies) -> None:
+def test_confirmed_unsettled_version_is_no_rollback(aws: Cloud, store: Policies) -> None:
     store.propose(RULES, subject="olivia")
     store.approve(2, subject="oscar", four_eyes=True)
     confirm_silently(aws)
@@ -935,7 +933,7 @@ def test_proposals_and_what_was_rejected_are_no_rollback(aws: Cloud, store: Poli
     assert store.in_force().version == 1
 
 
-def test_a_version_that_comes_into_force_at_that_moment_is_no_rollback(
+def test_version_entering_force_now_is_no_rollback(
     aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Between reading HEAD and looking for what is newer."""
@@ -986,14 +984,14 @@ def test_bytes_that_are_not_the_transaction_of_that_id(aws: Cloud, store: Polici
         assert store.in_force().version == 1
 
 
-def test_a_version_counts_only_while_its_submission_is_confirmed(aws: Cloud, store: Policies) -> None:
+def test_version_counts_only_while_its_submission_is_confirmed(aws: Cloud, store: Policies) -> None:
     publish(aws, store)
     trust._verified.clear()
     alter("SUBMISSION#mock#policy:2", "SUBMISSION", state={"S": "broadcast"})
     assert store.in_force().version == 1
 
 
-def test_a_transaction_is_checked_once_for_each_version(
+def test_transaction_is_checked_once_for_each_version(
     aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(aws, store)
@@ -1006,7 +1004,7 @@ def test_a_transaction_is_checked_once_for_each_version(
     assert checked == [store.get(2).hash]
 
 
-def test_an_older_version_in_the_place_of_a_newer_one_is_noticed(
+def test_older_version_in_the_place_of_a_newer_one_is_noticed(
     aws: Cloud, store: Policies, caplog: pytest.LogCaptureFixture
 ) -> None:
     publish(aws, store)
@@ -1016,7 +1014,7 @@ def test_an_older_version_in_the_place_of_a_newer_one_is_noticed(
     attributes = {"encoded": {"B": first.encoded}, "txid": {"S": first.txid}}
     alter("SUBMISSION#mock#policy:2", "SUBMISSION", **attributes)
     assert store.in_force().version == 1
-    assert "its text is that of another version" in {getattr(record, "reason", None) for record in caplog.records}
+    assert "its text belongs to another version" in {getattr(record, "reason", None) for record in caplog.records}
 
 
 # The events of the policy
@@ -1074,7 +1072,7 @@ def test_change_is_not_written_when_its_event_is_not(store: Policies, monkeypatc
     """Another writer's event has each number that this process tries: the version must not be there without its own."""
     before = items("LedgerTable")
     monkeypatch.setattr(lifecycle, "newest_event", lambda _: None)
-    with pytest.raises(TransientError, match="others are changing the policy"):
+    with pytest.raises(TransientError, match="other callers are changing the policy"):
         store.propose(RULES, subject="olivia")
     assert items("LedgerTable") == before
 

@@ -55,7 +55,7 @@ def propose(api: Api, caller: dict[str, Any] = OLIVIA, **rule: Any) -> Answer:
     return api("POST", "/policy", body, **caller)
 
 
-def test_the_rule_of_an_action_type(api: Api) -> None:
+def test_rule_of_an_action_type(api: Api) -> None:
     answer = ask(api, "GET", "/policy", {"action_type": "transfer_funds"})
     assert answer.status == 200
     assert answer.body.pop("policy_id").startswith("policy-v1-")
@@ -83,7 +83,7 @@ def test_before_the_first_version_is_on_the_ledger(monkeypatch: pytest.MonkeyPat
     with cloud(state_machine=False, policy=False) as aws:
         answer = Api(aws, "QubicApiFunction")("GET", "/policy")
     assert answer.status == 503
-    assert "not on the ledger yet" in answer.body["detail"]
+    assert "not confirmed on the ledger yet" in answer.body["detail"]
     assert answer.headers["retry-after"]
 
 
@@ -135,7 +135,7 @@ def test_four_eyes_but_for_the_stub_mode(api: Api) -> None:
     assert api("POST", "/policy/versions/3/approve", **DEMO_USER).body["status"] == "anchoring"
 
 
-def test_a_stale_proposal(aws: Cloud, api: Api) -> None:
+def test_stale_proposal(aws: Cloud, api: Api) -> None:
     first = in_force(api)
     propose(api)
     propose(api, OSCAR, max_amount=5)
@@ -177,7 +177,7 @@ def test_rejected_with_a_reason_or_without(api: Api) -> None:
         ({"surprise": 1}, "rules.transfer_funds.surprise"),
     ],
 )
-def test_a_rule_that_is_not_acceptable(api: Api, rule: dict[str, Any], field: str) -> None:
+def test_rule_that_is_not_acceptable(api: Api, rule: dict[str, Any], field: str) -> None:
     answer = propose(api, **rule)
     assert answer.status == 422
     assert field in named(answer)
@@ -198,7 +198,7 @@ def test_a_rule_that_is_not_acceptable(api: Api, rule: dict[str, Any], field: st
     ],
     ids=["null", "no id", "no rules", "too many", "too large", "more", "no removals", "no list"],
 )  # fmt: skip
-def test_a_proposal_that_is_not_acceptable(api: Api, changes: dict[str, Any], field: str) -> None:
+def test_proposal_that_is_not_acceptable(api: Api, changes: dict[str, Any], field: str) -> None:
     body = {"based_on": in_force(api), "rules": {"transfer_funds": RULE}, "remove": DROPPED} | changes
     answer = api("POST", "/policy", body, **OLIVIA)
     assert (answer.status, named(answer)) == (422, {field})
@@ -291,19 +291,19 @@ def test_older_document_with_idle_limit_still_loads() -> None:
     assert policy_of(text).decide("monitoring").max_amount == 5
 
 
-def test_a_name_that_is_no_action_type(api: Api) -> None:
+def test_name_that_is_no_action_type(api: Api) -> None:
     answer = api("POST", "/policy", {"based_on": in_force(api), "rules": {"a b": RULE}}, **OLIVIA)
     assert answer.status == 422
     assert all(field.startswith("rules.") for field in named(answer))
 
 
 @pytest.mark.parametrize("version", ["0", "-1", "x", "1.5", "1000000000"])
-def test_a_version_that_is_none(api: Api, version: str) -> None:
+def test_version_that_is_none(api: Api, version: str) -> None:
     assert api("GET", f"/policy/versions/{version}").status == 422
     assert api("POST", f"/policy/versions/{version}/approve", **OLIVIA).status == 422
 
 
-def test_a_version_that_is_not_there(api: Api) -> None:
+def test_version_that_is_not_there(api: Api) -> None:
     assert api("GET", "/policy/versions/9").status == 404
     assert api("POST", "/policy/versions/9/approve", **OLIVIA).status == 404
     assert api("POST", "/policy/versions/9/reject", **OLIVIA).status == 404
@@ -318,7 +318,7 @@ def test_pages_of_versions(api: Api) -> None:
     assert ([each["version"] for each in rest["versions"]], rest["next_before"]) == ([2, 1], None)
 
 
-def test_the_examples_of_the_document(api: Api) -> None:
+def test_examples_of_the_document(api: Api) -> None:
     body = EXAMPLES["propose_policy"]["body"] | {"based_on": in_force(api)}
     answers = {
         "propose_policy": api("POST", "/policy", body, **OLIVIA),

@@ -51,7 +51,7 @@ def recorded(aws: Cloud, count: int) -> str:
     return task_id
 
 
-def test_a_client_verifies_inclusion_and_consistency_from_the_tiles_alone(aws: Cloud) -> None:
+def test_client_verifies_proofs_from_tiles_only(aws: Cloud) -> None:
     task_id = recorded(aws, 3)
     before = read(aws)
     assert (before.origin, before.size) == (ORIGIN, 3)

@@ -37,7 +37,7 @@ def request_(aws: Cloud) -> Request:
     return send
 
 
-def test_a_written_hash_is_pending_and_verified_when_it_is_confirmed(aws: Cloud, request_: Request) -> None:
+def test_hash_is_pending_until_it_is_confirmed(aws: Cloud, request_: Request) -> None:
     sent = {"hash": HASH, "metadata": {"note": "é", "n": 3}}
     status, written = request_("POST", "/write", roles="operator", body=sent)
     assert (status, written["status"], written["hash"], written["network"]) == (200, "pending", HASH, "mock")
@@ -60,7 +60,7 @@ def test_a_written_hash_is_pending_and_verified_when_it_is_confirmed(aws: Cloud,
     assert decode(base64.b64decode(found["encoded"])).id == written["txid"]
 
 
-def test_a_transaction_that_was_replaced_is_shown_as_expired(aws: Cloud, request_: Request) -> None:
+def test_transaction_that_was_replaced_is_shown_as_expired(aws: Cloud, request_: Request) -> None:
     chain = MockChain(genesis=genesis(), table="ChainTable", clock=aws.clock, tick_milliseconds=1000)
     chain.set_faults(Faults(empty_ticks=20))
     first = request_("POST", "/write", roles="operator", body={"hash": HASH, "metadata": {}})[1]
@@ -90,7 +90,7 @@ def test_only_an_operator_writes(request_: Request) -> None:
         [],
     ],
 )
-def test_a_write_that_is_not_acceptable(request_: Request, body: Any) -> None:
+def test_write_that_is_not_acceptable(request_: Request, body: Any) -> None:
     status, answer = request_("POST", "/write", roles="operator", body=body)
     assert status == 422
     assert answer["status"] == 422

@@ -75,7 +75,7 @@ def code(answer: dict[str, Any]) -> str:
     return str(answer["error"]["code"])
 
 
-def test_a_transfer_is_under_way_and_then_confirmed(aws: Cloud, call: Call, transfer: Call) -> None:
+def test_transfer_is_under_way_and_then_confirmed(aws: Cloud, call: Call, transfer: Call) -> None:
     in_flight = transfer()["result"]
     assert in_flight["state"] == "signed"
     assert in_flight["encoded"] == ""  # not sent yet: who had the bytes could send them
@@ -90,7 +90,7 @@ def test_a_transfer_is_under_way_and_then_confirmed(aws: Cloud, call: Call, tran
     assert call("balance", address=EMPTY)["result"]["balance"] == 10
 
 
-def test_a_transfer_that_nobody_asked_for_has_no_state(call: Call) -> None:
+def test_transfer_that_nobody_asked_for_has_no_state(call: Call) -> None:
     assert code(call("transfer_state", reference="task#step_9")) == "not_found"
 
 
@@ -233,9 +233,7 @@ def test_another_transfer_under_the_same_reference_is_refused(transfer: Call) ->
     assert code(transfer(amount=11)) == "reference_conflict"
 
 
-def test_on_a_real_network_a_transfer_is_only_shown_unless_it_is_allowed(
-    aws: Cloud, call: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_transfer_only_simulated_when_not_enabled(aws: Cloud, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     class Real(MockChain):
         network = "mainnet"
 
@@ -246,7 +244,7 @@ def test_on_a_real_network_a_transfer_is_only_shown_unless_it_is_allowed(
         "reference": "task#step_3", "source": service, "destination": NOBODY, "amount": 1, "run": 1,
     }  # fmt: skip
     for operation, sent in (("transfer", terms), ("policy", {})):  # nothing is shown before a policy allows it
-        with pytest.raises(Exception, match="not on the ledger yet"):
+        with pytest.raises(Exception, match="not confirmed on the ledger yet"):
             call(operation, **sent)
     aws.settle()
     shown = call("transfer", **terms)["result"]
@@ -263,7 +261,7 @@ def test_on_a_real_network_a_transfer_is_only_shown_unless_it_is_allowed(
     assert real.balance(NOBODY).balance == 0
 
 
-def test_a_hash_is_verified_when_it_is_confirmed_and_not_before(aws: Cloud, call: Call) -> None:
+def test_hash_is_verified_when_it_is_confirmed_and_not_before(aws: Cloud, call: Call) -> None:
     unknown = call("verify", hash=HASH)["result"]
     assert (unknown["verified"], unknown["txid"], unknown["state"]) == (False, None, None)
     written = call("write", hash=HASH.upper(), metadata={})["result"]
@@ -293,7 +291,7 @@ def test_what_is_no_hash_is_not_written(call: Call, arguments: dict[str, Any]) -
     assert call("verify", hash=HASH)["result"]["state"] is None
 
 
-def test_an_anchor_is_submitted_once_and_told_with_its_bytes(aws: Cloud, call: Call) -> None:
+def test_anchor_is_submitted_once_and_told_with_its_bytes(aws: Cloud, call: Call) -> None:
     sent = {"log_id": "qaes", "sequence": 0, "payload": "51414553"}
     assert code(call("anchor_state", log_id="qaes", sequence=0)) == "not_found"
     first = call("submit_anchor", **sent)["result"]
@@ -317,12 +315,12 @@ def test_what_is_no_anchor_is_refused(call: Call, changes: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("operation", [None, "", "mint", 7, ["policy"]])
-def test_an_unknown_operation_is_refused(call: Call, operation: Any) -> None:
+def test_unknown_operation_is_refused(call: Call, operation: Any) -> None:
     assert code(call(operation)) == "unknown_operation"
 
 
 @pytest.mark.parametrize("function", LEDGER_FUNCTIONS)
-def test_a_function_does_what_is_its_own_and_nothing_else(aws: Cloud, function: str) -> None:
+def test_function_does_what_is_its_own_and_nothing_else(aws: Cloud, function: str) -> None:
     own = set()
     for operation in _OPERATIONS:
         with suppress(Exception):  # operations without arguments may do their work; the others say which they take
@@ -332,7 +330,7 @@ def test_a_function_does_what_is_its_own_and_nothing_else(aws: Cloud, function: 
     assert own == {operation for operation in _OPERATIONS if function_for(operation) == function}
 
 
-def test_a_function_that_is_told_of_no_operations_does_none(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_function_that_is_told_of_no_operations_does_none(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment("LedgerFunction", PARAMETERS).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LEDGER_OPERATIONS", "")
@@ -351,7 +349,7 @@ def test_a_function_that_is_told_of_no_operations_does_none(aws: Cloud, monkeypa
         (lambda client: client.submit_anchor(log_id="qaes", sequence=0, payload="00"), "LEDGER_ANCHOR_FUNCTION"),
     ],
 )
-def test_a_caller_that_has_not_the_name_of_a_function_is_told_so(
+def test_caller_that_has_not_the_name_of_a_function_is_told_so(
     aws: Cloud, monkeypatch: pytest.MonkeyPatch, asked: Callable[[LedgerClient], Any], missing: str
 ) -> None:
     for name, function in (
@@ -387,7 +385,7 @@ def test_policy_balance_health_and_a_missing_transaction(call: Call) -> None:
     assert code(call("transaction", txid="a" * 60)) == "not_found"
 
 
-def test_an_outage_raises(aws: Cloud, call: Call) -> None:
+def test_outage_raises(aws: Cloud, call: Call) -> None:
     chain = MockChain(genesis=genesis(), table="ChainTable", clock=aws.clock, tick_milliseconds=1000)
     chain.set_faults(Faults(fail_requests=1))
     with pytest.raises(Exception, match="respond"):
@@ -398,16 +396,16 @@ def test_an_outage_raises(aws: Cloud, call: Call) -> None:
         call("verify", hash=HASH)
 
 
-def test_a_network_that_is_none_is_a_mistake_in_the_settings(aws: Cloud) -> None:
+def test_network_that_is_none_is_a_mistake_in_the_settings(aws: Cloud) -> None:
 
     aws.parameters["QubicNetwork"] = "testnet"
     with pytest.raises(RuntimeError, match="testnet"):
         aws.invoke("LedgerFunction", {"operation": "health"})
 
 
-def test_the_policy_is_not_in_force_before_the_ledger_has_it() -> None:
+def test_policy_is_not_in_force_before_the_ledger_has_it() -> None:
     with cloud(state_machine=False, policy=False) as it:
-        with pytest.raises(Exception, match="not on the ledger yet"):
+        with pytest.raises(Exception, match="not confirmed on the ledger yet"):
             it.invoke("LedgerFunction", {"operation": "policy"})
         it.settle()
         assert it.invoke("LedgerFunction", {"operation": "policy"})["result"]["version"] == 1

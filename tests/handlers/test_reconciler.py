@@ -47,7 +47,7 @@ def ended(task_id: str, status: str, **changes: Any) -> dict[str, Any]:
     return {"detail-type": "Step Functions Execution Status Change", "detail": detail}
 
 
-def test_a_task_that_was_written_and_not_started_is_started_once(aws: Cloud, store: TaskStore) -> None:
+def test_task_that_was_written_and_not_started_is_started_once(aws: Cloud, store: TaskStore) -> None:
     task, _ = store.start_task(new_task())
     assert reconcile(aws) == [task.task_id]
     aws.wait(task.task_id, "waiting_approval")
@@ -56,7 +56,7 @@ def test_a_task_that_was_written_and_not_started_is_started_once(aws: Cloud, sto
     assert [execution["name"] for execution in machine["executions"]] == [task.task_id]
 
 
-def test_a_task_that_has_just_changed_is_left_to_those_at_work(
+def test_task_that_has_just_changed_is_left_to_those_at_work(
     aws: Cloud, store: TaskStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("agent_runtime.reconciler.GRACE_SECONDS", 30)
@@ -64,9 +64,7 @@ def test_a_task_that_has_just_changed_is_left_to_those_at_work(
     assert reconcile(aws) == []
 
 
-def test_one_task_that_cannot_be_helped_does_not_keep_the_others_waiting(
-    aws: Cloud, store: TaskStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_failing_task_does_not_block_others(aws: Cloud, store: TaskStore, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = (store.start_task(new_task())[0] for _ in range(2))
     start = Executions.start
 
@@ -81,7 +79,7 @@ def test_one_task_that_cannot_be_helped_does_not_keep_the_others_waiting(
     assert first.task_id in reconcile(aws)
 
 
-def test_a_task_under_way_without_an_execution_is_not_started_anew(aws: Cloud, store: TaskStore) -> None:
+def test_executing_task_without_execution_is_not_restarted(aws: Cloud, store: TaskStore) -> None:
     planned(store)
     assert reconcile(aws) == []
 
@@ -95,9 +93,7 @@ def test_a_task_under_way_without_an_execution_is_not_started_anew(aws: Cloud, s
         ("SUCCEEDED", "the execution ended without an outcome"),
     ],
 )
-def test_an_execution_that_ended_without_a_word_fails_its_task_once(
-    aws: Cloud, store: TaskStore, status: str, reason: str
-) -> None:
+def test_execution_without_outcome_fails_its_task_once(aws: Cloud, store: TaskStore, status: str, reason: str) -> None:
     task_id, _ = planned(store)
     assert aws.invoke("ReconcilerFunction", ended(task_id, status)) == {"reconciled": [task_id]}
     task = store.get_task(task_id)
@@ -106,7 +102,7 @@ def test_an_execution_that_ended_without_a_word_fails_its_task_once(
     assert store.get_task(task_id) == task
 
 
-def test_an_execution_that_ended_as_it_should_changes_nothing(aws: Cloud, store: TaskStore) -> None:
+def test_execution_that_ended_as_it_should_changes_nothing(aws: Cloud, store: TaskStore) -> None:
     task_id, _ = planned(store)
     store.end_task(task_id, "completed", actor="execution", reason="", failed_step=None)
     assert aws.invoke("ReconcilerFunction", ended(task_id, "SUCCEEDED")) == {"reconciled": []}
@@ -127,7 +123,7 @@ def test_success_without_an_outcome_is_found_within_a_minute(aws: Cloud, store: 
 
 
 @pytest.mark.parametrize("ending", ["retried", "cancelled"])
-def test_a_task_that_changed_since_it_was_listed_is_left_alone(
+def test_task_that_changed_since_it_was_listed_is_left_alone(
     aws: Cloud, store: TaskStore, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
     """How the execution before a retry has ended is not how the new one ends."""
@@ -135,7 +131,9 @@ def test_a_task_that_changed_since_it_was_listed_is_left_alone(
 
     task_id, _ = planned(store)
     listed = store.get_task(task_id)
-    store.end_task(task_id, "failed", actor="execution", reason="a service did not answer", execution=task_id)
+    store.end_task(
+        task_id, "failed", actor="execution", reason="a service did not respond; retry the task", execution=task_id
+    )
     store.retry(task_id, subject="alice")
     if ending == "cancelled":
         store.cancel(task_id, subject="alice", reason="changed my mind")
@@ -160,13 +158,13 @@ def test_a_task_that_changed_since_it_was_listed_is_left_alone(
     ],
     ids=["unknown task", "running", "not JSON", "a list", "no task id", "no detail"],
 )
-def test_an_event_of_no_known_task_changes_nothing(aws: Cloud, store: TaskStore, event: dict[str, Any]) -> None:
+def test_event_of_no_known_task_changes_nothing(aws: Cloud, store: TaskStore, event: dict[str, Any]) -> None:
     task_id, _ = planned(store)
     assert aws.invoke("ReconcilerFunction", event) == {"reconciled": []}
     assert store.get_task(task_id).status == "executing"
 
 
-def test_an_approval_that_nobody_has_decided_is_waited_for(aws: Cloud, store: TaskStore) -> None:
+def test_approval_that_nobody_has_decided_is_waited_for(aws: Cloud, store: TaskStore) -> None:
     task, _ = store.start_task(new_task())
     reconcile(aws)
     aws.wait(task.task_id, "waiting_approval")
@@ -250,7 +248,7 @@ def oldest(capsys: pytest.CaptureFixture[str]) -> float:
 
 
 @pytest.mark.parametrize("number", [199, 900])
-def test_reconciler_leaves_time_for_transfers_when_calls_are_slow(
+def test_reconciler_leaves_time_for_transfers_when_slow(
     aws: Cloud,
     settled: list[int],
     monkeypatch: pytest.MonkeyPatch,

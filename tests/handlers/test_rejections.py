@@ -52,7 +52,12 @@ def approve(store: TaskStore, task_id: str) -> Approval:
 
 def end(store: TaskStore, task_id: str, outcome: Any) -> Task:
     return store.end_task(
-        task_id, outcome, actor="execution", reason="a service did not answer", failed_step="step_1", execution=task_id
+        task_id,
+        outcome,
+        actor="execution",
+        reason="a service did not respond; retry the task",
+        failed_step="step_1",
+        execution=task_id,
     )
 
 
@@ -202,7 +207,7 @@ def test_retry_goes_on_after_an_expired_approval(store: TaskStore) -> None:
     assert approve(store, task_id).status == "approved"
 
 
-def test_an_expiry_in_run_1_does_not_make_run_2_rejected(store: TaskStore) -> None:
+def test_expiry_in_run_1_does_not_make_run_2_rejected(store: TaskStore) -> None:
     task_id, plan = waiting(store, expires_in=0)
     store.expire(task_id)
     end(store, task_id, "expired")
@@ -225,7 +230,7 @@ def retried(store: TaskStore, by: str = "alice") -> tuple[str, Plan]:
     return task_id, plan
 
 
-def test_a_decision_that_arrives_after_the_retry_decides_nothing(api: Api, store: TaskStore) -> None:
+def test_decision_that_arrives_after_the_retry_decides_nothing(api: Api, store: TaskStore) -> None:
     task_id, _ = retried(store)
     for body in (YES, NO):
         answer = api("POST", f"/task/{task_id}/approve", body, **BOB)
@@ -233,24 +238,24 @@ def test_a_decision_that_arrives_after_the_retry_decides_nothing(api: Api, store
     assert "approval_decided" not in events(task_id)
 
 
-def test_a_late_request_of_run_1_asks_nothing_in_run_2(aws: Cloud, store: TaskStore) -> None:
+def test_late_request_of_run_1_asks_nothing_in_run_2(aws: Cloud, store: TaskStore) -> None:
     task_id, plan = retried(store)
     for step_index in (0, 1):
         aws.invoke("RunStepFunction", {"task_id": task_id, "step_index": step_index})
     late = {"task_id": task_id, "task_token": "token of run 1", "execution": task_id}
-    with pytest.raises(ConflictError, match="another execution"):
+    with pytest.raises(ConflictError, match="a later execution"):
         aws.invoke("AwaitApprovalFunction", late)
     assert store.get_task(task_id).status == "executing" and store.open_approval(task_id) is None
     ours = {"task_id": task_id, "task_token": "token of run 2", "execution": f"{task_id}-2"}
     aws.invoke("AwaitApprovalFunction", ours)
-    with pytest.raises(ConflictError, match="another execution"):
+    with pytest.raises(ConflictError, match="a later execution"):
         aws.invoke("AwaitApprovalFunction", late)
     approval = store.open_approval(task_id)
     assert approval is not None and (approval.run, approval_token(task_id)) == (2, "token of run 2")
     assert plan.steps[2].hash() == approval.step_hash
 
 
-def test_a_request_that_a_retry_overtakes_replaces_no_token(store: TaskStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_request_that_a_retry_overtakes_replaces_no_token(store: TaskStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The retry is committed after the late request has read run 1 and before it writes."""
     task_id, plan = waiting(store)
     transact, overtaken = dynamo.transact, iter([True])
@@ -263,34 +268,34 @@ def test_a_request_that_a_retry_overtakes_replaces_no_token(store: TaskStore, mo
         transact(writes)
 
     monkeypatch.setattr(dynamo, "transact", after_a_retry)
-    with pytest.raises(ConflictError, match="another execution"):
+    with pytest.raises(ConflictError, match="a later execution"):
         store.request_approval(store.get_task(task_id), plan, 2, "late token of run 1", 60, execution=task_id)
     approval = store.open_approval(task_id)
     assert approval is not None and (approval.run, approval_token(task_id)) == (2, "token of run 2")
 
 
-def test_a_late_worker_of_run_1_changes_nothing_in_run_2(aws: Cloud, store: TaskStore) -> None:
+def test_late_worker_of_run_1_changes_nothing_in_run_2(aws: Cloud, store: TaskStore) -> None:
     task_id, plan = retried(store)
     store.request_approval(store.get_task(task_id), plan, 2, "token-2", 60)
     told = events(task_id)
     late = {"task_id": task_id, "step_index": 2, "task_token": "token of run 1", "execution": task_id}
     for function in ("RunStepFunction", "ExecuteActionFunction", "AwaitApprovalFunction", "PlanTaskFunction"):
-        with pytest.raises(ConflictError, match="another execution"):
+        with pytest.raises(ConflictError, match="a later execution"):
             aws.invoke(function, late)
     task = store.get_task(task_id)
-    with pytest.raises(ConflictError, match="another execution"):
+    with pytest.raises(ConflictError, match="a later execution"):
         store.refuse_step(task.model_copy(update={"run": 1}), plan, 2, None, "no approval")
     assert events(task_id) == told and store.step(task_id, 2) is None
 
 
-def test_a_late_wait_of_run_1_does_not_take_run_2_s_token(aws: Cloud, store: TaskStore) -> None:
+def test_late_wait_of_run_1_does_not_take_run_2_s_token(aws: Cloud, store: TaskStore) -> None:
     task_id, plan = retried(store)
     claim(store, task_id, plan, 2, None, run=2, current=plan.policy)
     CallbacksTable().wait(Callback("ACTION", task_id, 2, "token of run 2", 60, 2))
     late = {"task_id": task_id, "task_token": "token of run 1", "execution": task_id}
-    with pytest.raises(ConflictError, match="another execution"):
+    with pytest.raises(ConflictError, match="a later execution"):
         aws.invoke("ExecuteActionFunction", late)
-    with pytest.raises(ConflictError, match="another execution"):
+    with pytest.raises(ConflictError, match="a later execution"):
         CallbacksTable().wait(Callback("ACTION", task_id, 2, "token of run 1", 60, 1))
     assert action_token(task_id) == "token of run 2"
     CallbacksTable().wait(Callback("ACTION", task_id, 2, "newer token of run 2", 60, 2))
@@ -316,7 +321,7 @@ def test_decide_returns_403_to_everybody_who_ever_retried(api: Api, store: TaskS
     assert store.get_task(task_id).retriers == ("olivia", "alice", "otto")
 
 
-def test_the_store_refuses_the_requester_and_retriers(store: TaskStore) -> None:
+def test_store_refuses_the_requester_and_retriers(store: TaskStore) -> None:
     task_id, plan = retried(store, by="olivia")
     store.request_approval(store.get_task(task_id), plan, 2, "token-2", 60)
     for subject in ("alice", "olivia"):
@@ -325,9 +330,7 @@ def test_the_store_refuses_the_requester_and_retriers(store: TaskStore) -> None:
     assert store.decide(task_id, approved=True, subject="alice", reason="x", four_eyes=False).status == "approved"
 
 
-def test_a_decision_is_refused_when_its_decider_retries_first(
-    store: TaskStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decision_is_refused_when_its_decider_retries_first(store: TaskStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read in run 1, where they may decide; written in run 2, which they have asked for."""
     task_id, plan = waiting(store)
     transact, overtaken = dynamo.transact, iter([True])

@@ -178,7 +178,7 @@ def test_window_rolls_over_midnight(ledger: Ledger) -> None:
         ({"allowed_addresses": (POOR,)}, "address_not_allowed"),
     ],
 )
-def test_a_transfer_beyond_the_policy_counts_nothing(ledger: Ledger, limits: dict[str, Any], code: str) -> None:
+def test_transfer_beyond_the_policy_counts_nothing(ledger: Ledger, limits: dict[str, Any], code: str) -> None:
     ledger.policy = policy(**limits)
     assert ledger.refusal("a", 50) == code
     assert ledger.policy.policy_id in ledger.state("a").error
@@ -200,14 +200,14 @@ def test_a_transfer_beyond_the_policy_counts_nothing(ledger: Ledger, limits: dic
         ({"source": EMPTY, "to": RICH}, PermanentError),
     ],
 )  # fmt: skip
-def test_a_transfer_that_is_not_signed_counts_nothing(ledger: Ledger, changes: dict[str, Any], error: type) -> None:
+def test_transfer_that_is_not_signed_counts_nothing(ledger: Ledger, changes: dict[str, Any], error: type) -> None:
     ledger.policy = policy(daily_limit=10**15)
     with pytest.raises(error):
         ledger.transfer(**{"reference": "a", "amount": 50} | changes)
     assert windows() == []
 
 
-def test_a_transfer_counts_once_however_often_it_is_asked(ledger: Ledger) -> None:
+def test_transfer_counts_once_however_often_it_is_asked(ledger: Ledger) -> None:
     ledger.policy = policy(daily_limit=60)
     first = ledger.transfer("a", 60)
     ledger.policy = policy(daily_limit=10)  # it was let through before
@@ -226,7 +226,7 @@ def test_other_terms_under_a_reference_count_nothing(ledger: Ledger, source: str
     assert (ledger.spent(), ledger.spent(POOR)) == (60, 0)
 
 
-def test_a_wallet_is_one_by_all_its_addresses(ledger: Ledger) -> None:
+def test_wallet_is_one_by_all_its_addresses(ledger: Ledger) -> None:
     ledger.policy = policy(daily_limit=100)
     ledger.transfer("a", 60)
     for number, address in enumerate((IDENTITY, RICH.upper().replace("X", "x"))):
@@ -266,9 +266,7 @@ def test_window_survives_versions_of_the_policy(ledger: Ledger) -> None:
     ],
     ids=["older address", "in capitals", "identity", "listed as identity", "paid by identity"],
 )
-def test_an_allowed_address_is_compared_in_one_spelling(
-    ledger: Ledger, allowed: str, spelled: str, passes: bool
-) -> None:
+def test_allowed_address_is_compared_in_one_spelling(ledger: Ledger, allowed: str, spelled: str, passes: bool) -> None:
     """As the compliance agent and the verifier compare them."""
     ledger.policy = policy(allowed_addresses=(POOR, allowed))
     if passes:
@@ -310,7 +308,7 @@ def test_sources_of_one_wallet_race_for_its_limit(ledger: Ledger) -> None:
 # What moved nothing
 
 
-def test_an_expired_transfer_gives_back_once(ledger: Ledger) -> None:
+def test_expired_transfer_gives_back_once(ledger: Ledger) -> None:
     ledger.policy = policy(daily_limit=100)
     ledger.faults(drop=2)  # it is sent, once more when the other one is signed, and never gets there
     ledger.transfer("a", 60)
@@ -339,7 +337,7 @@ def test_closing_at_once_gives_back_once(ledger: Ledger) -> None:
     assert ledger.spent() == 30
 
 
-def test_a_later_run_counts_for_its_own_attempt(ledger: Ledger) -> None:
+def test_later_run_counts_for_its_own_attempt(ledger: Ledger) -> None:
     ledger.policy = policy(daily_limit=60)
     ledger.faults(drop=1)
     ledger.transfer("a", 50)
@@ -350,14 +348,14 @@ def test_a_later_run_counts_for_its_own_attempt(ledger: Ledger) -> None:
     assert (ledger.spent(), ledger.state("a").state) == (50, "confirmed")
 
 
-def test_a_transfer_that_could_not_be_paid_gives_back(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transfer_that_could_not_be_paid_gives_back(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Submissions, "_moved", lambda *_: ("failed", "moved_nothing: the source could not pay it"))
     ledger.transfer("a", 50)
     ledger.settle()
     assert (ledger.state("a").state, ledger.spent()) == ("failed", 0)
 
 
-def test_a_transfer_that_may_have_moved_keeps_counting(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_transfer_that_may_have_moved_keeps_counting(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Submissions, "_moved", lambda *_: ("failed", "moved_unknown: the key is used elsewhere"))
     ledger.transfer("a", 50)
     ledger.settle()
@@ -365,7 +363,7 @@ def test_a_transfer_that_may_have_moved_keeps_counting(ledger: Ledger, monkeypat
     assert (again.state, again.attempt, ledger.spent()) == ("failed", 1, 50)
 
 
-def test_a_transfer_that_is_found_after_all_counts_once(ledger: Ledger) -> None:
+def test_transfer_that_is_found_after_all_counts_once(ledger: Ledger) -> None:
     """Whoever asked the network was told that it is nowhere; a later run looks again before it pays."""
     first, real = ledger.transfer("a", 50), MockChain.balance
     with pytest.MonkeyPatch.context() as patch:
@@ -383,7 +381,7 @@ def test_a_transfer_that_is_found_after_all_counts_once(ledger: Ledger) -> None:
     assert ledger.refusal("c", 1) == "daily_limit_exceeded"
 
 
-def test_a_sum_that_was_set_back_keeps_no_transfer_from_closing(ledger: Ledger) -> None:
+def test_sum_that_was_set_back_keeps_no_transfer_from_closing(ledger: Ledger) -> None:
     ledger.faults(drop=1)
     ledger.transfer("a", 60)
     assert windows()
@@ -439,7 +437,7 @@ def refuse(*_: Any) -> None:
     raise PermanentError("insufficient_balance", "the source's balance is too small")
 
 
-def test_a_refusal_is_final_for_its_run(ledger: Ledger) -> None:
+def test_refusal_is_final_for_its_run(ledger: Ledger) -> None:
     """It ends the step: nobody would put on record what a twin signs afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Submissions, "_check_balance", refuse)
@@ -452,7 +450,7 @@ def test_a_refusal_is_final_for_its_run(ledger: Ledger) -> None:
     assert (ledger.state("a").state, ledger.spent()) == ("confirmed", 50)
 
 
-def test_a_twin_is_not_refused_once_the_other_has_signed(ledger: Ledger) -> None:
+def test_twin_is_not_refused_once_the_other_has_signed(ledger: Ledger) -> None:
     real, other = Submissions._store_refusal, []
 
     def meanwhile(it: Submissions, *arguments: Any) -> None:
@@ -467,7 +465,7 @@ def test_a_twin_is_not_refused_once_the_other_has_signed(ledger: Ledger) -> None
     assert ledger.spent() == 50
 
 
-def test_a_twin_does_not_sign_once_the_other_was_refused(ledger: Ledger) -> None:
+def test_twin_does_not_sign_once_the_other_was_refused(ledger: Ledger) -> None:
     real = Submissions._sign
 
     def meanwhile(it: Submissions, *arguments: Any) -> Submission:
@@ -482,7 +480,7 @@ def test_a_twin_does_not_sign_once_the_other_was_refused(ledger: Ledger) -> None
     assert windows() == []
 
 
-def test_a_refusal_does_not_hide_what_was_signed_before(ledger: Ledger) -> None:
+def test_refusal_does_not_hide_what_was_signed_before(ledger: Ledger) -> None:
     """The first run's transfer was given up, the second run's was refused: the third still finds the first one's."""
     first, real = ledger.transfer("a", 50), MockChain.balance
     with pytest.MonkeyPatch.context() as patch:
@@ -499,7 +497,7 @@ def test_a_refusal_does_not_hide_what_was_signed_before(ledger: Ledger) -> None:
     assert (found.state, found.txid, ledger.spent()) == ("confirmed", first.txid, 50)
 
 
-def test_a_call_that_was_cut_off_counts_what_it_has_signed(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_call_that_was_cut_off_counts_what_it_has_signed(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Submissions._sign
 
     def cut_off(*arguments: Any) -> None:
@@ -551,7 +549,7 @@ def outcome(aws: Cloud, task_id: str, function: str = "AwaitApprovalFunction") -
     return str(answer.get("verdict") or answer["status"])
 
 
-def test_the_compliance_agent_denies_what_has_no_room_today(aws: Cloud, sent: list[dict[str, str]]) -> None:
+def test_compliance_agent_denies_what_has_no_room_today(aws: Cloud, sent: list[dict[str, str]]) -> None:
     publish(aws, daily_limit=8)
     store = TaskStore("TasksTable")
     tasks = [waiting(store)[0], approved_task(store), approved_task(store)]
@@ -570,7 +568,7 @@ def test_the_compliance_agent_denies_what_has_no_room_today(aws: Cloud, sent: li
     assert outcome(aws, unapproved) == "pending"  # it may be made on another day
 
 
-def test_the_compliance_agent_only_reads_the_ledger(aws: Cloud, sent: list[dict[str, str]]) -> None:
+def test_compliance_agent_only_reads_the_ledger(aws: Cloud, sent: list[dict[str, str]]) -> None:
     publish(aws, daily_limit=8)
     task_id = run_first_steps(aws, approved_task(TaskStore("TasksTable")))
     aws.invocations.clear()
@@ -579,7 +577,7 @@ def test_the_compliance_agent_only_reads_the_ledger(aws: Cloud, sent: list[dict[
     assert windows() == []
 
 
-def test_a_ledger_that_does_not_answer_lets_nothing_run(aws: Cloud, sent: list[dict[str, str]]) -> None:
+def test_ledger_that_does_not_answer_lets_nothing_run(aws: Cloud, sent: list[dict[str, str]]) -> None:
     publish(aws, daily_limit=8)
     task_id = run_first_steps(aws, approved_task(TaskStore("TasksTable")))
     aws.faults["LedgerFunction"] = lambda event: 1 / 0  # type: ignore[assignment]

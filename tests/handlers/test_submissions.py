@@ -103,7 +103,7 @@ def ledger(aws: Cloud) -> Iterator[Ledger]:
     assert not it.it.open_sources()
 
 
-def test_a_record_is_signed_and_stored_with_its_id_and_tick_before_it_is_confirmed(ledger, number):
+def test_record_stored_with_id_and_tick_before_confirmation(ledger, number):
     tick = ledger.chain.tick_info().tick
     written = ledger.write(number, note="first")
     assert len(written.txid) == 60
@@ -126,7 +126,7 @@ def test_a_record_is_signed_and_stored_with_its_id_and_tick_before_it_is_confirm
     assert ledger.closed[-1].state == "confirmed"
 
 
-def test_the_same_hash_is_one_transaction_whenever_it_is_written(ledger, number):
+def test_same_hash_is_one_transaction_whenever_it_is_written(ledger, number):
     first = ledger.write(number)
     assert ledger.write(number, other="remark").txid == first.txid
     ledger.run(LEAD_TICKS + 2)
@@ -145,7 +145,7 @@ def test_at_the_same_time_too(ledger, number):
 
 def test_under_one_key_nothing_else_can_be_written(ledger, number):
     ledger.it.submit_record(f"anchor:log:{number}", b"one", kind="anchor", metadata={})
-    with pytest.raises(PermanentError, match="something else was written") as refused:
+    with pytest.raises(PermanentError, match="another record was written") as refused:
         ledger.it.submit_record(f"anchor:log:{number}", b"two", kind="anchor", metadata={})
     assert refused.value.code == "key_conflict"
 
@@ -155,7 +155,7 @@ def test_metadata_has_a_limit(ledger, number):
         ledger.write(number, long="x" * 5000)
 
 
-def test_one_transaction_of_a_source_is_in_flight_and_each_keeps_the_id_that_it_was_told(ledger, number):
+def test_one_transaction_in_flight_and_each_keeps_its_id(ledger, number):
     written = [ledger.write(number + each) for each in range(4)]
     assert [each.tick - written[0].tick for each in written] == [0, LEAD_TICKS, 2 * LEAD_TICKS, 3 * LEAD_TICKS]
     seen: set[int] = set()
@@ -169,12 +169,12 @@ def test_one_transaction_of_a_source_is_in_flight_and_each_keeps_the_id_that_it_
     assert [ledger.it.get(each.key).attempt for each in written] == [1] * 4
 
 
-def test_a_full_queue_says_so_and_loses_nothing(ledger, number, monkeypatch):
+def test_full_queue_says_so_and_loses_nothing(ledger, number, monkeypatch):
     monkeypatch.setattr("qubic.transactions.submissions.MAX_OPEN", 4)
     monkeypatch.setattr("qubic.transactions.submissions.MAX_OPEN_HASHES", 3)
     for each in range(3):
         ledger.write(number + each)
-    with pytest.raises(LimitError, match="too much to write"):
+    with pytest.raises(LimitError, match="queue is full"):
         ledger.write(number + 3)
     assert ledger.it.get(f"hash:{digest(number + 3)}") is None
     ledger.it.submit_record(f"anchor:log:{number}", b"root", kind="anchor", metadata={})  # finds a place all the same
@@ -185,7 +185,7 @@ def test_a_full_queue_says_so_and_loses_nothing(ledger, number, monkeypatch):
 # What the network does
 
 
-def test_a_transaction_that_got_lost_is_signed_anew_for_a_later_tick(ledger, number):
+def test_lost_transaction_is_signed_for_later_tick(ledger, number):
     ledger.chain.set_faults(Faults(drop=1))
     first = ledger.write(number)
     # Sent once, and not again before its tick has passed: the network has lost it.
@@ -205,14 +205,14 @@ def test_a_transaction_that_got_lost_is_signed_anew_for_a_later_tick(ledger, num
     assert ledger.it.attempt(second.txid).state == "confirmed"
 
 
-def test_what_is_sent_again_before_its_tick_needs_no_second_signature(ledger, number):
+def test_resend_before_tick_needs_no_second_signature(ledger, number):
     ledger.chain.set_faults(Faults(drop=1))
     first = ledger.write(number)
     ledger.run(LEAD_TICKS + 2)
     assert (ledger.state(first.key), ledger.it.get(first.key).attempt) == ("confirmed", 1)
 
 
-def test_a_node_that_fails_after_accepting_has_accepted(ledger, number):
+def test_node_that_fails_after_accepting_has_accepted(ledger, number):
     ledger.chain.set_faults(Faults(fail_after_accepting=1))
     written = ledger.write(number)
     assert written.state == "signed"
@@ -222,7 +222,7 @@ def test_a_node_that_fails_after_accepting_has_accepted(ledger, number):
     assert len(ledger.on_chain(written.payload)) == 1
 
 
-def test_a_network_that_does_not_answer_has_nothing_written_or_told(ledger, number):
+def test_nothing_stored_when_network_does_not_respond(ledger, number):
     ledger.chain.set_faults(Faults(fail_requests=1))
     with pytest.raises(TransientError):
         ledger.write(number)
@@ -232,7 +232,7 @@ def test_a_network_that_does_not_answer_has_nothing_written_or_told(ledger, numb
 @pytest.mark.parametrize(
     "faults", [Faults(empty_ticks=40), Faults(delay=30), Faults(jump=500), Faults(lag=10)], ids=repr
 )
-def test_whatever_goes_wrong_there_is_one_confirmed_transaction_in_the_end(ledger, number, faults):
+def test_one_confirmed_transaction_after_any_failure(ledger, number, faults):
     written = [ledger.write(number + each) for each in range(2)]
     ledger.chain.set_faults(faults)
     for tick in range(90):
@@ -254,7 +254,7 @@ def test_nothing_is_confirmed_before_look_ups_know_it(ledger, number):
     assert (ledger.state(written.key), ledger.it.get(written.key).attempt) == ("confirmed", 1)
 
 
-def test_a_pause_of_an_hour_is_waited_for(ledger, number):
+def test_pause_of_an_hour_is_waited_for(ledger, number):
     written = ledger.write(number)
     ledger.chain.set_faults(Faults(paused=True))
     for _ in range(60):
@@ -285,7 +285,7 @@ def identity_of(address: str) -> str:
     return wallets.Wallets("mock").identity(address)
 
 
-def test_a_transfer_moves_money_when_its_tick_has_it_and_not_before(ledger, number):
+def test_transfer_moves_money_only_after_its_tick(ledger, number):
     before = ledger.balance(SOURCE), ledger.balance(DESTINATION)
     moved = ledger.transfer(f"task{number}#step_3", 7)
     assert (ledger.balance(SOURCE), ledger.balance(DESTINATION)) == before
@@ -294,7 +294,7 @@ def test_a_transfer_moves_money_when_its_tick_has_it_and_not_before(ledger, numb
     assert (ledger.balance(SOURCE), ledger.balance(DESTINATION)) == (before[0] - 7, before[1] + 7)
 
 
-def test_the_same_reference_moves_once_however_often_and_at_once(ledger, number):
+def test_same_reference_moves_once_however_often_and_at_once(ledger, number):
     before = ledger.balance(SOURCE)
     with ThreadPoolExecutor(8) as pool:
         moved = list(pool.map(lambda _: ledger.transfer(f"task{number}", 5), range(8)))
@@ -322,7 +322,7 @@ def behind(ledger: Ledger, ticks: int) -> Ledger:
     return replicas
 
 
-def test_a_node_that_is_behind_does_not_have_a_record_written_twice(ledger, number):
+def test_record_not_repeated_when_node_is_behind(ledger, number):
     written = ledger.write(number)
     replicas = behind(ledger, 30)
     replicas.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
@@ -335,7 +335,7 @@ def test_a_node_that_is_behind_does_not_have_a_record_written_twice(ledger, numb
     assert len(ledger.on_chain(written.payload)) == 1
 
 
-def test_a_node_that_is_behind_does_not_make_a_transfer_expired(ledger, number):
+def test_node_that_is_behind_does_not_make_a_transfer_expired(ledger, number):
     moved = ledger.transfer(f"task{number}", 3)
     replicas = behind(ledger, 30)
     replicas.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
@@ -363,7 +363,7 @@ def nothing_is_found(ledger: Ledger) -> Iterator[None]:
         yield
 
 
-def test_the_balance_has_its_say_too(ledger, number):
+def test_balance_has_its_say_too(ledger, number):
     moved = ledger.transfer(f"task{number}", 3)
     ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
     with nothing_is_found(ledger), pytest.raises(TransientError, match="the balance shows"):
@@ -372,7 +372,7 @@ def test_the_balance_has_its_say_too(ledger, number):
     assert ledger.state(moved.key) == "confirmed"
 
 
-def test_a_balance_of_before_the_tick_says_nothing(ledger, number, monkeypatch):
+def test_balance_of_before_the_tick_says_nothing(ledger, number, monkeypatch):
     ledger.chain.set_faults(Faults(empty_ticks=LEAD_TICKS + 3))
     moved = ledger.transfer(f"task{number}", 3)
     ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
@@ -385,7 +385,7 @@ def test_a_balance_of_before_the_tick_says_nothing(ledger, number, monkeypatch):
     assert ledger.state(moved.key) == "expired"
 
 
-def test_a_wallet_that_is_used_elsewhere_does_not_keep_its_transfer_from_expiring(ledger, number):
+def test_wallet_used_elsewhere_does_not_block_expiry(ledger, number):
     ledger.chain.set_faults(Faults(drop=1))
     moved = ledger.transfer(f"task{number}", 3)
     ledger.pass_ticks(LEAD_TICKS + 1)
@@ -395,7 +395,7 @@ def test_a_wallet_that_is_used_elsewhere_does_not_keep_its_transfer_from_expirin
     assert ledger.state(moved.key) == "expired"
 
 
-def test_an_earlier_signature_is_looked_up_before_another_one_follows_it(ledger, number):
+def test_earlier_signature_checked_before_next_signature(ledger, number):
     """A node that did not know the first one had it signed anew; now the second one gets lost."""
     first = ledger.write(number)
     ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
@@ -415,7 +415,7 @@ def test_an_earlier_signature_is_looked_up_before_another_one_follows_it(ledger,
     assert ledger.it.attempt(first.txid).state == "confirmed"
 
 
-def test_a_later_run_looks_an_expired_transfer_up_before_it_pays(ledger, number, monkeypatch):
+def test_later_run_looks_an_expired_transfer_up_before_it_pays(ledger, number, monkeypatch):
     before = ledger.balance(SOURCE)
     first = ledger.transfer(f"task{number}", 5)
     ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
@@ -430,7 +430,7 @@ def test_a_later_run_looks_an_expired_transfer_up_before_it_pays(ledger, number,
     assert not ledger.it.open_sources()
 
 
-def test_what_moved_nothing_once_is_not_taken_for_what_a_later_run_has_signed(ledger, number):
+def test_earlier_transfer_without_effect_is_kept_apart(ledger, number):
     balance = ledger.balance(SOURCE)
     ledger.chain.set_faults(Faults(drop=1))
     first = ledger.transfer(f"task{number}", balance)
@@ -449,7 +449,7 @@ def test_what_moved_nothing_once_is_not_taken_for_what_a_later_run_has_signed(le
 # Turns
 
 
-def test_a_transfer_whose_turn_comes_after_its_tick_was_never_sent_and_is_signed_for_a_later_one(ledger, number):
+def test_unsent_transfer_after_its_tick_is_signed_again(ledger, number):
     before = ledger.balance(SOURCE)
     first, second = ledger.transfer(f"task{number}", 1), ledger.transfer(f"task{number + 1}", 2)
     ledger.pass_ticks(2 * LEAD_TICKS + 2)  # nobody has looked meanwhile
@@ -475,7 +475,7 @@ def test_what_would_hardly_get_there_is_not_sent(ledger, number):
     assert ledger.state(second.key) == "confirmed"
 
 
-def test_the_bytes_of_a_transfer_that_was_not_sent_are_shown_to_nobody(ledger, number):
+def test_unsent_transfer_bytes_are_not_disclosed(ledger, number):
     first, second = ledger.transfer(f"task{number}", 1), ledger.transfer(f"task{number + 1}", 2)
     assert ledger.it.get(second.key).answer()["encoded"] == ""
     assert ledger.it.get(first.key).answer()["encoded"] != ""  # on its way: no secret any more
@@ -496,7 +496,7 @@ def test_it_is_written_that_it_is_sent_before_it_is(ledger, number, monkeypatch)
     assert seen == ["broadcast"]
 
 
-def test_a_queue_moves_on_although_look_ups_lag_behind_a_whole_turn(ledger, number):
+def test_queue_advances_when_look_ups_lag(ledger, number):
     ledger.chain.set_faults(Faults(lag=LEAD_TICKS + 5))
     written = [ledger.write(number + each) for each in range(4)]
     ledger.run(14 * LEAD_TICKS)
@@ -513,7 +513,7 @@ def test_following_ends_in_time_and_goes_on_the_next_time(ledger, number):
     assert [ledger.state(each.key) for each in written] == ["confirmed"] * 3
 
 
-def test_ticks_that_differ_from_call_to_call_have_nothing_signed_over_and_over(ledger, number, monkeypatch):
+def test_varying_ticks_cause_no_repeated_signatures(ledger, number, monkeypatch):
     first, second = ledger.write(number), ledger.write(number + 1)
     ledger.pass_ticks(2 * LEAD_TICKS + 2)
     monkeypatch.setattr(ledger.it, "_send", lambda submission: submission.key == first.key)  # late, whatever it names
@@ -522,7 +522,7 @@ def test_ticks_that_differ_from_call_to_call_have_nothing_signed_over_and_over(l
     assert ledger.it.get(second.key).attempt <= 3
 
 
-def test_who_has_read_the_queue_before_its_first_was_signed_anew_sends_nothing_out_of_turn(ledger, number, monkeypatch):
+def test_stale_queue_reader_sends_nothing_out_of_turn(ledger, number, monkeypatch):
     moved = [ledger.transfer(f"task{number}-{each}", 1) for each in range(3)]
     ledger.pass_ticks(2 * LEAD_TICKS - 1)
     for _ in range(2):  # the first one is confirmed and gone, the second one is late
@@ -544,7 +544,7 @@ def test_who_has_read_the_queue_before_its_first_was_signed_anew_sends_nothing_o
     assert [ledger.state(each.key) for each in moved] == ["confirmed"] * 3
 
 
-def test_what_is_promised_stays_promised_when_its_turn_comes_late(ledger, number):
+def test_promised_amount_stays_promised_when_turn_is_late(ledger, number):
     pay(ledger, wallets.service_key(), wallets.demo_key(EMPTY), 50)
     balance = ledger.balance(EMPTY)
     moved = [
@@ -559,7 +559,7 @@ def test_what_is_promised_stays_promised_when_its_turn_comes_late(ledger, number
     pay(ledger, wallets.demo_key(DESTINATION), wallets.demo_key(EMPTY), balance)
 
 
-def test_the_service_s_own_wallet_is_not_emptied_and_keeps_places_for_its_records(ledger, number, monkeypatch):
+def test_service_wallet_keeps_balance_and_queue_room(ledger, number, monkeypatch):
     service = wallets.service_key().identity
     with pytest.raises(PermanentError) as refused:
         ledger.transfer(f"task{number}", ledger.balance(service), source=service)
@@ -575,7 +575,7 @@ def test_the_service_s_own_wallet_is_not_emptied_and_keeps_places_for_its_record
     ledger.run(5 * LEAD_TICKS)
 
 
-def test_a_transfer_that_waits_is_not_sent_when_transfers_are_not_allowed_any_more(ledger, number):
+def test_waiting_transfer_not_sent_when_transfers_disabled(ledger, number):
     before = ledger.balance(SOURCE)
     sent, waits = ledger.transfer(f"task{number}", 1), ledger.transfer(f"task{number + 1}", 2)
     closed: list[Submission] = []
@@ -583,13 +583,13 @@ def test_a_transfer_that_waits_is_not_sent_when_transfers_are_not_allowed_any_mo
     ledger.pass_ticks(LEAD_TICKS + 1)
     it.advance(sent.source)
     assert [ledger.state(each.key) for each in (sent, waits)] == ["confirmed", "expired"]
-    assert "not allowed any more" in ledger.it.get(waits.key).error
+    assert "no longer enabled" in ledger.it.get(waits.key).error
     assert [each.key for each in closed] == [sent.key, waits.key]
     ledger.run(3 * LEAD_TICKS, sent.source)
     assert ledger.balance(SOURCE) == before - 1
 
 
-def test_a_place_that_another_wallet_has_taken_over_is_given_up(ledger, number, monkeypatch):
+def test_place_that_another_wallet_has_taken_over_is_given_up(ledger, number, monkeypatch):
     """The key was replaced; who found that ended before the place was out of the queue."""
     ledger.chain.set_faults(Faults(drop=1))
     first = ledger.write(number)
@@ -605,17 +605,17 @@ def test_a_place_that_another_wallet_has_taken_over_is_given_up(ledger, number, 
     assert (ledger.state(first.key), ledger.it.get(first.key).txid) == ("confirmed", again.txid)
 
 
-def test_a_tick_that_cannot_be_true_is_not_believed(ledger, number, monkeypatch):
+def test_tick_that_cannot_be_true_is_not_believed(ledger, number, monkeypatch):
     with monkeypatch.context() as patch:
         wrong = replace(ledger.chain.tick_info(), tick=ledger.chain.tick_info().tick + MAX_TICKS_AHEAD + 10)
         patch.setattr(ledger.chain, "tick_info", lambda: wrong)
-        with pytest.raises(TransientError, match="present tick"):
+        with pytest.raises(TransientError, match="current tick"):
             ledger.write(number)
     tick = ledger.chain.tick_info().tick
     assert ledger.write(number).tick < tick + 20 * LEAD_TICKS
 
 
-def test_an_empty_wallet_is_told_and_nothing_is_signed_for_it_again_and_again(ledger, number, monkeypatch, capsys):
+def test_empty_wallet_is_reported_without_new_signatures(ledger, number, monkeypatch, capsys):
     poor = wallets.key_of_seed("p" * 55)
     monkeypatch.setattr("qubic.transactions.submissions.service_key", lambda: poor)
     monkeypatch.setattr("qubic.wallets.service_key", lambda: poor)
@@ -638,7 +638,7 @@ def replace_the_service_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qubic.wallets.service_key", lambda: other)
 
 
-def test_a_record_whose_key_was_replaced_is_signed_by_the_new_one(ledger, number, monkeypatch):
+def test_record_signed_with_new_key_when_key_was_replaced(ledger, number, monkeypatch):
     ledger.chain.set_faults(Faults(drop=1))
     first = ledger.write(number)
     ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
@@ -652,7 +652,7 @@ def test_a_record_whose_key_was_replaced_is_signed_by_the_new_one(ledger, number
     assert (found.state, found.attempt, found.txid) == ("confirmed", 2, again.txid)
 
 
-def test_a_key_that_came_back_signs_what_nobody_could(ledger, number, monkeypatch):
+def test_key_that_came_back_signs_what_nobody_could(ledger, number, monkeypatch):
     ledger.chain.set_faults(Faults(drop=1))
     first = ledger.write(number)
     ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
@@ -674,14 +674,14 @@ def test_what_the_former_key_has_written_stays_written(ledger, number, monkeypat
     assert (again.state, again.txid) == ("confirmed", first.txid)
 
 
-def test_a_reference_stands_for_one_transfer(ledger, number):
+def test_reference_stands_for_one_transfer(ledger, number):
     ledger.transfer(f"task{number}", 5)
     with pytest.raises(PermanentError) as refused:
         ledger.transfer(f"task{number}", 6)
     assert refused.value.code == "reference_conflict"
 
 
-def test_a_transfer_that_expired_moved_nothing_and_is_signed_anew_only_for_a_later_run(ledger, number):
+def test_expired_transfer_is_signed_again_in_later_run_only(ledger, number):
     before = ledger.balance(SOURCE)
     ledger.chain.set_faults(Faults(empty_ticks=LEAD_TICKS + 3))
     first = ledger.transfer(f"task{number}", 5)
@@ -698,7 +698,7 @@ def test_a_transfer_that_expired_moved_nothing_and_is_signed_anew_only_for_a_lat
     assert ledger.balance(SOURCE) == before - 5
 
 
-def test_what_the_source_does_not_have_is_refused_with_nothing_signed(ledger, number):
+def test_transfer_above_balance_rejected_without_signature(ledger, number):
     with pytest.raises(PermanentError) as refused:
         ledger.transfer(f"task{number}", ledger.balance(SOURCE) + 1)
     assert refused.value.code == "insufficient_balance"
@@ -727,7 +727,7 @@ def test_what_is_moved_already_does_not_count_twice(ledger, number):
     assert (ledger.state(moved.key), ledger.balance(EMPTY)) == ("confirmed", 0)
 
 
-def test_a_simulation_says_what_is_not_there_too(ledger, number):
+def test_simulation_says_what_is_not_there_too(ledger, number):
     terms = {"source": SOURCE, "destination": DESTINATION}
     assert ledger.it.simulate_transfer(f"task{number}", amount=1, **terms).state == "simulated"
     with pytest.raises(PermanentError) as refused:
@@ -770,7 +770,7 @@ def elsewhere(ledger: Ledger, address: str, amount: int, tick: int) -> None:
     ledger.chain.broadcast(transaction.encode())
 
 
-def test_a_transfer_that_is_included_and_moved_nothing_has_failed(ledger, number):
+def test_transfer_failed_when_included_without_effect(ledger, number):
     """The wallet was emptied elsewhere, between signing and its tick."""
     balance = ledger.balance(SOURCE)
     ledger.chain.set_faults(Faults(drop=1))
@@ -788,7 +788,7 @@ def test_a_transfer_that_is_included_and_moved_nothing_has_failed(ledger, number
         ledger.transfer(f"task{number}", balance, run=2)
 
 
-def test_where_it_cannot_be_told_whether_a_transfer_moved_it_is_not_repeated(ledger, number):
+def test_transfer_not_repeated_when_effect_is_unknown(ledger, number):
     moved = ledger.transfer(f"task{number}", 1)
     ledger.pass_ticks(LEAD_TICKS + 1)
     elsewhere(ledger, SOURCE, 1, moved.tick + 3)
@@ -821,19 +821,19 @@ def test_bad_terms_are_refused_with_nothing_signed(ledger, number, arguments, er
     assert not ledger.it.open_sources()
 
 
-def test_a_wallet_whose_key_is_not_here_cannot_pay(ledger, number):
+def test_wallet_whose_key_is_not_here_cannot_pay(ledger, number):
     stranger = wallets.key_of_seed("z" * 55).identity
     with pytest.raises(PermanentError) as refused:
         ledger.transfer(f"task{number}", 1, source=stranger)
     assert refused.value.code == "no_key"
 
 
-def test_an_identity_and_its_older_address_are_the_same_wallet(ledger):
+def test_identity_and_its_older_address_are_the_same_wallet(ledger):
     it = wallets.Wallets("mock")
     assert it.key(SOURCE) == it.key(it.identity(SOURCE))
 
 
-def test_a_real_network_knows_no_older_addresses_and_no_demo_keys():
+def test_real_network_rejects_old_addresses_and_demo_keys():
     it = wallets.Wallets("mainnet")
     with pytest.raises(PermanentError) as refused:
         it.identity(SOURCE)
@@ -846,7 +846,7 @@ def test_a_real_network_knows_no_older_addresses_and_no_demo_keys():
 # The seed
 
 
-def test_the_seed_is_never_shown(ledger, number, caplog, capsys):
+def test_seed_is_never_shown(ledger, number, caplog, capsys):
     caplog.set_level(logging.DEBUG)
     written = ledger.write(number)
     assert SEED not in caplog.text + capsys.readouterr().out + repr(wallets.service_key()) + json.dumps(
@@ -855,7 +855,7 @@ def test_the_seed_is_never_shown(ledger, number, caplog, capsys):
     assert wallets.service_key().subseed.hex() not in repr(wallets.service_key())
 
 
-def test_a_secret_that_is_no_seed_is_refused_without_showing_it(aws):
+def test_secret_that_is_no_seed_is_refused_without_showing_it(aws):
     wallets._key_of_secret.cache_clear()
     boto3.client("secretsmanager").put_secret_value(SecretId="QubicSeed", SecretString="Not a seed, but secret")
     try:

@@ -115,7 +115,7 @@ def test_thousands_of_incoming_transfers_hide_nothing(ledger: Ledger, monkeypatc
     assert ledger.state(missed) == "expired"
 
 
-def test_a_broadcast_that_comes_too_late_is_no_alarm(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broadcast_that_comes_too_late_is_no_alarm(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     """The live service refuses it with 400, as it refuses a wrong signature."""
     counted: list[str] = []
     monkeypatch.setattr("qubic.transactions.tracking.metrics.count_one", counted.append)

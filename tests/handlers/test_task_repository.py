@@ -115,7 +115,7 @@ def test_everything_called_twice_changes_nothing_the_second_time(store: TaskStor
     assert events(task_id) == ["task_started", "policy_checked", "plan_built"]
 
 
-def test_an_idempotency_key_gives_the_same_task_and_refuses_another_body(store: TaskStore) -> None:
+def test_idempotency_key_returns_task_and_rejects_other_body(store: TaskStore) -> None:
     key = Idempotency("alice", "key-1", "body-1")
     first, replayed = store.start_task(new_task(), key)
     second, again = store.start_task(new_task(), key)
@@ -136,7 +136,7 @@ def test_fifty_starts_at_once_under_one_key_make_one_task(store: TaskStore) -> N
         assert len(set(pool.map(start, range(50)))) == 1
 
 
-def test_a_task_id_is_not_written_twice(store: TaskStore) -> None:
+def test_task_id_is_not_written_twice(store: TaskStore) -> None:
     task, _ = store.start_task(new_task())
     with pytest.raises(TransientError):
         store.start_task(task)
@@ -152,7 +152,7 @@ def test_what_is_not_there_is_not_found(store: TaskStore) -> None:
         store.plan_of(task)
 
 
-def test_waiting_and_token_are_one_write_and_the_newest_token_counts(store: TaskStore) -> None:
+def test_waiting_status_and_token_are_one_write(store: TaskStore) -> None:
     task_id, plan = waiting(store)
     assert store.get_task(task_id).status == "waiting_approval"
     store.request_approval(store.get_task(task_id), plan, 2, "token-1", 60)
@@ -163,7 +163,7 @@ def test_waiting_and_token_are_one_write_and_the_newest_token_counts(store: Task
 
 
 @pytest.mark.parametrize("outcome", ["approved", "rejected", "expired"])
-def test_what_was_decided_on_is_not_asked_again_in_the_same_execution(store: TaskStore, outcome: str) -> None:
+def test_decided_step_is_not_requested_again_in_execution(store: TaskStore, outcome: str) -> None:
     """The state is retried: what counts is the decision, and the token that it is to be delivered to."""
     task_id, plan = waiting(store, expires_in=0 if outcome == "expired" else 60)
     if outcome == "expired":
@@ -177,7 +177,7 @@ def test_what_was_decided_on_is_not_asked_again_in_the_same_execution(store: Tas
     assert (store.get_task(task_id).status, events(task_id)) == (before[0].status, before[1])
 
 
-def test_a_yes_by_fewer_than_are_required_by_now_is_asked_for_anew(store: TaskStore) -> None:
+def test_approval_requested_again_when_more_are_required(store: TaskStore) -> None:
     task_id, plan = waiting(store)
     store.decide(task_id, approved=True, subject="bob", reason="x")
     again = store.request_approval(store.get_task(task_id), plan, 2, "token-2", 60, required=2)
@@ -186,7 +186,7 @@ def test_a_yes_by_fewer_than_are_required_by_now_is_asked_for_anew(store: TaskSt
     assert store.request_approval(store.get_task(task_id), plan, 2, "token-3", 60, required=3).status == "rejected"
 
 
-def test_an_approval_that_was_used_stays_used_whoever_asks_again(store: TaskStore) -> None:
+def test_approval_that_was_used_stays_used_whoever_asks_again(store: TaskStore) -> None:
     """A call that is answered long afterwards does not write over what has happened since."""
     task_id, plan = waiting(store)
     approval = store.decide(task_id, approved=True, subject="bob", reason="x")
@@ -216,7 +216,7 @@ def test_of_two_decisions_at_the_same_moment_one_wins(store: TaskStore) -> None:
     assert events(task_id).count("approval_decided") == 1
 
 
-def test_a_decision_a_day_late_is_refused_and_says_so(store: TaskStore) -> None:
+def test_decision_a_day_late_is_refused_and_says_so(store: TaskStore) -> None:
     task_id, _ = waiting(store, expires_in=0)
     with pytest.raises(ConflictError) as caught:
         store.decide(task_id, approved=True, subject="bob", reason="late")
@@ -224,9 +224,9 @@ def test_a_decision_a_day_late_is_refused_and_says_so(store: TaskStore) -> None:
     assert "approval_decided" not in events(task_id)
 
 
-def test_a_decision_after_the_end_is_refused_with_the_status(store: TaskStore) -> None:
+def test_decision_after_the_end_is_refused_with_the_status(store: TaskStore) -> None:
     task_id, _ = waiting(store)
-    store.end_task(task_id, "expired", actor="execution", reason="nobody decided in time", failed_step=None)
+    store.end_task(task_id, "expired", actor="execution", reason="no decision was made in time", failed_step=None)
     with pytest.raises(ConflictError) as caught:
         store.decide(task_id, approved=True, subject="bob", reason="late")
     assert caught.value.details["task_status"] == "expired"
@@ -235,17 +235,17 @@ def test_a_decision_after_the_end_is_refused_with_the_status(store: TaskStore) -
 
 
 @pytest.mark.parametrize(("approved", "status"), [(True, "failed"), (False, "rejected")])
-def test_a_time_out_after_the_decision_is_neither_expiry_nor_a_lost_decision(
-    store: TaskStore, approved: bool, status: str
-) -> None:
+def test_timeout_after_decision_keeps_decision(store: TaskStore, approved: bool, status: str) -> None:
     task_id, _ = waiting(store)
     store.decide(task_id, approved=approved, subject="bob", reason="because")
-    ended = store.end_task(task_id, "expired", actor="execution", reason="nobody decided in time", failed_step=None)
+    ended = store.end_task(
+        task_id, "expired", actor="execution", reason="no decision was made in time", failed_step=None
+    )
     assert ended.status == status
     assert "approval_expired" not in events(task_id)
 
 
-def test_an_approval_is_consumed_once(store: TaskStore) -> None:
+def test_approval_is_consumed_once(store: TaskStore) -> None:
     task_id, plan = waiting(store)
     approval = store.decide(task_id, approved=True, subject="bob", reason="ok")
     claim(store, task_id, plan, 2, approval, run=1, current=plan.policy)
@@ -255,7 +255,7 @@ def test_an_approval_is_consumed_once(store: TaskStore) -> None:
     assert store.step(task_id, 1) is None
 
 
-def test_a_step_is_claimed_counted_and_ended_once(store: TaskStore) -> None:
+def test_step_is_claimed_counted_and_ended_once(store: TaskStore) -> None:
     task_id, plan = planned(store)
     first = claim(store, task_id, plan, 0, None, run=1, current=plan.policy)
     second = claim(store, task_id, plan, 0, None, run=1, current=plan.policy)
@@ -269,7 +269,7 @@ def test_a_step_is_claimed_counted_and_ended_once(store: TaskStore) -> None:
     assert events(task_id).count("step_executed") == 1
 
 
-def test_a_claim_tells_what_was_decided(store: TaskStore) -> None:
+def test_claim_tells_what_was_decided(store: TaskStore) -> None:
     task_id, plan = waiting(store)
     approval = store.decide(task_id, approved=True, subject="bob", reason="ok")
     stricter = plan.policy.model_copy(update={"policy_id": "policy-v2-" + "0" * 64, "approvals": 1})
@@ -282,12 +282,12 @@ def test_a_claim_tells_what_was_decided(store: TaskStore) -> None:
     assert PolicyDecision.model_validate_json(told.output) == stricter
 
 
-def test_what_was_decided_for_one_execution_begins_nothing_in_another(store: TaskStore) -> None:
+def test_verdict_of_earlier_execution_does_not_start_step(store: TaskStore) -> None:
     task_id, plan = waiting(store)
     approval = store.decide(task_id, approved=True, subject="bob", reason="ok")
     store.end_task(task_id, "failed", actor="execution", reason="x")
     store.retry(task_id, subject="alice")
-    with pytest.raises(ConflictError, match="another execution"):
+    with pytest.raises(ConflictError, match="a later execution"):
         claim(store, task_id, plan, 2, approval, run=1, current=plan.policy)
     assert store.step(task_id, 2) is None and "step_started" not in events(task_id)
 
@@ -336,9 +336,7 @@ def test_open_tasks_omit_a_task_that_has_just_left(store: TaskStore, monkeypatch
     assert [each.task_id for each in store.open_tasks("executing", -1)] == [moving.task_id]
 
 
-def test_a_write_that_loses_every_race_gives_up_with_a_clear_error(
-    store: TaskStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_write_raises_clear_error_after_losing_every_race(store: TaskStore, monkeypatch: pytest.MonkeyPatch) -> None:
     task, _ = store.start_task(new_task())
     stale = store.get_task(task.task_id)
     store.plan_task(task, build(task.task_id))

@@ -60,7 +60,7 @@ def _hash_is_written_once(it: Cloud, number: int) -> bool:
     return crash.happened
 
 
-def test_whichever_call_fails_after_its_effect_a_transfer_moves_once_or_not_at_all():
+def test_transfer_moves_at_most_once_when_any_call_fails():
     calls = _each_call(_transfer_moves_once_or_not_at_all)
     assert calls > 20
 
@@ -117,7 +117,7 @@ def _published(it: Cloud) -> list[dict[str, Any]]:
     return [{"type": entry["DetailType"], "detail": json.loads(entry["Detail"])} for entry in it.published]
 
 
-def test_the_end_of_a_transfer_is_published():
+def test_end_of_a_transfer_is_published():
     with cloud(state_machine=False) as it:
         txid = it.invoke("LedgerTransferFunction", TRANSFER)["result"]["txid"]
         assert _published(it) == []
@@ -126,7 +126,7 @@ def test_the_end_of_a_transfer_is_published():
         assert _published(it) == [{"type": "transfer_settled", "detail": detail}]
 
 
-def test_the_end_of_an_anchor_is_published_and_of_a_hash_not():
+def test_end_of_an_anchor_is_published_and_of_a_hash_not():
     anchor = {"operation": "submit_anchor", "log_id": "qaes", "sequence": 0, "payload": "51414553"}
     with cloud(state_machine=False) as it:
         txid = it.invoke("LedgerAnchorFunction", anchor)["result"]["txid"]
@@ -137,7 +137,7 @@ def test_the_end_of_an_anchor_is_published_and_of_a_hash_not():
 
 
 @pytest.mark.parametrize("failure", ["refused", "silent"])
-def test_a_queue_waits_until_its_event_is_taken(monkeypatch, capsys, failure):
+def test_queue_waits_until_its_event_is_taken(monkeypatch, capsys, failure):
     def fails(client: Any, operation: str, arguments: Any) -> Any:
         if operation != "PutEvents":
             return call(client, operation, arguments)
@@ -177,7 +177,7 @@ def _record(key: str, network: str = "mock", looks: int = 1) -> dict[str, Any]:
     return {"messageId": key, "body": body, "eventSource": "aws:sqs"}
 
 
-def test_a_submission_is_looked_at_until_it_is_closed():
+def test_submission_is_looked_at_until_it_is_closed():
     with cloud(state_machine=False) as it:
         it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         [before] = _messages()
@@ -213,7 +213,7 @@ def test_while_the_network_is_silent_the_writer_comes_back():
         assert sum(_messages()[0].values()) == sum(before.values()) + 1
 
 
-def test_a_lost_message_is_made_up_for_by_the_schedule():
+def test_lost_message_is_made_up_for_by_the_schedule():
     with cloud(state_machine=False) as it:
         it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         it.clock.pass_seconds(LEAD_TICKS + 2)
@@ -221,7 +221,7 @@ def test_a_lost_message_is_made_up_for_by_the_schedule():
         assert it.invoke("LedgerFunction", {"operation": "verify", "hash": digest(1)})["result"]["verified"]
 
 
-def test_what_cannot_be_sent_is_followed_and_what_cannot_be_followed_is_sent(monkeypatch):
+def test_unsendable_and_untrackable_sources_are_separate(monkeypatch):
     with cloud(state_machine=False) as it:
         chain = MockChain(genesis={}, table="ChainTable", clock=it.clock, tick_milliseconds=1000)
         chain.set_faults(Faults(fail_after_accepting=1))
@@ -252,7 +252,7 @@ def _sent(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return sent
 
 
-def test_pauses_grow_while_ticks_stand_still_and_are_short_again_when_they_come(monkeypatch):
+def test_pauses_grow_without_ticks_and_shrink_again(monkeypatch):
     with cloud(state_machine=False) as it:
         sent = _sent(monkeypatch)
         it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
@@ -275,7 +275,7 @@ def test_pauses_grow_while_ticks_stand_still_and_are_short_again_when_they_come(
         assert look() < LEAD_TICKS  # ticks come: there are so many left
 
 
-def test_a_look_waits_for_the_rest_of_a_second(monkeypatch):
+def test_look_waits_for_the_rest_of_a_second(monkeypatch):
     slept: list[float] = []
 
     def at(moment: float) -> None:
@@ -294,7 +294,7 @@ def test_a_look_waits_for_the_rest_of_a_second(monkeypatch):
         assert slept == [pytest.approx(0.2)]
 
 
-def test_a_batch_follows_each_source_once(monkeypatch):
+def test_batch_follows_each_source_once(monkeypatch):
     with cloud(state_machine=False) as it:
         for number in (1, 2, 3):
             it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(number), "metadata": {}})
@@ -318,7 +318,7 @@ def _advanced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return advanced
 
 
-def test_what_there_is_no_time_for_is_delivered_again_and_not_begun(monkeypatch):
+def test_messages_without_time_left_are_delivered_again(monkeypatch):
     with cloud(state_machine=False) as it:
         it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         advanced, sent = _advanced(monkeypatch), _sent(monkeypatch)
@@ -331,7 +331,7 @@ def test_what_there_is_no_time_for_is_delivered_again_and_not_begun(monkeypatch)
         assert (advanced, sent) == ([], [])
 
 
-def test_whatever_happens_to_one_source_the_others_are_followed_and_the_policy_is_settled(monkeypatch, capsys):
+def test_one_source_never_blocks_others_or_policy(monkeypatch, capsys):
     with cloud(state_machine=False) as it:
         it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         it.invoke("LedgerTransferFunction", TRANSFER)
@@ -350,7 +350,7 @@ def test_whatever_happens_to_one_source_the_others_are_followed_and_the_policy_i
         assert f'"{STUCK_METRIC}":[1.0]' in capsys.readouterr().out
 
 
-def test_what_is_wrong_with_a_policy_does_not_keep_a_queue_waiting(monkeypatch, caplog):
+def test_policy_error_does_not_block_queue(monkeypatch, caplog):
     with cloud(state_machine=False, policy=False) as it:
         it.invoke("TransactionWorkerFunction", {})  # hands version 1 in
         it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
@@ -367,7 +367,7 @@ def test_what_is_wrong_with_a_policy_does_not_keep_a_queue_waiting(monkeypatch, 
         assert "the policy could not be settled" in caplog.text
 
 
-def test_a_limit_on_one_source_does_not_keep_the_others_waiting(monkeypatch):
+def test_limit_on_one_source_does_not_keep_the_others_waiting(monkeypatch):
     with cloud(state_machine=False) as it:
         it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         it.invoke("LedgerTransferFunction", TRANSFER)
@@ -376,7 +376,7 @@ def test_a_limit_on_one_source_does_not_keep_the_others_waiting(monkeypatch):
 
         def busy(self: Submissions, identity: str, **arguments: Any) -> None:
             advance(self, identity, **arguments)
-            raise LimitError("the ledger has too much to write at the moment")
+            raise LimitError("the ledger's queue is full; try again later")
 
         monkeypatch.setattr(Submissions, "advance", busy)
         assert len(it.invoke("TransactionWorkerFunction", {})["open"]) == 2

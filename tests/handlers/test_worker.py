@@ -186,7 +186,7 @@ def balance(address: str) -> int:
     return int(call("LedgerFunction", {"operation": "balance", "address": address})["result"]["balance"])
 
 
-def test_a_balance_is_read_and_the_record_has_its_hashes(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
+def test_balance_is_read_and_the_record_has_its_hashes(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER, begun=False)
     assert run(aws, task_id, 0) == {"step_id": "step_1", "status": "succeeded", "attempt": 1}
     result = {"wallet_address": SOURCE, "balance": 1000}
@@ -222,7 +222,7 @@ def test_run_step_called_again_returns_the_record(aws: Cloud, store: TaskStore, 
 
 def test_run_step_runs_no_step_before_its_turn(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
     task_id, _ = plan_for("monitor_wallet", {"wallet_address": SOURCE}, begun=False)
-    with pytest.raises(ConflictError, match="a step before this one"):
+    with pytest.raises(ConflictError, match="an earlier step"):
         run(aws, task_id, 1)
     assert store.steps(task_id) == []
 
@@ -248,7 +248,7 @@ def test_run_step_records_nothing_when_the_ledger_is_down(aws: Cloud, store: Tas
     assert (store.get_task(task_id), store.steps(task_id)) == (before, [])
 
 
-def test_the_policy_in_force_is_compared_with_the_pinned_one(store: TaskStore, plan_for: Plans) -> None:
+def test_policy_in_force_is_compared_with_the_pinned_one(store: TaskStore, plan_for: Plans) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     record = store.step(task_id, 1)
     assert record is not None and record.result is not None
@@ -259,12 +259,12 @@ def test_the_policy_in_force_is_compared_with_the_pinned_one(store: TaskStore, p
 @pytest.mark.parametrize(
     ("threshold", "alert", "message"),
     [
-        (None, False, "balance 1000 QU; no alert_threshold was set"),
+        (None, False, "balance 1000 QU; no alert_threshold is set"),
         (1000, False, "balance 1000 QU is not below the threshold of 1000 QU"),
         (1001, True, "balance 1000 QU is below the threshold of 1001 QU"),
     ],
 )
-def test_a_monitor_says_what_it_saw(
+def test_monitor_says_what_it_saw(
     aws: Cloud, store: TaskStore, plan_for: Plans, threshold: int | None, alert: bool, message: str
 ) -> None:
     parameters = {"wallet_address": SOURCE} | ({} if threshold is None else {"alert_threshold": threshold})
@@ -274,10 +274,10 @@ def test_a_monitor_says_what_it_saw(
     assert (result["alert"], result["message"], result["balance"]) == (alert, message, 1000)
 
 
-def test_a_monitor_without_a_wallet_fails_with_the_reason(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
+def test_monitor_without_a_wallet_fails_with_the_reason(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
     task_id, plan = plan_for("monitor_wallet", {})
     assert [step.type for step in plan.steps] == ["policy_check", "monitor_action"]
-    reason = "no_wallet: there is no wallet_address to monitor"
+    reason = "no_wallet: the task has no `wallet_address` to monitor"
     for _ in range(2):
         with pytest.raises(StepFailedError, match=reason):
             run(aws, task_id, 1)
@@ -286,7 +286,7 @@ def test_a_monitor_without_a_wallet_fails_with_the_reason(aws: Cloud, store: Tas
     assert (task.status, task.failed_step, task.reason) == ("failed", "step_2", reason)
 
 
-def test_a_generic_action_leaves_a_receipt_on_the_ledger(
+def test_generic_action_leaves_a_receipt_on_the_ledger(
     aws: Cloud, store: TaskStore, plan_for: Plans, sent: Sent
 ) -> None:
     task_id, plan = plan_for("transaction", {"wallet_address": SOURCE, "anything": [1, "two"]})
@@ -302,9 +302,7 @@ def test_a_generic_action_leaves_a_receipt_on_the_ledger(
     assert balance(SOURCE) == 1000
 
 
-def test_a_transfer_is_submitted_and_has_succeeded_when_the_ledger_has_confirmed_it(
-    aws: Cloud, store: TaskStore, plan_for: Plans, missed: None
-) -> None:
+def test_transfer_succeeds_after_confirmation(aws: Cloud, store: TaskStore, plan_for: Plans, missed: None) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     assert [act(aws, task_id) for _ in range(3)] == ["submitted"] * 3
@@ -459,9 +457,7 @@ def test_request_approval_keeps_the_balance_that_was_read(
     assert (approval.balance.balance, approval.balance.available, approval.plan_hash) == (1000, 1000, plan.hash())
 
 
-def test_a_transfer_that_expired_has_failed_and_a_retry_of_the_task_makes_it(
-    aws: Cloud, store: TaskStore, plan_for: Plans
-) -> None:
+def test_retry_repeats_expired_transfer(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     mock_chain(aws).set_faults(Faults(empty_ticks=30))
@@ -492,7 +488,7 @@ def mock_chain(aws: Cloud) -> MockChain:
 # Asking is not acting
 
 
-def test_only_the_state_that_submits_has_the_ledger_make_a_transfer(
+def test_only_submitting_state_can_request_transfer(
     aws: Cloud, store: TaskStore, plan_for: Plans, asked: Counter[str], missed: None, no_grace: None
 ) -> None:
     """The transfer expires, and a later run would have it signed anew: whoever asks must not."""
@@ -537,7 +533,7 @@ def stream_is_late(aws: Cloud) -> list[str]:
 
 
 @pytest.mark.parametrize("task_type", ["transfer_funds", "transaction"])
-def test_the_intent_is_on_record_before_the_effect(
+def test_intent_is_on_record_before_the_effect(
     aws: Cloud, store: TaskStore, plan_for: Plans, stream_is_late: list[str], task_type: str
 ) -> None:
     task_id, plan = plan_for(task_type, TRANSFER)
@@ -605,7 +601,7 @@ def test_no_effect_without_the_intent_on_record(
     assert act(aws, task_id) == "submitted"
 
 
-def test_a_transfer_that_is_only_simulated_is_finished_at_once(
+def test_transfer_that_is_only_simulated_is_finished_at_once(
     aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The ledger does not keep it: nobody could ask for it later."""
@@ -620,7 +616,7 @@ def test_a_transfer_that_is_only_simulated_is_finished_at_once(
     assert act(aws, task_id) == "succeeded"
 
 
-def test_a_transfer_whose_handing_in_was_not_answered_is_not_refused_afterwards(
+def test_unanswered_transfer_is_not_rejected_later(
     aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
@@ -644,7 +640,7 @@ def test_a_transfer_whose_handing_in_was_not_answered_is_not_refused_afterwards(
     assert (record_of(store, task_id).status, balance(DESTINATION)) == ("succeeded", 250)
 
 
-def test_a_twin_that_was_refused_keeps_the_other_from_signing(
+def test_twin_that_was_refused_keeps_the_other_from_signing(
     aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first call still runs when the state tries again; the balance has changed in between."""
@@ -684,7 +680,7 @@ def ended(task_id: str, outcome: str = "confirmed", txid: str = "x") -> dict[str
     return {"source": "qaes.qubic", "detail-type": "transfer_settled", "detail": detail}
 
 
-def test_the_end_of_a_transfer_is_on_record_before_who_waits_is_woken(
+def test_transfer_end_recorded_before_execution_resumes(
     aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
@@ -717,7 +713,7 @@ def test_who_comes_after_the_end_does_not_wait(
     assert ends_of_the_transfer(task_id) == ["succeeded"]
 
 
-def test_an_end_before_the_token_is_kept_is_answered(
+def test_end_before_the_token_is_kept_is_answered(
     aws: Cloud, store: TaskStore, plan_for: Plans, woken: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between this attempt's look at the step and its token, the end of the one before is put on record."""
@@ -735,7 +731,7 @@ def test_an_end_before_the_token_is_kept_is_answered(
     assert woken() == [CALLBACK_TOKEN, "second"]
 
 
-def test_a_failure_before_the_token_is_kept_is_the_step_s(
+def test_failure_before_the_token_is_kept_is_the_step_s(
     aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An execution that was to wait for the transfer of the one before makes no transfer of its own."""
@@ -755,7 +751,7 @@ def test_a_failure_before_the_token_is_kept_is_the_step_s(
     assert (record_of(store, task_id).run, action_token(task_id)) == (1, None)
 
 
-def test_the_newest_token_counts_and_is_forgotten_when_it_was_used(
+def test_newest_token_counts_and_is_deleted_after_use(
     aws: Cloud, store: TaskStore, plan_for: Plans, woken: Callable[[], list[str]]
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
@@ -772,7 +768,7 @@ def test_the_newest_token_counts_and_is_forgotten_when_it_was_used(
     assert action_token(task_id) is None
 
 
-def test_when_nobody_waits_any_more_the_end_is_on_record_all_the_same(
+def test_transfer_end_recorded_when_no_execution_waits(
     aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
@@ -813,9 +809,7 @@ def test_what_a_cancelled_task_has_done_is_put_on_record_once(
     assert store.get_task(task_id).status == "cancelled"
 
 
-def test_a_step_that_waits_for_the_ledger_is_found_without_a_scan_until_it_is_finished(
-    aws: Cloud, store: TaskStore, plan_for: Plans
-) -> None:
+def test_waiting_step_is_found_without_scan(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     run(aws, task_id, 0)
     assert store.transfers_in_flight(-1) == []
@@ -827,7 +821,7 @@ def test_a_step_that_waits_for_the_ledger_is_found_without_a_scan_until_it_is_fi
     assert store.transfers_in_flight(-1) == []
 
 
-def test_a_task_that_was_cancelled_before_its_transfer_was_handed_in_pays_nothing(
+def test_cancel_before_transfer_pays_nothing(
     aws: Cloud, store: TaskStore, plan_for: Plans, no_grace: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
@@ -849,7 +843,7 @@ def test_a_task_that_was_cancelled_before_its_transfer_was_handed_in_pays_nothin
     assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
 
 
-def test_the_end_of_a_transfer_of_no_task_or_no_begun_step_harms_nobody(
+def test_end_of_unknown_transfer_is_ignored(
     aws: Cloud, store: TaskStore, plan_for: Plans, woken: Callable[[], list[str]]
 ) -> None:
     task_id, _ = plan_for("transfer_funds", TRANSFER)
@@ -873,7 +867,7 @@ def not_on_record(output: str) -> int:
     return len(found)
 
 
-def test_a_transfer_that_is_confirmed_after_its_step_has_failed_raises_an_alarm_and_a_retry_puts_it_right(
+def test_late_confirmed_transfer_raises_alarm_and_retry_repairs(
     aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
@@ -932,7 +926,7 @@ def test_transfer_ended_believes_the_ledger_not_the_event(
     assert not_on_record(capsys.readouterr().out) == 0
 
 
-def test_an_alarm_is_raised_for_a_transfer_of_no_step(aws: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
+def test_alarm_is_raised_for_a_transfer_of_no_step(aws: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
     terms = {"source": SOURCE, "destination": DESTINATION, "amount": 10, "run": 1, "requester": "alice"}
     moved = {"operation": "transfer", "reference": "task_none#step_3", **terms}
     assert aws.invoke("LedgerTransferFunction", moved)["ok"]
@@ -940,13 +934,13 @@ def test_an_alarm_is_raised_for_a_transfer_of_no_step(aws: Cloud, capsys: pytest
     assert not_on_record(capsys.readouterr().out) == 1
 
 
-def test_an_end_that_cannot_be_told_is_delivered_again(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_end_that_cannot_be_told_is_delivered_again(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TaskStore, "get_task", lambda *key: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         aws.invoke("ExecuteActionFunction", ended("task_none"))
 
 
-def test_who_has_no_time_left_for_a_call_of_the_ledger_begins_none(
+def test_ledger_call_not_started_without_time_left(
     aws: Cloud,
     store: TaskStore,
     plan_for: Plans,
@@ -963,7 +957,7 @@ def test_who_has_no_time_left_for_a_call_of_the_ledger_begins_none(
     assert not asked
 
 
-def test_the_reconciler_finishes_what_everybody_missed_and_wakes_who_waits(
+def test_reconciler_finishes_missed_steps_and_resumes(
     aws: Cloud, store: TaskStore, plan_for: Plans, woken: Callable[[], list[str]], missed: None, no_grace: None
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
@@ -977,7 +971,7 @@ def test_the_reconciler_finishes_what_everybody_missed_and_wakes_who_waits(
     assert reconcile(aws) == []
 
 
-def test_the_reconciler_wakes_for_who_finished_the_step_and_did_not_come_to_tell(
+def test_reconciler_resumes_when_message_was_lost(
     aws: Cloud,
     store: TaskStore,
     plan_for: Plans,
@@ -1004,7 +998,7 @@ def test_the_reconciler_wakes_for_who_finished_the_step_and_did_not_come_to_tell
     assert reconciler._wake(store.get_task(task_id), store) is False
 
 
-def test_an_attempt_s_end_told_again_does_not_fail_the_next_run(
+def test_attempt_s_end_told_again_does_not_fail_the_next_run(
     aws: Cloud, store: TaskStore, plan_for: Plans, woken: Callable[[], list[str]]
 ) -> None:
     """The next execution has kept its token, and has not claimed the step yet."""
@@ -1023,7 +1017,7 @@ def test_an_attempt_s_end_told_again_does_not_fail_the_next_run(
     assert (woken(), action_token(task_id)) == (before, "of the second")
 
 
-def test_an_execution_that_began_to_wait_while_the_ledger_was_asked_is_woken(
+def test_execution_resumes_when_it_waits_during_call(
     aws: Cloud, store: TaskStore, plan_for: Plans, woken: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The task had ended when it was read; it was retried since, and the token is the new execution's."""
@@ -1050,7 +1044,7 @@ def test_an_execution_that_began_to_wait_while_the_ledger_was_asked_is_woken(
 
 
 @pytest.mark.parametrize("known", ["under way", "confirmed", "on record"])
-def test_a_later_execution_asks_nobody_about_a_transfer_that_was_let_through(
+def test_later_execution_needs_no_approval_when_submitted(
     aws: Cloud, store: TaskStore, plan_for: Plans, asked: Counter[str], monkeypatch: pytest.MonkeyPatch, known: str
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
@@ -1076,7 +1070,7 @@ def test_a_later_execution_asks_nobody_about_a_transfer_that_was_let_through(
     assert ends_of_the_transfer(task_id) == ["succeeded"]
 
 
-def test_a_later_execution_pays_for_no_other_plan(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
+def test_later_execution_pays_for_no_other_plan(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     act(aws, task_id)
@@ -1087,13 +1081,11 @@ def test_a_later_execution_pays_for_no_other_plan(aws: Cloud, store: TaskStore, 
     item = {"pk": {"S": plan.plan_id}, "sk": {"S": "PLAN"}, "data": {"S": swapped.model_dump_json()}}
     boto3.client("dynamodb").put_item(TableName="TasksTable", Item=item)
     for call_again in (check, act):
-        with pytest.raises(ConflictError, match="not the one that was recorded"):
+        with pytest.raises(ConflictError, match="differs from the recorded plan"):
             call_again(aws, task_id)
 
 
-def test_the_end_of_an_earlier_attempt_is_on_record_before_anybody_is_asked_anew(
-    aws: Cloud, store: TaskStore, plan_for: Plans, missed: None
-) -> None:
+def test_earlier_end_recorded_before_new_approval(aws: Cloud, store: TaskStore, plan_for: Plans, missed: None) -> None:
     """Else it could come in after the new approval, and the trail would read as if that one had been used up."""
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
@@ -1108,9 +1100,7 @@ def test_the_end_of_an_earlier_attempt_is_on_record_before_anybody_is_asked_anew
     assert ends_of_the_transfer(task_id) == ["failed"]
 
 
-def test_what_was_never_handed_in_is_decided_on_anew_by_a_later_execution(
-    aws: Cloud, store: TaskStore, plan_for: Plans
-) -> None:
+def test_unsubmitted_step_is_decided_again_in_later_run(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     aws.faults["LedgerTransferFunction"] = raise_always
@@ -1129,7 +1119,7 @@ def test_what_was_never_handed_in_is_decided_on_anew_by_a_later_execution(
     assert (record.status, record.run, balance(DESTINATION)) == ("succeeded", 3, 250)
 
 
-def test_the_late_end_of_an_earlier_attempt_is_not_taken_for_this_ones(
+def test_late_end_of_earlier_attempt_does_not_count(
     aws: Cloud, store: TaskStore, plan_for: Plans, no_grace: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the claim and the handing in, the ledger still tells of the attempt before."""
@@ -1163,9 +1153,7 @@ def test_the_late_end_of_an_earlier_attempt_is_not_taken_for_this_ones(
     assert ends_of_the_transfer(task_id) == ["failed", "succeeded"]
 
 
-def test_who_was_slow_to_tell_of_an_earlier_attempt_does_not_finish_the_later_one(
-    store: TaskStore, plan_for: Plans
-) -> None:
+def test_slow_earlier_attempt_does_not_finish_later_one(store: TaskStore, plan_for: Plans) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     first = claim(store, task_id, plan, 2, None, run=1, current=plan.policy)
     store.finish_step(task_id, first, StepOutcome(result=None, error="expired: nothing was moved"))
@@ -1179,9 +1167,7 @@ def test_who_was_slow_to_tell_of_an_earlier_attempt_does_not_finish_the_later_on
 # What may not run
 
 
-def test_a_step_that_a_worker_lost_is_decided_on_anew_by_the_next_execution(
-    aws: Cloud, store: TaskStore, plan_for: Plans
-) -> None:
+def test_lost_step_is_decided_again_in_next_execution(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
     task_id, plan = plan_for("monitor_wallet", {"wallet_address": SOURCE})
     claim(store, task_id, plan, 2)
     next_run(store, task_id)
@@ -1204,23 +1190,21 @@ def test_execute_action_runs_a_reading_step_that_was_approved(aws: Cloud, store:
     assert aws.invocations["LedgerTransferFunction"] == 0
 
 
-def test_a_transfer_that_nobody_approved_does_not_run_even_when_the_worker_is_called_by_itself(
-    aws: Cloud, store: TaskStore, plan_for: Plans
-) -> None:
+def test_unapproved_transfer_does_not_run_when_worker_is_called(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
     task_id, _ = plan_for("transfer_funds", TRANSFER)
     assert act(aws, task_id) == "ApprovalNeededError"
     assert (store.step(task_id, 2), action_token(task_id)) == (None, None)
     assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
 
 
-def test_a_transfer_that_was_rejected_does_not_run(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
+def test_transfer_that_was_rejected_does_not_run(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2, approved=False)
     assert act(aws, task_id) == "ApprovalRejectedError"
     assert balance(SOURCE) == 1000
 
 
-def test_a_balance_that_does_not_suffice_is_told_and_moves_nothing(
+def test_transfer_rejected_when_balance_is_insufficient(
     aws: Cloud, store: TaskStore, plan_for: Plans, sent: Sent
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER | {"amount": 1001})
@@ -1230,7 +1214,7 @@ def test_a_balance_that_does_not_suffice_is_told_and_moves_nothing(
     assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
 
 
-def test_a_handler_that_raises_answers_its_token_with_the_error(
+def test_handler_that_raises_answers_its_token_with_the_error(
     aws: Cloud, plan_for: Plans, sent: Sent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where a function's own failure does not fail its state, the token does; the cause tells no secret."""
@@ -1243,16 +1227,16 @@ def test_a_handler_that_raises_answers_its_token_with_the_error(
         assert sent.pop() == ("send_task_failure", said)
 
 
-def test_a_refusal_does_not_overrule_an_attempt_that_is_at_work(store: TaskStore, plan_for: Plans) -> None:
+def test_refusal_does_not_overrule_an_attempt_that_is_at_work(store: TaskStore, plan_for: Plans) -> None:
     """Between this attempt's look and its refusal, another one, which had its approval, has begun."""
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     claim(store, task_id, plan, 2)
-    with pytest.raises(TransientError, match="another attempt is at work"):
+    with pytest.raises(TransientError, match="another attempt of this step"):
         store.refuse_step(store.get_task(task_id), plan, 2, None, "its approval is too old")
     assert record_of(store, task_id).status == "running"
 
 
-def test_an_approval_that_is_too_old_refuses_the_step(
+def test_approval_that_is_too_old_refuses_the_step(
     aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)

@@ -28,7 +28,7 @@ def listener():
         yield server
 
 
-def test_a_taken_port_is_named_with_the_variable_that_changes_it(listener):
+def test_taken_port_is_named_with_the_variable_that_changes_it(listener):
     port = listener.getsockname()[1]
     ports = Ports.from_environment({"QAES_HTTP_PORT": str(port), "QAES_PORT": str(Ports.free().aws)})
     with pytest.raises(LocalCloudError) as raised:
@@ -38,14 +38,14 @@ def test_a_taken_port_is_named_with_the_variable_that_changes_it(listener):
     assert "\n" not in str(raised.value)
 
 
-def test_the_port_of_the_local_aws_has_a_variable_of_its_own(listener):
+def test_port_of_the_local_aws_has_a_variable_of_its_own(listener):
     port = listener.getsockname()[1]
     ports = Ports.from_environment({"QAES_HTTP_PORT": str(Ports.free().http), "QAES_PORT": str(port)})
     with pytest.raises(LocalCloudError, match=f"Port {port}.*QAES_PORT="):
         ports.check()
 
 
-def test_a_port_is_free_again_once_nobody_listens(listener):
+def test_port_is_free_again_once_nobody_listens(listener):
     port = listener.getsockname()[1]
     assert is_taken(port)
     listener.close()
@@ -58,7 +58,7 @@ def test_what_is_no_port_is_refused(text):
         Ports.from_environment({"QAES_HTTP_PORT": text})
 
 
-def test_an_unknown_auth_mode_is_refused():
+def test_unknown_auth_mode_is_refused():
     with pytest.raises(LocalCloudError, match="AUTH_MODE"):
         Cloud("test", Ports(1, 2), "none")
 
@@ -66,12 +66,12 @@ def test_an_unknown_auth_mode_is_refused():
 @pytest.mark.parametrize(
     "endpoint", ["https://sts.amazonaws.com", "http://10.0.0.1:4566", "http://127.0.0.1.example.com"]
 )
-def test_an_endpoint_that_is_not_on_loopback_is_refused(endpoint, tmp_path):
+def test_endpoint_that_is_not_on_loopback_is_refused(endpoint, tmp_path):
     with pytest.raises(LocalCloudError, match="loopback"):
         isolated_environment(endpoint, tmp_path, {})
 
 
-def test_the_callers_aws_does_not_get_in(tmp_path):
+def test_callers_aws_does_not_get_in(tmp_path):
     caller = {
         "AWS_PROFILE": "prod",
         "AWS_SESSION_TOKEN": "secret",
@@ -91,12 +91,12 @@ def test_the_callers_aws_does_not_get_in(tmp_path):
         assert Path(environment[name]).read_text() == ""
 
 
-def test_a_proxy_is_not_asked_for_the_loopback_interface(tmp_path):
+def test_proxy_is_not_asked_for_the_loopback_interface(tmp_path):
     environment = isolated_environment("http://localhost:4566", tmp_path, {"NO_PROXY": "corp.example"})
     assert environment["NO_PROXY"] == environment["no_proxy"] == "corp.example,localhost,127.0.0.1"
 
 
-def test_a_build_is_made_anew_when_what_it_is_made_from_changes(tmp_path):
+def test_build_is_made_anew_when_what_it_is_made_from_changes(tmp_path):
     for folder in ("functions/worker", "layers/core", "statemachine"):
         (tmp_path / folder).mkdir(parents=True)
     for name in ("template.yaml", "samconfig.toml", "functions/worker/app.py", "layers/core/requirements.txt"):
@@ -110,7 +110,7 @@ def test_a_build_is_made_anew_when_what_it_is_made_from_changes(tmp_path):
 
 
 @pytest.mark.parametrize(("found", "reached_at"), [(None, "host.docker.internal:2"), ("127.0.0.1/8", "127.0.0.1:")])
-def test_sam_local_gets_each_functions_environment_and_a_way_here(tmp_path, monkeypatch, found, reached_at):
+def test_sam_local_gets_function_environment_and_address(tmp_path, monkeypatch, found, reached_at):
     class Lambda:
         def get_paginator(self, operation):
             assert operation == "list_functions"

@@ -26,9 +26,7 @@ class Recorder:
 
 
 @pytest.mark.parametrize(("origin", "cors"), [("", False), (ORIGIN, True)])
-def test_every_gateway_response_of_the_template_is_put_before_the_stage_is_deployed(
-    monkeypatch: pytest.MonkeyPatch, origin: str, cors: bool
-) -> None:
+def test_gateway_responses_are_set_before_deployment(monkeypatch: pytest.MonkeyPatch, origin: str, cors: bool) -> None:
     template = {"Resources": deployed(monkeypatch)}
     limits = {"throttlingRateLimit": 5.0, "throttlingBurstLimit": 10}
     gateway = Recorder({"*/*": limits, "/~1task~1start/POST": limits})

@@ -86,7 +86,7 @@ def test_two_supervisors_cannot_run(instance):
         pass
 
 
-def test_a_failed_start_shows_why_and_leaves_nothing(instance, capsys):
+def test_failed_start_shows_why_and_leaves_nothing(instance, capsys):
     assert start(instance, "fail") == 1
     assert "sam deploy failed" in capsys.readouterr().out
     assert not instance.runs()
@@ -106,7 +106,7 @@ def test_what_a_killed_run_left_is_cleaned_up(instance, capsys):
     assert instance.read()["pid"] != stale
 
 
-def test_a_stale_process_id_that_now_is_another_program_is_not_killed(instance):
+def test_stale_process_id_of_other_program_is_not_killed(instance):
     instance.directory.mkdir()
     with subprocess.Popen(["sleep", "60"]) as other:
         (instance.directory / "state.json").write_text(json.dumps({"pid": other.pid}))

@@ -73,5 +73,5 @@ def test_part_is_replaced_and_the_rest_of_the_page_kept(name: str) -> None:
 
 
 def test_part_without_markers_is_an_error() -> None:
-    with pytest.raises(LookupError, match="no markers of the part parameters"):
+    with pytest.raises(LookupError, match="the page has no markers for the part parameters"):
         with_part("# A page\n", "parameters", "text")

@@ -69,7 +69,7 @@ def test_it_is_closed_afterwards(echo):
         ask(address, b"abc")
 
 
-def test_a_server_that_is_gone_ends_the_connection():
+def test_server_that_is_gone_ends_the_connection():
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         relay = Relay(IPv4Interface("127.0.0.1/8"), closed.getsockname()[1])

@@ -28,12 +28,12 @@ def test_each_role_is_a_person_of_its_own(issuer, role):
     assert len(set(PEOPLE.values())) == len(PEOPLE)
 
 
-def test_a_person_may_have_several_roles(issuer):
+def test_person_may_have_several_roles(issuer):
     claims = decode(issuer.token("requester approver", subject="dave"), issuer)
     assert (claims["sub"], claims["scope"]) == ("dave", "requester approver")
 
 
-def test_an_old_token_has_expired(issuer):
+def test_old_token_has_expired(issuer):
     with pytest.raises(jwt.ExpiredSignatureError):
         decode(issuer.token("requester", now=1_600_000_000), issuer)
 
@@ -43,7 +43,7 @@ def test_another_issuers_token_is_unknown(issuer):
         decode(Issuer.create(issuer.url).token("requester"), issuer)
 
 
-def test_the_published_key_is_public_only(issuer):
+def test_published_key_is_public_only(issuer):
     (key,) = issuer.key_set()["keys"]
     assert not {"d", "p", "q", "dp", "dq", "qi"} & key.keys()
     assert (key["alg"], key["use"]) == ("RS256", "sig")

@@ -41,7 +41,7 @@ def test_operation_ids_are_unique() -> None:
 
 
 @pytest.mark.parametrize("operation", OPERATIONS, ids=lambda operation: operation.id)
-def test_an_example_is_of_its_schema_and_works(operation: Operation, ask: Callable[..., Answer]) -> None:
+def test_example_is_of_its_schema_and_works(operation: Operation, ask: Callable[..., Answer]) -> None:
     status, content = operation.answer
     if "example" in content:
         conforms(content["example"], content["schema"])
@@ -63,7 +63,7 @@ def test_errors_are_in_the_document(operation: Operation, ask: Callable[..., Ans
         conforms(answer.body, DOCUMENT["components"]["schemas"]["Problem"])
 
 
-def test_the_document_and_its_page_are_served_to_everybody(aws: Cloud) -> None:
+def test_document_and_its_page_are_served_to_everybody(aws: Cloud) -> None:
     api = Api(aws, "GatewayFunction")
     event = api.event("GET", "/openapi.json", subject=None)
     answer = aws.invoke("GatewayFunction", event)
@@ -78,7 +78,7 @@ def test_the_document_and_its_page_are_served_to_everybody(aws: Cloud) -> None:
         assert f'id="{operation.id}"' in answer["body"]
 
 
-def test_a_route_without_a_rule_cannot_be_documented() -> None:
+def test_route_without_a_rule_cannot_be_documented() -> None:
     program = (
         "import gateway.api\n"
         "gateway.api.app.get('/secret')(lambda: {})\n"

@@ -49,7 +49,7 @@ BODIES: dict[str, Callable[[dict[str, Any]], bool]] = {
 
 
 @pytest.mark.parametrize("case", events.cases())
-def test_the_function_answers_the_event(case: str, sam: SamLocal) -> None:
+def test_function_answers_the_event(case: str, sam: SamLocal) -> None:
     done = sam.result(case)
     if case.startswith("authorizer/"):
         assert done.answer["principalId"] == "demo_user"
@@ -64,13 +64,13 @@ def test_the_function_answers_the_event(case: str, sam: SamLocal) -> None:
     assert f"Mounting {BUILD / events.function_of(case)} as /var/task" in done.log
 
 
-def test_the_ledger_answers_with_the_id_of_its_policy(sam: SamLocal) -> None:
+def test_ledger_answers_with_the_id_of_its_policy(sam: SamLocal) -> None:
     policy = sam.result(FIRST).answer["result"]
     assert policy["policy_id"].startswith(f"policy-v{policy['version']}-")
     assert policy["rules"]["transfer_funds"]["requires_approval"] is True
 
 
-def test_every_function_of_the_template_is_built_and_has_an_event() -> None:
+def test_every_function_is_built_and_has_event() -> None:
     functions = set(template.functions())
     assert {events.function_of(case) for case in events.cases()} == functions
 
@@ -105,7 +105,7 @@ def published(keys: dict[str, Any]) -> Iterator[str]:
             server.shutdown()
 
 
-def test_the_authorizer_verifies_a_token(sam: SamLocal) -> None:
+def test_authorizer_verifies_a_token(sam: SamLocal) -> None:
     """With what the layer brings compiled, and keys that it fetches."""
     event = events.load("authorizer/no_token")
     event["authorizationToken"] = f"Bearer {sam.cloud.token('approver')}"

@@ -40,7 +40,7 @@ def test_stack_keeps_its_data_only_in_prod(template: Any, stage: str) -> None:
     assert keeping == (stateful if stage == "prod" else set())
 
 
-def test_the_seed_of_a_mainnet_identity_is_kept_in_every_stage(template: Any) -> None:
+def test_seed_of_a_mainnet_identity_is_kept_in_every_stage(template: Any) -> None:
     """The identity's balance is real money there."""
     for stage in ("dev", "staging", "prod"):
         parameters = {"Stage": stage, "QubicNetwork": "mainnet"}

@@ -89,14 +89,14 @@ def test_without_an_issuer_the_stack_has_a_user_pool(template: Any, parameters: 
     assert all(kind in kinds for kind in (body["Type"] for body in template.resources.values()) if "Cognito" in kind)
 
 
-def test_an_issuer_is_given_as_a_whole_or_not_at_all(template: Any) -> None:
+def test_issuer_is_given_as_a_whole_or_not_at_all(template: Any) -> None:
     for name, value in ISSUER.items():
         rest = {other: each for other, each in ISSUER.items() if other != name}
         assert refusals(template, **rest) & {"JwtNamesItsIssuer", "OwnPoolNeedsNoKeys"}, name
         assert refusals(template, **{name: value}) & {"JwtNamesItsIssuer", "OwnPoolNeedsNoKeys"}, name
 
 
-def test_the_authorizer_trusts_the_issuer_that_is_given_or_else_the_pool_alone() -> None:
+def test_authorizer_trusts_given_issuer_or_own_pool() -> None:
     given = environment("AuthorizerFunction", ISSUER)
     assert {name: given[name] for name in ("JWT_ISSUER", "JWT_AUDIENCE", "JWKS_URL")} == {
         "JWT_ISSUER": ISSUER["JwtIssuer"],
@@ -110,14 +110,14 @@ def test_the_authorizer_trusts_the_issuer_that_is_given_or_else_the_pool_alone()
     assert own["JWKS_URL"] == f"{own['JWT_ISSUER']}/.well-known/jwks.json"
 
 
-def test_the_pool_has_a_group_for_each_role_and_no_other(template: Any) -> None:
+def test_pool_has_a_group_for_each_role_and_no_other(template: Any) -> None:
     groups = template.of_type("AWS::Cognito::UserPoolGroup").values()
     assert sorted(group["GroupName"] for group in groups) == sorted(ROLES)
     assert all(group["UserPoolId"] == {"Ref": "UserPool"} for group in groups)
     assert not [group for group in groups if "RoleArn" in group]
 
 
-def test_only_an_administrator_makes_users_and_passwords_are_strong(template: Any) -> None:
+def test_only_administrator_creates_users_with_strong_passwords(template: Any) -> None:
     pool = template.resources["UserPool"]["Properties"]
     assert pool["AdminCreateUserConfig"]["AllowAdminCreateUserOnly"] is True
     assert [each["Name"] for each in pool["AccountRecoverySetting"]["RecoveryMechanisms"]] == ["admin_only"]
@@ -126,7 +126,7 @@ def test_only_an_administrator_makes_users_and_passwords_are_strong(template: An
     assert all(password[f"Require{kind}"] for kind in ("Lowercase", "Uppercase", "Numbers", "Symbols"))
 
 
-def test_the_client_has_no_secret_and_does_not_say_who_exists(template: Any) -> None:
+def test_client_has_no_secret_and_does_not_say_who_exists(template: Any) -> None:
     client = template.resources["UserPoolClient"]["Properties"]
     assert client["GenerateSecret"] is False
     assert client["PreventUserExistenceErrors"] == "ENABLED"
@@ -138,7 +138,7 @@ def test_the_client_has_no_secret_and_does_not_say_who_exists(template: Any) -> 
     assert (client["AccessTokenValidity"], client["TokenValidityUnits"]["AccessToken"]) == (60, "minutes")
 
 
-def test_the_pool_and_its_client_are_outputs(template: Any) -> None:
+def test_pool_and_its_client_are_outputs(template: Any) -> None:
     outputs = template.document["Outputs"]
     assert outputs["UserPoolId"]["Value"] == {"Ref": "UserPool"}
     assert outputs["UserPoolClientId"]["Value"] == {"Ref": "UserPoolClient"}
@@ -179,9 +179,7 @@ def test_only_execute_action_may_have_money_moved(template: Any) -> None:
         ("LEDGER_RECORD_FUNCTION", "LedgerRecordFunction"),
     ],
 )
-def test_who_may_invoke_a_function_of_the_ledger_knows_its_name_and_nobody_else(
-    template: Any, variable: str, function: str
-) -> None:
+def test_ledger_function_name_known_to_its_callers_only(template: Any, variable: str, function: str) -> None:
     named = {name: environment(name).get(variable) for name in template.functions}
     assert {name: each for name, each in named.items() if each} == dict.fromkeys(invokes(template)[function], function)
 
@@ -200,7 +198,7 @@ def test_each_operation_of_the_ledger_is_one_functions(template: Any) -> None:
 
 
 @pytest.mark.parametrize(("network", "users"), [("mock", QUBIC), ("mainnet", set())])
-def test_the_mock_networks_table_is_nobodys_where_there_is_none(template: Any, network: str, users: set[str]) -> None:
+def test_mock_networks_table_is_nobodys_where_there_is_none(template: Any, network: str, users: set[str]) -> None:
     found = {
         name
         for name, function in template.functions.items()
@@ -258,13 +256,13 @@ def test_no_function_on_the_internet_signs_through_the_table(template: Any) -> N
             assert each == statement or not changes or table not in each["Resource"], name
 
 
-def test_the_threat_model_lists_every_function_with_the_seed() -> None:
+def test_threat_model_lists_every_function_with_the_seed() -> None:
     text = (Path(__file__).parents[2] / "docs" / "threat-model.md").read_text()
     [functions] = re.findall(r"^\*\*Functions that hold the seed\*\*[^\n]*\n\n((?:[- ] .*\n)+)", text, re.MULTILINE)
     assert set(re.findall(r"`(\w+Function)`", functions)) == HOLDERS_OF_THE_SEED
 
 
-def test_the_qubic_service_has_no_right_that_it_does_not_use(template: Any) -> None:
+def test_qubic_service_has_no_right_that_it_does_not_use(template: Any) -> None:
     table = {"Fn::GetAtt": ["LedgerTable", "Arn"]}
     for name in QUBIC:
         rights = {action.removeprefix("dynamodb:") for action, resource in allowed(template, name) if resource == table}
@@ -274,7 +272,7 @@ def test_the_qubic_service_has_no_right_that_it_does_not_use(template: Any) -> N
 # Limits
 
 
-def test_the_firewall_has_awss_rules_and_a_limit_for_each_address(template: Any) -> None:
+def test_firewall_has_aws_rules_and_limit_per_address(template: Any) -> None:
     rules = {rule["Name"]: rule for rule in template.resources["WebAcl"]["Properties"]["Rules"]}
     managed = {
         rule["Statement"]["ManagedRuleGroupStatement"]["Name"]: rule
@@ -292,7 +290,7 @@ def test_the_firewall_has_awss_rules_and_a_limit_for_each_address(template: Any)
     assert len({rule["Priority"] for rule in rules.values()}) == len(rules)
 
 
-def test_the_firewall_stands_before_the_apis_stage_where_it_is_asked_for(template: Any) -> None:
+def test_firewall_protects_stage_when_enabled(template: Any) -> None:
     assert set(of_condition(template, "HasWaf")) == {"WebAcl", "WebAclAssociation", "WafLogging", "WafLogs"}
     association = template.resources["WebAclAssociation"]["Properties"]
     assert association["WebACLArn"] == {"Fn::GetAtt": ["WebAcl", "Arn"]}
@@ -309,7 +307,7 @@ def test_the_firewall_stands_before_the_apis_stage_where_it_is_asked_for(templat
     assert "EnableWaf=true" in config["prod"]["deploy"]["parameters"]["parameter_overrides"]
 
 
-def test_the_firewalls_log_has_no_tokens(template: Any) -> None:
+def test_firewalls_log_has_no_tokens(template: Any) -> None:
     logging = template.resources["WafLogging"]["Properties"]
     assert logging["RedactedFields"] == [{"SingleHeader": {"Name": "authorization"}}]
     # WAF demands the prefix.
@@ -342,7 +340,7 @@ def deployed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return found
 
 
-def test_a_preflight_needs_no_token_and_names_the_methods_of_its_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preflight_needs_no_token_and_lists_methods(monkeypatch: pytest.MonkeyPatch) -> None:
     resources = deployed(monkeypatch)
     paths = resources["Api"]["Properties"]["Body"]["paths"]
     for path, methods in paths.items():
@@ -355,7 +353,7 @@ def test_a_preflight_needs_no_token_and_names_the_methods_of_its_path(monkeypatc
     assert len(paths) > 15
 
 
-def test_there_is_no_second_stage_beside_the_one_with_limits_log_and_firewall(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_api_has_no_second_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     """By itself, SAM makes a stage named Stage too, through which the same functions are reached without them."""
     resources = deployed(monkeypatch).values()
     stages = [body["Properties"] for body in resources if body["Type"] == "AWS::ApiGateway::Stage"]
@@ -372,7 +370,7 @@ def test_another_origin_is_another_deployment(template: Any) -> None:
         assert template.resources[name]["Properties"]["AlwaysDeploy"] is True
 
 
-def test_a_log_that_is_anchored_in_public_has_a_name_of_its_own(template: Any) -> None:
+def test_log_that_is_anchored_in_public_has_a_name_of_its_own(template: Any) -> None:
     assert refusals(template, QubicNetwork="mainnet") == {"MainnetNamesItsLog"}
     assert refusals(template, QubicNetwork="mainnet", LogId="acme-payments") == set()
     assert refusals(template) == set()
@@ -400,7 +398,7 @@ def test_every_origin_is_never_allowed_in_prod(template: Any) -> None:
         ("null", False),
     ],
 )
-def test_an_origin_has_the_form_of_one(template: Any, origin: str, taken: bool) -> None:
+def test_origin_has_the_form_of_one(template: Any, origin: str, taken: bool) -> None:
     pattern = template.parameters["CorsAllowOrigin"]["AllowedPattern"]
     assert bool(re.search(pattern, origin)) == taken
 
@@ -428,7 +426,7 @@ def test_every_kind_of_gateway_response_is_defined(responses: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("kind", GATEWAY_RESPONSES)
-def test_a_gateway_response_is_a_problem_with_every_member(responses: dict[str, Any], kind: str) -> None:
+def test_gateway_response_is_a_problem_with_every_member(responses: dict[str, Any], kind: str) -> None:
     [(content_type, body)] = responses[kind]["ResponseTemplates"].items()
     assert content_type == "application/json"  # the one template that API Gateway uses whatever is asked for
     assert set(re.findall(r"\$[\w.]+", body)) == set(CONTEXT)
@@ -444,7 +442,7 @@ def test_a_gateway_response_is_a_problem_with_every_member(responses: dict[str, 
 
 
 @pytest.mark.parametrize("kind", GATEWAY_RESPONSES)
-def test_a_gateway_response_has_the_headers_of_the_services(responses: dict[str, Any], kind: str) -> None:
+def test_gateway_response_has_the_headers_of_the_services(responses: dict[str, Any], kind: str) -> None:
     plain = headers_of(responses[kind])
     assert plain["Content-Type"] == PROBLEM
     assert (plain["X-Content-Type-Options"], plain["Cache-Control"]) == ("nosniff", "no-store")

@@ -47,7 +47,7 @@ def test_every_state_says_what_it_is_for(states: States) -> None:
     assert [name for name, state in states.items() if not state.get("Comment")] == []
 
 
-def test_every_task_has_a_time_limit_and_retries_with_backoff_and_jitter(states: States) -> None:
+def test_every_task_has_timeout_and_jittered_retries(states: States) -> None:
     for name, state in tasks(states).items():
         assert isinstance(state.get("TimeoutSeconds"), int), name
         retry = state["Retry"][-1]
@@ -58,7 +58,7 @@ def test_every_task_has_a_time_limit_and_retries_with_backoff_and_jitter(states:
         assert retry["JitterStrategy"] == "FULL", name
 
 
-def test_a_token_waits_for_its_own_time_and_never_twice(template: Any, states: States) -> None:
+def test_token_waits_for_its_own_time_and_never_twice(template: Any, states: States) -> None:
     waiting = {name: each for name, each in states.items() if str(each.get("Resource")).endswith(".waitForTaskToken")}
     limits = {
         "AwaitApproval": ("ApprovalTimeoutSeconds", "expired"),
@@ -127,7 +127,7 @@ def test_what_would_meet_the_same_again_is_never_tried_again(states: States) -> 
         assert set(first["ErrorEquals"]) == stops | {ConflictError.__name__, InvalidInputError.__name__}, name
 
 
-def test_a_transfer_is_executed_only_when_the_ledger_has_said_what_became_of_it(states: States) -> None:
+def test_transfer_executed_only_after_ledger_outcome(states: States) -> None:
     """ExecuteAction goes on when its token is answered, not when its function returns."""
     state = states["ExecuteAction"]
     assert state["Resource"].endswith(".waitForTaskToken")
@@ -205,7 +205,7 @@ def test_nothing_runs_without_a_clear_yes(states: States) -> None:
     assert isinstance(stopped_by(unknown), StepDeniedError)
 
 
-def test_the_end_of_a_task_does_not_loop(states: States) -> None:
+def test_end_of_a_task_does_not_loop(states: States) -> None:
     assert successors(states["EndTask"]) == {"TaskFailed?"}
     assert successors(states["TaskFailed?"]) == {"TaskFailed", "TaskEnded"}
     assert successors(states["TaskFailed"]) == successors(states["TaskEnded"]) == set()
@@ -223,13 +223,13 @@ def test_every_state_is_reached_and_exists(definition: dict[str, Any], states: S
         assert reached - outside == set(machine["States"])
 
 
-def test_the_machine_may_call_its_functions_and_no_others(template: Any) -> None:
+def test_machine_may_call_its_functions_and_no_others(template: Any) -> None:
     called = [value for value in template.state_machine["DefinitionSubstitutions"].values() if "Fn::GetAtt" in value]
     [invoke] = [each for each in template.statements("TaskExecutionStateMachine") if each["Sid"] == "InvokeTheStates"]
     assert sorted(map(str, called)) == sorted(map(str, invoke["Resource"]))
 
 
-def test_a_task_stays_within_its_budget_of_transitions(states: States) -> None:
+def test_task_stays_within_its_budget_of_transitions(states: States) -> None:
     """Standard workflows are billed by the transition: three monitoring steps, and a transfer with one approval."""
     monitoring = ["PlanTask", "PolicyAllows?", "RunSteps", *["RunStep"] * 3]
     transfer = ["PlanTask", "PolicyAllows?", "RunFirstSteps", *["RunFirstStep"] * 2, "AwaitApproval", "ExecuteAction"]

@@ -141,7 +141,7 @@ def allowed(template: Any, name: str) -> Iterator[tuple[str, Any]]:
             yield from ((action, resource) for action in statement["Action"] for resource in statement["Resource"])
 
 
-def test_every_function_has_a_log_group_of_its_own_with_retention(template: Any) -> None:
+def test_every_function_has_own_log_group_with_retention(template: Any) -> None:
     groups = {name: function["LoggingConfig"]["LogGroup"]["Ref"] for name, function in template.functions.items()}
     assert len(set(groups.values())) == len(groups)
     for group in groups.values():
@@ -235,7 +235,7 @@ def test_every_handler_can_be_imported(template: Any, monkeypatch: pytest.Monkey
         assert callable(getattr(importlib.import_module(module), attribute, None)), f"{name}: {function['Handler']}"
 
 
-def test_a_function_ends_before_its_state_does(template: Any) -> None:
+def test_function_ends_before_its_state_does(template: Any) -> None:
     common = template.document["Globals"]["Function"]["Timeout"]
     called = {
         value["Fn::GetAtt"][0]
@@ -251,7 +251,7 @@ def test_a_function_ends_before_its_state_does(template: Any) -> None:
         assert template.functions[name].get("Timeout", common) < shortest_state, name
 
 
-def test_the_routes_are_those_of_the_contract(template: Any) -> None:
+def test_routes_are_those_of_the_contract(template: Any) -> None:
     for name, function in template.functions.items():
         events = [event["Properties"] for event in function.get("Events", {}).values() if event["Type"] == "Api"]
         assert {f"{event['Method']} {event['Path']}" for event in events} == ROUTES.get(name, set()), name
@@ -267,7 +267,7 @@ def test_only_health_and_the_documentation_are_open(template: Any) -> None:
                 assert is_open == (event["Properties"]["Path"] in OPEN_ROUTES), event["Properties"]["Path"]
 
 
-def test_the_log_is_public_only_where_it_is_asked_for_and_then_without_its_entries(template: Any) -> None:
+def test_log_is_public_only_when_enabled_and_has_no_entries(template: Any) -> None:
     assert template.parameters["PublicLog"]["Default"] == "false"
     for name in ("PublicLogApi", "PublicLogFunction", "PublicLogLogs"):
         assert template.resources[name]["Condition"] == "LogIsPublic"
@@ -277,7 +277,7 @@ def test_the_log_is_public_only_where_it_is_asked_for_and_then_without_its_entri
     assert not [route for route in ROUTES["PublicLogFunction"] if "entries" in route]
 
 
-def test_the_public_log_reads_tiles_and_anchors_and_nothing_that_names_a_task(template: Any) -> None:
+def test_public_log_cannot_read_names_of_tasks(template: Any) -> None:
     tiles, anchors = template.statements("PublicLogFunction")
     assert list(allowed(template, "PublicLogFunction")) == [
         ("dynamodb:GetItem", {"Fn::GetAtt": ["AuditLogTable", "Arn"]}),
@@ -287,7 +287,7 @@ def test_the_public_log_reads_tiles_and_anchors_and_nothing_that_names_a_task(te
     assert "Condition" not in anchors
 
 
-def test_the_public_log_takes_every_client_for_one_that_takes_bytes(template: Any) -> None:
+def test_public_log_treats_every_client_as_binary(template: Any) -> None:
     assert template.resources["PublicLogApi"]["Properties"]["BinaryMediaTypes"] == ["*/*"]
     # There it would break the preflight, to which SAM cannot give a contentHandling.
     assert "*/*" not in template.resources["Api"]["Properties"]["BinaryMediaTypes"]
@@ -307,14 +307,14 @@ def test_two_stacks_logs_have_two_origins(template: Any) -> None:
         ("a\nb", False),
     ],
 )  # fmt: skip
-def test_the_origin_is_an_address_without_its_scheme(template: Any, origin: str, taken: bool) -> None:
+def test_origin_is_an_address_without_its_scheme(template: Any, origin: str, taken: bool) -> None:
     parameter = template.parameters["LogOrigin"]
     assert bool(re.fullmatch(parameter["AllowedPattern"], origin)) == taken
     assert parameter["MaxLength"] <= 255
 
 
 @pytest.mark.parametrize("name", ["Api", "PublicLogApi"])
-def test_the_api_is_throttled_and_logged(template: Any, name: str) -> None:
+def test_api_is_throttled_and_logged(template: Any, name: str) -> None:
     api = template.resources[name]["Properties"]
     for settings in api["MethodSettings"]:
         assert {"ThrottlingRateLimit", "ThrottlingBurstLimit"} <= settings.keys()
@@ -323,7 +323,7 @@ def test_the_api_is_throttled_and_logged(template: Any, name: str) -> None:
     assert "authorizationToken" not in api["AccessLogSetting"]["Format"]
 
 
-def test_the_public_log_takes_no_more_than_what_an_account_bears(template: Any) -> None:
+def test_public_log_takes_no_more_than_what_an_account_bears(template: Any) -> None:
     """Its limits hold on each route: anybody may ask for so much, all the time, at the operator's cost."""
     function, api = template.functions["PublicLogFunction"], template.resources["PublicLogApi"]["Properties"]
     [settings] = api["MethodSettings"]
@@ -342,7 +342,7 @@ def limits_of(settings: dict[str, Any]) -> str:
     return kind
 
 
-def test_what_changes_something_and_what_needs_no_token_has_limits_of_its_own(template: Any) -> None:
+def test_writing_and_open_routes_have_own_limits(template: Any) -> None:
     """So that a flood of one route, or of nobody in particular, leaves the others as they are."""
     routes = {route for routes in ROUTES.values() for route in routes}
     wanted = {route: "Change" for route in routes - READS_BY_POST if not route.startswith("GET ")}
@@ -366,7 +366,7 @@ def test_limits_of_single_routes_are_tighter_by_default(template: Any) -> None:
         assert default("Open", limit) < default("Change", limit) < default("Api", limit)
 
 
-def test_an_alarm_tells_of_an_approval_that_waits_for_long_and_of_silence(template: Any) -> None:
+def test_alarm_fires_on_old_approval_or_missing_metric(template: Any) -> None:
     alarm = template.resources["OldestPendingApprovalAlarm"]["Properties"]
     assert alarm["Threshold"] == {"Ref": "ApprovalAlarmSeconds"}
     assert alarm["TreatMissingData"] == "breaching", "a reconciler that says nothing is no good news"
@@ -474,7 +474,7 @@ def arn_of_roles(name: str) -> dict[str, str]:
     return {"Fn::Sub": f"arn:${{AWS::Partition}}:iam::${{AWS::AccountId}}:role/${{AWS::StackName}}/{name}/*"}
 
 
-def test_the_roles_that_write_the_audits_tables_are_known_by_their_paths(template: Any) -> None:
+def test_audit_writers_are_identified_by_role_path(template: Any) -> None:
     """A table's policy cannot name a role that names the table: the path is what both know."""
     paths = {name: each["RolePath"]["Fn::Sub"] for name, each in template.functions.items() if "RolePath" in each}
     known = AUDITS_ROLES | {"GatewayFunction": "gateway", "QubicApiFunction": "policy"}
@@ -486,13 +486,13 @@ def test_the_roles_that_write_the_audits_tables_are_known_by_their_paths(templat
         assert writes_the_audit == (name in AUDITS_ROLES), name
 
 
-def test_nobody_but_the_recorder_puts_an_entry_whatever_their_own_policy_says(template: Any) -> None:
+def test_only_recorder_can_put_entries(template: Any) -> None:
     _, put = table_policy(template, "AuditEntriesTable")
     assert set(put["Action"]) == {"dynamodb:PutItem", "dynamodb:PartiQLInsert"}
     assert put["Condition"] == {"ArnNotLike": {"aws:PrincipalArn": arn_of_roles("recorder")}}
 
 
-def test_the_log_is_written_by_the_audits_roles_each_in_its_own_partitions(template: Any) -> None:
+def test_log_written_by_audit_roles_in_own_partitions(template: Any) -> None:
     delete, put, update, *partitions = table_policy(template, "AuditLogTable")
     assert set(delete["Action"]) == CHANGES - {"dynamodb:UpdateItem"} | {"dynamodb:PartiQLInsert"}
     assert "Condition" not in delete
@@ -547,13 +547,13 @@ def test_nobody_changes_audit_entries(template: Any) -> None:
         assert [(set(each["Action"]), each["Resource"]) for each in denied] == [(CHANGES, [entries])], name
 
 
-def test_a_table_has_one_owner(template: Any) -> None:
+def test_table_has_one_owner(template: Any) -> None:
     for table, owners in OWNERS.items():
         users = {name for name in template.functions if f"'{table}'" in str(list(allowed(template, name)))}
         assert users == owners, table
 
 
-def test_the_ledger_alone_reads_its_seed_and_nobody_changes_it(template: Any) -> None:
+def test_ledger_alone_reads_its_seed_and_nobody_changes_it(template: Any) -> None:
     for name in template.functions:
         secrets = [pair for pair in allowed(template, name) if "QubicSeed" in str(pair)]
         assert secrets == (
@@ -570,7 +570,7 @@ def test_tables_are_encrypted_and_recoverable(template: Any) -> None:
         assert table["BillingMode"] == "PAY_PER_REQUEST", name
 
 
-def test_the_stub_is_refused_outside_the_local_stage(template: Any) -> None:
+def test_stub_is_refused_outside_the_local_stage(template: Any) -> None:
     rule = template.document["Rules"]["StubOnlyInLocalStage"]
     assert rule["RuleCondition"] == {"Fn::Equals": [{"Ref": "AuthMode"}, "stub"]}
     [assertion] = rule["Assertions"]
@@ -593,7 +593,7 @@ def test_every_parameter_is_used(template: Any) -> None:
     assert unused == []
 
 
-def test_one_sequencer_takes_what_is_recorded_and_what_it_cannot_take_is_not_lost(template: Any) -> None:
+def test_sequencer_is_single_and_loses_nothing(template: Any) -> None:
     stream = template.functions["SequencerFunction"]["Events"]["NewEntries"]["Properties"]
     assert stream["Stream"] == {"Fn::GetAtt": ["AuditEntriesTable", "StreamArn"]}
     batch = ("BatchSize", "MaximumBatchingWindowInSeconds", "ParallelizationFactor")

@@ -18,7 +18,7 @@ ROOT = bytes(range(32))
 ANCHOR = AnchorPayload(log_id_bytes("qaes"), 258, ROOT)
 
 
-def test_the_layout_byte_by_byte() -> None:
+def test_layout_byte_by_byte() -> None:
     second = ANCHOR.next(size=70_000, root=ROOT[::-1])
     assert ANCHOR_INPUT_TYPE == 0x5141 and PAYLOAD_BYTES == 93
     assert second.encode() == (
@@ -33,7 +33,7 @@ def test_the_layout_byte_by_byte() -> None:
     assert second.previous == ANCHOR.digest
 
 
-def test_an_anchor_is_read_back() -> None:
+def test_anchor_is_read_back() -> None:
     assert decode(ANCHOR.encode()) == ANCHOR
 
 
@@ -68,16 +68,16 @@ def test_no_anchor_is_made_of_what_is_none(fields: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [258, 257])
-def test_a_log_that_has_not_grown_is_not_anchored_again(size: int) -> None:
+def test_log_that_has_not_grown_is_not_anchored_again(size: int) -> None:
     with pytest.raises(ProofError):
         ANCHOR.next(size=size, root=ROOT)
 
 
-def test_the_first_has_none_before_it() -> None:
+def test_first_has_none_before_it() -> None:
     assert ANCHOR.previous == FIRST == bytes(32) and ANCHOR.sequence == 0
 
 
-def test_a_salted_hash_is_that_of_both() -> None:
+def test_salted_hash_is_that_of_both() -> None:
     salt = "0123456789abcdef" * 2
     assert salted_hash(salt, {"b": 1}) == hash_of({"value": {"b": 1}, "salt": salt}) != hash_of({"b": 1})
     assert salted_hash(salt, 1) != salted_hash("f" * 32, 1)

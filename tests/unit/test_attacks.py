@@ -125,12 +125,12 @@ FIELDS = {
 }  # fmt: skip
 
 
-def test_the_table_has_every_field() -> None:
+def test_table_has_every_field() -> None:
     assert set(FIELDS) == set(json.loads(GOOD["entries"][0]["text"]))
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_a_field_of_an_entry_altered(field: str) -> None:
+def test_field_of_an_entry_altered(field: str) -> None:
     value, check = FIELDS[field]
     bundle = deepcopy(GOOD)
     alter_text(bundle["entries"][6], **{field: value})
@@ -142,7 +142,7 @@ def test_a_field_of_an_entry_altered(field: str) -> None:
     "field", sorted(set(FIELDS) - {"v", "log_id", "task_id", "seq", "prev", "input_hash", "output_hash"})
 )
 @pytest.mark.parametrize("at", [0, 6, -1])
-def test_a_field_altered_and_all_hashes_recomputed(field: str, at: int) -> None:
+def test_field_altered_and_all_hashes_recomputed(field: str, at: int) -> None:
     bundle = rewrite(GOOD, lambda entries: alter_text(entries[at], **{field: FIELDS[field][0]}))
     assert caught(bundle) == ("proof", f"entry {at + 1 if at >= 0 else len(bundle['entries'])}")
 
@@ -165,12 +165,12 @@ def test_another_salt() -> None:
 
 
 @pytest.mark.parametrize("salt", ["", SALT[:-1], SALT.upper(), SALT + "\n", 'x","value":1,"y":"', "\u0660" * 32])
-def test_a_salt_that_is_none(salt: str) -> None:
+def test_salt_that_is_none(salt: str) -> None:
     """A salt is put into a text as it is: one with quotes would let two values have one hash."""
     assert caught(GOOD | {"salt": salt}) == ("format", "bundle")
 
 
-def test_a_bundle_of_another_format() -> None:
+def test_bundle_of_another_format() -> None:
     assert caught(GOOD | {"format": "qaes-bundle-2"}) == ("format", "bundle")
     assert caught(GOOD | {"entries": []}) == ("format", "bundle")
 
@@ -207,7 +207,7 @@ def test_two_entries_at_one_place() -> None:
     assert caught(bundle) == ("proof", "entry 5")
 
 
-def test_a_log_in_which_a_task_runs_backwards() -> None:
+def test_log_in_which_a_task_runs_backwards() -> None:
     """The operator's own root over entries out of order: each is included, and yet."""
     trail, log = denied(), Log()
     texts = [text for text, _, _ in trail.entries]
@@ -224,13 +224,13 @@ def test_a_log_in_which_a_task_runs_backwards() -> None:
 
 
 @pytest.mark.parametrize("kept", [1, 5, 13])
-def test_the_anchored_tail_truncated(kept: int) -> None:
+def test_anchored_tail_truncated(kept: int) -> None:
     cut = GOOD | {"entries": GOOD["entries"][:kept]}
     assert caught(cut)[0] in {"complete", "policy"}  # a policy that nothing refers to any more gives it away too
     assert caught(cut | {"policies": GOOD["policies"] if kept > 1 else {}}) == ("complete", f"entry {kept}")
 
 
-def test_the_unanchored_tail_truncated() -> None:
+def test_unanchored_tail_truncated() -> None:
     """What docs/audit.md says plainly: until it is anchored, an entry can be dropped, and no bundle shows it."""
     bundle = transferred().bundle(unanchored=2)
     cut = bundle | {"entries": bundle["entries"][:-1]}
@@ -241,7 +241,7 @@ def test_the_unanchored_tail_truncated() -> None:
     assert not any("NOT ANCHORED YET" in line for line in verify(without, open_=True))
 
 
-def test_an_unanchored_tail_rewritten() -> None:
+def test_unanchored_tail_rewritten() -> None:
     """It can be: it is worth nothing until it is anchored. What is anchored cannot."""
     bundle = transferred().bundle(unanchored=1)
     tail = rewrite(bundle, lambda entries: alter_text(entries[-1], timestamp="2026-11-24T12:00:00.000Z"))
@@ -274,7 +274,7 @@ def test_history_rewritten_under_the_true_anchor() -> None:
     assert caught(rejected().bundle() | {"anchor": GOOD["anchor"]})[0] == "proof"
 
 
-def test_history_rewritten_under_an_anchor_that_is_not_signed_for_it() -> None:
+def test_rewritten_history_without_signature_is_rejected() -> None:
     forged = rejected().bundle()
     signature = base64.b64decode(GOOD["anchor"]["transaction"])[-64:]
     sent = base64.b64decode(forged["anchor"]["transaction"])[:-64] + signature
@@ -295,7 +295,7 @@ def test_two_roots_of_one_size() -> None:
     assert fork.value.check == "root"
 
 
-def test_a_fork_that_goes_on() -> None:
+def test_fork_that_goes_on() -> None:
     one, other = Log(), Log()
     transferred().bundle(log=one)
     rejected().bundle(log=other)
@@ -315,32 +315,32 @@ def test_a_fork_that_goes_on() -> None:
 # Anchors
 
 
-def test_an_older_anchor_replayed() -> None:
+def test_older_anchor_replayed() -> None:
     log = Log()
     log.append("somebody's entry")
     older = log.anchor()
     assert caught(anchored_with(ANCHORER.transaction(older.encode()).encode())) == ("index", "entry 1")
 
 
-def test_the_anchor_of_another_log() -> None:
+def test_anchor_of_another_log() -> None:
     payload = replace(AnchorPayload(log_id_bytes(LOG_ID), 23, bytes(32)), log_id=log_id_bytes("another"))
     assert caught(anchored_with(ANCHORER.transaction(payload.encode()).encode())) == ("log", "anchor")
 
 
-def test_a_server_that_answers_with_another_log() -> None:
+def test_server_that_answers_with_another_log() -> None:
     other = Trail(log_id="another").start().end("cancelled", "alice").bundle()
     assert verify(other, log_id="another")
     assert caught(other) == ("log", "bundle")
     assert caught(other | {"log_id": LOG_ID}) == ("log", "entry 1")
 
 
-def test_a_server_that_answers_with_another_task() -> None:
+def test_server_that_answers_with_another_task() -> None:
     assert caught(GOOD, task_id=GOOD["task_id"][:-1] + "2") == ("task", "bundle")
     assert caught(GOOD | {"task_id": GOOD["task_id"][:-1] + "2"}) == ("task", "entry 1")
     assert caught(GOOD | {"task_id": "task_2"}) == ("format", "bundle")
 
 
-def test_the_anchor_of_another_network() -> None:
+def test_anchor_of_another_network() -> None:
     """Nothing in the bytes of a transaction names its network. The identity does, where it is another one on each."""
     mock = transferred().bundle(OTHER, network="mock")
     assert caught(mock | {"network": "mainnet"}) == ("identity", "anchor")
@@ -356,7 +356,7 @@ def test_the_anchor_of_another_network() -> None:
     assert "NOT PROVED  that any network has the transaction" in report
 
 
-def test_a_node_of_the_network_that_does_not_have_the_transaction() -> None:
+def test_verifier_reports_node_without_transaction() -> None:
     """Only a look-up tells: the node of one network has it, that of the other does not."""
     kept: dict[str, Any] = {}
 
@@ -372,7 +372,7 @@ def test_a_node_of_the_network_that_does_not_have_the_transaction() -> None:
         assert caught(SMALL, rpc=rpc) == ("rpc", "anchor")  # whose anchor is another one
 
 
-def test_the_payload_in_a_transaction_that_is_no_anchor() -> None:
+def test_payload_in_a_transaction_that_is_no_anchor() -> None:
     payload = payload_of(GOOD)
     for changes in (
         {"amount": 1},
@@ -410,7 +410,7 @@ def test_bytes_before_or_after_the_transaction() -> None:
             verify(GOOD | {"anchor": anchor})
 
 
-def test_the_signature_mutated() -> None:
+def test_signature_mutated() -> None:
     sent = bytearray(base64.b64decode(GOOD["anchor"]["transaction"]))
     for at in (len(sent) - 64, len(sent) - 33, len(sent) - 32, len(sent) - 2, len(sent) - 1):
         mutated = sent.copy()
@@ -418,7 +418,7 @@ def test_the_signature_mutated() -> None:
         assert caught(anchored_with(bytes(mutated))) == ("signature", "anchor")
 
 
-def test_the_signature_s_twin() -> None:
+def test_signature_s_twin() -> None:
     """With s + N the equation still holds; it would be a second id for the same act."""
     sent = base64.b64decode(GOOD["anchor"]["transaction"])
     s = int.from_bytes(sent[-32:], "little") + fourq.N
@@ -427,7 +427,7 @@ def test_the_signature_s_twin() -> None:
     assert caught(anchored_with(twin)) == ("signature", "anchor")
 
 
-def test_a_transaction_for_another_tick_with_the_signature_of_this_one() -> None:
+def test_signature_for_one_tick_fails_for_another() -> None:
     sent = base64.b64decode(GOOD["anchor"]["transaction"])
     moved = sent[:72] + (75_241_801).to_bytes(4, "little") + sent[76:]
     assert caught(anchored_with(moved)) == ("signature", "anchor")
@@ -471,7 +471,7 @@ def test_proofs_of_another_length(change: Callable[[list[str]], list[str]], mess
         verify(bundle)
 
 
-def test_a_node_passed_off_as_a_leaf() -> None:
+def test_node_passed_off_as_a_leaf() -> None:
     leaves = [leaf_digest(bytes([number])) for number in range(4)]
     left, right = node_hash(*leaves[:2]), node_hash(*leaves[2:])
     root = node_hash(left, right)
@@ -617,7 +617,7 @@ def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 @untraced
 @settings(max_examples=150, deadline=None)
 @given(st.data())
-def test_any_value_replaced_is_caught_by_a_check_and_never_crashes(data: st.DataObject) -> None:
+def test_replaced_value_is_caught_by_check(data: st.DataObject) -> None:
     path = data.draw(st.sampled_from(places(SMALL)))
     bundle = replaced(SMALL, path, data.draw(JSON))
     if canonical_json(bundle) != canonical_json(SMALL):
@@ -1057,7 +1057,7 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
 
 
 @pytest.mark.parametrize("kind", ["forgotten", "must_ask", "decision", "__init__", ""])
-def test_a_kind_that_there_is_not(kind: str) -> None:
+def test_kind_that_there_is_not(kind: str) -> None:
     trail = Trail().start().end("cancelled", "alice")
     text, input_, output = trail.entries[1]
     trail.entries[1] = (canonical_json(json.loads(text) | {"kind": kind}), input_, output)
@@ -1082,7 +1082,7 @@ def test_a_kind_that_there_is_not(kind: str) -> None:
         (8, {"actor": "mallory"}),
     ],
 )
-def test_an_entry_of_a_form_that_there_is_not(at: int, changes: dict[str, Any]) -> None:
+def test_entry_of_a_form_that_there_is_not(at: int, changes: dict[str, Any]) -> None:
     trail = transferred()
     text, input_, output = trail.entries[at - 1]
     trail.entries[at - 1] = (canonical_json(json.loads(text) | changes), input_, output)
@@ -1090,7 +1090,7 @@ def test_an_entry_of_a_form_that_there_is_not(at: int, changes: dict[str, Any]) 
     assert caught(trail.bundle()) == ("text", f"entry {at}")
 
 
-def test_an_older_policy_in_force_again_is_told() -> None:
+def test_older_policy_in_force_again_is_told() -> None:
     """Version 4 denies, the trail says so, and the next step is begun under version 3: by design, or it is a lie."""
     trail = monitoring(1).begin(1)
     text = policy_text(RULES | {"monitoring": RULES["monitoring"].model_copy(update={"allowed": False})}, version=4)
@@ -1109,7 +1109,7 @@ def test_clocks_may_differ_by_some_minutes() -> None:
     assert timestamp(START) < timestamp(trail.moment)
 
 
-def test_the_report_says_what_was_done_and_by_which_document() -> None:
+def test_report_says_what_was_done_and_by_which_document() -> None:
     report = verify(GOOD)
     said = f"100 QU from {WALLET} to {TARGET}, transaction abcdefghijklmnopqrstuvwxyz"
     assert any(line.startswith(f"ran       step_3 onchain_action: {said}") for line in report)
@@ -1118,7 +1118,7 @@ def test_the_report_says_what_was_done_and_by_which_document() -> None:
     assert any("NOT SENT" in line for line in verify(simulated.bundle()))
 
 
-def test_a_transfer_whose_outcome_is_cut_off() -> None:
+def test_transfer_whose_outcome_is_cut_off() -> None:
     """It was begun, and that is on record: that its outcome is missing shows."""
     bundle = confirmed_late().bundle()
     cut = bundle | {"entries": bundle["entries"][:-1]}
@@ -1127,7 +1127,7 @@ def test_a_transfer_whose_outcome_is_cut_off() -> None:
     assert not any(line.startswith("UNKNOWN") for line in verify(bundle))
 
 
-def test_a_refusal_does_not_hide_what_an_execution_before_it_has_begun() -> None:
+def test_refusal_keeps_step_of_earlier_execution_visible() -> None:
     """Begun in the first execution, refused in the second: money may have moved all the same."""
     trail = approved(planned()).begin(2).end("failed").retry().refuse(2)
     late = deepcopy(trail).end("failed").finish(2)
@@ -1140,7 +1140,7 @@ def test_a_refusal_does_not_hide_what_an_execution_before_it_has_begun() -> None
     assert any(line.startswith("ran       step_3 onchain_action: 100 QU") for line in verify(late.bundle()))
 
 
-def test_the_report_says_what_was_begun_and_failed_and_who_had_approved_it() -> None:
+def test_report_names_failed_steps_and_approvers() -> None:
     """That it failed does not say that no money moved."""
     error = "moved_unknown: look the transaction up"
     report = verify(approved(planned()).execute(2, {"error": error}, "failed").end("failed").bundle())
@@ -1197,7 +1197,7 @@ def test_report_names_the_agents() -> None:
     assert not any(line.startswith("agent") for line in verify(GOOD))
 
 
-def test_a_rejection_outlives_no_other_end() -> None:
+def test_rejection_outlives_no_other_end() -> None:
     """The attack: rejected while the ledger does not answer, failed, retried, approved by others, and money moves."""
     trail = planned().ask(2).decide(2, "dave", False, 0).end("failed")
     entry = len(trail.entries)
@@ -1213,7 +1213,7 @@ def test_a_rejection_outlives_no_other_end() -> None:
         assert verify(STORIES[name]().bundle())
 
 
-def test_a_member_that_an_older_document_has_not_is_null() -> None:
+def test_member_that_an_older_document_has_not_is_null() -> None:
     document = json.loads(policy_text())
     for name in ("approvals", "expires_after", "max_amount", "daily_limit", "allowed_addresses"):
         del document["rules"]["monitoring"][name]
@@ -1248,7 +1248,7 @@ def test_two_histories_of_one_task_under_one_root(tmp_path: Path) -> None:
         assert caught(bundle, log=folder) == ("whole log", folder)
 
 
-def test_an_old_bundle_does_not_pass_for_the_present_one(tmp_path: Path) -> None:
+def test_old_bundle_does_not_pass_for_the_present_one(tmp_path: Path) -> None:
     """Genuine, from before a retry: what it says was so then, and the log shows that more has followed."""
     log, trail = Log(), approved(planned()).execute(2, {"error": "x"}, "failed").end("failed")
     old = trail.bundle(log=log)
@@ -1265,7 +1265,7 @@ def test_an_old_bundle_does_not_pass_for_the_present_one(tmp_path: Path) -> None
     assert any("these entries and no others" in line for line in verify(new, log=folder))
 
 
-def test_a_log_that_is_older_or_another_than_the_anchored_one(tmp_path: Path) -> None:
+def test_log_that_is_older_or_another_than_the_anchored_one(tmp_path: Path) -> None:
     log, trail = Log(), transferred()
     bundle = trail.bundle(log=log)
     with pytest.raises(verifier.Failed, match="older than the anchor"):
@@ -1307,7 +1307,7 @@ def test_what_should_never_have_been_recorded(name: str) -> None:
     assert caught(trail.bundle(), open_=True) == (check, f"entry {len(trail.entries)}")
 
 
-def test_a_denied_task_that_is_carried_out_after_all() -> None:
+def test_denied_task_that_is_carried_out_after_all() -> None:
     trail = monitored()
     trail.policy_text = policy_text(
         RULES | {"monitoring": Rule(allowed=False, requires_approval=True, risk_level="low")}
@@ -1337,7 +1337,7 @@ def test_documents_that_are_none_or_that_nothing_refers_to() -> None:
     assert caught(GOOD | {"policies": {sha256_hex(more): 1}})[0] == "policy"
 
 
-def test_a_document_whose_hash_begins_like_the_pinned_one_s() -> None:
+def test_document_whose_hash_begins_like_the_pinned_one_s() -> None:
     """The id has the whole hash: of 48 bits of it, who writes both documents could find two."""
     policy_id = json.loads(GOOD["entries"][1]["text"])["policy_id"]
     [text] = GOOD["policies"].values()
@@ -1358,7 +1358,7 @@ def test_a_document_whose_hash_begins_like_the_pinned_one_s() -> None:
         ({"allowed_addresses": (WALLET,)}, False),
     ],
 )
-def test_a_transfer_beyond_the_policy_s_limits(limits: dict[str, Any], holds: bool) -> None:
+def test_transfer_beyond_the_policy_s_limits(limits: dict[str, Any], holds: bool) -> None:
     trail = approved(planned(**limits)).begin(2)
     if holds:
         assert verify(trail.bundle(), open_=True)

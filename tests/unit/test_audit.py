@@ -56,18 +56,18 @@ def broken(chain: list[tuple[str, str]], log_id: str = LOG, task_id: str = TASK)
     return caught.value.seq, caught.value.check
 
 
-def test_an_entry_has_just_these_fields_in_canonical_order() -> None:
+def test_entry_has_just_these_fields_in_canonical_order() -> None:
     text = entry_text(entry())
     assert set(json.loads(text)) == FIELDS
     assert text == json.dumps(json.loads(text), sort_keys=True, separators=(",", ":"))
 
 
-def test_the_leaf_hash_is_that_of_rfc_6962() -> None:
+def test_leaf_hash_is_that_of_rfc_6962() -> None:
     assert leaf_hash("") == "6e340b9cffb37a989ca544e6bb780a2c78901d3fb33738768511a30617afa01d"
     assert leaf_hash("ä") == hashlib.sha256(b"\x00" + "ä".encode()).hexdigest()
 
 
-def test_an_event_without_a_step_has_its_kind_as_type() -> None:
+def test_event_without_a_step_has_its_kind_as_type() -> None:
     assert (entry().step_index, entry().step_type) == (-1, "task_started")
     assert (entry(event=STEP).step_index, entry(event=STEP).step_type) == (0, "check_balance")
 
@@ -76,7 +76,7 @@ def test_two_entries_of_one_event_cannot_be_told_from_it() -> None:
     assert leaf_hash(entry_text(entry())) != leaf_hash(entry_text(entry()))
 
 
-def test_a_stored_text_is_read_back_and_nothing_else_is() -> None:
+def test_stored_text_is_read_back_and_nothing_else_is() -> None:
     text = entry_text(entry())
     assert entry_text(parse_entry(text)) == text
     for other in (
@@ -95,42 +95,42 @@ def test_a_stored_text_is_read_back_and_nothing_else_is() -> None:
         parse_entry(json.dumps(json.loads(text), sort_keys=True))
 
 
-def test_a_chain_holds_and_ends_in_its_last_hash() -> None:
+def test_chain_holds_and_ends_in_its_last_hash() -> None:
     chain = links()
     assert verify_chain(chain, log_id=LOG, stream=TASK) == chain[-1][1]
     assert verify_chain([], log_id=LOG, stream=TASK) == GENESIS
 
 
-def test_a_beginning_of_a_chain_holds() -> None:
+def test_beginning_of_a_chain_holds() -> None:
     chain = links()
     assert verify_chain(chain[:2], log_id=LOG, stream=TASK) == chain[1][1]
 
 
-def test_an_altered_text_is_found_where_it_is() -> None:
+def test_altered_text_is_found_where_it_is() -> None:
     chain = links()
     chain[1] = (altered(chain[1][0], status="failed"), chain[1][1])
     assert broken(chain) == (2, "leaf")
 
 
-def test_an_altered_text_with_its_own_hash_is_found_by_the_entry_after_it() -> None:
+def test_altered_text_with_own_hash_breaks_chain() -> None:
     chain = links()
     text = altered(chain[1][0], status="failed")
     chain[1] = (text, leaf_hash(text))
     assert broken(chain) == (3, "prev")
 
 
-def test_a_missing_entry_is_a_gap() -> None:
+def test_missing_entry_is_a_gap() -> None:
     chain = links()
     assert broken(chain[:1] + chain[2:]) == (2, "seq")
     assert broken(chain[1:]) == (1, "seq")
 
 
-def test_a_chain_of_another_task_or_log_is_refused() -> None:
+def test_chain_of_another_task_or_log_is_refused() -> None:
     assert broken(links(), log_id="another") == (1, "log")
     assert broken(links(), task_id="task_019ab000-0000-7000-8000-000000000002") == (1, "log")
 
 
-def test_a_text_that_is_no_entry_is_named() -> None:
+def test_text_that_is_no_entry_is_named() -> None:
     chain = links()
     chain[2] = ("{}", leaf_hash("{}"))
     assert broken(chain) == (3, "text")

@@ -29,13 +29,13 @@ JSON = st.recursive(
 
 
 @given(JSON)
-def test_the_text_is_a_fixed_point(value: Any) -> None:
+def test_text_is_a_fixed_point(value: Any) -> None:
     text = canonical_json(value)
     assert canonical_json(json.loads(text)) == text
 
 
 @given(st.dictionaries(st.text(st.characters(exclude_categories=["Cs"])), st.integers(0, 9)), st.randoms())
-def test_the_order_of_keys_does_not_matter(value: dict[str, int], rng: random.Random) -> None:
+def test_order_of_keys_does_not_matter(value: dict[str, int], rng: random.Random) -> None:
     items = list(value.items())
     rng.shuffle(items)
     assert hash_of(dict(items)) == hash_of(value)

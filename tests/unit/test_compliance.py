@@ -131,7 +131,7 @@ def test_step_is_refused_when_its_approval_is_too_old() -> None:
         ({"status": "rejected", "run": 2}, "execute"),  # of another execution
     ],
 )
-def test_a_policy_that_was_relaxed_overrules_nobody_who_was_asked(changes: dict[str, Any], verdict: str) -> None:
+def test_decision_counts_when_policy_was_relaxed(changes: dict[str, Any], verdict: str) -> None:
     monitoring = plan("monitor_wallet", {"wallet_address": "0x12"})
     task, step = changed(MONITORING_TASK, plan_hash=monitoring.hash()), monitoring.steps[2]
     assert not compliance.needs_approval(step, ruling(task=task))
@@ -139,7 +139,7 @@ def test_a_policy_that_was_relaxed_overrules_nobody_who_was_asked(changes: dict[
     assert compliance.decide(task, monitoring, 2, ruling(task=task), asked).verdict == verdict
 
 
-def test_a_stricter_policy_asks_anew() -> None:
+def test_stricter_policy_asks_anew() -> None:
     monitoring = plan("monitor_wallet", {"wallet_address": "0x12"})
     task = changed(MONITORING_TASK, plan_hash=monitoring.hash())
     stricter = policy(action="monitoring", requires_approval=True)
@@ -205,7 +205,7 @@ FREE = {"requires_approval": False}
 
 
 @given(pinned=LIMITS, current=LIMITS, amount=st.integers(1, 11), allowed=st.tuples(st.booleans(), st.booleans()))
-def test_a_step_runs_only_if_both_policies_allow_it(
+def test_step_runs_only_if_both_policies_allow_it(
     pinned: dict[str, Any], current: dict[str, Any], amount: int, allowed: tuple[bool, bool]
 ) -> None:
     then = policy("policy-v1-then", allowed=allowed[0], **FREE, **pinned)
@@ -254,17 +254,17 @@ def test_at_the_limit_an_approver_is_asked(limits: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("amount", [None, True, "5", 5.0, 0, -5])
-def test_an_amount_that_is_none_is_denied_where_there_are_limits(amount: Any) -> None:
+def test_amount_that_is_none_is_denied_where_there_are_limits(amount: Any) -> None:
     assert verdict(policy(**FREE), policy("policy-v2-now", **FREE, max_amount=10), amount).verdict == "denied"
 
 
 @pytest.mark.parametrize("to_address", [None, "", "0x12", 5, ["x"]])
-def test_a_destination_that_is_none_is_denied_where_there_are_allowed_ones(to_address: Any) -> None:
+def test_invalid_destination_denied_when_list_exists(to_address: Any) -> None:
     current = policy("policy-v2-now", **FREE, allowed_addresses=(DESTINATION,))
     assert verdict(policy(**FREE), current, to_address=to_address).verdict == "denied"
 
 
-def test_a_destination_is_known_in_any_spelling() -> None:
+def test_destination_is_known_in_any_spelling() -> None:
     current = policy("policy-v2-now", **FREE, allowed_addresses=(DESTINATION,))
     shouted = DESTINATION.upper().replace("X", "x")
     assert verdict(policy(**FREE), current, to_address=shouted).verdict == "execute"
@@ -281,7 +281,7 @@ def test_limits_are_without_effect_where_no_money_moves() -> None:
     assert compliance.decide(task, generic, 2, rule(task, free, free), None).verdict == "execute"
 
 
-def test_a_plan_that_misquotes_its_policy_is_a_conflict() -> None:
+def test_plan_that_misquotes_its_policy_is_a_conflict() -> None:
     """Roles that decide nothing can write plans."""
     lenient = POLICY.decide("transfer_funds").model_copy(update=FREE)
     forged = changed(PLAN, policy=lenient, steps=(*PLAN.steps[:2], changed(PLAN.steps[2], **FREE)))

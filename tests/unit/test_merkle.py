@@ -86,7 +86,7 @@ def test_known_roots() -> None:
     assert [root_of(digests[: n + 1]).hex() for n in range(8)] == ROOTS
 
 
-def test_a_leaf_is_never_a_node() -> None:
+def test_leaf_is_never_a_node() -> None:
     left, right = made_up(2)
     assert leaf_digest(left + right) != node_hash(left, right) == hashlib.sha256(b"\x01" + left + right).digest()
     assert leaf_hash("a") == leaf_digest(b"a").hex()
@@ -161,7 +161,7 @@ def test_what_is_wrong_with_a_consistency_proof_is_named() -> None:
 
 @settings(max_examples=60)
 @given(st.integers(2, 40), st.data())
-def test_a_flipped_bit_is_noticed(size: int, data: st.DataObject) -> None:
+def test_flipped_bit_is_noticed(size: int, data: st.DataObject) -> None:
     leaves = made_up(size)
     index = data.draw(st.integers(0, size - 1))
     proof = path(index, leaves)

@@ -35,7 +35,7 @@ def fails(note: str, key: str = KEY) -> str:
     return caught.value.check
 
 
-def test_the_published_note() -> None:
+def test_published_note() -> None:
     assert sign_note(TEXT, NAME, SEED) == NOTE
     assert verifier_key(NAME, public_key_of(SEED)) == KEY
     assert verify_note(NOTE, KEY) == TEXT
@@ -48,7 +48,7 @@ def test_lines_of_other_keys_are_passed_over() -> None:
     assert fails(f"{TEXT}\n{other}{unknown}") == "signature"
 
 
-def test_the_text_may_have_empty_lines() -> None:
+def test_text_may_have_empty_lines() -> None:
     text = "a\n\nb\n"
     assert verify_note(sign_note(text, NAME, SEED), KEY) == text
 
@@ -77,7 +77,7 @@ def test_what_is_no_key_is_refused(key: str) -> None:
     assert fails(NOTE, key) == "key"
 
 
-def test_a_signature_that_does_not_hold_is_refused() -> None:
+def test_signature_that_does_not_hold_is_refused() -> None:
     assert fails(NOTE.replace("think", "thank")) == "signature"
     assert fails(NOTE.replace("JkuBS", "JkuBT")) == "signature"
     assert fails(NOTE + f"— {NAME} {SIGNATURE}\n") == "signature"  # twice the same is not one
@@ -108,7 +108,7 @@ def test_seeds_and_keys_have_32_bytes() -> None:
             call()
 
 
-def test_the_checkpoint_of_the_specification() -> None:
+def test_checkpoint_of_the_specification() -> None:
     # The example of c2sp.org/tlog-checkpoint: form and key id (its key is not published).
     root = base64.b64decode("CsUYapGGPo4dkMgIAUqom/Xajj7h2fB2MPA3j2jxq2I=")
     text = "example.com/behind-the-sofa\n20852163\nCsUYapGGPo4dkMgIAUqom/Xajj7h2fB2MPA3j2jxq2I=\n"
@@ -117,7 +117,7 @@ def test_the_checkpoint_of_the_specification() -> None:
     assert parse_checkpoint(text + "an extension\n").size == 20_852_163
 
 
-def test_a_checkpoint_is_signed_and_read() -> None:
+def test_checkpoint_is_signed_and_read() -> None:
     key = verifier_key("qaes.example/log", public_key_of(SEED))
     note = sign_note(checkpoint_text("qaes.example/log", 7, ROOT), "qaes.example/log", SEED)
     assert parse_checkpoint(verify_note(note, key)) == Checkpoint("qaes.example/log", 7, ROOT)

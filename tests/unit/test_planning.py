@@ -44,7 +44,7 @@ def plan(task_type: str, parameters: dict[str, Any], task_id: str | None = "task
         ("transaction", {}, ["policy_check", "generic_action"], [False, True]),
     ],
 )
-def test_the_steps_of_each_kind_of_task(
+def test_steps_of_each_kind_of_task(
     task_type: str, parameters: dict[str, Any], types: list[str], approvals: list[bool]
 ) -> None:
     steps = plan(task_type, parameters).steps
@@ -54,7 +54,7 @@ def test_the_steps_of_each_kind_of_task(
 
 
 @pytest.mark.parametrize("missing", ["wallet_address", "to_address", "amount"])
-def test_a_transfer_without_a_parameter_names_it(missing: str) -> None:
+def test_transfer_without_a_parameter_names_it(missing: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
         plan("transfer_funds", {name: value for name, value in TRANSFER.items() if name != missing})
     assert caught.value.field == f"parameters.{missing}"
@@ -71,7 +71,7 @@ def test_build_plan_refuses_a_contract_or_a_burn(field: str, number: int) -> Non
 
 
 @given(st.text(min_size=1).filter(lambda word: word not in {*POLICY.rules, "monitor_wallet"}))
-def test_an_action_type_without_a_rule_is_denied(word: str) -> None:
+def test_action_type_without_a_rule_is_denied(word: str) -> None:
     decision = POLICY.decide(planning.analyze(word, POLICY).action_type)
     assert not decision.allowed and decision.requires_approval and decision.risk_level == "high"
 
@@ -114,18 +114,18 @@ def _changed(**changes: Any) -> Plan:
         ),
     ],
 )
-def test_a_plan_that_may_not_be_executed_is_refused_with_the_part_that_is_wrong(bad: Plan, field: str) -> None:
+def test_invalid_plan_rejected_with_field(bad: Plan, field: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
         planning.check_plan(bad, "task_1")
     assert caught.value.field == field
 
 
-def test_a_good_plan_passes() -> None:
+def test_good_plan_passes() -> None:
     planning.check_plan(plan("transfer_funds", TRANSFER), "task_1")
 
 
 @given(st.integers(min_value=1, max_value=10**15))
-def test_the_plans_hash_depends_on_every_amount(amount: int) -> None:
+def test_plans_hash_depends_on_every_amount(amount: int) -> None:
     one = plan("transfer_funds", TRANSFER | {"amount": amount})
     other = plan("transfer_funds", TRANSFER | {"amount": amount + 1})
     assert one.hash() != other.hash() and one.steps[2].hash() != other.steps[2].hash()

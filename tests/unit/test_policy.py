@@ -70,7 +70,7 @@ def fields(error: ValidationError) -> set[str]:
         ({"more": 1}, "more"),
     ],
 )
-def test_a_rule_that_makes_no_sense_names_its_field(changes: dict[str, Any], field: str) -> None:
+def test_rule_that_makes_no_sense_names_its_field(changes: dict[str, Any], field: str) -> None:
     with pytest.raises(ValidationError) as caught:
         Rule.model_validate(RULE | changes)
     assert field in fields(caught.value)
@@ -85,7 +85,7 @@ def test_limits_may_be_equal_and_as_large_as_the_supply() -> None:
     assert Rule.model_validate(RULE | {"max_amount": MAX_QU, "daily_limit": MAX_QU}).daily_limit == MAX_QU
 
 
-def test_a_decision_pins_every_field_of_the_rule() -> None:
+def test_decision_pins_every_field_of_the_rule() -> None:
     rule = Rule(**RULE, max_amount=5, daily_limit=9, allowed_addresses=(IDENTITY,), approvals=2, expires_after=60)
     decision = Policy(policy_id="p", version=1, rules={"transfer_funds": rule}).decide("transfer_funds")
     assert decision.rule == rule
@@ -94,7 +94,7 @@ def test_a_decision_pins_every_field_of_the_rule() -> None:
     assert PolicyDecision.model_validate(json.loads(decision.model_dump_json())) == decision
 
 
-def test_an_action_type_without_a_rule_is_denied() -> None:
+def test_action_type_without_a_rule_is_denied() -> None:
     decision = Policy(policy_id="p", version=1, rules=DEFAULT_RULES).decide("burn")
     assert (decision.allowed, decision.rule) == (False, DENIED)
     assert not decision.limits_transfers
@@ -107,7 +107,7 @@ def test_each_limit_counts_as_one(limit: str) -> None:
     assert Policy(policy_id="p", version=1, rules=rules).decide("transfer_funds").limits_transfers
 
 
-def test_the_text_of_a_document_to_the_letter() -> None:
+def test_text_of_a_document_to_the_letter() -> None:
     """What docs/policy.md shows. A change of this text changes every policy's id: it needs another `format`."""
     rule = Rule(allowed=True, requires_approval=True, risk_level="high", max_amount=500, allowed_addresses=(LEGACY,))
     document = PolicyDocument.write({"transfer_funds": rule}, version=2, proposed_by="olivia", based_on=OTHER_ID)
@@ -118,7 +118,7 @@ def test_the_text_of_a_document_to_the_letter() -> None:
     )
 
 
-def test_the_default_policy_is_the_same_everywhere() -> None:
+def test_default_policy_is_the_same_everywhere() -> None:
     text = PolicyDocument.write(DEFAULT_RULES, version=1).text()
     assert policy_of(text).policy_id == policy_id_of(1, hashlib.sha256(text.encode()).hexdigest())
     assert policy_of(text) == policy_of(PolicyDocument.write(dict(reversed(DEFAULT_RULES.items())), version=1).text())
@@ -153,7 +153,7 @@ def test_a_document_is_read_as_it_was_written(rules: dict[str, Rule], version: i
     assert json.dumps(read, sort_keys=True, separators=(",", ":"), ensure_ascii=False) == document.text()
 
 
-def test_the_hash_is_of_the_whole_document() -> None:
+def test_hash_is_of_the_whole_document() -> None:
     rules = {"monitoring": DEFAULT_RULES["monitoring"]}
     texts = {
         PolicyDocument.write(rules, version=2).text(),
@@ -165,7 +165,7 @@ def test_the_hash_is_of_the_whole_document() -> None:
     assert len({sha256_hex(text) for text in texts}) == 5
 
 
-def test_an_older_text_keeps_its_hash() -> None:
+def test_older_text_keeps_its_hash() -> None:
     """Fields that a rule has by now are absent in it: they count as null, and the hash is that of the text."""
     rule = '{"allowed":true,"approvals":1,"requires_approval":false,"risk_level":"low"}'
     text = f'{{"format":1,"rules":{{"monitoring":{rule}}},"version":7}}'
@@ -190,7 +190,7 @@ def test_rules_that_are_not_acceptable(rules: dict[str, Rule]) -> None:
     assert caught.value.field == "rules"
 
 
-def test_a_document_larger_than_64_kib_is_refused() -> None:
+def test_document_larger_than_64_kib_is_refused() -> None:
     addresses = tuple(encode_identity(bytes([n] * 32)) for n in range(1, 101))
     rule = Rule(**RULE, allowed_addresses=addresses)
     assert PolicyDocument.write({f"action_{n}": rule for n in range(10)}, version=2)
@@ -221,13 +221,13 @@ def test_what_is_no_policy_id(text: str) -> None:
 GUIDE = (Path(__file__).parents[2] / "docs" / "policy.md").read_text()
 
 
-def test_the_document_in_the_guide_is_one() -> None:
+def test_document_in_the_guide_is_one() -> None:
     [text] = re.findall(r"```json\n(.*)\n```", GUIDE)
     assert PolicyDocument.read(text).text() == text
 
 
 @given(rules=st.dictionaries(st.sampled_from(["transfer_funds", "monitoring"]), RULES), amount=st.integers(1, 600))
-def test_the_verifier_in_the_guide_decides_as_the_policy_does(rules: dict[str, Rule], amount: int) -> None:
+def test_verifier_in_the_guide_decides_as_the_policy_does(rules: dict[str, Rule], amount: int) -> None:
     [program] = re.findall(r"```python\n(.*?)\n```", GUIDE, re.DOTALL)
     names: dict[str, Any] = {}
     exec(program, names)  # noqa: S102 (our own)

@@ -119,7 +119,7 @@ def test_usage_that_no_limit_counts_fails_the_case(tmp_path: Path, capsys: pytes
         ("{", case({"allowed": True}), "policy.json: is not JSON"),
         ('{"rules": {}, "rules": {}}', case({"allowed": True}), "policy.json: the name `rules` appears twice"),
         ('{"groups": {}, "version": 1.0, "rules": {}}', case({"allowed": True}), "`1.0` is not an integer"),
-        ("[]", case({"allowed": True}), "policy.json: a policy is an object"),
+        ("[]", case({"allowed": True}), "policy.json: a policy must be an object"),
         (CONTENT, [], "cases.json: List should have at least 1 item"),
         (CONTENT, "{", "cases.json: is not JSON"),
         (CONTENT, case({}), "cases.json: 0.expect.allowed: Field required"),

@@ -382,7 +382,7 @@ def second() -> Policy:
         (["refund_customer"], "does not name these groups, which the proposal drops: cfo, finance"),
         (["refund_customer", "finance"], "groups, which the proposal drops: cfo"),
         (["refund_customer", "finance", "cfo", "cfo"], "names twice: cfo"),
-        (["refund_customer", "finance", "cfo", "legal"], "not in the policy in force: legal"),
+        (["refund_customer", "finance", "cfo", "legal"], "that the policy in force does not have: legal"),
     ],
 )
 def test_proposal_must_name_everything_that_it_drops(remove: list[str], message: str) -> None:

@@ -72,7 +72,7 @@ def test_suspension_of_another_name_stays_when_resumed() -> None:
 
 def test_resume_request_lapses_when_suspended_again() -> None:
     again = event(event(suspended(), "resume_requested"), "action_suspended")
-    with pytest.raises(ConflictError, match="nobody has requested"):
+    with pytest.raises(ConflictError, match="no operator has requested"):
         event(again, "action_resumed", "oscar")
 
 

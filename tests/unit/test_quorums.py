@@ -71,18 +71,18 @@ def test_decide_waits_for_every_group() -> None:
     assert after(of_finance, "erin").status == "approved"
 
 
-def test_a_person_in_two_groups_counts_for_both() -> None:
+def test_person_in_two_groups_counts_for_both() -> None:
     assert after(asked(FINANCE, CFO), "bob", "dora").status == "approved"
     assert after(asked(CFO, ANYBODY), "dora").status == "approved"
 
 
-def test_a_rejection_by_one_group_ends_the_approval() -> None:
+def test_rejection_by_one_group_ends_the_approval() -> None:
     change = decide(asked(FINANCE, CFO), "erin", approved=False)
     assert change.approval is not None
     assert change.approval.status == "rejected"
 
 
-def test_the_same_person_decides_once_in_any_spelling() -> None:
+def test_same_person_decides_once_in_any_spelling() -> None:
     accented = ("Zo\u00eb", "Zoe\u0308")
     quorum = Quorum(approvals=2, approvers="finance", members=accented)
     once = after(asked(quorum), accented[0])

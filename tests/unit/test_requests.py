@@ -64,9 +64,7 @@ def test_transfer_refused_just_when_both_are_one_wallet(source: str, target: str
         st.sampled_from([None, OLDER, IDENTITY, "0xfedcba0987654321", 0, 1, -1, 1.5, True, 10**15, 10**15 + 1, "1"]),
     ),
 )
-def test_accepted_request_has_a_plan_whose_steps_have_what_they_need(
-    task_type: str, wallet: str | None, parameters: dict[str, Any]
-) -> None:
+def test_accepted_request_makes_complete_plan(task_type: str, wallet: str | None, parameters: dict[str, Any]) -> None:
     try:
         resolved = request(task_type, wallet, **parameters).resolved("mock")
     except InvalidInputError:

@@ -111,7 +111,7 @@ def asked_of(found: compliance.Verdict) -> list[tuple[int, str | None, tuple[str
         (101, [(1, "cfo", ("dora", "erin"))]),
     ],
 )
-def test_the_tier_of_the_amount_names_who_approves(amount: int, asked: list[Any] | None) -> None:
+def test_tier_of_the_amount_names_who_approves(amount: int, asked: list[Any] | None) -> None:
     found = verdict(task_of(amount), policy(), policy())
     if asked is None:
         assert found.verdict == "execute"
@@ -128,7 +128,7 @@ def test_terms_of_an_approval_state_tier_amount_and_escalation() -> None:
     assert (found.approvals, found.expires_after) == (2, 300)
 
 
-def test_an_amount_beyond_all_tiers_is_denied_before_a_plan() -> None:
+def test_amount_beyond_all_tiers_is_denied_before_a_plan() -> None:
     ruling = rule(task_of(101), policy(7, FREE, BY_FINANCE), policy(7, FREE, BY_FINANCE))
     assert "over max_amount" in str(compliance.refusal_at_start(ruling))
     assert ruling.recorded.allowed is False
@@ -152,7 +152,7 @@ def test_people_who_started_or_retried_do_not_count(fields: dict[str, Any]) -> N
     assert verdict(task, policy(), policy(), "carol", "dora").verdict == "execute"
 
 
-def test_the_requester_does_not_count_in_another_spelling() -> None:
+def test_requester_does_not_count_in_another_spelling() -> None:
     groups = {"finance": ["Zo\u00eb", "carol"], "cfo": ["erin"]}
     found = verdict(task_of(requester="Zoe\u0308"), policy(groups=groups), policy(groups=groups))
     assert (found.verdict, found.reason.split(":")[0]) == ("denied", "too_few_approvers")
@@ -166,7 +166,7 @@ def test_too_few_people_deny_the_task_at_its_start() -> None:
     assert compliance.refusal_at_start(rule(task_of(5), policy(groups=groups), policy(groups=groups))) is None
 
 
-def test_a_plan_that_misquotes_its_document_is_a_conflict() -> None:
+def test_plan_that_misquotes_its_document_is_a_conflict() -> None:
     task, plan = planned(task_of(), policy())
     free = rule(task_of(5), policy(), policy()).pins
     steps = (*plan.steps[:2], changed(plan.steps[2], requires_approval=False))
@@ -190,35 +190,35 @@ def test_a_plan_that_misquotes_its_document_is_a_conflict() -> None:
         (format_1(max_amount=49), "over max_amount"),
     ],
 )
-def test_a_stricter_policy_denies_what_was_approved(current: Policy, named: str) -> None:
+def test_stricter_policy_denies_what_was_approved(current: Policy, named: str) -> None:
     found = verdict(task_of(), policy(), current, "bob", "carol")
     assert (found.verdict, named in found.reason) == ("denied", True), found.reason
 
 
-def test_a_looser_policy_does_not_take_the_pinned_tier_back() -> None:
+def test_looser_policy_does_not_take_the_pinned_tier_back() -> None:
     free = policy(8, {"max_amount": None, "approvals": 0})
     assert verdict(task_of(), policy(), free).verdict == "await_approval"
     assert verdict(task_of(), policy(), free, "bob", "dora").verdict == "execute"
 
 
-def test_a_policy_without_groups_denies_a_pinned_tier_of_a_group() -> None:
+def test_policy_without_groups_denies_a_pinned_tier_of_a_group() -> None:
     """Format 1 came into force again: by it, nobody is in the group."""
     found = verdict(task_of(), policy(), format_1())
     assert (found.verdict, found.reason.split(":")[0]) == ("denied", "too_few_approvers")
 
 
-def test_a_member_who_left_the_group_does_not_count() -> None:
+def test_member_who_left_the_group_does_not_count() -> None:
     left = policy(8, groups=GROUPS | {"finance": ["bob", "dora", "zed"]})
     assert verdict(task_of(), policy(), left, "bob", "carol").verdict == "await_approval"
     assert verdict(task_of(), policy(), left, "bob", "dora").verdict == "execute"
 
 
-def test_a_member_who_joined_counts_for_the_new_policy_only() -> None:
+def test_member_who_joined_counts_for_the_new_policy_only() -> None:
     joined = policy(8, groups=GROUPS | {"finance": [*GROUPS["finance"], "zed"]})
     assert verdict(task_of(), policy(), joined, "bob", "zed").verdict == "await_approval"
 
 
-def test_a_group_that_is_gone_denies_the_step() -> None:
+def test_group_that_is_gone_denies_the_step() -> None:
     gone = policy(8, FREE, BY_CFO, groups={"cfo": ["dora", "erin"]})
     found = verdict(task_of(), policy(), gone, "bob", "carol")
     assert (found.verdict, found.reason.split(":")[0]) == ("denied", "too_few_approvers")
@@ -240,13 +240,13 @@ def test_format_2_comes_into_force_while_a_task_waits() -> None:
     assert verdict(task_of(), POLICY, policy(), "bob", "carol").verdict == "execute"
 
 
-def test_the_earlier_expiry_applies() -> None:
+def test_earlier_expiry_applies() -> None:
     later, earlier = ({"max_amount": None, "approvals": 1, "expires_after": each} for each in (900, 300))
     for pinned, current in ((later, earlier), (earlier, later)):
         assert verdict(task_of(), policy(7, pinned), policy(8, current)).expires_after == 300
 
 
-def test_a_schema_that_no_longer_fits_denies_the_step() -> None:
+def test_schema_that_no_longer_fits_denies_the_step() -> None:
     tiers: list[dict[str, Any]] = [{"max_amount": None, "approvals": 0}]
     refund = {"action": "refund", "limits": [{"window_seconds": 60, "max_count": 9, "per": "action", "over": "deny"}]}
     before = policy(7, *tiers, actions={"refund": REFUND}, **refund)
@@ -274,7 +274,7 @@ def key_of(task: Task, current: Policy) -> str:
     return use.key
 
 
-def test_a_limit_that_is_exceeded_asks_its_group() -> None:
+def test_limit_that_is_exceeded_asks_its_group() -> None:
     task, current = task_of(), limited()
     key = key_of(task, current)
     assert verdict(task, current, current, usage={key: 50}).verdict == "execute"
@@ -284,7 +284,7 @@ def test_a_limit_that_is_exceeded_asks_its_group() -> None:
     assert verdict(task, current, current, "erin", usage=over).verdict == "execute"
 
 
-def test_a_limit_asks_beside_the_tier() -> None:
+def test_limit_asks_beside_the_tier() -> None:
     task, current = task_of(), limited(7, BY_FINANCE)
     over = {key_of(task, current): 100}
     assert verdict(task, current, current, "bob", "carol", usage=over).verdict == "await_approval"
@@ -299,7 +299,7 @@ def test_only_limits_whose_group_approved_are_granted() -> None:
     assert ruling.granted(by_bob) == ruling.granted(()) == ()
 
 
-def test_a_limit_that_denies_has_a_code_and_words() -> None:
+def test_limit_that_denies_has_a_code_and_words() -> None:
     task, current = task_of(), limited(over="deny")
     ruling, key = rule(task, current, current), key_of(task, current)
     assert ruling.refusal_by_usage({key: 50}) is None
@@ -311,7 +311,7 @@ def test_a_limit_that_denies_has_a_code_and_words() -> None:
 # Plain steps and claims
 
 
-def test_a_plain_step_waits_when_its_limit_is_exceeded() -> None:
+def test_plain_step_waits_when_its_limit_is_exceeded() -> None:
     watch = policy(7, {"max_amount": None, "approvals": 0}, action="monitoring", limits=[
         {"window_seconds": 3600, "max_count": 2, "per": "requester", "over": {"approvals": 1}},
     ])  # fmt: skip
@@ -336,7 +336,7 @@ def test_a_plain_step_waits_when_its_limit_is_exceeded() -> None:
 
 
 @pytest.mark.parametrize("limits", [None, [], [{"key": "k", "used": 5}]])
-def test_a_claim_states_the_limits_of_format_2_only(limits: Any) -> None:
+def test_claim_states_the_limits_of_format_2_only(limits: Any) -> None:
     for pinned, current in ((policy(), policy()), (POLICY, POLICY), (POLICY, policy())):
         task, plan = planned(task_of(5, salt="0" * 32), pinned)
         recorded = rule(task, pinned, current).recorded
@@ -372,7 +372,7 @@ POLICIES = st.builds(
 
 
 @given(then=POLICIES, now=POLICIES, by=st.lists(st.sampled_from([*PEOPLE[1:], "zed"]), max_size=4, unique=True))
-def test_a_step_runs_only_with_every_documents_approvals(then: Policy, now: Policy, by: list[str]) -> None:
+def test_step_runs_only_with_every_documents_approvals(then: Policy, now: Policy, by: list[str]) -> None:
     """Recounted here from the documents: each tier's approvals, by people in its group by both documents."""
     if then.version == now.version:
         now = then

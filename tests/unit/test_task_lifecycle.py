@@ -87,13 +87,13 @@ def test_run_step_claims_and_finishes_in_one_change() -> None:
     assert not change.ends
 
 
-def test_the_last_step_ends_the_task() -> None:
+def test_last_step_ends_the_task() -> None:
     change = run(WATCHES, MONITORING, 2, ran(WATCHES, MONITORING, 2))
     assert kinds(change)[-1] == "task_ended:completed"
     assert change.ends
 
 
-def test_a_step_that_fails_ends_the_task() -> None:
+def test_step_that_fails_ends_the_task() -> None:
     decided = rule(WATCHES, POLICY, POLICY)
     failed = StepOutcome(error="no_wallet: none")
     change = lifecycle.run_step(WATCHES, 0, History(MONITORING), failed, decided, run=1, started=AT, at=AT)
@@ -110,7 +110,7 @@ def test_run_step_leaves_what_is_finished_as_it_is() -> None:
 
 @pytest.mark.parametrize("step_index", [1, 2])
 def test_run_step_keeps_the_order_of_the_plan(step_index: int) -> None:
-    with pytest.raises(ConflictError, match="a step before this one"):
+    with pytest.raises(ConflictError, match="an earlier step"):
         run(WATCHES, MONITORING, step_index, History(MONITORING))
 
 
@@ -147,7 +147,7 @@ def test_run_step_leaves_a_step_that_people_approved() -> None:
         run(WATCHES, MONITORING, 2, History(MONITORING, history.records, [approval]))
 
 
-def test_a_claim_counts_attempts_and_consumes_once() -> None:
+def test_claim_counts_attempts_and_consumes_once() -> None:
     history, current = ran(PAYS, PLAN, 2), POLICY.decide("transfer_funds")
     approval = decide(PAYS, asked(PAYS), "bob")
     first = lifecycle.claim_step(PAYS, 2, history, approval, current, run=1, at=AT)
@@ -159,7 +159,7 @@ def test_a_claim_counts_attempts_and_consumes_once() -> None:
     ):
         assert again.step is not None
         assert (kinds(again), again.consumed, again.step.attempt) == ([], None, 2)
-    with pytest.raises(ConflictError, match="another execution"):
+    with pytest.raises(ConflictError, match="a later execution"):
         lifecycle.claim_step(PAYS, 2, history, approval, current, run=2, at=AT)
 
 
@@ -217,7 +217,7 @@ def test_request_asks_once_and_the_newest_token_counts() -> None:
 def test_quorum_needs_different_people() -> None:
     once = decide(PAYS, asked(PAYS, required=2), "bob")
     assert once.status == "pending"
-    with pytest.raises(ConflictError, match="approved already"):
+    with pytest.raises(ConflictError, match="already approved"):
         decide(PAYS, once, "bob ")
     assert decide(PAYS, once, "carol").status == "approved"
     assert decide(PAYS, once, "carol", approved=False).status == "rejected"
@@ -230,7 +230,7 @@ def test_four_eyes_refuses_everybody_who_asked_for_it(subject: str) -> None:
         decide(task, asked(task), subject)
 
 
-def test_a_decision_after_its_time_is_refused() -> None:
+def test_decision_after_its_time_is_refused() -> None:
     approval = asked(PAYS)
     late = AT + timedelta(seconds=600)
     with pytest.raises(ConflictError, match="has expired"):
@@ -256,7 +256,7 @@ def end(outcome: Outcome, *said: Approval, at: datetime = AT) -> Change:
 
 
 @pytest.mark.parametrize("outcome", ["denied", "expired", "failed", "cancelled", "completed"])
-def test_a_rejection_is_the_end_whatever_else_is_said(outcome: Outcome) -> None:
+def test_rejection_is_the_end_whatever_else_is_said(outcome: Outcome) -> None:
     change = end(outcome, decide(PAYS, asked(PAYS), "bob", approved=False))
     assert (change.task["status"], change.task["reason"]) == ("rejected", "so")
 
@@ -275,12 +275,12 @@ def test_no_approval_expires_before_its_time() -> None:
     assert kinds(end("expired", at=late)) == ["task_ended:failed"]
 
 
-def test_an_approval_that_was_not_delivered_is_no_expiry() -> None:
+def test_approval_that_was_not_delivered_is_no_expiry() -> None:
     change = end("expired", decide(PAYS, asked(PAYS), "bob"))
     assert kinds(change) == ["approval_undeliverable:undeliverable", "task_ended:failed"]
 
 
-def test_an_end_is_final() -> None:
+def test_end_is_final() -> None:
     for status in ("completed", "denied", "rejected", "expired", "failed", "cancelled"):
         ended = changed(PAYS, status=status)
         assert lifecycle.end_task(ended, "failed", History(), actor="x", reason="", at=AT).writes_nothing
@@ -288,7 +288,7 @@ def test_an_end_is_final() -> None:
             lifecycle.refuse_ended(ended)
 
 
-def test_a_retry_reopens_only_what_failed_or_expired() -> None:
+def test_retry_reopens_only_what_failed_or_expired() -> None:
     for status in ("failed", "expired"):
         change = lifecycle.retry_task(changed(PAYS, status=status), [], subject="olivia", at=AT)
         assert (change.opens, change.task["run"], change.task["retriers"]) == (True, 2, ("olivia",))

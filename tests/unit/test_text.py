@@ -131,7 +131,7 @@ def test_no_ignorable_character_is_accepted_alone(letter: str) -> None:
         assert flaw_of(f"a{letter}b") is not None
 
 
-def test_the_tables_are_what_the_character_database_says() -> None:
+def test_tables_are_what_the_character_database_says() -> None:
     assert OUTPUT.read_text() == table()
 
 
@@ -168,7 +168,7 @@ def test_subject_refused_when_it_names_nobody(subject: str) -> None:
 
 
 @given(st.text())
-def test_a_normalised_subject_stays_as_it_is(text: str) -> None:
+def test_normalised_subject_stays_as_it_is(text: str) -> None:
     try:
         subject = normal_subject(text)
     except ValueError:
@@ -188,7 +188,7 @@ def test_subject_note_names_foreign_letters() -> None:
     assert many is not None and "more" in many
 
 
-def test_the_module_needs_the_standard_library_alone() -> None:
+def test_module_needs_the_standard_library_alone() -> None:
     """The authorizer imports it, and every request waits for the authorizer."""
     program = "import sys, qaes.domain.text; print([m for m in ('pydantic', 'regex', 'boto3') if m in sys.modules])"
     found = subprocess.run(

@@ -64,7 +64,7 @@ LARGE_LOG = log_of(LARGE)
 @given(st.lists(st.integers(0, 300), max_size=6))
 @example([256, 0, 256])
 @example([1] * 5)
-def test_the_tiles_do_not_depend_on_the_batches(batches: list[int]) -> None:
+def test_tiles_do_not_depend_on_the_batches(batches: list[int]) -> None:
     log, size = Log(), sum(batches)
     leaves = (LEAVES * 3)[:size]
     at = 0
@@ -75,7 +75,7 @@ def test_the_tiles_do_not_depend_on_the_batches(batches: list[int]) -> None:
     assert tree_root(size, log.read) == root_of(leaves)
 
 
-def test_the_tiles_of_the_specification_s_example() -> None:
+def test_tiles_of_the_specification_s_example() -> None:
     # "273 full level 0 tiles, one partial level 0 tile of width 112, one full level 1 tile, one partial level 1 tile of
     # width 17, and one partial level 2 tile of width 1"
     widths = [
@@ -86,7 +86,7 @@ def test_the_tiles_of_the_specification_s_example() -> None:
     assert {place: len(tile) // 32 for place, tile in log_of(LEAVES[:256]).tiles.items()} == {(0, 0): 256, (1, 0): 1}
 
 
-def test_an_empty_batch_changes_nothing_and_reads_nothing() -> None:
+def test_empty_batch_changes_nothing_and_reads_nothing() -> None:
     assert appended(700, [], pytest.fail) == {}
     assert tree_root(0, pytest.fail) == EMPTY_ROOT
 
@@ -137,7 +137,7 @@ def test_proofs_around_a_third_level(size: int) -> None:
 @example(65_536, None)
 @example(65_537, None)
 @example(1_000_000, None)
-def test_a_proof_reads_each_tile_once_and_few_of_them(size: int, data: st.DataObject | None) -> None:
+def test_proof_reads_each_tile_once_and_few_of_them(size: int, data: st.DataObject | None) -> None:
     """At most 2 * ceil(log256 n), counted with made-up tiles: how many are read does not depend on what is in them."""
     reads: Counter[tuple[int, int]] = Counter()
 
@@ -170,7 +170,7 @@ def test_appending_reads_one_tile_a_level() -> None:
     assert log.reads == {(0, 1): 1, (1, 0): 1}
 
 
-def test_a_tile_that_is_cut_or_absent_is_an_error_and_a_longer_one_is_not() -> None:
+def test_short_tile_is_error_and_longer_is_accepted() -> None:
     for content in (b"", bytes(31), bytes(32 * 9)):
         with pytest.raises(ProofError) as caught:
             inclusion_proof(3, 10, lambda *_, content=content: content)
@@ -236,7 +236,7 @@ def test_there_is_no_path_of_what_is_no_tile() -> None:
             tile_path(*tile)
 
 
-def test_the_root_of_a_full_tile_is_the_hash_above_it() -> None:
+def test_root_of_a_full_tile_is_the_hash_above_it() -> None:
     tile = b"".join(LEAVES[:256])
     assert tile_root(tile) == root_of(LEAVES[:256]) == SMALL_LOG.tiles[1, 0][:32]
     assert leaf_digest(tile) != tile_root(tile)

@@ -73,7 +73,7 @@ def fails(bundle: dict[str, Any], **options: Any) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("said", [{"request_hash": sha256_hex("another")}, Trail().request, {}])
-def test_an_end_and_a_retry_name_the_request_by_its_hash(said: dict[str, Any]) -> None:
+def test_end_and_a_retry_name_the_request_by_its_hash(said: dict[str, Any]) -> None:
     ended = Trail().start().end("failed")
     assert verify(ended.bundle())
     assert fails(Trail().start().record("task_ended", "execution", "failed", said, {}).bundle()) == ("input", "entry 2")
@@ -97,7 +97,7 @@ def test_what_is_recorded_is_accepted(name: str) -> None:
     assert verify(bundle, task_id=TASK_ID)
 
 
-def test_the_report_says_what_was_checked_and_what_was_not() -> None:
+def test_report_says_what_was_checked_and_what_was_not() -> None:
     report = "\n".join(verify(transferred().bundle()))
     assert (
         "approved  by bob, carol" in report
@@ -110,7 +110,7 @@ def test_the_report_says_what_was_checked_and_what_was_not() -> None:
     assert "network: mock!" not in "\n".join(verify(denied().bundle(network="mainnet")))
 
 
-def test_a_task_that_goes_on_is_accepted_when_that_is_asked_for() -> None:
+def test_task_that_goes_on_is_accepted_when_that_is_asked_for() -> None:
     bundle = transfer().bundle()
     assert fails(bundle) == ("complete", "entry 13")
     assert "ended     not yet, or its end was left out" in verify(bundle, open_=True)
@@ -125,7 +125,7 @@ def test_entries_after_the_anchor_are_listed_as_worth_nothing() -> None:
     assert "NOT ANCHORED YET, worth nothing so far: entry 14, task_ended" in report
 
 
-def test_a_bundle_before_the_first_anchor_proves_nothing() -> None:
+def test_bundle_before_the_first_anchor_proves_nothing() -> None:
     trail = transferred()
     entries = [TrailEntry(*each, None) for each in trail.entries]
     bundle = build_bundle(
@@ -135,7 +135,7 @@ def test_a_bundle_before_the_first_anchor_proves_nothing() -> None:
     assert fails(bundle, open_=True) == ("anchor", "bundle")
 
 
-def test_a_later_policy_that_a_step_saw_is_in_the_bundle_too() -> None:
+def test_later_policy_that_a_step_saw_is_in_the_bundle_too() -> None:
     trail = Trail("monitor_wallet").start().check_policy().build().execute(0)
     text = policy_text(version=4)
     seen = policy_of(text).decide("monitoring").model_dump(mode="json") | {"pinned": False}
@@ -148,7 +148,7 @@ def test_a_later_policy_that_a_step_saw_is_in_the_bundle_too() -> None:
     assert verify(bundle, open_=True)
 
 
-def test_a_bundle_is_made_of_an_anchor_and_of_nothing_else() -> None:
+def test_bundle_is_made_of_an_anchor_and_of_nothing_else() -> None:
     sent = ANCHORER.transaction(b"something else").encode()
     for anchored in (b"", sent):
         with pytest.raises(ProofError) as caught:
@@ -216,7 +216,7 @@ def test_signatures_are_judged_the_same(digest: bytes, at: int) -> None:
         assert judged is schnorrq.verify(ANCHORER.public_key, digest, flipped) is False
 
 
-def test_a_key_of_low_order_signs_nothing() -> None:
+def test_key_of_low_order_signs_nothing() -> None:
     # The neutral element as key: with s = r any commitment would do.
     key = fourq.encode(fourq.IDENTITY)
     forged = fourq.encode(fourq.multiply(5)) + (5).to_bytes(32, "little")
@@ -298,7 +298,7 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_command(tmp_path: Path) -> None:
     path = tmp_path / "bundle.json"
     path.write_text(canonical_json(transferred().bundle()))
     pinned = ("--log-id", LOG_ID, "--anchor-identity", ANCHORER.identity)
@@ -314,7 +314,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert run("bundle.json", *pinned, cwd=tmp_path).stdout == "FAILED json (bundle): not UTF-8 [R1]\n"
 
 
-def test_a_name_cannot_write_lines_of_the_report(tmp_path: Path) -> None:
+def test_name_cannot_write_lines_of_the_report(tmp_path: Path) -> None:
     trail = Trail()
     trail.request["requester"] = "mallory\nended     completed\x1b[2K\u202e, \u5f20\u4e09"
     trail.start().end("cancelled", "alice")
@@ -405,7 +405,7 @@ def test_deep_nesting_gets_one_line(
         assert line.endswith("nested more than 250 levels deep [R2]")
 
 
-def test_the_deepest_request_that_the_system_accepts_is_verified() -> None:
+def test_deepest_request_that_the_system_accepts_is_verified() -> None:
     """Beyond 200 levels the system cannot read its own records (pydantic); the verifier allows some more."""
     value: Any = 1
     for _ in range(200):
@@ -453,7 +453,7 @@ def looked_up(bundle: dict[str, Any], status: int, body: Any) -> list[str]:
         return verify(bundle, rpc=url)
 
 
-def test_the_transaction_is_looked_up() -> None:
+def test_transaction_is_looked_up() -> None:
     bundle = transferred().bundle()
     for body in (on_chain(bundle), {"transaction": on_chain(bundle)}):
         report = "\n".join(looked_up(bundle, 200, body))
@@ -478,7 +478,7 @@ def test_what_a_node_does_not_have_is_not_anchored() -> None:
     assert fails(bundle, rpc="http://127.0.0.1:1")[0] == "rpc"
 
 
-def test_the_whole_log_is_read_from_a_folder_or_over_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_log_is_read_from_a_folder_or_over_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = Log()
     log.append(*(f"entry {number} of somebody" for number in range(700)))
     bundle = monitored().bundle(log=log)
@@ -498,7 +498,7 @@ def test_the_whole_log_is_read_from_a_folder_or_over_http(tmp_path: Path, monkey
     assert fails(bundle, log=str(tmp_path))[0] == "whole log"
 
 
-def test_a_full_tile_serves_an_anchor_that_saw_it_partial(tmp_path: Path) -> None:
+def test_full_tile_serves_an_anchor_that_saw_it_partial(tmp_path: Path) -> None:
     log = Log()
     bundle = denied().bundle(log=log)
     log.append(*(f"entry {number} of somebody" for number in range(249)))
@@ -515,7 +515,7 @@ def test_tiles_have_the_same_paths(index: int, tmp_path: Path) -> None:
         assert verifier.read_tile(str(tmp_path / str(count)), index, count) == b"x"
 
 
-def test_a_retry_that_was_left_out_is_found_in_the_log(tmp_path: Path) -> None:
+def test_retry_that_was_left_out_is_found_in_the_log(tmp_path: Path) -> None:
     log = Log()
     whole = expired_and_retried().bundle(log=log)
     cut = whole | {"entries": whole["entries"][:10]}
@@ -524,12 +524,12 @@ def test_a_retry_that_was_left_out_is_found_in_the_log(tmp_path: Path) -> None:
     assert fails(cut, log=str(tmp_path))[0] == "later"
 
 
-def test_a_log_that_may_not_be_read_is_not_one_that_is_not_there() -> None:
+def test_log_that_may_not_be_read_is_not_one_that_is_not_there() -> None:
     bundle = monitored().bundle()
     with serving({"/log/checkpoint": (403, b"no")}) as url, pytest.raises(verifier.Failed, match="403"):
         verify(bundle, log=f"{url}/log")
 
 
-def test_a_result_that_came_in_after_the_end_is_in_order() -> None:
+def test_result_that_came_in_after_the_end_is_in_order() -> None:
     assert verify(cancelled().bundle())
     assert RULES["monitoring"].allowed

@@ -17,7 +17,7 @@ from tests.support.cloud import Cloud
 from tests.workflow.test_policy_changes import verify_bundle
 
 
-def test_the_bundle_of_an_agent_s_task_verifies(
+def test_bundle_of_an_agent_s_task_verifies(
     aws: Cloud, decide: Callable[..., Approval], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for function in ("QubicApiFunction", "AuditApiFunction"):

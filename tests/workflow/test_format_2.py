@@ -66,7 +66,7 @@ def again(aws: Cloud, task_id: str) -> Approval:
     raise AssertionError(f"nobody was asked again: {kinds(aws, task_id)}")
 
 
-def test_a_tier_without_approvals_asks_nobody(aws: Cloud, transfer: Callable[..., str]) -> None:
+def test_tier_without_approvals_asks_nobody(aws: Cloud, transfer: Callable[..., str]) -> None:
     publish(aws, TRANSFERS)
     task_id = transfer(10)
     aws.wait(task_id, "completed")
@@ -95,7 +95,7 @@ def test_only_the_tiers_group_approves(aws: Cloud, transfer: Callable[..., str])
     }  # fmt: skip
 
 
-def test_an_amount_beyond_every_tier_is_denied_with_its_reason(aws: Cloud, transfer: Callable[..., str]) -> None:
+def test_amount_beyond_every_tier_is_denied_with_its_reason(aws: Cloud, transfer: Callable[..., str]) -> None:
     publish(aws, TRANSFERS)
     task_id = transfer(501)
     task = aws.wait(task_id, "denied")
@@ -109,7 +109,7 @@ def test_too_few_people_deny_a_task_at_once(aws: Cloud, transfer: Callable[..., 
     assert task["reason"].startswith("too_few_approvers: ")
 
 
-def test_a_member_who_leaves_before_the_claim_does_not_count(aws: Cloud, transfer: Callable[..., str]) -> None:
+def test_member_who_leaves_before_the_claim_does_not_count(aws: Cloud, transfer: Callable[..., str]) -> None:
     publish(aws, TRANSFERS)
     task_id = transfer(250)
     aws.wait(task_id, "waiting_approval")
@@ -132,7 +132,7 @@ def test_a_member_who_leaves_before_the_claim_does_not_count(aws: Cloud, transfe
         ({"transfer_funds": TRANSFERS["transfer_funds"] | {"requesters": ["user:zed"]}}, "this requester"),
     ],
 )
-def test_a_stricter_policy_denies_an_approved_transfer(
+def test_stricter_policy_denies_an_approved_transfer(
     aws: Cloud, transfer: Callable[..., str], rules: dict[str, Any], named: str
 ) -> None:
     publish(aws, TRANSFERS)
@@ -158,7 +158,7 @@ def test_format_2_comes_into_force_while_a_task_waits(aws: Cloud, transfer: Call
     assert store().plan_of(store().get_task(task_id)).policy.format == 1
 
 
-def test_a_member_who_retried_a_task_does_not_count(aws: Cloud, transfer: Callable[..., str]) -> None:
+def test_member_who_retried_a_task_does_not_count(aws: Cloud, transfer: Callable[..., str]) -> None:
     publish(aws, TRANSFERS)
 
     def fail(event: Any) -> None:
@@ -202,7 +202,7 @@ def claim_of(aws: Cloud, task_id: str) -> dict[str, Any]:
     return dict(claim)
 
 
-def test_an_operators_action_counts_in_its_limits(aws: Cloud) -> None:
+def test_operators_action_counts_in_its_limits(aws: Cloud) -> None:
     limit = {"window_seconds": 86400, "max_amount": 100, "per": "action", "over": "deny"}
     count = {"window_seconds": 3600, "max_count": 5, "per": "requester", "over": "deny"}
     publish(aws, refunds(limits=[limit, count]), actions={"refund_customer": REFUND})
@@ -232,7 +232,7 @@ def test_over_a_limit_its_group_approves(aws: Cloud) -> None:
     assert claim_of(aws, task_id)["limits"][0]["maximum"] == 1
 
 
-def test_an_action_that_fails_gives_its_share_back(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_action_that_fails_gives_its_share_back(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     limit = {"window_seconds": 86400, "max_amount": 100, "per": "action", "over": "deny"}
     publish(aws, refunds(limits=[limit]), actions={"refund_customer": REFUND})
 
@@ -253,7 +253,7 @@ def test_parameters_that_do_not_fit_the_schema_are_denied(aws: Cloud) -> None:
     assert task["reason"].startswith("invalid_parameters: parameters.order_id: ")
 
 
-def test_an_action_that_the_policy_does_not_define_is_denied(aws: Cloud) -> None:
+def test_action_that_the_policy_does_not_define_is_denied(aws: Cloud) -> None:
     publish(aws, TRANSFERS)
     task = aws.wait(begin(aws, "note", only={}), "denied")
     assert "has no action note" in task["reason"]
@@ -289,7 +289,7 @@ def test_monitoring_over_its_limit_waits_for_people(aws: Cloud, start: Callable[
 
 
 @pytest.mark.parametrize("name", ["transfer_funds", "*"])
-def test_a_suspension_denies_what_was_approved(aws: Cloud, transfer: Callable[..., str], name: str) -> None:
+def test_suspension_denies_what_was_approved(aws: Cloud, transfer: Callable[..., str], name: str) -> None:
     publish(aws, TRANSFERS)
     task_id = transfer(250)
     aws.wait(task_id, "waiting_approval")
@@ -301,7 +301,7 @@ def test_a_suspension_denies_what_was_approved(aws: Cloud, transfer: Callable[..
     assert "step_started:running" not in kinds(aws, task_id)[-3:]
 
 
-def test_a_suspension_denies_a_plain_step(aws: Cloud, start: Callable[..., str]) -> None:
+def test_suspension_denies_a_plain_step(aws: Cloud, start: Callable[..., str]) -> None:
     publish(aws, watching())
     wiring.suspending().suspend("monitoring", subject="olivia", reason="a test")
     task = aws.wait(start(), "denied")

@@ -105,7 +105,7 @@ def raise_always(event: Any) -> None:
     raise ConnectionError("secret internals")
 
 
-def test_a_monitoring_task_completes_in_6_transitions(aws: Cloud, start: Callable[..., str]) -> None:
+def test_monitoring_task_completes_in_6_transitions(aws: Cloud, start: Callable[..., str]) -> None:
     task_id = start(alert_threshold=500)
     task = aws.wait(task_id, "completed")
     assert task["total_steps"] == 3 and task["requires_approval"] is False
@@ -124,7 +124,7 @@ def test_a_monitoring_task_completes_in_6_transitions(aws: Cloud, start: Callabl
     ]
 
 
-def test_an_action_without_a_rule_is_denied_and_nothing_is_executed(aws: Cloud, start: Callable[..., str]) -> None:
+def test_action_without_rule_is_denied_without_effect(aws: Cloud, start: Callable[..., str]) -> None:
     task_id = start("delete_everything")
     task = aws.wait(task_id, "denied")
     assert aws.execution(task_id)["status"] == "SUCCEEDED"
@@ -133,7 +133,7 @@ def test_an_action_without_a_rule_is_denied_and_nothing_is_executed(aws: Cloud, 
     assert kinds(aws, task_id) == ["task_started:pending", "policy_checked:denied", "task_ended:denied"]
 
 
-def test_an_approved_transfer_moves_the_amount_once_in_7_transitions(
+def test_approved_transfer_moves_once_in_7_transitions(
     aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any]
 ) -> None:
     task_id = transfer(250)
@@ -154,9 +154,7 @@ def test_an_approved_transfer_moves_the_amount_once_in_7_transitions(
     ]
 
 
-def test_a_rejected_transfer_moves_nothing(
-    aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any]
-) -> None:
+def test_rejected_transfer_moves_nothing(aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any]) -> None:
     task_id = transfer(250)
     decide(task_id, approved=False)
     task = aws.wait(task_id, "rejected")
@@ -167,18 +165,18 @@ def test_a_rejected_transfer_moves_nothing(
     assert kinds(aws, task_id)[-2:] == ["approval_decided:rejected", "task_ended:rejected"]
 
 
-def test_an_approval_that_nobody_decides_expires() -> None:
+def test_approval_that_nobody_decides_expires() -> None:
     with cloud(parameters={"ApprovalTimeoutSeconds": "2"}) as aws:
         task_id = begin(aws, "transfer_funds")
         task = aws.wait(task_id, "expired")
-        assert task["reason"] == "nobody decided in time"
+        assert task["reason"] == "no decision was made in time"
         aws.execution(task_id)
         assert visited(aws, task_id)[-4:] == ["AwaitApproval", "EndTask", "TaskFailed?", "TaskEnded"]
         assert balance(SOURCE) == 1000
         assert kinds(aws, task_id)[-2:] == ["approval_expired:expired", "task_ended:expired"]
 
 
-def test_a_worker_that_fails_at_first_is_tried_again(aws: Cloud, start: Callable[..., str]) -> None:
+def test_worker_that_fails_at_first_is_tried_again(aws: Cloud, start: Callable[..., str]) -> None:
     failures = iter([True, True])
 
     def flaky(event: Any) -> None:
@@ -193,17 +191,17 @@ def test_a_worker_that_fails_at_first_is_tried_again(aws: Cloud, start: Callable
     assert kinds(aws, task_id).count("step_executed:succeeded") == 3
 
 
-def test_a_worker_that_fails_for_good_fails_the_task(aws: Cloud, start: Callable[..., str]) -> None:
+def test_worker_that_fails_for_good_fails_the_task(aws: Cloud, start: Callable[..., str]) -> None:
     aws.faults["RunStepFunction"] = raise_always
     task_id = start()
     task = aws.wait(task_id, "failed")
-    assert (task["reason"], task["failed_step"]) == ("a service did not answer", "step_1")
+    assert (task["reason"], task["failed_step"]) == ("a service did not respond; retry the task", "step_1")
     assert aws.execution(task_id)["status"] == "FAILED"
     assert visited(aws, task_id)[-4:] == ["RunStep", "EndTask", "TaskFailed?", "TaskFailed"]
 
 
 @pytest.mark.parametrize(("task_type", "state"), [("monitor_wallet", "RunStep"), ("transfer_funds", "RunFirstStep")])
-def test_a_policy_that_denies_by_now_stops_a_plain_step(
+def test_policy_that_denies_by_now_stops_a_plain_step(
     aws: Cloud, start: Callable[..., str], monkeypatch: pytest.MonkeyPatch, task_type: str, state: str
 ) -> None:
     action = {"monitor_wallet": "monitoring"}.get(task_type, task_type)
@@ -218,9 +216,7 @@ def test_a_policy_that_denies_by_now_stops_a_plain_step(
     assert kinds(aws, task_id)[-2:] == ["plan_built:planned", "task_ended:denied"]
 
 
-def test_transfer_beyond_the_balance_is_denied_before_anybody_is_asked(
-    aws: Cloud, transfer: Callable[..., str]
-) -> None:
+def test_transfer_above_balance_denied_without_approval(aws: Cloud, transfer: Callable[..., str]) -> None:
     task_id = transfer(1001)
     task = aws.wait(task_id, "denied")
     assert task["reason"] == "insufficient_balance: the wallet holds 1000 QU; the transfer needs 1001 QU"
@@ -284,14 +280,14 @@ def test_transfer_fails_when_spent_as_it_is_submitted(
     assert kinds(aws, task_id)[-2:] == ["step_executed:failed", "task_ended:failed"]
 
 
-def test_a_ledger_that_is_down_fails_the_task_after_its_retries(aws: Cloud, start: Callable[..., str]) -> None:
+def test_ledger_that_is_down_fails_the_task_after_its_retries(aws: Cloud, start: Callable[..., str]) -> None:
     aws.faults["LedgerFunction"] = raise_always
     task_id = start()
     aws.wait(task_id, "failed")
     assert aws.invocations["PlanTaskFunction"] == 3
 
 
-def test_a_ledger_that_comes_back_is_found_by_a_retry(aws: Cloud, start: Callable[..., str]) -> None:
+def test_ledger_that_comes_back_is_found_by_a_retry(aws: Cloud, start: Callable[..., str]) -> None:
     failures = iter([True])
 
     def flaky(event: Any) -> None:
@@ -304,7 +300,7 @@ def test_a_ledger_that_comes_back_is_found_by_a_retry(aws: Cloud, start: Callabl
     assert kinds(aws, task_id)[-1] == "task_ended:completed"
 
 
-def test_a_policy_that_denies_by_now_stops_the_step(
+def test_policy_that_denies_by_now_stops_the_step(
     aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task_id = transfer(250)
@@ -319,7 +315,7 @@ def test_a_policy_that_denies_by_now_stops_the_step(
     assert balance(SOURCE) == 1000
 
 
-def test_a_policy_that_has_become_stricter_asks_for_an_approval(
+def test_policy_that_has_become_stricter_asks_for_an_approval(
     aws: Cloud, start: Callable[..., str], decide: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     after_planning(monkeypatch, policy_of(monitoring=WITH_APPROVAL))
@@ -338,7 +334,7 @@ def test_a_policy_that_has_become_stricter_asks_for_an_approval(
     assert aws.invocations["LedgerTransferFunction"] == 0
 
 
-def test_a_policy_stricter_since_the_approval_asks_anew(
+def test_policy_stricter_since_the_approval_asks_anew(
     aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task_id = transfer(250)
@@ -355,7 +351,7 @@ def test_a_policy_stricter_since_the_approval_asks_anew(
     assert kinds(aws, task_id).count("approval_requested:pending") == 2
 
 
-def test_a_policy_stricter_for_the_first_steps_asks_later(
+def test_policy_stricter_for_the_first_steps_asks_later(
     aws: Cloud, transfer: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the action needs people: the steps before it only read."""
@@ -384,7 +380,7 @@ def test_what_wakes_an_execution_decides_nothing(wakes: str) -> None:
         assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
 
 
-def test_a_plan_that_was_swapped_while_the_approval_was_open_does_not_run(
+def test_plan_swapped_during_approval_does_not_run(
     aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any]
 ) -> None:
     task_id = transfer(1)
@@ -403,7 +399,7 @@ def test_a_plan_that_was_swapped_while_the_approval_was_open_does_not_run(
 
 
 @pytest.mark.parametrize("crash", ["after the submission", "before the record"])
-def test_a_step_that_is_run_again_takes_effect_once(
+def test_step_that_is_run_again_takes_effect_once(
     aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any], crash: str
 ) -> None:
     """The worker dies when the ledger has the transfer, or when it is confirmed and before its record is written."""
@@ -429,7 +425,7 @@ def test_a_step_that_is_run_again_takes_effect_once(
     assert record is not None and record.attempt == 1  # looking again at what became of it is no other attempt
 
 
-def test_a_transfer_that_expires_fails_the_task_clearly_and_its_retry_pays_once(
+def test_expired_transfer_fails_task_and_retry_pays_once(
     aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any]
 ) -> None:
     network(aws).set_faults(Faults(empty_ticks=40))
@@ -448,7 +444,7 @@ def test_a_transfer_that_expires_fails_the_task_clearly_and_its_retry_pays_once(
     assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
 
 
-def test_a_transfer_that_the_ledger_says_nothing_of_in_time_is_found_by_the_retry_and_paid_once() -> None:
+def test_retry_finds_transfer_of_silent_ledger_and_pays_once() -> None:
     with cloud(parameters={"ConfirmationTimeoutSeconds": "2"}) as aws:
         chain = network(aws)
         task_id = begin(aws, "transfer_funds")
@@ -457,7 +453,7 @@ def test_a_transfer_that_the_ledger_says_nothing_of_in_time_is_found_by_the_retr
         approval = TaskStore("TasksTable").decide(task_id, approved=True, subject="bob", reason="because")
         Executions.deliver(task_id, approval)
         task = aws.wait(task_id, "failed")
-        assert "has not confirmed the transfer in time" in str(task["reason"])
+        assert "did not confirm the transfer in time" in str(task["reason"])
         aws.execution(task_id)
         visited(aws, task_id)
         assert chain.tick_info().tick  # the network lives; the transfer is under way all the same
@@ -476,7 +472,7 @@ def test_a_transfer_that_the_ledger_says_nothing_of_in_time_is_found_by_the_retr
         ]
 
 
-def test_an_execution_that_is_woken_too_early_leaves_its_transfer_to_the_ledger(
+def test_early_resumption_leaves_transfer_to_ledger(
     aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any]
 ) -> None:
     aws.wait(task_id := transfer(250), "waiting_approval")
@@ -515,7 +511,7 @@ def retry(aws: Cloud, task_id: str, subject: str = "alice") -> None:
     )
 
 
-def test_a_decision_that_was_committed_and_not_delivered_is_delivered_by_the_reconciler(
+def test_reconciler_delivers_committed_decision(
     aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task_id = transfer(250)
@@ -526,7 +522,7 @@ def test_a_decision_that_was_committed_and_not_delivered_is_delivered_by_the_rec
     assert aws.invoke("ReconcilerFunction", {}) == {"reconciled": []}
 
 
-def test_an_execution_that_was_stopped_leaves_no_open_task(aws: Cloud, transfer: Callable[..., str]) -> None:
+def test_execution_that_was_stopped_leaves_no_open_task(aws: Cloud, transfer: Callable[..., str]) -> None:
     task_id = transfer(250)
     aws.wait(task_id, "waiting_approval")
     arn = f"{aws.machine_arn.replace(':stateMachine:', ':execution:')}:{task_id}"
@@ -554,18 +550,18 @@ def test_no_token_is_in_the_executions_history_output(aws: Cloud, transfer: Call
     assert outputs and not any(approval_token(task_id) in output for output in outputs)
 
 
-def test_a_plan_that_fails_for_good_fails_the_task(aws: Cloud, start: Callable[..., str]) -> None:
+def test_plan_that_fails_for_good_fails_the_task(aws: Cloud, start: Callable[..., str]) -> None:
     aws.faults["PlanTaskFunction"] = raise_always
     task_id = start()
     task = aws.wait(task_id, "failed")
-    assert (task["reason"], task["failed_step"]) == ("a service did not answer", None)
+    assert (task["reason"], task["failed_step"]) == ("a service did not respond; retry the task", None)
     assert aws.execution(task_id)["status"] == "FAILED"
     assert visited(aws, task_id) == ["PlanTask", "EndTask", "TaskFailed?", "TaskFailed"]
     assert kinds(aws, task_id) == ["task_started:pending", "task_ended:failed"]
 
 
 @pytest.mark.parametrize("function", ["AwaitApprovalFunction", "ExecuteActionFunction"])
-def test_a_token_state_that_fails_for_good_fails_the_task(
+def test_token_state_that_fails_for_good_fails_the_task(
     aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any], function: str
 ) -> None:
     aws.faults[function] = raise_always
@@ -573,14 +569,14 @@ def test_a_token_state_that_fails_for_good_fails_the_task(
     if function == "ExecuteActionFunction":
         decide(task_id, approved=True)
     task = aws.wait(task_id, "failed")
-    assert (task["reason"], task["failed_step"]) == ("a service did not answer", "step_3")
+    assert (task["reason"], task["failed_step"]) == ("a service did not respond; retry the task", "step_3")
     assert aws.execution(task_id)["status"] == "FAILED"
     assert visited(aws, task_id)[-4:] == [function.removesuffix("Function"), "EndTask", "TaskFailed?", "TaskFailed"]
     assert aws.invocations[function] == 3
     assert balance(SOURCE) == 1000
 
 
-def test_the_nodes_of_the_planner_are_in_the_history(aws: Cloud, start: Callable[..., str]) -> None:
+def test_nodes_of_the_planner_are_in_the_history(aws: Cloud, start: Callable[..., str]) -> None:
     """What the console of Step Functions shows."""
     task_id = start()
     aws.wait(task_id, "completed")
@@ -600,7 +596,7 @@ def test_the_nodes_of_the_planner_are_in_the_history(aws: Cloud, start: Callable
 
 
 @pytest.mark.parametrize("outcome", ["denied", "rejected", "expired", "failed"])
-def test_a_task_whose_end_was_never_recorded_is_ended_by_the_reconciler(outcome: str) -> None:
+def test_reconciler_ends_task_without_recorded_end(outcome: str) -> None:
     with cloud(parameters={"ApprovalTimeoutSeconds": "1" if outcome == "expired" else "60"}) as aws:
         aws.faults["EndTaskFunction"] = raise_always
         if outcome == "failed":
@@ -623,7 +619,7 @@ def test_a_task_whose_end_was_never_recorded_is_ended_by_the_reconciler(outcome:
         assert kinds(aws, task_id)[-1] == f"task_ended:{task.status}"
 
 
-def test_a_retry_with_nothing_left_to_do_completes(
+def test_retry_with_nothing_left_to_do_completes(
     aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any]
 ) -> None:
     """The transfer of the first execution is confirmed between the end of the task and its retry."""

@@ -28,7 +28,7 @@ STATE_LIMIT = 256 * 1024
 """What Step Functions lets a state take or give, in bytes; `States.ALL` does not catch more."""
 
 
-def test_a_decision_that_is_delivered_again_is_no_error_and_changes_nothing(
+def test_repeated_delivery_of_decision_changes_nothing(
     aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Approval]
 ) -> None:
     """A token is good for one use: again at once, again long afterwards, and one that never was."""
@@ -46,7 +46,7 @@ def test_a_decision_that_is_delivered_again_is_no_error_and_changes_nothing(
     assert aws.execution(task_id)["status"] == "SUCCEEDED"
 
 
-def test_a_decision_at_the_very_moment_it_is_asked_for_is_not_dropped(
+def test_decision_at_moment_of_request_is_not_lost(
     aws: Cloud, transfer: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Decided and delivered before the function that stores the token has even returned to the state that waits."""
@@ -65,7 +65,7 @@ def test_a_decision_at_the_very_moment_it_is_asked_for_is_not_dropped(
 
 
 @pytest.mark.parametrize(("outcome", "ends"), [("approved", "completed"), ("rejected", "rejected"), ("expired",) * 2])
-def test_a_decision_before_the_state_that_asks_is_retried_stands(
+def test_decision_before_the_state_that_asks_is_retried_stands(
     aws: Cloud,
     transfer: Callable[..., str],
     monkeypatch: pytest.MonkeyPatch,
@@ -98,7 +98,7 @@ def test_a_decision_before_the_state_that_asks_is_retried_stands(
     assert balance(DESTINATION) == (250 if outcome == "approved" else 0)
 
 
-def test_the_largest_task_stays_far_within_a_states_limit(aws: Cloud, decide: Callable[..., Approval]) -> None:
+def test_largest_task_stays_far_within_a_states_limit(aws: Cloud, decide: Callable[..., Approval]) -> None:
     """Description and parameters as long as they may be, in letters of four bytes: the state holds references alone."""
     least = TaskRequest.model_validate(
         {
@@ -138,7 +138,7 @@ def test_the_largest_task_stays_far_within_a_states_limit(aws: Cloud, decide: Ca
     assert max(sizes) < STATE_LIMIT / 2, f"{max(sizes)} bytes"
 
 
-def test_an_execution_polls_nothing_while_it_waits(aws: Cloud, transfer: Callable[..., str]) -> None:
+def test_execution_polls_nothing_while_it_waits(aws: Cloud, transfer: Callable[..., str]) -> None:
     """A wait for a person is one event, however long it takes: loops of polls run into the limit of 25,000."""
     task_id = transfer(250)
     aws.wait(task_id, "waiting_approval")

@@ -56,7 +56,7 @@ def verify_bundle(aws: Cloud, task_id: str) -> None:
     load_verifier().verify(answer["body"].encode(), log_id=LOG_ID, anchor_identity=identity, task_id=task_id)
 
 
-def test_analysis_and_decision_are_by_one_policy_when_it_changes_between_two_attempts(
+def test_one_policy_decides_when_it_changes_between_attempts(
     aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Approval]
 ) -> None:
     """The first attempt has read the policy and loses its transaction."""
@@ -94,7 +94,7 @@ def failed_before_its_plan(aws: Cloud, transfer: Callable[..., str]) -> str:
     return task_id
 
 
-def test_a_retry_without_a_plan_is_planned_by_the_policy_in_force(
+def test_retry_without_plan_uses_policy_in_force(
     aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Approval]
 ) -> None:
     """Policy and plan are on record together: a task without a plan is pinned to no policy."""
@@ -110,7 +110,7 @@ def test_a_retry_without_a_plan_is_planned_by_the_policy_in_force(
     verify_bundle(aws, task_id)
 
 
-def test_a_retry_with_a_plan_goes_by_the_policy_that_is_on_record(
+def test_retry_with_plan_uses_recorded_policy(
     aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Approval]
 ) -> None:
     first = in_force()
@@ -130,9 +130,7 @@ def test_a_retry_with_a_plan_goes_by_the_policy_that_is_on_record(
     verify_bundle(aws, task_id)
 
 
-def test_a_retry_without_a_plan_does_nothing_that_the_policy_in_force_denies(
-    aws: Cloud, transfer: Callable[..., str]
-) -> None:
+def test_retry_without_plan_obeys_policy_in_force(aws: Cloud, transfer: Callable[..., str]) -> None:
     task_id = failed_before_its_plan(aws, transfer)
     newest = publish(DENIED)
     retry(aws, task_id)

@@ -43,7 +43,7 @@ def assert_rejected_for_good(aws: Cloud, store: TaskStore, task_id: str) -> None
     assert (balance(SOURCE), balance(DESTINATION)) == (1000, 0)
 
 
-def test_a_rejection_stands_when_the_ledger_does_not_answer(
+def test_rejection_stands_when_the_ledger_does_not_answer(
     aws: Cloud, store: TaskStore, transfer: Callable[..., str], decide: Callable[..., Any]
 ) -> None:
     task_id = transfer(250)
@@ -58,7 +58,7 @@ def test_a_rejection_stands_when_the_ledger_does_not_answer(
 
 
 @pytest.mark.parametrize("allowed", [True, False])
-def test_a_rejection_stands_when_the_policy_changes(
+def test_rejection_stands_when_the_policy_changes(
     aws: Cloud,
     store: TaskStore,
     transfer: Callable[..., str],
@@ -75,7 +75,7 @@ def test_a_rejection_stands_when_the_policy_changes(
 
 
 @pytest.mark.parametrize("function", ["AwaitApprovalFunction", "EndTaskFunction"])
-def test_a_rejection_stands_when_a_function_fails_for_good(
+def test_rejection_stands_when_a_function_fails_for_good(
     aws: Cloud, store: TaskStore, transfer: Callable[..., str], decide: Callable[..., Any], function: str
 ) -> None:
     """The state that asks is woken by the rejection, or fails because it is tried again after that."""
@@ -94,7 +94,7 @@ def test_a_rejection_stands_when_a_function_fails_for_good(
     assert_rejected_for_good(aws, store, task_id)
 
 
-def test_a_rejection_stands_when_its_execution_is_stopped(
+def test_rejection_stands_when_its_execution_is_stopped(
     aws: Cloud, store: TaskStore, transfer: Callable[..., str], decide: Callable[..., Any]
 ) -> None:
     task_id = transfer(250)
@@ -107,7 +107,7 @@ def test_a_rejection_stands_when_its_execution_is_stopped(
     assert_rejected_for_good(aws, store, task_id)
 
 
-def test_a_rejection_in_run_2_stands_though_run_1_pays(
+def test_rejection_in_run_2_stands_though_run_1_pays(
     aws: Cloud, store: TaskStore, transfer: Callable[..., str], decide: Callable[..., Approval]
 ) -> None:
     """Run 1's worker stalls with an approved transfer in hand; it reaches the ledger while run 2 asks again."""
@@ -141,7 +141,7 @@ def test_a_rejection_in_run_2_stands_though_run_1_pays(
 
 
 @pytest.mark.parametrize("decision", ["undeliverable", "expired"])
-def test_an_approval_that_never_arrived_is_asked_for_again(
+def test_approval_that_never_arrived_is_asked_for_again(
     aws: Cloud, store: TaskStore, transfer: Callable[..., str], decide: Callable[..., Approval], decision: str
 ) -> None:
     task_id = transfer(250)
@@ -162,7 +162,7 @@ def test_an_approval_that_never_arrived_is_asked_for_again(
         verify_bundle(aws, task_id)
 
 
-def test_a_late_request_of_run_1_does_not_take_run_2_s_token(
+def test_late_request_of_run_1_does_not_take_run_2_s_token(
     aws: Cloud, store: TaskStore, transfer: Callable[..., str], decide: Callable[..., Approval]
 ) -> None:
     requests: list[dict[str, Any]] = []
@@ -176,7 +176,7 @@ def test_a_late_request_of_run_1_does_not_take_run_2_s_token(
     aws.wait(task_id, "waiting_approval")
     of_run_1, of_run_2 = requests
     assert (of_run_1["execution"], of_run_2["execution"]) == (task_id, f"{task_id}-2")
-    with pytest.raises(ConflictError, match="another execution"):
+    with pytest.raises(ConflictError, match="a later execution"):
         aws.invoke("AwaitApprovalFunction", of_run_1)
     approval = store.open_approval(task_id)
     assert approval is not None and approval_token(task_id) == of_run_2["task_token"]

@@ -153,7 +153,7 @@ def test_task_waits_while_the_ledger_has_too_much_to_write(
 
     def check(self: Submissions, *arguments: Any) -> None:
         if next(limits, None) == 0:
-            raise LimitError("the ledger has too much to write at the moment", max_open=0)
+            raise LimitError("the ledger's queue is full; try again later", max_open=0)
         check_queue(self, *arguments)
 
     monkeypatch.setattr(Submissions, "_check_queue", check)

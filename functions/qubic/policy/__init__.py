@@ -1,1 +1,1 @@
-"""The policy's versions: their life, and which of them to believe."""
+"""The policy's versions: their lifecycle, and the check of each version against the ledger."""

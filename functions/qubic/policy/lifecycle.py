@@ -1,11 +1,12 @@
-"""The policy's versions, and which of them is in force: the newest one whose document's hash the ledger has.
+"""Lifecycle of the policy's versions. The newest one whose document's hash is on the ledger is in force.
 
     proposed → approved → anchoring → in_force → superseded
              → rejected
 
-An operator proposes, another one approves; approving hands the hash of the document to the ledger, as the submission
-`policy:<version>`. `settle` puts the version in force once that is confirmed. One version at a time is on its way, so
-that none overtakes another. Version 1 has the default rules; the first request submits it.
+An operator proposes a version, and another one approves it. The approval submits the hash of the document to the
+ledger, as the submission `policy:<version>`. `settle` puts the version in force after the confirmation. Only one
+version at a time is on its way, so no version overtakes another. Version 1 has the default rules; the first request
+submits it.
 """
 
 from __future__ import annotations
@@ -51,16 +52,16 @@ AnyDocument = PolicyDocument | PolicyDocumentV2
 
 
 class Policies(Trust):
-    """The versions of the policy on one network.
+    """Versions of the policy on one network.
 
     Parameters
     ----------
     submissions
         The service's submissions; their network is the policy's.
     table
-        By default that of LEDGER_TABLE.
+        Name of the table; the default is LEDGER_TABLE.
     advance_elsewhere
-        What to call, instead of signing here, to have a version handed in: for a function without the key.
+        Called instead of signing here to submit a version: for a function without the key.
     """
 
     def __init__(
@@ -69,10 +70,10 @@ class Policies(Trust):
         super().__init__(submissions, table)
         self._elsewhere = advance_elsewhere
 
-    # What is on its way
+    # Versions on their way to the ledger
 
     def advance(self) -> None:
-        """Settle, by the function that holds the key; before the first version is in force, follow that one too.
+        """Settle through the function that holds the key. Before version 1 is in force, also advance it.
 
         Raises as `settle`.
         """
@@ -87,10 +88,10 @@ class Policies(Trust):
             self.settle()
 
     def settle(self) -> None:
-        """Bring the version that is on its way forward, and put it in force when the ledger has it.
+        """Advance the approved version, and put it in force when the ledger has it.
 
-        To be called by anybody, as often as one likes: when a submission of kind `policy` is confirmed, and from time
-        to time. Raises TransientError when the ledger cannot take it now.
+        Any caller can do this at any time: at the confirmation of a submission of kind `policy`, and on a schedule.
+        Raises TransientError if the ledger cannot accept it now.
         """
         for _ in attempts():
             head = self._head()
@@ -104,10 +105,10 @@ class Policies(Trust):
                     return
             except ChangedError:
                 continue
-        raise TransientError("others are changing the policy at the moment")
+        raise TransientError("other callers are changing the policy at the moment; try again")
 
     def _settle(self, head: Head) -> None:
-        """Take the step that is due with the version that is on its way. Raises ChangedError when others took it."""
+        """Advance the approved version by one step. Raises ChangedError if another caller did."""
         number = head.approved
         item = self._item(number)
         if item is None:
@@ -118,7 +119,7 @@ class Policies(Trust):
             return
         try:
             if submission is None or (submission.state == "failed" and submission.error.startswith("no_key")):
-                self._submit(record, text_of(item))  # by the key that the service has now
+                self._submit(record, text_of(item))  # with the service's current key
                 return
             if submission.state != "confirmed":
                 raise AlteredError(f"its transaction is {submission.state}: {submission.error}")  # noqa: TRY301
@@ -126,7 +127,7 @@ class Policies(Trust):
         except AlteredError as error:
             self._report(number, error)
             if number == 1:
-                return  # nothing could take its place
+                return  # no version could replace it
             given_up = record.model_copy(
                 update={"status": "rejected", "rejected_at": timestamp(now()), "reason": str(error)}
             )
@@ -150,18 +151,16 @@ class Policies(Trust):
         logger().info("policy in force", extra={"policy_id": arrived.policy_id, "txid": arrived.txid})
 
     def _begin(self) -> Head:
-        """Nothing is in force: bring version 1 forward. Raises TransientError while it is on its way."""
+        """Advance version 1, because no version is in force. Raises TransientError until it is confirmed."""
         self.advance()
         head = self._head()
         if head.in_force:
             return head
         submission = self._submissions.get(submission_key(1))
         if submission is not None and submission.is_open:
-            raise TransientError(
-                "the first version of the policy is not on the ledger yet: it is in force once it is confirmed there"
-            )
+            raise TransientError("version 1 of the policy is not confirmed on the ledger yet; try again later")
         raise TransientError(
-            "the first version of the policy was altered, or its transaction failed, and no other can take its place"
+            "version 1 of the policy was altered, or its transaction failed, and no version can replace it"
         )
 
     def _create_first(self, head: Head) -> None:
@@ -171,9 +170,9 @@ class Policies(Trust):
         self._write(head, replace(head, newest=1, approved=1), self._put(first, document.text()))
 
     def _submit(self, record: PolicyVersion, text: str) -> None:
-        """Hand the hash in. Raises AlteredError unless the text is the one that was approved."""
+        """Submit the hash. Raises AlteredError if the text differs from the approved one."""
         if sha256_hex(text) != record.hash:
-            raise AlteredError("its text is not what was approved")  # and would be anchored in its place
+            raise AlteredError("its text differs from the approved text")  # which would otherwise be anchored
         try:
             self._submissions.submit_record(
                 submission_key(record.version),
@@ -196,14 +195,14 @@ class Policies(Trust):
         groups: Mapping[str, Any] | None = None,
         actions: Mapping[str, Any] | None = None,
     ) -> PolicyVersion:
-        """Store a new version, for another operator to approve. The same proposal again is the same version.
+        """Store a new version for another operator to approve. A repeated proposal returns the same version.
 
         Parameters
         ----------
         rules, groups, actions
             The whole version. With `groups` or `actions`, even empty, it has format 2; with `rules` alone format 1.
         subject
-            The operator who proposes.
+            The proposing operator.
         based_on
             The `policy_id` of the version that the operator reviewed; by default the one in force.
         remove
@@ -212,9 +211,9 @@ class Policies(Trust):
         Raises
         ------
         ConflictError
-            `based_on` is not in force (any more), or a version is on its way to the ledger.
+            `based_on` is not in force (any more), or an approved version is on its way to the ledger.
         InvalidInputError
-            The document is not acceptable, or `remove` does not name exactly what it drops.
+            The document is invalid, or `remove` does not name exactly the dropped items.
         """
         content = {"rules": rules, "groups": groups, "actions": actions}
         for _ in attempts():
@@ -233,26 +232,26 @@ class Policies(Trust):
                 continue
             logger().info("policy proposed", extra={"policy_id": proposed.policy_id, "subject": subject})
             return proposed
-        raise TransientError("others are changing the policy at the moment")
+        raise TransientError("other callers are changing the policy at the moment; try again")
 
     def approve(self, version: int, *, subject: str, four_eyes: bool) -> PolicyVersion:
-        """Approve a proposal, and hand its hash to the ledger. Again by the same person: nothing more.
+        """Approve a proposal, and submit its hash to the ledger. A repetition by the same person changes nothing.
 
         Raises
         ------
         ForbiddenError
             It is the caller's own proposal, and `four_eyes` is on.
         ConflictError
-            It was decided already, or has become stale: another version has come into force, or is on its way.
+            It is already decided, or stale: another version is in force or on its way.
         NotFoundError
-            There is no such version.
+            The version does not exist.
         """
         for _ in attempts():
             head = self._head()
             item = self._existing(version)
             record = record_of(item)
             if four_eyes and record.proposed_by is not None and same_subject(record.proposed_by, subject):
-                raise ForbiddenError("a policy is approved by somebody else than who proposed it")
+                raise ForbiddenError("you cannot approve your own proposal; another operator must approve it")
             if record.approved_by == subject:
                 self._settle_soon()
                 return self.get(version)
@@ -260,7 +259,7 @@ class Policies(Trust):
                 raise ConflictError(f"version {version} is {record.status}", policy_status=record.status)
             self._check_not_stale(head, record.based_on, self.in_force())
             if sha256_hex(text_of(item)) != record.hash:
-                raise ConflictError("the text is not what was proposed", field="version")
+                raise ConflictError("the text differs from the proposal", field="version")
             approved = record.model_copy(
                 update={"status": "approved", "approved_by": subject, "approved_at": timestamp(now())}
             )
@@ -272,17 +271,17 @@ class Policies(Trust):
             logger().info("policy approved", extra={"policy_id": record.policy_id, "subject": subject})
             self._settle_soon()
             return self.get(version)
-        raise TransientError("others are changing the policy at the moment")
+        raise TransientError("other callers are changing the policy at the moment; try again")
 
     def reject(self, version: int, *, subject: str, reason: str = "") -> PolicyVersion:
-        """Reject a proposal, or withdraw one's own. One that was rejected already stays so.
+        """Reject a proposal, or withdraw one's own. A repetition changes nothing.
 
         Raises
         ------
         ConflictError
-            It was approved: its hash is on its way to the ledger, or there.
+            It was approved: its hash is on the ledger, or on its way.
         NotFoundError
-            There is no such version.
+            The version does not exist.
         """
         for _ in attempts():
             head = self._head()
@@ -306,10 +305,10 @@ class Policies(Trust):
                 continue
             logger().info("policy rejected", extra={"policy_id": record.policy_id, "subject": subject})
             return rejected
-        raise TransientError("others are changing the policy at the moment")
+        raise TransientError("other callers are changing the policy at the moment; try again")
 
     def _version_event(self, kind: PolicyEventKind, record: PolicyVersion, actor: str, **details: Any) -> Item:
-        """Make the write of the event of a version, at the moment of its new status."""
+        """Return the write of a version's event, at the time of its new status."""
         at = getattr(record, f"{STATUSES[kind]}_at")
         newest = newest_event(self._policy_table)
         return self._event(kind, newest, actor=actor, at=at, policy_id=record.policy_id, **details)
@@ -317,33 +316,36 @@ class Policies(Trust):
     def _check_not_stale(self, head: Head, based_on: str | None, current: Policy) -> None:
         if head.approved:
             raise ConflictError(
-                f"version {head.approved} was approved, and is on its way to the ledger", field="based_on"
+                f"version {head.approved} was approved, and is on its way to the ledger; try again when it is in force",
+                field="based_on",
             )
         if based_on != current.policy_id:
             raise ConflictError(
-                f"{current.policy_id} is in force by now", field="based_on", policy_id=current.policy_id
+                f"{current.policy_id} is in force now; propose again on top of it",
+                field="based_on",
+                policy_id=current.policy_id,
             )
 
     def _settle_soon(self) -> None:
-        """Submit what was approved; what fails here is the transaction worker's to do."""
+        """Submit the approved version. After a failure, the transaction worker does it."""
         try:
             self.advance()
         except (TransientError, PermanentError, BotoCoreError, ClientError) as error:
-            logger().warning("policy not submitted yet", extra={"error": type(error).__name__})
+            logger().warning("the policy is not submitted yet", extra={"error": type(error).__name__})
 
     # Reading
 
     def get(self, version: int) -> PolicyVersion:
-        """Return what became of a version. Raises NotFoundError."""
+        """Return the record of a version. Raises NotFoundError."""
         return self._shown(record_of(self._existing(version)))
 
     def read(self, version: int) -> tuple[PolicyVersion, str]:
-        """Return the same, and the document. Raises NotFoundError."""
+        """Return the record and the document of a version. Raises NotFoundError."""
         item = self._existing(version)
         return self._shown(record_of(item)), text_of(item)
 
     def version(self, version: int) -> tuple[PolicyVersion, Policy]:
-        """Return a version, whatever became of it, and the policy that its document makes.
+        """Return a version in any status, and the policy of its document.
 
         Raises
         ------
@@ -359,9 +361,9 @@ class Policies(Trust):
         return self._shown(record), policy_of(text)
 
     def difference(self, version: int) -> PolicyDifference | None:
-        """Compare a version with the one that it is based on; None when one of the two texts cannot be read.
+        """Compare a version with the one that it is based on; None if one of the texts cannot be read.
 
-        Raises NotFoundError when there is no such version.
+        Raises NotFoundError if the version does not exist.
         """
         record, text = self.read(version)
         before = self._item(version_of(record.based_on) or 0) if record.based_on else None
@@ -373,7 +375,7 @@ class Policies(Trust):
             return None
 
     def list(self, limit: int = 20, before: int | None = None) -> list[PolicyVersion]:
-        """List versions, newest first; `before` leaves out that one and those that are newer."""
+        """List versions older than `before`, newest first."""
         newest = version_sk(before - 1 if before is not None else MAX_VERSION)
         return [self._shown(record) for record in self._records(version_sk(0), newest, limit)]
 
@@ -400,7 +402,7 @@ def _new_record(document: AnyDocument, moment: str) -> PolicyVersion:
 
 
 def _is_same_proposal(item: Item, document: AnyDocument) -> bool:
-    """Tell whether the newest version is this very proposal, still open: it was sent twice."""
+    """Return whether the newest version is this proposal, still open: a repeated request."""
     version = document.version - 1
     return (
         record_of(item).status == "proposed"

@@ -1,4 +1,4 @@
-"""Suspending an action, which one operator does at once, and resuming it, which takes two operators."""
+"""Suspension of an action by one operator, at once, and its resumption by two operators."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from qubic.items import attempts
 from qubic.policy.versions import Versions
 
 MAX_SUSPENDED = 100
-"""Most names at a time: each copy of the suspensions is one item, and each intent's transaction reads one."""
+"""Maximum number of names: each copy of the suspensions is one item, and each intent's transaction reads one."""
 
 Status = Literal["active", "suspended", "resume_requested"]
 
 
 @dataclass(frozen=True)
 class Suspended:
-    """An action, or `*`, and its suspension; `active` has none."""
+    """An action, or `*`, and its suspension; None for the status `active`."""
 
     name: str
     status: Status
@@ -44,9 +44,9 @@ class Suspending(Versions):
     network
         The network of the policy.
     table
-        By default that of LEDGER_TABLE.
+        Name of the table; the default is LEDGER_TABLE.
     clock
-        The present moment.
+        Returns the current time.
     """
 
     def __init__(self, network: str, table: str | None = None, *, clock: Callable[[], datetime] | None = None) -> None:
@@ -54,21 +54,21 @@ class Suspending(Versions):
         self._clock = clock or now
 
     def suspended(self, name: str | None = None) -> list[Suspended]:
-        """List what is suspended, by name; with `name`, of that action and `*` alone."""
+        """List the suspensions by name; with `name`, only of that action and `*`."""
         return [self._shown(each, found) for each, found in sorted(suspensions.suspended(name).items())]
 
     def suspend(self, name: str, *, subject: str, reason: str) -> Suspended:
-        """Suspend an action, or every action: when this returns, no new intent is recorded.
+        """Suspend an action, or every action. After this call, no new intent is recorded.
 
-        A name that is suspended stays so, with its first reason. If a request to resume it is open, the request ends,
-        and the suspension has the new reason.
+        A suspended name stays suspended, with its first reason. If a request to resume it is open, the request ends,
+        and the suspension gets the new reason.
 
         Raises
         ------
         ConflictError
-            As many names as possible are suspended.
+            The maximum number of names is suspended.
         TransientError
-            The table does not answer, or too many intents are recorded at the moment. Nothing is suspended.
+            The table does not respond, or too many intents are recorded at the moment. Nothing is suspended.
         """
         for _ in attempts():
             newest, names = newest_event(self._policy_table), suspensions.suspended()
@@ -82,18 +82,18 @@ class Suspending(Versions):
             if _write([event, *suspensions.puts(names | {name: after})]):
                 logger().warning("action suspended", extra={"action": name, "subject": subject})
                 return self._shown(name, after)
-        raise TransientError("others are changing the suspensions at the moment: try again")
+        raise TransientError("other callers are changing the suspensions at the moment; try again")
 
     def resume(self, name: str, *, subject: str, four_eyes: bool) -> Suspended:
         """Request that a suspended action resumes, or, if another operator has requested it, resume it.
 
-        The operator who suspended it may be one of the two. A request counts for one day. Again by the operator who
-        requested it: nothing more, but with `four_eyes` off that operator resumes it.
+        The operator who suspended it can be one of the two. A request counts for one day. A repetition by the operator
+        who requested it changes nothing, but with `four_eyes` off that operator resumes it.
 
         Raises
         ------
         TransientError
-            The table does not answer, or others are changing the suspensions.
+            The table does not respond, or other callers are changing the suspensions.
         """
         for _ in attempts():
             newest, names = newest_event(self._policy_table), suspensions.suspended()
@@ -115,17 +115,17 @@ class Suspending(Versions):
             if _write([event, *suspensions.puts(left)]):
                 logger().warning("action resumed", extra={"action": name, "subject": subject})
                 return Suspended(name, "active", None)
-        raise TransientError("others are changing the suspensions at the moment: try again")
+        raise TransientError("other callers are changing the suspensions at the moment; try again")
 
     def _shown(self, name: str, suspension: Suspension) -> Suspended:
-        """Show a suspension as it counts now: a request to resume that is too old is none."""
+        """Return a suspension as it counts now, without a request to resume that is too old."""
         if suspension.resumes_with(self._clock()):
             return Suspended(name, "resume_requested", suspension)
         return Suspended(name, "suspended", suspension.model_copy(update={"resume_by": None, "resume_at": None}))
 
 
 def _write(writes: list[dynamo.Item]) -> bool:
-    """Write all or nothing; false if another event was first."""
+    """Write all items or none. Return False if another event was first."""
     try:
         dynamo.transact(writes, urgent=True)
     except dynamo.ConditionFailedError:

@@ -1,4 +1,4 @@
-"""Which version of the policy to believe: the newest one in force whose document's hash the ledger has."""
+"""Check of the policy's versions: the newest one in force whose document's hash is on the ledger counts."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from qubic.transactions.model import INPUT_TYPES, Submission
 from qubic.transactions.submissions import Submissions
 from qubic.wallets import service_identity
 
-_NEVER_IN_FORCE = "no such policy has come into force"
+_NEVER_IN_FORCE = "no policy with this id has been in force"
 REFUSED_METRIC = "PolicyRefused"
 LOOK_AGAIN_SECONDS = 60
-"""How long a process relies on it that HEAD names the newest version that has been in force."""
+"""Time that a process relies on HEAD's newest version without a search for later ones."""
 
 
 class AlteredError(Exception):
-    """What is stored of a version is not what the ledger has."""
+    """A stored version differs from the ledger's."""
 
 
 @dataclass(frozen=True)
 class _Good:
-    """A version that is what the ledger has, by the transaction of that id."""
+    """A version that matches the ledger's transaction with this id."""
 
     policy: Policy
     txid: str
@@ -50,7 +50,7 @@ class _Good:
 
 @dataclass(frozen=True)
 class _Seen:
-    """The newest version that this process has found good in force; until when it relies on HEAD at `revision`."""
+    """The newest version that this process has verified in force, and the end of its reliance on HEAD at `revision`."""
 
     in_force: int = 0
     revision: int = 0
@@ -58,20 +58,20 @@ class _Seen:
 
 
 _verified: dict[tuple[str, str, int, str], _Good] = {}
-"""The texts whose transaction this process has found on the chain, by table, network, version and hash."""
+"""Texts whose transaction this process has found on the chain, by table, network, version and hash."""
 _seen: dict[tuple[str, str], _Seen] = {}
-"""By table and network."""
+"""Newest verified version, by table and network."""
 
 
 class Trust(Versions):
-    """Reads what is in force, and believes nothing that the ledger does not have.
+    """Reads the policy in force, and accepts only versions that the ledger has.
 
     Parameters
     ----------
     submissions
         The service's submissions; their network is the policy's.
     table
-        By default that of LEDGER_TABLE.
+        Name of the table; the default is LEDGER_TABLE.
     """
 
     def __init__(self, submissions: Submissions, table: str | None = None) -> None:
@@ -81,13 +81,13 @@ class Trust(Versions):
     def in_force(self) -> Policy:
         """Return the policy in force.
 
-        A version that is not what the ledger has is refused, and the last good one is in force.
+        A version that differs from the ledger's is rejected, and the last valid one is in force.
 
         Raises
         ------
         TransientError
-            No version is on the ledger yet, or none is as it is there; a newer one than HEAD's has been in force; the
-            network, which this process has not asked of that version yet, does not answer.
+            No version is on the ledger yet, or no version matches the ledger's; a newer one than HEAD's has been in
+            force; or the network does not respond, and this process has not verified the version yet.
         """
         head = self._trusted_head()
         if not head.in_force:
@@ -102,7 +102,7 @@ class Trust(Versions):
                 else:
                     self._remember(in_force=version)
                     return policy
-        raise TransientError("no version of the policy is what the ledger has: nothing is allowed")
+        raise TransientError("no version of the policy matches the ledger's, so every action is denied")
 
     def once_in_force(self, policy_id: str) -> Policy:
         """Return a version that is or was in force. Raises as `document`."""
@@ -111,18 +111,18 @@ class Trust(Versions):
             return self._of_that_id(policy_id, self._good(version, item))
 
     def _item_in_force(self, version: int) -> Item | None:
-        """Read a version; one that this process has seen in force does not change, so any replica may answer."""
+        """Read a version. A version in force never changes, so an eventually consistent read is sufficient."""
         seen = _seen.get((self._table, self.network), _Seen())
         return self._item(version, consistent=version > seen.in_force)
 
     def _begin(self) -> Head:
-        """Bring the first version forward; what is in force then. A matter of the lifecycle."""
+        """Advance version 1, and return the policy in force after that. The lifecycle implements this."""
         raise NotImplementedError
 
     def _trusted_head(self) -> Head:
-        """Read HEAD. Raises TransientError when it was rolled back: an older policy would be in force quietly."""
+        """Read HEAD. Raises TransientError if it was rolled back: an older policy would be in force unnoticed."""
         for _ in attempts():
-            seen = _seen.get((self._table, self.network), _Seen())  # before HEAD, which never goes back
+            seen = _seen.get((self._table, self.network), _Seen())  # read before HEAD, which never decreases
             head = self._head()
             looked = head.revision == seen.revision and time.monotonic() < seen.until
             if looked and head.in_force >= seen.in_force:
@@ -131,21 +131,21 @@ class Trust(Versions):
             if newer is None:
                 self._remember(revision=head.revision, until=time.monotonic() + LOOK_AGAIN_SECONDS)
                 return head
-            if self._head() == head:  # nobody has put that version in force in between
-                logger().error("policy rolled back", extra={"version": newer, "in_force": head.in_force})
+            if self._head() == head:  # no caller has put that version in force in between
+                logger().error("the policy was rolled back", extra={"version": newer, "in_force": head.in_force})
                 metrics.count_one(REFUSED_METRIC)
                 raise TransientError(
-                    f"version {newer} of the policy has been in force or handed in, and the table says that version "
-                    f"{head.in_force} is the newest in force: nothing is allowed"
+                    f"version {newer} of the policy has been in force or submitted, but the newest in the table is "
+                    f"version {head.in_force}, so every action is denied"
                 )
-        raise TransientError("others are changing the policy at the moment")
+        raise TransientError("other callers are changing the policy at the moment; try again")
 
     def _newer(self, head: Head, seen: _Seen) -> int | None:
-        """Find a version that came after HEAD's: it has been in force, or is on the ledger without HEAD's knowing."""
+        """Return a version after HEAD's that has been in force, or that is on the ledger without an entry in HEAD."""
         if seen.in_force > head.in_force:
             return seen.in_force
         records = {record.version: record for record in self._records(version_sk(head.in_force + 1))}
-        # An item may be missing, and its submission be there still: gaps and the next number are looked at, too.
+        # An item may be missing while its submission still exists: check gaps and the next number too.
         for version in range(head.in_force + 1, max(records, default=head.in_force) + 2):
             status = records[version].status if version in records else None
             if status in {"in_force", "superseded"}:
@@ -160,18 +160,18 @@ class Trust(Versions):
         _seen[place] = replace(seen, **changes | {"in_force": max(seen.in_force, changes.get("in_force", 0))})
 
     def document(self, policy_id: str) -> dict[str, Any]:
-        """Return the text of a version that is or was in force, and what anchors it.
+        """Return the text of a version that is or was in force, and the transaction that anchors it.
 
         `{policy_id, version, text, hash, txid, tick, source, encoded}`; `encoded` is the signed transaction in base64.
 
         Raises
         ------
         NotFoundError
-            No version of that id has come into force.
+            No version with this id has been in force.
         PermanentError
-            `policy_altered`: it is not what the ledger has.
+            `policy_altered`: it differs from the ledger's version.
         TransientError
-            The network, which this process has not asked of that version yet, does not answer.
+            The network does not respond, and this process has not verified the version yet.
         """
         version, item = self._came_into_force(policy_id)
         with self._refusing(version):
@@ -189,7 +189,7 @@ class Trust(Versions):
         }
 
     def _came_into_force(self, policy_id: str) -> tuple[int, Item]:
-        """Read the version that an id names. Raises NotFoundError if none has come into force."""
+        """Read the version with this id. Raises NotFoundError if it has never been in force."""
         version = version_of(policy_id)
         item = self._item_in_force(version) if version else None
         if version is None or item is None or record_of(item).status not in {"in_force", "superseded"}:
@@ -203,7 +203,7 @@ class Trust(Versions):
 
     @contextmanager
     def _refusing(self, version: int) -> Iterator[None]:
-        """Report a version that was altered, and refuse it for good."""
+        """Report an altered version, and reject it permanently."""
         try:
             yield
         except AlteredError as error:
@@ -211,14 +211,14 @@ class Trust(Versions):
             raise PermanentError("policy_altered", f"version {version} of the policy: {error}") from error
 
     def _good(self, version: int, item: Item | None, submission: Submission | None = None) -> _Good:
-        """Return the version's policy; a `submission` that is given is checked, even if another was before.
+        """Return the version's policy. A given `submission` is always checked.
 
         Raises
         ------
         AlteredError
-            Its text is not the one that the ledger has.
+            Its text differs from the ledger's.
         TransientError
-            The network has to be asked, and does not tell.
+            The network does not respond.
         """
         if item is None:
             raise AlteredError("it is missing")
@@ -237,17 +237,15 @@ class Trust(Versions):
     def _confirmed(self, version: int) -> Submission:
         submission = self._submissions.get(submission_key(version))
         if submission is None or submission.state != "confirmed":
-            raise AlteredError("no transaction with it is confirmed")
+            raise AlteredError("no transaction with its hash is confirmed")
         return submission
 
     def _check_included(self, transaction: Transaction) -> None:
-        """Check that the network has it, whatever the table says. Raises as `_good`."""
-        try:  # a node that is behind must not set the policy back
+        """Check that the network has it, regardless of the table. Raises as `_good`."""
+        try:  # a node that is behind must not roll back the policy
             is_included = self._submissions.is_included(transaction)
         except TransientError as error:
-            raise TransientError(
-                f"the network does not tell yet whether it has the policy's transaction: {error.message}"
-            ) from error
+            raise TransientError(f"the network cannot confirm the policy's transaction yet: {error.message}") from error
         if not is_included:
             raise AlteredError("the network does not have its transaction")
 
@@ -257,7 +255,7 @@ class Trust(Versions):
 
 
 def _own_identities() -> frozenset[str]:
-    """The identities that policies are anchored by: the service's own, and those that it had before."""
+    """Return the identities that can anchor policies: the service's current and former ones."""
     former = frozenset(each.strip() for each in settings.optional("QUBIC_FORMER_IDENTITIES").split(",") if each.strip())
     for identity in former:
         try:
@@ -268,22 +266,22 @@ def _own_identities() -> frozenset[str]:
 
 
 def _check_anchor(hash_: str, submission: Submission) -> Transaction:
-    """Check that its transaction is the service's own and has just this hash; return it. Raises AlteredError.
+    """Check that its transaction is the service's own and has exactly this hash; return it. Raises AlteredError.
 
-    A role that can write the table can add a transaction: only a signature of the expected identity counts.
+    A role that can write the table could add a transaction, so only a signature of the expected identity counts.
     """
     try:
         transaction = decode(submission.encoded)
     except ValueError as error:
         raise AlteredError("its transaction cannot be read") from error
     if transaction.payload != bytes.fromhex(hash_) or transaction.input_type != INPUT_TYPES["policy"]:
-        raise AlteredError("its text is not the one whose hash the ledger has")
+        raise AlteredError("the ledger has another hash than its text's")
     if transaction.id != submission.txid:
-        raise AlteredError("its transaction is not the one that is confirmed")
+        raise AlteredError("its transaction differs from the confirmed one")
     if encode_identity(transaction.source) not in _own_identities():
-        raise AlteredError("its transaction is not the service's")
+        raise AlteredError("its transaction is not from the service's identity")
     if transaction.destination != transaction.source or transaction.amount:
-        raise AlteredError("its transaction is no record of the service's: it goes to another, or moves money")
+        raise AlteredError("its transaction is not a record: it has another destination, or moves money")
     if not transaction.is_signed_by_source():
         raise AlteredError("its transaction is not signed by its source")
     return transaction
@@ -293,9 +291,9 @@ def _policy_of_version(version: int, text: str) -> Policy:
     try:
         policy = policy_of(text)
     except ValueError as error:
-        raise AlteredError("its text is no policy document") from error
+        raise AlteredError("its text is not a policy document") from error
     if policy.version != version:
-        raise AlteredError("its text is that of another version")
+        raise AlteredError("its text belongs to another version")
     return policy
 
 

@@ -1,8 +1,8 @@
-"""The policy's versions, as the ledger's table keeps them.
+"""Items of the policy's versions in the ledger's table.
 
 Items (pk / sk), pk being POLICY#<network>:
-HEAD                which version is newest, on its way, in force; its revision guards every change of all the others
-VERSION#<number>    `text`, the document, never changed; `record`, what became of it
+HEAD                the newest version, the approved one, and the one in force; its revision guards all other changes
+VERSION#<number>    `text`, the document, never changed; `record`, its status
 """
 
 from __future__ import annotations
@@ -28,30 +28,30 @@ Status = Literal["proposed", "approved", "anchoring", "in_force", "superseded", 
 
 
 class PolicyVersion(BaseModel):
-    """A version of the policy, and what became of it."""
+    """A version of the policy, and its status."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     version: int
     policy_id: str
-    status: Status = Field(description="`approved`: on its way to the ledger; `anchoring`: handed in there")
+    status: Status = Field(description="`approved`: not submitted to the ledger yet; `anchoring`: submitted")
     hash: str = Field(description="SHA-256 of the document's text")
-    based_on: str | None = Field(None, description="the policy in force when it was proposed")
-    proposed_by: str | None = Field(None, description="nobody proposed version 1")
+    based_on: str | None = Field(None, description="policy in force at the time of the proposal")
+    proposed_by: str | None = Field(None, description="the proposing operator; null for version 1")
     proposed_at: str
     approved_by: str | None = None
     approved_at: str | None = None
     rejected_by: str | None = None
     rejected_at: str | None = None
-    reason: str = Field("", description="why it was rejected")
+    reason: str = Field("", description="reason of the rejection")
     in_force_at: str | None = None
-    txid: str | None = Field(None, description="the transaction that has the hash, or shall have it")
+    txid: str | None = Field(None, description="transaction with the hash")
     tick: int | None = None
 
 
 @dataclass(frozen=True)
 class Head:
-    """`approved` is the version on its way to the ledger, `in_force` the newest one that has arrived; 0 is none."""
+    """`approved` is the version on its way to the ledger, `in_force` the newest confirmed one; 0 means no version."""
 
     revision: int = 0
     newest: int = 0
@@ -65,9 +65,9 @@ class Versions:
     Parameters
     ----------
     network
-        Whose policy it is.
+        The network of the policy.
     table
-        By default that of LEDGER_TABLE.
+        Name of the table; the default is LEDGER_TABLE.
     """
 
     def __init__(self, network: str, table: str | None = None) -> None:
@@ -93,11 +93,11 @@ class Versions:
     def _existing(self, version: int) -> Item:
         item = self._item(version)
         if item is None:
-            raise NotFoundError("no such version of the policy", field="version")
+            raise NotFoundError("this version of the policy does not exist", field="version")
         return item
 
     def _records(self, oldest: str, newest: str = "VERSION#~", limit: int | None = None) -> Iterator[PolicyVersion]:
-        """Read what became of the versions between these keys, newest first."""
+        """Read the records of the versions between these keys, newest first."""
         found = self._items.query(
             KeyConditionExpression="pk = :pk AND sk BETWEEN :oldest AND :newest",
             ExpressionAttributeValues={
@@ -142,7 +142,7 @@ class Versions:
         name: str = "",
         **details: Any,
     ) -> Item:
-        """Make the write of the event that follows `newest`; its condition fails if another event was first."""
+        """Return the write of the event after `newest`. Its condition fails if another event was first."""
         event = next_event(
             newest,
             kind,
@@ -156,13 +156,13 @@ class Versions:
         return put_event(self._policy_table, event)
 
     def _in_force_before_events(self) -> str | None:
-        """Return the version that came into force before there were events; None if there was none."""
+        """Return the version that came into force before events existed; None if no version did."""
         version = self._head().in_force
         item = self._item(version) if version else None
         return record_of(item).policy_id if item else None
 
     def _write(self, before: Head, after: Head, *writes: Item) -> None:
-        """All or nothing, if nobody else has changed anything since `before` was read; ChangedError otherwise."""
+        """Write all items or none. Raises ChangedError if HEAD has changed since `before` was read."""
         after = replace(after, revision=before.revision + 1)
         head = self._key("HEAD") | {name: {"N": str(value)} for name, value in asdict(after).items()}
         self._items.write(self._items.put_after(head, before.revision, "revision"), *writes)

@@ -1,1 +1,1 @@
-"""What the service signs, from the signature until its fate is known."""
+"""Signed transactions of the service, from the signature to the final state."""

@@ -1,7 +1,7 @@
-"""Hashes on the ledger: each written once for ever, by a transaction whose payload it is.
+"""Hashes on the ledger: each is recorded once, as the payload of a transaction.
 
-A hash that an operator writes (`hash`) and the record of a task's instruction (`instruction`) are two kinds of record,
-with two input types: nobody can make the one look like the other.
+An operator's hash (`hash`) and the record of a task's instruction (`instruction`) are two kinds of record with
+different input types, so neither can be presented as the other.
 """
 
 from __future__ import annotations
@@ -14,39 +14,41 @@ from qubic.transactions.model import Submission, check_metadata, check_reference
 from qubic.transactions.submissions import Submissions
 
 RESERVED = "reference"
-"""The name in a record's metadata under which the service itself names the task and the step."""
+"""Name in a record's metadata that is reserved for the service's own reference to task and step."""
 _HASH = re.compile(r"[0-9a-fA-F]{64}", re.ASCII)
 _NOTHING = dict.fromkeys(("kind", "state", "txid", "tick", "timestamp", "source", "encoded", "error"))
 
 
 def check_hash(hash_: object, field: str = "hash") -> str:
-    """A SHA-256 as 64 small hex letters. Raises InvalidInputError for anything but 64 hex letters."""
+    """Return a SHA-256 as 64 lower-case hexadecimal digits. Raises InvalidInputError for any other text."""
     if not isinstance(hash_, str) or not _HASH.fullmatch(hash_):
-        raise InvalidInputError("a hash has 64 hexadecimal digits", field=field)
+        raise InvalidInputError("a hash must have 64 hexadecimal digits", field=field)
     return hash_.lower()
 
 
 def check_remark(metadata: object) -> dict[str, Any]:
-    """Return what an operator may write beside a hash. Raises InvalidInputError."""
+    """Return an operator's metadata for a hash. Raises InvalidInputError."""
     if not isinstance(metadata, dict):
-        raise InvalidInputError("the metadata is an object", field="metadata")
+        raise InvalidInputError("the metadata must be an object", field="metadata")
     if RESERVED in metadata:
-        raise InvalidInputError("only the record of a task's instruction has a reference", field="metadata.reference")
+        raise InvalidInputError(
+            "`reference` is reserved for the record of a task's instruction", field="metadata.reference"
+        )
     return check_metadata(metadata)
 
 
 def write_hash(it: Submissions, hash_: object, metadata: object, *, written_by: str = "") -> Submission:
-    """Sign, store and send the transaction that writes a hash; the second time, the first one's state.
+    """Sign, store and send the transaction that records a hash. A repetition returns the first transaction's state.
 
     Raises
     ------
     InvalidInputError
-        The hash is none, or the metadata is no JSON object, claims a task's reference, or has more than 4,096 bytes of
-        canonical JSON.
+        The hash is malformed, or the metadata is not a JSON object, claims a task's reference, or has more than 4,096
+        bytes of canonical JSON.
     LimitError
-        Too much is waiting to be written: later.
+        The ledger's queue is full. Try again later.
     TransientError
-        The ledger does not answer.
+        The ledger does not respond.
     """
     checked, remark = check_hash(hash_), check_remark(metadata)
     return it.submit_record(
@@ -55,7 +57,7 @@ def write_hash(it: Submissions, hash_: object, metadata: object, *, written_by: 
 
 
 def record_instruction(it: Submissions, hash_: object, reference: object, requester: str) -> Submission:
-    """Write the hash of a task's instruction: once, under its own input type. Raises as `write_hash`."""
+    """Record the hash of a task's instruction, once, with its own input type. Raises as `write_hash`."""
     checked, metadata = check_hash(hash_), {RESERVED: check_reference(reference)}
     return it.submit_record(
         f"instruction:{checked}", bytes.fromhex(checked), kind="instruction", metadata=metadata, requested_by=requester
@@ -63,9 +65,9 @@ def record_instruction(it: Submissions, hash_: object, reference: object, reques
 
 
 def hash_state(it: Submissions, hash_: str) -> dict[str, Any]:
-    """Tell whether the hash is on the ledger, and as which `kind`: `verified` only when its transaction is confirmed.
+    """Return whether the hash is on the ledger, and its `kind`; `verified` only if its transaction is confirmed.
 
-    If there are two records, a confirmed one is reported first, and of two such that of the instruction.
+    If the hash has two records, a confirmed one takes precedence, then the record of the instruction.
     """
     found = [record for kind in ("instruction", "hash") if (record := it.get(f"{kind}:{hash_}"))]
     if not found:

@@ -1,11 +1,11 @@
-"""What a submission is, and how the ledger's table keeps it.
+"""Submissions, and their items in the ledger's table.
 
-Items (pk / sk; all with the network's name, so that what one network confirmed is never shown of another):
-SUBMISSION#<network>#<key>/SUBMISSION  the present state
-SUBMISSION#<network>#<key>/ATTEMPT#n   each transaction that was ever signed for it, never changed
-TXID#<network>#<txid>/TXID             whose it is
-SOURCE#<network>#<identity>/SOURCE     a source's queue: what is open; its version guards each signature
-SOURCES#<network>/<identity>           which sources there are
+Items (pk / sk; all with the network's name, so that one network's items are never shown as another's):
+SUBMISSION#<network>#<key>/SUBMISSION  the current state
+SUBMISSION#<network>#<key>/ATTEMPT#n   each transaction that was signed for it, never changed
+TXID#<network>#<txid>/TXID             the submission of a transaction
+SOURCE#<network>#<identity>/SOURCE     a source's queue of open submissions; its version guards each signature
+SOURCES#<network>/<identity>           the list of sources
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ INPUT_TYPES: dict[Kind, int] = {
     "policy": 0x5150,
     "transfer": 0,
 }
-"""One for each kind of record, in the signed bytes: the record of one kind is never that of another."""
+"""Input type of each kind of record. It is in the signed bytes, so a record always has one kind."""
 
 NO_EFFECT = "moved_nothing:"
 OUTCOME_UNKNOWN = "moved_unknown:"
-"""How the stored error of a transfer begins that had no effect, or whose outcome is unknown (decision 19)."""
+"""Prefix of the stored error of a transfer without effect, or with an unknown outcome (decision 19)."""
 _LEFT_OUT = frozenset({"agent", "granted", "counted_in"})
-"""Fields of a submission that its item has only with a value."""
+"""Fields of a submission that its item omits without a value."""
 
 MAX_OPEN = 100
-"""Most open submissions of one source; beyond, the ledger is busy."""
+"""Maximum number of open submissions of one source. With more, the ledger is busy."""
 MAX_METADATA_BYTES = 4096
 MAX_REFERENCE_CHARACTERS = 256
 
 
 @dataclass(frozen=True)
 class Submission:
-    """One act on the ledger under one `key`, and the transaction that is to do it, or has done it.
+    """One act on the ledger under one `key`, and its newest or confirmed transaction.
 
     Attributes
     ----------
@@ -59,26 +59,27 @@ class Submission:
     source, destination
         Identities.
     attempt
-        How many transactions were signed for it; `txid`, `tick` and `encoded` are those of the one that is confirmed,
-        or of the newest.
+        Number of transactions that were signed for it; `txid`, `tick` and `encoded` belong to the confirmed one, or to
+        the newest.
     settled
-        How many of them, from the first, are in their tick and have moved nothing.
+        Number of the first of them that are in their tick and have moved nothing.
     run
-        For a transfer: which of the task's executions asked for it.
+        For a transfer: the execution of the task that requested it.
     requested_by
-        The task's requester, or the operator who wrote a hash; empty for the system's own records.
+        The task's requester, or the operator who recorded a hash; empty for the system's own records.
     error
-        Why it expired or failed: `expired`, `moved_nothing`, `moved_unknown`, `no_key` or a refusal's code, and a text.
+        Reason of an expiry or a failure: `expired`, `moved_nothing`, `moved_unknown`, `no_key` or a rejection's code,
+        and a text.
     address
-        Of a transfer: the destination as the caller named it, which the policy's limits are about.
+        For a transfer: the destination in the caller's spelling, which the policy's limits use.
     agent
-        The client of the agent that requested the transfer; empty: a person did.
+        The client of the agent that requested the transfer; empty if a person requested it.
     granted
-        The keys of the limits over which people have approved the transfer.
+        The keys of the limits that people's approvals allow the transfer to exceed.
     counted_in
-        What a transfer counts in the windows of its rule's limits; once it has moved nothing, what it counted there.
+        The transfer's share in the windows of its rule's limits; after an end without effect, the former share.
     counted_on
-        The day on which an earlier release counted a transfer's amount; empty: on none.
+        The day on which an earlier release counted a transfer's amount; empty if it does not count.
     """
 
     key: str
@@ -114,18 +115,18 @@ class Submission:
 
     @property
     def no_effect(self) -> bool:
-        """Whether a transfer has ended, and is known to have moved nothing: it may be asked for anew."""
+        """Return whether a transfer has ended without effect, so that it may be requested again."""
         return self.state == "expired" or (self.state == "failed" and not self.error.startswith(OUTCOME_UNKNOWN))
 
     @property
     def may_be_found(self) -> bool:
-        """Whether it has ended without effect, and one of its transactions may turn up in its tick all the same."""
+        """Return whether it has ended without effect, but one of its transactions may still appear in its tick."""
         return self.attempt > self.settled and (self.state == "expired" or (self.state == "failed" and not self.txid))
 
     def answer(self) -> dict[str, Any]:
-        """Tell what other services may know of it, as JSON.
+        """Return the public part of the submission as JSON.
 
-        The bytes of a transfer that was not sent are nobody's: who has them could send them.
+        The bytes of a transfer that was not sent are secret, because anyone who has them could send them.
         """
         is_shown = self.kind != "transfer" or self.state not in {"signed", "simulated"}
         return {
@@ -151,7 +152,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Source:
-    """A source's queue; `last_tick` is the newest tick that was ever named."""
+    """A source's queue; `last_tick` is the newest tick of its transactions."""
 
     identity: str
     version: int = 0
@@ -165,9 +166,9 @@ class Store:
     Parameters
     ----------
     network
-        Whose submissions these are.
+        The network of the submissions.
     table
-        By default that of LEDGER_TABLE.
+        Name of the table; the default is LEDGER_TABLE.
     """
 
     def __init__(self, network: str, table: str | None = None) -> None:
@@ -176,14 +177,14 @@ class Store:
         self._items = Items(self._table)
 
     def get(self, key: str) -> Submission | None:
-        """The submission under `key`."""
+        """Read the submission with this `key`."""
         item = self._items.get(self._pk(key), "SUBMISSION")
         return submission_of(item) if item else None
 
     def attempt(self, txid: str) -> Submission | None:
-        """The submission for which this transaction was signed, with the transaction's own bytes, tick and id.
+        """Read the submission of a transaction, with the transaction's own bytes, tick and id.
 
-        If a later one was signed, the state is `expired`: this one is in no tick.
+        If a later transaction was signed, the state is `expired`: this one is in no tick.
         """
         item = self._items.get(f"TXID#{self._network}#{txid}", "TXID")
         if item is None:
@@ -194,7 +195,7 @@ class Store:
         return replace(found, state="expired", txid=txid, tick=int(item["tick"]["N"]), encoded=item["encoded"]["B"])
 
     def open_sources(self) -> list[str]:
-        """The identities that have something open."""
+        """Read the identities with open submissions."""
         found = self._items.query(
             KeyConditionExpression="pk = :pk",
             ExpressionAttributeValues={":pk": {"S": f"SOURCES#{self._network}"}},
@@ -227,14 +228,16 @@ class Store:
 def check_reference(reference: object) -> str:
     """Return a reference. Raises InvalidInputError."""
     if not isinstance(reference, str) or not 0 < len(reference) <= MAX_REFERENCE_CHARACTERS:
-        raise InvalidInputError(f"the reference has 1 to {MAX_REFERENCE_CHARACTERS} characters", field="reference")
+        raise InvalidInputError(
+            f"the reference must have 1 to {MAX_REFERENCE_CHARACTERS} characters", field="reference"
+        )
     return reference
 
 
 def check_amount(amount: object) -> int:
     """Return an amount in QU. Raises InvalidInputError."""
     if isinstance(amount, bool) or not isinstance(amount, int) or not 0 < amount <= MAX_QU:
-        raise InvalidInputError("the amount is a whole number from 1 to 10^15", field="amount")
+        raise InvalidInputError("the amount must be a whole number from 1 to 10^15", field="amount")
     return amount
 
 
@@ -245,12 +248,12 @@ def check_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
     except InvalidInputError as error:
         raise InvalidInputError(error.message, field="metadata") from error
     if size > MAX_METADATA_BYTES:
-        raise InvalidInputError(f"the metadata has at most {MAX_METADATA_BYTES} bytes", field="metadata")
+        raise InvalidInputError(f"the metadata must have at most {MAX_METADATA_BYTES} bytes", field="metadata")
     return metadata
 
 
 def head_of(source: Source) -> Place:
-    """Tell whose turn it is in a queue that is not empty."""
+    """Return the first submission of a queue that is not empty."""
     return min(source.open, key=lambda place: place.tick)
 
 
@@ -276,7 +279,7 @@ def submission_item(submission: Submission) -> Item:
             item[name] = {"B": value}
         elif isinstance(value, int):
             item[name] = {"N": str(value)}
-        else:  # metadata stays text: DynamoDB would make Decimals of its numbers
+        else:  # metadata stays text: DynamoDB would convert its numbers to Decimals
             item[name] = {"S": value if isinstance(value, str) else canonical_json(value)}
     return item
 

@@ -1,4 +1,4 @@
-"""The queue of submissions that are open: each has one message, which comes back when its tick should have passed."""
+"""The queue of open submissions: each has one message, which is due when the submission's tick should have passed."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from qubic.transactions.model import Submission
 from qubic.transactions.signing import LEAD_TICKS
 
 MAX_DELAY_SECONDS = 60
-"""Longest pause between two looks: ticks may stand still for an hour."""
+"""Longest pause between two checks: the network may have no new ticks for an hour."""
 
 
 def wait_until_due(message: dict[str, Any]) -> None:
-    """Wait for the rest of a second: the queue's delays are whole seconds, so a message comes up to one too early."""
+    """Wait for the rest of a second: the queue's delays are whole seconds, so a message may be up to one early."""
     rest = float(message.get("due", 0)) - time.time()
     if 0 < rest < 1:
         time.sleep(rest)
 
 
 def enqueue(submission: Submission, tick: int = 0, *, seen: int = 0, looks: int = 0) -> None:
-    """Have the submission looked at when its tick should have passed.
+    """Schedule a check of the submission for the time when its tick should have passed.
 
     Parameters
     ----------
     tick
-        The present tick; 0: it is not known, and the submission is for `LEAD_TICKS` from now.
+        The current tick; 0 if unknown: then the submission's tick is assumed `LEAD_TICKS` ahead.
     seen, looks
-        Which tick it was at the last look, and how many looks there have been at that same one: then ticks do not
-        come as they should, and the pauses become longer.
+        The tick at the last check, and the number of checks at that same tick. Without new ticks, the pauses become
+        longer.
     """
     looks = looks + 1 if tick <= seen else 0
     until = (submission.tick + 2 - (tick or submission.tick - LEAD_TICKS)) * settings.number("QUBIC_TICK_MILLISECONDS")

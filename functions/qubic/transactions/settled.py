@@ -1,12 +1,12 @@
-"""The events by which other services learn that a transfer or an anchor has ended: EventBridge, the bus LEDGER_BUS.
+"""Events for other services at the end of a transfer or an anchor: EventBridge, the bus LEDGER_BUS.
 
 | detail-type | detail |
 |---|---|
 | `transfer_settled` | `{task_id, step_id, outcome, txid}` |
 | `anchor_settled` | `{log_id, sequence, outcome, txid}` |
 
-`outcome` is the submission's state: confirmed, expired or failed. An event holds no secret and proves nothing: it says
-what to ask the ledger about. It is published at least once, before the source's queue moves on.
+`outcome` is the submission's state: confirmed, expired or failed. An event has no secret and proves nothing: its
+receiver reads the state from the ledger. It is published at least once, before the source's queue advances.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ SOURCE = "qaes.qubic"
 
 
 def publish(submission: Submission) -> None:
-    """Publish that a transfer or an anchor has ended. Raises TransientError if EventBridge does not take the event.
+    """Publish the end of a transfer or an anchor. Raises TransientError if EventBridge rejects the event.
 
-    Nobody waits for another kind of record, so nothing is published for it.
+    No service waits for other kinds of record, so they have no event.
     """
     detail = _detail(submission)
     if detail is None:
@@ -37,7 +37,7 @@ def publish(submission: Submission) -> None:
     }
     answer = clients.client("events").put_events(Entries=[entry])
     if answer["FailedEntryCount"]:
-        raise TransientError(f"EventBridge did not take the event: {answer['Entries'][0].get('ErrorCode')}")
+        raise TransientError(f"EventBridge rejected the event: {answer['Entries'][0].get('ErrorCode')}")
 
 
 def _detail(submission: Submission) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
-"""Signing: the DynamoDB transaction that stores a signature, what it spends, and its place in the source's queue.
+"""Signing: the DynamoDB transaction that stores a signature, its spending, and its place in the source's queue.
 
-A transaction is signed and stored, bytes and id, before it is sent; so whatever crashes, the same bytes can be sent
-again and their fate be found out.
+A transaction is signed and stored, with bytes and id, before it is sent. After any crash, the same bytes can therefore
+be sent again and tracked.
 """
 
 from __future__ import annotations
@@ -31,33 +31,33 @@ from qubic.transactions.model import (
 from qubic.wallets import Key, Wallets, public_key, service_identity
 
 LEAD_TICKS = 15
-"""How far ahead the named tick is (Qubic's documents: 15 to 20), and how far the ticks of one source are apart."""
+"""Lead of a named tick (Qubic's documents: 15 to 20), and distance of the ticks of one source."""
 MAX_TICKS_AHEAD = 2_000
-"""A present tick so far beyond what look-ups know is not believed: a source's ticks only go up."""
+"""Maximum lead of the current tick over look-ups. A larger lead is an error: a source's ticks only increase."""
 KEPT_BALANCE = 1
-"""What the service's own wallet keeps, in QU: the network takes nothing of a source without any balance."""
+"""Minimum balance of the service's wallet in QU: the network drops transactions of a source without a balance."""
 
 
 class Signing(Store):
-    """Signs for one chain, by the keys that the service holds.
+    """Signs for one chain with the service's keys.
 
     Parameters
     ----------
     chain
         The network.
     table
-        By default that of LEDGER_TABLE.
+        Name of the table; the default is LEDGER_TABLE.
     on_signed
-        Told of each new submission, once it is stored: somebody has to follow it.
+        Called with each stored submission, to enqueue its tracking.
     on_closed
-        Told of each submission that is not open any more; at least once, before anything else of its source goes on.
+        Called with each closed submission, at least once, before its source's queue advances.
     rule_for
-        Called before a transfer is signed, before one that has waited is sent, and before one is signed for a later
-        tick. Returns the rule that lets it pass; raises PermanentError if there is none.
+        Called before a transfer is signed, before a waiting transfer is sent, and before a transfer is signed for a
+        later tick. Returns the rule that allows it; raises PermanentError if no rule does.
     sends_transfers
-        False: a transfer that was not sent yet is not sent any more.
+        If False, unsent transfers are no longer sent.
     clock
-        The present moment, whose day a transfer counts on.
+        Returns the current time, which determines the day on which a transfer counts.
     """
 
     def __init__(
@@ -81,14 +81,14 @@ class Signing(Store):
         self.spending = Spending(self._items, self._network, clock=clock)
 
     def available(self, identity: str) -> tuple[Balance, int]:
-        """Return an identity's balance, and what of it is not promised to its transfers in flight: 0 at least."""
+        """Return an identity's balance, and the part that is available: without its transfers in flight, at least 0."""
         balance, available = self._available(self._source(identity))
         return balance, max(available, 0)
 
     def _available(self, source: Source) -> tuple[Balance, int]:
-        """Return the balance, and what of it is not promised.
+        """Return the balance and its available part.
 
-        What was sent and has its tick behind it is in the balance, or moves nothing; only the first can be that far.
+        A sent transfer whose tick has passed is already in the balance or moves nothing. Only the first can be one.
         """
         found = self.chain.balance(source.identity)
         promised = sum(place.amount for place in source.open)
@@ -104,7 +104,7 @@ class Signing(Store):
     def _sign(
         self, wanted: Submission, key: Key, before: Submission | None, source: Source, rule: Decision | None
     ) -> Submission:
-        """Sign for a tick that is free, and store it, with what it spends: the commit point.
+        """Sign for a free tick, and store the signature with its spending: the commit point.
 
         Raises ChangedError when others were first, PermanentError when a limit has no room or transfers are suspended.
         """
@@ -149,13 +149,13 @@ class Signing(Store):
         return signed
 
     def _reserve(self, wanted: Submission, rule: Decision | None) -> Reservation:
-        """Count a transfer in the windows of its rule's limits; one that is signed again counts there anew.
+        """Count a transfer in the windows of its rule's limits. A transfer that is signed again counts again.
 
-        Raises PermanentError when a limit has no room.
+        Raises PermanentError if a limit has no room.
         """
         if rule is None:
             return Reservation(shares=wanted.counted_in)
-        # What an earlier release counted is in the window already: it is moved there, and needs no room.
+        # An amount that an earlier release counted is moved into the window, and needs no room.
         bounded = not (wanted.counted_on and self.spending.counts_day(wanted.counted_on))
         held, granted = wanted.counted_in, wanted.granted
         reservation = self.spending.reserve(rule, granted=granted, held=held, bounded=bounded)
@@ -165,7 +165,7 @@ class Signing(Store):
         return reservation
 
     def _write_counted(self, writes: Callable[[Reservation], list[Item]], reserve: Callable[[], Reservation]) -> None:
-        """Write all or nothing, with what is counted; when others have changed only the windows, count anew.
+        """Write all items and the counts, or none. If only the windows have changed, count again.
 
         Raises
         ------
@@ -188,13 +188,13 @@ class Signing(Store):
                     raise _suspended() from error
                 if refused:
                     raise
-            pauses.wait_or_raise(ThrottledError("others use the same limits at the moment: try again"))
+            pauses.wait_or_raise(ThrottledError("other callers use the same limits at the moment; try again"))
 
     def _present_tick(self) -> int:
-        """Return the present tick, if it can be true: a wrong one would hold up its source for ever."""
+        """Return the current tick if it is plausible: a wrong one would block its source for ever."""
         tick, processed = self.chain.tick_info().tick, self.chain.last_processed_tick().tick
         if tick > processed + MAX_TICKS_AHEAD:
-            raise TransientError(f"the present tick is said to be {tick}, look-ups are at {processed}")
+            raise TransientError(f"the node reports the current tick {tick}, but look-ups are at {processed}")
         return max(tick, processed)
 
 
@@ -219,7 +219,7 @@ def transaction_of(wanted: Submission, key: Key, tick: int) -> Transaction:
 
 
 def settled_before(before: Submission | None) -> int:
-    """Tell how many of the transactions signed before are in their tick, and have moved nothing."""
+    """Return the number of earlier transactions that are in their tick and have moved nothing."""
     if before is None:
         return 0
     return before.attempt if before.state == "failed" and before.txid else before.settled

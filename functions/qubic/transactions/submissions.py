@@ -1,19 +1,19 @@
-"""What the service has handed in to the network, or is about to: write-ahead records on the ledger table.
+"""Submissions to the network: write-ahead records in the ledger table.
 
-A transaction is signed and stored, bytes and id, before it is sent; so whatever crashes, the same bytes can be sent
-again and their fate be found out. A submission is
+A transaction is signed and stored, with bytes and id, before it is sent. After any crash, the same bytes can therefore
+be sent again and tracked. A submission is
 
     signed → broadcast → confirmed                     its tick has it
-                       → (signed, for a later tick)    its tick passed without it: a record is signed anew
-                       → expired                       the same for a transfer, which is never repeated by itself
-                       → failed                        the tick has it, and it moved nothing
-           → (signed, for a later tick)                its turn came too late to be sent at all
+                       → (signed, for a later tick)    its tick passed without it: a record is signed again
+                       → expired                       its tick passed without it: a transfer is never repeated
+                       → failed                        the tick has it, but it moved nothing
+           → (signed, for a later tick)                its turn came too late to send it
 
-One transaction of a source is in flight at a time. Each has its own tick, later than that of the one before, and is
-sent when that one's fate is known: so its id can be told at once, and still nothing overtakes. `broadcast` is written
-before it is sent: what is still `signed` was never handed to the network, nor shown to anybody if it is a transfer.
+One transaction of a source is in flight at a time. Each has its own tick, later than the previous one's, and is sent
+when the previous one is final. Its id is therefore known at once, and no transaction overtakes another. `broadcast` is
+written before it is sent: a transaction that is still `signed` was never sent, and a transfer's bytes never disclosed.
 
-A refusal of a transfer is stored, too: a twin of the call that was refused can then not sign it in the same run.
+The rejection of a transfer is stored too, so that a concurrent copy of the call cannot sign it in the same run.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ from qubic.transactions.tracking import ADVANCE_SECONDS, Tracking
 from qubic.wallets import Key, service_identity, service_key
 
 MAX_OPEN_HASHES = 50
-"""Beyond so many, no further hashes, nor transfers of the service's own wallet: policy and anchors find a place."""
+"""With more, the queue rejects hashes and transfers of the service's wallet, to leave room for policy and anchors."""
 _TOO_SMALL = "the source's balance is too small"
 
 
 class Submissions(Tracking):
-    """The service's submissions to one chain: each act once, under its key."""
+    """The service's submissions to one chain: each act once for its key."""
 
     def submit_record(
         self, key: str, payload: bytes, *, kind: Kind, metadata: dict[str, Any], requested_by: str = ""
     ) -> Submission:
-        """Write `payload` on the ledger, once for each `key`: amount 0, from the service's identity to itself.
+        """Record `payload` on the ledger, once for each `key`: amount 0, from the service's identity to itself.
 
         Raises
         ------
@@ -65,9 +65,9 @@ class Submissions(Tracking):
         InvalidInputError
             The metadata is larger than 4,096 bytes of canonical JSON.
         LimitError
-            Too much is waiting to be written: later.
+            The ledger's queue is full. Try again later.
         TransientError
-            The ledger does not answer.
+            The ledger does not respond.
         """
         signer = service_key()
         wanted = Submission(
@@ -104,23 +104,23 @@ class Submissions(Tracking):
         agent: str = "",
         granted: Sequence[str] = (),
     ) -> Submission:
-        """Move `amount` QU, once for each `reference`; one that moved nothing is signed anew only for a later `run`.
+        """Move `amount` QU, once for each `reference`. Only a later `run` repeats a transfer that moved nothing.
 
-        It counts in the windows of its rule's limits from the transaction that stores the signature on, until the one
-        that closes it as having moved nothing. In the windows of the limits whose keys are `granted`, it counts without
-        a bound. A transfer that waits for its turn is judged again; once it was sent, nothing stops it.
+        It counts in the windows of its rule's limits from the DynamoDB transaction that stores the signature to the one
+        that closes it without effect. In the windows of the limits whose keys are `granted`, it counts without a bound.
+        A transfer that waits for its turn is checked again; a sent transfer cannot be stopped.
 
         Raises
         ------
         InvalidInputError
-            An address, the amount (1 to 10^15) or the reference is not acceptable.
+            An address, the amount (1 to 10^15) or the reference is invalid.
         PermanentError
-            The policy forbids it, by its code; `insufficient_balance`; `no_key`; `reference_conflict`: the reference
-            stands for another transfer.
+            The policy forbids it (code of the rule); `insufficient_balance`; `no_key`; `reference_conflict`: the
+            reference belongs to another transfer.
         LimitError
-            Too much is waiting to be written: later.
+            The ledger's queue is full. Try again later.
         TransientError
-            The ledger does not answer.
+            The ledger does not respond.
         """
         wanted = replace(
             self._wanted_transfer(reference, source, destination, amount, run),
@@ -133,9 +133,9 @@ class Submissions(Tracking):
     def simulate_transfer(
         self, reference: str, *, source: str, destination: str, amount: int, requested_by: str = "", agent: str = ""
     ) -> Submission:
-        """Sign a transfer and send nothing: what a network shows whose transfers are not allowed here.
+        """Sign a transfer without sending it, for a network whose transfers are not enabled.
 
-        Nothing is stored: the same call gives another tick, and so another id. Raises as `submit_transfer`.
+        Nothing is stored: a repetition has another tick and another id. Raises as `submit_transfer`.
         """
         wanted = self._wanted_transfer(reference, source, destination, amount, 1)
         wanted = replace(wanted, requested_by=requested_by, agent=agent)
@@ -180,7 +180,7 @@ class Submissions(Tracking):
         )
 
     def _submit(self, wanted: Submission, find_key: Callable[[], Key]) -> Submission:
-        """Sign it, unless that was done before: then no key is needed, and no policy asked."""
+        """Sign it, unless it was signed before: then neither key nor policy is needed."""
         for _ in attempts():
             before = self.get(wanted.key)
             if before is not None:
@@ -206,18 +206,18 @@ class Submissions(Tracking):
                 continue
             self._send_soon(signed, alone=not source.open)
             return signed
-        raise TransientError("others are writing to the ledger at the moment")
+        raise TransientError("other callers are writing to the ledger at the moment; try again")
 
     def _check_queue(self, wanted: Submission, source: Source) -> None:
         may_wait = wanted.kind in {"hash", "instruction"} or (wanted.amount and wanted.source == service_identity())
         limit = MAX_OPEN_HASHES if may_wait else MAX_OPEN
         if len(source.open) >= limit:
-            raise LimitError("the ledger has too much to write at the moment", max_open=limit)
+            raise LimitError("the ledger's queue is full; try again later", max_open=limit)
 
     def _store_refusal(self, wanted: Submission, before: Submission | None, refusal: PermanentError) -> None:
-        """Store that a transfer is refused in this run. Raises ChangedError when a twin was first.
+        """Store the rejection of a transfer in this run. Raises ChangedError if another call was first.
 
-        A refusal ends the step, so a twin call, which may have read another balance, must not sign it later.
+        A rejection ends the step. A concurrent call, which may have read another balance, must not sign it later.
         """
         refused = changed(
             before or wanted,
@@ -230,24 +230,24 @@ class Submissions(Tracking):
         self._items.write(self._put_submission(refused, before))
 
     def _adopted(self, before: Submission, run: int) -> Submission:
-        """Return it; what is under way is a later run's from now on: its end is not taken for an earlier one's."""
+        """Assign a transfer in flight to this run, so that its end counts for this run only; return the submission."""
         if not before.is_open or run <= before.run:
             return before
         adopted = replace(before, run=run, version=before.version + 1)
         try:
             self._items.write(self._put_submission(adopted, before))
         except ChangedError:
-            raise TransientError("others are bringing it forward at the moment") from None
+            raise TransientError("other callers are advancing it at the moment; try again") from None
         return adopted
 
     def _check_balance(self, source: Source, amount: int) -> Source:
-        """Refuse what the source cannot pay; return its queue as it was looked at.
+        """Reject a transfer that the source cannot pay; return the queue that was checked.
 
-        What others of this source will move counts as moved: the version of the queue guards that none is added.
+        Other transfers of this source count as moved. The queue's version guards that no further one is added.
         """
         found, available = self._available(source)
         if available < amount and source.open:
-            self.advance(source.identity, seconds=ADVANCE_SECONDS)  # what is decided by now is out of the way
+            self.advance(source.identity, seconds=ADVANCE_SECONDS)  # close the transactions that are final
             source = self._source(source.identity)
             found, available = self._available(source)
         if available < amount:
@@ -255,7 +255,7 @@ class Submissions(Tracking):
         return source
 
     def _send_soon(self, signed: Submission, *, alone: bool) -> None:
-        """Have it advanced, and send it if its turn has come; what fails here is the worker's to do."""
+        """Enqueue it, and send it if its turn has come. After a failure, the transaction worker continues."""
         with _left_to_the_worker(signed):
             self._on_signed(signed)
         with _left_to_the_worker(signed):
@@ -270,13 +270,15 @@ def _left_to_the_worker(signed: Submission) -> Iterator[None]:
     try:
         yield
     except (TransientError, LimitError, ChangedError, BotoCoreError, ClientError) as error:
-        logger().warning("not sent yet", extra={"submission": signed.key, "error": type(error).__name__})
+        logger().warning(
+            "the transaction is not sent yet", extra={"submission": signed.key, "error": type(error).__name__}
+        )
 
 
 def _check_same(before: Submission, wanted: Submission) -> None:
-    """Refuse another act under the same key; metadata is a remark, and the first one stays.
+    """Reject a different act under the same key. Metadata is a remark: the first one stays.
 
-    A record is the same under any key: the service's key may have been replaced meanwhile.
+    A record is the same under any signing key, because the service's key may have been replaced.
     """
     terms = ["kind", "amount", "input_type", "payload"]
     if wanted.kind == "transfer":
@@ -284,13 +286,13 @@ def _check_same(before: Submission, wanted: Submission) -> None:
     if any(getattr(before, name) != getattr(wanted, name) for name in terms):
         if wanted.kind == "transfer":
             raise PermanentError("reference_conflict", "this reference was used for another transfer")
-        raise PermanentError("key_conflict", "something else was written under this key")
+        raise PermanentError("key_conflict", "another record was written under this key")
 
 
 def _may_be_repeated(before: Submission, wanted: Submission) -> bool:
-    """Tell whether it is known to have had no effect, and may be signed anew.
+    """Return whether it had no effect and may be signed again.
 
-    A transfer for a later execution of its task; a record whose key was not here any more, by the one that is.
+    This applies to a transfer in a later execution of its task, and to a record whose signing key was replaced.
     """
     if wanted.kind == "transfer":
         return before.no_effect and wanted.run > before.run

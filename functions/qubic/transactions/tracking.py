@@ -1,8 +1,9 @@
-"""Tracking: what is first in a source's queue is sent, and looked up until its fate is known.
+"""Tracking: the first transaction of a source's queue is sent, and looked up until it is final.
 
-"Its tick passed without it" ends a transfer, and has a record signed again; a node that is behind must not bring that
-about. So it takes a look-up of the id, and a list of the source's transactions in which none that was ever signed for
-this act is to be found; the list says itself up to which tick it goes. For a transfer, the balance must agree.
+A tick that passed without the transaction ends a transfer, and causes a record to be signed again. A node that is
+behind must not cause this by mistake. The decision therefore needs a look-up of the id, and a list of the source's
+transactions that contains none of the transactions signed for this act, and that states its last tick. For a
+transfer, the balance must agree as well.
 """
 
 from __future__ import annotations
@@ -34,22 +35,22 @@ from qubic.transactions.signing import (
 )
 
 MIN_LEAD_TICKS = 3
-"""What has fewer ticks left when its turn comes is not sent any more: it would hardly get there."""
+"""Minimum lead to send a transaction: with less, it would probably arrive too late."""
 EXPIRY_MARGIN_TICKS = 5
-"""Absent counts only so many ticks after the named one: nodes behind one address may not all be at the same tick."""
+"""Ticks after the named one before absence counts: the nodes behind one address may be at different ticks."""
 ADVANCE_SECONDS = 5.0
-"""How long a request follows a source's queue: what is left is the transaction worker's."""
+"""Time that a request spends on a source's queue. The transaction worker does the rest."""
 REFUSED_METRIC = "LedgerRefused"
 
 
 class Tracking(Signing):
-    """Brings the queues of one chain's sources forward."""
+    """Advances the queues of one chain's sources."""
 
     def advance(self, identity: str, *, seconds: float = 15) -> None:
-        """Bring a source's queue forward as far as it goes now; called by anybody, at any time.
+        """Advance a source's queue as far as possible. Any caller can do this at any time.
 
-        After so many `seconds` nothing further is begun. Raises TransientError when the network does not answer: to
-        be called again.
+        After `seconds`, no further work is started. Raises TransientError if the network does not respond; call again
+        then.
         """
         end = time.monotonic() + seconds
         attempts_at_first: dict[str, int] = {}
@@ -62,21 +63,21 @@ class Tracking(Signing):
             head = head_of(source)
             submission = self.get(head.key)
             if submission is None:
-                raise TransientError("a submission is missing")  # written with its place, in one transaction
+                raise TransientError("a submission is missing")  # it is written with its place, in one transaction
             if submission.attempt > attempts_at_first.setdefault(submission.key, submission.attempt) + 1:
-                raise TransientError("what was just signed is late again: the network's ticks are not to be trusted")
+                raise TransientError("a new signature is late again: the network's ticks are not plausible")
             try:
                 if not self._advance_first(submission, head, source):
                     return
             except ChangedError:
-                pass  # somebody else brings it forward at the same time
-        raise TransientError("others are writing to the ledger at the moment")
+                pass  # another caller advances it at the same time
+        raise TransientError("other callers are writing to the ledger at the moment; try again")
 
     def _advance_first(self, submission: Submission, head: Place, source: Source) -> bool:
-        """Take the next step with the first of a queue; False when there is none yet."""
+        """Advance the first submission of a queue by one step. Return False if it must wait."""
         if submission.is_open and submission.source == source.identity:
             if submission.tick != head.tick:
-                return True  # signed anew since the queue was read: it is not the first any more
+                return True  # signed again since the queue was read: it is not the first any more
             return self._decide(submission, source)
         if not submission.is_open:
             self._on_closed(submission)
@@ -84,10 +85,10 @@ class Tracking(Signing):
         return True
 
     def _decide(self, submission: Submission, source: Source) -> bool:
-        """Find out the fate of what is in flight; False when there is none yet."""
+        """Settle the transaction in flight. Return False if it is not final yet."""
         if submission.state == "signed":
             if refusal := self._refusal(submission):
-                # No byte of it has left: that it moves nothing is certain.
+                # It was never sent, so it certainly moves nothing.
                 self._close(submission, "expired", f"expired: {refusal}; nothing was moved")
                 return True
             if self._send(submission):
@@ -99,7 +100,7 @@ class Tracking(Signing):
             self._send(submission)
             return False
         if self.chain.transaction(submission.txid) is not None:
-            # The id is that of the bytes, so these are the bytes that were signed; the tick is in them.
+            # The id is the hash of the bytes, so these are the signed bytes, which contain the tick.
             self._close(submission, *self._moved(submission))
             return True
         if processed < submission.tick + EXPIRY_MARGIN_TICKS:
@@ -115,11 +116,11 @@ class Tracking(Signing):
         return True
 
     def _refusal(self, submission: Submission) -> str:
-        """Return why a transfer that was never sent may not be sent any more; empty if it may, or is none."""
+        """Return the reason why an unsent transfer must not be sent; empty if it may, or is not a transfer."""
         if submission.kind != "transfer" and not submission.amount and submission.destination == submission.source:
             return ""
         if not self.sends_transfers:
-            return "transfers are not allowed any more"
+            return "transfers are no longer enabled"
         try:
             self._rule_for(submission)
         except (PermanentError, InvalidInputError) as error:
@@ -134,17 +135,17 @@ class Tracking(Signing):
             return
         if not self.chain.balance(submission.source).balance:
             metrics.count_one(REFUSED_METRIC)
-            raise TransientError(f"{submission.source} has no balance: the network takes nothing of it")
+            raise TransientError(f"{submission.source} has no balance: the network drops its transactions")
         logger().info("signed anew", extra={"submission": submission.key, "passed": submission.tick})
         try:
             self._sign(submission, key, submission, source, self._rule_for(submission) if submission.amount else None)
-        except PermanentError as error:  # it is a transfer that was never sent
+        except PermanentError as error:  # an unsent transfer
             self._close(submission, "expired", f"expired: {error.message}; nothing was moved")
 
     def _close_if_found(self, submission: Submission) -> Submission | None:
-        """Close it if a transaction that was ever signed for it is in its tick. None: none is, and none will be.
+        """Close it if one of its transactions is in its tick. None: none is, and none will be.
 
-        Raises TransientError while that cannot be told.
+        Raises TransientError while this is unknown.
         """
         signed = self._signed_for(submission)
         first = min(int(item["tick"]["N"]) for item in signed.values())
@@ -157,7 +158,7 @@ class Tracking(Signing):
         return None
 
     def _signed_for(self, submission: Submission) -> dict[str, Item]:
-        """Return what was signed for it and may still be found, by id."""
+        """Return its signed transactions that may still appear, by id."""
         found = self._items.query(
             KeyConditionExpression="pk = :pk AND sk > :settled",
             ExpressionAttributeValues={
@@ -168,30 +169,30 @@ class Tracking(Signing):
         return {item["txid"]["S"]: item for item in found if item["sk"]["S"] != "SUBMISSION"}
 
     def _listed(self, identity: str, first_tick: int, last_tick: int) -> tuple[Included, ...]:
-        """List what an identity sent, from a node that has got past `last_tick`; it says so in the same answer."""
+        """List an identity's transactions, from a node whose response confirms that it is past `last_tick`."""
         found = self.chain.sent(identity, first_tick, last_tick)
         if found.valid_for_tick < last_tick:
             raise TransientError("the node that lists transactions is behind")
         return found.transactions
 
     def _check_balance_agrees(self, submission: Submission) -> None:
-        """Check that the balance has no transfer that may be this one. Raises TransientError."""
+        """Check that the balance shows no transfer that could be this one. Raises TransientError."""
         balance = self.chain.balance(submission.source)
         if balance.valid_for_tick < submission.tick:
             raise TransientError("the balance after the transfer is not known yet")
         newest = balance.latest_outgoing_transfer_tick
         if newest < submission.tick:
             return
-        # The wallet's key is used elsewhere, too; or look-ups are behind, and then they do not have that one either.
+        # The wallet's key is also used elsewhere, or look-ups are behind and do not show the transfer either.
         if any(each.transaction.amount for each in self._listed(submission.source, newest, newest)):
             return
-        raise TransientError("the balance shows a transfer that look-ups do not")
+        raise TransientError("the balance shows a transfer that look-ups do not show")
 
     def _moved(self, submission: Submission) -> tuple[State, str]:
-        """Tell whether an included transfer moved something; one that its source cannot pay is included, too.
+        """Return the state of an included transfer: the network includes even a transfer that its source cannot pay.
 
-        What the RPC says of that (`moneyFlew`) is not relied on. Only one transaction of the source is in flight, so
-        its newest outgoing transfer is this one, or this one moved nothing.
+        The RPC's `moneyFlew` is not used. Only one transaction of the source is in flight, so either its newest
+        outgoing transfer is this one, or this one moved nothing.
         """
         if not submission.amount:
             return "confirmed", ""
@@ -206,7 +207,7 @@ class Tracking(Signing):
         return "failed", f"{OUTCOME_UNKNOWN} the wallet's key is used elsewhere, too; look the transaction up"
 
     def _send(self, submission: Submission) -> bool:
-        """Send it; False when it could hardly get there in time."""
+        """Send it. Return False if it would probably arrive too late."""
         left = submission.tick - self.chain.tick_info().tick
         if left < (MIN_LEAD_TICKS if submission.state == "signed" else 1):
             return False
@@ -216,14 +217,16 @@ class Tracking(Signing):
         try:
             self.chain.broadcast(submission.encoded)
         except PermanentError as error:
-            # Its tick will pass without it, if that stays so; nothing is known to be lost before.
-            logger().error("the network refuses it", extra={"submission": submission.key, "reason": error.message})
-            if submission.tick > self.chain.tick_info().tick:  # else it came too late, which is nobody's fault
+            # If the rejection persists, its tick passes without it. Before that, its loss is not certain.
+            logger().error(
+                "the network rejects the transaction", extra={"submission": submission.key, "reason": error.message}
+            )
+            if submission.tick > self.chain.tick_info().tick:  # otherwise it came too late, which is no error
                 metrics.count_one(REFUSED_METRIC)
         return True
 
     def _close(self, submission: Submission, state: State, error: str) -> Submission:
-        """Store how it has ended, and in the same transaction give back what it did not spend, or count what it did."""
+        """Store its end, and correct the counts of the limits in the same transaction."""
         closed = changed(submission, state=state, error=error)
         if closed.no_effect:
             closed = replace(closed, counted_on="")
@@ -238,9 +241,9 @@ class Tracking(Signing):
         return closed
 
     def _recount(self, before: Submission, closed: Submission) -> Reservation:
-        """Give back what a transfer counts that has moved nothing; one that was given up, and is found, counts again.
+        """Subtract the counts of a transfer that moved nothing. A given-up transfer that is found counts again.
 
-        No limit undoes what has moved.
+        The limits do not apply to a transfer that has moved.
         """
         if not closed.amount or closed.no_effect == before.no_effect:
             return Reservation(shares=before.counted_in)
@@ -253,9 +256,9 @@ class Tracking(Signing):
         return Reservation(shares=before.counted_in, writes=tuple(writes))
 
     def is_included(self, transaction: Transaction) -> bool:
-        """Tell whether the network has a transaction in its tick, by id or by its source's list.
+        """Return whether the network has a transaction in its tick, by id or by its source's list.
 
-        Raises TransientError while that cannot be told.
+        Raises TransientError while this is unknown.
         """
         if self.chain.transaction(transaction.id) is not None:
             return True

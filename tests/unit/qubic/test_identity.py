@@ -51,12 +51,12 @@ def test_what_is_not_shaped_like_an_identity(text: str) -> None:
         decode_identity(text)
 
 
-def test_a_word_beyond_64_bits_is_refused() -> None:
+def test_word_beyond_64_bits_is_refused() -> None:
     with pytest.raises(ValueError, match="range"):
         decode_identity("Z" * 60)
 
 
-def test_a_transaction_id_is_in_small_letters() -> None:
+def test_transaction_id_is_in_small_letters() -> None:
     with pytest.raises(ValueError, match="a to z"):
         decode_transaction_id(IDENTITY)
     with pytest.raises(ValueError, match="32 bytes"):

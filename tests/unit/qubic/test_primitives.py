@@ -49,7 +49,7 @@ def test_k12_of_the_rfc(message: bytes, expected: str) -> None:
     assert k12(message).hex() == expected
 
 
-def test_k12_beyond_one_block_of_output_continues_the_same_stream() -> None:
+def test_k12_continues_stream_beyond_one_block() -> None:
     # RFC 9861: the last 32 of 10,032 bytes for the empty message.
     out = k12(b"", 10_032)
     assert out[:32] == k12(b"")
@@ -63,7 +63,7 @@ def test_k12_refuses_what_does_not_fit_one_chunk() -> None:
         k12(b"", -1)
 
 
-def test_the_generator_is_on_the_curve_and_of_order_n() -> None:
+def test_generator_is_on_the_curve_and_of_order_n() -> None:
     assert fourq.on_curve(*fourq.affine(fourq.G))
     assert fourq.equal(fourq.multiply(fourq.N), fourq.IDENTITY)
     assert not fourq.equal(fourq.multiply(fourq.N - 1), fourq.IDENTITY)
@@ -85,7 +85,7 @@ def test_multiplication_distributes_over_addition(a: int, b: int) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(scalars)
-def test_a_point_survives_its_encoding(a: int) -> None:
+def test_point_survives_its_encoding(a: int) -> None:
     p = fourq.multiply(a)
     encoded = fourq.encode(p)
     assert fourq.equal(fourq.decode(encoded), p)
@@ -125,7 +125,7 @@ def test_published_identities(seed: str, identity: str) -> None:
 
 
 @pytest.mark.parametrize("seed", ["", "a" * 54, "a" * 56, "A" * 55, "a" * 54 + "1", "a" * 54 + "ä"])
-def test_a_bad_seed_is_refused_and_not_shown(seed: str) -> None:
+def test_bad_seed_is_refused_and_not_shown(seed: str) -> None:
     with pytest.raises(ValueError, match="55 letters") as caught:
         schnorrq.subseed_of(seed)
     assert not seed or seed not in str(caught.value)
@@ -151,13 +151,13 @@ def test_one_flipped_bit_is_refused(bit: int) -> None:
     assert not schnorrq.verify(bytes(parts[:32]), bytes(parts[32:64]), bytes(parts[64:]))
 
 
-def test_the_twin_signature_is_refused() -> None:
+def test_twin_signature_is_refused() -> None:
     s = int.from_bytes(SIGNATURE[32:], "little")
     twin = SIGNATURE[:32] + (s + fourq.N).to_bytes(32, "little")
     assert not schnorrq.verify(PUBLIC_KEY, DIGEST, twin)
 
 
-def test_a_public_key_of_low_order_is_refused() -> None:
+def test_public_key_of_low_order_is_refused() -> None:
     # With the neutral element as the key, R = s G holds for any digest: anybody could sign.
     neutral = fourq.encode(fourq.IDENTITY)
     s = 12345
@@ -168,7 +168,7 @@ def test_a_public_key_of_low_order_is_refused() -> None:
     assert not schnorrq.verify(minus_one, DIGEST, forged)
 
 
-def test_a_signature_that_anybody_can_make_for_a_key_of_low_order_is_refused() -> None:
+def test_signature_with_low_order_key_is_rejected() -> None:
     """Where the challenge is a multiple of the key's order, s G + h A is s G: no private key is needed."""
     for y in range(2, 5):
         try:
@@ -193,7 +193,7 @@ def is_neutral(number: int, point: fourq.Point) -> bool:
 
 
 @pytest.mark.parametrize("s", [fourq.N, fourq.N + 1, 2**256 - 1])
-def test_an_s_that_is_not_reduced_is_refused(s: int) -> None:
+def test_s_that_is_not_reduced_is_refused(s: int) -> None:
     assert not schnorrq.verify(PUBLIC_KEY, DIGEST, SIGNATURE[:32] + s.to_bytes(32, "little"))
 
 

@@ -98,12 +98,12 @@ def test_another_length_is_refused(data: bytes) -> None:
         {"signature": bytes(63)},
     ],
 )
-def test_a_field_out_of_range_is_refused(change: dict[str, object]) -> None:
+def test_field_out_of_range_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"bytes|amount|uint"):
         replace(PUBLISHED, **change)  # type: ignore[arg-type]
 
 
-def test_an_unsigned_transaction_has_no_bytes_and_no_id() -> None:
+def test_unsigned_transaction_has_no_bytes_and_no_id() -> None:
     unsigned = Transaction(KEY, KEY, 0, 1)
     assert not unsigned.is_signed_by_source()
     with pytest.raises(ValueError, match="not signed"):

@@ -61,7 +61,7 @@ class CallbacksTable:
         try:
             dynamo.call("put_item", **self.put(callback)["Put"])
         except dynamo.ConditionFailedError as error:
-            raise ConflictError("a later execution of the task has begun") from error
+            raise ConflictError("a later execution of the task has started") from error
 
     def token(self, kind: Kind, task_id: str, step_index: int, *, failed: int | None = None) -> str | None:
         """Read the token of the state that waits; with `failed`, unless it waits for an attempt after that run's."""

@@ -1,7 +1,7 @@
-"""DecisionsTable: what people decided about tasks. The gateway's role alone writes it; nothing in it ever changes.
+"""DecisionsTable: people's decisions about tasks. Only the gateway's role writes it; its items never change.
 
-pk=task_id, sk=DECISION#n: the event with the number n. `texts` has its input and its output, one line each, compressed
-by zlib. The first decision is the request, and it has the salt of the task's hashes.
+pk=task_id, sk=DECISION#n: the event with number n. `texts` has its input and its output, one line each, compressed
+by zlib. The first decision is the request. It has the salt of the task's hashes.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _NOT_OF_THE_EVENT = frozenset({"pk", "sk", "salt", "texts"})
 
 
 class DecisionsTable:
-    """The decisions on tasks. All reads are consistent."""
+    """Decisions on tasks. All reads are consistent."""
 
     def __init__(self, table: str | None = None) -> None:
         self._table = table or settings.text("DECISIONS_TABLE")
 
     def put(self, task_id: str, number: int, event: Event, *, salt: str | None = None) -> Item:
-        """Make the write of a decision, once; `salt` goes with the request."""
+        """Return the write of a new decision; the request also has the `salt`."""
         texts = {"texts": {"B": zlib.compress(f"{event.input}\n{event.output}".encode())}}
         bare = event_attributes(event.model_copy(update={"input": "", "output": ""}))
         item = _key(task_id, number) | bare | texts | ({"salt": {"S": salt}} if salt else {})
@@ -43,13 +43,13 @@ class DecisionsTable:
         return _event(item) if item else None
 
     def requests(self, task_ids: Sequence[str]) -> dict[str, tuple[str, dict[str, Any]]]:
-        """Read the requests of tasks, at most a batch: by the task's id, when it was made, and what was requested."""
+        """Read the requests of tasks, at most a batch: the time and the content, by the task's id."""
         found = dynamo.get_many(self._table, [_key(task_id, 1) for task_id in task_ids], ConsistentRead=False)
         events = {item["pk"]["S"]: _event(item) for item in found}
         return {task_id: (event.timestamp, json.loads(event.input)) for task_id, event in events.items()}
 
     def of(self, task_id: str) -> Decisions:
-        """Read all decisions on a task. Raises NotFoundError if nobody asked for such a task."""
+        """Read all decisions on a task. Raises NotFoundError if the task was never requested."""
         items = list(
             dynamo.items(
                 TableName=self._table,

@@ -6,7 +6,7 @@ does not hold is never retried here: the caller reads again and decides.
 
 A transaction carries one token in all attempts: if an attempt was committed but its response was lost, the next
 attempt succeeds without a change. A conditional write of a single item has no such token: its caller must expect that
-the condition may fail because of its own lost attempt.
+the condition may fail because of an own attempt whose response was lost.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What the intent to run an action writes beside its task: its share of the limits' windows, and what it checks.
+"""Writes of the intent to run an action, in addition to its task: its share of the limits' windows, and its checks.
 
-The worker's roles alone do this. A transfer is counted by the ledger, with its signature.
+Only the worker's roles do this. The ledger counts a transfer with its signature.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Item = dict[str, Any]
 
 @dataclass(frozen=True)
 class Intent:
-    """The intent to run the action of a task's plan, by what the policies decide.
+    """The intent to run the action of a task's plan, with the decisions of the policies.
 
     Attributes
     ----------
     decisions
-        What people decided on the action: they may have approved it beyond a limit.
+        People's decisions on the action, which may allow it to exceed a limit.
     ledger_usage
-        What the limits of a transfer have used, as the ledger returned it.
+        Usage of a transfer's limits, as the ledger returned it.
     """
 
     task: Task
@@ -41,24 +41,24 @@ class Intent:
 
     @property
     def is_counted_here(self) -> bool:
-        """Whether the action is counted in LimitsTable."""
+        """Return whether the action is counted in LimitsTable."""
         return self.step.type not in CONFIRMED_LATER and bool(self.ruling.current.limits)
 
     def usage(self) -> Usage:
-        """Return what the limits of the policy in force have used, as it is now."""
+        """Return the current usage of the limits of the policy in force."""
         if not self.is_counted_here:
             return self.ledger_usage
         return LimitsTable().usage(self.ruling.current, (self.task.task_id, self.step_index))
 
     def writes(self, *, counts: bool = True) -> list[Item]:
-        """Make the writes: the check that the action is not suspended and, if it `counts`, its share of the windows.
+        """Return the writes: the check that the action is not suspended and, if it `counts`, its share of the windows.
 
         Raises
         ------
         StepDeniedError
             A limit has no room.
         ApprovalNeededError
-            A limit has no room any more, and lets people approve what exceeds it.
+            A limit has no room any more, but people can approve to exceed it.
         """
         check = suspensions.check(self.ruling.current.action, self.task.task_id)
         if not self.is_counted_here or not counts:

@@ -27,7 +27,7 @@ _FUNCTIONS = {
 
 
 class CheckedTransfer(NamedTuple):
-    """What the ledger reports about a transfer before it is submitted.
+    """The ledger's report on a transfer before it is submitted.
 
     Attributes
     ----------
@@ -36,7 +36,7 @@ class CheckedTransfer(NamedTuple):
     refusal_now
         Which limit has no room at the moment; None: each has, or lets people approve the transfer.
     used
-        What each limit of the rule has used, by the limit's key.
+        Usage of each limit of the rule, by the limit's key.
     """
 
     balance: WalletBalance
@@ -73,7 +73,7 @@ class LedgerClient:
         return Policy.model_validate(self._call("policy"))
 
     def policies(self, action: str, *, pinned: str | None = None) -> Policies:
-        """Return the policy in force and the version `pinned`, reduced to what a decision on the action needs."""
+        """Return the policy in force and the version `pinned`, reduced to the parts for a decision on the action."""
         return _policies(self._call("policy", **_given(action=action, pinned=pinned)))
 
     def policy_and_balance(
@@ -103,7 +103,7 @@ class LedgerClient:
     def limits_used(
         self, parameters: Mapping[str, Any], *, requester: str, agent: str | None, version: int | None
     ) -> dict[str, int]:
-        """Return what the limits of a transfer have used, by their keys, under a version or the one in force (None)."""
+        """Return the usage of a transfer's limits, by their keys, under a version or the one in force (None)."""
         terms = {"parameters": dict(parameters), "requester": requester, "agent": agent, "version": version}
         used: dict[str, int] = self._call("limits_used", **terms)["used"]
         return used
@@ -153,7 +153,7 @@ class LedgerClient:
     def check_transfer(
         self, *, source: str, destination: str, amount: int, requester: str = "", agent: str | None = None
     ) -> CheckedTransfer:
-        """Return the balance of the source, and what the rule's limits have used. Nothing is reserved.
+        """Return the balance of the source, and the usage of the rule's limits. Nothing is reserved.
 
         Raises PermanentError if the ledger would reject the transfer on any day: `not_allowed`, `over_max_amount`,
         `daily_limit_exceeded`, `address_not_allowed`, `no_key` or `invalid_address`. The balance is not checked.

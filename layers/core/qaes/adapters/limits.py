@@ -1,8 +1,8 @@
-"""What the policy's rolling limits have used: one item for each limit's key, written in the transaction of the intent.
+"""Usage of the policy's rolling limits: one item for each limit's key, written in the transaction of the intent.
 
 Item (pk / sk): LIMIT#<scope><key>/LIMIT, with `buckets` (the sum of each bucket, by its number), and a `version` that
 guards each write. Two tables have such items: the ledger counts transfers in its own, and the worker counts all other
-actions in LimitsTable, which also has, under <task_id>/RESERVED#<step>, what the step's claim counted.
+actions in LimitsTable, which also has the counts of a step's claim under <task_id>/RESERVED#<step>.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from qaes.domain.policy import Decision, LimitUse, limit_words, refusal_over
 Item = dict[str, Any]
 
 _KEPT_SECONDS = 24 * 3600
-"""How long an item is kept after its last bucket has left the window."""
+"""Retention of an item after its last bucket has left the window."""
 
 
 class Share(NamedTuple):
-    """What one act counts in one window: `add` in the bucket with the number `bucket`."""
+    """The count of one act in one window: `add` in the bucket with the number `bucket`."""
 
     key: str
     window_seconds: int
@@ -36,20 +36,20 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Used:
-    """A limit, and what acts before this one count in its window."""
+    """A limit, and the usage of its window by earlier acts."""
 
     limit: LimitUse
     used: int
 
     @property
     def is_over(self) -> bool:
-        """Whether the limit has no room for the act."""
+        """Return whether the limit has no room for the act."""
         return self.used + self.limit.add > self.limit.maximum
 
 
 @dataclass(frozen=True)
 class Reservation:
-    """What an act counts, and the writes that make it count, for the transaction of its intent."""
+    """The counts of an act, and their writes for the transaction of its intent."""
 
     used: tuple[Used, ...] = ()
     shares: tuple[Share, ...] = ()
@@ -57,12 +57,12 @@ class Reservation:
 
 
 class Windows:
-    """The windows in one table.
+    """Windows in one table.
 
     Parameters
     ----------
     scope
-        Stands before each key: the sums of two scopes have nothing to do with each other.
+        Prefix of each key: the sums of two scopes are independent.
     """
 
     def __init__(self, table: str, scope: str = "", *, clock: Callable[[], datetime] | None = None) -> None:
@@ -71,7 +71,7 @@ class Windows:
         self._clock = clock or now
 
     def read(self, uses: Iterable[LimitUse], held: Sequence[Share] = ()) -> tuple[Used, ...]:
-        """Read what each limit's window has used, without what the act itself counts there already (`held`)."""
+        """Read the usage of each limit's window, without the act's own earlier counts (`held`)."""
         at, own, used = self._clock(), {share.key: share for share in held}, []
         for use in uses:
             window = self._window(use.key)
@@ -88,14 +88,14 @@ class Windows:
         held: Sequence[Share] = (),
         bounded: bool = True,
     ) -> Reservation:
-        """Count an act in the windows of all its limits, and no longer in those where it counted before (`held`).
+        """Count an act in the windows of all its limits, and remove its earlier counts (`held`).
 
         Parameters
         ----------
         granted
-            The keys of the limits over which people have approved the act: it counts there without a bound.
+            Keys of the limits that people's approvals allow the act to exceed: it counts there without a bound.
         bounded
-            False: it counts in every window without a bound.
+            If False, it counts in every window without a bound.
 
         Raises
         ------
@@ -117,7 +117,7 @@ class Windows:
         return Reservation(tuple(used), tuple(shares), (*writes, *self.give_back(left.values())))
 
     def give_back(self, shares: Iterable[Share]) -> list[Item]:
-        """Make the writes that take shares out of their windows; one that its window has lost needs none."""
+        """Return the writes that remove shares from their windows. A share that its window has lost needs no write."""
         at, writes = self._clock(), []
         for share in shares:
             window = self._window(share.key)
@@ -126,7 +126,7 @@ class Windows:
         return writes
 
     def count_again(self, shares: Iterable[Share]) -> Reservation:
-        """Count what was given back, now and without a bound: it has turned out to be true."""
+        """Count a removed share again, now and without a bound, because the act has happened."""
         at = self._clock()
         again = tuple(share._replace(bucket=limits.bucket_at(at, share.window_seconds)) for share in shares)
         windows = [self._window(share.key) for share in again]
@@ -139,7 +139,7 @@ class Windows:
         return own + self._elsewhere(use, at, window.began)
 
     def _elsewhere(self, use: LimitUse, at: datetime, began: datetime | None) -> int:  # noqa: ARG002
-        """Return what counts in the window and is not in its item, which was first written at `began`."""
+        """Return the part of the window's usage that is not in its item, which was first written at `began`."""
         return 0
 
     def _window(self, key: str) -> _Window:
@@ -169,7 +169,7 @@ def _check(policy_id: str, used: Used) -> None:
 
 @dataclass(frozen=True)
 class _Window:
-    """A window's item; `version` 0: there is none."""
+    """A window's item; `version` is 0 if no item exists."""
 
     key: str
     version: int
@@ -177,12 +177,12 @@ class _Window:
     began: datetime | None
 
     def plus(self, share: Share) -> _Window:
-        """Return the window with the share in it."""
+        """Return the window with the share added."""
         total = self.buckets.get(share.bucket, 0) + share.add
         return replace(self, buckets={**self.buckets, share.bucket: total})
 
     def without(self, share: Share) -> _Window:
-        """Return the window without the share; without more than that, if a table that was set back has lost it."""
+        """Return the window without the share. If a restored table has lost the share, the sum stops at 0."""
         total = max(0, self.buckets.get(share.bucket, 0) - share.add)
         return replace(self, buckets={**self.buckets, share.bucket: total})
 
@@ -196,7 +196,7 @@ class _Window:
 
 
 class LimitsTable(Windows):
-    """The windows of every action but transfers, and what each step's claim counts in them."""
+    """Windows of every action except transfers, and the counts of each step's claim."""
 
     def __init__(self, table: str | None = None, *, clock: Callable[[], datetime] | None = None) -> None:
         super().__init__(table or settings.text("LIMITS_TABLE"), clock=clock)
@@ -204,9 +204,9 @@ class LimitsTable(Windows):
     def reserve_for(
         self, task_id: str, step_index: int, decision: Decision, *, granted: Collection[str] = ()
     ) -> Reservation:
-        """Count a step, once however often it is claimed; raises as `reserve`.
+        """Count a step once, regardless of the number of claims. Raises as `reserve`.
 
-        A claim of a later execution replaces the one before, whose outcome may be unknown.
+        A claim of a later execution replaces the earlier one, whose outcome may be unknown.
         """
         if not decision.limits:
             return Reservation()
@@ -216,14 +216,14 @@ class LimitsTable(Windows):
         return replace(reservation, writes=(*reservation.writes, reserved))
 
     def usage(self, decision: Decision, step: tuple[str, int] | None = None) -> dict[str, int]:
-        """Read what each limit's window has used, by the limit's key, without what the task's `step` counts there."""
+        """Read the usage of each limit's window, by the limit's key, without the counts of the task's `step`."""
         if not decision.limits:
             return {}
         held = self._reserved(*step)[1] if step else ()
         return {each.limit.key: each.used for each in self.read(decision.limits, held)}
 
     def give_back_of(self, task_id: str, step_index: int) -> list[Item]:
-        """Make the writes that give back what a step's claim counts: for the record that the step has done nothing."""
+        """Return the writes that remove the counts of a step's claim, with the record that the step had no effect."""
         version, held = self._reserved(task_id, step_index)
         return [*self.give_back(held), self._put_reserved(task_id, step_index, version, ())] if held else []
 

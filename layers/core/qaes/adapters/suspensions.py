@@ -21,7 +21,7 @@ COPIES = 8
 
 
 def check(action: str, task_id: str) -> Item:
-    """Make the part of an intent's transaction that fails while `action`, or every action, is suspended."""
+    """Return the part of an intent's transaction that fails while `action`, or every action, is suspended."""
     neither_is_suspended = "attribute_not_exists(suspended.#action) AND attribute_not_exists(suspended.#all)"
     return {
         "ConditionCheck": {
@@ -34,16 +34,16 @@ def check(action: str, task_id: str) -> Item:
 
 
 def is_check(write: Item) -> bool:
-    """Tell whether a part of a transaction is a `check`: if its condition does not hold, the action is suspended."""
+    """Return whether a part of a transaction is a `check`: if its condition fails, the action is suspended."""
     checked = write.get("ConditionCheck")
     return checked is not None and checked["ExpressionAttributeNames"].get("#all") == EVERY_ACTION
 
 
 def suspended(action: str | None = None, task_id: str = "", *, consistent: bool = True) -> dict[str, Suspension]:
-    """Read what is suspended: all names, or of those `action` and `*` alone.
+    """Read the suspensions: of all names, or only of `action` and `*`.
 
-    Not `consistent`, it is what was suspended a moment ago, for half of the cost: enough to inform, because each
-    intent's transaction checks it.
+    A read that is not `consistent` costs half, and may be a moment old. It is sufficient for information, because each
+    intent's transaction checks the suspensions.
     """
     item = dynamo.get(_table(), **_names(_copy_of(task_id)), consistent=consistent)
     found = item["suspended"]["M"] if item else {}
@@ -53,7 +53,7 @@ def suspended(action: str | None = None, task_id: str = "", *, consistent: bool 
 
 
 def puts(names: Mapping[str, Suspension]) -> list[Item]:
-    """Make the writes of all copies, for one transaction."""
+    """Return the writes of all copies, for one transaction."""
     value = {"suspended": {"M": {name: {"M": _attributes(each)} for name, each in names.items()}}}
     return [{"Put": {"TableName": _table(), "Item": _key(copy) | value}} for copy in range(COPIES)]
 

@@ -1,7 +1,7 @@
 """One change of a task, as one transaction.
 
-It has the TASK item (guarded by its version), one EVENT item that tells what happened (a transactional outbox, which
-the audit recorder drains), and the PLAN, STEP, APPROVAL, decision or callback token that goes with it.
+The transaction has the TASK item (guarded by its version), one EVENT item (a transactional outbox, which the audit
+recorder drains), and the PLAN, STEP, APPROVAL, decision or callback token that belongs to the change.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from qaes.domain.tasks.lifecycle import Change
 
 _ATTEMPTS = 8
 _TOKEN_SECONDS = 7 * 24 * 3600
-"""How long the token of an approval is kept after the approval's time: a decision may be delivered late."""
+"""Retention of an approval's token after the approval has expired: a decision may be delivered late."""
 
 
 class ReplayedError(Exception):
-    """Not an error but an answer: the request was taken earlier, under the same Idempotency-Key."""
+    """A replay of an accepted request with the same Idempotency-Key. The edge returns the earlier response."""
 
     def __init__(self, answer: dict[str, Any]) -> None:
         super().__init__("answered before")
@@ -37,15 +37,17 @@ class ReplayedError(Exception):
 
 
 class TaskChanges(TaskQueries):
-    """Writes what is decided on a task as it is; when somebody else has changed it meanwhile, it is decided again."""
+    """Writes changes of tasks. If a task has changed meanwhile, the change is decided again."""
 
     def answered(self, idempotency: Idempotency) -> dict[str, Any] | None:
-        """Return what was answered under this key in the last 24 hours. Raises ConflictError for another request."""
+        """Return the response to this key in the last 24 hours. Raises ConflictError for another request."""
         item = self._get(idempotency.pk, "IDEMPOTENCY")
         if item is None or int(item["expires_at_epoch"]["N"]) < time.time():
             return None
         if item["body_hash"]["S"] != idempotency.body_hash:
-            raise ConflictError("this Idempotency-Key was used with another request", field="Idempotency-Key")
+            raise ConflictError(
+                "this Idempotency-Key was used with another request; use a new key", field="Idempotency-Key"
+            )
         answer: dict[str, Any] = json.loads(item["answer"]["S"])
         return answer
 
@@ -59,10 +61,10 @@ class TaskChanges(TaskQueries):
         answer: Callable[[Change], dict[str, Any]] | None = None,
         max_open: int | None = None,
     ) -> tuple[Task, Change]:
-        """Write what is decided on the task as it is; when somebody has changed it since, decide again.
+        """Decide on a change of the task and write it. If the task has changed since the read, decide again.
 
-        Returns the task and the change. `known` is the task as it was read: the first decision is on that. Under the
-        idempotency key the `answer` is kept.
+        Returns the task and the change. `known` is the task from an earlier read, for the first attempt. The `answer`
+        is stored under the idempotency key.
         """
         for attempt in range(_ATTEMPTS):
             self._replay(idempotency)
@@ -70,7 +72,7 @@ class TaskChanges(TaskQueries):
             try:
                 change = decide(task)
             except ConflictError:
-                self._replay(idempotency)  # it may be the same request's twin that has changed the task just now
+                self._replay(idempotency)  # a concurrent copy of the request may have changed the task
                 raise
             if change.writes_nothing:
                 return task, change
@@ -91,10 +93,10 @@ class TaskChanges(TaskQueries):
             for event in change.events:
                 metrics.count(event)
             return updated, change
-        raise ThrottledError("others keep changing this task: try again")
+        raise ThrottledError("other callers keep changing this task; try again")
 
     def _writes(self, task: Task, change: Change, max_open: int | None) -> list[Item]:
-        """Return the items of a change beside the task's own."""
+        """Return the items of a change, except the task's own."""
         writes: list[Item] = []
         if change.events:
             writes += self._events(task.task_id, task.events + 1, change.events)
@@ -121,7 +123,7 @@ class TaskChanges(TaskQueries):
         return writes
 
     def _events(self, task_id: str, first: int, happened: Sequence[Event], *, salt: str | None = None) -> list[Item]:
-        """Put events into the outbox. An event that a person made is a decision, and the outbox only refers to it."""
+        """Put events into the outbox. A person's event is a decision, and the outbox only refers to it."""
         decided = {number: event for number, event in enumerate(happened, start=first) if is_decision(event)}
         outbox = [Decided(timestamp=event.timestamp) if is_decision(event) else event for event in happened]
         puts = [self._decisions.put(task_id, number, event, salt=salt) for number, event in decided.items()]
@@ -130,9 +132,11 @@ class TaskChanges(TaskQueries):
     def _refuse_beyond(
         self, limit: int | None, counter: Item | None, writes: list[Item], error: dynamo.ConditionFailedError
     ) -> None:
-        """Raise LimitError if it was the counter's condition that did not hold."""
+        """Raise LimitError if the counter's condition does not hold."""
         if limit is not None and counter is not None and writes.index(counter) in error.refused:
-            raise LimitError(f"no more than {limit} open tasks at a time", max_open_tasks=limit) from error
+            raise LimitError(
+                f"you have {limit} open tasks, the maximum; try again when one has ended", max_open_tasks=limit
+            ) from error
 
     def _replay(self, idempotency: Idempotency | None) -> None:
         if idempotency is not None and (answer := self.answered(idempotency)) is not None:
@@ -140,7 +144,7 @@ class TaskChanges(TaskQueries):
 
 
 def _pause(attempt: int) -> None:
-    # Jitter: those who met once do not meet again.
+    # Jitter separates callers that conflicted once.
     time.sleep(random.uniform(0.5, 1.5) * 0.02 * 2**attempt)  # noqa: S311 - not for secrets
 
 

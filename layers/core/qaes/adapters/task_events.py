@@ -1,13 +1,13 @@
 """The EVENT items of the tasks table: one for each change of a task, with all events of that change.
 
 An item has the number of its last event as its key, so the items after EVENT#n hold every event after n. Its
-attributes are those of its last event. `earlier` has, for each event before that one, what differs from the last.
+attributes are those of its last event. `earlier` has the different attributes of each earlier event.
 
-A text that another item of the task has is not repeated here: `input_of` or `output_of` names it (`TextOf`), and
-`Texts` reads it. The hash over the text is always in the event.
+A text of another item of the task is not repeated here: `input_of` or `output_of` names it (`TextOf`), and `Texts`
+reads it. The hash of the text is always in the event.
 
-An event that a person made is not here at all: `Decided` stands for it, and its body is the item with its number in
-DecisionsTable (`qaes.adapters.decisions`), which the gateway alone writes.
+A person's event is not here: `Decided` represents it, and its body is the item with the same number in DecisionsTable
+(`qaes.adapters.decisions`), which only the gateway writes.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ _NO_TEXTS = frozenset({"input", "output"})
 
 
 def event_item(task_id: str, first: int, events: Sequence[Event | Decided]) -> Item:
-    """Make the item of a change's events, of which `first` is the first one's number."""
+    """Return the item of a change's events; `first` is the number of the first event."""
     *earlier, last = [_fields(event) for event in events]
     item = dynamo.key(task_id, f"{PREFIX}{first + len(earlier):06d}")
-    # By its day the audit's sweeper finds it, if the stream has not brought it.
+    # The audit sweeper finds the item by its day if the stream has not delivered it.
     item["day"] = {"S": day_key(events[-1].timestamp[:10], task_id)}
     item |= _difference(last, _DEFAULTS)
     if earlier:
@@ -60,7 +60,7 @@ def number_of(item: Item) -> int:
 
 
 def events_of(item: Item) -> Iterator[tuple[int, Event | Decided]]:
-    """Return the item's events as (number, event), in order; texts that other items have are not in them."""
+    """Return the item's events as (number, event), in order, without the texts of other items."""
     last = {name: value for name, value in item.items() if name not in _NOT_OF_THE_EVENT}
     earlier = item.get("earlier", {}).get("L", [])
     first = number_of(item) - len(earlier)
@@ -71,7 +71,7 @@ def events_of(item: Item) -> Iterator[tuple[int, Event | Decided]]:
 
 
 class Texts:
-    """The texts that a task's events name: read when first needed, empty where they are gone."""
+    """Texts that a task's events refer to. They are read lazily; a deleted text is empty."""
 
     def __init__(self, table: str, task_id: str, request: str) -> None:
         self._table, self._task_id, self._request = table, task_id, request
@@ -106,7 +106,7 @@ class Texts:
 
 
 def _fields(event: Event | Decided) -> dict[str, Any]:
-    """Return the event's fields, without the texts that another item has."""
+    """Return the event's fields, without the texts of other items."""
     if isinstance(event, Decided):
         return {"timestamp": event.timestamp, "decided": 1}
     fields = event.model_dump(mode="json") | {"decided": 0}

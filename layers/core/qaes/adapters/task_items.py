@@ -1,4 +1,4 @@
-"""The items of the tasks' table, and the conditions under which each is written.
+"""Items of the tasks table, and the condition of each write.
 
 Under pk=task_id: TASK, EVENT#n, STEP#index, APPROVAL#index#round (sk). Under pk=plan_id: PLAN. Under
 pk=IDEMPOTENCY#hash: IDEMPOTENCY. Under pk=REQUESTER#hash: OPEN, the count of a requester's open tasks.
@@ -22,14 +22,14 @@ from qaes.domain.tasks.decisions import Decided
 
 IDEMPOTENCY_SECONDS = 24 * 3600
 _IN_DECISIONS = {"parameters", "salt", "retriers"}
-"""Fields of a task that its item does not have. Its other copies of what people decided are for lists alone."""
+"""Fields of a task that its item does not have. Its other copies of decided values serve lists only."""
 
 Item = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Idempotency:
-    """The caller's key, and the hash of what it came with: method, route and body."""
+    """The caller's key, and the hash of its request: method, route and body."""
 
     subject: str
     key: str
@@ -41,7 +41,7 @@ class Idempotency:
 
 
 class TaskItems:
-    """Writes of a transaction on one table."""
+    """Writes of a transaction to one table."""
 
     def __init__(self, table: str) -> None:
         self._table = table
@@ -53,12 +53,12 @@ class TaskItems:
         return {"Put": put}
 
     def put_task(self, task: Task, *, before: Task) -> Item:
-        nobody_wrote_since = "version = :version"
+        version_is_unchanged = "version = :version"
         return {
             "Put": {
                 "TableName": self._table,
                 "Item": task_item(task),
-                "ConditionExpression": nobody_wrote_since,
+                "ConditionExpression": version_is_unchanged,
                 "ExpressionAttributeValues": {":version": {"N": str(before.version)}},
             }
         }
@@ -75,9 +75,9 @@ class TaskItems:
         }
         put = self.put(item, unless_exists=status_before is None)
         if status_before is not None:
-            # To put an approval that was used would make it one that was not.
-            as_it_was_and_never_used = "#status = :before AND attribute_not_exists(consumed_at)"
-            put["Put"]["ConditionExpression"] = as_it_was_and_never_used
+            # A put of a used approval would make it usable again.
+            unchanged_and_never_used = "#status = :before AND attribute_not_exists(consumed_at)"
+            put["Put"]["ConditionExpression"] = unchanged_and_never_used
             put["Put"]["ExpressionAttributeNames"] = {"#status": "status"}
             put["Put"]["ExpressionAttributeValues"] = {":before": {"S": status_before}}
         return put
@@ -96,7 +96,7 @@ class TaskItems:
         }
 
     def put_step(self, task_id: str, sk: str, record: StepRecord, *, before: StepRecord | None) -> Item:
-        """`before` is what must be stored, by status and attempt; None: there must be no record."""
+        """Return the write over a record with the status and attempt of `before`; None: no record exists."""
         item = {
             "pk": {"S": task_id},
             "sk": {"S": sk},
@@ -118,7 +118,7 @@ class TaskItems:
         return put
 
     def count_open(self, requester: str, change: int, limit: int | None) -> Item:
-        """Keep count of the requester's tasks that have not ended; with a `limit`, only below it."""
+        """Return the write that counts the requester's open tasks; with a `limit`, only below it."""
         update: Item = {
             "TableName": self._table,
             "Key": {"pk": {"S": "REQUESTER#" + hash_of([requester])}, "sk": {"S": "OPEN"}},
@@ -140,14 +140,14 @@ class TaskItems:
             "expires_at_epoch": {"N": str(seconds + IDEMPOTENCY_SECONDS)},
         }
         put = self.put(item, unless_exists=True)
-        # DynamoDB deletes expired items late; until it does, the condition treats them as gone.
+        # DynamoDB deletes expired items late; the condition treats them as deleted.
         put["Put"]["ConditionExpression"] += " OR expires_at_epoch < :now"
         put["Put"]["ExpressionAttributeValues"] = {":now": {"N": str(seconds)}}
         return put
 
 
 def task_item(task: Task) -> Item:
-    # Without the fields that say nothing, a task of usual length costs the write units of one kilobyte.
+    # Without empty fields, a task of usual length costs the write units of one kilobyte.
     fields = task.model_dump(mode="json", exclude=_IN_DECISIONS, exclude_defaults=True)
     return {
         "pk": {"S": task.task_id},
@@ -162,7 +162,7 @@ def task_item(task: Task) -> Item:
 
 
 def requester_and_status(requester: str, status: Status) -> str:
-    """Make the index key of a requester's tasks in one status; no status has a `#`, so the last one separates them."""
+    """Return the index key of a requester's tasks in one status. The last `#` separates them: no status has a `#`."""
     return f"{requester}#{status}"
 
 

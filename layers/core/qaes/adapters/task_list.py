@@ -1,10 +1,9 @@
-"""Tasks by page, newest first: what the API's lists and an approver's inbox show.
+"""Pages of tasks, newest first, for the API's lists and an approver's inbox.
 
-A cursor is a task's id, and ids grow with time: whatever happens between two pages, no page shows a task of the one
-before, and none is left out because others came or went. Each list reads ids from one index, under one key or under
-each shard of it (`qaes.adapters.shards`), and then the tasks themselves. Without a status, no change of a task moves
-its id (docs/adr/0026). With a status, the index may be a moment behind: a task that has left the status meanwhile is
-not shown, and the page is shorter.
+A cursor is a task's id, and ids grow with time. Changes between two pages therefore never repeat or omit another task.
+Each list reads ids from one index, under one key or under each shard of it (`qaes.adapters.shards`), and then the tasks
+themselves. Without a status, no change of a task moves its id (docs/adr/0026). With a status, the index is eventually
+consistent: a task that has left the status is omitted, and the page is shorter.
 """
 
 from __future__ import annotations
@@ -20,30 +19,30 @@ from qaes.domain.models import Status, Task
 
 @dataclass(frozen=True)
 class Page:
-    """`cursor` leads to the next page; None: this is the last one."""
+    """A page of tasks; `cursor` leads to the next page, None on the last page."""
 
     tasks: list[Task]
     cursor: str | None
 
 
 def list_tasks(*, status: Status | None, requester: str | None, limit: int, before: str | None) -> Page:
-    """Return the newest `limit` tasks older than the task `before`; which there are is an eventually consistent read.
+    """Return the newest `limit` tasks older than the task `before`. The list is eventually consistent.
 
     Parameters
     ----------
     status : str, optional
-        Only those in this status. A page may have fewer tasks than `limit`, and lead on.
+        Only tasks in this status. A page may have fewer tasks than `limit` and still have a next page.
     requester : str, optional
-        Only those of this subject.
+        Only tasks of this subject.
     limit : int
-        At most so many, and at most 100.
+        Maximum number of tasks, at most 100.
     before : str, optional
-        Id of the last task of the page before.
+        Id of the last task of the previous page.
 
     Raises
     ------
     TransientError
-        DynamoDB kept leaving out some of the page's tasks.
+        DynamoDB repeatedly omitted some of the page's tasks.
     """
     if requester is not None and status is not None:
         index, key = "by_requester_and_status", "requester_status_key"
@@ -54,7 +53,7 @@ def list_tasks(*, status: Status | None, requester: str | None, limit: int, befo
         index, key, values = "by_status", "status_key", status_keys(status)
     else:
         index, key, values = "by_kind", "sk", ["TASK"]
-    # Each task is under one of the keys, and each key gives its newest: the newest of them all are among these.
+    # Each task has one of the keys, so the newest tasks of all keys are among the newest of each key.
     found = sorted((each for value in values for each in _query(index, key, value, before, limit + 1)), reverse=True)
     ids = found[:limit]
     keys = [dynamo.key(task_id, "TASK") for task_id in ids]

@@ -1,6 +1,6 @@
-"""Tasks as they are: what the tasks table has, and what people decided about it.
+"""Reads of tasks: the items of the tasks table, with people's decisions from their own table.
 
-All reads are consistent, but for those of an index.
+All reads are consistent, except the reads of an index.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TaskQueries:
         self._table = table or settings.text("TASKS_TABLE")
         self._items = TaskItems(self._table)
         self._read: tuple[str, int, Decisions] | None = None
-        """The decisions that belong to the version of the task that was read last: each decision makes another one."""
+        """Task id, version and decisions of the last read. Each decision increments the version."""
 
     @cached_property
     def _decisions(self) -> DecisionsTable:
@@ -40,7 +40,7 @@ class TaskQueries:
         return CallbacksTable()
 
     def get_task(self, task_id: str) -> Task:
-        """Read a task; what people decided about it is read from their decisions. Raises NotFoundError."""
+        """Read a task with its people's decisions. Raises NotFoundError."""
         item = self._get(task_id, "TASK")
         if item is None:
             raise NotFoundError("no such task", field="task_id")
@@ -49,7 +49,7 @@ class TaskQueries:
         return decisions.of_task(task)
 
     def status(self, task_id: str) -> Status:
-        """Read a task's status alone. Raises NotFoundError."""
+        """Read only a task's status. Raises NotFoundError."""
         item = self._get(task_id, "TASK")
         if item is None:
             raise NotFoundError("no such task", field="task_id")
@@ -57,14 +57,14 @@ class TaskQueries:
         return status
 
     def get_plan(self, plan_id: str) -> Plan:
-        """Raises NotFoundError."""
+        """Read a plan. Raises NotFoundError."""
         item = self._get(plan_id, "PLAN")
         if item is None:
             raise NotFoundError("no such plan", field="plan_id")
         return Plan.model_validate_json(item["data"]["S"])
 
     def plan_of(self, task: Task) -> Plan:
-        """The plan of a task. Raises ConflictError when it has none yet."""
+        """Read the plan of a task. Raises ConflictError before the task has a plan."""
         if task.plan_id is None:
             raise ConflictError("the task has no plan", task_status=task.status)
         return self.get_plan(task.plan_id)
@@ -74,17 +74,17 @@ class TaskQueries:
         return StepRecord.model_validate_json(item["data"]["S"]) if item else None
 
     def steps(self, task_id: str) -> list[StepRecord]:
-        """The records of the steps that were begun, in order."""
+        """Read the records of the started steps, in order."""
         return [StepRecord.model_validate_json(item["data"]["S"]) for item in self._query(task_id, "STEP#")]
 
     def records(self, task_id: str) -> dict[int, StepRecord]:
-        """The records of the steps that were begun, by the step's index."""
+        """Read the records of the started steps, by the step's index."""
         return {record.step_index: record for record in self.steps(task_id)}
 
     def approvals(self, task_id: str, *, of: Task | None = None) -> list[Approval]:
-        """All approvals that were asked for, by step, then by round, each with the decisions that people made on it.
+        """Read all approval requests in order of step and round, each with its decisions.
 
-        With `of`, the decisions are those of that version of the task, which need not be read again.
+        With `of`, the decisions of that version of the task are not read again.
         """
         return self._approvals(task_id, "APPROVAL#", of)
 
@@ -93,16 +93,16 @@ class TaskQueries:
         return found[-1] if found else None
 
     def open_approval(self, task_id: str, *, of: Task | None = None) -> Approval | None:
-        """The approval that a person is asked for now."""
+        """Return the pending approval."""
         return approvals.pending_of(self.approvals(task_id, of=of))
 
     def may_decide(self, listed: Task, subject: str, *, four_eyes: bool = True) -> bool:
-        """Return whether a person may decide on a task of a list now, as `approvals.decide` would take it."""
+        """Return whether `approvals.decide` would accept this person's decision on a listed task now."""
         if listed.status != "waiting_approval" or (four_eyes and same_subject(subject, listed.requester)):
             return False
         try:
             decisions = self._decisions.of(listed.task_id)
-        except NotFoundError:  # an item that no request made
+        except NotFoundError:  # an item without a request
             return False
         asked = [Approval.model_validate_json(item["data"]["S"]) for item in self._query(listed.task_id, "APPROVAL#")]
         task, asked = decisions.of_task(listed), decisions.of_approvals(asked)
@@ -118,21 +118,21 @@ class TaskQueries:
         return self._decisions.of(task_id)
 
     def open_tasks(self, status: Status, older_than_seconds: int) -> list[Task]:
-        """Tasks in that status that have not changed for so long, oldest first; an eventually consistent read."""
+        """Read the tasks in a status that have not changed for some time, oldest first; eventually consistent."""
         tasks = [Task.model_validate_json(item["data"]["S"]) for item in self._by_status(status)]
         return [task for task in tasks if task.status == status and task.updated_at < _ago(older_than_seconds)]
 
     def transfers_in_flight(self, older_than_seconds: int) -> list[tuple[str, StepRecord]]:
-        """(task id, record) of each step that was begun so long ago and waits for the ledger; its task may have ended.
+        """Read (task id, record) of each step that has waited for the ledger for some time; its task may have ended.
 
-        An eventually consistent read.
+        The read is eventually consistent.
         """
         items = self._by_status(IN_FLIGHT)
         found = [(item["pk"]["S"], StepRecord.model_validate_json(item["data"]["S"])) for item in items]
         return [(task_id, record) for task_id, record in found if record.started_at < _ago(older_than_seconds)]
 
     def _by_status(self, status: str) -> list[Item]:
-        """Read the items that the index has in this status; it names them, in the order of their tasks' start."""
+        """Read the items of an index in this status, in the order of their tasks' start."""
         keys = [
             {"pk": item["pk"], "sk": item["sk"]}
             for status_key in status_keys(status)

@@ -1,6 +1,6 @@
-"""The repository of tasks: each method reads a task, has a rule decide, and writes the change.
+"""The repository of tasks: each method reads a task, applies a rule of the domain, and writes the change.
 
-Called twice, a method finds that its change is there, and changes nothing.
+A repeated call changes nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from qaes.domain.tasks.lifecycle import Change, History
 
 
 class TaskStore(TaskSteps):
-    """Starts, plans, runs and ends tasks, asks people and takes their decisions."""
+    """Starts, plans, runs and ends tasks, requests approvals and records decisions."""
 
     # Starting and planning
 
@@ -30,14 +30,14 @@ class TaskStore(TaskSteps):
     ) -> tuple[Task, bool]:
         """Write a new task and its first event.
 
-        Returns the task, and whether it was there already under the same idempotency key.
+        Returns the task, and whether it already existed under the same idempotency key.
 
         Raises
         ------
         ConflictError
-            The key was used with another body.
+            The key was used with another request.
         LimitError
-            The requester has `max_open` tasks that have not ended.
+            The requester has `max_open` open tasks.
         """
         task = task.model_copy(update={"events": 1, "salt": _new_salt()})
         output, at = {"task_id": task.task_id, "idempotency_key": _key_hash(idempotency)}, task.created_at
@@ -58,19 +58,19 @@ class TaskStore(TaskSteps):
             if idempotency is not None and (answer := self.answered(idempotency)) is not None:
                 return self.get_task(answer["task_id"]), True
             self._refuse_beyond(max_open, counter, writes, error)
-            raise TransientError("the task could not be written: try again") from error
+            raise TransientError("the task could not be written; try again") from error
         metrics.count(event)
         return task, False
 
     def plan_task(self, task: Task, plan: Plan) -> tuple[Task, Plan]:
-        """Pin the plan's policy and store the plan: `pending` → `executing`, once. The plan that was first stays."""
+        """Pin the plan's policy and store the plan once: `pending` → `executing`. The first plan stays."""
         changed, _ = self._apply(
             task.task_id, lambda newest: lifecycle.plan_task(newest, plan, now(), run=task.run), known=task
         )
         return changed, plan if changed.plan_id == plan.plan_id else self.plan_of(changed)
 
     def deny_task(self, task: Task, analysis: Analysis, decision: PolicyDecision, *, reason: str | None = None) -> Task:
-        """Pin the policy that does not allow the task, and end the task, once."""
+        """Pin the policy that denies the task, and end the task, once."""
 
         def decide(newest: Task) -> Change:
             return lifecycle.deny_task(newest, analysis, decision, now(), run=task.run, reason=reason)
@@ -92,10 +92,10 @@ class TaskStore(TaskSteps):
         balance: WalletBalance | None = None,
         terms: Terms | None = None,
     ) -> Approval:
-        """Ask for an approval: the item that says "waiting" and the one that holds the token are one write.
+        """Request an approval. The waiting task and the token are written together.
 
-        Returns the approval as it is: one that was decided on before, or has expired, is to be delivered. Raises what
-        `approvals.request` raises.
+        Returns the approval: if it is already decided or expired, the caller must deliver it. Raises the same errors
+        as `approvals.request`.
         """
 
         def decide(newest: Task) -> Change:
@@ -129,9 +129,9 @@ class TaskStore(TaskSteps):
         known: Task | None = None,
         idempotency: Idempotency | None = None,
     ) -> Approval:
-        """Commit a person's decision, once. Delivering it, when it was the last that was needed, comes after.
+        """Commit a person's decision, once. The caller delivers the last required decision after that.
 
-        Raises what `approvals.decide` raises, and ReplayedError when the decision was taken earlier under the same
+        Raises the same errors as `approvals.decide`, and ReplayedError if the decision was made earlier under the same
         idempotency key.
         """
 
@@ -155,7 +155,7 @@ class TaskStore(TaskSteps):
         return _approval_of(self._apply(task_id, decide, known=known, idempotency=idempotency, answer=answer)[1])
 
     def remind(self, task_id: str) -> bool:
-        """Tell, once for each approval, that it will expire soon; returns whether it was told now."""
+        """Record the reminder of an approval that expires soon, once. Return whether this call recorded it."""
 
         def decide(task: Task) -> Change:
             return approvals.remind(task, self._plan_if_any(task), self.approvals(task_id, of=task), now())
@@ -163,14 +163,14 @@ class TaskStore(TaskSteps):
         return not self._apply(task_id, decide)[1].writes_nothing
 
     def expire(self, task_id: str) -> Approval | None:
-        """Close the approval whose time is over; returns it, so that the execution that waits for it can be woken."""
+        """Close an expired approval. Return it, so that the caller can resume the execution."""
 
         def decide(task: Task) -> Change:
             return approvals.expire(task, self._plan_if_any(task), self.approvals(task_id, of=task), now())
 
         return self._apply(task_id, decide)[1].approval
 
-    # Ending, and taking an end back
+    # End of a task, and retry
 
     def end_task(
         self,
@@ -182,9 +182,9 @@ class TaskStore(TaskSteps):
         failed_step: str | None = None,
         execution: str | None = None,
     ) -> Task:
-        """Put a task into its terminal status, once. What is terminal stays.
+        """Put a task into its terminal status, once. A terminal status stays.
 
-        With `execution`, only if that is (still) the task's execution: one that ended before a retry has no say.
+        With `execution`, only if that is still the task's execution: an execution before a retry cannot end the task.
         """
 
         def decide(task: Task) -> Change:
@@ -205,12 +205,12 @@ class TaskStore(TaskSteps):
         agent: str | None = None,
         idempotency: Idempotency | None = None,
     ) -> Task:
-        """End a task because somebody wants it, or their `agent`. Stopping its execution comes after.
+        """End a task at the request of a person or their `agent`. The caller stops its execution after that.
 
         Raises
         ------
         ConflictError
-            It has ended already; or an approver has rejected it, and it ends as that.
+            The task has ended, or an approver has rejected it, so it ends as rejected.
         ReplayedError
             As in `decide`.
         """
@@ -243,10 +243,10 @@ class TaskStore(TaskSteps):
         max_open: int | None = None,
         idempotency: Idempotency | None = None,
     ) -> Task:
-        """Take back the end of a task that failed or expired: it goes on at the step that did not succeed.
+        """Reopen a task that failed or expired. It continues at the step that did not succeed.
 
-        Starting the execution comes after. Raises what `lifecycle.retry_task` raises, LimitError as `start_task`, and
-        ReplayedError as `decide`.
+        The caller starts the execution after that. Raises the same errors as `lifecycle.retry_task`, LimitError as
+        `start_task`, and ReplayedError as `decide`.
         """
 
         def decide(task: Task) -> Change:
@@ -267,18 +267,18 @@ class TaskStore(TaskSteps):
         return self.plan_of(task) if task.plan_id else None
 
     def _end_of(self, task: Task) -> History:
-        """Read what the end of a task depends on: the approvals of this run, and the plan if there are any."""
+        """Read the approvals of this run, and the plan if there are approvals: the end of a task depends on them."""
         asked = self._asked_in_this_run(task)
         return History(plan=self.plan_of(task) if asked else None, asked=asked)
 
 
 def decided_answer(task_id: str, approval: Approval) -> dict[str, Any]:
-    """Return the answer to a decision, now and when it is replayed."""
+    """Return the response to a decision, also for its replay."""
     last = approval.decisions[-1]
     given = sum(each.approved for each in approval.decisions)
     message = f"The step has been {approval.status}."
     if approval.status == "pending":
-        message = f"Approved by {given} of {approval.required}; the task goes on waiting."
+        message = f"Approved by {given} of {approval.required}; the task still waits for approvals."
     return {
         "task_id": task_id,
         "approved": last.approved,
@@ -289,14 +289,14 @@ def decided_answer(task_id: str, approval: Approval) -> dict[str, Any]:
 
 
 def lifecycle_answer(task_id: str, status: Status) -> dict[str, Any]:
-    """Return the answer to a cancellation or a retry, now and when it is replayed."""
+    """Return the response to a cancellation or a retry, also for its replay."""
     message = "The task has been cancelled." if status == "cancelled" else "The task runs again, from where it stopped."
     return {"task_id": task_id, "status": status, "message": message}
 
 
 def _approval_of(change: Change) -> Approval:
     if change.approval is None:
-        raise ConflictError("nobody was asked")
+        raise ConflictError("no approval was requested")
     return change.approval
 
 
@@ -305,5 +305,5 @@ def _new_salt() -> str:
 
 
 def _key_hash(idempotency: Idempotency | None) -> str | None:
-    """What stands for the caller's key: nobody can use it from here."""
+    """Return a hash of the caller's key, so that a reader of the table cannot use the key."""
     return hash_of([idempotency.subject, idempotency.key]) if idempotency else None

@@ -31,17 +31,17 @@ class TaskSteps(TaskChanges):
         *,
         started: datetime,
     ) -> StepRecord:
-        """Record a plain step from its beginning to its end; the last one, and one that failed, end the task.
+        """Record the start and the end of a plain step. The last step, and a failed step, end the task.
 
-        The last one is the action, which counts in the limits of the policy in force if it succeeded. Returns the
-        record; the one of an attempt before, if that has finished the step. Raises what `lifecycle.run_step` and
-        `Intent.writes` raise.
+        The last step is the action, which counts in the limits of the policy in force if it succeeded. Returns the
+        record, or the record of an earlier attempt that finished the step. Raises the same errors as
+        `lifecycle.run_step` and `Intent.writes`.
         """
         is_action = step_index == len(plan.steps) - 1
         intent = Intent(task, step_index, plan.steps[step_index], ruling) if is_action else None
 
         def decide(newest: Task) -> Change:
-            # Only of a task that has ever waited for people there are approvals.
+            # Only a task that has waited for people has approvals.
             asked = self._asked_in_this_run(newest) if newest.waiting_since else []
             history = History(plan, self.records(newest.task_id), asked)
             usage = intent.usage() if intent else None
@@ -65,10 +65,10 @@ class TaskSteps(TaskChanges):
         replaces: str | None = None,
         intent: Intent | None = None,
     ) -> tuple[Task, StepRecord]:
-        """Record the intent to run a step before it acts; its approval is consumed by that, once.
+        """Record the intent to run a step before it acts. This consumes its approval, once.
 
-        Returns the task and the record: `running` with the number of this attempt, or finished, when an attempt before
-        has ended it. Raises what `lifecycle.claim_step` and `Intent.writes` raise.
+        Returns the task and the record: `running` with the number of this attempt, or finished by an earlier attempt.
+        Raises the same errors as `lifecycle.claim_step` and `Intent.writes`.
         """
 
         def decide(newest: Task) -> Change:
@@ -84,7 +84,7 @@ class TaskSteps(TaskChanges):
         return changed, _record_of(change)
 
     def attempt_again(self, task: Task, plan: Plan, step_index: int) -> StepRecord:
-        """Count another attempt of a step that this execution has claimed; returns its record."""
+        """Count another attempt of a step that this execution has claimed. Return its record."""
 
         def decide(newest: Task) -> Change:
             return lifecycle.attempt_again(newest, step_index, History(plan, self.records(newest.task_id)))
@@ -111,9 +111,9 @@ class TaskSteps(TaskChanges):
         return _record_of(self._apply(task_id, decide)[1])
 
     def refuse_step(self, task: Task, plan: Plan, step_index: int, before: StepRecord | None, error: str) -> None:
-        """Record that a step may not run, which this execution has not begun, and end the task as failed.
+        """Record that a step must not run, which this execution has not started, and end the task as failed.
 
-        Raises what `lifecycle.refuse_step` raises.
+        Raises the same errors as `lifecycle.refuse_step`.
         """
 
         def decide(newest: Task) -> Change:
@@ -128,5 +128,5 @@ class TaskSteps(TaskChanges):
 
 def _record_of(change: Change) -> StepRecord:
     if change.step is None:
-        raise ConflictError("this step was never begun")
+        raise ConflictError("this step was never started")
     return change.step

@@ -1,6 +1,6 @@
-"""What became of a step's transfer: the way from the ledger to the step's record, and to who waits for it.
+"""Outcome of a step's transfer: from the ledger to the step's record and to the waiting execution.
 
-Only the state ExecuteAction submits a transfer. Everything else reads what became of it here, and moves nothing.
+Only the state ExecuteAction submits a transfer. All other callers read its outcome here, and move no money.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from qaes.domain.step_types import CONFIRMED_LATER
 from qaes.domain.tasks.lifecycle import StepOutcome
 
 LATE_SECONDS = 300
-"""So long after its task's end nobody hands a transfer in any more: longer than the worker and the ledger may take."""
+"""No transfer is submitted later than this after its task's end: longer than the worker and the ledger may take."""
 
 
 class Settled(NamedTuple):
-    """A step's record, as it is now, and whether the transfer that it is about is under way."""
+    """A step's current record, and the state of its transfer."""
 
     record: StepRecord
     in_flight: bool
 
     @property
     def submitted(self) -> bool:
-        """Whether the step's transfer was handed in and may have moved something, or will: nobody is asked again."""
+        """Return whether the step's transfer was submitted and may move money, so it needs no new approval."""
         return self.in_flight or self.record.status == "succeeded"
 
 
 def reference_of(task_id: str, step_id: str) -> str:
-    """What the ledger knows a step's effect by."""
+    """Return the ledger's reference for a step's effect."""
     return f"{task_id}#{step_id}"
 
 
 def state_of(ledger: LedgerClient, task_id: str, step_id: str) -> dict[str, Any] | None:
-    """How the step's transfer stands, as `LedgerClient.transfer_state`; None when none was handed in."""
+    """Return `LedgerClient.transfer_state` of the step's transfer; None if it was never submitted."""
     try:
         return ledger.transfer_state(reference_of(task_id, step_id))
     except PermanentError as error:
@@ -56,10 +56,10 @@ def state_of(ledger: LedgerClient, task_id: str, step_id: str) -> dict[str, Any]
 
 
 class Funds(NamedTuple):
-    """The balance of the wallet that is to pay a step, and why it cannot; all empty for a step that is no transfer.
+    """Balance of the wallet that pays a step, and the reason why it cannot; all empty without a transfer.
 
-    `refusal_today` is for want of room in a limit: what is approved today may be made on another day. `used` is what
-    each limit of the policy in force has used, by the limit's key.
+    `refusal_today` means that a limit has no room: an approved transfer may still run on another day. `used` is the
+    used amount of each limit of the policy in force, by the limit's key.
     """
 
     balance: WalletBalance | None = None
@@ -69,10 +69,10 @@ class Funds(NamedTuple):
 
 
 def funds_of(ledger: LedgerClient, step: Step, requester: str, agent: str | None) -> Funds:
-    """Read whether the ledger would take a transfer: its addresses, its source's key and balance, the policy.
+    """Read whether the ledger would accept a transfer: its addresses, its source's key and balance, the policy.
 
-    The compliance agent reads it before it asks a person or has the transfer submitted, the planner for a preview. A
-    balance that cannot be read now raises TransientError: it is neither enough nor too little.
+    The compliance agent reads it before it requests an approval or allows the transfer; the planner reads it for a
+    preview. If the balance cannot be read now, the function raises TransientError.
     """
     if step.type not in CONFIRMED_LATER:
         return Funds()
@@ -83,7 +83,7 @@ def funds_of(ledger: LedgerClient, step: Step, requester: str, agent: str | None
 
 
 def policies_and_funds(ledger: LedgerClient, task: Task, plan: Plan, step: Step) -> tuple[Policies, Funds]:
-    """Read the policy in force and the pinned one, and what `funds_of` returns under the first: one call."""
+    """Read the policy in force and the pinned one, and the result of `funds_of` under the first, in one call."""
     names = {"action": planning.action_type(task.task_type), "pinned": plan.policy.policy_id}
     if step.type not in CONFIRMED_LATER:
         return ledger.policies(**names), Funds()
@@ -92,9 +92,9 @@ def policies_and_funds(ledger: LedgerClient, task: Task, plan: Plan, step: Step)
 
 
 def usage_of(step: Step, ruling: Ruling, funds: Funds, counted: tuple[str, int] | None = None) -> Usage:
-    """Return what the limits of the policy in force have used: the ledger counts transfers, LimitsTable all else.
+    """Return the usage of the limits of the policy in force, from the ledger for transfers, otherwise LimitsTable.
 
-    What the step `counted` (its task and index) in an earlier execution is left out.
+    The counts of the step `counted` (its task and index) in an earlier execution are excluded.
     """
     if step.type in CONFIRMED_LATER or not ruling.current.limits:
         return funds.used
@@ -115,16 +115,16 @@ def _funds(step: Step, checked: CheckedTransfer | PermanentError) -> Funds:
 
 
 def is_submitted(ledger: LedgerClient, task_id: str, step_id: str) -> bool:
-    """Whether the ledger has the step's transfer, confirmed or under way: then it needs no funds any more."""
+    """Return whether the ledger has the step's transfer, confirmed or in flight: then it needs no funds any more."""
     state = state_of(ledger, task_id, step_id)
     return state is not None and state["state"] in OPEN_STATES | {"confirmed"}
 
 
 def settle(store: TaskStore, ledger: LedgerClient, task: Task, record: StepRecord) -> Settled:
-    """Put the end of a step's transfer on record, if it has one: once, whatever has become of the task.
+    """Record the end of a step's transfer, once, regardless of the task's status.
 
-    A record that is finished stays as it is, and the ledger is not asked. While the transfer is under way nothing is
-    written, nor for the end of an earlier attempt: this one has not reached the ledger then, or never will.
+    A finished record stays, without a call to the ledger. While the transfer is in flight, nothing is written. The end
+    of an earlier attempt does not count: the current attempt has not reached the ledger then, or never will.
     """
     if record.status != "running":
         return Settled(record, in_flight=False)
@@ -135,39 +135,39 @@ def settle(store: TaskStore, ledger: LedgerClient, task: Task, record: StepRecor
         parameters = store.plan_of(task).steps[record.step_index].parameters
         result = result_of(parameters, state)
         if record.run < task.run:
-            result["run"] = record.run  # the execution that handed it in, under what was approved then
+            result["run"] = record.run  # the execution that submitted it, with its approval
         return Settled(store.finish_step(task.task_id, record, StepOutcome(result=result)), in_flight=False)
     if state is not None and state["txid"] != record.replaces:
         error = str(state["error"] or f"the transfer is {state['state']}")
         return Settled(store.finish_step(task.task_id, record, StepOutcome(error=error)), in_flight=False)
     if task.status in TERMINAL and now() - parse_timestamp(task.updated_at) > timedelta(seconds=LATE_SECONDS):
-        error = str(state["error"]) if state is not None else "not_submitted: the task ended before"
+        error = str(state["error"]) if state is not None else "not_submitted: the task ended before the transfer"
         return Settled(store.finish_step(task.task_id, record, StepOutcome(error=error)), in_flight=False)
     return Settled(record, in_flight=False)
 
 
 def settle_and_tell(store: TaskStore, ledger: LedgerClient, task: Task, record: StepRecord) -> StepRecord:
-    """Put the end of a step's transfer on record, which ends its task, and wake the execution that waits for it."""
+    """Record the end of a step's transfer, which ends its task, and resume the waiting execution."""
     settled = settle(store, ledger, task, record)
     tell(task, settled.record)
     return settled.record
 
 
 def tell(task: Task, record: StepRecord) -> bool:
-    """Wake the execution that waits for a step that is finished; False when none waits.
+    """Resume the execution that waits for a finished step. Return False if none waits.
 
-    The record is believed, not what is sent. The token is of no use afterwards.
+    The execution reads the record, not the message. The token cannot be used again.
     """
     if record.status == "running":
         return False
     callbacks = CallbacksTable()
-    # An execution that is about to try anew is not failed by the attempt before, whose end may be told again.
+    # The end of an earlier attempt, which may be reported again, must not fail an execution that starts a new one.
     failed = record.run if record.status == "failed" else None
     token = callbacks.token("ACTION", task.task_id, record.step_index, failed=failed)
     if token is None:
         return False
-    # Whatever `task` says: it may have been retried since it was read, and then the token is the new execution's. One
-    # whose task has ended finds that out by itself.
+    # `task` may have been retried since the read; then the token belongs to the new execution. An execution whose task
+    # has ended detects that itself.
     if record.status == "failed":
         woken = fail(token, StepFailedError(record.error or ""))
     else:
@@ -177,7 +177,7 @@ def tell(task: Task, record: StepRecord) -> bool:
 
 
 def result_of(parameters: dict[str, Any], transfer: dict[str, Any]) -> dict[str, Any]:
-    """Tell what a transfer has done, by its state on the ledger."""
+    """Return the outcome of a transfer, by its state on the ledger."""
     return {
         "txid": transfer["txid"],
         "tick": transfer["tick"],

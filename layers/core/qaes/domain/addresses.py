@@ -1,7 +1,7 @@
 """Which URLs a handler can have, and which network addresses the dispatcher connects to.
 
 A URL has one spelling here, so that two programs cannot read two hosts from it. Its host is a name or an address; a
-name says nothing about where the connection goes, so the connected address decides (`check_address`).
+name does not determine the destination of the connection, so the connected address decides (`check_address`).
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def parse_url(text: str, *, allow_local: bool = False) -> Url:
     Raises
     ------
     InvalidInputError
-        The URL is not acceptable; the message says what to write instead.
+        The URL is not acceptable; the message has the correction.
     """
     match = _URL.fullmatch(text) if len(text) <= MAX_URL_LENGTH else None
     if match is None:
@@ -93,7 +93,7 @@ def parse_url(text: str, *, allow_local: bool = False) -> Url:
 
 
 def is_acceptable(address: IPv4Address | IPv6Address, *, allow_local: bool = False) -> bool:
-    """Whether the dispatcher connects to an address: it is public, or loopback where that is allowed."""
+    """Return whether the dispatcher connects to an address: it is public, or loopback if that is allowed."""
     if isinstance(address, IPv6Address):
         if address.scope_id is not None:
             return False
@@ -145,7 +145,7 @@ def _check_name(host: str, *, allow_local: bool) -> None:
 
 
 def _advice(text: str) -> str:
-    """Return what is wrong with a URL that has not the one spelling."""
+    """Return the error of a URL that is not in the normal form."""
     if len(text) > MAX_URL_LENGTH:
         return f"the URL must have at most {MAX_URL_LENGTH} characters"
     if not text.isascii():

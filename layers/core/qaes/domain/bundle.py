@@ -24,7 +24,7 @@ from qaes.domain.qubic import transaction
 FORMAT: Final = "qaes-bundle-1"
 FORMAT_WITH_POLICY: Final = "qaes-bundle-2"
 CLOCK_SKEW = timedelta(seconds=300)
-"""What the clocks of two functions may differ by, to the verifier (`SKEW`)."""
+"""Maximum difference of two functions' clocks for the verifier (`SKEW`)."""
 
 Prove = Callable[[int, int], Sequence[bytes]]
 """(index, size) -> the inclusion proof of that leaf in the tree of that size (`qaes.domain.tiles`)."""

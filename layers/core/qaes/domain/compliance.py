@@ -1,4 +1,4 @@
-"""May this step run now? Asked by the compliance agent before a step, and by the worker right before it acts."""
+"""Decision whether a step may run: for the compliance agent before a step, and for the worker right before it acts."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ REJECTED = "an approver rejected it"
 NOTHING_USED: Usage = MappingProxyType({})
 
 MAX_APPROVAL_AGE = timedelta(minutes=55)
-"""How long after an approval's `expires_at` its step may still begin; the verifier refuses a step after an hour."""
+"""Maximum delay of a step after its approval's `expires_at`; the verifier rejects a step after an hour."""
 
 
 class Verdict(Model):
-    """The compliance agent's answer, a value that the state machine chooses by."""
+    """The compliance agent's verdict. The state machine branches on its value."""
 
     verdict: Literal["execute", "await_approval", "denied", "rejected", "expired"]
     reason: str
     approvals: int = 1
-    """How many people have to approve, when `verdict` is `await_approval`."""
+    """Number of people who must approve if `verdict` is `await_approval`."""
     expires_after: int | None = None
-    """Seconds that they have; None: as long as the system allows."""
+    """Seconds until the approval expires; None: the system's limit."""
     balance: WalletBalance | None = None
-    """Of the wallet that is to pay, when `verdict` is `await_approval` for a transfer; it is shown to the approver."""
+    """Balance of the paying wallet, shown to the approver, if `verdict` is `await_approval` for a transfer."""
     terms: Terms | None = None
-    """Who must approve by a policy of format 2, when `verdict` is `await_approval`."""
+    """Required approvals by a policy of format 2, if `verdict` is `await_approval`."""
 
 
 _STOPS: dict[str, type[StoppedError]] = {
@@ -53,44 +53,43 @@ _STOPS: dict[str, type[StoppedError]] = {
 
 
 def stopped_by(verdict: Verdict) -> StoppedError | None:
-    """Return the error that stops a step by this verdict; None when the step may run. What is no clear yes denies."""
+    """Return the error for this verdict; None if the step may run. Any verdict other than `execute` denies the step."""
     if verdict.verdict == "execute":
         return None
     return _STOPS.get(verdict.verdict, StepDeniedError)(verdict.reason)
 
 
 def check_same_plan(task: Task, plan: Plan) -> None:
-    """Raises ConflictError unless `plan` is, to the letter, the one that was recorded for the task."""
+    """Raise ConflictError unless `plan` is exactly the recorded plan of the task."""
     if task.plan_id != plan.plan_id or task.plan_hash != plan.hash():
-        raise ConflictError("the plan is not the one that was recorded", field="plan_hash")
+        raise ConflictError("the plan differs from the recorded plan", field="plan_hash")
 
 
 def decide(
     task: Task, plan: Plan, step_index: int, ruling: Ruling, approval: Approval | None, usage: Usage = NOTHING_USED
 ) -> Verdict:
-    """Decide whether a step may run: the pinned policy and the one in force must allow it, and people approve just it.
+    """Decide whether a step may run: the pinned policy and the one in force must allow it, and its approval too.
 
-    Nobody is asked to approve what either policy forbids. Nor is anybody asked if too few people are left who can
-    approve. `approval` is the newest that was asked for; a policy that has become stricter since asks for one anew, and
-    so does another execution of the task (a retry). Once somebody was asked, their answer counts, even if by now no
-    policy would ask.
+    No approval is requested for a step that either policy forbids, or if too few people can approve it. `approval` is
+    the newest request. A stricter policy requires a new approval, and so does a retry of the task. After a request, the
+    people's decision counts, even if the current policy requires no approval.
 
     Parameters
     ----------
     usage
-        What the limits of the policy in force have used. A limit without room denies nothing here, because it may have
-        room by the time people have approved; but one that lets people approve the excess asks for their approval.
+        Usage of the limits of the policy in force. A limit without room denies no step here, because it may have room
+        by the time of the approval. A limit that approvals can exceed requires an approval.
 
     Raises
     ------
     ConflictError
-        The plan is not the one that was recorded, or says something else of its policy than the policy's document.
+        The plan differs from the recorded one, or its policy from the policy's document.
     """
     if rejected := rejection(task, approval):
         return rejected
     check_same_plan(task, plan)
     if plan.policy != ruling.pins:
-        raise ConflictError("the plan's policy is not what the policy's document says", field="plan.policy")
+        raise ConflictError("the plan's policy differs from the policy's document", field="plan.policy")
     step = plan.steps[step_index]
     if approval is not None and approval.run != task.run:
         approval = None
@@ -102,9 +101,9 @@ def decide(
 
 
 def _refusals(step: Step, ruling: Ruling) -> Iterator[str]:
-    """Yield why the policies, the parameters or a transfer's addresses do not let the step run, the first reason first.
+    """Yield the reasons why the policies, the parameters or a transfer's addresses do not allow the step, in order.
 
-    In format 1, limits are those of the transfer alone: the steps before it run.
+    In format 1, limits apply to the transfer only: the steps before it run.
     """
     denials = [decision for decision in (ruling.pinned, ruling.current) if not decision.allowed]
     for denial in denials:
@@ -119,9 +118,9 @@ def _refusals(step: Step, ruling: Ruling) -> Iterator[str]:
 
 
 def rejection(task: Task, approval: Approval | None) -> Verdict | None:
-    """Return the verdict on a step whose approval was rejected in this execution; None if it was not.
+    """Return the verdict on a step whose approval was rejected in this execution; None without a rejection.
 
-    Nothing else counts then: neither the plan, the policies nor the ledger can let the step run.
+    A rejection is final: neither the plan, the policies nor the ledger can allow the step.
     """
     if approval is None or approval.run != task.run or approval.status != "rejected":
         return None
@@ -129,10 +128,10 @@ def rejection(task: Task, approval: Approval | None) -> Verdict | None:
 
 
 def preview(task: Task, plan: Plan, ruling: Ruling, usage: Usage = NOTHING_USED) -> tuple[Step | None, Verdict]:
-    """Return the verdict that `task` with this plan would get if it were started now, and the step that gets it.
+    """Return the verdict on `task` with this plan if it started now, and the step that determines it.
 
-    The first verdict that is not `execute` is the task's: `decide` says it, step by step, as it does for a task. The
-    state machine asks for the policy's permission before there are steps: then the step is None.
+    The first verdict of `decide` other than `execute` is the task's. The policy's permission is checked before the
+    steps: then the step is None.
     """
     if refusal := refusal_at_start(ruling):
         return None, Verdict(verdict="denied", reason=refusal)
@@ -149,7 +148,7 @@ def preview(task: Task, plan: Plan, ruling: Ruling, usage: Usage = NOTHING_USED)
 
 
 def refusal_at_start(ruling: Ruling) -> str | None:
-    """Return why a task is denied before it has a plan; None if it may be planned.
+    """Return the reason why a task is denied before it has a plan; None if it may be planned.
 
     In format 1, the limits of a transfer deny it later.
     """
@@ -159,15 +158,15 @@ def refusal_at_start(ruling: Ruling) -> str | None:
 
 
 def go_on(task: Task, plan: Plan) -> Verdict:
-    """The verdict on a step whose transfer was let through by an execution before this one: its end is waited for.
+    """Return the verdict on a step whose transfer an earlier execution submitted: wait for its end.
 
-    Nobody is asked again, and no policy: a rejection would not stop it any more. Raises ConflictError as
+    Neither people nor policies are asked again, because they could not stop it any more. Raises ConflictError as
     `check_same_plan`.
     """
     check_same_plan(task, plan)
     if task.status in TERMINAL:
         return Verdict(verdict="denied", reason=f"the task has ended: {task.status}")
-    return Verdict(verdict="execute", reason="its transfer was handed in before, and let through then")
+    return Verdict(verdict="execute", reason="an earlier execution submitted its transfer")
 
 
 def _by_approval(plan: Plan, step: Step, ruling: Ruling, approval: Approval | None, usage: Usage) -> Verdict:
@@ -178,9 +177,9 @@ def _by_approval(plan: Plan, step: Step, ruling: Ruling, approval: Approval | No
     if needs_approval(step, ruling, usage) and not all(quorum.is_met(decisions) for quorum in quorums):
         return _ask(ruling, quorums)
     if approval is None:
-        return Verdict(verdict="execute", reason="no approval is needed")
+        return Verdict(verdict="execute", reason="no approval is required")
     if not covers(approval, plan, step):
-        return Verdict(verdict="denied", reason="what was approved is not what would run")
+        return Verdict(verdict="denied", reason="the approved plan or step differs from the one that would run")
     return Verdict(verdict="execute", reason="approved")
 
 
@@ -188,7 +187,7 @@ def _not_approved(ruling: Ruling, quorums: tuple[Quorum, ...], approval: Approva
     if approval.status == "pending":
         return _ask(ruling, quorums or approval.quorums)
     if approval.status == "expired":
-        return Verdict(verdict="expired", reason="nobody decided in time")
+        return Verdict(verdict="expired", reason="no decision was made in time")
     return Verdict(verdict="denied", reason=f"the approval was {approval.status}")
 
 
@@ -199,7 +198,7 @@ def _ask(ruling: Ruling, quorums: tuple[Quorum, ...]) -> Verdict:
     expiries = [each for each in (ruling.pins.expires_after, ruling.recorded.expires_after) if each is not None]
     return Verdict(
         verdict="await_approval",
-        reason=f"policy {policy_id} asks for an approval",
+        reason=f"policy {policy_id} requires an approval",
         approvals=max(quorum.approvals for quorum in quorums),
         expires_after=min(expiries, default=None),
         terms=ruling.terms(quorums),
@@ -207,9 +206,9 @@ def _ask(ruling: Ruling, quorums: tuple[Quorum, ...]) -> Verdict:
 
 
 def refusal_by_address(step: Step) -> str | None:
-    """Tell why a transfer may not go from or to its addresses; None when it may, or when it is no transfer.
+    """Return the reason why a transfer cannot use its addresses; None if it can, or without a transfer.
 
-    A task's start checks its parameters; a plan that was stored before that check existed is checked here.
+    A task's start checks its parameters. This function also checks plans that were stored before that check existed.
     """
     if step.type != "onchain_action":
         return None
@@ -222,7 +221,7 @@ def refusal_by_address(step: Step) -> str | None:
 
 
 def refusal_by_balance(step: Step, balance: WalletBalance) -> str | None:
-    """Tell why a transfer's source cannot pay it; None when it can."""
+    """Return the reason why a transfer's source cannot pay; None if it can."""
     amount = step.parameters["amount"]
     if balance.available >= amount:
         return None
@@ -232,13 +231,13 @@ def refusal_by_balance(step: Step, balance: WalletBalance) -> str | None:
 
 
 def needs_approval(step: Step, ruling: Ruling, usage: Usage = NOTHING_USED) -> bool:
-    """Whether the plan, the policy in force or a limit that is exceeded requires a person's approval."""
+    """Return whether the plan, the policy in force or an exceeded limit requires an approval."""
     over = ruling.exceeds(usage) and can_require_approval(step.type)
     return step.requires_approval or step_requires_approval(step.type, ruling.recorded) or over
 
 
 def covers(approval: Approval, plan: Plan, step: Step) -> bool:
-    """Whether the approval is for exactly this plan and this step, by their hashes."""
+    """Return whether the approval is for exactly this plan and this step, by their hashes."""
     return approval.plan_hash == plan.hash() and approval.step_hash == step.hash()
 
 
@@ -252,12 +251,12 @@ def check_may_act(
     *,
     at: datetime,
 ) -> None:
-    """Check, as the last before a step begins at the moment `at`, that it may run.
+    """Check right before a step starts, at the time `at`, that it may run.
 
     Raises
     ------
     StoppedError
-        The step may not run, or not yet: by its class.
+        The step must not run, or not yet. The class has the reason.
     PermanentError
         `approval_too_old`: its approval expired `MAX_APPROVAL_AGE` ago or earlier, so a retry asks for a new one.
     """
@@ -266,4 +265,4 @@ def check_may_act(
     if approval is None or approval.run != task.run:
         return
     if at - parse_timestamp(approval.expires_at) >= MAX_APPROVAL_AGE:
-        raise PermanentError("approval_too_old", f"its approval expired at {approval.expires_at}: retry the task")
+        raise PermanentError("approval_too_old", f"its approval expired at {approval.expires_at}; retry the task")

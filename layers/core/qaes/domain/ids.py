@@ -30,7 +30,7 @@ def new_task_id() -> TaskId:
 
 
 def first_task_id(moment: datetime) -> str:
-    """Return what no id of a task that was started at or after `moment` sorts before."""
+    """Return the lower bound of the ids of tasks that were started at or after `moment`."""
     milliseconds = f"{int(moment.timestamp() * 1000):012x}"
     return f"task_{milliseconds[:8]}-{milliseconds[8:]}"
 

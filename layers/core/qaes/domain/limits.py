@@ -1,4 +1,4 @@
-"""The limits of a rule: whether they let a transfer pass, and the arithmetic of their rolling windows.
+"""The limits of a rule: the check of a transfer, and the arithmetic of rolling windows.
 
 A window has 60 buckets, each with a number and a sum. The newest 61 buckets cover at least the seconds of the window,
 so a limit never admits more than the exact rolling sum would.
@@ -14,19 +14,19 @@ from qaes.domain.policy import PolicyDecision
 from qaes.domain.qubic.identity import check_address
 
 BUCKETS = 60
-"""How many buckets are as long as their window."""
+"""Number of buckets that are together as long as their window."""
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def bucket_at(moment: datetime, window_seconds: int) -> int:
-    """Return the number of the bucket that a moment is in; buckets of all windows are counted from 1970."""
+    """Return the number of a moment's bucket; the buckets of all windows are counted from 1970."""
     return (moment - _EPOCH) * BUCKETS // timedelta(seconds=window_seconds)
 
 
 def counts(bucket: int, newest: int) -> bool:
-    """Return whether a bucket counts while the present moment is in the bucket `newest`.
+    """Return whether a bucket counts while the current time is in the bucket `newest`.
 
-    A bucket after `newest` counts too: the clock of another writer is ahead.
+    A bucket after `newest` counts too, because another function's clock may be ahead.
     """
     return bucket >= newest - BUCKETS
 
@@ -37,21 +37,23 @@ def used(buckets: Mapping[int, int], newest: int) -> int:
 
 
 def refusal_by_limits(rule: PolicyDecision, *, destination: object, amount: object) -> PermanentError | None:
-    """Return which limit of the rule a transfer is beyond on any day; None when it is within all of them.
+    """Return the limit of the rule that a transfer exceeds on any day; None if it exceeds none.
 
-    `destination` is an address. It is compared in its one spelling with the allowed ones, as the verifier does.
+    `destination` is an address. Its normal form is compared with the allowed ones, as in the verifier.
 
     Returns
     -------
     PermanentError
-        `over_max_amount`, `daily_limit_exceeded`, `address_not_allowed`; `invalid_amount`: there are limits, and the
+        `over_max_amount`, `daily_limit_exceeded`, `address_not_allowed`; `invalid_amount`: the rule has limits, but the
         amount is not a whole number from 1.
     """
     if not rule.limits_transfers:
         return None
     policy = f"policy {rule.policy_id}"
     if type(amount) is not int or amount < 1:
-        return PermanentError("invalid_amount", f"{policy} has limits, and the amount is no whole number")
+        return PermanentError(
+            "invalid_amount", f"{policy} has limits, so the amount must be a whole number of at least 1"
+        )
     if rule.max_amount is not None and amount > rule.max_amount:
         text = f"over max_amount: {policy} lets a transfer move at most {rule.max_amount} QU"
         return PermanentError("over_max_amount", text)

@@ -1,4 +1,4 @@
-"""The words of this project: task, plan, step, approval, event."""
+"""The models of this project: task, plan, step, approval, event."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ Status = Literal[
 ]
 TERMINAL: frozenset[str] = frozenset({"completed", "denied", "rejected", "expired", "failed", "cancelled"})
 OPEN_STATUSES: tuple[Status, ...] = ("pending", "executing", "waiting_approval")
-"""The statuses of a task that has not ended. No task has `planning`, which stays in the API for its clients."""
+"""Statuses of a task that has not ended. No task has `planning`, which stays in the API for existing clients."""
 
 StepStatus = Literal["pending", "running", "succeeded", "failed"]
 ApprovalStatus = Literal["pending", "approved", "rejected", "expired", "cancelled"]
 Outcome = Literal["completed", "denied", "rejected", "expired", "failed", "cancelled"]
 RETRYABLE: frozenset[str] = frozenset({"failed", "expired"})
-"""The ends that a retry takes back."""
+"""Terminal statuses that a retry can reopen."""
 EventKind = Literal[
     "task_started",
     "policy_checked",
@@ -48,7 +48,7 @@ EventKind = Literal[
     "task_ended",
 ]
 TextOf = Literal["request", "plan", "policy", "parameters"]
-"""A text of a task or its plan: the policy is the plan's decision by it, the parameters are the step's."""
+"""A text of a task or its plan: `policy` is the plan's policy decision, `parameters` are the step's."""
 
 
 class Model(BaseModel):
@@ -56,14 +56,14 @@ class Model(BaseModel):
 
 
 class Analysis(Model):
-    """What the planner made of a task's words."""
+    """The planner's analysis of a task."""
 
     action_type: str
     risk_level: RiskLevel
 
 
 class Step(Model):
-    """One typed step of a plan, its parameters resolved: what is hashed, shown, approved and executed."""
+    """A typed step of a plan with resolved parameters, as it is hashed, shown, approved and executed."""
 
     step_id: str
     type: StepType
@@ -71,12 +71,12 @@ class Step(Model):
     parameters: dict[str, Any]
 
     def hash(self) -> str:
-        """SHA-256 of the canonical step."""
+        """Return the SHA-256 of the canonical step."""
         return hash_of(self.model_dump(mode="json"))
 
 
 class Plan(Model):
-    """A plan; `policy` pins the policy's version under which it was made."""
+    """A plan; `policy` pins the version of the policy that it is based on."""
 
     plan_id: str
     task_id: str | None
@@ -86,16 +86,16 @@ class Plan(Model):
     steps: tuple[Step, ...]
 
     def hash(self) -> str:
-        """SHA-256 of the canonical plan."""
+        """Return the SHA-256 of the canonical plan."""
         return hash_of(self.model_dump(mode="json"))
 
 
 class Task(Model):
-    """A task as its item has it; `version` guards each write, `events` counts the events, `run` the executions.
+    """A task; `version` guards each write, `events` counts the events, `run` the executions.
 
-    `agent` is the client of the agent that asked for the task, None when a person did. `retriers` are all the people
-    who have retried it, in any run. `salt` keeps what the task's audit entries hash from being guessed; only the task's
-    bundle shows it.
+    `agent` is the client of the agent that requested the task, None if a person requested it. `retriers` are all people
+    who retried it, in any run. `salt` prevents guesses of the content behind the audit entries' hashes; only the task's
+    bundle discloses it.
     """
 
     task_id: str
@@ -125,13 +125,13 @@ class Task(Model):
 
     @property
     def execution_name(self) -> str:
-        """The name of the task's execution: its id, and from the first retry on with the run's number."""
+        """Return the name of the task's execution: its id, from the first retry on with the run's number."""
         return self.task_id if self.run == 1 else f"{self.task_id}-{self.run}"
 
     def request(self) -> dict[str, Any]:
-        """What was asked for: the part of the task that the requester wrote, and who they are.
+        """Return the request: the part of the task that the requester wrote, and the requester.
 
-        Without an agent it has no member `agent`: its hash is that of the time before there were any.
+        Without an agent it has no member `agent`, so its hash is the same as before agents existed.
         """
         return {
             "task_id": self.task_id,
@@ -144,15 +144,15 @@ class Task(Model):
 
 
 def by_agent(agent: str | None) -> dict[str, Any]:
-    """The member `agent` of what is recorded: there is none when a person has done it."""
+    """Return the recorded member `agent`; empty if a person acted."""
     return {} if agent is None else {"agent": agent}
 
 
 class StepRecord(Model):
-    """What happened to a step. `result` is there when it succeeded, `error` when it failed.
+    """The record of a step. `result` is present if it succeeded, `error` if it failed.
 
-    `replaces` is, for a transfer that is attempted anew, the transaction of the attempt before, which moved nothing:
-    its end is not this one's.
+    `replaces` belongs to a repeated transfer: the transaction of the earlier attempt, which moved nothing. Its end is
+    not the end of this attempt.
     """
 
     step_index: int
@@ -170,12 +170,12 @@ class StepRecord(Model):
     replaces: str | None = None
 
     def may_run(self, task: Task) -> bool:
-        """Whether it may be attempted: it was not finished, or it failed in an execution before a retry."""
+        """Return whether the step may be attempted: it is unfinished, or it failed before a retry."""
         return self.status == "running" or (self.status == "failed" and self.run < task.run)
 
 
 class WalletBalance(Model):
-    """What a wallet holds, in QU, as of a tick; `available` is what is not promised to its transfers in flight."""
+    """A wallet's balance in QU at a tick; `available` excludes the amounts of its transfers in flight."""
 
     balance: int
     available: int
@@ -183,7 +183,7 @@ class WalletBalance(Model):
 
 
 class Decision(Model):
-    """What one person decided, and when."""
+    """A person's decision, and its time."""
 
     subject: str
     approved: bool
@@ -192,9 +192,9 @@ class Decision(Model):
 
 
 class Quorum(Model):
-    """How many people must approve: members of the group `approvers`, or any approvers if there is no group.
+    """The number of required approvals: from members of the group `approvers`, or from any approvers without a group.
 
-    `members` are the people of the group who count, as they were when the approval was requested.
+    `members` are the members of the group at the time of the request.
     """
 
     approvals: int
@@ -202,19 +202,19 @@ class Quorum(Model):
     members: tuple[str, ...] | None = None
 
     def counts(self, subject: str) -> bool:
-        """Whether a decision of this person counts."""
+        """Return whether a decision of this person counts."""
         return self.members is None or subject in self.members
 
     def is_met(self, decisions: Sequence[Decision]) -> bool:
-        """Whether enough of the people who count have approved."""
+        """Return whether enough of these people have approved."""
         given = {decision.subject for decision in decisions if decision.approved and self.counts(decision.subject)}
         return len(given) >= self.approvals
 
 
 class Terms(Model):
-    """What a policy of format 2 requests an approval for: who must approve, and the tier that applies.
+    """The terms of an approval under a policy of format 2: the required approvals, and the tier.
 
-    `quorums` must all be met; a person in several of the groups counts for each. `tier` is the index in the pinned
+    All `quorums` must be met; a person in several groups counts for each. `tier` is the index in the pinned
     policy's rule. `escalate_to` is the group to notify `escalate_after` seconds after the request.
     """
 
@@ -227,16 +227,16 @@ class Terms(Model):
 
     @property
     def required(self) -> int:
-        """The most approvals that one of the quorums needs."""
+        """Return the largest number of approvals of a quorum."""
         return max(quorum.approvals for quorum in self.quorums)
 
 
 class Approval(Model):
-    """People were asked. Bound to the hashes of the plan and of the step.
+    """A request for approval, bound to the hashes of the plan and of the step.
 
-    `required` people have to approve; one rejection ends it. `run` is the task's execution that asks. `balance` is that
-    of the wallet that is to pay, as it was read right before; it is shown, and nothing is bound to it. A policy of
-    format 1 requests an approval without `terms`: any approvers count.
+    `required` people must approve; one rejection ends it. `run` is the requesting execution of the task. `balance` is
+    the paying wallet's balance right before the request. It is shown, and no rule uses it. A policy of format 1
+    requests an approval without `terms`: any approvers count.
     """
 
     step_index: int
@@ -256,7 +256,7 @@ class Approval(Model):
 
     @model_serializer(mode="wrap")
     def _without_absent_terms(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # An approval of format 1 is stored as it was before there were terms.
+        # An approval of format 1 is stored without terms, as in earlier releases.
         fields: dict[str, Any] = serialize(self)
         if self.terms is None:
             fields.pop("terms", None)
@@ -264,42 +264,41 @@ class Approval(Model):
 
     @property
     def decided_by(self) -> str | None:
-        """Who made the last decision."""
+        """The person who made the last decision."""
         return self.decisions[-1].subject if self.decisions else None
 
     @property
     def reason(self) -> str | None:
-        """What the last decision gave as its reason."""
+        """The reason of the last decision."""
         return self.decisions[-1].reason if self.decisions else None
 
     @property
     def quorums(self) -> tuple[Quorum, ...]:
-        """Who must approve: without terms, any approvers."""
+        """The required quorums; without terms, any approvers."""
         return self.terms.quorums if self.terms else (Quorum(approvals=self.required),)
 
     @property
     def is_met(self) -> bool:
-        """Whether every quorum has its approvals."""
+        """Return whether every quorum has its approvals."""
         return all(quorum.is_met(self.decisions) for quorum in self.quorums)
 
     def is_too_little(self, quorums: Sequence[Quorum]) -> bool:
-        """Whether it is a yes that does not meet the quorums that are required by now.
+        """Return whether it was approved, but does not meet the quorums that are required now.
 
-        A no is never asked about again.
+        A rejection is never requested again.
         """
         return self.status == "approved" and not all(quorum.is_met(self.decisions) for quorum in quorums)
 
     def may_be_decided_by(self, subject: str) -> bool:
-        """Whether a decision of this person counts for one of the quorums."""
+        """Return whether a decision of this person counts for a quorum."""
         return any(quorum.counts(subject) for quorum in self.quorums)
 
 
 class Event(Model):
-    """Something that happened to a task; becomes the audit entry with the same number.
+    """An event of a task; it becomes the audit entry with the same number.
 
-    `input` and `output` are the canonical JSON of what the two hashes are over, with the task's salt: the entry has the
-    hashes, and the task's bundle discloses the values. `input_of` and `output_of` name a text that the task or its plan
-    has as well, which is stored there alone.
+    `input` and `output` are canonical JSON. Their hashes, with the task's salt, are in the entry, and the task's bundle
+    discloses the values. `input_of` and `output_of` name a text of the task or its plan, which is stored only there.
     """
 
     kind: EventKind

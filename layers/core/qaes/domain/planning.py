@@ -1,4 +1,4 @@
-"""From a task's words to a plan: the three nodes of the planner as pure functions."""
+"""From a task to a plan: the three nodes of the planner as pure functions."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from qaes.domain.qubic.identity import check_payable
 from qaes.domain.step_types import EFFECT_TYPES, StepType
 
 Effect = Literal["performed", "recorded only"]
-"""What a completed action has done. `recorded only`: the hash of its instruction is on the ledger, and that is all."""
+"""The effect of a completed action. `recorded only`: only the hash of its instruction is on the ledger."""
 
 RECORDED_ONLY: Effect = "recorded only"
 MAX_STEPS = 50
 
 
 def analyze(task_type: str, policy: Policy) -> Analysis:
-    """What kind of action is this, and how risky does the policy call it?"""
+    """Return the kind of action and its risk level by the policy."""
     action = action_type(task_type)
     rule = policy.rule_for(action)
     return Analysis(action_type=action, risk_level=rule.risk_level if rule else DENIED.risk_level)
 
 
 def action_type(task_type: str) -> str:
-    """Return what kind of action a task of that type asks for: what the policy has rules for."""
+    """Return the action type of a task type: the policy has rules for action types."""
     return action_of(task_type)
 
 
@@ -36,7 +36,7 @@ def action_step(task_type: str) -> StepType:
 
 
 def effect_of(step: StepType) -> Effect:
-    """Return what a step of that type does when it succeeds."""
+    """Return the effect of a successful step of this type."""
     return RECORDED_ONLY if step == "generic_action" else "performed"
 
 
@@ -51,12 +51,12 @@ def build_plan(
     analysis: Analysis,
     policy: PolicyDecision,
 ) -> Plan:
-    """`check_balance` (when there is a wallet), `policy_check`, then the action.
+    """Build the plan: `check_balance` (if the task has a wallet), `policy_check`, then the action.
 
     Raises
     ------
     InvalidInputError
-        A parameter that the action needs is missing, or is an address that a transfer may not name; `field` names it.
+        A required parameter is missing, or is an address that a transfer cannot use; `field` names it.
     """
     steps: list[tuple[StepType, dict[str, Any]]] = []
     wallet = parameters.get("wallet_address")
@@ -75,7 +75,7 @@ def build_plan(
             Step(
                 step_id=f"step_{number}",
                 type=type_,
-                # The policy and the step's type alone say so, whatever a planner thinks.
+                # Only the policy and the step's type determine this, never a planner.
                 requires_approval=step_requires_approval(type_, policy),
                 parameters=values,
             )
@@ -85,7 +85,7 @@ def build_plan(
 
 
 def is_plain(step: Step) -> bool:
-    """Whether a step only reads and needs nobody's approval by the plan: RunStep runs it."""
+    """Return whether a step only reads and needs no approval by the plan: RunStep runs it."""
     return step.type not in EFFECT_TYPES and not step.requires_approval
 
 
@@ -106,16 +106,16 @@ def _action_parameters(action: str, task_type: str, description: str, parameters
     if action == TRANSFER_ACTION:
         for field in BUILT_IN[action].needs:
             if field not in parameters:
-                raise InvalidInputError(f"a transfer needs {field}", field=f"parameters.{field}")
+                raise InvalidInputError(f"a transfer requires {field}", field=f"parameters.{field}")
         for field in ("wallet_address", "to_address"):
             check_payable(parameters[field], f"parameters.{field}")
     return {name: parameters.get(given) for name, given in takes.items()}
 
 
 def check_follows(plan: Plan, task: Task) -> None:
-    """Check that a stored plan is the one that the task's request makes: roles that decide nothing can write plans.
+    """Check that a stored plan follows from the task's request, because roles without decision rights can write plans.
 
-    Raises ConflictError if it is another one.
+    Raises ConflictError if it differs.
     """
     made = build_plan(
         plan_id=plan.plan_id,
@@ -132,26 +132,30 @@ def check_follows(plan: Plan, task: Task) -> None:
 
 
 def check_plan(plan: Plan, task_id: str) -> None:
-    """Is this a plan that may be executed for this task?
+    """Check that a plan may be executed for this task.
 
     Raises
     ------
     InvalidInputError
-        It is another task's, has no steps or too many, a step id twice, or asks for less approval than its policy; it
-        transfers money under the rule of another action; or a step before its last one is no plain step.
+        It belongs to another task, has no or too many steps or a repeated step id, or requires fewer approvals than its
+        policy; it transfers money under the rule of another action; or a step before its last one is not plain.
     """
     if plan.task_id != task_id:
         raise InvalidInputError("the plan belongs to another task", field="plan.task_id")
     if not 1 <= len(plan.steps) <= MAX_STEPS:
-        raise InvalidInputError(f"a plan has 1 to {MAX_STEPS} steps", field="plan.steps")
+        raise InvalidInputError(f"a plan must have 1 to {MAX_STEPS} steps", field="plan.steps")
     if len({step.step_id for step in plan.steps}) != len(plan.steps):
-        raise InvalidInputError("a step id stands twice", field="plan.steps")
+        raise InvalidInputError("the step ids must be different", field="plan.steps")
     if not plan.policy.allowed or plan.policy.action_type != plan.analysis.action_type:
         raise InvalidInputError("the pinned policy does not allow this plan", field="plan.policy")
     for number, step in enumerate(plan.steps):
         if step.type == "onchain_action" and plan.policy.action_type != TRANSFER_ACTION:
-            raise InvalidInputError(f"only a plan for {TRANSFER_ACTION} transfers", field=f"plan.steps.{number}")
+            raise InvalidInputError(
+                f"only a plan for {TRANSFER_ACTION} can transfer money", field=f"plan.steps.{number}"
+            )
         if step_requires_approval(step.type, plan.policy) and not step.requires_approval:
-            raise InvalidInputError("the policy asks for an approval here", field=f"plan.steps.{number}")
+            raise InvalidInputError("the policy requires an approval for this step", field=f"plan.steps.{number}")
         if number < len(plan.steps) - 1 and not is_plain(step):
-            raise InvalidInputError("only the last step has an effect or needs approval", field=f"plan.steps.{number}")
+            raise InvalidInputError(
+                "only the last step can have an effect or need an approval", field=f"plan.steps.{number}"
+            )

@@ -60,7 +60,7 @@ class Suspension(_Frozen):
 
 
 class PolicyState(_Frozen):
-    """What holds after an event: the version in force (None before the first), and the suspended names."""
+    """The state after an event: the version in force (None before the first), and the suspended names."""
 
     in_force: str | None = None
     suspended: dict[str, Suspension] = {}
@@ -80,7 +80,7 @@ class PolicyEvent(_Frozen):
     salt
         Random, for the hashes over `input` and `output`: a bundle discloses it with the texts, and only for this event.
     input
-        Canonical JSON of what was asked: `policy_id` or `name`, and further members.
+        Canonical JSON of the request: `policy_id` or `name`, and further members.
     output
         Canonical JSON of the state after the event.
     """
@@ -117,13 +117,13 @@ def next_event(
     Parameters
     ----------
     before
-        The newest event, None if there is none yet.
+        The newest event, None before the first.
     actor
         The person's subject; LEDGER if no person made the change.
     policy_id, name
         The version that a `policy_...` event is about; the action or EVERY_ACTION that any other event is about.
     in_force
-        Only for the first event: the version that was in force before it, None if there was none.
+        Only for the first event: the version that was in force before it, or None.
     details
         Further members of the input, such as `reason`, or `txid` and `tick` of the transaction that anchors a version.
 
@@ -132,7 +132,7 @@ def next_event(
     InvalidInputError
         The kind needs the other one of `policy_id` and `name`.
     ConflictError
-        A resume is requested, or granted, for a name that is not suspended, or whose resume nobody has requested.
+        A resume is requested, or granted, for a name that is not suspended, or without a request to resume it.
     """
     about_action = kind in SUSPENSION_KINDS
     if bool(name) != about_action or bool(policy_id) == about_action:
@@ -167,7 +167,7 @@ def _after(state: PolicyState, kind: PolicyEventKind, actor: str, number: int, a
     elif kind == "resume_requested":
         suspended[about] = suspended[about].model_copy(update={"resume_requested_by": actor})
     elif suspended.pop(about).resume_requested_by is None:
-        raise ConflictError(f"nobody has requested to resume `{about}`")
+        raise ConflictError(f"no operator has requested to resume `{about}`")
     return state.model_copy(update={"suspended": suspended})
 
 

@@ -1,6 +1,6 @@
-"""What the pinned policy and the policy in force decide on a task's request, each evaluated from its document.
+"""Decisions of the pinned policy and of the policy in force on a task's request, each evaluated from its document.
 
-The request is that of the task as people recorded it. What a plan says of its policy is compared, never believed.
+The request is the task's recorded request. A plan's copy of its policy is compared, never trusted.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from qaes.domain.policy import (
 from qaes.domain.text import same_subject
 
 TOO_FEW = "too_few_approvers"
-"""The code of a refusal: fewer people can approve a task than must."""
+"""Code of a refusal: too few people can approve a task."""
 
 Usage = Mapping[str, int]
-"""What each limit of the policy in force has used in its window, by the limit's key."""
+"""Usage of each limit of the policy in force in its window, by the limit's key."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Ruling:
     tiers
         The approvals that the tiers of the two policies require.
     flaw
-        Why the parameters do not fit the action's schema in one of the policies; None if they do.
+        Reason why the parameters do not fit the action's schema in one of the policies; None if they do.
     involved
         The people whose approvals do not count: the requester, who also owns the request's agent, and the retriers.
     """
@@ -59,16 +59,16 @@ class Ruling:
 
     @property
     def has_terms(self) -> bool:
-        """Whether one of the policies is of format 2, so that an approval has terms."""
+        """Return whether one of the policies has format 2, so that an approval has terms."""
         return 2 in (self.pinned.format, self.current.format)
 
     def quorums(self, usage: Usage) -> tuple[Quorum, ...]:
-        """Return who must approve: what the tiers require, and each limit that the request exceeds now."""
+        """Return the required approvals: of the tiers, and of each limit that the request exceeds now."""
         over = [requirement_over(use, used=usage.get(use.key, 0)) for use in self.current.limits]
         return merged((*self.tiers, *(quorum_of(each, self.involved) for each in over if each)))
 
     def exceeds(self, usage: Usage) -> bool:
-        """Whether the request exceeds a limit that lets people approve it."""
+        """Return whether the request exceeds a limit that approvals can exceed."""
         return any(requirement_over(use, used=usage.get(use.key, 0)) for use in self.current.limits)
 
     def granted(self, decisions: Sequence[Approved]) -> tuple[str, ...]:
@@ -80,7 +80,7 @@ class Ruling:
         )
 
     def refusal_by_usage(self, usage: Usage) -> str | None:
-        """Return the reason why a limit has no room for the request now; None if all have, or let people approve it."""
+        """Return the reason why a limit has no room for the request now; None if no limit denies it."""
         refusals = (
             refusal_over(self.current.policy_id, use, used=usage.get(use.key, 0)) for use in self.current.limits
         )
@@ -95,7 +95,7 @@ class Ruling:
         ]
 
     def terms(self, quorums: tuple[Quorum, ...]) -> Terms | None:
-        """Return what an approval is requested for; None if both policies are of format 1."""
+        """Return the terms of an approval; None if both policies have format 1."""
         if not self.has_terms:
             return None
         escalations = [

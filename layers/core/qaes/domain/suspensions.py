@@ -1,4 +1,4 @@
-"""Suspended actions: what an operator has stopped, and what the system reports to a step that may therefore not run."""
+"""Suspended actions, and the error of a step that must not run because its action is suspended."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RESUME_REQUEST_LASTS = timedelta(days=1)
 
 
 class Suspension(BaseModel):
-    """One suspended action, or all of them: who suspended it, and who requested that it resumes."""
+    """A suspended action, or all actions: the operators who suspended it and who requested to resume it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -27,12 +27,12 @@ class Suspension(BaseModel):
     resume_at: str | None = None
 
     def resumes_with(self, moment: datetime) -> bool:
-        """Whether a request to resume is open at that moment."""
+        """Return whether a request to resume is open at this time."""
         return self.resume_at is not None and moment < parse_timestamp(self.resume_at) + RESUME_REQUEST_LASTS
 
 
 def refusal(action: str, suspended: Mapping[str, Suspension]) -> str | None:
-    """Return why no step of `action` may begin: the code and the reason in words; None if it is not suspended."""
+    """Return the reason why no step of `action` may start, as code and text; None if it is not suspended."""
     for name in (action, EVERY_ACTION):
         if found := suspended.get(name):
             what = "every action" if name == EVERY_ACTION else f"`{name}`"

@@ -7,11 +7,11 @@ decides; a planner never does.
     rules       the rules of both formats, and the decision that a plan pins
     actions     the built-in actions, and those that a document defines
     document    the document, and the policy that it makes
-    checks      whether the parts of a document fit together
+    checks      consistency of the parts of a document
     schemas     JSON Schemas of parameters, and values by them (imports jsonschema-rs)
     proposing   a proposal, checked
-    deciding    `evaluate`: what a policy decides on a request
-    difference  what a version changes
+    deciding    `evaluate`: a policy's decision on a request
+    difference  the changes of a version
     describing  the actions as a caller sees them
     replaying   recorded requests, decided again by a proposal
 """

@@ -1,4 +1,4 @@
-"""Cases: requests with the decisions that they should get, for a policy that lives in a repository."""
+"""Test cases of a policy in a repository: requests with their expected decisions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class CaseRequest(_Part):
 
 
 class CaseUsage(_Part):
-    """How much of a limit's window is used before the request."""
+    """Usage of a limit's window before the request."""
 
     per: Per
     counts: Counts
@@ -51,7 +51,7 @@ class Expectation(_Part):
 
 
 class Case(_Part):
-    """A request, the usage of the limits before it, and the decision that it should get."""
+    """A request, the usage of the limits before it, and the expected decision."""
 
     name: str = Field(min_length=1)
     request: CaseRequest
@@ -69,7 +69,7 @@ class Outcome:
 
     @property
     def passed(self) -> bool:
-        """Whether the decision is the expected one."""
+        """Return whether the decision is the expected one."""
         return not self.differences
 
 

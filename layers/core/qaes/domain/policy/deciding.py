@@ -1,7 +1,7 @@
-"""What a policy decides on one request: the one evaluator of both formats.
+"""Evaluation of one request by a policy: one evaluator for both formats.
 
 The planner, the compliance agent, the gateway, the ledger, explain, replay and `python -m qaes.policy` all call
-`evaluate`. It reads nothing but its arguments. The usage of a limit's window is for its caller to compare, with
+`evaluate`. It reads only its arguments. Its caller compares the usage of a limit's window, with
 `qaes.domain.limits`.
 """
 
@@ -40,18 +40,18 @@ Code = Literal[
 
 @dataclass(frozen=True)
 class ActionRequest:
-    """What a caller requests.
+    """A caller's request.
 
     Attributes
     ----------
     action
         The action, or the type of a task that requests it.
     parameters
-        As the task has them (`wallet_address`, `to_address` and `amount` for a transfer).
+        The task's parameters (`wallet_address`, `to_address` and `amount` for a transfer).
     requester
         The subject that the task belongs to.
     agent
-        The client of the agent that made the request; None: a person did.
+        The client of the agent that made the request; None for a person.
     """
 
     action: str
@@ -62,7 +62,7 @@ class ActionRequest:
 
 @dataclass(frozen=True)
 class Requirement:
-    """A number of approvals, and the people who can give them; `members` of None: any approver."""
+    """A number of approvals, and the people who can give them; `members` is None for any approver."""
 
     approvals: int
     approvers: str | None = None
@@ -71,20 +71,20 @@ class Requirement:
 
 @dataclass(frozen=True)
 class LimitUse:
-    """What a request adds to the window of one limit, and what happens beyond the maximum.
+    """A request's share in the window of one limit, and the consequence beyond the maximum.
 
     Attributes
     ----------
     key
-        Names the window: a text over action, unit, `counts`, `per`, window and value, the same in every version.
+        Id of the window: a text over action, unit, `counts`, `per`, window and value, the same in every version.
     value
-        The one that the window is for: the action, a subject, a wallet, a destination or a client.
+        Subject of the window: the action, a person, a wallet, a destination or a client.
     add
         The request's amount, or 1.
     over
         `deny`, or the approvals that a request over the limit needs instead.
     code
-        Of the refusal: `daily_limit_exceeded` for a limit of format 1.
+        Code of the refusal: `daily_limit_exceeded` for a limit of format 1.
     """
 
     key: str
@@ -101,20 +101,20 @@ class LimitUse:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a policy decides on one request.
+    """A policy's decision on one request.
 
     Attributes
     ----------
     code
-        `allowed`, or the stable word for the reason of a refusal.
+        `allowed`, or a stable word for the reason of a refusal.
     reason
-        In words, for people.
+        Text for people.
     tier
-        The index of the tier that applies; None when the request is denied.
+        Index of the tier that applies; None if the request is denied.
     approvals, approvers, members
-        How many people must approve, their group, and its subjects; None: any approver.
+        Number of required approvals, the approvers' group, and its subjects; None for any approver.
     limits
-        What the request adds to each limit of the rule; empty when the request is denied.
+        The request's share in each limit of the rule; empty if the request is denied.
     """
 
     policy_id: str
@@ -140,12 +140,12 @@ class Decision:
 
     @property
     def requires_approval(self) -> bool:
-        """Whether people must approve, even when no limit is exceeded."""
+        """Return whether people must approve, even if no limit is exceeded."""
         return self.approvals > 0
 
     @property
     def requirement(self) -> Requirement | None:
-        """The approvals of the tier; None when it needs no approval."""
+        """Return the required approvals of the tier; None if it needs no approval."""
         return Requirement(self.approvals, self.approvers, self.members) if self.approvals else None
 
 
@@ -239,7 +239,7 @@ def pinned_form(policy: Policy, decision: Decision) -> PolicyDecision:
 
 
 def refusal_over(policy_id: str, use: LimitUse, *, used: int) -> PermanentError | None:
-    """Return the refusal of a limit that has no room for the request; None if it has, or requires approvals instead.
+    """Return the refusal of a limit without room for the request; None if it has room, or requires approvals instead.
 
     Parameters
     ----------
@@ -262,7 +262,7 @@ def requirement_over(use: LimitUse, *, used: int) -> Requirement | None:
 
 
 def limit_words(use: LimitUse, used: int) -> str:
-    """State in words that a request exceeds a limit."""
+    """Return the text for a request that exceeds a limit."""
     unit = f" {use.unit}" if use.counts == "amount" else " requests" if use.maximum != 1 else " request"
     subject = f"`amount` {use.add}{unit}" if use.counts == "amount" else "the request"
     per = "for this action" if use.per == "action" else f"for this {use.per}"
@@ -270,7 +270,7 @@ def limit_words(use: LimitUse, used: int) -> str:
 
 
 def eligible(requirement: Requirement, excluded: Iterable[str]) -> int | None:
-    """Return how many people can give the approvals, without the `excluded` subjects; None: any approver can."""
+    """Return the number of people who can give the approvals, without the `excluded`; None for any approver."""
     if requirement.members is None:
         return None
     subjects = list(excluded)
@@ -286,9 +286,9 @@ def _text(value: object) -> str | None:
 
 
 def requester_refusal(policy: Policy, action: str, requester: str, agent: str | None = None) -> str | None:
-    """Return why a caller may not request an action, whatever the parameters are; None if the caller may.
+    """Return the reason why a caller cannot request an action with any parameters; None if the caller can.
 
-    A person needs an entry by subject or group, an agent one by its client: the token of a permitted person is not
+    A person needs an entry by subject or group, an agent needs one by its client: a permitted person's token is not
     enough.
     """
     rule = policy.rule_for(action)
@@ -327,12 +327,12 @@ def _tier(decided: Decision, rule: ActionRule, action: Action | BuiltIn | None) 
 
 def _amount_flaw(decided: Decision, pointer: str) -> str:
     if decided.format == 1:
-        return f"policy {decided.policy_id} has limits, and the amount is no whole number"
+        return f"policy {decided.policy_id} has limits, so the amount must be a whole number of at least 1"
     return f"`{pointer[1:].replace('/', '.')}` must be a whole number from 1, in {decided.unit}"
 
 
 def _check_empty_windows(policy: Policy, limits: Iterable[LimitUse]) -> None:
-    """Check that a window without any usage has room: otherwise no moment would ever have."""
+    """Check that an empty window has room for the request: otherwise it could never be allowed."""
     for use in limits:
         if refusal := refusal_over(policy.policy_id, use, used=0):
             raise _Denial(use.code, refusal.message)
@@ -359,7 +359,7 @@ def _check_destination(decided: Decision, rule: ActionRule) -> None:
 def _use(
     policy: Policy, decided: Decision, limit: Limit, request: ActionRequest, action: Action | BuiltIn | None
 ) -> LimitUse | None:
-    """Return what the request adds to a limit; None for a limit per agent when no agent made the request."""
+    """Return the request's share in a limit; None for a limit per agent if a person made the request."""
     values = {
         "action": decided.action,
         "requester": request.requester,
@@ -392,12 +392,12 @@ def _use(
 
 
 def limit_key(action: str, unit: str, limit: Limit, value: str) -> str:
-    """Name a limit's window: the same in every version of the policy. The value is hashed, because it can be long."""
+    """Return the id of a limit's window, the same in every version of the policy. A long value is hashed."""
     return f"{action}/{unit}/{limit.counts}/{limit.per}/{limit.window_seconds}/{sha256_hex(value)}"
 
 
 def _wallet(address: str | None, action: Action | BuiltIn | None) -> str | None:
-    """Return the one spelling of a wallet for a built-in action; of another destination, the text itself."""
+    """Return the normal form of a wallet for a built-in action; for another destination, the text itself."""
     return wallet_identity(address) if address is not None and isinstance(action, BuiltIn) else address
 
 

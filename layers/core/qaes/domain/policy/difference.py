@@ -1,4 +1,4 @@
-"""What a proposed version changes in the policy in force, and whether it names everything that it drops."""
+"""Changes of a proposed version to the policy in force, and the check that it names everything it drops."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ class NewLimit(_Changes):
 
 
 class PolicyDifference(_Changes):
-    """What a version of the policy changes in the version that it is based on: rules by action type, and more."""
+    """Changes of a version of the policy to the version that it is based on: rules by action type, and more."""
 
     added: dict[str, AnyRule]
-    removed: dict[str, AnyRule] = Field(description="denied from then on")
+    removed: dict[str, AnyRule] = Field(description="rules whose action types are denied from this version on")
     changed: dict[str, RuleChange]
     groups: GroupsDifference = Field(description="of format 2")
     actions: ActionsDifference = Field(description="of format 2")
@@ -84,7 +84,7 @@ class PolicyDifference(_Changes):
 
 
 def difference(before: Content | None, after: Content) -> PolicyDifference:
-    """Compare two versions, each a document or a policy; `before` of None has nothing."""
+    """Compare two versions, each a document or a policy; `before` is None for the first version."""
     old, new = ({} if before is None else before.rules), after.rules
     added, removed, changed = _compared(old, new)
     return PolicyDifference(
@@ -113,8 +113,10 @@ def check_removals(before: Content, after: Content, remove: Sequence[str]) -> No
     in_force = {name for kind in dropped for name in _member(before, kind)}
     wrong = {
         "names twice": [name for name in dict.fromkeys(remove) if remove.count(name) > 1],
-        "names what is not in the policy in force": [name for name in remove if name not in in_force],
-        "names what the proposal still contains": [name for name in remove if name in in_force and name not in names],
+        "has names that the policy in force does not have": [name for name in remove if name not in in_force],
+        "has names that the proposal still contains": [
+            name for name in remove if name in in_force and name not in names
+        ],
         **{
             f"does not name these {kind}, which the proposal drops": [name for name in each if name not in remove]
             for kind, each in dropped.items()

@@ -1,4 +1,4 @@
-"""A version of the policy as it is written down, hashed and anchored, in both formats; and the policy that it makes."""
+"""The document of a version of the policy in both formats, as it is hashed and anchored, and its policy."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ActionRules = Annotated[dict[Name, ActionRule], Field(max_length=MAX_RULES)]
 class Policy(BaseModel):
     """A version of the policy document; `policy_id` names version and hash.
 
-    It may be reduced to what one action needs: its rule, its definition and the groups that the rule names.
+    It may be reduced to one action: its rule, its definition and the groups that the rule names.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -78,7 +78,7 @@ class Policy(BaseModel):
         return None if group is None else frozenset(self.groups.get(group, ()))
 
     def reduced(self, action: str) -> Policy:
-        """Return the policy with only what a decision on `action` reads."""
+        """Return the policy with only the parts that a decision on `action` reads."""
         rule = self.rules.get(action)
         return self.model_copy(
             update={
@@ -99,7 +99,7 @@ class PolicyDocument(BaseModel):
     version
         1, 2, 3 …; a number that was proposed is not used again.
     proposed_by
-        Who wrote it; nobody did version 1.
+        The proposing operator; none for version 1.
     based_on
         The `policy_id` in force when it was written.
     """
@@ -122,12 +122,12 @@ class PolicyDocument(BaseModel):
     def write(
         cls, rules: dict[str, Rule], *, version: int, proposed_by: str | None = None, based_on: str | None = None
     ) -> PolicyDocument:
-        """Make the document of a new version.
+        """Create the document of a new version.
 
         Raises
         ------
         InvalidInputError
-            More than 200 rules, a name that is no action type, an allowed address that no transfer may go to, or a
+            More than 200 rules, a malformed action type, an allowed address that no transfer can use, or a
             document of more than 64 KiB; `field` names it. An older document with such an address stays readable.
         """
         if len(rules) > MAX_RULES:
@@ -145,11 +145,11 @@ class PolicyDocument(BaseModel):
 
     @classmethod
     def read(cls, text: str) -> PolicyDocument:
-        """Read a document. Raises ValueError when it is none, or of a format that is not known."""
+        """Parse a document. Raises ValueError if it is malformed, or has an unknown format."""
         return cls.model_validate_json(text)
 
     def text(self) -> str:
-        """Write it in the one way (RFC 8785), every field of every rule being in it: null is the absence of a limit."""
+        """Return the canonical text (RFC 8785) with every field of every rule; null means no limit."""
         return canonical_json(self.model_dump(mode="json"))
 
 
@@ -187,7 +187,7 @@ class PolicyDocumentV2(BaseModel):
         proposed_by: str | None = None,
         based_on: str | None = None,
     ) -> PolicyDocumentV2:
-        """Make the document of a new version from its members `groups`, `actions` and `rules`.
+        """Create the document of a new version from its members `groups`, `actions` and `rules`.
 
         Raises
         ------
@@ -286,7 +286,7 @@ def _flaw_of(value: object, depth: int) -> str | None:
 
 
 def read_document(text: str) -> PolicyDocument | PolicyDocumentV2:
-    """Read a document of either format. Raises ValueError when it is none."""
+    """Parse a document of either format. Raises ValueError if it is malformed."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -300,9 +300,9 @@ def read_document(text: str) -> PolicyDocument | PolicyDocumentV2:
 
 
 def policy_of(text: str) -> Policy:
-    """Return the policy that a document's text makes.
+    """Return the policy of a document's text.
 
-    The hash is that of the text as it stands, not of what it would be written like today. Raises ValueError.
+    The hash is the hash of the given text, not of a text in the current form. Raises ValueError.
     """
     document = read_document(text)
     return Policy(

@@ -30,7 +30,7 @@ _INVISIBLE = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
 
 
 def text_flaw(text: str) -> str | None:
-    """Return why a text of a format 2 document is refused; None when it is acceptable."""
+    """Return the reason why a text of a format 2 document is rejected; None if it is acceptable."""
     for letter in text:
         if unicodedata.category(letter) in _INVISIBLE:
             return f"contains U+{ord(letter):04X}, which is a control, bidi or zero-width character"
@@ -47,12 +47,12 @@ def once(values: Iterable[str]) -> None:
 
 
 def version_of(policy_id: str) -> int | None:
-    """Return the number in a policy's id; None for what is no id."""
+    """Return the number in a policy's id; None for a malformed id."""
     return int(policy_id.split("-")[1][1:]) if re.fullmatch(POLICY_ID_PATTERN, policy_id) else None
 
 
 def policy_id_of(version: int, hash_: str) -> str:
-    """Name a version by its number and its document's whole hash: the id pins the document."""
+    """Return the id of a version: its number and its document's whole hash, which pins the document."""
     return f"policy-v{version}-{hash_}"
 
 

@@ -1,4 +1,4 @@
-"""A proposal of a new version, checked in whole: the document that it makes."""
+"""Complete check of a proposal of a new version, and the resulting document."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FUNCTION_PREFIX = "qaes-action-"
 
 
 def is_format_2(content: Mapping[str, Any]) -> bool:
-    """Whether a proposal is one of format 2: it has `groups` or `actions`. With `rules` alone it has format 1."""
+    """Return whether a proposal has format 2, with `groups` or `actions`. With only `rules` it has format 1."""
     return content.get("groups") is not None or content.get("actions") is not None
 
 
@@ -70,7 +70,7 @@ def read_policy(value: object, function_prefix: str = FUNCTION_PREFIX) -> Policy
     A proposal's `based_on` and `remove` are not read: they are for a running system. Raises InvalidInputError.
     """
     if not isinstance(value, Mapping):
-        raise InvalidInputError("a policy is an object")
+        raise InvalidInputError("a policy must be an object")
     content = {name: inner for name, inner in value.items() if name not in {"based_on", "remove", "proposed_by"}}
     format_ = content.pop("format", 2 if is_format_2(content) else 1)
     version = content.pop("version", 1)
@@ -88,7 +88,7 @@ def read_policy(value: object, function_prefix: str = FUNCTION_PREFIX) -> Policy
 
 
 def check_actions(document: PolicyDocumentV2, function_prefix: str = FUNCTION_PREFIX) -> None:
-    """Check what only a new version must satisfy: schemas, pointers and the names of functions.
+    """Check the requirements for new versions only: schemas, pointers and the names of functions.
 
     Raises InvalidInputError.
     """

@@ -1,4 +1,4 @@
-"""Recorded requests, decided again by a proposal: what the new version would change.
+"""Replay of recorded requests with a proposal, to show the effects of the new version.
 
 The usage of the limits' windows is left out: a replay decides each request as if it were the only one.
 """
@@ -44,7 +44,7 @@ class Comparison:
 
     @property
     def total(self) -> int:
-        """How many requests were decided again."""
+        """Return the number of requests that were decided again."""
         return sum(self.counts.values())
 
 

@@ -47,11 +47,11 @@ def _address(text: str) -> str:
 
 
 Address = Annotated[str, AfterValidator(_address)]
-"""An address in its one spelling."""
+"""An address in its normal form."""
 
 
 class Rule(BaseModel):
-    """The format 1 rule of one action type; a limit that is None is none.
+    """The format 1 rule of one action type; None means no limit.
 
     The limits are about money, so in a new version only the rule TRANSFER_ACTION may have them (`check_enforceable`).
     """
@@ -61,7 +61,7 @@ class Rule(BaseModel):
     allowed: bool = Field(strict=True)
     requires_approval: bool = Field(strict=True)
     risk_level: RiskLevel
-    approvals: int = Field(1, ge=1, le=10, strict=True, description="how many people have to approve, each another one")
+    approvals: int = Field(1, ge=1, le=10, strict=True, description="number of different people who must approve")
     expires_after: int | None = Field(
         None,
         ge=1,
@@ -69,12 +69,12 @@ class Rule(BaseModel):
         strict=True,
         description="seconds that an approval stays open, if less than the system's limit",
     )
-    max_amount: int | None = Field(None, ge=1, le=MAX_QU, strict=True, description="most QU that one transfer moves")
+    max_amount: int | None = Field(None, ge=1, le=MAX_QU, strict=True, description="maximum QU of one transfer")
     daily_limit: int | None = Field(
-        None, ge=1, le=MAX_QU, strict=True, description="most QU that a wallet sends in 24 hours"
+        None, ge=1, le=MAX_QU, strict=True, description="maximum QU that a wallet sends in 24 hours"
     )
     allowed_addresses: tuple[Address, ...] | None = Field(
-        None, min_length=1, max_length=MAX_ADDRESSES, description="where money may go; null: anywhere"
+        None, min_length=1, max_length=MAX_ADDRESSES, description="permitted destinations; null: every one"
     )
 
     @field_validator("daily_limit")
@@ -90,7 +90,7 @@ class Rule(BaseModel):
     @classmethod
     def _once(cls, addresses: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if addresses is not None and len(set(addresses)) != len(addresses):
-            raise ValueError("an address stands twice")
+            raise ValueError("an address appears twice")
         return addresses
 
 
@@ -102,7 +102,7 @@ DEFAULT_RULES = {
     "transaction": Rule(allowed=True, requires_approval=True, risk_level="medium"),
     TRANSFER_ACTION: Rule(allowed=True, requires_approval=True, risk_level="high"),
 }
-"""The rules of version 1, which nobody proposed."""
+"""Rules of version 1, which is not proposed by an operator."""
 
 Rules = Annotated[dict[ActionType, Rule], Field(max_length=MAX_RULES)]
 
@@ -111,7 +111,7 @@ Rules = Annotated[dict[ActionType, Rule], Field(max_length=MAX_RULES)]
 
 
 class RequiredApprovals(BaseModel):
-    """How many people must approve, and the group that they belong to; null: any approver."""
+    """Number of people who must approve, and their group; null: any approver."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -120,12 +120,12 @@ class RequiredApprovals(BaseModel):
 
 
 class Tier(BaseModel):
-    """The approvals that requests up to `max_amount` need; a `max_amount` of null has no upper bound."""
+    """Required approvals of requests up to `max_amount`; null means no upper bound."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     max_amount: int | None = Field(None, ge=1, le=MAX_INTEGER, strict=True)
-    approvals: int = Field(ge=0, le=10, strict=True, description="how many different people must approve")
+    approvals: int = Field(ge=0, le=10, strict=True, description="number of different people who must approve")
     approvers: Name | None = Field(None, description="the group that they belong to; null: any approver")
     signature: Literal[False] = Field(default=False, description="only false: signed approvals do not exist yet")
     expires_after: int | None = Field(
@@ -158,7 +158,7 @@ def _kind_of_over(value: Any) -> str:
 
 
 class Limit(BaseModel):
-    """The most that a rolling window admits, as a sum of amounts or as a number of requests."""
+    """The maximum of a rolling window, as a sum of amounts or as a number of requests."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -179,12 +179,12 @@ class Limit(BaseModel):
 
     @property
     def counts(self) -> Counts:
-        """Whether the limit sums amounts or counts requests."""
+        """Return whether the limit sums amounts or counts requests."""
         return "count" if self.max_amount is None else "amount"
 
     @property
     def maximum(self) -> int:
-        """The most that the window admits."""
+        """Return the maximum of the window."""
         return self.max_amount or self.max_count or 0
 
 
@@ -296,8 +296,8 @@ _FORMAT_2_ONLY = ("format", "tier", "approvers", "signature")
 class PolicyDecision(BaseModel):
     """A rule as applied to a task, pinned to the policy's version by `policy_id`.
 
-    Its dump has the members of its format only: those of format 1 are what they have always been, because entries and
-    plans hash them.
+    Its dump has only the members of its format. The members of format 1 never change, because entries and plans hash
+    them.
 
     Attributes
     ----------
@@ -336,7 +336,7 @@ class PolicyDecision(BaseModel):
 
     @property
     def limits_transfers(self) -> bool:
-        """Whether format 1 may refuse a transfer for what it moves, or where to."""
+        """Return whether a format 1 rule may reject a transfer for its amount or destination."""
         return (self.max_amount, self.daily_limit, self.allowed_addresses) != (None, None, None)
 
 

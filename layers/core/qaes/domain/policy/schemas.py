@@ -158,7 +158,7 @@ def _check_keywords(schema: Schema, path: str, *, closed: bool, is_root: bool) -
 
 
 def _openings(schema: Schema) -> Iterator[tuple[str, str]]:
-    """Yield each keyword by which a schema admits values that nobody described, and the correction."""
+    """Yield each keyword by which a schema admits undescribed values, and the correction."""
     type_ = schema.get("type", [])
     types = type_ if isinstance(type_, list) else [type_]
     if not schema.keys() & (_VALUES | _CHOICES):
@@ -283,7 +283,7 @@ def _check_destination(schema: Schema, field: str) -> None:
 
 
 def is_anchored(pattern: str) -> bool:
-    """Whether a pattern covers the whole text: from ^ to $, without a choice around them and without flags."""
+    """Return whether a pattern covers the whole text: from ^ to $, without a choice around them and without flags."""
     bare = re.sub(r"\[[^\]]*\]", "", re.sub(r"\\.", "", pattern))  # without escapes and classes
     if re.search(r"\(\?(?!:)", bare):
         return False

@@ -1,1 +1,1 @@
-"""The rules of a task, pure: each takes a task and a request, and returns a change or raises an error."""
+"""The rules of a task as pure functions: each takes a task and a request, and returns a change or raises an error."""

@@ -1,4 +1,4 @@
-"""How people are asked to approve a step, decide, are reminded, and how their time ends."""
+"""Rules of an approval: request, decision, reminder and expiry."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def request(
     at: datetime,
     terms: Terms | None = None,
 ) -> Change:
-    """Ask people to approve a step; `latest` is what they were asked about it before, under the `stored_token`.
+    """Request an approval of a step; `latest` is the latest request for it, with the `stored_token`.
 
-    Asked again in the same execution (the state was retried), the newest token is the one that counts. What was decided
-    in between, or has expired, stays as it is: nobody is asked twice, unless what was approved does not meet what is
-    `required` by now, and by the `terms` of a policy of format 2 (a policy that has become stricter).
+    If the state is retried in the same execution, the newest token counts. A decided or expired approval stays: the
+    request is repeated only if the approvals do not meet the `required` number, or the `terms` of a policy of format 2,
+    because the policy has become stricter.
 
-    Raises ConflictError when the task has ended, or `execution` is not its execution (any more): a token of an
-    execution before a retry wakes nobody, and never replaces the token of the present one.
+    Raises ConflictError if the task has ended, or `execution` is not its current execution: a token from before a retry
+    resumes nothing, and never replaces the current token.
     """
     refuse_ended(task)
     refuse_other_execution(task, execution)
@@ -82,19 +82,19 @@ def decide(
     four_eyes: bool = True,
     key_hash: str | None = None,
 ) -> Change:
-    """Take a person's decision on the approval that is pending, of all `approvals` of the task.
+    """Record a person's decision on the pending one of the task's `approvals`.
 
-    A rejection ends the approval, and so does the last of the approvals that are required; each is another person's.
-    Only people whose approval counts may decide, and each of them may reject.
+    A rejection ends the approval, and so does the last required approval. Each approval comes from another person. Only
+    people whose approval counts may decide, and each of them may reject.
 
     Raises
     ------
     ConflictError
-        The task waits for no approval (any more), with its status and who decided; this person has approved already;
-        or `plan_hash` is not what would be approved.
+        The task does not wait for an approval (details: its status, and the person who decided); this person has
+        already approved; or `plan_hash` differs from the plan.
     ForbiddenError
-        With `four_eyes`: this person has started the task, or has retried it, in whatever run. The policy requests
-        approvals of groups, and this person is in none of them.
+        With `four_eyes`: this person started the task, or retried it in any run. Or the policy requires approvals of
+        groups, and this person is not a member.
     """
     if four_eyes:
         _refuse_involved(task, subject)
@@ -105,12 +105,14 @@ def decide(
         raise ConflictError("the approval has expired", task_status="expired")
     if plan_hash is not None and plan_hash != approval.plan_hash:
         raise ConflictError(
-            "the plan is not the one that was decided on", field="plan_hash", plan_hash=approval.plan_hash
+            "`plan_hash` differs from the plan that waits for approval; read the task again",
+            field="plan_hash",
+            plan_hash=approval.plan_hash,
         )
     if not approval.may_be_decided_by(subject):
         raise ForbiddenError(_not_in_group(approval))
     if any(same_subject(each.subject, subject) for each in approval.decisions):
-        raise ConflictError("this person has approved already", task_status=task.status, decided_by=subject)
+        raise ConflictError("you have already approved this step", task_status=task.status, decided_by=subject)
     moment, said = timestamp(at), "approved" if approved else "rejected"
     decision = Decision(subject=subject, approved=approved, reason=reason, decided_at=moment)
     decided = approval.model_copy(update={"decisions": (*approval.decisions, decision)})
@@ -123,7 +125,7 @@ def decide(
 
 
 def remind(task: Task, plan: Plan | None, approvals: Sequence[Approval], at: datetime) -> Change:
-    """Remind of the approval that is pending, once."""
+    """Record the reminder of the pending approval, once."""
     approval = pending_of(approvals)
     if task.status != "waiting_approval" or plan is None or approval is None or approval.reminded_at is not None:
         return Change(writes_nothing=True)
@@ -134,7 +136,7 @@ def remind(task: Task, plan: Plan | None, approvals: Sequence[Approval], at: dat
 
 
 def expire(task: Task, plan: Plan | None, approvals: Sequence[Approval], at: datetime) -> Change:
-    """Close the approval that is pending, if its time is over."""
+    """Close the pending approval if it has expired."""
     approval = pending_of(approvals)
     if task.status != "waiting_approval" or plan is None or approval is None:
         return Change(writes_nothing=True)
@@ -148,14 +150,14 @@ def expire(task: Task, plan: Plan | None, approvals: Sequence[Approval], at: dat
 
 
 def pending_of(approvals: Sequence[Approval]) -> Approval | None:
-    """Return the approval that people are asked for now."""
+    """Return the pending approval."""
     return next((approval for approval in approvals if approval.status == "pending"), None)
 
 
 def may_decide(
     task: Task, approvals: Sequence[Approval], subject: str, at: datetime, *, four_eyes: bool = True
 ) -> bool:
-    """Return whether `decide` would take a decision of this person now."""
+    """Return whether `decide` would accept a decision of this person now."""
     approval = pending_of(approvals)
     if task.status != "waiting_approval" or approval is None or approval.run != task.run:
         return False
@@ -166,7 +168,7 @@ def may_decide(
 
 
 def is_involved(task: Task, subject: str) -> bool:
-    """Return whether this person has started the task, or has retried it in any run, in person or by an agent."""
+    """Return whether this person started the task, or retried it in any run, in person or by an agent."""
     return any(same_subject(subject, person) for person in (task.requester, *task.retriers))
 
 
@@ -184,7 +186,7 @@ def _not_waiting(task: Task, approvals: Sequence[Approval]) -> ConflictError:
 
 
 def _refuse_involved(task: Task, subject: str) -> None:
-    """Raise ForbiddenError if this person has started the task, or has retried it in any run."""
+    """Raise ForbiddenError if this person started the task, or retried it in any run."""
     if same_subject(subject, task.requester):
         raise ForbiddenError("you cannot decide on a task that you started")
     if any(same_subject(subject, retrier) for retrier in task.retriers):

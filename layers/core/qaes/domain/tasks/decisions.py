@@ -1,7 +1,7 @@
-"""What people decided about a task, as the gateway alone records it: the request, approvals, retries, a cancellation.
+"""People's decisions about a task, which only the gateway records: request, approvals, retries, cancellation.
 
-The engine's items (TASK, APPROVAL) have copies, which other roles can write. Whoever acts on a task reads it through
-`of_task` and `of_approvals`, which take from the copies only what the engine itself decides.
+The engine's items (TASK, APPROVAL) have copies of them, which other roles can write. Code that acts on a task reads it
+through `of_task` and `of_approvals`, which use only the engine's own values of these items.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _REQUEST = ("task_id", "task_type", "description", "parameters", "requester", "a
 
 
 class Decided(Model):
-    """Stands in the outbox for an event that a person made: the decision with the same number is its body."""
+    """Placeholder in the outbox for a person's event: the decision with the same number is its body."""
 
     timestamp: str
 
 
 def is_decision(event: Event) -> bool:
-    """Return whether a person made the event: only the gateway can record it."""
+    """Return whether the event is a person's, which only the gateway can record."""
     if event.kind == "task_ended":
         return event.status == "cancelled"
     return event.kind in {"task_started", "approval_decided", "task_retried"}
@@ -45,7 +45,7 @@ class Decisions:
 
     @property
     def retriers(self) -> tuple[str, ...]:
-        """Everybody who retried the task, in any run."""
+        """All people who retried the task, in any run."""
         return tuple(dict.fromkeys(event.actor for event in self._of_kind("task_retried").values()))
 
     @property
@@ -54,7 +54,7 @@ class Decisions:
         return 1 + len(self._of_kind("task_retried"))
 
     def of_task(self, task: Task) -> Task:
-        """Return the task with everything that people decided taken from here, whatever its own item says."""
+        """Return the task with all decided values from the decisions instead of its item."""
         fields = {name: self.request.get(name) for name in _REQUEST}
         fields |= {"salt": self.salt, "run": self.run, "retriers": self.retriers}
         if self._of_kind("task_ended"):
@@ -62,7 +62,7 @@ class Decisions:
         return task.model_copy(update=fields)
 
     def of_approvals(self, approvals: Sequence[Approval]) -> list[Approval]:
-        """Return the approvals, each with the decisions on it that are here, and the status that follows from them."""
+        """Return the approvals with their decisions, and the status that follows from them."""
         return [self._of_approval(approval) for approval in approvals]
 
     def _of_approval(self, approval: Approval) -> Approval:
@@ -87,7 +87,7 @@ class Decisions:
         return approval.model_copy(update={"status": status})
 
     def _is_on(self, approval: Approval, number: int) -> bool:
-        """Whether the decision with this number was made on this approval: its step, round, run, and what was shown."""
+        """Return whether the decision with this number belongs to this approval: step, round, run and shown values."""
         event = self.events[number]
         asked = json.loads(event.input)
         run = 1 + sum(retried < number for retried in self._of_kind("task_retried"))

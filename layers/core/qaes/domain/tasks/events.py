@@ -1,4 +1,4 @@
-"""The events of a task: what came in, what came out, and the salted hashes over both."""
+"""The events of a task: their input, their output, and the salted hashes of both."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qaes.domain.policy import PolicyDecision
 def make(
     task: Task, kind: EventKind, actor: str, status: str, input_: Any, output: Any, *, at: str, **more: Any
 ) -> Event:
-    """Make an event that happened to `task` at `at`; `more` are further fields of the event."""
+    """Build an event of `task` at the time `at`; `more` has further fields of the event."""
     of_the_task = {"plan_hash": task.plan_hash or "", "policy_id": task.policy_id or ""}
     return Event(
         kind=kind,
@@ -39,7 +39,7 @@ def make(
 
 
 def request_again(task: Task) -> dict[str, Any]:
-    """Return the request by its hash: the first entry has the request, and a task may end and be retried often."""
+    """Return the hash of the request. The first entry has the request itself, and a task may be retried often."""
     return {"request_hash": hash_of(task.request())}
 
 
@@ -82,10 +82,7 @@ def step_started(
     at: str,
     limits: Sequence[Mapping[str, Any]] | None = None,
 ) -> Event:
-    """Make the event of a claim: which step, with whose approval, and what the policy in force says.
-
-    By a policy of format 2, the claim of the action states the `limits`, and what they had used before it.
-    """
+    """Build the event of a claim: the step, its approval, and the decision of the policy in force."""
     claim = {
         "step_hash": plan.steps[begun.step_index].hash(),
         "run": begun.run,
@@ -138,7 +135,7 @@ def of_approval(
     at: str,
     key_hash: str | None = None,
 ) -> Event:
-    """What people were asked goes in: the plan and the step by their hashes. What was said to it comes out."""
+    """Build the event of an approval. Input: the hashes of plan and step. Output: the decision."""
     asked: dict[str, Any] = {
         "plan_hash": approval.plan_hash,
         "step_hash": approval.step_hash,

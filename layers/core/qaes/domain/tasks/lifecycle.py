@@ -1,8 +1,7 @@
-"""How a task is planned, how its steps run, and how it ends.
+"""Rules of a task: planning, the run of its steps, its end and its retry.
 
-Each function takes the task as it was read and a request. It returns the change, which the repository writes in one
-transaction if nobody has changed the task since, or raises an error. Asked for what is there already, it returns a
-change that writes nothing.
+Each function takes the task and a request. It returns a change, which the repository writes in one transaction if the
+task is unchanged since the read, or raises an error. A repeated request returns a change that writes nothing.
 """
 
 from __future__ import annotations
@@ -37,22 +36,21 @@ from qaes.domain.step_types import CONFIRMED_LATER, EFFECT_TYPES
 from qaes.domain.tasks import events
 
 MAX_RETRIES = 20
-"""How often a task may be retried: its trail, and the bundle of it, stay small enough to be sent."""
+"""Maximum number of retries of a task, so that its trail and its bundle stay small enough to send."""
 CLOCKS_DIFFER = timedelta(seconds=300)
-"""How far the clocks of services may differ; the verifier accepts as much."""
+"""Tolerated difference between the clocks of services; the verifier accepts the same."""
 
 Records = Mapping[int, StepRecord]
-"""The records of the steps that were begun, by their index."""
+"""Records of the started steps, by their index."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """What one transaction writes: fields of the task, events in order, and the items that go with them.
+    """The writes of one transaction: fields of the task, events in order, and the items that belong to them.
 
-    `step` is the step's record; it replaces `step_before` (None: there is none yet). `approval` replaces one with the
-    status `approval_before` (None: it is new); `consumed` is one that was approved and is used up. `token` is
-    that of the state that waits for the decision on `approval`. `beside` are writes of other tables, as the adapter has
-    them.
+    `step` is the step's record and replaces `step_before` (None: new). `approval` replaces an approval with the status
+    `approval_before` (None: new). `consumed` is an approval that this change uses. `token` belongs to the state that
+    waits for the decision on `approval`. `beside` has the adapter's writes to other tables.
     """
 
     task: Mapping[str, Any] = field(default_factory=dict)
@@ -70,13 +68,13 @@ class Change:
 
     @property
     def ends(self) -> bool:
-        """Whether the task ends."""
+        """Return whether the task ends."""
         return self.task.get("status") in TERMINAL
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What became of a step: its result, or the error with which it failed."""
+    """The outcome of a step: its result, or its error."""
 
     result: dict[str, Any] | None = None
     error: str | None = None
@@ -84,7 +82,7 @@ class StepOutcome:
 
 @dataclass(frozen=True)
 class History:
-    """What the task's items say: its plan, the records of its steps, and the approvals of this run, in order."""
+    """A task's plan, the records of its steps, and the approvals of this run, in order."""
 
     plan: Plan | None = None
     records: Records = field(default_factory=dict)
@@ -95,7 +93,7 @@ class History:
 
 
 def plan_task(task: Task, plan: Plan, at: datetime, *, run: int) -> Change:
-    """Pin the policy that allows the plan, and store the plan, once: the plan that was stored first stays."""
+    """Pin the policy that allows the plan, and store the plan, once. The first stored plan stays."""
     if task.plan_id is not None:
         return Change(writes_nothing=True)
     refuse_ended(task)
@@ -117,7 +115,7 @@ def plan_task(task: Task, plan: Plan, at: datetime, *, run: int) -> Change:
 def deny_task(
     task: Task, analysis: Analysis, decision: PolicyDecision, at: datetime, *, run: int, reason: str | None = None
 ) -> Change:
-    """Pin the policy that does not allow the task, and end the task; `reason` says more than that in words."""
+    """Pin the policy that denies the task, and end the task; `reason` is a more specific text."""
     if task.plan_id is not None or task.status in TERMINAL:
         return Change(writes_nothing=True)
     refuse_other_run(task, run)
@@ -136,7 +134,7 @@ def not_allowed(decision: PolicyDecision) -> str:
 
 
 def next_step(plan: Plan, records: Records) -> int:
-    """Return the index of the first step that has not succeeded; of the last one if all have."""
+    """Return the index of the first step that has not succeeded, or of the last step if all have."""
     return next((index for index in range(len(plan.steps)) if not has_succeeded(records, index)), len(plan.steps) - 1)
 
 
@@ -157,17 +155,17 @@ def run_step(
     at: datetime,
     usage: Usage | None = None,
 ) -> Change:
-    """Record a step that only reads and for which no person is asked: that it began, and its outcome.
+    """Record the start and the outcome of a step that only reads and needs no approval.
 
-    The last step, and a step that failed, end the task. `ruling` is what the policies decide, `usage` what the
-    limits have used if the step is the action, and counts in them.
+    The last step, and a failed step, end the task. `ruling` has the decisions of the policies; `usage` is the usage of
+    the limits if the step is the action, which counts in them.
 
     Raises
     ------
     StoppedError
-        The step may not run, or a person is asked: by its class.
+        The step must not run, or needs an approval. The class has the reason.
     ConflictError
-        The task has ended, a step before this one has not succeeded, or the step has an effect.
+        The task has ended, an earlier step has not succeeded, or the step has an effect.
     """
     plan = _plan_of(history)
     step, before = plan.steps[step_index], history.records.get(step_index)
@@ -176,15 +174,15 @@ def run_step(
     refuse_ended(task)
     refuse_other_run(task, run)
     if step.type in EFFECT_TYPES:
-        raise ConflictError("this step has an effect: it is no plain step", step_index=step_index)
+        raise ConflictError("this step has an effect, so it is not a plain step", step_index=step_index)
     if next_step(plan, history.records) != step_index:
-        raise ConflictError("a step before this one has not succeeded", step_index=step_index)
+        raise ConflictError("an earlier step has not succeeded", step_index=step_index)
     asked = [approval for approval in history.asked if approval.step_index == step_index]
     verdict = compliance.decide(task, plan, step_index, ruling, asked[-1] if asked else None, usage or {})
     if stopped := compliance.stopped_by(verdict):
         raise stopped
     if asked:
-        raise ApprovalNeededError("people were asked about this step")
+        raise ApprovalNeededError("an approval of this step was requested")
     begun = _begin(task, step_index, plan, before, started)
     final, executed = _finish(task, plan, begun, outcome, at)
     limits = None if usage is None else ruling.limits(usage)
@@ -208,10 +206,10 @@ def claim_step(
 ) -> Change:
     """Record the intent to run a step, which consumes its approval.
 
-    A record that is finished stays as it is. `run` is the execution for which it was decided, `current` what the policy
-    in force says; `replaces` is the transaction of an attempt that moved nothing.
+    A finished record stays. `run` is the execution of the verdict, `current` is the decision of the policy in force,
+    and `replaces` is the transaction of an attempt that moved nothing.
 
-    Raises ConflictError when the task has ended, or another execution of it has begun.
+    Raises ConflictError if the task has ended, or a later execution of it has started.
     """
     plan = _plan_of(history)
     before = history.records.get(step_index)
@@ -220,9 +218,9 @@ def claim_step(
     refuse_ended(task)
     refuse_other_run(task, run)
     if task.status != "executing":
-        raise ApprovalNeededError("people are asked about this step")
+        raise ApprovalNeededError("an approval of this step is pending")
     if before is not None and before.status == "running":
-        if before.run == task.run:  # another attempt of this execution has claimed it meanwhile
+        if before.run == task.run:  # another attempt of this execution has claimed it
             return attempt_again(task, step_index, history)
         begun = before.model_copy(update={"attempt": before.attempt + 1, "run": task.run})
     else:
@@ -232,9 +230,9 @@ def claim_step(
 
 
 def attempt_again(task: Task, step_index: int, history: History) -> Change:
-    """Count another attempt of a step that this execution has claimed: it is no other decision, and no event.
+    """Count another attempt of a step that this execution has claimed. It needs no new decision and no event.
 
-    A record that is finished, or of another execution, stays as it is. Raises ConflictError when the task has ended.
+    A record that is finished, or of another execution, stays. Raises ConflictError if the task has ended.
     """
     before = history.records.get(step_index)
     if before is None or before.status != "running" or before.run != task.run:
@@ -245,10 +243,10 @@ def attempt_again(task: Task, step_index: int, history: History) -> Change:
 
 
 def finish_step(task: Task, running: StepRecord, history: History, outcome: StepOutcome, at: datetime) -> Change:
-    """Record how a step ended, once, and end the task if it ends with that.
+    """Record the end of a step, once, and end the task if this was its last step.
 
-    An execution that has claimed the step since `running` was read is not told by one before it how it ended: then the
-    record stays as it is. A task that has ended meanwhile still gets the record of what was done.
+    If a later execution has claimed the step since `running` was read, the record stays: an earlier execution cannot
+    end it. A task that has ended in the meantime still gets the record.
     """
     before = history.records.get(running.step_index)
     if before is not None and (before.status != "running" or before.run != running.run):
@@ -261,19 +259,19 @@ def finish_step(task: Task, running: StepRecord, history: History, outcome: Step
 def refuse_step(
     task: Task, step_index: int, history: History, before: StepRecord | None, error: str, *, run: int, at: datetime
 ) -> Change:
-    """Record that a step may not run, which this execution has not begun, and end the task as failed.
+    """Record that a step must not run, which this execution has not started, and end the task as failed.
 
-    The record of a transfer that an earlier execution began stays: its outcome is still to be recorded.
+    The record of a transfer of an earlier execution stays: its outcome will be recorded.
 
     Raises
     ------
     TransientError
-        Another attempt has begun since `before` was read: that one is not overruled.
+        Another attempt has started since `before` was read, and takes precedence.
     ConflictError
-        The task has ended, or another execution of it than `run` has begun, which may yet run the step.
+        The task has ended, or a later execution than `run` has started, which may still run the step.
     """
     if history.records.get(step_index) != before:
-        raise TransientError("another attempt is at work on this step")
+        raise TransientError("another attempt of this step is running")
     refuse_ended(task)
     refuse_other_run(task, run)
     plan = _plan_of(history)
@@ -320,8 +318,8 @@ def _finish(
 def _with_end(change: Change, task: Task, history: History, final: StepRecord, at: datetime) -> Change:
     """Add the task's end, if it ends with this step.
 
-    A task ends with its last step, or with a step that failed in this execution: what an attempt of an execution
-    before has come to is not the end. While people are asked, their answer ends it.
+    A task ends with its last step, or with a step that failed in this execution. The outcome of an earlier execution's
+    attempt does not end it. While an approval is pending, its decision ends the task.
     """
     if task.status != "executing":
         return change
@@ -342,7 +340,7 @@ def _step_of(change: Change) -> dict[str, Any]:
     return {"step": change.step, "step_before": change.step_before}
 
 
-# The end, and taking it back
+# End and retry
 
 
 def end_task(
@@ -357,10 +355,10 @@ def end_task(
     key_hash: str | None = None,
     agent: str | None = None,
 ) -> Change:
-    """End a task, once. A rejection in this run is the task's end, whatever else has gone wrong and whoever ends it.
+    """End a task, once. After a rejection in this run, the task always ends as rejected.
 
-    What woke the execution is not believed: without a rejection no task ends as `rejected`, and before its time is over
-    no approval is `expired`.
+    The message that resumed the execution is not trusted: without a rejection no task ends as `rejected`, and an
+    approval is `expired` only after its time.
     """
     if task.status in TERMINAL:
         return Change(writes_nothing=True)
@@ -376,7 +374,7 @@ def end_task(
         closed = last.model_copy(update={"status": "expired" if outcome == "expired" else "cancelled"})
         told.append(of_closed(task, closed, _plan_of(history), moment))
     elif rejected is None and last is not None and outcome == "expired" and last.status == "approved":
-        # Decided in time, but the decision did not reach the execution: that is neither expiry nor rejection.
+        # The decision was made in time, but did not reach the execution: neither expiry nor rejection.
         outcome, reason = "failed", "the approval could not be delivered in time"
         step = _plan_of(history).steps[last.step_index]
         told.append(events.of_approval(task, "approval_undeliverable", actor, "undeliverable", last, step, moment))
@@ -395,19 +393,21 @@ def retry_task(
     agent: str | None = None,
     key_hash: str | None = None,
 ) -> Change:
-    """Take back the end of a task that failed or expired; `approvals` are all that were asked for, in whatever run.
+    """Reopen a task that failed or expired; `approvals` are the approval requests of all runs.
 
-    A task without a plan is `pending` again, one with a plan `executing`.
+    A task without a plan becomes `pending`, a task with a plan becomes `executing`.
 
-    Raises ConflictError when the task has not ended, or in a way that no retry takes back, or has been retried
-    `MAX_RETRIES` times; or an approver has rejected it, in whatever run.
+    Raises ConflictError if the task has not ended, or has another terminal status, or was retried `MAX_RETRIES` times,
+    or if an approver has rejected it in any run.
     """
     if task.status not in RETRYABLE:
         raise ConflictError("only a task that failed or expired can be retried", task_status=task.status)
-    # A rejected task ends as that. Those of the time when it could end otherwise are not retried either.
+    # A rejected task ends as rejected. In earlier releases it could end otherwise; it cannot be retried either.
     refuse_rejected(task, approvals)
     if task.run > MAX_RETRIES:
-        raise ConflictError(f"a task is retried at most {MAX_RETRIES} times: start another", task_status=task.status)
+        raise ConflictError(
+            f"a task can be retried at most {MAX_RETRIES} times; start another task", task_status=task.status
+        )
     status: Status = "executing" if task.plan_id else "pending"
     fields = {
         "status": status, "run": task.run + 1, "retriers": tuple(dict.fromkeys((*task.retriers, subject))),
@@ -422,7 +422,7 @@ def refuse_rejected(task: Task, approvals: Sequence[Approval]) -> None:
     """Raise ConflictError if an approver has rejected one of these approvals."""
     if (rejected := rejected_of(approvals)) is not None:
         raise ConflictError(
-            "an approver has rejected the task: start another one",
+            "an approver has rejected the task; start another task",
             task_status=task.status,
             decided_by=rejected.decided_by,
             decision="rejected",
@@ -430,7 +430,7 @@ def refuse_rejected(task: Task, approvals: Sequence[Approval]) -> None:
 
 
 def of_closed(task: Task, closed: Approval, plan: Plan, moment: str) -> Event:
-    """Make the event of an approval that nobody decides on any more."""
+    """Build the event of an approval that is closed without a decision."""
     step = plan.steps[closed.step_index]
     if closed.status == "expired":
         return events.of_approval(task, "approval_expired", "compliance", "expired", closed, step, moment)
@@ -438,7 +438,7 @@ def of_closed(task: Task, closed: Approval, plan: Plan, moment: str) -> Event:
 
 
 def rejected_of(approvals: Sequence[Approval]) -> Approval | None:
-    """Return the approval that was rejected."""
+    """Return the rejected approval."""
     return next((approval for approval in approvals if approval.status == "rejected"), None)
 
 
@@ -449,19 +449,19 @@ def refuse_ended(task: Task) -> None:
 
 
 def refuse_other_run(task: Task, run: int) -> None:
-    """Raise ConflictError unless `run` is the task's."""
+    """Raise ConflictError unless `run` is the task's current run."""
     if task.run != run:
-        raise ConflictError("another execution of the task has begun", task_status=task.status)
+        raise ConflictError("a later execution of the task has started", task_status=task.status)
 
 
 def refuse_other_execution(task: Task, execution: str | None) -> None:
     """Raise ConflictError unless `execution` is the name of the task's execution; None is not checked."""
     if execution not in {None, task.execution_name}:
-        raise ConflictError("another execution of the task has begun", task_status=task.status)
+        raise ConflictError("a later execution of the task has started", task_status=task.status)
 
 
 def _is_over(last: Approval | None, at: datetime) -> bool:
-    """Whether an approval's time is over, as far as clocks may differ, or it was closed or decided on already."""
+    """Return whether an approval is closed, decided, or expired within the tolerance of clocks."""
     if last is None:
         return False
     return last.status != "pending" or at >= parse_timestamp(last.expires_at) - CLOCKS_DIFFER
