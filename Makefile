@@ -36,23 +36,23 @@ $(VENV)/.all-stamp: $(BIN)/uv pyproject.toml uv.lock
 
 # --- the local cloud
 
-demo: $(VENV)/.local-stamp ## Run a monitoring task and an approved transfer on a local AWS of its own, and check them
+demo: $(VENV)/.local-stamp ## Run a monitoring task and an approved transfer on a separate local AWS, and check them
 	@$(BIN)/python -m local demo
 
 up: $(VENV)/.local-stamp ## Start the local cloud, API at http://localhost:8000 (AUTH_MODE=stub: without tokens)
 	@$(BIN)/python -m local up
 
-# On a fresh clone nothing runs: to say so, nothing is installed.
+# On a fresh clone nothing runs: report this without an installation.
 NOT_RUNNING := The local cloud does not run. Start it with: make up
 IF_INSTALLED := [ -x $(BIN)/python ] && [ -f $(VENV)/.local-stamp ] || { echo "$(NOT_RUNNING)" >&2; exit 1; };
 
-down: ## Stop the local cloud, and remove what it and interrupted runs have left
+down: ## Stop the local cloud, and remove its files and those of interrupted runs
 	@if [ -f $(VENV)/.local-stamp ]; then $(BIN)/python -m local down; else echo "$(NOT_RUNNING)"; fi
 
-status: ## Say whether the local cloud runs (exit status 0 if it does)
+status: ## Show whether the local cloud runs (exit status 0 if it does)
 	@$(IF_INSTALLED) $(BIN)/python -m local status
 
-logs: ## Print what the services of the local cloud logged (TASK=task_…: of one task; ALL=1: Lambda's lines too)
+logs: ## Print the logs of the local cloud's services (TASK=task_…: of one task; ALL=1: Lambda's lines too)
 	@$(IF_INSTALLED) $(BIN)/python -m local logs --task "$$TASK" $(if $(ALL),--all)
 
 token: ## Print a token of the running local cloud (ROLE=operator SUBJECT=oscar)
@@ -113,11 +113,11 @@ format: $(VENV)/.all-stamp ## Format code, apply the fixes of ruff, wrap the doc
 bench: $(VENV)/.all-stamp ## Measure; writes docs/performance.md and .json (ONLY=imports, cost, window, growth, memory: that section; ONLY=compare BEFORE=/a/checkout)
 	@PYTHONPATH=functions:layers/core $(BIN)/python -m benchmarks.run $(ONLY)
 
-load-test: $(VENV)/.all-stamp ## Load the audit log of a local AWS of its own, verify every proof, print figures (LOAD_TEST_ARGS)
+load-test: $(VENV)/.all-stamp ## Load the audit log of a separate local AWS, verify every proof, print figures (LOAD_TEST_ARGS)
 	@PYTHONPATH=functions:layers/core $(BIN)/python -m benchmarks.load_test $(LOAD_TEST_ARGS)
 
 hammer: load-test
 
-clean: ## Remove what was built, installed and logged
+clean: ## Remove builds, installations and logs
 	@if [ -x $(BIN)/python ] && [ -f .local/cloud/lock ]; then $(BIN)/python -m local down; fi
 	@rm -rf $(VENV) .local .aws-sam .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -100,7 +100,7 @@ def costs() -> str:
         rows.append((title, *values, *targets))
     idle = found["idle_usd_per_month"]
     bill = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in idle.items())
-    return f"""## What a task costs
+    return f"""## Cost of a task
 
 `python -m benchmarks.cost` counts a run of the deployed definition on moto by DynamoDB's rules: item sizes, before-images, indexes, transactions,
 each key of a BatchGetItem. The count includes the API's requests (monitoring 2, transfer 4), the authorizer, the streams' batches and the end of
@@ -319,7 +319,7 @@ def sizes_alone() -> str:
 SECTIONS: dict[str, tuple[str, Callable[[], str]]] = {
     "compare": (COMPARISON, comparison),
     "imports": ("Loading a function", import_times),
-    "cost": ("What a task costs", costs),
+    "cost": ("Cost of a task", costs),
     "window": ("Savings of the log's windows", windows),
     "growth": ("How costs grow with the number of tasks", growths),
     "memory": ("Size and memory", sizes_alone),

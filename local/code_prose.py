@@ -1,4 +1,4 @@
-"""Prose in code: docstrings, comments and messages of Python files, and descriptions of YAML and JSON files."""
+"""Prose in code: docstrings, comments and messages of Python files, descriptions and comments of other files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import yaml
 _DESCRIPTIONS = {"Comment", "Description", "AlarmDescription", "comment", "description", "name"}
 """Keys whose values are prose in YAML and JSON files."""
 _DIRECTIVE = re.compile(r"# *(?:noqa|ruff|type|fmt|pragma|mypy)\b[^#]*")
-_CODE = re.compile(r"`[^`]*`")
+_CODE = re.compile(r"`[^`]*`|\b[A-Za-z_]+(?:\.[A-Za-z_]+)+\b")
 _MINIMUM_WORDS = 3
 """Shorter string literals are keys and names, not sentences."""
 
@@ -26,6 +26,20 @@ class Prose(NamedTuple):
     line: int
     text: str
     summary: bool = False
+
+
+def is_checked(name: str) -> bool:
+    """Return whether a file of this name has prose that `of_file` finds."""
+    return name == "Makefile" or name.endswith((".py", ".yaml", ".yml", ".asl.json"))
+
+
+def of_file(path: str, source: str) -> Iterator[Prose]:
+    """Yield the prose of a file, by the kind of the file."""
+    if path.endswith(".py"):
+        return python_prose(source)
+    if path.endswith((".yaml", ".yml")):
+        return yaml_prose(source)
+    return json_prose(source) if path.endswith(".json") else make_prose(source)
 
 
 def python_prose(source: str) -> Iterator[Prose]:
@@ -48,13 +62,20 @@ def python_prose(source: str) -> Iterator[Prose]:
 
 
 def yaml_prose(source: str) -> Iterator[Prose]:
-    """Yield descriptions and comments of a YAML or JSON file."""
+    """Yield descriptions and comments of a YAML file."""
     yield from _descriptions(yaml.compose(source, yaml.SafeLoader))
     lines = enumerate(source.splitlines(), start=1)
     yield from _comments((number, match[1]) for number, line in lines if (match := re.search(r"(?:^|\s)#\s(.*)", line)))
 
 
-def hash_prose(source: str) -> Iterator[Prose]:
+def json_prose(source: str) -> Iterator[Prose]:
+    """Yield the comments of a state machine's definition, which need not be JSON before its substitutions."""
+    for number, line in enumerate(source.splitlines(), start=1):
+        if match := re.search(r'"Comment": "([^"]*)"', line):
+            yield Prose(number, _plain(match[1]))
+
+
+def make_prose(source: str) -> Iterator[Prose]:
     """Yield the comments of a Makefile, and the help texts of its targets."""
     lines = enumerate(source.splitlines(), start=1)
     yield from _comments((number, match[1]) for number, line in lines if (match := re.search(r"(?:^| )##? (.*)", line)))

@@ -1,4 +1,4 @@
-"""The prose check: plain English and 100 characters a line in Markdown, and short names of tests.
+"""The prose check: plain English in Markdown and in code, 100 characters a line in Markdown, and short names of tests.
 
 `python -m local.prose` prints each finding with its file, its line and a better wording, and exits with 1 if it finds
 anything. `--write` wraps the pages with mdformat instead.
@@ -19,11 +19,12 @@ import mdformat
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from local import code_prose
 from local.environment import ROOT
 
 LINE_LENGTH = 100
-TEST_NAME_LENGTH = 65
-"""Bound of the 90th percentile. The goal is 60: lower it as names are shortened."""
+TEST_NAME_LENGTH = 60
+"""Bound of the 90th percentile."""
 
 GENERATED = {"docs/api.md", "docs/performance.md"}
 """Written by local/openapi.py and benchmarks/run.py: their generators need the same rules first."""
@@ -93,6 +94,25 @@ CONSTRUCTIONS = [
 ]
 
 
+CODE_CONSTRUCTIONS = [
+    *CONSTRUCTIONS[1 : -len(_NAMES)],
+    _construction(r"\b[Ww]hat\b(?! to\b)", "name the thing: 'the amount that …'"),
+    _construction(r"\b(?:[Tt]ell(?:s|ing)?|[Tt]old)\b", "'return', 'report', 'show'"),
+    _construction(r"\b[Ss]a(?:ys?|id)\b", "'return', 'report', 'state', 'contain'"),
+    _construction(r"\b(?:[Aa]ny|[Ee]very|[Ss]ome|[Nn]o)body\b", "'another caller', 'no caller', 'people'"),
+    _construction(r"(?i)\b(?:under way|let through)\b", "'in flight', 'submitted'"),
+]
+"""The constructions for code. Its names are also words of other subjects, so the glossary is not checked there."""
+SUMMARY = _construction(
+    r"^(?:What|Who|Whose|Whom|How|Why|That|Told|Tell|It|Its)\b.*", "a verb, or the name of the thing"
+)
+"""The first words that a docstring does not have."""
+CODE = ("functions", "layers", "local", "benchmarks", "template.yaml", "statemachine", "Makefile", ".github")
+"""Folders and files whose prose is checked."""
+NOT_PROSE = {"local/prose.py", "layers/core/qaes/domain/generated/unicode_tables.py"}
+"""Files with the constructions themselves, and generated files."""
+
+
 class Finding(NamedTuple):
     """One place that needs another text."""
 
@@ -130,6 +150,16 @@ def check_prose(path: str, text: str) -> Iterator[Finding]:
             for match in construction.pattern.finditer(flat):
                 line = token.map[0] + content.count("\n", 0, match.start()) + 1
                 yield Finding(path, line, match[0], construction.instead)
+
+
+def check_code(path: str, text: str) -> Iterator[Finding]:
+    """Yield the constructions in the prose of a code file that the project does not use."""
+    for prose in code_prose.of_file(path, text):
+        flat = prose.text.replace("\n", " ")
+        for construction in (*CODE_CONSTRUCTIONS, *((SUMMARY,) if prose.summary else ())):
+            for match in construction.pattern.finditer(flat):
+                line = prose.line + prose.text.count("\n", 0, match.start())
+                yield Finding(path, line, match[0][:40], construction.instead)
 
 
 def check_lines(path: str, text: str) -> Iterator[Finding]:
@@ -223,6 +253,13 @@ def pages() -> list[str]:
     return sorted({str(path.relative_to(ROOT)) for path in every} - GENERATED)
 
 
+def code_files() -> list[str]:
+    """Return the code files whose prose is checked."""
+    files = (path for name in CODE for path in ([ROOT / name] if (ROOT / name).is_file() else (ROOT / name).rglob("*")))
+    names = {str(path.relative_to(ROOT)) for path in files if path.is_file() and code_prose.is_checked(path.name)}
+    return sorted(name for name in names - NOT_PROSE if "/openapi.json" not in name)
+
+
 def test_names() -> list[str]:
     """Return the names of the test functions."""
     trees = (ast.parse(path.read_text()) for path in (ROOT / "tests").rglob("test_*.py"))
@@ -249,6 +286,7 @@ def main() -> None:
         findings += check_decisions((ROOT / "docs" / "adr" / "README.md").read_text(), decisions)
         findings += check_fragments(sorted(path.name for path in (ROOT / "changelog.d").iterdir()))
         findings += check_test_names(test_names())
+        findings += [finding for name in code_files() for finding in check_code(name, (ROOT / name).read_text())]
     print(*findings, sep="\n", end="\n" if findings else "")
     sys.exit(bool(findings))
 

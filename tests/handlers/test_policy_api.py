@@ -219,10 +219,10 @@ NOTHING_OF_FORMAT_2: dict[str, Any] = {
         (["transfer_funds"], [], "monitoring, transaction"),
         (["transfer_funds"], ["monitoring"], "drops: transaction"),
         ([], ["monitoring", "transaction"], "drops: transfer_funds"),
-        (["transfer_funds"], [*DROPPED, "pay_invoice"], "in force: pay_invoice"),
+        (["transfer_funds"], [*DROPPED, "pay_invoice"], "does not have: pay_invoice"),
         (["transfer_funds"], [*DROPPED, "monitoring"], "twice: monitoring"),
         (["transfer_funds", "monitoring"], DROPPED, "still contains: monitoring"),
-        (["transfer_funds", "pay_invoice"], [*DROPPED, "pay_invoice"], "in force: pay_invoice"),
+        (["transfer_funds", "pay_invoice"], [*DROPPED, "pay_invoice"], "does not have: pay_invoice"),
     ],
     ids=["silent", "one missing", "all gone", "unknown", "duplicate", "kept and removed", "new and removed"],
 )

@@ -137,7 +137,7 @@ def preview(task: Task, plan: Plan, ruling: Ruling, usage: Usage = NOTHING_USED)
         return None, Verdict(verdict="denied", reason=refusal)
     planned = {"status": "executing", "plan_id": plan.plan_id, "plan_hash": plan.hash()}
     task = task.model_copy(update=planned)
-    found: tuple[Step | None, Verdict] = None, Verdict(verdict="execute", reason="no approval is needed")
+    found: tuple[Step | None, Verdict] = None, Verdict(verdict="execute", reason="no approval is required")
     for index, step in enumerate(plan.steps):
         verdict = decide(task, plan, index, ruling, None, usage)
         if verdict.verdict == "denied":
