@@ -125,7 +125,9 @@ class PolicyRequest(BaseModel):
     groups: Annotated[dict[str, Any] | None, Described(Groups | None)] = None
     actions: Annotated[dict[str, Any] | None, Described(Actions | None)] = None
     remove: list[ActionType] = Field(
-        default_factory=list, max_length=MAX_REMOVED, description="items that the new version drops: each must be named here"
+        default_factory=list,
+        max_length=MAX_REMOVED,
+        description="items that the new version drops: each must be named here",
     )
 
 
