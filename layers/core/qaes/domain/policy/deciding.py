@@ -310,7 +310,7 @@ def requester_refusal(policy: Policy, action: str, requester: str, agent: str | 
 def _tier(decided: Decision, rule: ActionRule, action: Action | BuiltIn | None) -> int:
     """Return the index of the first tier that reaches the amount."""
     if decided.amount is None and action is not None and action.amount is not None:
-        # A built-in action needs no amount where the rule has no limit on it; its own checks say whether it is missing.
+        # A built-in action needs no amount if the rule has no limit on it; its own checks detect a missing amount.
         limited = any(limit.counts == "amount" for limit in rule.limits) or rule.tiers[0].max_amount is not None
         if limited or isinstance(action, Action):
             raise _Denial("invalid_amount", _amount_flaw(decided, action.amount))
