@@ -25,6 +25,7 @@ from qaes.domain.policy_events import next_event
 from tests.handlers.test_audit_fsck import check
 from tests.handlers.test_audit_recorder import end_task, start_task
 from tests.support.api import ALICE, CAROL, Api, set_environment
+from tests.support.bundles import load_verifier
 from tests.support.cloud import Cloud, cloud
 from tests.support.trail import (
     LOG_ID,
@@ -212,6 +213,23 @@ def test_bundle_leaves_out_policy_events_not_yet_recorded(api: Api) -> None:
     task_id = start_task()
     new_recorder().drain(task_id)
     assert [json.loads(each["text"])["seq"] for each in bundle_of(api, task_id)["policy_entries"]] == [1]
+
+
+def test_verifier_accepts_a_bundle_with_the_policys_entries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the API returns it, under the policy that the ledger has put in force."""
+    set_environment("AuditApiFunction", monkeypatch)
+    with cloud(state_machine=False) as aws:
+        put_policy_event("action_suspended", name="refund_customer", details={"reason": "an incident"})
+        task_id = start_task()
+        end_task(task_id)
+        for stream in (task_id, STREAM):
+            new_recorder().drain(stream)
+        anchor_all(aws)
+        bundle = bundle_of(Api(aws, "AuditApiFunction"), task_id)
+        newest = log().anchors.newest()
+    assert newest is not None
+    lines = load_verifier().verify(json.dumps(bundle).encode(), log_id=LOG_ID, anchor_identity=newest.source)
+    assert "changes   of the policy: entries 1, 2, of which 2 are in the anchored log" in lines
 
 
 @pytest.mark.parametrize(("caller", "matches"), [(CAROL, 1), (ALICE, 0)])

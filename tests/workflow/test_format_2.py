@@ -20,6 +20,7 @@ from tests.support.api import set_environment
 from tests.support.cloud import Cloud, cloud
 from tests.support.policies import REFUND
 from tests.support.publishing import GROUPS, publish
+from tests.support.stories import check_every_story
 from tests.workflow.conftest import begin
 from tests.workflow.test_paths import kinds, retry
 
@@ -35,6 +36,7 @@ def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     monkeypatch.setenv("LIMITS_TABLE", "LimitsTable")
     with cloud() as it:
         yield it
+        check_every_story()
 
 
 def store() -> TaskStore:
