@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator
+from contextlib import nullcontext
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -15,9 +17,9 @@ from qaes.domain.canonical import canonical_json, sha256_hex
 from qaes.domain.errors import InvalidInputError
 from qaes.domain.policy import ActionRequest, PolicyDocumentV2, evaluate, pinned_form, policy_of
 from qaes.domain.qubic.identity import encode_identity
-from tests.support.bundles import TARGET, WALLET, load_verifier
+from tests.support.bundles import LOG_ID, TARGET, WALLET, Anchorer, Trail, load_verifier, policy_text
 from tests.support.policies import changed
-from tests.support.refunds import content
+from tests.support.refunds import STORIES, approve, content, last_of, planned
 
 verifier = load_verifier()
 IDENTITY, CONTRACT = encode_identity(bytes(range(32))), encode_identity((7).to_bytes(32, "little"))
@@ -204,6 +206,61 @@ def test_verifier_reads_256_kib_in_time() -> None:
         made["actions"][f"paint{number}"] = made["actions"]["paint"]
     assert both(canonical_json(made))
     assert not both(canonical_json(changed(made, "actions.paint.sensitive", ["/" + "~1" * 250 + "~"])))
+
+
+# Stories
+
+
+@pytest.mark.parametrize("story", STORIES)
+def test_verifier_accepts_a_genuine_story_of_format_2(story: str) -> None:
+    anchorer = Anchorer()
+    bundle = STORIES[story]().bundle(anchorer)
+    lines = verifier.verify(canonical_json(bundle).encode(), log_id=LOG_ID, anchor_identity=anchorer.identity)
+    assert bundle["format"] == "qaes-bundle-2"
+    assert any(line.startswith("changes   ") for line in lines)
+
+
+def test_report_names_what_a_bundle_cannot_prove() -> None:
+    anchorer = Anchorer()
+    bundle = STORIES["beyond a limit"]().bundle(anchorer)
+    lines = verifier.verify(canonical_json(bundle).encode(), log_id=LOG_ID, anchor_identity=anchorer.identity)
+    assert "limit     20 requests in 3600 s, by requester alice: 20 used before (NOT PROVED), and 1 now" in lines
+    assert "NOT CHECKED whether the policy changed after its entry 3, while the task ran: use --log" in lines
+    assert "NOT CHECKED that the parameters obey the JSON Schema of refund_customer, nor its result" in lines
+
+
+def test_old_version_without_entries_is_a_note() -> None:
+    """A version of format 1 may be older than the stream of the policy."""
+    trail, anchorer = Trail(), Anchorer()
+    trail.change("action_suspended", name="paint", seconds=-86_400)
+    trail.start().check_policy().end("cancelled", "alice")
+    bundle = trail.bundle(anchorer)
+    lines = verifier.verify(canonical_json(bundle).encode(), log_id=LOG_ID, anchor_identity=anchorer.identity)
+    policy_id = trail.policy.policy_id
+    assert f"NOTE      no entry of the policy says how {policy_id} came into force" in lines
+
+
+def test_version_that_was_superseded_is_a_note() -> None:
+    """An older version can be in force again, if the newest is found altered."""
+    trail, anchorer = Trail().enact(), Anchorer()
+    newer = policy_of(policy_text(version=4))
+    trail.enact(newer, seconds=-80_000)
+    trail.start().check_policy().end("cancelled", "alice")
+    data = canonical_json(trail.bundle(anchorer)).encode()
+    lines = verifier.verify(data, log_id=LOG_ID, anchor_identity=anchorer.identity)
+    assert [line for line in lines if line.startswith("NOTE")] == [
+        f"NOTE      {trail.policy.policy_id} was used, although {newer.policy_id} was in force (entry 2)"
+    ]
+
+
+@pytest.mark.parametrize(("seconds", "refused"), [(-301, True), (-290, False)])
+def test_suspension_within_clock_skew_is_no_violation(seconds: float, refused: bool) -> None:
+    trail, anchorer = approve(planned(), "bob", "carol"), Anchorer()
+    trail.moment += timedelta(minutes=10)
+    trail.change("action_suspended", name="*", seconds=seconds)
+    data = canonical_json(trail.execute(last_of(trail)).end("completed").bundle(anchorer)).encode()
+    with pytest.raises(verifier.Failed, match=r"\[R97\]") if refused else nullcontext():
+        verifier.verify(data, log_id=LOG_ID, anchor_identity=anchorer.identity)
 
 
 # Decisions
