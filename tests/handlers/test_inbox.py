@@ -169,3 +169,14 @@ def test_question_names_tier_group_amount_and_unit(api: Api, store: TaskStore) -
     assert before == {"amount": 5, "unit": "QU"} | {
         "tier": None, "approvers": None, "quorums": [{"approvals": 1, "approvers": None}], "approvals_required": 1,
     }  # fmt: skip
+
+
+def test_answer_to_an_approval_counts_each_group(api: Api, store: TaskStore) -> None:
+    def approve(task_id: str, **caller: str) -> str:
+        return str(api("POST", f"/task/{task_id}/approve", YES, **caller).body["message"])
+
+    of_one, of_both = wait(store, FINANCE), wait(store, FINANCE, CFO)
+    assert approve(of_one, **BOB) == "Approved by 1 of 2; the task still waits for approvals."
+    assert approve(of_both, **BOB) == "Approved by 1 of 2 from finance, by 0 of 1 from cfo; the task still waits for approvals."
+    assert approve(of_both, **DORA) == "Approved by 2 of 2 from finance, by 0 of 1 from cfo; the task still waits for approvals."
+    assert approve(of_both, **ERIN) == "The step has been approved."

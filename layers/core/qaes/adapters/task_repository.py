@@ -278,7 +278,7 @@ def decided_answer(task_id: str, approval: Approval) -> dict[str, Any]:
     given = sum(each.approved for each in approval.decisions)
     message = f"The step has been {approval.status}."
     if approval.status == "pending":
-        message = f"Approved by {given} of {approval.required}; the task still waits for approvals."
+        message = f"Approved {_progress(approval)}; the task still waits for approvals."
     return {
         "task_id": task_id,
         "approved": last.approved,
@@ -286,6 +286,14 @@ def decided_answer(task_id: str, approval: Approval) -> dict[str, Any]:
         "approvals_required": approval.required,
         "approvals_given": given,
     }
+
+
+def _progress(approval: Approval) -> str:
+    """Return how many have approved of how many; of several groups, for each."""
+    of_each = [(each.given(approval.decisions), each.approvals, each.approvers) for each in approval.quorums]
+    if len(of_each) == 1:
+        return "by {} of {}".format(*of_each[0])
+    return ", ".join(f"by {given} of {needed} from {group or 'any approvers'}" for given, needed, group in of_each)
 
 
 def lifecycle_answer(task_id: str, status: Status) -> dict[str, Any]:

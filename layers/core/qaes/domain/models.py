@@ -205,10 +205,13 @@ class Quorum(Model):
         """Return whether a decision of this person counts."""
         return self.members is None or subject in self.members
 
+    def given(self, decisions: Sequence[Decision]) -> int:
+        """Return how many of the people who count have approved."""
+        return len({each.subject for each in decisions if each.approved and self.counts(each.subject)})
+
     def is_met(self, decisions: Sequence[Decision]) -> bool:
         """Return whether enough of these people have approved."""
-        given = {decision.subject for decision in decisions if decision.approved and self.counts(decision.subject)}
-        return len(given) >= self.approvals
+        return self.given(decisions) >= self.approvals
 
 
 class Terms(Model):
