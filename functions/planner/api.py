@@ -71,9 +71,9 @@ def create_plan(body: PlanRequest, caller: Annotated[Caller, Depends(require("re
     ledger, action = LedgerClient(), planning.action_type(body.task_type)
     policy = ledger.policy()
     parameters = body.resolved(settings.text("QUBIC_NETWORK"), operators=action in policy.actions)
-    moment = timestamp(now())
+    plan_id, moment = new_plan_id(), timestamp(now())
     task = Task(
-        task_id=body.task_id or "",
+        task_id=body.task_id or plan_id,  # nothing else has this id
         status="pending",
         task_type=body.task_type,
         description=body.description,
@@ -85,7 +85,7 @@ def create_plan(body: PlanRequest, caller: Annotated[Caller, Depends(require("re
     )
     ruling = rule(task, policy, policy)
     plan = planning.build_plan(
-        plan_id=new_plan_id(),
+        plan_id=plan_id,
         task_id=body.task_id,
         created_at=moment,
         task_type=body.task_type,

@@ -175,8 +175,8 @@ def test_answer_to_an_approval_counts_each_group(api: Api, store: TaskStore) -> 
     def approve(task_id: str, **caller: str) -> str:
         return str(api("POST", f"/task/{task_id}/approve", YES, **caller).body["message"])
 
-    of_one, of_both = wait(store, FINANCE), wait(store, FINANCE, CFO)
-    assert approve(of_one, **BOB) == "Approved by 1 of 2; the task still waits for approvals."
-    assert approve(of_both, **BOB) == "Approved by 1 of 2 from finance, by 0 of 1 from cfo; the task still waits for approvals."
-    assert approve(of_both, **DORA) == "Approved by 2 of 2 from finance, by 0 of 1 from cfo; the task still waits for approvals."
+    of_one, of_both, waits = wait(store, FINANCE), wait(store, FINANCE, CFO), "the task still waits for approvals."
+    assert approve(of_one, **BOB) == f"Approved by 1 of 2; {waits}"
+    assert approve(of_both, **BOB) == f"Approved by 1 of 2 from finance, by 0 of 1 from cfo; {waits}"
+    assert approve(of_both, **DORA) == f"Approved by 2 of 2 from finance, by 0 of 1 from cfo; {waits}"
     assert approve(of_both, **ERIN) == "The step has been approved."

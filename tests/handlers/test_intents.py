@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import boto3
 import pytest
 
+from audit.store import Outbox
 from qaes.adapters import suspensions
 from qaes.adapters.intents import Intent
 from qaes.adapters.limits import LimitsTable
@@ -154,3 +156,31 @@ def test_claim_asks_when_others_took_the_last_room(store: TaskStore) -> None:
         claim(store, *second, "bob")  # not of the group
     assert claim(store, *second, "erin").status == "running"
     assert counted(second[2]) == 2
+
+
+def test_claim_of_a_retry_does_not_count_against_itself(store: TaskStore) -> None:
+    """The first run claimed the step, and its outcome is unknown."""
+    task, plan, ruling = planned(store, limited(most=1))
+    claim(store, task, plan, ruling)
+    store.end_task(task.task_id, "failed", actor="execution", reason="a test")
+    task = store.retry(task.task_id, subject="alice")
+    last = len(plan.steps) - 1
+    assert Intent(task, last, plan.steps[last], ruling).usage() == {ruling.current.limits[0].key: 0}
+    assert claim(store, task, plan, ruling).status == "running"
+    assert counted(ruling) == 1
+
+
+def test_claim_states_the_usage_that_its_transaction_guards(store: TaskStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another task counts between the look at the window and the reservation."""
+    first, second = planned(store, limited()), planned(store, limited())
+    reserve = LimitsTable.reserve_for
+
+    def after_another(self: LimitsTable, *arguments: Any, **options: Any) -> Any:
+        monkeypatch.setattr(LimitsTable, "reserve_for", reserve)
+        claim(store, *second)
+        return reserve(self, *arguments, **options)
+
+    monkeypatch.setattr(LimitsTable, "reserve_for", after_another)
+    claim(store, *first)
+    *_, event = Outbox("TasksTable").disclosed(first[0].task_id).values()
+    assert (event.kind, json.loads(event.output)["limits"][0]["used"]) == ("step_started", 1)

@@ -145,6 +145,25 @@ def test_preview_shows_the_verdict_of_the_tier(aws: Cloud, api: Api, amount: int
     assert (found["verdict"], found["approvals"]) == (verdict, approvals)
 
 
+@pytest.mark.parametrize(
+    ("over", "verdict"), [("deny", "denied"), ({"approvals": 1, "approvers": "cfo"}, "await_approval")]
+)
+def test_preview_reads_what_the_limits_have_used(aws: Cloud, api: Api, over: Any, verdict: str) -> None:
+    limit = {"window_seconds": 3600, "max_amount": 100, "per": "action", "over": over}
+    rules = RULES | {"refund_customer": RULES["refund_customer"] | {"limits": [limit]}}
+    publish(aws, rules, actions=ACTIONS)
+    body = {"task_type": "refund_customer", "description": "x", "parameters": {"order_id": "123456", "amount": 60}}
+    assert preview(aws, body)["verdict"] == "execute"
+    task_id = refund(api, body["parameters"]).body["task_id"]
+    for step in aws.invoke("PlanTaskFunction", {"task_id": task_id})["steps"]:
+        aws.invoke("RunStepFunction", {"task_id": task_id, "step_index": step["step_index"]})
+    aws.invoke("ExecuteActionFunction", {"task_id": task_id, "task_token": "token"})
+    found = preview(aws, body)
+    assert found["verdict"] == verdict
+    if verdict == "denied":
+        assert found["reason"].startswith("limit_exceeded: `amount` 60 EUR-cent exceeds the limit of 100")
+
+
 def test_preview_shows_what_the_schema_refuses(aws: Cloud, api: Api) -> None:
     body = {"task_type": "refund_customer", "description": "x", "parameters": {"order_id": "12", "amount": 5}}
     found = preview(aws, body)

@@ -5,8 +5,8 @@ Only the worker's roles do this. The ledger counts a transfer with its signature
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qaes.adapters import suspensions
@@ -16,6 +16,7 @@ from qaes.domain.models import Decision, Step, Task
 from qaes.domain.ruling import Ruling, Usage
 from qaes.domain.step_types import CONFIRMED_LATER
 from qaes.domain.suspensions import refusal
+from qaes.domain.tasks.lifecycle import Change
 
 Item = dict[str, Any]
 
@@ -50,8 +51,10 @@ class Intent:
             return self.ledger_usage
         return LimitsTable().usage(self.ruling.current, (self.task.task_id, self.step_index))
 
-    def writes(self, *, counts: bool = True) -> list[Item]:
+    def reserve(self, *, counts: bool = True) -> tuple[Usage, list[Item]]:
         """Return the writes: the check that the action is not suspended and, if it `counts`, its share of the windows.
+
+        Returns what the windows have used under the condition of the writes, and the writes.
 
         Raises
         ------
@@ -62,7 +65,7 @@ class Intent:
         """
         check = suspensions.check(self.ruling.current.action, self.task.task_id)
         if not self.is_counted_here or not counts:
-            return [check]
+            return self.usage(), [check]
         granted = self.ruling.granted(self.decisions)
         try:
             reservation = LimitsTable().reserve_for(
@@ -72,7 +75,20 @@ class Intent:
             if self.ruling.refusal_by_usage(self.usage()) is None:
                 raise ApprovalNeededError(full.message) from full
             raise StepDeniedError(f"{full.code}: {full.message}") from full
-        return [check, *reservation.writes]
+        return {use.limit.key: use.used for use in reservation.used}, [check, *reservation.writes]
+
+    def recorded_by(self, make: Callable[[Usage], Change], *, counts: bool = True) -> Change:
+        """Return the change that `make` makes with the usage, together with the writes of the intent.
+
+        The change states the usage that its transaction guards: others may count between two reads. Raises as
+        `reserve`.
+        """
+        before = self.usage()
+        change = make(before)
+        if not change.events:
+            return change
+        usage, writes = self.reserve(counts=counts)
+        return replace(change if usage == before else make(usage), beside=writes)
 
 
 def refuse_suspended(task_id: str, writes: Sequence[Item], refused: Sequence[int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
+from typing import Any
 
 from qaes.adapters.intents import Intent
 from qaes.adapters.task_changes import TaskChanges
@@ -13,7 +14,7 @@ from qaes.domain.errors import ConflictError
 from qaes.domain.ids import now
 from qaes.domain.models import Approval, Plan, StepRecord, Task
 from qaes.domain.policy import PolicyDecision
-from qaes.domain.ruling import Ruling
+from qaes.domain.ruling import Ruling, Usage
 from qaes.domain.tasks import lifecycle
 from qaes.domain.tasks.lifecycle import Change, History, StepOutcome
 
@@ -35,7 +36,7 @@ class TaskSteps(TaskChanges):
 
         The last step is the action, which counts in the limits of the policy in force if it succeeded. Returns the
         record, or the record of an earlier attempt that finished the step. Raises the same errors as
-        `lifecycle.run_step` and `Intent.writes`.
+        `lifecycle.run_step` and `Intent.reserve`.
         """
         is_action = step_index == len(plan.steps) - 1
         intent = Intent(task, step_index, plan.steps[step_index], ruling) if is_action else None
@@ -44,13 +45,12 @@ class TaskSteps(TaskChanges):
             # Only a task that has waited for people has approvals.
             asked = self._asked_in_this_run(newest) if newest.waiting_since else []
             history = History(plan, self.records(newest.task_id), asked)
-            usage = intent.usage() if intent else None
-            change = lifecycle.run_step(
-                newest, step_index, history, outcome, ruling, run=task.run, started=started, at=now(), usage=usage
-            )
-            if intent is None or change.writes_nothing:
-                return change
-            return replace(change, beside=intent.writes(counts=outcome.error is None))
+            fields: dict[str, Any] = {"run": task.run, "started": started, "at": now()}
+
+            def make(usage: Usage | None) -> Change:
+                return lifecycle.run_step(newest, step_index, history, outcome, ruling, usage=usage, **fields)
+
+            return intent.recorded_by(make, counts=outcome.error is None) if intent else make(None)
 
         return _record_of(self._apply(task.task_id, decide, known=task)[1])
 
@@ -68,17 +68,18 @@ class TaskSteps(TaskChanges):
         """Record the intent to run a step before it acts. This consumes its approval, once.
 
         Returns the task and the record: `running` with the number of this attempt, or finished by an earlier attempt.
-        Raises the same errors as `lifecycle.claim_step` and `Intent.writes`.
+        Raises the same errors as `lifecycle.claim_step` and `Intent.reserve`.
         """
 
         def decide(newest: Task) -> Change:
             history = History(plan, self.records(newest.task_id))
-            limits = intent.ruling.limits(intent.usage()) if intent else None
-            change = lifecycle.claim_step(
-                newest, step_index, history, approval, current, run=task.run, at=now(), replaces=replaces, limits=limits
-            )
-            is_claim = intent is not None and bool(change.events)
-            return replace(change, beside=intent.writes()) if intent and is_claim else change
+            fields: dict[str, Any] = {"run": task.run, "at": now(), "replaces": replaces}
+
+            def make(usage: Usage | None) -> Change:
+                limits = intent.ruling.limits(usage) if intent and usage is not None else None
+                return lifecycle.claim_step(newest, step_index, history, approval, current, limits=limits, **fields)
+
+            return intent.recorded_by(make) if intent else make(None)
 
         changed, change = self._apply(task.task_id, decide, known=task)
         return changed, _record_of(change)
