@@ -147,6 +147,7 @@ def audit_environment(cloud: Cloud) -> dict[str, str]:
     names = {
         "TASKS_TABLE": "TasksTable",
         "DECISIONS_TABLE": "DecisionsTable",
+        "POLICY_TABLE": "PolicyTable",
         "CALLBACKS_TABLE": "CallbacksTable",
         "AUDIT_ENTRIES_TABLE": "AuditEntriesTable",
         "AUDIT_LOG_TABLE": "AuditLogTable",

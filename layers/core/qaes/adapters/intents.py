@@ -52,9 +52,9 @@ class Intent:
         return LimitsTable().usage(self.ruling.current, (self.task.task_id, self.step_index))
 
     def reserve(self, *, counts: bool = True) -> tuple[Usage, list[Item]]:
-        """Return the writes: the check that the action is not suspended and, if it `counts`, its share of the windows.
+        """Return what the windows have used, and the writes that guard it: they fail if others count in between.
 
-        Returns what the windows have used under the condition of the writes, and the writes.
+        The writes check that the action is not suspended and, if it `counts`, add its share to the windows.
 
         Raises
         ------
