@@ -399,6 +399,13 @@ QUORUMS = st.lists(
 )
 
 
+def test_merged_quorums_keep_one_of_two_that_imply_each_other() -> None:
+    one, other = (Quorum(approvals=1, approvers=name, members=("bob", "dora")) for name in ("cfo", "finance"))
+    assert merged([one, other]) == merged([other, one]) == (one,)
+    turned = one.model_copy(update={"members": ("dora", "bob")})
+    assert merged([one, turned]) == (one, turned)
+
+
 @given(quorums=QUORUMS, by=st.lists(st.sampled_from(PEOPLE), max_size=5, unique=True))
 def test_merged_quorums_are_met_when_all_are(quorums: list[Quorum], by: list[str]) -> None:
     decisions = [Decision(subject=who, approved=True, reason="", decided_at=NOW) for who in by]

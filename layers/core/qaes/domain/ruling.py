@@ -179,7 +179,7 @@ def _implies(one: Quorum, other: Quorum) -> bool:
         return True
     if one.members is None or not set(one.members) <= set(other.members):
         return False
-    same = (one.approvals, one.members) == (other.approvals, other.members)
+    same = (one.approvals, set(one.members)) == (other.approvals, set(other.members))
     return not same or str(one.approvers) < str(other.approvers)
 
 
