@@ -224,6 +224,14 @@ def test_transfer_limits_count_a_wallet_not_its_spelling() -> None:
     assert keys[0] == keys[1]
 
 
+def test_evaluate_denies_transfer_above_every_tier() -> None:
+    rule = {"allowed": True, "risk_level": "high", "tiers": [{"max_amount": 500, "approvals": 1}]}
+    content = changed(CONTENT, "rules.transfer_funds", rule)
+    decision = decided(content, ActionRequest("transfer_funds", {"wallet_address": ONE, "amount": 501}, "rita"))
+    assert decision.code == "over_max_amount"
+    assert decision.reason.endswith("lets a transfer move at most 500 QU")
+
+
 def test_limit_denies_request_without_the_wallet_it_counts() -> None:
     rule = {
         "allowed": True, "risk_level": "low", "tiers": [{"approvals": 0}],

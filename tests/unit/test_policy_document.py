@@ -200,6 +200,8 @@ def test_document_of_256_kib_is_the_largest() -> None:
         (f"{RULE}.requesters", ["user:"], f"{RULE}.requesters.0"),
         (f"{RULE}.requesters", ["user: a"], f"{RULE}.requesters.0"),
         (f"{RULE}.requesters", ["group:nobody"], f"{RULE}.requesters.0"),
+        (f"{RULE}.requesters", ["user:worker"], f"{RULE}.requesters.0"),
+        (f"{RULE}.requesters", ["agent:" + "x" * 257], f"{RULE}.requesters.0"),
         (f"{RULE}.requesters", ["user:a", "user:a"], f"{RULE}.requesters"),
         (f"{RULE}.destinations", [], f"{RULE}.destinations"),
         (f"{RULE}.destinations", ["1", "1"], f"{RULE}.destinations"),
@@ -240,6 +242,7 @@ def test_document_of_256_kib_is_the_largest() -> None:
         (HANDLER, HTTPS | {"credential": SECRET | {"secret": "other"}}, f"{HANDLER}.credential.secret"),
         (HANDLER, HTTPS | {"credential": SECRET | {"type": "digest"}}, f"{HANDLER}.credential.type"),
         (HANDLER, HTTPS | {"public_keys": [KEY | {"ed25519": "AAAA"}]}, f"{HANDLER}.public_keys.0.ed25519"),
+        (HANDLER, HTTPS | {"public_keys": [KEY | {"ed25519": "!"}]}, f"{HANDLER}.public_keys.0.ed25519"),
         (HANDLER, HTTPS | {"public_keys": [KEY, KEY]}, f"{HANDLER}.public_keys"),
     ],
 )  # fmt: skip
