@@ -52,7 +52,7 @@ class Intent:
         return LimitsTable().usage(self.ruling.current, (self.task.task_id, self.step_index))
 
     def reserve(self, *, counts: bool = True) -> tuple[Usage, list[Item]]:
-        """Return what the windows have used, and the writes that guard it: they fail if others count in between.
+        """Return the usage of the windows, and the writes that guard it: they fail if others count in between.
 
         The writes check that the action is not suspended and, if it `counts`, add its share to the windows.
 
