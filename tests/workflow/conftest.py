@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,8 +12,14 @@ from qaes.adapters.executions import Executions
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain.ids import new_task_id, now, timestamp
 from qaes.domain.models import Approval, Task
-from tests.support.cloud import Cloud, cloud
+from qaes.domain.policy import DEFAULT_RULES, Rule
+from qubic import wiring
+from tests.handlers.test_audit_api import request
+from tests.support.api import set_environment
+from tests.support.bundles import load_verifier
+from tests.support.cloud import Cloud, call, cloud
 from tests.support.stories import check_every_story
+from tests.support.trail import LOG_ID, anchor_all
 
 SOURCE, DESTINATION = "0x1234567890abcdef", "0xfedcba0987654321"
 
@@ -22,6 +29,40 @@ def aws() -> Iterator[Cloud]:
     with cloud() as it:
         yield it
         check_every_story()
+
+
+@pytest.fixture
+def audit_environment(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variables with which this process publishes policies and requests bundles."""
+    for function in ("QubicApiFunction", "AuditApiFunction"):
+        set_environment(function, monkeypatch)
+
+
+def publish(action: str, rule: Rule) -> str:
+    """Put another rule for one action in force, by a new version of the policy; returns its id."""
+    policies, before = wiring.policies(), in_force()
+    proposed = policies.propose(DEFAULT_RULES | {action: rule}, subject="olivia")
+    policies.approve(proposed.version, subject="oscar", four_eyes=True)
+    deadline = time.monotonic() + 20
+    while (now_in_force := in_force()) == before and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert now_in_force == proposed.policy_id
+    return now_in_force
+
+
+def in_force() -> str:
+    return str(call("LedgerFunction", {"operation": "policy"})["result"]["policy_id"])
+
+
+def verify_bundle(aws: Cloud, task_id: str) -> list[str]:
+    """Verify the bundle of a task as a stranger does; return the lines that the verifier prints."""
+    aws.stop_time()
+    aws.drain(task_id)
+    anchor_all(aws)
+    identity = json.loads(request("/audit/log/checkpoint")["body"])["anchor"]["source"]
+    answer = request(f"/audit/{task_id}/bundle")
+    assert answer["statusCode"] == 200
+    return load_verifier().verify(answer["body"].encode(), log_id=LOG_ID, anchor_identity=identity, task_id=task_id)
 
 
 def begin(aws: Cloud, task_type: str, *, only: dict[str, Any] | None = None, **parameters: Any) -> str:

@@ -12,16 +12,12 @@ from qaes.adapters.executions import Executions
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain.models import Approval
 from tests.handlers.test_task_repository import new_task
-from tests.support.api import set_environment
 from tests.support.cloud import Cloud
-from tests.workflow.test_policy_changes import verify_bundle
+from tests.workflow.conftest import verify_bundle
 
 
-def test_bundle_of_an_agent_s_task_verifies(
-    aws: Cloud, decide: Callable[..., Approval], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for function in ("QubicApiFunction", "AuditApiFunction"):
-        set_environment(function, monkeypatch)
+@pytest.mark.usefixtures("audit_environment")
+def test_bundle_of_an_agent_s_task_verifies(aws: Cloud, decide: Callable[..., Approval]) -> None:
     task, _ = TaskStore("TasksTable").start_task(new_task().model_copy(update={"agent": "crm-agent"}))
     Executions(aws.machine_arn).start(task)
     decide(task.task_id, approved=True)

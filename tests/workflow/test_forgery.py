@@ -14,6 +14,7 @@ from qaes.adapters.executions import answer
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain.models import Task
+from tests.handlers.test_audit_api import request
 from tests.support.api import set_environment
 from tests.support.bundles import load_verifier
 from tests.support.cloud import Cloud, cloud
@@ -21,7 +22,6 @@ from tests.support.forgery import approval_of_bob, event_of_bob, reference_to_no
 from tests.support.tokens import approval_token
 from tests.support.trail import LOG_ID, anchor_all
 from tests.workflow.conftest import DESTINATION, SOURCE, begin
-from tests.workflow.test_policy_changes import request
 
 
 @pytest.fixture

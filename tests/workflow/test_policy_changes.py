@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,49 +9,13 @@ import pytest
 
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain.models import Approval
-from qaes.domain.policy import DEFAULT_RULES, DENIED, Rule
-from qubic import wiring
-from tests.handlers.test_audit_api import request
-from tests.support.api import set_environment
-from tests.support.bundles import load_verifier
+from qaes.domain.policy import DENIED, Rule
 from tests.support.cloud import Cloud, call
-from tests.support.trail import LOG_ID, anchor_all
+from tests.workflow.conftest import in_force, publish, verify_bundle
 from tests.workflow.test_paths import kinds, raise_always, retry
 
 LESS_RISKY = Rule(allowed=True, requires_approval=True, risk_level="low")
-
-
-@pytest.fixture(autouse=True)
-def environment(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    for function in ("QubicApiFunction", "AuditApiFunction"):
-        set_environment(function, monkeypatch)
-
-
-def in_force() -> str:
-    return str(call("LedgerFunction", {"operation": "policy"})["result"]["policy_id"])
-
-
-def publish(rule: Rule) -> str:
-    """Another rule for transfers, by a new version; returns its id when it is in force."""
-    policies, before = wiring.policies(), in_force()
-    proposed = policies.propose(DEFAULT_RULES | {"transfer_funds": rule}, subject="olivia")
-    policies.approve(proposed.version, subject="oscar", four_eyes=True)
-    deadline = time.monotonic() + 20
-    while (now_in_force := in_force()) == before and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert now_in_force == proposed.policy_id
-    return now_in_force
-
-
-def verify_bundle(aws: Cloud, task_id: str) -> None:
-    """As a stranger does."""
-    aws.stop_time()
-    aws.drain(task_id)
-    anchor_all(aws)
-    identity = json.loads(request("/audit/log/checkpoint")["body"])["anchor"]["source"]
-    answer = request(f"/audit/{task_id}/bundle")
-    assert answer["statusCode"] == 200
-    load_verifier().verify(answer["body"].encode(), log_id=LOG_ID, anchor_identity=identity, task_id=task_id)
+pytestmark = pytest.mark.usefixtures("audit_environment")
 
 
 def test_one_policy_decides_when_it_changes_between_attempts(
@@ -69,7 +31,7 @@ def test_one_policy_decides_when_it_changes_between_attempts(
             patch.setattr(TaskStore, "plan_task", lambda *_: 1 / 0)
             with pytest.raises(ZeroDivisionError):
                 call("PlanTaskFunction", event)
-        published.append(publish(LESS_RISKY))
+        published.append(publish("transfer_funds", LESS_RISKY))
         raise ConnectionError("the table did not answer")
 
     aws.faults["PlanTaskFunction"] = lost_at_first
@@ -99,7 +61,7 @@ def test_retry_without_plan_uses_policy_in_force(
 ) -> None:
     """Policy and plan are on record together: a task without a plan is pinned to no policy."""
     task_id = failed_before_its_plan(aws, transfer)
-    newest = publish(LESS_RISKY)
+    newest = publish("transfer_funds", LESS_RISKY)
     retry(aws, task_id)
     decide(task_id, approved=True)
     aws.wait(task_id, "completed")
@@ -119,7 +81,7 @@ def test_retry_with_plan_uses_recorded_policy(
     aws.wait(task_id, "failed")
     aws.execution(task_id)
     aws.faults.clear()
-    publish(LESS_RISKY)
+    publish("transfer_funds", LESS_RISKY)
     retry(aws, task_id)
     decide(task_id, approved=True)
     aws.wait(task_id, "completed")
@@ -132,7 +94,7 @@ def test_retry_with_plan_uses_recorded_policy(
 
 def test_retry_without_plan_obeys_policy_in_force(aws: Cloud, transfer: Callable[..., str]) -> None:
     task_id = failed_before_its_plan(aws, transfer)
-    newest = publish(DENIED)
+    newest = publish("transfer_funds", DENIED)
     retry(aws, task_id)
     task = aws.wait(task_id, "denied")
     assert task["reason"] == f"policy {newest} does not allow transfer_funds"

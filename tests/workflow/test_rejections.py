@@ -13,18 +13,12 @@ from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain.errors import ConflictError
 from qaes.domain.models import Approval
-from tests.support.api import set_environment
 from tests.support.cloud import Cloud
 from tests.support.tokens import approval_token
-from tests.workflow.conftest import DESTINATION, SOURCE
+from tests.workflow.conftest import DESTINATION, SOURCE, verify_bundle
 from tests.workflow.test_paths import balance, in_force, kinds, policy_of, raise_always, retry
-from tests.workflow.test_policy_changes import verify_bundle
 
-
-@pytest.fixture(autouse=True)
-def environment(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    for function in ("QubicApiFunction", "AuditApiFunction"):
-        set_environment(function, monkeypatch)
+pytestmark = pytest.mark.usefixtures("audit_environment")
 
 
 @pytest.fixture

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-StepType = Literal["check_balance", "policy_check", "monitor_action", "onchain_action", "generic_action"]
+StepType = Literal[
+    "check_balance",
+    "policy_check",
+    "monitor_action",
+    "onchain_action",
+    "generic_action",
+]
 
 EFFECT_TYPES: frozenset[StepType] = frozenset({"onchain_action", "generic_action"})
 """Step types that change something outside the system: only the state ExecuteAction performs them."""
