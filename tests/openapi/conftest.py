@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from local.openapi_examples import PAYER, SIGNED, SIGNED_ID
+from local.openapi_values import PAYER, SIGNED, SIGNED_ID
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain.policy import DEFAULT_RULES
