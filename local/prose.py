@@ -27,7 +27,7 @@ TEST_NAME_LENGTH = 60
 """Bound of the 90th percentile."""
 
 GENERATED = {"docs/api.md", "docs/performance.md"}
-"""Written by local/openapi.py and benchmarks/run.py: their generators need the same rules first."""
+"""Written by local/openapi.py and benchmarks/run.py, which do not wrap their lines."""
 
 _COMPONENTS = (
     "agents?|alarms?|anchors?|API|APIs|authorizer|bundles?|checkpoints?|documents?|entry|entries|errors?|events?|"
@@ -281,7 +281,8 @@ def main() -> None:
     findings = [finding for name, text in texts.items() for finding in check_page(name, text)]
     if not arguments.pages:
         for name in sorted(GENERATED):
-            findings += check_links(name, (ROOT / name).read_text())
+            text = (ROOT / name).read_text()
+            findings += [*check_prose(name, text), *check_links(name, text)]
         decisions = sorted(path.name for path in (ROOT / "docs" / "adr").glob("[0-9]*.md"))
         findings += check_decisions((ROOT / "docs" / "adr" / "README.md").read_text(), decisions)
         findings += check_fragments(sorted(path.name for path in (ROOT / "changelog.d").iterdir()))

@@ -1,4 +1,4 @@
-"""A service's function called as API Gateway calls it, and what must hold of each of its answers."""
+"""Calls of a service's function in API Gateway's format, and the checks that apply to each response."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ NOBODY = {"subject": None}
 
 PROBLEM = "application/problem+json"
 _INSIDE = re.compile(r'arn:aws|Traceback|File "|site-packages|\.py\b|botocore|Exception|task_?token', re.IGNORECASE)
-"""What is no client's business: names of resources, stack traces, task tokens."""
+"""Internal details that no response may contain: names of resources, stack traces, task tokens."""
 
 
 class Answer(NamedTuple):
-    """`body` is the parsed JSON, or what else was sent; header names are in small letters."""
+    """A response; `body` is the parsed JSON or the raw content; header names are in lower case."""
 
     status: int
     body: Any
@@ -43,7 +43,7 @@ class Answer(NamedTuple):
 
 
 def set_environment(function: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set a function's environment for the whole test, which `Api.at_once` needs; before the cloud is made."""
+    """Set a function's environment for the whole test, before the cloud is created: `Api.at_once` needs it."""
     for name, value in template.environment(function, PARAMETERS).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("POWERTOOLS_LOG_LEVEL", "WARNING")
@@ -57,13 +57,13 @@ class Api:
     function: str
 
     def __call__(self, method: str, path: str, body: Any = None, **caller: Any) -> Answer:
-        """Call a route; text and bytes are sent as they are, any other body as JSON. Whoever calls is alice."""
+        """Call a route as alice, by default. Text and bytes are sent unchanged, any other body as JSON."""
         return self.checked(self.aws.invoke(self.function, self.event(method, path, body, **caller)))
 
     def at_once(self, requests: list[dict[str, Any]]) -> list[Answer]:
-        """Send `requests` (the arguments of `event`) all at the same moment.
+        """Send `requests` (the arguments of `event`) concurrently.
 
-        Not through the cloud, which lets one function run at a time: the handler is called in as many threads.
+        The cloud runs one function at a time, so the handler is called directly in as many threads.
         """
         module, _, attribute = template.functions()[self.function].rpartition(".")
         handler = getattr(importlib.import_module(module), attribute)
@@ -97,7 +97,7 @@ class Api:
         agent: str | None = None,
         headers: dict[str, str] | None = None,
     ) -> dict[str, Any]:
-        """API Gateway's event; without a `subject` no authorizer has vouched for anybody."""
+        """Return API Gateway's event; without a `subject` it has no authorizer's result."""
         resource, parameters = _match(self.function, method, path)
         event: dict[str, Any] = events.load("gateway/api_health")
         event |= {"httpMethod": method, "path": path, "resource": resource, "pathParameters": parameters}
@@ -115,7 +115,7 @@ class Api:
 
     @untraced
     def checked(self, answer: dict[str, Any]) -> Answer:
-        """What holds of every answer, whatever was asked."""
+        """Check the properties of every response."""
         text = json.dumps(answer)
         assert not _INSIDE.search(text), text
         assert not [token for token in _task_tokens() if token in text], text
@@ -145,15 +145,15 @@ Ask = Callable[..., Answer]
 
 
 def named(answer: Answer) -> set[str]:
-    """The fields that a problem names."""
+    """Return the fields that a problem names."""
     return {error["field"] for error in answer.body.get("errors", [])}
 
 
 @untraced
 def items(*tables: str) -> list[dict[str, Any]]:
-    """Every item of `tables`; without an argument, of all tables of the template. A table that is gone has none.
+    """Return every item of `tables`, by default of all tables of the template. A deleted table has no items.
 
-    Read from moto's memory: each answer is checked against the tables, and a scan would cost more than what it checks.
+    The items come from moto's memory: each response is checked against the tables, and a scan would be too slow.
     """
     names = tables or tuple(template.resources("AWS::DynamoDB::Table"))
     with DYNAMODB_LOCK:
@@ -168,14 +168,14 @@ def _task_tokens() -> list[str]:
 
 @cache
 def _routes(function: str) -> list[tuple[str, str]]:
-    """Method and path of each route; those without a parameter come first, as in API Gateway."""
+    """Return method and path of each route; routes without a parameter come first, as in API Gateway."""
     found = template.template()["Resources"][function]["Properties"]["Events"].values()
     routes = [(each["Properties"]["Method"], each["Properties"]["Path"]) for each in found if each["Type"] == "Api"]
     return sorted(routes, key=lambda route: route[1].count("{"))
 
 
 def _match(function: str, method: str, path: str) -> tuple[str, dict[str, str] | None]:
-    """The template's route for a path, and the path's parameters; a path of no route is taken as it is."""
+    """Return the template's route for a path, and its parameters; a path without a route stays unchanged."""
     for known, route in _routes(function):
         found = re.fullmatch(re.sub(r"\{(\w+)\}", r"(?P<\1>[^/]+)", route), path)
         if found and known == method:

@@ -1,4 +1,4 @@
-"""Tasks as they are recorded, anchored and bundled, by the real domain code, without AWS."""
+"""Tasks that the real domain code records, anchors and bundles, without AWS."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TRANSFER = {"wallet_address": WALLET, "to_address": TARGET, "amount": 100}
 
 
 def load_verifier() -> ModuleType:
-    """The stranger's file, which is in no package, and which coverage does not count."""
+    """Load the verifier's file, which belongs to no package and is excluded from coverage."""
     path = Path(__file__).parents[2] / "verifier" / "verify_bundle.py"
     spec = importlib.util.spec_from_file_location("verify_bundle", path)
     assert spec is not None and spec.loader is not None
@@ -58,7 +58,7 @@ def load_verifier() -> ModuleType:
 
 @contextmanager
 def not_enforced(verifier: ModuleType, number: str) -> Iterator[None]:
-    """Let the verifier pass over one rule of docs/audit.md or docs/policy.md."""
+    """Disable one rule of docs/audit.md or docs/policy.md in the verifier."""
     enforced = verifier.need
 
     def need(holds: bool, rule: str, message: str, where: str = "bundle") -> None:
@@ -76,7 +76,7 @@ def policy_text(rules: dict[str, Rule] = RULES, version: int = 3) -> str:
 
 
 class Anchorer:
-    """The key that anchors a log."""
+    """Return the key that anchors a log."""
 
     def __init__(self, seed: str = "a" * 55) -> None:
         self.subseed = schnorrq.subseed_of(seed)
@@ -90,7 +90,7 @@ class Anchorer:
 
 
 def on_chain(bundle: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """What a node tells of a bundle's transaction."""
+    """Return a node's response about a bundle's transaction."""
     sent = decode(base64.b64decode(bundle["anchor"]["transaction"]))
     return {
         "hash": sent.id,
@@ -131,7 +131,7 @@ class Log:
         return inclusion_proof(index, size, self.read)
 
     def files(self, size: int | None = None) -> dict[str, bytes]:
-        """What clients of logs read (C2SP tlog-tiles) of the log of that size: checkpoint and entries."""
+        """Return the log's files of this size for log clients (C2SP tlog-tiles): checkpoint and entries."""
         texts = self.texts[: size or len(self.texts)]
         root = base64.b64encode(self.anchor(len(texts)).root).decode()
         files = {"checkpoint": f"qaes-test\n{len(texts)}\n{root}\n\n\u2014 qaes-test AAAA\n".encode()}
@@ -149,7 +149,7 @@ class Log:
 
 
 class Trail:
-    """A task's events as the services record them; each method is one event."""
+    """A task's events in the services' format; each method records one event."""
 
     def __init__(
         self,
@@ -176,12 +176,12 @@ class Trail:
         self.prev = GENESIS
         self.asked: dict[str, Any] = {}
         self.round: int | None = None
-        """Of the approval that is there to be used."""
+        """Round of the current approval."""
         self.run = 1
         self.later: list[str] = []
         """Documents of policies that came into force after the pinned one."""
         self.changes: list[PolicyEvent] = []
-        """Of the policy, in the stream `policy` of the log."""
+        """Events of the policy, in the log's stream `policy`."""
 
     def record(self, kind: Any, actor: str, status: str, input_: Any, output: Any, **fields: Any) -> Trail:
         self.moment += timedelta(seconds=1)
@@ -205,7 +205,7 @@ class Trail:
         return self
 
     def change(self, kind: Any, actor: str = "olivia", *, seconds: float = 0, **more: Any) -> Trail:
-        """Record a change of the policy, so many seconds from the newest entry on."""
+        """Record a change of the policy, some seconds after the newest entry."""
         at = timestamp(self.moment + timedelta(seconds=seconds))
         about = {"policy_id": self.policy.policy_id} if kind.startswith("policy_") else {"name": "transfer_funds"}
         before = self.changes[-1] if self.changes else None
@@ -213,7 +213,7 @@ class Trail:
         return self
 
     def enact(self, policy: Policy | None = None, *, seconds: float = -86_400) -> Trail:
-        """Record how a version came into force, by default a day before the task."""
+        """Record that a version came into force, by default a day before the task."""
         about = {"policy_id": (policy or self.policy).policy_id}
         self.change("policy_proposed", seconds=seconds, **about)
         self.change("policy_approved", "oscar", seconds=seconds + 1, **about)
@@ -293,7 +293,7 @@ class Trail:
         return self.record(kind, actor, status, self.asked, {"status": status, "actor": actor}, **fields)
 
     def begin(self, index: int, current: PolicyDecision | None = None, **changes: Any) -> Trail:
-        """Claim a step, under the policy that is in force, with the approval that was given."""
+        """Claim a step with the given approval, under the policy in force."""
         step, fields = self.of_step(index)
         said = {"step_hash": step.hash(), "run": self.run, "attempt": 1, "approval": self.round} | changes
         self.round = None
@@ -312,14 +312,14 @@ class Trail:
         )
 
     def refuse(self, index: int, error: str = "an approver rejected it") -> Trail:
-        """Have a step refused: this execution does not begin it."""
+        """Record that a step is refused: this execution does not start it."""
         return self.finish(index, {"error": error, "begun": False}, "failed")
 
     def execute(self, index: int, result: dict[str, Any] | None = None, status: str = "succeeded") -> Trail:
         return self.begin(index).finish(index, result, status)
 
     def result(self, step: Step) -> dict[str, Any]:
-        """What the worker says of a step that it has run."""
+        """Return the worker's result of a step."""
         sent = {"txid": TXID, "tick": 75_241_700}
         if step.type == "policy_check":
             return self.decision().model_dump(mode="json") | {"pinned": True}
@@ -353,7 +353,7 @@ class Trail:
         network: Any = "mock",
         payload: AnchorPayload | None = None,
     ) -> dict[str, Any]:
-        """Sequence the entries among those of others, anchor all but the last `unanchored`, and put it together."""
+        """Sequence the entries among other entries, anchor all but the last `unanchored`, and build the bundle."""
         anchorer, log = anchorer or Anchorer(), log or Log()
         entries = []
         covered = len(self.entries) - unanchored
@@ -400,7 +400,7 @@ def approved() -> Trail:
 
 
 def transfer() -> Trail:
-    """Approved, and made."""
+    """A transfer that was approved and confirmed."""
     return approved().execute(2)
 
 
@@ -423,7 +423,7 @@ def monitored() -> Trail:
 
 
 def expired_and_retried() -> Trail:
-    """Nobody decides; retried, it fails; retried, it is approved and made."""
+    """A task that expires, fails in a retry, and is approved and confirmed in the next one."""
     trail = Trail().start().check_policy().build().execute(0).execute(1).ask(2).close("approval_expired", 2)
     trail.end("expired").retry().ask(2).decide(2, "bob", True, 1).decide(2, "carol", True, 2)
     trail.execute(2, {"error": "insufficient_balance"}, "failed").end("failed").retry()
@@ -431,42 +431,42 @@ def expired_and_retried() -> Trail:
 
 
 def cancelled() -> Trail:
-    """Cancelled while a step was under way, whose result came in later."""
+    """A task that is cancelled during a step, whose result comes later."""
     trail = Trail("monitor_wallet", {"wallet_address": WALLET}).start().check_policy().build().execute(0)
     return trail.begin(1).end("cancelled", "alice").finish(1)
 
 
 def confirmed_late() -> Trail:
-    """A transfer that is confirmed when its task has failed, was retried, asked for anew and cancelled."""
+    """A transfer that is confirmed after its task failed, was retried, requested an approval and was cancelled."""
     trail = approved().begin(2).end("failed").retry().ask(2).close("approval_cancelled", 2)
     return trail.end("cancelled", "alice").finish(2)
 
 
 def confirmed_while_asked() -> Trail:
-    """A transfer of the execution before is confirmed while people are asked anew: their answer comes too late."""
+    """A transfer of the earlier execution that is confirmed during a new request: the decision comes too late."""
     trail = approved().begin(2).end("failed").retry().ask(2).decide(2, "bob", True, 1).finish(2)
     return trail.decide(2, "carol", True, 2).end("completed")
 
 
 def settled_by_a_retry() -> Trail:
-    """The retry finds that what an execution before it has handed in was made: nobody is asked again."""
+    """A retry that finds the confirmed transfer of an earlier execution, and requests no new approval."""
     trail = approved().begin(2).end("failed").retry().end("failed").retry()
     return trail.finish(2, trail.result(trail.of_step(2)[0]) | {"run": 1}).end("completed")
 
 
 def refused_and_retried() -> Trail:
-    """A step that was refused was never begun; nor was one that a worker lost, and a retry begins it again."""
+    """A refused step was never started. A retry starts a step again that a worker lost."""
     trail = Trail("monitor_wallet", {"wallet_address": WALLET}).start().check_policy().build()
     trail.refuse(0).end("failed").retry().begin(0).end("failed").retry()
     return trail.execute(0).execute(1).execute(2).end("completed")
 
 
 def under_a_stricter_policy() -> Trail:
-    """The pinned policy asks nobody, the one in force by now asks two people."""
+    """The pinned policy requires no approval, the policy in force requires two."""
     trail = Trail("monitor_wallet", {"wallet_address": WALLET}).start().check_policy().build().execute(0).execute(1)
     rule = Rule(allowed=True, requires_approval=True, risk_level="low", approvals=2)
     trail.later = [policy_text(RULES | {"monitoring": rule}, version=4)]
-    trail.ask(2, required=1).decide(2, "bob", True, 1)  # asked under a version between them
+    trail.ask(2, required=1).decide(2, "bob", True, 1)  # requested under a version between them
     trail.ask(2, required=2).decide(2, "carol", True, 1).decide(2, "bob", True, 2)
     return trail.begin(2, policy_of(trail.later[0]).decide("monitoring")).finish(2).end("completed")
 
@@ -479,13 +479,13 @@ def instructed() -> Trail:
 
 
 def undeliverable_and_retried() -> Trail:
-    """Approved, and the execution did not hear of it in time: that is no rejection."""
+    """An approval that did not reach the execution in time, which is no rejection."""
     trail = approved().close("approval_undeliverable", 2).end("failed").retry("olivia")
     return trail.ask(2).decide(2, "bob", True, 1).decide(2, "carol", True, 2).execute(2).end("completed")
 
 
 def rejected_after_it_was_handed_in() -> Trail:
-    """A transfer of the first run is confirmed while people are asked anew, and one of them rejects it."""
+    """A transfer of the first run is confirmed during a new request, which one person rejects."""
     trail = approved().begin(2).end("failed").retry().ask(2).decide(2, "dave", False, 0)
     return trail.finish(2, trail.result(trail.of_step(2)[0]) | {"run": 1})
 
@@ -499,13 +499,13 @@ def confirmed_and_rejected() -> Trail:
 
 
 def begun_and_lost() -> Trail:
-    """A transfer that never reached the ledger, and is begun again by the retry."""
+    """A transfer that never reached the ledger, and that the retry starts again."""
     trail = approved().begin(2).end("failed").retry().ask(2)
     return trail.decide(2, "bob", True, 1).decide(2, "carol", True, 2).execute(2).end("completed")
 
 
 def by_an_agent() -> Trail:
-    """A program asks in a person's name; people decide."""
+    """A program requests a task in a person's name; people decide."""
     trail = Trail(agent="client-7").start().check_policy().build().execute(0).execute(1).end("failed")
     trail.retry(agent="client-8").ask(2).decide(2, "bob", True, 1, agent=None).close("approval_cancelled", 2)
     return trail.end("cancelled", "alice", agent="client-9")

@@ -1,4 +1,4 @@
-"""Keys of the tests' own identities, and a clock that goes when it is told to."""
+"""Keys of test identities, and a clock that the test advances."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def key(name: str) -> Key:
 
 @dataclass
 class Clock:
-    """The present moment, of which a test says when it passes."""
+    """The current time, which the test advances."""
 
     moment: datetime = field(default=START)
 

@@ -54,7 +54,7 @@ def planned(store: TaskStore, requester: str) -> tuple[Task, Plan]:
 
 
 def claim(store: TaskStore, task: Task, plan: Plan) -> str:
-    """Claim the action as the state machine does, which retries what may work later."""
+    """Claim the action with the state machine's retries of transient errors."""
     step_index, ruling = len(plan.steps) - 1, rule(task, POLICY, POLICY)
     intent = Intent(task, step_index, plan.steps[step_index], ruling)
     for _ in range(20):

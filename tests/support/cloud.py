@@ -1,9 +1,9 @@
 """The template's tables, functions and state machine on moto, in this process.
 
 Tables are created from the template's own properties, the state machine from the deployed file, and a function's name
-leads to the handler that the template names, called with the function's own environment. moto carries no JSONata
-evaluator, runs no function without Docker and calls none for a queue or an event; these seams are filled here, and
-nothing else. The mock network's clock is the tests' own: its ticks pass when nobody is in the midst of something.
+leads to the handler that the template names, called with the function's own environment. moto has no JSONata
+evaluator, runs no function without Docker, and calls none for a queue or an event. This module fills only these gaps.
+The tests control the mock network's clock: its ticks pass between two operations.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ CREDENTIALS = {
 
 @dataclass
 class Context:
-    """What a Lambda function gets as its context."""
+    """The context of a Lambda function."""
 
     function_name: str = "test"
     memory_limit_in_mb: int = 512
@@ -69,7 +69,7 @@ class Context:
 
 
 class TooManyRequestsError(JsonRESTError):
-    """What Lambda answers when too many invocations run at once: the function has not run."""
+    """Lambda's response to too many concurrent invocations: the function has not run."""
 
     code = 429
 
@@ -78,7 +78,7 @@ class TooManyRequestsError(JsonRESTError):
 
 
 def evaluate(expression: str) -> Any:
-    """JSONata for moto, which expects its own exception for an error."""
+    """Evaluate JSONata for moto, which expects its own exception for an error."""
     try:
         return jsonata.Jsonata(expression).evaluate(None)
     except Exception as error:
@@ -94,33 +94,33 @@ def call(function: str, event: Any, parameters: dict[str, str] | None = None) ->
         )
 
 
-# Without a handler of its own, what moto logs of an execution that is stopped with its test would go to the terminal.
+# Without a separate handler, moto would log stopped executions to the terminal.
 logging.getLogger("moto").addHandler(logging.NullHandler())
 
 _environment_lock = threading.RLock()
 DYNAMODB_LOCK = threading.Lock()
 _committed: set[str] = set()
-"""Tokens of the transactions that were committed."""
+"""Tokens of the committed transactions."""
 _make_api_call = untraced(BaseClient._make_api_call)
 
 
 def _one_at_a_time(client: Any, operation: str, arguments: Any) -> Any:
-    """moto's transactions are not atomic among threads, DynamoDB's are: each call to it is made so."""
+    """Make each call to DynamoDB atomic among threads, because moto's transactions are not."""
     if client.meta.service_model.service_name != "dynamodb":
         return _make_api_call(client, operation, arguments)
     with DYNAMODB_LOCK:
         token = arguments.get("ClientRequestToken")
         if token in _committed:
-            return {}  # as DynamoDB does, and moto does not
+            return {}  # as in DynamoDB, but not in moto
         answer = _make_api_call(client, operation, arguments)
         if token:
             _committed.add(token)
-    time.sleep(0)  # now another thread's call may come first, as it may on AWS
+    time.sleep(0)  # another thread's call may now come first, as on AWS
     return answer
 
 
 def _send_task_failure(self: StepFunctionResponse) -> ActionResult:
-    """What moto does, which forgets the cause."""
+    """Fail a task as moto does, but keep the cause, which moto drops."""
     names = ("taskToken", "error", "cause")
     self.stepfunction_backend.send_task_failure(*(self._get_param(name) for name in names))
     return EmptyResult()
@@ -130,8 +130,8 @@ def _send_task_failure(self: StepFunctionResponse) -> ActionResult:
 def _environment(variables: dict[str, str]) -> Iterator[None]:
     """Set `variables` for a handler.
 
-    Handlers share one process, and one may call another (the ledger's): the inner one's variables go on top. Variable
-    by variable: `patch.dict` empties the environment for a moment, in which the test's own thread would find nothing.
+    Handlers share one process, and a handler may call another (the ledger's), whose variables then take precedence.
+    The variables are set one by one: `patch.dict` would empty the environment for a moment, for other threads too.
     """
     with _environment_lock:
         variables = variables | {"POWERTOOLS_LOG_LEVEL": "WARNING"}
@@ -149,7 +149,7 @@ def _environment(variables: dict[str, str]) -> Iterator[None]:
 
 @dataclass
 class Clock:
-    """The mock network's present moment, which passes only when it is told to."""
+    """The mock network's current time, which only the tests advance."""
 
     moment: datetime = field(default_factory=lambda: datetime.now(UTC))
 
@@ -164,7 +164,7 @@ class Clock:
 class Cloud:
     """moto with the template's resources.
 
-    `faults` maps a function to what stands in front of its handler; `throttle` says whether Lambda refuses to run it.
+    `faults` maps a function to a wrapper of its handler; `throttle` decides whether Lambda rejects an invocation.
     """
 
     clock: Clock = field(default_factory=Clock)
@@ -176,16 +176,16 @@ class Cloud:
     parameters: dict[str, str] = field(default_factory=dict)
     closed: bool = False
     events: list[dict[str, Any]] = field(default_factory=list)
-    """What was put on the ledger's event bus, and not delivered yet; `published` keeps what was delivered, too."""
+    """Undelivered events of the ledger's event bus; `published` also has the delivered ones."""
     published: list[dict[str, Any]] = field(default_factory=list)
     _stopped: threading.Event = field(default_factory=threading.Event)
 
     def stop_time(self) -> None:
-        """From now on no tick passes, until `start_time`."""
+        """Stop the ticks until `start_time`."""
         self._stopped.set()
 
     def start_time(self) -> None:
-        """Let ticks pass in a thread of its own."""
+        """Let ticks pass in a separate thread."""
         self._stopped = stopped = threading.Event()
 
         def run() -> None:
@@ -208,7 +208,7 @@ class Cloud:
             return call(function, event, self.parameters)
 
     def close(self) -> None:
-        """Let no execution go on in moto's threads, in the midst of another test."""
+        """Stop all executions in moto's threads, so that they do not disturb another test."""
         with _environment_lock:
             self.closed = True
         self._stopped.set()
@@ -216,18 +216,18 @@ class Cloud:
             step_functions = boto3.client("stepfunctions")
             running = step_functions.list_executions(stateMachineArn=self.machine_arn, statusFilter="RUNNING")
             for execution in running["executions"]:
-                with suppress(Exception):  # it may end on its own meanwhile
+                with suppress(Exception):  # it may end in the meantime
                     step_functions.stop_execution(executionArn=execution["executionArn"])
 
     def settle(self) -> None:
-        """Let the ticks pass that are waited for, until nothing is under way on the ledger."""
+        """Let the awaited ticks pass, until no submission is in flight on the ledger."""
         for _ in range(200):
             if not self.pass_ticks():
                 return
-        raise AssertionError("there is no end of what is under way on the ledger")
+        raise AssertionError("the submissions on the ledger do not end")
 
     def pass_ticks(self) -> bool:
-        """Let one more transaction of each source have its tick, and tell who waits for it; False when none waits."""
+        """Let the next transaction of each source have its tick, and publish its end. Return False if none waits."""
         with _environment_lock:
             if self.closed:
                 return False
@@ -235,10 +235,10 @@ class Cloud:
             if waiting:
                 from qubic.transactions.tracking import EXPIRY_MARGIN_TICKS
 
-                # One tick further than the first that is named: what waits behind it has not been sent yet.
+                # One tick further than the first named tick: later transactions have not been sent yet.
                 self.clock.pass_seconds(max(0, min(waiting) + 2 - self._tick()))
                 self.invoke("TransactionWorkerFunction", {})
-                if min(waiting) in self._waiting_ticks():  # it is not there: it is absent when the margin is over
+                if min(waiting) in self._waiting_ticks():  # it is absent, and final after the margin
                     self.clock.pass_seconds(EXPIRY_MARGIN_TICKS)
                     self.invoke("TransactionWorkerFunction", {})
             self._deliver_events()
@@ -251,9 +251,9 @@ class Cloud:
             return chain().tick_info().tick
 
     def _deliver_events(self) -> None:
-        """What EventBridge would do: hand each event of the ledger's bus to the functions whose rule matches it.
+        """Deliver each event of the ledger's bus to the functions with a matching rule, as EventBridge does.
 
-        If one of them fails, the event is delivered again.
+        If a function fails, the event is delivered again.
         """
         while self.events:
             entry = self.events[0]
@@ -279,11 +279,11 @@ class Cloud:
         return [int(item["tick"]["N"]) for item in found["Items"]]
 
     def drain(self, task_id: str) -> Any:
-        """What the tasks table's stream would do."""
+        """Deliver the task's events to the recorder, as the tasks table's stream does."""
         return self.invoke("RecordEventsFunction", {"task_id": task_id})
 
     def wait(self, task_id: str, *statuses: str, seconds: float = 20) -> dict[str, Any]:
-        """Wait until the task's own record has one of `statuses`."""
+        """Wait until the task has one of `statuses`."""
         from qaes.adapters.task_repository import TaskStore
 
         deadline = time.monotonic() + seconds
@@ -298,7 +298,7 @@ class Cloud:
             time.sleep(0.02)
 
     def execution(self, task_id: str, seconds: float = 20) -> dict[str, Any]:
-        """The execution once it has ended."""
+        """Return the execution after its end."""
         arn = f"{self.machine_arn.replace(':stateMachine:', ':execution:')}:{task_id}"
         deadline = time.monotonic() + seconds
         while True:
@@ -308,7 +308,7 @@ class Cloud:
             time.sleep(0.02)
 
     def history(self, task_id: str) -> list[str]:
-        """The states that were entered, in order."""
+        """Return the entered states, in order."""
         arn = f"{self.machine_arn.replace(':stateMachine:', ':execution:')}:{task_id}"
         events = boto3.client("stepfunctions").get_execution_history(executionArn=arn, maxResults=1000)["events"]
         return [event["stateEnteredEventDetails"]["name"] for event in events if "stateEnteredEventDetails" in event]
@@ -320,21 +320,21 @@ OWN_TABLES = {
     "POLICY_TABLE": "PolicyTable",
     "LIMITS_TABLE": "LimitsTable",
 }
-"""What a store needs that a test makes for itself, outside of every function."""
+"""Environment of a store that a test creates itself, outside the functions."""
 
 
 def _every_variable() -> dict[str, str]:
-    """All names that handlers' environments have, without a value if they have none yet.
+    """Return all names in handlers' environments, without a value if they have none yet.
 
-    They are there from the beginning: a name that comes or goes breaks whoever walks through the environment at that
-    moment in another thread, as botocore does for each client.
+    They exist from the beginning: a name that appears or disappears would break another thread that iterates over the
+    environment, as botocore does for each client.
     """
     names = {name for function in template.functions() for name in template.environment(function, PARAMETERS)}
     return {name: os.environ.get(name, "") for name in names} | {"POWERTOOLS_LOG_LEVEL": "WARNING"}
 
 
 def create_tables(*names: str) -> None:
-    """Create the template's tables, or these of them, under their logical ids."""
+    """Create the template's tables, or the given ones, with their logical ids as names."""
     dynamodb = boto3.client("dynamodb")
     for name, body in template.resources("AWS::DynamoDB::Table").items():
         if names and name not in names:
@@ -353,9 +353,9 @@ def create_tables(*names: str) -> None:
 def cloud(
     *, state_machine: bool = True, parameters: dict[str, str] | None = None, policy: bool = True
 ) -> Iterator[Cloud]:
-    """A fresh AWS of moto's with the template's resources in it; with `policy`, its first policy is in force.
+    """Create a new moto AWS with the template's resources; with `policy`, the first policy is in force.
 
-    Where there is a state machine, ticks pass by themselves; elsewhere `settle` lets them.
+    With a state machine, ticks pass automatically; otherwise `settle` advances them.
     """
     from gateway import known_policy
     from qubic import wallets
@@ -365,7 +365,7 @@ def cloud(
     it = Cloud(parameters=parameters or {})
     wallets._key_of_secret.cache_clear()
     wallets._identity_of_the_ledger.cache_clear()
-    trust._verified.clear()  # of tables of the same name, which are gone
+    trust._verified.clear()  # it belongs to deleted tables of the same name
     trust._seen.clear()
     known_policy.forget()
 
@@ -379,7 +379,7 @@ def cloud(
             raise TooManyRequestsError
         try:
             return json.dumps(it.invoke(name, event)).encode()
-        except Exception as error:  # noqa: BLE001 the runtime turns whatever a handler raises into this answer
+        except Exception as error:  # noqa: BLE001 the runtime turns every error of a handler into this response
             response_headers["x-amz-function-error"] = "Unhandled"
             return json.dumps({"errorType": type(error).__name__, "errorMessage": str(error)}).encode()
 
@@ -423,9 +423,9 @@ _clients: dict[tuple[str, str], Any] = {}
 
 
 def _client(service_name: str, *, config: Any = None, **options: Any) -> Any:
-    """Return the one client of a service and configuration: to make one takes longer than most calls.
+    """Return the cached client of a service and configuration: its creation takes longer than most calls.
 
-    moto reads neither signature nor user agent, and both take time.
+    moto does not read signature and user agent, so they are omitted to save time.
     """
     key = (service_name, repr((sorted(vars(config).items()) if config else None, sorted(options.items()))))
     if key not in _clients:
@@ -436,7 +436,7 @@ def _client(service_name: str, *, config: Any = None, **options: Any) -> Any:
 
 @cache
 def _session() -> boto3.Session:
-    """One for all tests, whose credentials are the same: each new one reads botocore's models from the disk anew."""
+    """Return one session for all tests: each new session would read botocore's models from the disk again."""
     return boto3.Session(
         CREDENTIALS["AWS_ACCESS_KEY_ID"], CREDENTIALS["AWS_SECRET_ACCESS_KEY"], region_name=template.REGION
     )
@@ -444,7 +444,7 @@ def _session() -> boto3.Session:
 
 @dataclass(frozen=True)
 class _Snapshot:
-    """What a fresh cloud has; `places` says where in moto each of `backends` belongs."""
+    """The state of a new cloud; `places` has the location of each of the `backends` in moto."""
 
     places: list[tuple[BackendDict[Any], str, str]]
     backends: list[Any]
@@ -458,7 +458,7 @@ class _Snapshot:
         found = [
             ((services, account, region), backend)
             for services in BackendDict._instances
-            if services.service_name != "sqs"  # it has locks, which cannot be copied
+            if services.service_name != "sqs"  # SQS has locks, which cannot be copied
             for account, region, backend in services.iter_backends()
         ]
         places, backends = zip(*found, strict=True)
@@ -466,13 +466,13 @@ class _Snapshot:
 
     @property
     def is_new(self) -> bool:
-        """Whether its moment is still as good as the present one, which the mock network's clock begins with."""
+        """Return whether its time is recent enough for the start of the mock network's clock."""
         return time.monotonic() - self.made < SNAPSHOT_SECONDS
 
     @untraced
     def restore(self, it: Cloud) -> None:
         it.machine_arn, it.clock.moment = self.machine_arn, self.moment
-        # Copied in one go: one service's backend has references to another's.
+        # Copy all at once: one service's backend has references to another's.
         for (services, account, region), backend in zip(self.places, copy.deepcopy(self.backends), strict=True):
             dict.__setitem__(services[account], region, backend)
 
@@ -482,7 +482,7 @@ _prepared: dict[str, tuple[_Snapshot, Any]] = {}
 
 
 def prepared(it: Cloud, name: str, prepare: Callable[[], Any]) -> Any:
-    """Call `prepare` on a fresh cloud, or put a copy of what it left there the last time; its result.
+    """Call `prepare` on a new cloud, or restore a copy of its earlier state; return its result.
 
     The copy has no messages of queues.
     """
@@ -496,7 +496,7 @@ def prepared(it: Cloud, name: str, prepare: Callable[[], Any]) -> Any:
 
 
 def _fill(it: Cloud, *, state_machine: bool, policy: bool) -> None:
-    """Create what the template has, which takes half a second, or put a copy of what an earlier test had there."""
+    """Create the template's resources, which takes half a second, or restore a copy from an earlier test."""
     key = (state_machine, policy, *sorted(it.parameters.items()))
     known = _snapshots.get(key)
     if known and known.is_new:
@@ -522,7 +522,7 @@ def _fill(it: Cloud, *, state_machine: bool, policy: bool) -> None:
 
 
 def _ask_for_the_identity(it: Cloud) -> None:
-    """As the API does, once for each process: then a test without an environment of its own knows it, too."""
+    """Return the identity once for each process, as the API does, also for tests without a separate environment."""
     from qubic import wallets
 
     with _environment(template.environment("QubicApiFunction", PARAMETERS | it.parameters)):

@@ -1,6 +1,6 @@
-"""A process that dies, or fails, at its n-th call to AWS: before the call has had an effect, or right after.
+"""A process that crashes or fails at its n-th call to AWS: before the effect of the call, or right after.
 
-To die before a call is to die right after the one before it: `after` alone enumerates every place to die at.
+A crash before a call equals a crash right after the previous call, so `after` alone enumerates all places.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ def sampled_numbers(first: int = 0) -> range:
 
 
 class CrashError(BaseException):
-    """The process is gone: no `except Exception` of the code's own sees it."""
+    """The process has crashed. No `except Exception` of the code catches it."""
 
 
 @dataclass
 class Crash:
-    """`happened` tells whether there was an n-th call; `calls` are those that were made."""
+    """`happened` is true if the n-th call was made; `calls` are the calls so far."""
 
     happened: bool = False
     calls: list[str] = field(default_factory=list)
@@ -41,9 +41,9 @@ class Crash:
 
 @contextmanager
 def crash_at(number: int, when: When, error: type[BaseException] | BaseException = CrashError) -> Iterator[Crash]:
-    """Let the process die at its call `number` (from 1), and swallow that: what comes after is another process.
+    """Crash the process at its call `number` (from 1), and suppress that: the code after it is another process.
 
-    With an `error` of AWS's, the call fails with it instead: the code sees it, and what it raises is swallowed, too.
+    With an `error` of AWS, the call fails with it instead, and the error that the code raises is suppressed too.
     """
     crash = Crash()
     call = BaseClient._make_api_call

@@ -1,4 +1,4 @@
-"""A DynamoDB that several processes use at once: the local AWS as a process of its own, with the template's tables."""
+"""A DynamoDB for several processes: the local AWS as a separate process, with the template's tables."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ START_SECONDS = 60
 
 @contextlib.contextmanager
 def dynamodb(directory: Path, *tables: str) -> Iterator[dict[str, str]]:
-    """Start it with these tables; yield the environment in which this process and others reach it.
+    """Start it with these tables; yield the environment to reach it from this process and others.
 
-    Its transactions are atomic among processes, which moto's are not. It ends with this process, however that ends.
+    Unlike moto's, its transactions are atomic among processes. It ends with this process in any case.
     """
     port = Ports.free().aws
     environment = {

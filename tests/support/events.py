@@ -1,4 +1,4 @@
-"""Which function each file under `events/` is for, and what its answer must show."""
+"""The function and the expected response of each file under `events/`."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ _ORDER = (
 
 
 def function_of(case: str) -> str:
-    """The logical id of the function for `service/case`; the longest prefix that is known."""
+    """Return the logical id of the function for `service/case`, by the longest known prefix."""
     known = [prefix for prefix in _FUNCTIONS if case.startswith(prefix)]
     return _FUNCTIONS[max(known, key=len)] if known else _API[case.split("/", maxsplit=1)[0]]
 
 
 def cases() -> list[str]:
-    """Every event as `service/case`, in an order in which all of them work on a seeded table."""
+    """Return every event as `service/case`, in an order in which all of them work on a seeded table."""
     found = [f"{path.parent.name}/{path.stem}" for path in EVENTS.glob("*/*.json")]
     rank = {prefix: number for number, prefix in enumerate(_ORDER)}
     return sorted(found, key=lambda case: (min((rank[p] for p in rank if case.startswith(p)), default=99), case))
@@ -73,7 +73,7 @@ def path_of(case: str) -> Path:
 
 
 def check(case: str, answer: Any) -> None:
-    """Is this what that event must be answered with?"""
+    """Return whether this is the expected response to the event."""
     service = case.split("/", maxsplit=1)[0]
     if (event := load(case)) and "httpMethod" in event:
         if case in _WHEN_ANCHORED and answer["statusCode"] == 404:
@@ -93,7 +93,7 @@ NOT_JSON = {
 _WHEN_ANCHORED = {
     "audit/api_log_checkpoint", "audit/api_signed_checkpoint", "audit/public_checkpoint", "audit/public_hash_tile",
 }  # fmt: skip
-"""Found only when the ledger has confirmed an anchor, which takes some ticks."""
+"""Events that need a confirmed anchor, which takes some ticks."""
 
 _EXPECTED: dict[str, Callable[[Any], bool]] = {
     "plan_task": lambda it: it["allowed"] is True and it["action"]["step_type"] == "onchain_action",
@@ -102,7 +102,7 @@ _EXPECTED: dict[str, Callable[[Any], bool]] = {
     "reconciler": lambda it: isinstance(it["reconciled"], list),
     "run_step_1": lambda it: it == {"step_id": "step_1", "status": "succeeded", "attempt": 1},
     "run_step_2": lambda it: it == {"step_id": "step_2", "status": "succeeded", "attempt": 1},
-    "execute_action": lambda it: it == {"status": "ApprovalNeededError"},  # nobody has approved it
+    "execute_action": lambda it: it == {"status": "ApprovalNeededError"},  # it is not approved
     "record_task": lambda it: it["recorded"] >= 0,
     "record_events": lambda it: it["batchItemFailures"] == [],
     "sequence_task": lambda it: it == {"broken": []},

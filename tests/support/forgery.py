@@ -1,4 +1,4 @@
-"""Items that say what only a person can decide, as a role of the engine might write them."""
+"""Forged items with a person's decision, as a role of the engine could write them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Item = dict[str, Any]
 
 
 def approval_of_bob(task: Task, approval: Approval, **changes: Any) -> Item:
-    """Make the open approval's item as one that bob has given."""
+    """Return the open approval's item with bob's approval."""
     yes = Decision(subject="bob", approved=True, reason="because", decided_at=timestamp(now()))
     forged = approval.model_copy(update={"status": "approved", "decisions": (yes,)} | changes)
     item: Item = TaskItems("any").put_approval(task.task_id, forged, None)["Put"]["Item"]
@@ -24,7 +24,7 @@ def approval_of_bob(task: Task, approval: Approval, **changes: Any) -> Item:
 
 
 def event_of_bob(task: Task, kind: str = "approval_decided") -> Item:
-    """Make the item of the next event, which says that bob has decided."""
+    """Return the item of the next event with a decision of bob."""
     said = {"approved": True, "reason": "because"}
     event = Event.model_validate(
         {"kind": kind, "actor": "bob", "status": "approved", "timestamp": timestamp(now()), "step_index": 2}
@@ -35,10 +35,10 @@ def event_of_bob(task: Task, kind: str = "approval_decided") -> Item:
 
 
 def reference_to_nothing(task: Task) -> Item:
-    """Make the item of the next event, which refers to a decision that there is not."""
+    """Return the item of the next event, which refers to a missing decision."""
     return event_item(task.task_id, task.events + 1, [Decided(timestamp=timestamp(now()))])
 
 
 def task_that_goes_on(task: Task, **changes: Any) -> Item:
-    """Make the task's item as that of a task that people have approved."""
+    """Return the task's item with the state of an approved task."""
     return task_item(task.model_copy(update={"status": "executing", "waiting_until": None} | changes))

@@ -1,4 +1,4 @@
-"""A function's routes behind HTTP, on a port of this machine, as API Gateway would serve them."""
+"""An HTTP server on a port of this machine for a function's routes, in place of API Gateway."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Handle = Callable[[str, str, bytes, dict[str, str]], dict[str, Any]]
-"""Method, path, body, headers → what the function answers API Gateway."""
+"""Method, path, body, headers → the function's response to API Gateway."""
 
 
 @contextmanager
 def serve(handle: Handle) -> Iterator[str]:
-    """Serve `handle`; gives the address."""
+    """Serve `handle`; yield the address."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"

@@ -14,11 +14,11 @@ from qaes.adapters import dynamo, suspensions
 
 ACTION = "transfer_funds"
 PAUSE_SECONDS = 0.005
-"""Of each thread between two intents, so that they come neither all before the suspension nor all after it."""
+"""Pause of each thread between two intents, so that they come both before and after the suspension."""
 
 
 def record(number: int) -> bool:
-    """Record one intent; whether that was refused, because the action is suspended."""
+    """Record one intent. Return whether it was refused because the action is suspended."""
     time.sleep(PAUSE_SECONDS)
     task_id = f"task_{number}"
     intent = {"Put": {"TableName": "LedgerTable", "Item": dynamo.key(f"INTENT#{task_id}", "INTENT")}}

@@ -1,6 +1,6 @@
-"""What stands for the ledger's functions where a test is about what it may answer: anchors, truly signed.
+"""A replacement of the ledger's functions for tests of its responses: anchors with real signatures.
 
-The tests of the whole run on the real one.
+The tests of the whole system use the real ledger.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SUBSEED = bytes(range(32))
 
 @dataclass
 class Ledger:
-    """Answers `submit_anchor` and `anchor_state` as the ledger's functions do; confirms when a test says so."""
+    """Responds to `submit_anchor` and `anchor_state` as the ledger does; the test confirms the anchors."""
 
     confirms_at_once: bool = True
     submitted: dict[tuple[str, int], Transaction] = field(default_factory=dict)
@@ -28,7 +28,7 @@ class Ledger:
     network: str = "mock"
     tick: int = 1000
     falsify: dict[str, Any] = field(default_factory=dict)
-    """Fields of an answer that a test wants to be wrong."""
+    """Fields of a response that a test falsifies."""
 
     def install(self, aws: Cloud) -> Ledger:
         real = aws.invoke
@@ -45,7 +45,7 @@ class Ledger:
         return self
 
     def confirm(self) -> None:
-        """Let the network have all that was submitted."""
+        """Confirm all submissions."""
         self.confirmed |= set(self.submitted)
 
     def __call__(self, event: dict[str, Any]) -> dict[str, Any]:
