@@ -107,7 +107,17 @@ SUMMARY = _construction(
     r"^(?:What|Who|Whose|Whom|How|Why|That|Told|Tell|It|Its)\b.*", "a verb, or the name of the thing"
 )
 """The first words that a docstring does not have."""
-CODE = ("functions", "layers", "local", "benchmarks", "template.yaml", "statemachine", "Makefile", ".github")
+CODE = (
+    "functions",
+    "layers",
+    "local",
+    "benchmarks",
+    "tests/support",
+    "template.yaml",
+    "statemachine",
+    "Makefile",
+    ".github",
+)
 """Folders and files whose prose is checked."""
 NOT_PROSE = {"local/prose.py", "layers/core/qaes/domain/generated/unicode_tables.py"}
 """Files with the constructions themselves, and generated files."""

@@ -45,7 +45,7 @@ def transfer(amount: int = 10, source: str = SOURCE) -> dict[str, Any]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The local cloud's own sockets are what these tests are about."""
+    """Allow sockets: these tests use the local cloud's."""
     for item in items:
         if "/tests/e2e/" in str(item.path):
             item.add_marker(pytest.mark.e2e)
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @dataclass
 class Api:
-    """The people of the local cloud, each with their token; keeps every answer for the test of what they may say."""
+    """The people of the local cloud, each with their token; stores every response for the test of secrecy."""
 
     cloud: Cloud
     http: httpx.Client
@@ -62,7 +62,7 @@ class Api:
     def __call__(
         self, who: str | None, method: str, path: str, body: Any = None, *, token: str | None = None, **headers: str
     ) -> httpx.Response:
-        """Make a request as the person with role `who`, with another `token`, or (None) as nobody."""
+        """Make a request as the person with role `who`, with another `token`, or (None) without a token."""
         given = {name.replace("_", "-"): value for name, value in headers.items()}
         if token is not None or who is not None:
             given["Authorization"] = f"Bearer {token if token is not None else self.cloud.token(who or '')}"
@@ -143,7 +143,7 @@ class Api:
 
 
 def audit_environment(cloud: Cloud) -> dict[str, str]:
-    """What `local.fsck` finds the audit by, as in `.local/aws.env`."""
+    """Environment in which `local.fsck` finds the audit, as in `.local/aws.env`."""
     names = {
         "TASKS_TABLE": "TasksTable",
         "DECISIONS_TABLE": "DecisionsTable",
@@ -172,7 +172,7 @@ def fsck(cloud: Cloud) -> subprocess.CompletedProcess[str]:
 
 
 _checked_at: dict[str, int] = {}
-"""How many items the tables had when fsck last found nothing."""
+"""Number of items in the tables at the last fsck without findings."""
 
 
 @pytest.fixture(autouse=True)

@@ -98,7 +98,7 @@ def ask(aws: Cloud) -> Callable[..., Answer]:
 
 
 def prepared(aws: Cloud, operation: Operation) -> dict[str, str]:
-    """What the path's parameters are to be."""
+    """Return the values of the path's parameters."""
     qubic = Api(aws, "QubicApiFunction")
     if operation.id == "rpc_balance":
         return {"id": PAYER}

@@ -164,17 +164,17 @@ class SamLocal:
                 self._results[case].set_result(done)
 
     def result(self, case: str) -> Invocation:
-        """What an event was answered; waits for it."""
+        """Wait for the response to an event, and return it."""
         return self._results[case].result()
 
     def close(self) -> None:
-        """Wait for what runs, begin nothing more, and remove a container that an interrupted `sam` has left."""
+        """Wait for running events, start no more, and remove the container of an interrupted `sam`."""
         self.stop()
         if left := self.containers():
             subprocess.run(["docker", "rm", "--force", *left], capture_output=True, check=False)
 
     def stop(self) -> None:
-        """Wait for what runs, begin nothing more, and end the server."""
+        """Wait for running events, start no more, and end the server."""
         self._pool.shutdown(cancel_futures=True)
         self._server.close()
 
@@ -207,7 +207,7 @@ def _seed(cloud: Cloud) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _docker() -> None:
-    """Nothing here works without it, so one line says that, instead of one failure for each test."""
+    """No test works without it, so one line reports that instead of one failure for each test."""
     reason = "is not installed"
     if shutil.which("docker"):
         done = subprocess.run(

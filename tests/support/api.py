@@ -70,7 +70,7 @@ class Api:
         start = threading.Barrier(len(requests))
 
         def send(request: dict[str, Any]) -> dict[str, Any]:
-            # Lambda's only thread has an event loop; a thread of a test's has none by itself.
+            # Lambda's only thread has an event loop; a test's thread needs a new one.
             loop = asyncio.new_event_loop()
             asyncio.set_event_loop(loop)
             try:

@@ -324,7 +324,7 @@ OWN_TABLES = {
 
 
 def _every_variable() -> dict[str, str]:
-    """Return all names in handlers' environments, without a value if they have none yet.
+    """Return all names in handlers' environments, without a value if it is not known yet.
 
     They exist from the beginning: a name that appears or disappears would break another thread that iterates over the
     environment, as botocore does for each client.

@@ -43,7 +43,7 @@ _FUNCTIONS = {
     "qubic/transaction_worker": "TransactionWorkerFunction",
 }
 
-# In the order of a task's life: a later one may need what an earlier one wrote.
+# In the order of a task's life: a later event may need the writes of an earlier one.
 _ORDER = (
     "qubic/ledger", "planner/plan", "worker/run_step_1", "worker/run_step_2", "agent_runtime/await",
     "worker/execute_action", "audit/record",

@@ -26,7 +26,7 @@ def serve(handle: Handle) -> Iterator[str]:
 
         def _serve(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", "0")))
-            # Lambda's only thread has an event loop; a thread of this server has none by itself.
+            # Lambda's only thread has an event loop; a thread of this server needs a new one.
             loop = asyncio.new_event_loop()
             asyncio.set_event_loop(loop)
             try:

@@ -21,7 +21,7 @@ Bundle = dict[str, Any]
 
 
 def rewritten(trail: Trail, change: Callable[[list[dict[str, Any]]], Any], *, drop: tuple[int, ...] = ()) -> Bundle:
-    """Have the policy's entries say something else, hashed, chained and anchored anew; `drop` leaves numbers out."""
+    """Change the policy's entries, and hash, chain and anchor them again; `drop` omits numbers."""
     log = Log()
     sent = [
         {"entry": json.loads(each.entry.text), "salt": each.salt}
@@ -110,12 +110,12 @@ def without_baseline() -> Bundle:
 
 
 def decided_as(**changes: Any) -> Trail:
-    """A refund of 50,000 whose records say something else of the decision than the document does."""
+    """A refund of 50,000 whose records of the decision differ from the document."""
     return lied(Refund(), **changes)
 
 
 def lied(trail: Refund, **changes: Any) -> Trail:
-    """Have every record of the decision say the same lie."""
+    """Falsify every record of the decision in the same way."""
     decision = trail.decision().model_dump(mode="json") | changes
     made = type(trail.decision()).model_validate(decision)
     trail.decision = lambda: made  # type: ignore[method-assign]
@@ -123,7 +123,7 @@ def lied(trail: Refund, **changes: Any) -> Trail:
 
 
 def denied_as_allowed(parameters: dict[str, Any], made: dict[str, Any], agent: str | None = None) -> Trail:
-    """A request that the document denies, whose record says that it is allowed."""
+    """A request that the document denies, with a record that allows it."""
     return lied(Refund(parameters, made, agent=agent), allowed=True, tier=0)
 
 
@@ -251,7 +251,7 @@ POLICY_ROWS: dict[str, dict[str, Callable[[], Any]]] = {
         "by nobody": lambda: with_policy(say(1, actor=" ")),
         "approved by the ledger": lambda: with_policy(say(1, actor="ledger")),
         "in force by a person": lambda: with_policy(say(2, actor="olivia")),
-        "about another version than it says": lambda: with_policy(say(1, policy_id=f"policy-v3-{'0' * 64}")),
+        "about another version than its number": lambda: with_policy(say(1, policy_id=f"policy-v3-{'0' * 64}")),
         "a state with another member": lambda: with_policy(say(2, output={"more": 1})),
         "no version in force": lambda: with_policy(
             lambda sent: [say(at, output={"in_force": "latest"})(sent) for at in (0, 1)]
@@ -267,7 +267,7 @@ POLICY_ROWS: dict[str, dict[str, Callable[[], Any]]] = {
         "in force without coming into force": lambda: with_policy(say(1, output={"in_force": f"policy-v9-{'0' * 64}"})),
         "resumed without a request": resumed_without_request,
     },
-    "R95 four eyes": {"resumed by who requested it": resumed_alone},
+    "R95 four eyes": {"resumed by the operator who requested it": resumed_alone},
     "R96 seq": {"an entry is left out while the task ran": without_baseline},
     "R97 step": {
         "suspended": suspended,
@@ -333,7 +333,7 @@ POLICY_ROWS: dict[str, dict[str, Callable[[], Any]]] = {
     },
     "R106 step": {"beyond a limit that denies": lambda: used(499_600, "bob")},
     "R107 step": {
-        "beyond a limit, and nobody was asked": lambda: used(20),
+        "beyond a limit without a request": lambda: used(20),
         "beyond a limit, by another group": lambda: used(20, "erin"),
     },
     "R108 step": {"to a smart contract": to_a_contract},

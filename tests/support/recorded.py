@@ -19,7 +19,7 @@ BATCH = 25
 
 
 def transfer(number: int, amount: int, at: datetime, requester: str = "alice", agent: str | None = None) -> Task:
-    """Return the task of a transfer that was started at that moment; `number` makes its id one of its own."""
+    """Return the task of a transfer that was started at that time; `number` makes its id unique."""
     return Task(
         task_id=f"{first_task_id(at)}-7000-8000-{number:012x}",
         status="completed",

@@ -139,7 +139,7 @@ def refunded() -> Trail:
 
 
 def refunded_at_once() -> Trail:
-    """So little that nobody is asked."""
+    """A refund that is too small to need an approval."""
     trail = planned(SMALL)
     return trail.execute(last_of(trail)).end("completed")
 

@@ -1,4 +1,4 @@
-"""What each function's role may write, table by table: the list that the template and the deployed roles are held to.
+"""Permitted writes of each function's role, table by table: the list for the template and the deployed roles.
 
 A right is a write of DynamoDB, `put`, `update` or `delete`. Behind a colon stands the only partition, or the pattern of
 partitions, in which the role has the right.
@@ -111,7 +111,7 @@ def is_partial(function: str, right: str, table: str) -> bool:
 
 
 def rights_of(function: str) -> Rights:
-    """Return what the template lets a function's role write, table by table."""
+    """Return the writes that the template permits to a function's role, table by table."""
     found: dict[str, set[str]] = {}
     for statement in _statements(function):
         if statement["Effect"] != "Allow":

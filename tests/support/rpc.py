@@ -30,7 +30,7 @@ def handler_of(network: Chain, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @contextmanager
 def served(network: Chain, monkeypatch: pytest.MonkeyPatch, **caller: Any) -> Iterator[str]:
-    """Serve the RPC of `network`; every caller is an operator, unless it is said otherwise."""
+    """Serve the RPC of `network`; every caller is an operator by default."""
     handler = handler_of(network, monkeypatch)
     api = Api(Cloud(), FUNCTION)
 

@@ -29,7 +29,7 @@ def refused(code: str) -> Answer:
 
 
 class SampleHandler:
-    """Keeps the contract. `effects` counts what it did for each reference."""
+    """Fulfils the contract. `effects` counts its effects for each reference."""
 
     def __init__(self, keys: dict[str, Ed25519PublicKey]) -> None:
         self.keys = keys
@@ -100,7 +100,7 @@ class IgnoresDeadline(SampleHandler):
 
 
 class RefusesWhatIsLate(SampleHandler):
-    """Also what it has done: the dispatcher would believe that nothing was done."""
+    """Denies its completed effects too: the dispatcher would assume no effect."""
 
     def decide(self, request: dict[str, Any], connection: socket.socket) -> Answer:
         return refused("late") if self.is_late(request) else super().decide(request, connection)

@@ -1,4 +1,4 @@
-"""What moto and the ledger's primitives do, in less time: the same results by shorter ways."""
+"""Faster versions of moto's and the ledger's primitives with the same results."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def _parse(definition: str) -> tuple[Any, Any]:
 
 
 def _transact_write_items(backend: DynamoDBBackend, transact_items: list[dict[str, Any]]) -> None:
-    """What moto does, except for what it keeps to go back to.
+    """Run moto's transaction with fewer copies for its rollback.
 
-    It copies every item of a table, for each of a transaction's items once more: a third of the tests' time. Only what
-    an update changes in place has to be copied; all else is put and taken away as a whole.
+    moto copies every item of a table, again for each item of a transaction: a third of the tests' time. Only items that
+    an update changes in place need a copy; other items are added and removed as a whole.
     """
     updates = [each["Update"] for each in transact_items if "Update" in each]
 
@@ -99,7 +99,7 @@ _serialize_structure = BaseJSONSerializer._serialize_type_structure
 
 
 def _serialize_type_structure(self: BaseJSONSerializer, serialized: Any, value: Any, shape: Any, key: str) -> None:
-    """What moto's serializer does, but for a typed value of DynamoDB's, which needs no look at botocore's model."""
+    """Serialize as moto does, but without botocore's model for DynamoDB's typed values."""
     if shape.name == "AttributeValue":
         serialized[key] = _typed(value)
     else:

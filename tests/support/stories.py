@@ -1,4 +1,4 @@
-"""Whatever the system records, the offline verifier accepts."""
+"""A check that the offline verifier accepts all records of the system."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.support.tracing import untraced
 
 @untraced
 def check_every_story(network: str = "mock") -> int:
-    """Tell the verifier every task's events, as they are in the tables; how many tasks there are.
+    """Verify every task's events from the tables; return the number of tasks.
 
     Raises AssertionError when it refuses an event, with the task's events up to it.
     """
@@ -42,7 +42,7 @@ def check_every_story(network: str = "mock") -> int:
                     story.tell(entry, event["output"])
             except verifier.Failed as failed:
                 kinds = [f"{each['kind']}:{each['status']}" for each in told[: number + 1]]
-                raise AssertionError(f"{failed} after {kinds}, which says {entry}") from failed
+                raise AssertionError(f"{failed} after {kinds}, with {entry}") from failed
     return len(events)
 
 

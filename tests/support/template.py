@@ -1,4 +1,4 @@
-"""template.yaml as the tests read it: parsed, with references resolved to what moto will have."""
+"""template.yaml for the tests: parsed, with references resolved to moto's resources."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def functions() -> dict[str, str]:
 
 
 def timeout(function: str) -> int:
-    """How long a function may run, in seconds."""
+    """Return the timeout of a function in seconds."""
     own = template()["Resources"][function]["Properties"]
     return int(own.get("Timeout", template()["Globals"]["Function"]["Timeout"]))
 

@@ -1,5 +1,5 @@
 """A client of transparency logs, written from C2SP's tlog-tiles, tlog-checkpoint and signed-note, and from RFC 6962 and
-RFC 9162: it shares no code with the log that it reads. It sends no token, and does not say what it accepts.
+RFC 9162: it shares no code with the log that it reads. It sends neither a token nor an Accept header.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 Fetch = Callable[[str], bytes]
-"""A path below the log's prefix -> what is there."""
+"""Maps a path below the log's prefix to its content."""
 
 
 def over_http(prefix: str) -> Fetch:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
 Script = Callable[[socket.socket, bytes], None]
-"""What a server does on a connection, after it has read the request's bytes."""
+"""The behaviour of a server on a connection, after it has read the request's bytes."""
 
 
 class Authority:

@@ -1,4 +1,4 @@
-"""A process that requests transfers, each from a wallet of its own, for tests of the limits that they share.
+"""A process that requests transfers, each from a different wallet, for tests of shared limits.
 
 `python -m tests.support.transfers_at_once FIRST COUNT THREADS` submits the transfers from number FIRST on, and prints
 how many were signed, refused by the limit, and neither.
@@ -49,7 +49,7 @@ def submissions() -> Submissions:
 
 
 def submit(it: Submissions, number: int) -> str:
-    """Submit one transfer as the state machine does, which retries what may work later."""
+    """Submit one transfer with the state machine's retries of transient errors."""
     for _ in range(20):
         try:
             it.submit_transfer(f"task_{number}#step", source=wallet(number), destination=DESTINATION, amount=AMOUNT)

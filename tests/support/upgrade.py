@@ -1,4 +1,4 @@
-"""What makes an upgrade of a deployed stack fail, or lose data: found by comparing two templates.
+"""Changes between two templates that make an upgrade of a deployed stack fail or lose data.
 
 Sources: CloudFormation's pages of AWS::DynamoDB::Table (one index is created or deleted in an update; "Update requires:
 Replacement"), AWS::Cognito::UserPool and AWS::SecretsManager::Secret.
@@ -15,7 +15,7 @@ REPLACED_WITH: dict[str, tuple[str, ...]] = {
     "AWS::Cognito::UserPool": ("AliasAttributes", "UsernameAttributes", "UsernameConfiguration"),
     "AWS::SecretsManager::Secret": ("Name", "GenerateSecretString"),
 }
-"""The types of resources that hold data, and the properties whose change replaces the resource or what it holds."""
+"""Resource types with data, and the properties whose change replaces the resource or its data."""
 INDEX_CHANGES = 1
 """Most indexes of a table that CloudFormation creates or deletes in one update."""
 

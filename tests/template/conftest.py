@@ -36,7 +36,7 @@ _Loader.add_multi_constructor("!", _intrinsic)
 
 
 class Template:
-    """The parsed template, and questions that the rules ask of it."""
+    """The parsed template, with queries for the rules."""
 
     def __init__(self, document: dict[str, Any]) -> None:
         self.document = document
