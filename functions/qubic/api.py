@@ -151,15 +151,15 @@ def get_transaction(
     caller: Annotated[Caller, Depends(EVERY_ROLE)],
 ) -> TransactionAnswer:
     """Return a transaction that this service signed, by its id."""
-    it = submissions()
-    found = it.attempt(txid) if is_transaction_id_shaped(txid) else None
+    ledger = submissions()
+    found = ledger.attempt(txid) if is_transaction_id_shaped(txid) else None
     if found is None:
         raise NotFoundError("no such transaction", field="txid")
     answer = found.answer()
     # A person with a task's reference could test guesses of its instruction against the hash.
     shows_metadata = caller.has("auditor") or caller.subject == found.requested_by
     return TransactionAnswer(
-        network=it.chain.network,
+        network=ledger.chain.network,
         txid=txid,
         hash=found.payload.hex(),
         timestamp=answer["timestamp"],
@@ -180,24 +180,24 @@ def get_transaction(
 )
 def health(response: Response) -> LedgerHealthy | LedgerUnhealthy:
     """Return 200 if the network responds, a policy is in force, and the wallet that signs records has a balance."""
-    it = submissions()
+    ledger = submissions()
     failing = "network"
     try:
-        tick = it.chain.tick_info().tick
+        tick = ledger.chain.tick_info().tick
         failing = "policy"
         policy = policies().in_force()
         failing = "wallet"
-        balance = it.chain.balance(service_identity()).balance
+        balance = ledger.chain.balance(service_identity()).balance
         detail = "" if balance else "the service's wallet has no balance: the network drops its transactions"
     except TransientError as error:
         detail = error.message
     if not detail:
         return LedgerHealthy(
-            network=it.chain.network, status="healthy", service="qubic", tick=tick, policy_id=policy.policy_id
+            network=ledger.chain.network, status="healthy", service="qubic", tick=tick, policy_id=policy.policy_id
         )
     response.status_code = 503
     return LedgerUnhealthy(
-        network=it.chain.network, status="unhealthy", service="qubic", failing=[failing], detail=detail
+        network=ledger.chain.network, status="unhealthy", service="qubic", failing=[failing], detail=detail
     )
 
 

@@ -76,8 +76,8 @@ def _perform(operation: object, arguments: Arguments) -> Result:
     arguments = _DEFAULTS.get(operation, {}) | arguments
     if set(arguments) != names:
         raise InvalidInputError(f"{operation} takes {', '.join(sorted(names)) or 'nothing'}")
-    it = submissions()
-    return {"network": it.chain.network} | perform(it, arguments)
+    ledger = submissions()
+    return {"network": ledger.chain.network} | perform(ledger, arguments)
 
 
 def _operations_here() -> list[str]:
@@ -89,7 +89,7 @@ def _refused(operation: object, code: str, message: str, **details: Any) -> dict
     return {"ok": False, "error": {"code": code, "message": message} | details}
 
 
-def _policy(it: Submissions, arguments: Arguments) -> Result:
+def _policy(ledger: Submissions, arguments: Arguments) -> Result:
     """Return the policy in force and the caller's next input, which saves a second invocation.
 
     With `action`, the policy has only the parts for a decision on that action, and `suspended` has the suspensions of
@@ -111,13 +111,13 @@ def _policy(it: Submissions, arguments: Arguments) -> Result:
         # An approval for a group of the pinned rule counts if its person is in the present group of that name as well.
         result["groups"] |= {name: policy.groups[name] for name in before.groups if name in policy.groups}
     if arguments["address"] is not None:
-        result["balance"] = _answer("balance", lambda: _balance(it, arguments))
+        result["balance"] = _answer("balance", lambda: _balance(ledger, arguments))
     if arguments["transfer"] is not None:
-        result["transfer"] = _answer("check_transfer", lambda: _checked_transfer(it, policy, arguments["transfer"]))
+        result["transfer"] = _answer("check_transfer", lambda: _checked_transfer(ledger, policy, arguments["transfer"]))
     return result
 
 
-def _policy_document(_it: Submissions, arguments: Arguments) -> Result:
+def _policy_document(_ledger: Submissions, arguments: Arguments) -> Result:
     return policies().document(str(arguments["policy_id"]))
 
 
@@ -126,24 +126,24 @@ def _suspended(action: str | None = None) -> Result:
     return {"suspended": {name: each.model_dump(mode="json") for name, each in found.items()}}
 
 
-def _suspensions(_it: Submissions, _arguments: Arguments) -> Result:
+def _suspensions(_ledger: Submissions, _arguments: Arguments) -> Result:
     return _suspended()
 
 
-def _policy_version(_it: Submissions, arguments: Arguments) -> Result:
+def _policy_version(_ledger: Submissions, arguments: Arguments) -> Result:
     """Return a version of the policy, proposals included, and its status."""
     found, policy = policies().version(_version(arguments))
     return {"status": found.status, "policy": policy.model_dump(mode="json")}
 
 
-def _limits_used(it: Submissions, arguments: Arguments) -> Result:
+def _limits_used(ledger: Submissions, arguments: Arguments) -> Result:
     """Return the usage of a transfer's limits, by their keys, under a version or the one in force (None)."""
     if not isinstance(arguments["parameters"], dict):
         raise InvalidInputError("the parameters must be an object", field="parameters")
     versions = policies()
     policy = versions.in_force() if arguments["version"] is None else versions.version(_version(arguments))[1]
     decision = evaluate(policy, ActionRequest(TRANSFER_ACTION, arguments["parameters"], **_caller(arguments)))
-    used = it.spending.read(decision.limits) if it.sends_transfers else ()
+    used = ledger.spending.read(decision.limits) if ledger.sends_transfers else ()
     return {"used": {use.limit.key: use.used for use in used}}
 
 
@@ -154,18 +154,18 @@ def _version(arguments: Arguments) -> int:
     return version
 
 
-def _settle_policy(_it: Submissions, _arguments: Arguments) -> Result:
+def _settle_policy(_ledger: Submissions, _arguments: Arguments) -> Result:
     policies().advance()
     return {}
 
 
-def _identity(_it: Submissions, _arguments: Arguments) -> Result:
+def _identity(_ledger: Submissions, _arguments: Arguments) -> Result:
     return {"identity": service_identity()}
 
 
-def _balance(it: Submissions, arguments: Arguments) -> Result:
+def _balance(ledger: Submissions, arguments: Arguments) -> Result:
     address = check_address(arguments["address"])
-    balance, available = it.available(Wallets(it.chain.network).identity(address))
+    balance, available = ledger.available(Wallets(ledger.chain.network).identity(address))
     return {
         "address": address,
         "balance": balance.balance,
@@ -174,36 +174,36 @@ def _balance(it: Submissions, arguments: Arguments) -> Result:
     }
 
 
-def _check_transfer(it: Submissions, arguments: Arguments) -> Result:
-    return _checked_transfer(it, policies().in_force(), arguments)
+def _check_transfer(ledger: Submissions, arguments: Arguments) -> Result:
+    return _checked_transfer(ledger, policies().in_force(), arguments)
 
 
-def _checked_transfer(it: Submissions, policy: Policy, terms: Any) -> Result:
+def _checked_transfer(ledger: Submissions, policy: Policy, terms: Any) -> Result:
     if not isinstance(terms, dict) or set(_CALLER | terms) != _TERMS | set(_CALLER):
         raise InvalidInputError(f"a transfer must have {', '.join(sorted(_TERMS))}", field="transfer")
-    wallets, amount = Wallets(it.chain.network), check_amount(terms["amount"])
+    wallets, amount = Wallets(ledger.chain.network), check_amount(terms["amount"])
     wallets.check_parties(terms["source"], terms["destination"])
     caller = _caller(_CALLER | terms)
     source = wallets.identity(terms["source"])
     rule = rule_for(policy, source=source, destination=terms["destination"], amount=amount, **caller)
-    used = it.spending.read(rule.limits) if it.sends_transfers else ()
+    used = ledger.spending.read(rule.limits) if ledger.sends_transfers else ()
     refusal = next((each for use in used if (each := refusal_over(policy.policy_id, use.limit, used=use.used))), None)
     return {
-        "source": _balance(it, {"address": terms["source"]}),
+        "source": _balance(ledger, {"address": terms["source"]}),
         "refusal_today": f"{refusal.code}: {refusal.message}" if refusal else None,
         "used": {use.limit.key: use.used for use in used},
     }
 
 
-def _transfer(it: Submissions, arguments: Arguments) -> Result:
+def _transfer(ledger: Submissions, arguments: Arguments) -> Result:
     terms = {name: arguments[name] for name in ("reference", "source", "destination", "amount")}
     _check_terms(arguments)
     caller = _caller(arguments)
     by = {"requested_by": caller["requester"], "agent": caller["agent"] or ""}
-    if not it.sends_transfers:
-        existing = it.get(f"transfer:{terms['reference']}")  # sent while the policy allowed it: report its state
-        return (existing or it.simulate_transfer(**terms, **by)).answer()
-    return it.submit_transfer(**terms, **by, run=arguments["run"], granted=_granted(arguments)).answer()
+    if not ledger.sends_transfers:
+        existing = ledger.get(f"transfer:{terms['reference']}")  # sent while the policy allowed it: report its state
+        return (existing or ledger.simulate_transfer(**terms, **by)).answer()
+    return ledger.submit_transfer(**terms, **by, run=arguments["run"], granted=_granted(arguments)).answer()
 
 
 def _caller(arguments: Arguments) -> dict[str, Any]:
@@ -225,31 +225,31 @@ def _check_terms(arguments: Arguments) -> None:
             raise InvalidInputError(f"the {name} must be a whole number", field=name)
 
 
-def _transfer_state(it: Submissions, arguments: Arguments) -> Result:
-    return _existing(it, f"transfer:{arguments['reference']}").answer()
+def _transfer_state(ledger: Submissions, arguments: Arguments) -> Result:
+    return _existing(ledger, f"transfer:{arguments['reference']}").answer()
 
 
-def _write(it: Submissions, arguments: Arguments) -> Result:
-    written = write_hash(it, arguments["hash"], arguments["metadata"], written_by=str(arguments["written_by"]))
+def _write(ledger: Submissions, arguments: Arguments) -> Result:
+    written = write_hash(ledger, arguments["hash"], arguments["metadata"], written_by=str(arguments["written_by"]))
     return written.answer() | {"hash": written.payload.hex()}
 
 
-def _record_instruction(it: Submissions, arguments: Arguments) -> Result:
-    recorded = record_instruction(it, arguments["hash"], arguments["reference"], str(arguments["requester"]))
+def _record_instruction(ledger: Submissions, arguments: Arguments) -> Result:
+    recorded = record_instruction(ledger, arguments["hash"], arguments["reference"], str(arguments["requester"]))
     return recorded.answer() | {"hash": recorded.payload.hex()}
 
 
-def _submit_anchor(it: Submissions, arguments: Arguments) -> Result:
+def _submit_anchor(ledger: Submissions, arguments: Arguments) -> Result:
     try:
         payload = bytes.fromhex(arguments["payload"])
     except (TypeError, ValueError):
         raise InvalidInputError("the payload must be hexadecimal", field="payload") from None
     key, metadata = _anchor_key(arguments), {name: arguments[name] for name in ("log_id", "sequence")}
-    return it.submit_record(key, payload, kind="anchor", metadata=metadata).answer()
+    return ledger.submit_record(key, payload, kind="anchor", metadata=metadata).answer()
 
 
-def _anchor_state(it: Submissions, arguments: Arguments) -> Result:
-    return _existing(it, _anchor_key(arguments)).answer()
+def _anchor_state(ledger: Submissions, arguments: Arguments) -> Result:
+    return _existing(ledger, _anchor_key(arguments)).answer()
 
 
 def _anchor_key(arguments: Arguments) -> str:
@@ -258,27 +258,27 @@ def _anchor_key(arguments: Arguments) -> str:
     return f"anchor:{arguments['log_id']}:{arguments['sequence']}"
 
 
-def _existing(it: Submissions, key: str) -> Submission:
-    found = it.get(key)
+def _existing(ledger: Submissions, key: str) -> Submission:
+    found = ledger.get(key)
     if found is None:
         raise NotFoundError("no transaction was submitted under this key")
     return found
 
 
-def _verify(it: Submissions, arguments: Arguments) -> Result:
-    return hash_state(it, check_hash(arguments["hash"]))
+def _verify(ledger: Submissions, arguments: Arguments) -> Result:
+    return hash_state(ledger, check_hash(arguments["hash"]))
 
 
-def _transaction(it: Submissions, arguments: Arguments) -> Result:
-    found = it.attempt(str(arguments["txid"]))
+def _transaction(ledger: Submissions, arguments: Arguments) -> Result:
+    found = ledger.attempt(str(arguments["txid"]))
     if found is None:
         raise NotFoundError("the transaction does not exist", field="txid")
     return found.answer()
 
 
-def _health(it: Submissions, _arguments: Arguments) -> Result:
+def _health(ledger: Submissions, _arguments: Arguments) -> Result:
     policy = policies().in_force()
-    return {"status": "healthy", "tick": it.chain.tick_info().tick, "policy_id": policy.policy_id}
+    return {"status": "healthy", "tick": ledger.chain.tick_info().tick, "policy_id": policy.policy_id}
 
 
 _CALLER: Arguments = {"requester": "", "agent": None}

@@ -150,12 +150,12 @@ def get_policy(
     action_type: Annotated[str | None, Query(min_length=1, max_length=128)] = None,
 ) -> RuleAnswer | PolicyAnswer:
     """Return the rule for an action type, or every rule. An action type without a rule is denied."""
-    it = policies()
-    policy = it.in_force()
+    store = policies()
+    policy = store.in_force()
     if action_type is None:
         recorded = [name for name in policy.rules if effect_of(action_step(name)) == RECORDED_ONLY]
         return PolicyAnswer(
-            network=it.network,
+            network=store.network,
             policy_id=policy.policy_id,
             version=policy.version,
             format=policy.format,
@@ -166,7 +166,7 @@ def get_policy(
     rule = policy.rules.get(action_type, DENIED)
     tiers = normalised(action_type, rule).tiers if isinstance(rule, Rule) else rule.tiers
     return RuleAnswer(
-        network=it.network,
+        network=store.network,
         policy_id=policy.policy_id,
         action_type=action_type,
         allowed=rule.allowed,
@@ -190,26 +190,26 @@ def get_policy_versions(
     before: Annotated[int | None, Query(ge=1, lt=10**9, description="only versions before this one")] = None,
 ) -> PolicyVersionsAnswer:
     """List every version of the policy, newest first."""
-    it = policies()
-    found = it.list(limit, before)
+    store = policies()
+    found = store.list(limit, before)
     more = len(found) == limit and found[-1].version > 1
-    return PolicyVersionsAnswer(network=it.network, versions=found, next_before=found[-1].version if more else None)
+    return PolicyVersionsAnswer(network=store.network, versions=found, next_before=found[-1].version if more else None)
 
 
 def get_policy_version(version: Version, caller: Annotated[Caller, Depends(EVERY_ROLE)]) -> PolicyDocumentAnswer:
     """Return a version of the policy with its document and status."""
-    it = policies()
-    found, text = it.read(version)
+    store = policies()
+    found, text = store.read(version)
     if not caller.has("approver", "auditor") and has_actions(text):
-        return PolicyDocumentAnswer(network=it.network, text=None, difference=None, **dict(found))
-    return PolicyDocumentAnswer(network=it.network, text=text, difference=it.difference(version), **dict(found))
+        return PolicyDocumentAnswer(network=store.network, text=None, difference=None, **dict(found))
+    return PolicyDocumentAnswer(network=store.network, text=text, difference=store.difference(version), **dict(found))
 
 
 @accepts_bytes(MAX_PROPOSAL_BYTES)
 def propose_policy(body: PolicyRequest, caller: Operator) -> PolicyProposalAnswer:
     """Propose a new version of the policy, for another operator to approve. Operators only."""
-    it = policies()
-    proposed = it.propose(
+    store = policies()
+    proposed = store.propose(
         body.rules,
         groups=body.groups,
         actions=body.actions,
@@ -217,24 +217,24 @@ def propose_policy(body: PolicyRequest, caller: Operator) -> PolicyProposalAnswe
         based_on=body.based_on,
         remove=body.remove,
     )
-    changes = it.difference(proposed.version)
-    return PolicyProposalAnswer(network=it.network, difference=changes, **dict(proposed))
+    changes = store.difference(proposed.version)
+    return PolicyProposalAnswer(network=store.network, difference=changes, **dict(proposed))
 
 
 def approve_policy(version: Version, caller: Operator) -> PolicyVersionAnswer:
     """Approve another operator's proposal. It is in force as soon as its hash is confirmed on the ledger."""
-    it = policies()
-    approved = it.approve(version, subject=caller.subject, four_eyes=caller.four_eyes)
-    return PolicyVersionAnswer(network=it.network, **dict(approved))
+    store = policies()
+    approved = store.approve(version, subject=caller.subject, four_eyes=caller.four_eyes)
+    return PolicyVersionAnswer(network=store.network, **dict(approved))
 
 
 def reject_policy(
     version: Version, caller: Operator, body: Annotated[RejectRequest | None, Body()] = None
 ) -> PolicyVersionAnswer:
     """Reject a proposal, or withdraw your own."""
-    it = policies()
-    rejected = it.reject(version, subject=caller.subject, reason=body.reason if body else "")
-    return PolicyVersionAnswer(network=it.network, **dict(rejected))
+    store = policies()
+    rejected = store.reject(version, subject=caller.subject, reason=body.reason if body else "")
+    return PolicyVersionAnswer(network=store.network, **dict(rejected))
 
 
 def add_policy_routes(app: FastAPI) -> None:

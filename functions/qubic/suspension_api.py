@@ -95,9 +95,9 @@ def suspend_action(body: SuspendRequest, caller: Operator) -> SuspensionAnswer:
     not started ends as `denied`, with the code `suspended`. An effect in flight continues, and its outcome is recorded.
     A repetition changes nothing, but ends a request to resume.
     """
-    it = suspending()
-    _check_known(it, body.action)
-    return _suspension_answer(it, it.suspend(body.action, subject=caller.subject, reason=body.reason))
+    store = suspending()
+    _check_known(store, body.action)
+    return _suspension_answer(store, store.suspend(body.action, subject=caller.subject, reason=body.reason))
 
 
 def resume_action(body: ResumeRequest, caller: Operator) -> SuspensionAnswer:
@@ -107,16 +107,16 @@ def resume_action(body: ResumeRequest, caller: Operator) -> SuspensionAnswer:
     (`active`). The operator who suspended the action can be one of the two. A repetition by the same operator changes
     nothing. To reject a request, suspend the action again. `*` and an action's name are resumed separately.
     """
-    it = suspending()
-    _check_known(it, body.action)
-    return _suspension_answer(it, it.resume(body.action, subject=caller.subject, four_eyes=caller.four_eyes))
+    store = suspending()
+    _check_known(store, body.action)
+    return _suspension_answer(store, store.resume(body.action, subject=caller.subject, four_eyes=caller.four_eyes))
 
 
-def _suspension_answer(it: Suspending, found: Suspended) -> SuspensionAnswer:
-    return SuspensionAnswer(network=it.network, **dict(SuspendedAction.of(found)))
+def _suspension_answer(store: Suspending, found: Suspended) -> SuspensionAnswer:
+    return SuspensionAnswer(network=store.network, **dict(SuspendedAction.of(found)))
 
 
-def _check_known(it: Suspending, name: str) -> None:
+def _check_known(store: Suspending, name: str) -> None:
     """Check that the name is an action's, if the policy can be read: an emergency must not wait for the ledger.
 
     Raises InvalidInputError for a name that is neither built in, nor in the policy in force, nor suspended.
@@ -129,7 +129,7 @@ def _check_known(it: Suspending, name: str) -> None:
         known = wiring.policies().in_force().rules
     except TransientError:
         return
-    if name not in known and all(each.name != name for each in it.suspended()):
+    if name not in known and all(each.name != name for each in store.suspended()):
         raise InvalidInputError(
             "the policy in force has no rule with this name, so it already denies the action", field="action"
         )

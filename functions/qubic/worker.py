@@ -30,10 +30,10 @@ SECONDS_FOR_A_SOURCE = 18
 @function
 def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
     """Process a queue's batch, return `{"batchItemFailures"}`; or a schedule's event, return `{"open": [keys]}`."""
-    it = submissions()
+    ledger = submissions()
     if "Records" not in event:
         try:
-            return {"open": _advance_all(it, context)}
+            return {"open": _advance_all(ledger, context)}
         finally:
             policies().settle()  # last: a policy's error must not block the sources
     failed: list[dict[str, str]] = []
@@ -43,7 +43,7 @@ def handler(event: dict[str, Any], context: LambdaContext) -> dict[str, Any]:
             failed.append({"itemIdentifier": record["messageId"]})
             continue
         try:
-            _look(it, json.loads(record["body"]), advanced)
+            _check_message(ledger, json.loads(record["body"]), advanced)
         except Exception:  # noqa: BLE001 - log any error; the queue delivers the message again
             logger().exception("the submission could not be advanced", extra={"body": record["body"]})
             failed.append({"itemIdentifier": record["messageId"]})
@@ -54,14 +54,14 @@ def _has_time(context: LambdaContext) -> bool:
     return context.get_remaining_time_in_millis() >= SECONDS_FOR_A_SOURCE * 1000
 
 
-def _look(it: Submissions, message: dict[str, Any], advanced: dict[str, int]) -> None:
+def _check_message(ledger: Submissions, message: dict[str, Any], advanced: dict[str, int]) -> None:
     """Advance a submission's source, and enqueue the submission again if it is open.
 
     `advanced` has the sources of this batch that were advanced, and the tick at that time. Each is advanced once.
     """
-    if message["network"] != it.chain.network:
+    if message["network"] != ledger.chain.network:
         return  # from a network that this stack used before: it cannot be reached from here
-    submission = it.get(message["key"])
+    submission = ledger.get(message["key"])
     if submission is None:
         return
     source = submission.source
@@ -69,18 +69,18 @@ def _look(it: Submissions, message: dict[str, Any], advanced: dict[str, int]) ->
         advanced[source] = 0
         wait_until_due(message)
         try:
-            it.advance(source, seconds=ADVANCE_SECONDS)
-            advanced[source] = it.chain.tick_info().tick
+            ledger.advance(source, seconds=ADVANCE_SECONDS)
+            advanced[source] = ledger.chain.tick_info().tick
         except (TransientError, LimitError) as error:
             logger().warning("the source could not be advanced", extra={"source": source, "reason": error.message})
-        submission = it.get(submission.key) or submission
+        submission = ledger.get(submission.key) or submission
     if submission.is_open:
         enqueue(submission, advanced[source], seen=int(message.get("seen", 0)), looks=int(message.get("looks", 0)))
 
 
-def _advance_all(it: Submissions, context: LambdaContext) -> list[str]:
+def _advance_all(ledger: Submissions, context: LambdaContext) -> list[str]:
     """Advance every source with open submissions, in random order. Return the sources that are left."""
-    identities = it.open_sources()
+    identities = ledger.open_sources()
     random.shuffle(identities)  # so that no source is always the last
     left = []
     for identity in identities:
@@ -88,7 +88,7 @@ def _advance_all(it: Submissions, context: LambdaContext) -> list[str]:
             if not _has_time(context):
                 left.append(identity)
                 continue
-            it.advance(identity, seconds=ADVANCE_SECONDS)
+            ledger.advance(identity, seconds=ADVANCE_SECONDS)
         except (TransientError, LimitError) as error:
             logger().warning("the source could not be advanced", extra={"source": identity, "reason": error.message})
             left.append(identity)

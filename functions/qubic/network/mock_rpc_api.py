@@ -320,7 +320,7 @@ def tick_info() -> TickInfoAnswer:
 )
 def broadcast_transaction(body: BroadcastRequest) -> BroadcastAnswer:
     """Send a signed transaction. The response does not confirm it. Operators only."""
-    it = _mock()
+    mock = _mock()
     sent = body.encodedTransaction
     try:
         encoded = base64.b64decode(sent, validate=True)
@@ -330,7 +330,7 @@ def broadcast_transaction(body: BroadcastRequest) -> BroadcastAnswer:
         decode(encoded)
     except ValueError as error:
         raise _InternalError(f"the transaction is malformed: {error}") from error
-    txid = it.broadcast(encoded)
+    txid = mock.broadcast(encoded)
     return BroadcastAnswer(peersBroadcasted=1, encodedTransaction=sent, transactionId=txid)
 
 
@@ -339,9 +339,9 @@ def balance(
     identity: Annotated[str, Path(alias="id", json_schema_extra={"pattern": "^[A-Z]{60}$"})],
 ) -> BalanceAnswer:
     """Return the balance of an identity. Like the public RPC, the mock does not check the identity's checksum."""
-    it = _mock()
+    mock = _mock()
     try:
-        found = it.balance(rules.without_checksum(identity))
+        found = mock.balance(rules.without_checksum(identity))
     except rules.RuleError as error:
         raise _InternalError(f"getting identity info from node {error}") from error
     return BalanceAnswer(
@@ -376,9 +376,9 @@ def last_processed_tick() -> LastProcessedTickAnswer:
 @router.post("/query/v1/getTransactionByHash", operation_id="rpc_transaction", dependencies=[Depends(EVERY_ROLE)])
 def transaction_by_hash(body: TransactionRequest) -> RpcTransactionAnswer:
     """Return a transaction by its hash."""
-    it = _mock()
+    mock = _mock()
     _check_id(body.hash, lower=True)
-    found = it.transaction(body.hash)
+    found = mock.transaction(body.hash)
     if found is None:
         raise NotFoundError("transaction not found")
     return RpcTransactionAnswer(transaction=_content(found))
@@ -389,7 +389,7 @@ def transaction_by_hash(body: TransactionRequest) -> RpcTransactionAnswer:
 )
 def transactions_for_identity(body: TransactionsRequest) -> TransactionsAnswer:
     """List the transactions from and to an identity, newest first."""
-    it = _mock()
+    mock = _mock()
     identity = body.identity
     _check_id(identity, lower=False)
     ranges = {name: each.model_dump(exclude_none=True) for name, each in (body.ranges or {}).items()}
@@ -400,7 +400,7 @@ def transactions_for_identity(body: TransactionsRequest) -> TransactionsAnswer:
     except rules.RuleError as error:
         raise rules.RuleError(f"invalid pagination: {error}") from error
     first, last = conditions.ranges.get("tickNumber", (0, rules.MAX_TICK))
-    listed, valid_for_tick = it.transactions(identity, first, min(last, rules.MAX_TICK))
+    listed, valid_for_tick = mock.transactions(identity, first, min(last, rules.MAX_TICK))
     found = [each for each in listed if conditions.match(_fields(each))]
     return TransactionsAnswer(
         validForTick=valid_for_tick,
@@ -422,18 +422,18 @@ def _fields(found: Included) -> dict[str, str]:
 
 
 def _content(found: Included) -> TransactionContent:
-    it = found.transaction
+    transaction = found.transaction
     return TransactionContent(
         hash=found.txid,
-        amount=str(it.amount),
-        source=encode_identity(it.source),
-        destination=encode_identity(it.destination),
-        tickNumber=it.tick,
+        amount=str(transaction.amount),
+        source=encode_identity(transaction.source),
+        destination=encode_identity(transaction.destination),
+        tickNumber=transaction.tick,
         timestamp=str(found.timestamp),
-        inputType=it.input_type,
-        inputSize=len(it.payload),
-        inputData=base64.b64encode(it.payload).decode(),
-        signature=base64.b64encode(it.signature).decode(),
+        inputType=transaction.input_type,
+        inputSize=len(transaction.payload),
+        inputData=base64.b64encode(transaction.payload).decode(),
+        signature=base64.b64encode(transaction.signature).decode(),
         moneyFlew=found.money_flew,
     )
 
@@ -447,6 +447,6 @@ def get_faults() -> Faults:
 @switches.put("/mock/faults", operation_id="put_mock_faults", dependencies=[Depends(DECIDING)])
 def put_faults(body: Faults) -> Faults:
     """Replace the simulated faults of the mock network. Operators only, in the local stage only."""
-    it = _switches()
-    it.set_faults(body)
-    return it.faults()
+    mock = _switches()
+    mock.set_faults(body)
+    return mock.faults()

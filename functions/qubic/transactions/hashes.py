@@ -37,7 +37,7 @@ def check_remark(metadata: object) -> dict[str, Any]:
     return check_metadata(metadata)
 
 
-def write_hash(it: Submissions, hash_: object, metadata: object, *, written_by: str = "") -> Submission:
+def write_hash(ledger: Submissions, hash_: object, metadata: object, *, written_by: str = "") -> Submission:
     """Sign, store and send the transaction that records a hash. A repetition returns the first transaction's state.
 
     Raises
@@ -51,26 +51,26 @@ def write_hash(it: Submissions, hash_: object, metadata: object, *, written_by: 
         The ledger does not respond.
     """
     checked, remark = check_hash(hash_), check_remark(metadata)
-    return it.submit_record(
+    return ledger.submit_record(
         f"hash:{checked}", bytes.fromhex(checked), kind="hash", metadata=remark, requested_by=written_by
     )
 
 
-def record_instruction(it: Submissions, hash_: object, reference: object, requester: str) -> Submission:
+def record_instruction(ledger: Submissions, hash_: object, reference: object, requester: str) -> Submission:
     """Record the hash of a task's instruction, once, with its own input type. Raises as `write_hash`."""
     checked, metadata = check_hash(hash_), {RESERVED: check_reference(reference)}
-    return it.submit_record(
+    return ledger.submit_record(
         f"instruction:{checked}", bytes.fromhex(checked), kind="instruction", metadata=metadata, requested_by=requester
     )
 
 
-def hash_state(it: Submissions, hash_: str) -> dict[str, Any]:
+def hash_state(ledger: Submissions, hash_: str) -> dict[str, Any]:
     """Return whether the hash is on the ledger, and its `kind`; `verified` only if its transaction is confirmed.
 
     If the hash has two records, a confirmed one takes precedence, then the record of the instruction.
     """
-    found = [record for kind in ("instruction", "hash") if (record := it.get(f"{kind}:{hash_}"))]
+    found = [record for kind in ("instruction", "hash") if (record := ledger.get(f"{kind}:{hash_}"))]
     if not found:
-        return {"hash": hash_, "verified": False, "network": it.chain.network} | _NOTHING
+        return {"hash": hash_, "verified": False, "network": ledger.chain.network} | _NOTHING
     record = min(found, key=lambda each: each.state != "confirmed")
     return {"hash": hash_, "verified": record.state == "confirmed", "kind": record.kind} | record.answer()
