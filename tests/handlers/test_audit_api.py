@@ -1,4 +1,4 @@
-"""The audit service's routes, as API Gateway calls them: who may read, what is proved, and what tampering shows."""
+"""The audit service's routes in API Gateway's format: rights, proofs, and the detection of tampering."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Get = Callable[..., tuple[int, dict[str, Any]]]
 
 @pytest.fixture
 def aws(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
-    # FastAPI runs a route in a thread of its own, which then asks the ledger's function: so the environment is set for
+    # FastAPI runs a route in a separate thread, which then calls the ledger's function: so the environment is set for
     # the whole test, not for one call.
     for name, value in template.environment("AuditApiFunction", PARAMETERS).items():
         monkeypatch.setenv(name, value)
@@ -104,7 +104,7 @@ def recorded(aws: Cloud) -> str:
 
 
 def rewrite(task_id: str, seq: int, text: str, leaf: str) -> None:
-    """What somebody with the keys to the table could do."""
+    """Change an item as a person with write access to the table could."""
     change_entry(task_id, seq, text={"S": text}, leaf={"S": leaf})
 
 
@@ -449,7 +449,7 @@ def test_entry_that_was_taken_away_is_not_verified(get: Get, recorded: str) -> N
 
 
 def test_index_that_is_behind_proves_no_entry(get: Get, recorded: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The index still has what the table has no more: the entry itself decides."""
+    """The index still has a deleted entry: the entry itself decides."""
     third = entries(recorded)[2]
     stale = [Occurrence(recorded, 3, "leaf")]
     remove(recorded, 3)
@@ -460,7 +460,7 @@ def test_index_that_is_behind_proves_no_entry(get: Get, recorded: str, monkeypat
 def test_index_behind_the_newest_entry_shows_the_others(
     get: Get, recorded: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was recorded a moment ago may be missing; all that is shown is verified as ever."""
+    """A new entry may be missing, but every match is verified."""
     there = AuditStore.occurrences
     monkeypatch.setattr(AuditStore, "occurrences", lambda store_, hash_: islice(there(store_, hash_), 1, None))
     status, body = get(f"/audit/verify/{SOME_HASH}")
@@ -519,7 +519,7 @@ def test_bundle_discloses_what_the_hashes_are_over(get: Get, aws: Cloud) -> None
 
 
 def test_who_retries_as_often_as_they_may_still_gets_the_bundle(get: Get, aws: Cloud) -> None:
-    """The largest request, of what is escaped most often, and every retry fails at the step that holds all of it."""
+    """The largest request with the most escapes, and retries that fail at the step with all of it."""
     store = TaskStore("TasksTable")
     task = new_task().model_copy(update={"task_type": "salaries", "parameters": {"note": '"' * 16_000}})
     policy = policy_of(policy_text({"salaries": Rule(allowed=True, requires_approval=False, risk_level="low")}))
@@ -575,7 +575,7 @@ def test_bundle_is_for_auditors_and_who_asked_for_the_task(get: Get, recorded: s
     status, body = get(path, roles="requester", subject="mallory")
     missing_status, missing = get(f"/audit/{new_task_id()}/bundle", roles="requester", subject="mallory")
     assert (status, missing_status, body["detail"]) == (404, 404, missing["detail"])
-    # With the approver's role one sees every trail, and still not what it hides.
+    # The approver's role can read every trail, but not the content behind its hashes.
     assert get(path, roles="requester approver", subject="bob")[0] == 404
     assert get("/audit/nonsense/bundle")[0] == 404
 

@@ -1,4 +1,4 @@
-"""The simulated network on moto: what is its own, besides what `test_chain` asks of every network."""
+"""The simulated network on moto: its own properties, in addition to `test_chain` for every network."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def supply() -> int:
 
 @contextmanager
 def failing(where: Callable[[str, int], str | None]) -> Iterator[list[str]]:
-    """`where` says of each call to DynamoDB (its name, its number from 0) whether it fails `before` or `after`."""
+    """`where` decides for each call to DynamoDB (name, number from 0) whether it fails `before` or `after`."""
     calls: list[str] = []
     below = BaseClient._make_api_call
 
@@ -87,7 +87,7 @@ def failing_at(position: int, how: str) -> Any:
 
 @contextmanager
 def meanwhile(operation: str, act: Callable[[], object]) -> Iterator[None]:
-    """`act` right before the first `operation` on DynamoDB: what has been read by then is out of date."""
+    """Call `act` right before the first `operation` on DynamoDB, so that earlier reads are out of date."""
     acted: list[bool] = []
 
     def before(name: str, number: int) -> None:
@@ -165,7 +165,7 @@ def test_another_duration_holds_from_the_present_tick(chain: MockChain, clock: C
     assert faster.tick_info().tick == FIRST_TICK + 17
 
 
-# Exactly once, whoever asks
+# Exactly once for any caller
 
 
 def test_many_who_ask_at_once_execute_each_transaction_once(chain: MockChain, clock: Clock) -> None:
@@ -232,7 +232,7 @@ def test_broadcast_that_falls_over_can_be_handed_in_again(chain: MockChain, cloc
 
 
 def test_broadcast_overtaken_by_tick_never_executes(chain: MockChain, clock: Clock) -> None:
-    """It was read that the tick is to come; by the time that it is written, the tick has been told as processed."""
+    """The read shows a future tick, but at the write the tick was already reported as processed."""
     late = ALICE.signed(DAVE, 1, chain.tick_info().tick + 1)
 
     def time_passes() -> None:
@@ -314,7 +314,7 @@ def test_what_others_execute_in_between_is_not_executed_again(chain: MockChain, 
 
 
 def test_balance_that_changes_under_the_reader_is_read_again(chain: MockChain, clock: Clock) -> None:
-    """No caller does that: the condition stands for what a mistake in the order of execution would do."""
+    """No caller does that: the condition guards against a mistake in the order of execution."""
     spent = ALICE.signed(DAVE, 1000, chain.tick_info().tick + 1)
     chain.broadcast(spent.encode())
     clock.ticks(2)
@@ -499,7 +499,7 @@ def test_lag(chain: MockChain, clock: Clock) -> None:
     assert chain.last_processed_tick().tick == tick - 5
     assert chain.transaction(id_) is None
     assert chain.sent(ALICE.identity, 0, tick).transactions == ()
-    assert chain.balance(DAVE.identity).balance == 1  # has been executed, and shows in what does not lag
+    assert chain.balance(DAVE.identity).balance == 1  # executed, and visible in the balance, which does not lag
     clock.ticks(2)
     assert chain.transaction(id_) is not None
     assert len(chain.sent(ALICE.identity, 0, tick).transactions) == 1
@@ -556,7 +556,7 @@ def test_others_who_keep_changing_the_state_end_in_unavailable(
 
 
 class Network(RuleBasedStateMachine):
-    """Two views of one network, and what must hold whatever is sent, whoever asks, and whatever goes wrong.
+    """Two views of one network, and their invariants under any calls and failures.
 
     The model says what can be told from outside: what was included once is so for ever; what was absent when its tick
     had been processed is absent for ever; no transaction executes in any but its own tick, and none twice.

@@ -48,7 +48,7 @@ def content(transaction: Transaction, **changes: Any) -> dict[str, Any]:
 
 @dataclass
 class Node:
-    """A node that answers what it is told to: each answer once, and the last one from then on."""
+    """A node with given responses: each once, and then always the last one."""
 
     url: str = ""
     answers: list[tuple[int, Any, dict[str, str]]] = field(default_factory=list)
@@ -87,7 +87,7 @@ CALLS: dict[str, Ask] = {
 }
 
 
-# What is asked
+# Requests
 
 
 def test_what_is_asked_and_how(node: Node) -> None:
@@ -191,7 +191,7 @@ def test_node_that_is_busy_is_asked_again(node: Node, name: str, status: int, mo
     with pytest.raises(TransientError, match=rf"^{name}: the node responded with status {status}"):
         CALLS[name](node.chain())
     assert len(node.asked) == ATTEMPTS
-    assert sum(pauses) < 5, "the node does not say how long we wait"
+    assert sum(pauses) < 5, "the node does not control the pauses"
     assert len({json.dumps(each[:3]) for each in node.asked}) == 1, "the same, each time"
 
 
@@ -203,7 +203,7 @@ def test_one_failure_is_not_noticed(node: Node) -> None:
 
 @contextmanager
 def hanging(answer: bytes, *, wait: float = 0.0, chunks: int = 1) -> Iterator[str]:
-    """A node that takes a request, says `answer` as often as it is told to, and nothing more; the address is given."""
+    """A node that accepts a request and sends `answer` a given number of times; yields its address."""
     done = threading.Event()
     listener = socket.create_server(("127.0.0.1", 0))
 
@@ -276,7 +276,7 @@ def test_nobody_is_there(node: Node) -> None:
         RpcChain(f"http://127.0.0.1:{port}").tick_info()
 
 
-# Answers that are none
+# Malformed responses
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -365,7 +365,7 @@ WHOLE: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]] = {
 @pytest.mark.parametrize("name", DECIDES_NOTHING)
 @pytest.mark.parametrize("absent", ["missing", "null"])
 def test_answer_without_what_decides_nothing_is_taken(node: Node, name: str, absent: str) -> None:
-    """Protobuf's JSON may leave out what is 0 or false, or say null for it."""
+    """Protobuf's JSON may omit 0 and false, or have null for them."""
     whole, wrapped = WHOLE[name]
     names = DECIDES_NOTHING[name]
     node.says(200, wrapped(without(whole, *names) if absent == "missing" else whole | dict.fromkeys(names)))
@@ -382,7 +382,7 @@ def test_answer_without_what_decides_nothing_is_taken(node: Node, name: str, abs
     ],
 )  # fmt: skip
 def test_answer_without_what_decides_is_unavailable(node: Node, name: str, member: str) -> None:
-    """What a missing number would decide is never taken for 0."""
+    """A missing number is never read as 0."""
     whole, wrapped = WHOLE[name]
     for answer in (without(whole, member), whole | {member: None}):
         node.answers.clear()
@@ -446,7 +446,7 @@ def test_absent(node: Node) -> None:
     ],
 )
 def test_what_does_not_say_that_a_transaction_is_absent(node: Node, status: int, body: Any) -> None:
-    """Whoever takes it for absent signs it anew, and it executes twice."""
+    """A client that treats it as absent would sign it again, and it would execute twice."""
     node.says(status, body)
     with pytest.raises(TransientError):
         node.chain().transaction(SENT.id)

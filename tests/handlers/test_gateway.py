@@ -1,4 +1,4 @@
-"""The gateway's routes on moto: what is started, refused, replayed and decided, and what is written by it."""
+"""The gateway's routes on moto: starts, rejections, replays, decisions, and their writes."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ def transfer(amount: str) -> str:
 
 BAD: dict[str, tuple[Any, int, set[str]]] = {
     "unknown field": ({**MONITOR, "sudo": True}, 422, {"sudo"}),
-    "a requester of one's own": ({**MONITOR, "requester": "bob"}, 422, {"requester"}),
+    "another requester": ({**MONITOR, "requester": "bob"}, 422, {"requester"}),
     "no task type": ({"description": "x"}, 422, {"task_type"}),
     "a task type that is no word": ({**MONITOR, "task_type": "a b"}, 422, {"task_type"}),
     "an empty task type": ({**MONITOR, "task_type": ""}, 422, {"task_type"}),
@@ -494,7 +494,7 @@ def test_what_nobody_expected_is_a_500_that_says_nothing_of_it(
         answer = api("POST", "/task/start", MONITOR)
         assert answer.status == 500
         assert "s3cret" not in json.dumps(answer.body)
-    # The error's text may hold what was sent: the log tells where it happened.
+    # The error's text may contain input; the log has the location.
     assert "s3cret" not in caplog.text + "".join(capsys.readouterr())
 
 
@@ -735,7 +735,7 @@ def test_undelivered_decision_stands_and_is_delivered(live: Api, monkeypatch: py
 
 
 def test_decision_for_which_nobody_waits_any_more_is_recorded(api: Api, store: TaskStore) -> None:
-    """The execution is gone, its task not ended yet: the token wakes nobody, and that is not the approver's fault."""
+    """The execution is gone, but its task is open: the token resumes nothing, and the approver gets no error."""
     task_id, _ = waiting(store)
     assert api("POST", f"/task/{task_id}/approve", YES, **BOB).status == 200
     assert len(decided(task_id)) == 1

@@ -1,4 +1,4 @@
-"""The policy's life: proposed, approved by somebody else, anchored, in force; and what must never come into force."""
+"""The policy's lifecycle: proposal, approval by another operator, anchor, in force; and versions that must not be."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def store(aws: Cloud) -> Policies:
 
 
 def at_once(*calls: Callable[[], Any]) -> list[Any]:
-    """What each call gave, or the error that it raised; all begin at the same moment."""
+    """Return the result or the error of each call; all calls start at once."""
     start = threading.Barrier(len(calls))
 
     def run(call: Callable[[], Any]) -> Any:
@@ -88,7 +88,7 @@ def publish(aws: Cloud, store: Policies, rules: dict[str, Rule] = RULES) -> Poli
 
 
 def alter(pk: str, sk: str, **attributes: Any) -> None:
-    """Change a stored item as nobody should."""
+    """Change a stored item without permission."""
     names = {f"#{name}": name for name in attributes}
     boto3.client("dynamodb").update_item(
         TableName=TABLE,
@@ -154,7 +154,7 @@ def test_whoever_asks_first_submits_the_first_version_once(environment: None) ->
 
 
 def test_first_version_whose_confirmation_nobody_told_of(environment: None) -> None:
-    """No writer at all: whoever asks looks whether the ledger has it by now."""
+    """Without a transaction worker, each caller checks whether the ledger has it."""
     with cloud(state_machine=False, policy=False) as aws:
         with pytest.raises(TransientError):
             wiring.policies().in_force()
@@ -187,7 +187,7 @@ def test_version_is_in_force_when_the_ledger_has_it(aws: Cloud, store: Policies)
 
 
 def test_document_is_proven_by_its_transaction(aws: Cloud, store: Policies) -> None:
-    """As an offline verifier would, from what `policy_document` gives alone."""
+    """Verify as an offline verifier, with only the result of `policy_document`."""
     version = publish(aws, store)
     found = aws.invoke("LedgerFunction", {"operation": "policy_document", "policy_id": version.policy_id})["result"]
     transaction = decode(base64.b64decode(found["encoded"]))
@@ -363,12 +363,12 @@ def test_many_settle_at_once(aws: Cloud, store: Policies) -> None:
 
 
 def confirm_silently(aws: Cloud) -> None:
-    """Let the ledger confirm, and the one who is to tell of it crash."""
+    """Let the ledger confirm, and crash the process that reports it."""
     aws.clock.pass_seconds(20)
     Submissions(chain()).advance(service_key().identity)
 
 
-# What fails half-way
+# Failures half-way
 
 
 @pytest.mark.parametrize("error", [TransientError, LimitError])
@@ -435,7 +435,7 @@ def test_crash_at_each_write(aws: Cloud, monkeypatch: pytest.MonkeyPatch, done: 
     assert len([key for key in submissions_of_policies() if key.endswith("SUBMISSION")]) == number + 1
 
 
-# What is not what the ledger has
+# Differences from the ledger
 
 
 def looser(version: int) -> str:
@@ -557,7 +557,7 @@ OTHER = demo_key("0x1234567890abcdef")
 def forge(
     aws: Cloud, *, sign: Key | None = None, include: bool = True, text: str | None = None, **changes: Any
 ) -> None:
-    """Have version 2 anchored by a transaction that was changed, as somebody could who may write the ledger's table."""
+    """Anchor version 2 with a changed transaction, as a role with write access to the ledger's table could."""
     submission = Submissions(chain()).get("policy:2")
     assert submission is not None
     transaction = replace(decode(submission.encoded), tick=chain().tick_info().tick + 5)
@@ -586,7 +586,7 @@ def forge(
 
 
 def test_transaction_like_the_original_is_as_good(aws: Cloud, store: Policies) -> None:
-    """What the tests below change makes the difference."""
+    """Only the changes of the tests below make the difference."""
     publish(aws, store)
     forge(aws, sign=service_key())
     assert store.in_force().version == 2
@@ -621,7 +621,7 @@ def test_amount_to_the_service_itself_is_no_record(aws: Cloud, store: Policies) 
 def test_transaction_without_a_signature_anchors_nothing(
     aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Not even if a node says that the network has it."""
+    """Not even if a node reports that the network has it."""
     publish(aws, store)
     forge(aws, text=looser(2), include=False)
     monkeypatch.setattr(MockChain, "transaction", lambda *_: object())
@@ -638,7 +638,7 @@ def test_signed_but_absent_transaction_anchors_nothing(aws: Cloud, store: Polici
 
 
 def test_document_withheld_when_network_has_no_transaction(aws: Cloud, store: Policies) -> None:
-    """Though this process knows the version, by the right one."""
+    """Although this process has verified the version, by the right one."""
     publish(aws, store)
     store.in_force()
     verified = dict(trust._verified)
@@ -879,7 +879,7 @@ def test_submission_whose_version_is_missing_is_found(
 
 
 def test_process_remembers_what_was_in_force(aws: Cloud, store: Policies, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whatever else was rolled back with HEAD."""
+    """Regardless of other items that were rolled back with HEAD."""
     publish(aws, store)
     store.in_force()
     lose_item()
@@ -896,7 +896,7 @@ def test_process_that_has_not_seen_the_newer_version(
     monkeypatch: pytest.MonkeyPatch,
     later: bool,
 ) -> None:
-    """It looks again when HEAD is another, and after a minute even if it is the same."""
+    """It checks again if HEAD has changed, and after a minute in any case."""
     store.in_force()
     seen = dict(trust._seen)
     [head] = [item for item in items(TABLE) if item["sk"]["S"] == "HEAD"]
@@ -936,7 +936,7 @@ def test_proposals_and_what_was_rejected_are_no_rollback(aws: Cloud, store: Poli
 def test_version_entering_force_now_is_no_rollback(
     aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Between reading HEAD and looking for what is newer."""
+    """Between the read of HEAD and the search for later versions."""
     store.propose(RULES, subject="olivia")
     store.approve(2, subject="oscar", four_eyes=True)
     confirm_silently(aws)
@@ -966,14 +966,14 @@ def test_reading_what_is_in_force_takes_two_reads(aws: Cloud, store: Policies, m
     monkeypatch.setattr(BaseClient, "_make_api_call", counted)
     forget()
     store.in_force()
-    # What came after HEAD's version, whether the next one was handed in, and this one's submission.
+    # Versions after HEAD's, the submission of the next one, and this one's submission.
     assert sorted(calls) == ["GetItem"] * 4 + ["Query"]
     calls.clear()
     store.in_force()
     assert calls == ["GetItem"] * 2
 
 
-# What stands in for what was confirmed
+# Replacements of a confirmed transaction
 
 
 def test_bytes_that_are_not_the_transaction_of_that_id(aws: Cloud, store: Policies) -> None:

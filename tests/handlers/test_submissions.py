@@ -1,4 +1,4 @@
-"""What was signed is on the ledger once, or nowhere; whatever the network does, and wherever the process dies."""
+"""A signed act is on the ledger at most once, under any behaviour of the network and any crash."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def digest(number: int) -> str:
 
 
 class Ledger:
-    """The submissions to a mock network, with every end of them that was told."""
+    """The submissions to a mock network, with all reported ends."""
 
     def __init__(self, it: Cloud) -> None:
         self.cloud = it
@@ -182,7 +182,7 @@ def test_full_queue_says_so_and_loses_nothing(ledger, number, monkeypatch):
         ledger.it.submit_record(f"anchor:log:{number + 1}", b"root", kind="anchor", metadata={})
 
 
-# What the network does
+# Behaviour of the network
 
 
 def test_lost_transaction_is_signed_for_later_tick(ledger, number):
@@ -300,7 +300,7 @@ def test_same_reference_moves_once_however_often_and_at_once(ledger, number):
         moved = list(pool.map(lambda _: ledger.transfer(f"task{number}", 5), range(8)))
     assert len({each.txid for each in moved}) == 1
     ledger.run(LEAD_TICKS + 2, moved[0].source)
-    assert ledger.transfer(f"task{number}", 5, run=2).txid == moved[0].txid  # what is made is never repeated
+    assert ledger.transfer(f"task{number}", 5, run=2).txid == moved[0].txid  # a confirmed transfer is never repeated
     assert ledger.balance(SOURCE) == before - 5
 
 
@@ -356,7 +356,7 @@ def test_what_the_look_up_misses_the_list_has(ledger, number, monkeypatch):
 
 @contextmanager
 def nothing_is_found(ledger: Ledger) -> Iterator[None]:
-    """Look-ups and lists are of a node that does not know what it should, and the balance of one that does."""
+    """Look-ups and lists come from a node that is behind, the balance from one that is not."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ledger.chain, "transaction", lambda txid: None)
         patch.setattr(ledger.chain, "sent", lambda *_: SentList((), 2**31))
@@ -452,7 +452,7 @@ def test_earlier_transfer_without_effect_is_kept_apart(ledger, number):
 def test_unsent_transfer_after_its_tick_is_signed_again(ledger, number):
     before = ledger.balance(SOURCE)
     first, second = ledger.transfer(f"task{number}", 1), ledger.transfer(f"task{number + 1}", 2)
-    ledger.pass_ticks(2 * LEAD_TICKS + 2)  # nobody has looked meanwhile
+    ledger.pass_ticks(2 * LEAD_TICKS + 2)  # without a check in between
     ledger.advance(first.source)
     assert ledger.state(first.key) == "confirmed"
     later = ledger.it.get(second.key)
@@ -516,7 +516,9 @@ def test_following_ends_in_time_and_goes_on_the_next_time(ledger, number):
 def test_varying_ticks_cause_no_repeated_signatures(ledger, number, monkeypatch):
     first, second = ledger.write(number), ledger.write(number + 1)
     ledger.pass_ticks(2 * LEAD_TICKS + 2)
-    monkeypatch.setattr(ledger.it, "_send", lambda submission: submission.key == first.key)  # late, whatever it names
+    monkeypatch.setattr(
+        ledger.it, "_send", lambda submission: submission.key == first.key
+    )  # late, regardless of its tick
     with pytest.raises(TransientError, match="late again"):
         ledger.advance()
     assert ledger.it.get(second.key).attempt <= 3
@@ -550,7 +552,7 @@ def test_promised_amount_stays_promised_when_turn_is_late(ledger, number):
     moved = [
         ledger.transfer(f"task{number}-{part}", amount, source=EMPTY) for part, amount in enumerate((1, balance - 1))
     ]
-    ledger.pass_ticks(2 * LEAD_TICKS + 3)  # nobody follows
+    ledger.pass_ticks(2 * LEAD_TICKS + 3)  # without tracking
     with pytest.raises(PermanentError) as refused:
         ledger.transfer(f"task{number}-2", 1, source=EMPTY)
     assert refused.value.code == "insufficient_balance"
@@ -571,7 +573,7 @@ def test_service_wallet_keeps_balance_and_queue_room(ledger, number, monkeypatch
         ledger.transfer(f"task{number}-2", 1, source=service)
     ledger.it.submit_record(f"policy:{number}", b"text", kind="policy", metadata={})
     for part in range(3):
-        ledger.transfer(f"task{number}-{part + 3}", 1)  # other wallets have a queue of their own
+        ledger.transfer(f"task{number}-{part + 3}", 1)  # other wallets have separate queues
     ledger.run(5 * LEAD_TICKS)
 
 
@@ -721,7 +723,7 @@ def test_what_is_moved_already_does_not_count_twice(ledger, number):
     pay(ledger, wallets.service_key(), wallets.demo_key(EMPTY), 100)
     balance = ledger.balance(EMPTY)
     ledger.transfer(f"task{number}", balance - 10, source=EMPTY)
-    ledger.pass_ticks(LEAD_TICKS + 1)  # it is in its tick, and nobody has looked
+    ledger.pass_ticks(LEAD_TICKS + 1)  # it is in its tick, but was not checked
     moved = ledger.transfer(f"task{number}-2", 10, source=EMPTY)
     ledger.run(2 * LEAD_TICKS, moved.source)
     assert (ledger.state(moved.key), ledger.balance(EMPTY)) == ("confirmed", 0)

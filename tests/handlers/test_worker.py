@@ -1,4 +1,4 @@
-"""The worker on moto: each step type, once, and only what may run."""
+"""The worker on moto: each step type runs once, and only permitted steps run."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ Sent = list[tuple[str, dict[str, str]]]
 
 @pytest.fixture(autouse=True)
 def sent(monkeypatch: pytest.MonkeyPatch) -> Sent:
-    """The answers to callback tokens; what Step Functions does with them is tested by the workflow's tests."""
+    """Responses to callback tokens. The workflow tests cover the reaction of Step Functions."""
     answers: Sent = []
     monkeypatch.setattr("qaes.adapters.executions._send", lambda name, **said: answers.append((name, said)) or True)
     return answers
@@ -129,13 +129,13 @@ def events_of(task_id: str) -> list[Event]:
 
 
 def ends_of_the_transfer(task_id: str) -> list[str]:
-    """The statuses of the events that tell how the transfer has ended."""
+    """Return the statuses of the events with the transfer's end."""
     return [each.status for each in events_of(task_id) if (each.kind, each.step_id) == ("step_executed", "step_3")]
 
 
 @pytest.fixture
 def asked(aws: Cloud) -> Counter[str]:
-    """How often each operation of the ledger was asked for."""
+    """Count the calls of each operation of the ledger."""
     operations: Counter[str] = Counter()
     for function in ("LedgerFunction", "LedgerTransferFunction"):
         aws.faults[function] = lambda event: operations.update([event["operation"]])
@@ -172,7 +172,7 @@ VERDICTS = {
 
 
 def next_run(store: TaskStore, task_id: str) -> None:
-    """The task fails, and somebody retries it."""
+    """Fail the task, and retry it."""
     store.end_task(task_id, "failed", actor="test", reason="the ledger has not confirmed it in time")
     store.retry(task_id, subject="alice")
 
@@ -384,7 +384,7 @@ def test_compliance_denies_an_address_that_the_network_lacks(
 
 
 def test_compliance_denies_a_wallet_without_a_key(aws: Cloud, plan_for: Plans, sent: Sent) -> None:
-    """Its balance would cover the amount: it is not that which is missing."""
+    """The balance covers the amount, so the denial has another reason."""
     spend(600, destination=KEYLESS)
     aws.settle()
     assert balance(KEYLESS) == 600
@@ -413,7 +413,7 @@ def test_compliance_denies_what_was_spent_since_the_approval(
 def test_compliance_needs_no_funds_for_a_submitted_transfer(
     aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A twin's refusal is on record; its transfer has taken what the wallet held, and the task is retried."""
+    """A concurrent call's refusal is recorded; its transfer has emptied the wallet, and the task is retried."""
     task_id, plan = plan_for("transfer_funds", TRANSFER | {"amount": 600})
     approve(store, task_id, plan, 2)
     terms: dict[str, Any] = {}
@@ -427,7 +427,7 @@ def test_compliance_needs_no_funds_for_a_submitted_transfer(
         assert act(aws, task_id) == "StepFailedError"
     assert call("LedgerTransferFunction", {"operation": "transfer", **terms})["ok"]
     next_run(store, task_id)
-    assert check(aws, task_id) == "pending"  # it is under way
+    assert check(aws, task_id) == "pending"  # it is in flight
     approve(store, task_id, plan, 2)
     aws.settle()
     assert balance(SOURCE) == 400
@@ -491,7 +491,7 @@ def mock_chain(aws: Cloud) -> MockChain:
 def test_only_submitting_state_can_request_transfer(
     aws: Cloud, store: TaskStore, plan_for: Plans, asked: Counter[str], missed: None, no_grace: None
 ) -> None:
-    """The transfer expires, and a later run would have it signed anew: whoever asks must not."""
+    """The transfer expires, and a later run would sign it again: a read must not."""
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     mock_chain(aws).set_faults(Faults(empty_ticks=30))
@@ -525,7 +525,7 @@ def test_execute_action_called_again_waits_and_changes_nothing(
 
 @pytest.fixture
 def stream_is_late(aws: Cloud) -> list[str]:
-    """What happens to the audit trail and on the ledger, in order."""
+    """Record the calls to the audit trail and to the ledger, in order."""
     order: list[str] = []
     aws.faults["RecordEventsFunction"] = lambda event: order.append("record")
     aws.faults["LedgerTransferFunction"] = lambda event: order.append(event["operation"])
@@ -541,7 +541,7 @@ def test_intent_is_on_record_before_the_effect(
     act(aws, task_id)
     assert stream_is_late == ["record", "transfer" if task_type == "transfer_funds" else "record_instruction"]
     act(aws, task_id)
-    assert stream_is_late.count("record") == 1, "what is on record is not recorded again"
+    assert stream_is_late.count("record") == 1, "a recorded entry is not recorded again"
 
 
 def test_no_recorder_is_invoked_when_the_stream_was_in_time(
@@ -588,7 +588,7 @@ def test_no_effect_after_a_cancel_while_the_intent_is_recorded(
 def test_no_effect_without_the_intent_on_record(
     aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch, recorder: str
 ) -> None:
-    """What the recorder answers is not believed: the table is read."""
+    """The recorder's response is not trusted: the table is read."""
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     with monkeypatch.context() as patch:
@@ -604,7 +604,7 @@ def test_no_effect_without_the_intent_on_record(
 def test_transfer_that_is_only_simulated_is_finished_at_once(
     aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The ledger does not keep it: nobody could ask for it later."""
+    """The ledger does not store it, so no caller could read it later."""
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     simulated = {"state": "simulated", "txid": "x" * 60, "tick": 7, "network": "mainnet", "error": None}
@@ -734,7 +734,7 @@ def test_end_before_the_token_is_kept_is_answered(
 def test_failure_before_the_token_is_kept_is_the_step_s(
     aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An execution that was to wait for the transfer of the one before makes no transfer of its own."""
+    """An execution that should wait for an earlier transfer makes no transfer itself."""
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     mock_chain(aws).set_faults(Faults(empty_ticks=30))
@@ -853,7 +853,7 @@ def test_end_of_unknown_transfer_is_ignored(
 
 
 def not_on_record(output: str) -> int:
-    """How often the alarm's metric was told, with the alarm's own namespace and dimensions."""
+    """Count the alarm's metric, with the alarm's namespace and dimensions."""
     alarm = template()["Resources"]["UnrecordedTransferAlarm"]["Properties"]
     wanted = {each["Name"]: each["Value"] for each in alarm["Dimensions"]}
     lines = [json.loads(line) for line in output.splitlines() if line.startswith('{"_aws"')]
@@ -912,7 +912,7 @@ def test_no_alarm_is_raised_for_a_transfer_that_is_on_record(
 def test_transfer_ended_believes_the_ledger_not_the_event(
     aws: Cloud, store: TaskStore, plan_for: Plans, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whoever can put an event on the bus can neither end a step nor raise the alarm."""
+    """A role that can put events on the bus can neither end a step nor raise the alarm."""
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     aws.invoke("ExecuteActionFunction", ended("task_none"))
@@ -978,7 +978,7 @@ def test_reconciler_resumes_when_message_was_lost(
     woken: Callable[[], list[str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The second execution waits for what the first one has handed in, and that moved nothing."""
+    """The second execution waits for the first one's transfer, which moved nothing."""
     from agent_runtime import reconciler
 
     task_id, plan = plan_for("transfer_funds", TRANSFER)
@@ -1040,7 +1040,7 @@ def test_execution_resumes_when_it_waits_during_call(
     assert action_token(task_id) is None
 
 
-# An execution that finds what one before it has handed in
+# An execution that finds the transfer of an earlier one
 
 
 @pytest.mark.parametrize("known", ["under way", "confirmed", "on record"])
@@ -1057,13 +1057,13 @@ def test_later_execution_needs_no_approval_when_submitted(
                 patch.setattr("worker.confirmations._ended", lambda reference: None)
             aws.settle()
     asked.clear()
-    # What is on record has ended the task: then there is nothing left to do.
+    # The recorded end has ended the task, so no work is left.
     assert check(aws, task_id) == ("denied" if known == "on record" else "execute")
     assert act(aws, task_id) == ("submitted" if known == "under way" else "succeeded")
     assert set(asked) <= {"transfer_state"}
     aws.settle()
     done = record_of(store, task_id)
-    # The first execution handed it in, under what was approved then: the entry says so.
+    # The entry names the first execution, which submitted it with its approval.
     assert (done.status, (done.result or {})["run"], done.attempt) == ("succeeded", 1, 1)
     assert store.get_task(task_id).status == "completed"
     assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
@@ -1109,7 +1109,7 @@ def test_unsubmitted_step_is_decided_again_in_later_run(aws: Cloud, store: TaskS
     del aws.faults["LedgerTransferFunction"]
     next_run(store, task_id)
     assert check(aws, task_id) == "pending"
-    assert (act(aws, task_id), balance(SOURCE)) == ("ApprovalNeededError", 1000)  # the worker looks itself
+    assert (act(aws, task_id), balance(SOURCE)) == ("ApprovalNeededError", 1000)  # the worker checks it itself
     next_run(store, task_id)
     approve(store, task_id, plan, 2)
     assert check(aws, task_id) == "execute"
@@ -1122,7 +1122,7 @@ def test_unsubmitted_step_is_decided_again_in_later_run(aws: Cloud, store: TaskS
 def test_late_end_of_earlier_attempt_does_not_count(
     aws: Cloud, store: TaskStore, plan_for: Plans, no_grace: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the claim and the handing in, the ledger still tells of the attempt before."""
+    """Between the claim and the submission, the ledger still reports the earlier attempt."""
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     approve(store, task_id, plan, 2)
     mock_chain(aws).set_faults(Faults(empty_ticks=30))
@@ -1164,7 +1164,7 @@ def test_slow_earlier_attempt_does_not_finish_later_one(store: TaskStore, plan_f
     assert ends_of_the_transfer(task_id) == ["failed"]
 
 
-# What may not run
+# Steps that must not run
 
 
 def test_lost_step_is_decided_again_in_next_execution(aws: Cloud, store: TaskStore, plan_for: Plans) -> None:
@@ -1217,7 +1217,7 @@ def test_transfer_rejected_when_balance_is_insufficient(
 def test_handler_that_raises_answers_its_token_with_the_error(
     aws: Cloud, plan_for: Plans, sent: Sent, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where a function's own failure does not fail its state, the token does; the cause tells no secret."""
+    """If a function's failure does not fail its state, the token does; the cause reveals no secret."""
     task_id, _ = plan_for("transfer_funds", TRANSFER)
     monkeypatch.setattr(TaskStore, "plan_of", lambda *_: 1 / 0)
     for function in ("AwaitApprovalFunction", "ExecuteActionFunction"):
@@ -1243,7 +1243,7 @@ def test_approval_that_is_too_old_refuses_the_step(
     approve(store, task_id, plan, 2)
     monkeypatch.setattr("worker.states.now", lambda: moment() + timedelta(hours=2))
     assert act(aws, task_id) == "StepFailedError"
-    # The trail tells a refusal from the outcome of what was begun.
+    # The trail distinguishes a refusal from the outcome of a started step.
     [told] = [each for each in events_of(task_id) if (each.kind, each.step_id) == ("step_executed", "step_3")]
     assert json.loads(told.output)["begun"] is False
     task = store.get_task(task_id)

@@ -170,7 +170,7 @@ def test_functions_are_traced_and_share_one_build(template: Any) -> None:
 
 
 def test_functions_start_no_trace_that_no_rule_samples(template: Any) -> None:
-    """Lambda asks X-Ray by a rate of its own when a stream, a queue or a schedule brings no decision."""
+    """Lambda samples at its own rate if a stream, a queue or a schedule has no sampling decision."""
     for name, function in template.functions.items():
         sources = {event["Type"] for event in function.get("Events", {}).values()} - {"Api"}
         assert function.get("Tracing") == ("PassThrough" if sources else None), name
@@ -324,7 +324,7 @@ def test_api_is_throttled_and_logged(template: Any, name: str) -> None:
 
 
 def test_public_log_takes_no_more_than_what_an_account_bears(template: Any) -> None:
-    """Its limits hold on each route: anybody may ask for so much, all the time, at the operator's cost."""
+    """Its limits apply to each route: any client can send this many requests at the operator's cost."""
     function, api = template.functions["PublicLogFunction"], template.resources["PublicLogApi"]["Properties"]
     [settings] = api["MethodSettings"]
     assert (settings["ResourcePath"], limits_of(settings)) == ("/*", "Log")
@@ -343,7 +343,7 @@ def limits_of(settings: dict[str, Any]) -> str:
 
 
 def test_writing_and_open_routes_have_own_limits(template: Any) -> None:
-    """So that a flood of one route, or of nobody in particular, leaves the others as they are."""
+    """A flood of one route, or of requests without a token, does not affect the others."""
     routes = {route for routes in ROUTES.values() for route in routes}
     wanted = {route: "Change" for route in routes - READS_BY_POST if not route.startswith("GET ")}
     wanted |= {f"GET {path}": "Open" for path in OPEN_ROUTES}
@@ -369,7 +369,7 @@ def test_limits_of_single_routes_are_tighter_by_default(template: Any) -> None:
 def test_alarm_fires_on_old_approval_or_missing_metric(template: Any) -> None:
     alarm = template.resources["OldestPendingApprovalAlarm"]["Properties"]
     assert alarm["Threshold"] == {"Ref": "ApprovalAlarmSeconds"}
-    assert alarm["TreatMissingData"] == "breaching", "a reconciler that says nothing is no good news"
+    assert alarm["TreatMissingData"] == "breaching", "a silent reconciler must raise the alarm"
     defaults = {
         name: int(template.parameters[name]["Default"]) for name in ("ApprovalAlarmSeconds", "ApprovalTimeoutSeconds")
     }
@@ -456,7 +456,7 @@ def test_audit_api_queries_the_indexes_of_hashes_and_nobody_else(template: Any) 
 
 
 def table_policy(template: Any, table: str) -> list[dict[str, Any]]:
-    """What a table's own policy denies to everyone, the account's administrators too; the local AWS has none of it."""
+    """Actions that a table's policy denies to everyone, even administrators; the local AWS ignores such policies."""
     policy = template.resources[table]["Properties"]["ResourcePolicy"]["PolicyDocument"]["Statement"]
     assert all((each["Effect"], each["Principal"], each["Resource"]) == ("Deny", "*", "*") for each in policy)
     return list(policy)
@@ -475,7 +475,7 @@ def arn_of_roles(name: str) -> dict[str, str]:
 
 
 def test_audit_writers_are_identified_by_role_path(template: Any) -> None:
-    """A table's policy cannot name a role that names the table: the path is what both know."""
+    """A table's policy cannot refer to a role that refers to the table, so both use the path."""
     paths = {name: each["RolePath"]["Fn::Sub"] for name, each in template.functions.items() if "RolePath" in each}
     known = AUDITS_ROLES | {"GatewayFunction": "gateway", "QubicApiFunction": "policy"}
     known |= dict.fromkeys(HOLDERS_OF_THE_SEED, "ledger")
@@ -640,14 +640,14 @@ def test_only_who_may_close_a_submission_publishes_its_end(template: Any) -> Non
 
 
 def test_events_of_the_ledger_are_not_lost(template: Any) -> None:
-    """What EventBridge cannot hand over, and what a function gives up on, is in a queue with an alarm."""
+    """Undeliverable events of EventBridge and failed events of functions go to a queue with an alarm."""
     queue = {"Fn::GetAtt": ["UndeliveredQueue", "Arn"]}
     for name in listeners(template):
         assert [rule["DeadLetterConfig"]["Arn"] for rule in bus_rules(template.functions[name])] == [queue]
     ended = template.functions["ExecuteActionFunction"]["EventInvokeConfig"]
     assert ended["DestinationConfig"]["OnFailure"]["Destination"] == queue
     assert ended["MaximumRetryAttempts"] > 0
-    # The anchor's next minute does the same, so nothing is kept of what it gives up on.
+    # The anchor's next run does the same work, so its failed events are not kept.
     assert template.functions["AnchorFunction"]["EventInvokeConfig"]["MaximumRetryAttempts"] == 0
     [statement] = template.resources["UndeliveredQueuePolicy"]["Properties"]["PolicyDocument"]["Statement"]
     assert statement["Condition"]["ArnEquals"]["aws:SourceArn"] == [

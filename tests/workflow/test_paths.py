@@ -24,7 +24,7 @@ from tests.support.stories import check_every_story
 from tests.support.tokens import action_token, approval_token
 from tests.workflow.conftest import DESTINATION, SOURCE, begin
 
-pytestmark = pytest.mark.xdist_group("paths")  # one process: the last test asks what all the others have visited
+pytestmark = pytest.mark.xdist_group("paths")  # one process: the last test checks the states that all others visited
 
 VISITED: set[tuple[str, str]] = set()
 """Each pair of states that followed one another."""
@@ -80,7 +80,7 @@ def after_planning(monkeypatch: pytest.MonkeyPatch, changed: Callable[[Any], Pol
 
 
 def in_force(monkeypatch: pytest.MonkeyPatch, changed: Callable[..., Policy]) -> None:
-    """Have the ledger's client answer with another policy; what a plan has pinned is still the ledger's to say."""
+    """Make the ledger's client return another policy; the ledger still returns the pinned one."""
     names = ("policies", "policy_and_balance", "policy_and_check")
     policy, real = LedgerClient.policy, {name: getattr(LedgerClient, name) for name in names}
 
@@ -363,7 +363,7 @@ def test_policy_stricter_for_the_first_steps_asks_later(
 
 @pytest.mark.parametrize("wakes", ["success", "ApprovalRejectedError", "ApprovalExpiredError"])
 def test_what_wakes_an_execution_decides_nothing(wakes: str) -> None:
-    """Nobody has decided, and whoever has the token says so."""
+    """The token reports an expiry without a decision."""
     with cloud(parameters={"ApprovalTimeoutSeconds": "3600"}) as aws:
         task_id = begin(aws, "transfer_funds")
         aws.wait(task_id, "waiting_approval")
@@ -422,7 +422,7 @@ def test_step_that_is_run_again_takes_effect_once(
     assert next(crashes, None) is None
     assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
     record = TaskStore("TasksTable").step(task_id, 2)
-    assert record is not None and record.attempt == 1  # looking again at what became of it is no other attempt
+    assert record is not None and record.attempt == 1  # another read of its outcome is no new attempt
 
 
 def test_expired_transfer_fails_task_and_retry_pays_once(
@@ -439,7 +439,7 @@ def test_expired_transfer_fails_task_and_retry_pays_once(
     assert balance(SOURCE) == 1000
     network(aws).set_faults(Faults())
     retry(aws, task_id)
-    decide(task_id, approved=True)  # asked for again: what was approved for the run before is not for this one
+    decide(task_id, approved=True)  # requested again: the earlier run's approval does not count
     aws.wait(task_id, "completed")
     assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
 
@@ -456,13 +456,13 @@ def test_retry_finds_transfer_of_silent_ledger_and_pays_once() -> None:
         assert "did not confirm the transfer in time" in str(task["reason"])
         aws.execution(task_id)
         visited(aws, task_id)
-        assert chain.tick_info().tick  # the network lives; the transfer is under way all the same
+        assert chain.tick_info().tick  # the network has new ticks, and the transfer is still in flight
         retry(aws, task_id)
         aws.start_time()
         aws.wait(task_id, "completed")
         assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
         told = kinds(aws, task_id)
-        # Nobody is asked again for what was let through, and cannot be stopped any more.
+        # A submitted transfer needs no new approval, and cannot be stopped.
         assert told.count("approval_requested:pending") == 1
         assert told[-4:] == [
             "task_ended:failed",
@@ -482,7 +482,9 @@ def test_early_resumption_leaves_transfer_to_ledger(
     token = until(lambda: {action_token(task_id)} - {None})
     boto3.client("stepfunctions").send_task_success(taskToken=token, output='{"status": "succeeded"}')
     aws.execution(task_id)
-    assert (store.get_task(task_id).status, balance(DESTINATION)) == ("executing", 0), "what wakes it is not believed"
+    assert (store.get_task(task_id).status, balance(DESTINATION)) == ("executing", 0), (
+        "the message that resumes it is not trusted"
+    )
     aws.start_time()
     aws.wait(task_id, "completed")
     assert (balance(SOURCE), balance(DESTINATION)) == (750, 250)
@@ -577,7 +579,7 @@ def test_token_state_that_fails_for_good_fails_the_task(
 
 
 def test_nodes_of_the_planner_are_in_the_history(aws: Cloud, start: Callable[..., str]) -> None:
-    """What the console of Step Functions shows."""
+    """The display in the console of Step Functions."""
     task_id = start()
     aws.wait(task_id, "completed")
     aws.execution(task_id)
@@ -613,7 +615,7 @@ def test_reconciler_ends_task_without_recorded_end(outcome: str) -> None:
             patch.setattr("agent_runtime.reconciler.GRACE_SECONDS", -1)
             assert aws.invoke("ReconcilerFunction", {}) == {"reconciled": [task_id]}
         task = TaskStore("TasksTable").get_task(task_id)
-        # Whatever it was, the task has failed; but nobody passes over a no.
+        # The task has failed for any reason, but a rejection takes precedence.
         expected = ("rejected", "no") if outcome == "rejected" else ("failed", "the execution failed")
         assert (task.status, task.reason) == expected
         assert kinds(aws, task_id)[-1] == f"task_ended:{task.status}"
