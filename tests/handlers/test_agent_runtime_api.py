@@ -1,4 +1,4 @@
-"""The agent runtime's routes on moto: how far a task is, whatever became of it, and who may know."""
+"""The agent runtime's routes on moto: the progress of a task in any state, and the rights to read it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def steps(body: dict[str, Any]) -> list[str]:
 
 
 def run(store: TaskStore, task_id: str, step_index: int, *, error: str | None = None) -> None:
-    """What the worker records of a step."""
+    """Record a step as the worker does."""
     task = store.get_task(task_id)
     record = claim(store, task_id, store.plan_of(task), step_index, run=task.run)
     store.finish_step(task_id, record, StepOutcome(result={"balance": 1000} if error is None else None, error=error))
@@ -148,7 +148,7 @@ def test_steps_that_a_task_did_not_come_to_are_skipped(api: Api, store: TaskStor
 
 
 def test_step_that_never_ran_shows_why_the_task_failed(api: Api, store: TaskStore) -> None:
-    """A plain step leaves no record when its function fails for good: the task says which step it was."""
+    """A plain step leaves no record when its function fails for good: the task names the failed step."""
     task_id, _ = planned(store)
     run(store, task_id, 0)
     end(store, task_id, "failed", failed_step="step_2")

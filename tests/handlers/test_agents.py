@@ -1,4 +1,4 @@
-"""Agents start tasks and decide nothing; what they have done is on record under their client's id."""
+"""Agents start tasks and decide nothing; their acts are recorded with their client's id."""
 
 from __future__ import annotations
 

@@ -131,11 +131,11 @@ def test_first_anchor_for_an_index_is_found(aws: Cloud, ledger: Ledger) -> None:
     assert [each.size if each else None for each in found] == [2, 2, 5, 5, 5, 6, None]
 
 
-# What goes wrong
+# Failures
 
 
 def stopped(aws: Cloud) -> str:
-    """Have the anchor called, which must refuse; tells why."""
+    """Call the anchor, which must raise; return the code of its error."""
     with pytest.raises(PermanentError) as caught:
         anchor(aws)
     return caught.value.code
@@ -155,7 +155,7 @@ def test_log_is_anchored_on_one_network_only(aws: Cloud, ledger: Ledger, capsys:
     capsys.readouterr()
     assert stopped(aws) == "another_network", "and after that"
     assert '"AnchorStopped":[1.0]' in capsys.readouterr().out
-    assert aws.invocations["LedgerAnchorFunction"] == asked + 1, "the other network is told nothing"
+    assert aws.invocations["LedgerAnchorFunction"] == asked + 1, "the other network receives no call"
     aws.parameters.clear()
     assert anchor(aws)["sequence"] == 1
 
@@ -180,7 +180,7 @@ def test_what_the_ledger_has_given_up_for_good_is_said(aws: Cloud, ledger: Ledge
 
 
 def test_new_key_takes_over_the_anchor_that_the_former_left(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the real ledger: the former key's transaction missed its tick, and nobody can sign for it any more."""
+    """On the real ledger: the former key's transaction missed its tick, and the key no longer exists."""
     from qubic import wallets
     from qubic.network import chain
     from qubic.network.faults import Faults

@@ -90,7 +90,7 @@ def aws() -> Iterator[Cloud]:
 
 
 def the_way(aws: Cloud, task_id: str) -> list[Callable[[], Any]]:
-    """What AWS calls, in order; each may fail, and the next still comes."""
+    """Make AWS's calls in order; each may fail, and the next still follows."""
     return [
         lambda: aws.invoke("RecordEventsFunction", stream_event(task_id)[0]),
         lambda: aws.invoke("RecordEventsFunction", {"task_id": task_id}),
@@ -159,7 +159,7 @@ def check(aws: Cloud, task_id: str, log_id: str, where: str) -> None:
     assert len(submitted) == report.anchors, where
     confirmed = {anchor.txid for anchor in log().anchors.all()}
     assert {item["txid"]["S"] for item in submitted} == confirmed, where
-    # What missed its tick was signed anew; the network has one of them.
+    # A transaction that missed its tick was signed again; the network has one of them.
     attempts = [item["txid"]["S"] for item in records if item["sk"]["S"].startswith("ATTEMPT#")]
     assert {txid for txid in attempts if on_network(txid)} == confirmed, where
 
@@ -223,7 +223,7 @@ def test_every_call_may_fail_once(after: bool, error: Callable[[str], Exception]
 
 
 def test_flaw_would_be_found(aws: Cloud) -> None:
-    """The same without recovery leaves findings: what the suite looks at is really there to be broken."""
+    """The same without recovery leaves findings: so the suite really detects the damage."""
     aws.parameters["LogId"] = "flawed"
     task_id = start_task()
     run(aws, task_id, Saboteur(10**6, after=False, error=crash))

@@ -1,4 +1,4 @@
-"""What is put on record of a task's life: who did what, under which key, why; and that nothing of it can be guessed."""
+"""The recorded events of a task: actors, hashes and reasons, without a value that can be guessed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def last(task_id: str, kind: str) -> tuple[Event, dict[str, Any], dict[str, Any]
 
 
 def check_hashes(store: TaskStore, task_id: str) -> None:
-    """Each hash is over what is disclosed, with the task's salt, and not over it alone."""
+    """Each hash covers the disclosed value with the task's salt, not the value alone."""
     task = store.get_task(task_id)
     assert len(bytes.fromhex(task.salt)) == 16
     for event in events(task_id):

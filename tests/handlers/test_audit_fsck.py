@@ -130,7 +130,7 @@ def renamed(batch: Batch) -> str:
 
 
 def forge_decision(task_id: str) -> None:
-    """An event after the last says that a person decided, and the task counts it."""
+    """An event after the last claims a person's decision, and the task counts it."""
     add_events(task_id, 4, 4)
     change(TASKS, task_id, "EVENT#000004", kind={"S": "approval_decided"})
 

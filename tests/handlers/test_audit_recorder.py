@@ -1,4 +1,4 @@
-"""The recorder on moto: every event once, in order, whoever drains, wherever it stops."""
+"""The recorder on moto: every event once, in order, under concurrent runs and crashes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sequencer on moto: every entry one index, whoever sequences, in whatever order, wherever it stops."""
+"""The sequencer on moto: every entry gets one index, under concurrent runs, any order and crashes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def recorded(events: int) -> str:
 
 
 def leaves() -> list[tuple[str, int, bytes]]:
-    """What the log has, in its order."""
+    """Return the log's entries in order."""
     return [(each.task_id, each.seq, each.hash) for batch in log().batches() for each in batch.leaves]
 
 

@@ -1,4 +1,4 @@
-"""The sweeper on moto: what no stream has brought gets into the log, once, however late; and what that costs."""
+"""The sweeper on moto: undelivered events get into the log once, even late; and the cost of that."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_what_no_stream_has_brought_is_recorded_and_sequenced(aws: Cloud) -> Non
     task_id = start_task()
     new_recorder().drain(task_id)
     sequence_all(aws)
-    end_task(task_id)  # nobody tells the recorder
+    end_task(task_id)  # the recorder is not invoked
     assert sweep() == outcome([task_id], [], 1)
     assert sweep(3 * MINUTE) == outcome([], [task_id], 1)
     assert sweep(4 * MINUTE) == outcome([], [], 0)
@@ -92,7 +92,7 @@ def test_day_late_is_not_too_late(aws: Cloud) -> None:
 
 
 def test_event_that_the_index_shows_late_is_found(aws: Cloud) -> None:
-    """Its timestamp is from before the last look."""
+    """Its timestamp is from before the last run."""
     assert sweep() == outcome([], [], 0)
     task_id = start_task()
     swept = log().swept()
@@ -126,7 +126,7 @@ def test_what_is_in_the_log_costs_one_look_and_nobody_is_called(aws: Cloud) -> N
     assert not aws.invocations
     partitions = (sweeper.FIRST_LOOK.days + 1) * shards.DAY_SHARDS
     assert (first.count("BatchGetItem"), first.count("Query") <= partitions + 1) == (1, True), first
-    assert set(calls) == {"GetItem", "PutItem", "Query"}, "later it looks at what came since"
+    assert set(calls) == {"GetItem", "PutItem", "Query"}, "later it reads newer events only"
 
 
 def test_stream_may_come_at_the_same_time_and_later(aws: Cloud) -> None:
@@ -184,7 +184,7 @@ def test_many_events_are_looked_at_in_several_runs(aws: Cloud, monkeypatch: pyte
     sweep(chunks=2)
     swept = log().swept()
     assert swept is not None and parse_timestamp(swept.through) < begin + MINUTE, "it is not through with all of them"
-    # The index has them by the millisecond: the overlap brings back what had the same one as the last that was seen.
+    # The index has milliseconds: the overlap repeats events with the same one as the last read event.
     for minutes in range(3, 8):
         sweep(minutes * MINUTE, chunks=2)
     check_in_log(*tasks)
@@ -199,7 +199,7 @@ def test_sweeper_looks_at_all_events_while_it_has_time(aws: Cloud, monkeypatch: 
 
 
 def test_sweeper_goes_on_when_the_overlap_takes_all_its_time(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an unfinished run has looked at is not looked at again: it would never come further."""
+    """The next run continues after an unfinished run's progress: otherwise it would never advance."""
     monkeypatch.setattr(sweeper, "CHUNK", 2)
     tasks = [start_task() for _ in range(9)]
     for minutes in range(10, 30):
@@ -228,7 +228,7 @@ def test_long_list_is_worked_off_before_it_gets_longer(aws: Cloud, monkeypatch: 
 
 
 def test_of_two_runs_at_once_either_may_store_what_it_saw(aws: Cloud) -> None:
-    """The one that began earlier stores last: what the other has seen is looked at again."""
+    """The earlier run stores last, so the later run's events are read again."""
     begin: datetime = now()
     early = Sweeper(
         outbox(), store(), log(), record=lambda _: None, sequence=lambda _: None, policy_outbox=policy_outbox()

@@ -1,4 +1,4 @@
-"""What the audit's functions really write lies in the partitions that the log table's own policy leaves them.
+"""The audit functions write only to the partitions that the log table's own policy permits.
 
 The local AWS does not enforce a table's policy: a key outside would be refused only on AWS.
 """

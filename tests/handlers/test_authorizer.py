@@ -48,7 +48,7 @@ class KeyServer:
 
 
 class Clock:
-    """Sets the clock by which keys age forward: nobody waits for five minutes."""
+    """Advances the clock for the age of keys, to avoid a wait of five minutes."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._ahead, real = 0.0, time.monotonic
@@ -272,7 +272,7 @@ def test_other_clients_are_people(issuer: Issuer, keys: KeyServer, changes: dict
 @pytest.mark.parametrize("claim", ["client_id", "azp"])
 @pytest.mark.parametrize("value", [["crm-agent"], {"id": "crm-agent"}, 7, True, [], {}], ids=str)
 def test_client_that_is_no_text_is_refused(issuer: Issuer, keys: KeyServer, claim: str, value: Any) -> None:
-    """It could be an agent's: nobody can say."""
+    """It could be an agent's: this is unknown."""
     token = signed(issuer, **{claim: value})
     with pytest.raises(Exception, match=UNAUTHORIZED):
         asking(issuer, keys, **AGENTS)(f"Bearer {token}")
@@ -451,7 +451,7 @@ def test_token_that_is_refused_is_not_in_the_logs(
     for token in tokens:
         with pytest.raises(Exception, match=UNAUTHORIZED) as refusal:
             authorize(f"Bearer {token}")
-        # Lambda logs what a handler raises: nothing may hang on it either.
+        # Lambda logs a handler's exception, which must not have a secret in its chain.
         assert refusal.value.__suppress_context__ and refusal.value.__cause__ is None
     authorize(f"Bearer {signed(issuer)}")
     written = caplog.text + "".join(capsys.readouterr())
@@ -682,7 +682,7 @@ def test_issuer_that_hangs_up_is_an_issuer_that_is_down(issuer: Issuer, authoriz
 
 
 def test_issuer_of_which_there_is_no_trace_is_down(issuer: Issuer, keys: KeyServer) -> None:
-    # Port 9 (discard) of loopback: nobody listens there.
+    # Port 9 (discard) of loopback has no listener.
     parameters = {
         "AuthMode": "jwt", "JwtIssuer": issuer.url, "JwtAudience": AUDIENCE, "JwksUrl": "http://127.0.0.1:9/keys",
     }  # fmt: skip

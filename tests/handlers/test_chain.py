@@ -1,4 +1,4 @@
-"""What every network does, asked of the mock itself and of the same mock through its RPC over HTTP."""
+"""Properties of every network, tested on the mock itself and on the mock through its RPC over HTTP."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EVER = 2**32 - 1
 
 @dataclass
 class Network:
-    """A network with its clock; `mock` is what is behind it."""
+    """A network with its clock; `mock` is the network behind it."""
 
     chain: Chain
     mock: MockChain
@@ -165,7 +165,7 @@ def test_place_is_free_again(network: Network) -> None:
     assert network.included(first, second) == [True, True]
 
 
-# What is refused
+# Rejections
 
 
 def refused(network: Network, encoded: bytes) -> str:
@@ -255,7 +255,7 @@ def test_counters(network: Network) -> None:
     assert alice.valid_for_tick == bob.valid_for_tick == network.tick() - 1
     assert (alice.balance, alice.outgoing_amount, alice.number_of_outgoing_transfers) == (985, 15, 2)
     assert (alice.latest_outgoing_transfer_tick, alice.latest_incoming_transfer_tick) == (second.tick, FIRST_TICK)
-    # What genesis gave came in, too.
+    # A genesis balance counts as incoming.
     assert (bob.balance, bob.incoming_amount, bob.number_of_incoming_transfers) == (515, 515, 3)
     assert (bob.latest_incoming_transfer_tick, bob.latest_outgoing_transfer_tick) == (second.tick, 0)
     assert (bob.outgoing_amount, bob.number_of_outgoing_transfers) == (0, 0)
@@ -345,7 +345,7 @@ def test_any_transaction_comes_back_as_it_was_sent(
     assert found.transaction.encode() == sent.encode()
 
 
-# What goes wrong, as it shows from outside
+# Visible failures
 
 
 def test_network_that_does_not_answer(network: Network) -> None:

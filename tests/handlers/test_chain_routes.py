@@ -396,7 +396,7 @@ def test_network_that_does_not_answer(call: Call, network: MockChain) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_another_network_has_its_own_rpc(call: Call, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """And says so in another way than that a transaction is absent, lest somebody believe that."""
+    """The response differs from the one for an absent transaction, so that no client confuses them."""
     monkeypatch.setenv("QUBIC_NETWORK", "mainnet")
     status, body, _ = call(*CALLS[name])
     assert (status, body["code"]) == (404, 12)

@@ -34,7 +34,7 @@ for name, (handler, environment) in json.load(sys.stdin).items():
         os._exit(0)
     os.wait()
 """
-"""Each function's module is loaded in a process of its own, with the function's environment."""
+"""Each function's module is loaded in a separate process, with the function's environment."""
 
 
 def loaded(**more: str) -> dict[str, set[str]]:

@@ -1,4 +1,4 @@
-"""Where the tests' cloud does what moto does, and quicker: it is to be the same."""
+"""The faster parts of the tests' cloud have the same results as moto."""
 
 from __future__ import annotations
 

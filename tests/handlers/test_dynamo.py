@@ -1,4 +1,4 @@
-"""The one retry policy for DynamoDB, on moto: whatever is busy is tried again, and a committed write counts once."""
+"""The retry policy for DynamoDB on moto: busy calls are repeated, and a committed write counts once."""
 
 from __future__ import annotations
 

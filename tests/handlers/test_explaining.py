@@ -1,4 +1,4 @@
-"""What the policy decides, explained: `POST /policy/decide` and `GET /actions`. Nothing is written."""
+"""Explanations of the policy's decisions: `POST /policy/decide` and `GET /actions`. Nothing is written."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ EVERYTHING = "a list of all that was completed"
 
 @pytest.fixture(scope="module")
 def measured() -> list[growth.Measured]:
-    """What each operation consumes at each size; and one that reads the whole history."""
+    """Consumption of each operation at each size, and of one that reads the whole history."""
     more = {EVERYTHING: lambda: TaskStore("TasksTable").open_tasks("completed", 0)}
     return [growth.measure(size, more)[1] for size in SIZES]
 

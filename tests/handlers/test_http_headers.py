@@ -1,4 +1,4 @@
-"""Headers on the answers of a service: security, and what a browser's page may read."""
+"""Response headers of a service: security, and headers that a browser's page may read."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ ORIGIN = "https://console.example"
 
 
 def answer(path: str, **parameters: str) -> tuple[int, dict[str, str]]:
-    """Ask the gateway, which no authorizer has told who calls; header names in small letters."""
+    """Call the gateway without an authorizer's result; header names are in lower case."""
     event = events.load("gateway/api_health")
     event |= {"path": path, "resource": path}
     event["requestContext"] |= {"path": f"/v1{path}", "resourcePath": path, "authorizer": None}

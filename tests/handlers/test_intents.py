@@ -1,4 +1,4 @@
-"""The transaction of an intent: what suspends it, what a limit leaves, and who is first."""
+"""The transaction of an intent: suspensions, the room in limits, and concurrent callers."""
 
 from __future__ import annotations
 

@@ -202,7 +202,7 @@ def test_unstoppable_execution_runs_no_further_step(live: Api, monkeypatch: pyte
     with monkeypatch.context() as patch:
         patch.setattr(Executions, "stop", fail)
         assert live("POST", f"/task/{task_id}/cancel").status == 200
-    # Whatever wakes it up by then:
+    # Any later resumption:
     boto3.client("stepfunctions").send_task_success(taskToken=approval_token(task_id), output="{}")
     live.aws.execution(task_id)
     assert live("GET", f"/task/{task_id}").body["status"] == "cancelled"
@@ -288,7 +288,7 @@ def test_retry_resumes_at_failed_step_with_both_records(live: Api) -> None:
 
     answer = live("POST", f"/task/{task_id}/retry")
     assert (answer.status, answer.body["status"]) == (202, "executing")
-    live.aws.wait(task_id, "waiting_approval")  # what was approved was used up: it is asked for anew
+    live.aws.wait(task_id, "waiting_approval")  # the approval was used, so a new one is requested
     assert live("POST", f"/task/{task_id}/approve", YES, **BOB).status == 200
     live.aws.wait(task_id, "completed")
     again = live.aws.invocations - ran

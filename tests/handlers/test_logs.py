@@ -1,4 +1,4 @@
-"""One line for each request, whatever it came to; and a warm-up, which changes nothing."""
+"""One line for each request, with any outcome; and a warm-up, which changes nothing."""
 
 from __future__ import annotations
 

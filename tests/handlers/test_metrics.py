@@ -1,4 +1,4 @@
-"""What operators count and are woken by: each outcome of an approval has a metric of its own, and its age is told."""
+"""Metrics for operators and alarms: one for each outcome of an approval, and the age of open approvals."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def store(aws: Cloud) -> TaskStore:
 
 
 def metrics(output: str) -> list[Metric]:
-    """(name, value, status) of each metric in what was printed (CloudWatch's embedded format)."""
+    """Return (name, value, status) of each metric in the output (CloudWatch's embedded format)."""
     lines = [json.loads(line) for line in output.splitlines() if line.startswith('{"_aws"')]
     return [
         (metric["Name"], line[metric["Name"]][0], line.get("status", ""))
@@ -45,7 +45,7 @@ def metrics(output: str) -> list[Metric]:
 
 
 def test_every_approval_outcome_has_own_metric(store: TaskStore, capsys: pytest.CaptureFixture[str]) -> None:
-    """Expiry is not rejection, nor is a decision that did not arrive: people and alarms must be able to tell."""
+    """Expiry is not rejection, nor is a decision that did not arrive: people and alarms must distinguish them."""
 
     def reject(task_id: str) -> None:
         store.decide(task_id, approved=False, subject="bob", reason="no")

@@ -1,4 +1,4 @@
-"""The planner on moto: a plan that nobody executes, whose stored plan it is; and how a policy is pinned."""
+"""The planner on moto: previews, the rights to stored plans, and the pinned policy."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ def test_plan_task_runs_no_plan_that_was_altered(aws: Cloud, store: TaskStore) -
 
 
 HALF = "0xabcdef1234567890"
-"""A demo wallet of 500 QU; DESTINATION has none."""
+"""A demo wallet of 500 QU; DESTINATION has a balance of 0."""
 SOURCES = (*[SOURCE] * 6, SOURCE_IDENTITY, HALF, HALF, DESTINATION, *[IDENTITY] * 3, CONTRACT)
 TARGETS = (*[IDENTITY] * 4, HALF, *[DESTINATION] * 4, SOURCE_IDENTITY, ZERO)
 
@@ -308,7 +308,7 @@ Sent = list[dict[str, str]]
 
 
 def engine(aws: Cloud, store: TaskStore, task_id: str, sent: Sent) -> tuple[str, str | None, str]:
-    """What the state machine's functions say of a task: the first verdict that is not `execute`, step by step.
+    """Return the first verdict of the state machine's functions that is not `execute`, step by step.
 
     A transfer that may be executed is submitted: the ledger must take it.
     """
@@ -351,7 +351,7 @@ def approve(aws: Cloud, store: TaskStore, task_id: str, approvals: int, sent: Se
 def test_preview_verdict_is_the_started_tasks(
     api: Api, store: TaskStore, sent: Sent, first: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And what it says may run, or may be approved, is taken by the ledger."""
+    """The ledger accepts a transfer that may run or be approved."""
     monkeypatch.setenv("MAX_OPEN_TASKS", "100")
     gateway = Api(api.aws, "GatewayFunction")
     for seed in range(first, first + 10):

@@ -102,7 +102,7 @@ def test_from_a_proposal_to_the_policy_in_force(aws: Cloud, api: Api) -> None:
     assert rules == RULE | NO_LIMITS | {
         "approvals": 2, "max_amount": 500, "daily_limit": 2000, "allowed_addresses": [ADDRESS]
     }  # fmt: skip
-    # What is not in the new version is denied.
+    # An action outside the new version is denied.
     assert ask(api, "GET", "/policy", {"action_type": "monitoring"}).body["allowed"] is False
 
     found = api("GET", "/policy/versions/2", **CAROL).body
@@ -204,7 +204,7 @@ def test_proposal_that_is_not_acceptable(api: Api, changes: dict[str, Any], fiel
     assert (answer.status, named(answer)) == (422, {field})
 
 
-# What a proposal drops
+# Dropped items of a proposal
 
 NOTHING_OF_FORMAT_2: dict[str, Any] = {
     "groups": {"added": {}, "removed": {}, "changed": {}},

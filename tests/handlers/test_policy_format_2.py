@@ -1,4 +1,4 @@
-"""Proposals of format 2 over HTTP: from the body to the policy in force, and what is refused on the way."""
+"""Proposals of format 2 over HTTP: from the body to the policy in force, and rejections on the way."""
 
 from __future__ import annotations
 

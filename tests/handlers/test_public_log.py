@@ -1,4 +1,4 @@
-"""The public log: an independent client of transparency logs reads it without a token, and nobody reads more there."""
+"""The public log: an independent client of transparency logs reads it without a token, and cannot read more."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def aws() -> Iterator[Cloud]:
 
 
 def ask(aws: Cloud, path: str) -> tuple[int, dict[str, str], bytes]:
-    """Ask as API Gateway does for somebody who sends nothing but a path."""
+    """Call it as API Gateway does for a client that sends only a path."""
     event: dict[str, Any] = json.loads((EVENTS / "api_get.json").read_text())
     event |= {"path": path, "resource": path, "headers": {}, "multiValueHeaders": {}}
     event["requestContext"] |= {"path": f"/v1{path}", "resourcePath": path}
@@ -108,7 +108,7 @@ def test_there_is_nothing_else(aws: Cloud, path: str) -> None:
 
 
 def test_it_reads_no_item_that_names_a_task(aws: Cloud) -> None:
-    """What its policy allows: tiles, and anchors."""
+    """Return the reads that its policy permits: tiles and anchors."""
     recorded(aws, 3)
     seen: list[str] = []
 

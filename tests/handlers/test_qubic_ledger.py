@@ -1,4 +1,4 @@
-"""The ledger's function on moto: what other services ask it, and that a refusal is a value."""
+"""The ledger's function on moto: the operations for other services, and refusals as values."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"destination": CONTRACT}, "invalid_address"),
     ({"destination": "0x" + "0" * 16}, "invalid_address"),
 ]
-"""What no transfer may have, on any day."""
+"""Terms that no transfer may have on any day."""
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_what_cannot_be_paid_has_failed(call: Call, transfer: Call, changes: dic
 
 
 def spent() -> int:
-    """Return what all windows have used."""
+    """Return the usage of all windows."""
     found = boto3.client("dynamodb").scan(TableName="LedgerTable")["Items"]
     windows = [item["buckets"]["M"] for item in found if item["sk"]["S"] == "LIMIT"]
     return sum(int(total["N"]) for buckets in windows for total in buckets.values())
@@ -323,7 +323,7 @@ def test_unknown_operation_is_refused(call: Call, operation: Any) -> None:
 def test_function_does_what_is_its_own_and_nothing_else(aws: Cloud, function: str) -> None:
     own = set()
     for operation in _OPERATIONS:
-        with suppress(Exception):  # operations without arguments may do their work; the others say which they take
+        with suppress(Exception):  # operations without arguments may do their work; the others name their arguments
             answer = aws.invoke(function, {"operation": operation, "nothing": "takes this"})
             if code(answer) != "unknown_operation":
                 own.add(operation)

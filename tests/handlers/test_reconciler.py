@@ -1,4 +1,4 @@
-"""The reconciler on moto: what was left undone is done, and what is being done is left alone."""
+"""The reconciler on moto: it completes interrupted work, and leaves running work alone."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def reconcile(aws: Cloud) -> list[str]:
 
 
 def ended(task_id: str, status: str, **changes: Any) -> dict[str, Any]:
-    """What EventBridge sends when an execution's status changes."""
+    """Return EventBridge's event for a change of an execution's status."""
     detail = {"status": status, "name": task_id, "input": f'{{"task_id": "{task_id}"}}'} | changes
     return {"detail-type": "Step Functions Execution Status Change", "detail": detail}
 
@@ -110,7 +110,7 @@ def test_execution_that_ended_as_it_should_changes_nothing(aws: Cloud, store: Ta
 
 
 def test_success_without_an_outcome_is_found_within_a_minute(aws: Cloud, store: TaskStore) -> None:
-    """No event tells of an execution that has succeeded."""
+    """No event reports an execution that has succeeded."""
     task_id, _ = planned(store)
     machine, definition = boto3.client("stepfunctions"), {"StartAt": "Done", "States": {"Done": {"Type": "Succeed"}}}
     machine.update_state_machine(stateMachineArn=aws.machine_arn, definition=json.dumps(definition))
@@ -126,7 +126,7 @@ def test_success_without_an_outcome_is_found_within_a_minute(aws: Cloud, store: 
 def test_task_that_changed_since_it_was_listed_is_left_alone(
     aws: Cloud, store: TaskStore, monkeypatch: pytest.MonkeyPatch, ending: str
 ) -> None:
-    """How the execution before a retry has ended is not how the new one ends."""
+    """The end of the execution before a retry is not the new one's end."""
     from agent_runtime import reconciler
 
     task_id, _ = planned(store)
@@ -230,7 +230,7 @@ def waiting_tasks(number: int, *, waited: float = 60.0, lasts: float = 3600.0) -
 
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How much time was left, in seconds, when transfers were settled."""
+    """Return the seconds that were left when transfers were settled."""
     left: list[int] = []
 
     def settle(store: TaskStore, context: Any) -> list[str]:

@@ -137,7 +137,7 @@ def test_instruction_signed_again_is_found_by_its_hash(aws: Cloud, request_: Req
 
 
 def test_old_hash_record_still_verifies(aws: Cloud) -> None:
-    """Records from before a record had a requester and a type of its own."""
+    """Records from before records had a requester and a separate type."""
     aws.invoke("LedgerRecordFunction", {"operation": "write", "hash": HASH, "metadata": {}})
     aws.settle()
     boto3.client("dynamodb").update_item(
@@ -182,7 +182,7 @@ def test_transaction_shows_reference_only_to_those_concerned(
 
 
 def test_nobody_without_name_is_the_requester(aws: Cloud, request_: Request, record: Record) -> None:
-    """A record from before requesters were stored is nobody's."""
+    """A record from before requesters were stored belongs to no requester."""
     txid = record(requester="")["txid"]
     assert request_("GET", f"/tx/{txid}", subject="mallory", roles="requester")[1]["metadata"] == {}
 

@@ -1,4 +1,4 @@
-"""A rejection stands: whatever fails, expires, is cancelled or retried at the same moment or later."""
+"""A rejection is final, under concurrent and later failures, expiries, cancellations and retries."""
 
 from __future__ import annotations
 

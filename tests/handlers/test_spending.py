@@ -82,7 +82,7 @@ class Ledger:
         return caught.value.code
 
     def spent(self, source: str = RICH) -> int:
-        """Return what a wallet's window of 24 hours has used."""
+        """Return the usage of a wallet's window of 24 hours."""
         identity = Wallets("mock").identity(source)
         rule = rule_for(policy(daily_limit=10**15), source=identity, destination=NOBODY, amount=1)
         return self.submissions().spending.read(rule.limits)[0].used
@@ -210,7 +210,7 @@ def test_transfer_that_is_not_signed_counts_nothing(ledger: Ledger, changes: dic
 def test_transfer_counts_once_however_often_it_is_asked(ledger: Ledger) -> None:
     ledger.policy = policy(daily_limit=60)
     first = ledger.transfer("a", 60)
-    ledger.policy = policy(daily_limit=10)  # it was let through before
+    ledger.policy = policy(daily_limit=10)  # it was submitted before
     assert ledger.transfer("a", 60).txid == first.txid
     ledger.settle()
     assert ledger.spent() == 60
@@ -305,7 +305,7 @@ def test_sources_of_one_wallet_race_for_its_limit(ledger: Ledger) -> None:
     assert (found.count("signed"), ledger.spent()) == (1, 30)
 
 
-# What moved nothing
+# Transfers without effect
 
 
 def test_expired_transfer_gives_back_once(ledger: Ledger) -> None:
@@ -364,7 +364,7 @@ def test_transfer_that_may_have_moved_keeps_counting(ledger: Ledger, monkeypatch
 
 
 def test_transfer_that_is_found_after_all_counts_once(ledger: Ledger) -> None:
-    """Whoever asked the network was told that it is nowhere; a later run looks again before it pays."""
+    """The network reported it as absent; a later run checks again before it pays."""
     first, real = ledger.transfer("a", 50), MockChain.balance
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MockChain, "transaction", lambda *_: None)
@@ -438,7 +438,7 @@ def refuse(*_: Any) -> None:
 
 
 def test_refusal_is_final_for_its_run(ledger: Ledger) -> None:
-    """It ends the step: nobody would put on record what a twin signs afterwards."""
+    """It ends the step, so a concurrent signature after it would not be recorded."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Submissions, "_check_balance", refuse)
         assert ledger.refusal("a", 50) == "insufficient_balance"
@@ -513,7 +513,7 @@ def test_call_that_was_cut_off_counts_what_it_has_signed(ledger: Ledger, monkeyp
     assert (ledger.state("a").state, ledger.spent()) == ("confirmed", 50)
 
 
-# As the other services ask
+# Calls of other services
 
 
 def publish(aws: Cloud, **limits: Any) -> None:

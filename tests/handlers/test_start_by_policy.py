@@ -1,4 +1,4 @@
-"""What the gateway and the planner's API answer by a policy of format 2: at a start, for a preview, on an approval."""
+"""Responses of the gateway and the planner's API by a policy of format 2: start, preview and approval."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_start_refuses_a_task_that_too_few_can_approve(aws: Cloud, api: Api) -> 
 
 
 def test_start_accepts_what_the_policy_denies(api: Api) -> None:
-    """It is on record, and ends as denied."""
+    """The task is recorded, and ends as denied."""
     assert transfer(api, 501).status == 202
     assert api("POST", "/task/start", {"task_type": "note", "description": "x"}).status == 202
 

@@ -59,7 +59,7 @@ def ledger(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]:
 
 
 def test_transfer_expires_and_its_queue_goes_on(ledger: Ledger) -> None:
-    """The query service refuses a range of one tick: whoever requests one never learns that the tick has passed."""
+    """The query service refuses a range of one tick: a client that requests one never learns that it has passed."""
     ledger.mock.set_faults(Faults(drop=10**6))
     missed = ledger.transfer("task-1:step_3")
     ledger.run(LEAD_TICKS + 1)
@@ -99,7 +99,7 @@ def test_wallet_used_elsewhere_expires_when_lists_explain_it(ledger: Ledger) -> 
 
 
 def test_thousands_of_incoming_transfers_hide_nothing(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what the wallet sent is listed: anybody could fill the list of what it received."""
+    """Only the wallet's outgoing transfers are listed: any sender could fill the list of incoming ones."""
     monkeypatch.setattr("qubic.network.rpc_client.MAX_LISTED", 1)
     monkeypatch.setattr("qubic.network.rpc_client.PAGE", 1)
     ledger.mock.set_faults(Faults(drop=1))

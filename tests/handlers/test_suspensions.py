@@ -1,4 +1,4 @@
-"""The suspensions as the services see them: what an intent's transaction checks, and what is read."""
+"""The suspensions for the services: the check of an intent's transaction, and the reads."""
 
 from __future__ import annotations
 

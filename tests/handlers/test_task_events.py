@@ -83,7 +83,7 @@ def test_change_with_two_events_writes_one_item(store: TaskStore) -> None:
 
 @pytest.mark.parametrize("recorded", [3, 4, 5])
 def test_recorder_goes_on_in_the_middle_of_a_change(store: TaskStore, recorded: int) -> None:
-    """The change of a cancellation has the events 5 and 6; somebody stopped after `recorded` entries."""
+    """The change of a cancellation has the events 5 and 6; the recorder stopped after `recorded` entries."""
     task_id, _ = waiting(store)
     store.cancel(task_id, subject="alice", reason="")
     audit, outbox = AuditStore("AuditEntriesTable"), Outbox("TasksTable")

@@ -232,7 +232,7 @@ def test_list_is_unavailable_when_a_page_is_never_read_whole(table: Cloud, monke
         return answer | {"Responses": {"TasksTable": items[:1]}, "UnprocessedKeys": left}
 
     with answered(unprocessed):
-        assert len(pages(3)) == 3, "what is left over is read again"
+        assert len(pages(3)) == 3, "unread items are read again"
 
     def nothing_read(name: str, answer: Any) -> Any:
         if name != "BatchGetItem":

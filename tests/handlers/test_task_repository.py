@@ -164,7 +164,7 @@ def test_waiting_status_and_token_are_one_write(store: TaskStore) -> None:
 
 @pytest.mark.parametrize("outcome", ["approved", "rejected", "expired"])
 def test_decided_step_is_not_requested_again_in_execution(store: TaskStore, outcome: str) -> None:
-    """The state is retried: what counts is the decision, and the token that it is to be delivered to."""
+    """The state is retried: the decision counts, and is delivered to the new token."""
     task_id, plan = waiting(store, expires_in=0 if outcome == "expired" else 60)
     if outcome == "expired":
         store.expire(task_id)
@@ -187,7 +187,7 @@ def test_approval_requested_again_when_more_are_required(store: TaskStore) -> No
 
 
 def test_approval_that_was_used_stays_used_whoever_asks_again(store: TaskStore) -> None:
-    """A call that is answered long afterwards does not write over what has happened since."""
+    """A call with a late response does not overwrite later changes."""
     task_id, plan = waiting(store)
     approval = store.decide(task_id, approved=True, subject="bob", reason="x")
     claim(store, task_id, plan, 2, approval, run=1, current=plan.policy)

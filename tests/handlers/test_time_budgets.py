@@ -1,4 +1,4 @@
-"""Functions that work through a list stop in time, tell what they found, and go on at the next run."""
+"""Functions with a list of work stop in time, report their results, and continue in the next run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The writer follows what was signed, and wherever a process dies, the next one finds what is to be done."""
+"""The transaction worker tracks signed transactions, and continues after any crash of a process."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _hash_is_written_once(it: Cloud, number: int) -> bool:
     with crash_at(number, "after") as crash:
         it.invoke("LedgerRecordFunction", write)
         _follow(it)
-    it.invoke("LedgerRecordFunction", write)  # whoever asked for it asks again
+    it.invoke("LedgerRecordFunction", write)  # the caller repeats the request
     it.settle()
     state = it.invoke("LedgerFunction", {"operation": "verify", "hash": digest(number)})["result"]
     assert state["verified"], (number, crash.calls[-1])
@@ -110,7 +110,7 @@ def _balance(it: Cloud, address: str) -> int:
     return int(it.invoke("LedgerFunction", {"operation": "balance", "address": address})["result"]["balance"])
 
 
-# The events of what has ended
+# Events of ended submissions
 
 
 def _published(it: Cloud) -> list[dict[str, Any]]:
@@ -239,7 +239,7 @@ def test_unsendable_and_untrackable_sources_are_separate(monkeypatch):
 
 
 def _sent(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """Collect what is put into the queue: `{delay, key, network, seen, looks}`."""
+    """Collect the messages for the queue: `{delay, key, network, seen, looks}`."""
     sent = []
     call = BaseClient._make_api_call
 

@@ -56,7 +56,7 @@ def code(answer: dict[str, Any]) -> str:
 
 
 def signed() -> list[dict[str, Any]]:
-    """What was signed of the transfer, or counted as spent."""
+    """Return the signatures and counts of the transfer."""
     items = boto3.client("dynamodb").scan(TableName="LedgerTable")["Items"]
     attempts = [item for item in items if item["pk"]["S"].startswith("SUBMISSION#mock#transfer") and "txid" in item]
     return [item for item in attempts if item["txid"]["S"]] + [item for item in items if item["sk"]["S"] == "LIMIT"]
@@ -129,7 +129,7 @@ def _state(aws: Cloud, reference: str) -> dict[str, Any]:
 
 
 def test_ledger_keeps_confirming_what_was_sent_before(aws: Cloud, enforce: Enforce) -> None:
-    """What has left this system cannot be recalled: its end is reported as it is."""
+    """A sent transfer cannot be recalled: its real end is reported."""
     aws.invoke("LedgerTransferFunction", {"operation": "transfer", **TERMS, "run": 1})
     assert _state(aws, "task#step_3")["state"] == "broadcast"
     enforce()
@@ -158,7 +158,7 @@ def test_client_has_no_way_to_name_an_action(aws: Cloud, enforce: Enforce) -> No
 
 
 def test_ledger_judges_the_wallet_that_the_signed_bytes_pay(aws: Cloud, enforce: Enforce) -> None:
-    """Whoever can write the table cannot have another wallet paid in the name of an allowed address."""
+    """A role that can write the table cannot pay another wallet in the name of an allowed address."""
     enforce(allowed=True, allowed_addresses=(EMPTY,))
     for number in range(2):
         sent = {"operation": "transfer", **TERMS, "reference": f"task_{number}#step_3", "run": 1}

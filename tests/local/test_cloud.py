@@ -1,4 +1,4 @@
-"""What the local cloud refuses, and that nothing of the caller's AWS gets into it."""
+"""Rejections of the local cloud, and its isolation from the caller's AWS."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_byte_code_is_made_once_for_equal_code(tmp_path, monkeypatch):
         ("REPORT RequestId: 1\tDuration: 2 ms", True),
         ('{"_aws":{"Timestamp":1},"TaskEnded":[1.0]}', True),
         ('{"level":"INFO","message":"START of a task"}', False),
-        ("STARTED by somebody", False),
+        ("STARTED by a person", False),
     ],
 )
 def test_is_platform_tells_lambdas_lines_from_the_services(message, expected):

@@ -1,4 +1,4 @@
-"""Up twice, down twice, and what an interrupted run leaves."""
+"""Up twice, down twice, and the files of an interrupted run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from local.lifecycle import Instance
 
 pytestmark = [
     pytest.mark.enable_socket,
-    # `up` leaves its supervisor running: that is what it is for
+    # `up` leaves its supervisor running, which is its purpose
     pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
 ]
 

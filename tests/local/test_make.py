@@ -1,4 +1,4 @@
-"""What `make` says on a fresh clone, where nothing is installed: it installs nothing to say that nothing runs."""
+"""The output of `make` on a fresh clone: it reports that nothing runs, without an installation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The local proxy forwards requests as they are, whatever client sends them, and adds stub mode's credential."""
+"""The local proxy forwards requests of any client unchanged, and adds stub mode's credential."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def raw(proxy, request):
         return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
-# What is forwarded
+# Forwarded requests
 
 
 @pytest.mark.parametrize("stub", [False, True], ids=["jwt", "stub"])
@@ -278,7 +278,7 @@ def test_proxy_stops_without_a_traceback_when_requests_are_open(aws_port, capfd,
     assert "Traceback" not in captured.out + captured.err + caplog.text
 
 
-# What the proxy refuses
+# Rejected requests
 
 
 def test_another_name_for_this_machine_is_refused(proxy):

@@ -1,4 +1,4 @@
-"""The way from a container to the loopback interface: what it passes on, and to whom it is closed."""
+"""The relay from a container to the loopback interface: its connections and its limits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def everything(connection):
 
 @pytest.fixture
 def echo():
-    """A server that answers with all it got, once its client has said everything."""
+    """A server that returns all received bytes at the end of its client's data."""
 
     def answer():
         while True:

@@ -1,4 +1,4 @@
-"""The folders of local clouds: held while one runs, removed afterwards, whoever left them."""
+"""The folders of local clouds: locked while one runs, and removed after any end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokens of the local issuer are what the published keys verify, and nothing else."""
+"""The published keys verify the local issuer's tokens, and no others."""
 
 from __future__ import annotations
 

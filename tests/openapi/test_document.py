@@ -1,4 +1,4 @@
-"""The API's document is what the code does, and its examples work."""
+"""The API's document matches the code, and its examples work."""
 
 from __future__ import annotations
 

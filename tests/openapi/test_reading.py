@@ -1,4 +1,4 @@
-"""Whoever reads changes nothing: links are opened by mail scanners, previews and prefetches too."""
+"""A read changes nothing: mail scanners, previews and prefetches open links too."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ SEES_ALL = {"approver", "auditor", "operator"}
 
 
 def expected(operation: Operation, role: str, *, own: bool) -> int:
-    """What the contract says; the tasks are alice's."""
+    """The rights by contract; the tasks are alice's."""
     if role not in (operation.roles or ()):
         return 403
     if operation.id == "decide" and own:

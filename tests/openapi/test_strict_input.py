@@ -45,7 +45,7 @@ def parameters(operation: Operation) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def shared() -> Any:
-    """One cloud for all: what is refused changes nothing."""
+    """One cloud for all tests: a rejected request changes nothing."""
     from tests.support.cloud import cloud
 
     with cloud(state_machine=False) as it:

@@ -1,4 +1,4 @@
-"""Every alarm reaches a person, and the runbook tells that person what to do."""
+"""Every alarm reaches a person, and the runbook describes the response."""
 
 from __future__ import annotations
 

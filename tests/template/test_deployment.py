@@ -1,4 +1,4 @@
-"""What a deployment asks, what it names, and what the deletion of a stack leaves."""
+"""Parameters and names of a deployment, and the remains after the deletion of a stack."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ STATEFUL = {"AWS::DynamoDB::Table", "AWS::SecretsManager::Secret", "AWS::Cognito
 
 @pytest.mark.parametrize("stage", ["local", "dev", "staging", "prod"])
 def test_stack_keeps_its_data_only_in_prod(template: Any, stage: str) -> None:
-    """What holds data, and nothing else but the account's role, outlives a prod stack; nothing outlives the others."""
+    """Only resources with data and the account's role outlive a prod stack; no resource outlives other stacks."""
     kept = {
         name: {resolve(body[policy], {"Stage": stage}) for policy in ("DeletionPolicy", "UpdateReplacePolicy")}
         for name, body in template.resources.items()

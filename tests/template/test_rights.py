@@ -1,4 +1,4 @@
-"""What each function's role may write: the template has the rights of `tests.support.rights`, and no others."""
+"""Writes of each function's role: the template has the rights of `tests.support.rights`, and no others."""
 
 from __future__ import annotations
 

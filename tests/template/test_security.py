@@ -1,4 +1,4 @@
-"""What an API's security team asks of the template: who issues tokens, what browsers may read, limits, and errors."""
+"""Security requirements for the template: issuers of tokens, CORS, limits, and errors."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_pool_and_its_client_are_outputs(template: Any) -> None:
         assert outputs[name]["Condition"] == "HasOwnUserPool"
 
 
-# Who may have the ledger do what
+# Rights to the ledger's operations
 
 
 def invokes(template: Any) -> dict[str, set[str]]:
@@ -314,7 +314,7 @@ def test_firewalls_log_has_no_tokens(template: Any) -> None:
     assert template.resources["WafLogs"]["Properties"]["LogGroupName"]["Fn::Sub"].startswith("aws-waf-logs-")
 
 
-# What browsers may read
+# CORS
 
 
 def test_no_page_reads_the_api_unless_an_origin_is_named(template: Any) -> None:
@@ -330,7 +330,7 @@ def test_no_page_reads_the_api_unless_an_origin_is_named(template: Any) -> None:
 
 
 def deployed(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """What SAM makes of the template: the resources of CloudFormation."""
+    """Return the resources of CloudFormation that SAM creates from the template."""
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     document = load_template().document
     document["Globals"]["Function"]["CodeUri"] = "s3://bucket/key"
@@ -403,7 +403,7 @@ def test_origin_has_the_form_of_one(template: Any, origin: str, taken: bool) -> 
     assert bool(re.search(pattern, origin)) == taken
 
 
-# What the gateway answers by itself
+# The gateway's own responses
 
 
 def headers_of(response: dict[str, Any], **parameters: str) -> dict[str, str]:
@@ -428,7 +428,7 @@ def test_every_kind_of_gateway_response_is_defined(responses: dict[str, Any]) ->
 @pytest.mark.parametrize("kind", GATEWAY_RESPONSES)
 def test_gateway_response_is_a_problem_with_every_member(responses: dict[str, Any], kind: str) -> None:
     [(content_type, body)] = responses[kind]["ResponseTemplates"].items()
-    assert content_type == "application/json"  # the one template that API Gateway uses whatever is asked for
+    assert content_type == "application/json"  # the only template, which API Gateway always uses
     assert set(re.findall(r"\$[\w.]+", body)) == set(CONTEXT)
     problem = json.loads(re.sub(r"\$[\w.]+", lambda variable: CONTEXT[variable[0]], body))
     assert set(problem) == set(PROBLEM_SCHEMA["required"])

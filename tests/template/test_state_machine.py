@@ -92,7 +92,7 @@ OUTCOMES = {
     ApprovalExpiredError: "expired",
     ApprovalNeededError: None,
 }
-"""What stops a step, and the outcome that its task has by it; None: people are asked."""
+"""Errors that stop a step, and the outcome of its task; None: an approval is requested."""
 STOPPED = {
     "RunSteps": {StepDeniedError, ApprovalNeededError, ApprovalRejectedError},
     "RunFirstSteps": {StepDeniedError, ApprovalNeededError, ApprovalRejectedError},
@@ -119,7 +119,7 @@ def test_steps_run_one_at_a_time(states: States) -> None:
 
 
 def test_what_would_meet_the_same_again_is_never_tried_again(states: States) -> None:
-    """What stops a step, and what another attempt cannot change."""
+    """Errors that stop a step, and that a retry cannot change."""
     for name, state in tasks(states).items():
         first = state["Retry"][0]
         assert first["MaxAttempts"] == 0
@@ -176,7 +176,7 @@ def actions_of(template: Any, function: str) -> set[tuple[str, str]]:
 LEDGER_CALLS = {
     "PlanTaskFunction": 1, "RunStepFunction": 1, "AwaitApprovalFunction": 3, "ExecuteActionFunction": 7,
 }  # fmt: skip
-"""How often one invocation asks the ledger at most, of those that do not stop when their time is short."""
+"""Maximum number of ledger calls of an invocation that does not stop when its time is short."""
 
 
 def test_who_asks_the_ledger_has_the_time_for_it(template: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ def test_nothing_runs_without_a_clear_yes(states: States) -> None:
     state = states["PolicyAllows?"]
     assert state["Default"] == "TaskEnded"
     assert all("$states.input.allowed = true" in choice["Condition"] for choice in state["Choices"])
-    # A verdict that nobody knows stops the step: it denies it.
+    # An unknown verdict denies the step.
     unknown = Verdict.model_construct(verdict="maybe", reason="")
     assert isinstance(stopped_by(unknown), StepDeniedError)
 

@@ -1,4 +1,4 @@
-"""A role of the engine writes what only a person can decide: no money moves, and no entry says that they did."""
+"""A role of the engine forges a person's decision: no money moves, and no entry records the decision."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def recorded(task_id: str) -> list[str]:
 
 
 def wake(aws: Cloud, task_id: str) -> None:
-    """Whatever resumes the execution or acts for it, as far as a role that took part in the forgery could."""
+    """Resume the execution and act for it, with the rights of the roles that can take part in the forgery."""
     token = approval_token(task_id)
     assert token is not None
     answer(token, {"decision": "approved"})
@@ -83,7 +83,7 @@ FORGERIES: dict[str, Callable[[Task], Any]] = {
     "an approval": forge_approval,
     "an approval of one person": lambda task: forge_approval(task, required=1),
     "a task that goes on": lambda task: put(task_that_goes_on(task)),
-    "a task of somebody else": lambda task: put(task_that_goes_on(task, requester="mallory", run=2)),
+    "another person's task": lambda task: put(task_that_goes_on(task, requester="mallory", run=2)),
 }
 
 

@@ -52,7 +52,7 @@ def approve(task_id: str, *subjects: str, deliver: bool = True) -> Approval:
 
 
 def requests(aws: Cloud, task_id: str) -> int:
-    """How often people were asked."""
+    """Return the number of approval requests."""
     return kinds(aws, task_id).count("approval_requested:pending")
 
 
@@ -65,7 +65,7 @@ def again(aws: Cloud, task_id: str) -> Approval:
             aws.wait(task_id, "waiting_approval")
             return approval
         time.sleep(0.02)
-    raise AssertionError(f"nobody was asked again: {kinds(aws, task_id)}")
+    raise AssertionError(f"no new approval was requested: {kinds(aws, task_id)}")
 
 
 def test_tier_without_approvals_asks_nobody(aws: Cloud, transfer: Callable[..., str]) -> None:
@@ -198,7 +198,7 @@ def used(limits: list[dict[str, Any]]) -> list[int]:
 
 
 def claim_of(aws: Cloud, task_id: str) -> dict[str, Any]:
-    """What the action's claim states."""
+    """Return the content of the action's claim."""
     found = Outbox("TasksTable").disclosed(task_id).values()
     *_, claim = [json.loads(event.output) for event in found if event.kind == "step_started"]
     return dict(claim)

@@ -1,4 +1,4 @@
-"""What the services log of a task: one short line for each state, and nothing that is secret."""
+"""The services' log of a task: one short line for each state, without secrets."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def lines(aws: Cloud) -> Iterator[Lines]:
 
 
 def check(lines: Lines, aws: Cloud, task_id: str) -> list[str]:
-    """Return what each state came to; they are those of the execution's history, in its order."""
+    """Return the outcome of each state of the execution's history, in order."""
     found = [line for line in lines.of(task_id) if "ms" in line]
     assert [line["message"].partition(":")[0] for line in found] == [
         state.replace("RunFirstStep", "RunStep") for state in aws.history(task_id) if state not in ELSEWHERE

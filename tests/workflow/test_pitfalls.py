@@ -1,4 +1,4 @@
-"""What went wrong in systems that wait for people (docs/testing.md), on the deployed state machine."""
+"""Known failures of systems that wait for people (docs/testing.md), on the deployed state machine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.workflow.conftest import DESTINATION, SOURCE
 from tests.workflow.test_paths import balance, kinds
 
 STATE_LIMIT = 256 * 1024
-"""What Step Functions lets a state take or give, in bytes; `States.ALL` does not catch more."""
+"""Maximum bytes of a state's input or output in Step Functions; `States.ALL` does not catch more."""
 
 
 def test_repeated_delivery_of_decision_changes_nothing(
@@ -72,7 +72,7 @@ def test_decision_before_the_state_that_asks_is_retried_stands(
     outcome: str,
     ends: str,
 ) -> None:
-    """The approval is written, the function's answer is lost, it is decided on; then the state asks again."""
+    """The approval is stored, the function's response is lost, a person decides; then the state is retried."""
     store, losses = TaskStore("TasksTable"), iter([True])
 
     def decided_and_lost(event: Any) -> None:

@@ -1,4 +1,4 @@
-"""Nobody passes over a rejection, on the deployed state machine; a stranger accepts each trail that is left."""
+"""A rejection is final on the deployed state machine; the verifier accepts each resulting trail."""
 
 from __future__ import annotations
 
