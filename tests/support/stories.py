@@ -47,7 +47,7 @@ def check_every_story(network: str = "mock") -> int:
 
 
 def policy_stream(verifier: ModuleType) -> Callable[[], Any] | None:
-    """The changes of the policy as a bundle has them; None where there are none."""
+    """Return the changes of the policy in a bundle's format; None without changes."""
     sent, prev = [], GENESIS
     for event in PolicyOutbox("PolicyTable").events_after():
         text = entry_text(build_policy_entry(event, log_id="qaes", prev=prev))
