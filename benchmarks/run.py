@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compare, cost, growth, imports, latency, memory, window
+from benchmarks import compare, cost, growth, imports, latency, memory, replay, window
 from benchmarks import primitives as qubic
 from local.build import BUILD
 from local.cloud import Cloud
@@ -185,6 +185,37 @@ further entries, and the anchor for further growth. The columns BATCH to INDEX a
 {table(head, rows)}"""
 
 
+def replays() -> str:
+    """Return the section about the replay of recorded requests, and write it to docs/performance.json."""
+    found = replay.measure()
+    _write_figures(
+        replay={
+            "requests": found.requests,
+            "calls": found.calls,
+            "cpu_seconds": round(found.cpu_seconds, 2),
+            "deciding_seconds": round(found.deciding_seconds, 2),
+            "longest_seconds": round(found.longest_seconds, 2),
+            "read_units": found.read_units,
+        }
+    )
+    most = replay.MOST_SECONDS
+    row = (
+        f"{found.requests:,}",
+        found.calls,
+        f"{found.cpu_seconds:.1f} s",
+        f"{found.deciding_seconds:.2f} s",
+        f"{found.longest_seconds:.1f} s",
+        f"≤ {most} s {mark(found.longest_seconds <= most)}",
+        f"{found.read_units:,.0f}",
+    )
+    return f"""## Replay of recorded requests
+
+`make bench ONLY=replay` replays a proposal over recorded requests, of which one in {replay.ONE_IN} is decided differently. The requests are on moto in the same process, so most of
+the processor's time is moto's; the decisions alone, two for each request, are measured beside it. A call begins no batch after 15 seconds.
+
+{table(("requests", "calls", "processor's time", "of it deciding", "longest call", "target", "read units"), [row])}"""
+
+
 def latencies(cloud: Cloud) -> str:
     """Return the section about the latency of requests and tasks."""
     found = latency.measure(cloud)
@@ -322,6 +353,7 @@ SECTIONS: dict[str, tuple[str, Callable[[], str]]] = {
     "cost": ("Cost of a task", costs),
     "window": ("Savings of the log's windows", windows),
     "growth": ("How costs grow with the number of tasks", growths),
+    "replay": ("Replay of recorded requests", replays),
     "memory": ("Size and memory", sizes_alone),
 }
 """Sections that can be measured separately, by their names on the command line: title and function."""
@@ -348,17 +380,19 @@ def main() -> None:
     parts.insert(2, windows())
     progress("how costs grow")
     parts.insert(3, growths())
+    progress("replays")
+    parts.insert(4, replays())
     with Cloud(f"bench-{os.getpid()}", progress=progress) as cloud:
         progress("requests and tasks")
-        parts.insert(4, latencies(cloud))
+        parts.insert(5, latencies(cloud))
         progress("size and memory")
         _seed(cloud)
-        parts.insert(5, sizes(cloud))
+        parts.insert(6, sizes(cloud))
     cloud.remove_directory()
     progress("the audit log under load")
-    parts.insert(5, audit_log())
+    parts.insert(6, audit_log())
     if (compared := _section(COMPARISON)) is not None:  # it needs another checkout: keep the last measurement
-        parts.insert(5, compared.rstrip())
+        parts.insert(6, compared.rstrip())
     head = f"""# Performance
 
 Written by `make bench` on {now():%Y-%m-%d}, with {os.cpu_count()} cores and Python {platform.python_version()}. Absolute times
