@@ -425,7 +425,7 @@ def test_preview_says_when_the_day_has_no_room(api: Api, monkeypatch: pytest.Mon
     LedgerClient("LedgerTransferFunction").transfer(**terms, requester="alice")
     verdict = create(api)["verdict"]
     assert (verdict["verdict"], verdict["approvals"]) == ("await_approval", 1)
-    assert "after an approval now, it would be denied: over daily_limit" in verdict["reason"]
+    assert "after an approval now, it would be denied: daily_limit_exceeded: over daily_limit" in verdict["reason"]
     free = asks.model_copy(update={"rules": {"transfer_funds": rule.model_copy(update={"requires_approval": False})}})
     monkeypatch.setattr(Policies, "in_force", lambda _: free)
     verdict = create(api)["verdict"]
