@@ -21,6 +21,7 @@ from local.environment import REGION
 from local.fsck import settled, show
 from local.tokens import PEOPLE
 from qaes.adapters import clients
+from tests.support.function_errors import unexpected_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 APPROVAL_SECONDS = 20
@@ -144,19 +145,7 @@ class Api:
 
 def audit_environment(cloud: Cloud) -> dict[str, str]:
     """Environment in which `local.fsck` finds the audit, as in `.local/aws.env`."""
-    names = {
-        "TASKS_TABLE": "TasksTable",
-        "DECISIONS_TABLE": "DecisionsTable",
-        "POLICY_TABLE": "PolicyTable",
-        "CALLBACKS_TABLE": "CallbacksTable",
-        "AUDIT_ENTRIES_TABLE": "AuditEntriesTable",
-        "AUDIT_LOG_TABLE": "AuditLogTable",
-        "AUDIT_ANCHORS_TABLE": "AuditAnchorsTable",
-        "LEDGER_FUNCTION": "LedgerFunction",
-        "SEQUENCER_FUNCTION": "SequencerFunction",
-        "RECORDER_FUNCTION": "RecordEventsFunction",
-    }
-    return cloud.environment | {name: cloud.resources[resource] for name, resource in names.items()}
+    return cloud.environment | cloud.names
 
 
 def fsck(cloud: Cloud) -> subprocess.CompletedProcess[str]:
@@ -215,6 +204,7 @@ def local_cloud() -> Iterator[Cloud]:
         yield cloud
         checked = fsck(cloud)
         assert checked.returncode == 0, checked.stdout + checked.stderr
+        assert unexpected_errors(cloud.service_logs()) == []
     cloud.remove_directory()
 
 

@@ -8,6 +8,7 @@ import httpx
 
 from local.cloud import Cloud
 from tests.e2e.conftest import Api, transfer
+from tests.support.function_errors import unexpected_errors
 
 
 def test_without_a_token_everyone_is_demo_user_with_every_role() -> None:
@@ -24,4 +25,5 @@ def test_without_a_token_everyone_is_demo_user_with_every_role() -> None:
         decision = api(None, "POST", f"/task/{task_id}/approve", {"approved": True, "reason": ""})
         assert (decision.status_code, decision.json()["approved"]) == (200, True)
         assert api.wait(task_id)["status"] == "completed"
+        assert unexpected_errors(cloud.service_logs()) == []
     cloud.remove_directory()
