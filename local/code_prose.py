@@ -14,10 +14,12 @@ import yaml
 
 _DESCRIPTIONS = {"Comment", "Description", "AlarmDescription", "comment", "description", "name"}
 """Keys whose values are prose in YAML and JSON files."""
-_DIRECTIVE = re.compile(r"# *(?:noqa|ruff|type|fmt|pragma|mypy)\b[^#]*")
+_DIRECTIVE = re.compile(r"# *(?:noqa|ruff|type|fmt|pragma|mypy|quoted)\b[^#]*")
 _CODE = re.compile(r"`[^`]*`|\b[A-Za-z_]+(?:\.[A-Za-z_]+)+\b")
 _MINIMUM_WORDS = 3
 """Shorter string literals are keys and names, not sentences."""
+_QUOTED = "# quoted"
+"""Comment of a line whose string literals quote the text of another author or program."""
 
 
 class Prose(NamedTuple):
@@ -44,7 +46,7 @@ def of_file(path: str, source: str) -> Iterator[Prose]:
 
 def python_prose(source: str) -> Iterator[Prose]:
     """Yield docstrings, messages (string literals with several words) and comments."""
-    tree = ast.parse(source)
+    tree, lines = ast.parse(source), source.splitlines()
     docstrings: set[int] = set()
     for node in ast.walk(tree):
         for statement in _body(node):
@@ -53,6 +55,8 @@ def python_prose(source: str) -> Iterator[Prose]:
                 yield Prose(statement.lineno, _plain(statement.value.value), summary=True)  # type: ignore[attr-defined]
     parts: set[int] = set()
     for node in ast.walk(tree):
+        if isinstance(node, ast.expr) and lines[node.lineno - 1].endswith(_QUOTED):
+            continue
         if isinstance(node, ast.JoinedStr):
             parts.update(map(id, node.values))
             yield from _message(node.lineno, "".join(part.value if _is_text(part) else "`" for part in node.values))  # type: ignore[attr-defined]

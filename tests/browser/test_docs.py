@@ -17,7 +17,7 @@ EVERY_WINDOW = pytest.mark.parametrize(
     [(PHONE, "light"), (PHONE, "dark"), (DESKTOP, "light"), (DESKTOP, "dark")],
     ids=["phone", "phone, dark", "desktop", "desktop, dark"],
 )
-# WCAG 2.2, 1.4.3: the contrast of each text with what is behind it; details are open, so that all of it counts.
+# WCAG 2.2, 1.4.3: the contrast of each text with its background; details are open, so that all text counts.
 FAINT_TEXTS = """() => {
   const parts = (color) => color.match(/[\\d.]+/g).map(Number);
   const luminance = (color) => {
@@ -114,7 +114,7 @@ def test_headings_and_landmarks_are_those_of_a_document(open_page: Open) -> None
 
 
 def test_keyboard_is_enough(open_page: Open) -> None:
-    """Tab goes through what can be used in the order of the page, and shows where it is; Enter follows and opens."""
+    """Tab moves the visible focus through the controls in page order; Enter follows a link and opens a section."""
     page = open_page("/docs").page
     usable = page.locator("a[href], summary").count()
     seen = []

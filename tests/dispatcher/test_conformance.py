@@ -66,7 +66,7 @@ def check(handler: SampleHandler, *, effects: bool = True, sample: Sample = REFU
 
 @contextmanager
 def example(name: str, **variables: str) -> Iterator[ModuleType]:
-    """Load an example as Lambda does: with its table, from its template, in an AWS of its own."""
+    """Load an example as Lambda does: with its table, from its template, in a separate AWS account."""
     folder = ROOT / "examples" / name
     properties = parse(folder / "template.yaml")["Resources"]["Ledger"]["Properties"]
     environment = CREDENTIALS | {"LEDGER_TABLE": "Ledger"} | variables

@@ -51,7 +51,7 @@ def tls(authority: Authority) -> ssl.SSLContext:
     return authority.server(HOST)
 
 
-# What is sent, and what is received
+# Bytes sent and received
 
 
 def test_post_sends_one_request_and_returns_the_answer(authority: Authority, tls: ssl.SSLContext) -> None:

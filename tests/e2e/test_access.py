@@ -1,4 +1,4 @@
-"""Who may do what, and that bad input leaves nothing behind: over HTTP, through the deployed authorizer."""
+"""The rights of each role, and bad input that leaves nothing behind: over HTTP, through the deployed authorizer."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_token_that_is_not_the_issuers_is_refused(api: Api, what: str) -> None:
 
 
 def test_token_that_the_issuer_signed_is_taken(api: Api) -> None:
-    """Or the refusals above would say nothing."""
+    """Without this acceptance the refusals above would prove nothing."""
     answer = api(None, "GET", f"/task/{ABSENT}", token=_signed(api.cloud.issuer))
     assert (answer.status_code, answer.json()["status"]) == (404, 404)
 
@@ -118,7 +118,7 @@ def test_anothers_task_is_not_there_for_a_requester(api: Api, finished: str) -> 
 def test_nobody_with_every_role_approves_their_own_task(api: Api, waiting: Callable[..., str]) -> None:
     alice = api.cloud.token("requester approver auditor operator", subject="alice")
     task_id = waiting()
-    answer = api(None, "POST", f"/task/{task_id}/approve", {"approved": True, "reason": "I say so"}, token=alice)
+    answer = api(None, "POST", f"/task/{task_id}/approve", {"approved": True, "reason": "I approve it"}, token=alice)
     assert answer.status_code == 403
     assert api.task(task_id)["status"] == "waiting_approval"
     api.decide(task_id, approved=False)

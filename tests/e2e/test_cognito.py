@@ -50,7 +50,7 @@ def own() -> Iterator[Api]:
 
 
 def _keys_from_here(cloud: Cloud) -> None:
-    """Check what the template tells the authorizer, then have it fetch the same pool's keys from the local AWS."""
+    """Check the authorizer's settings in the template, then let it fetch the same pool's keys from the local AWS."""
     functions, name, pool = cloud.client("lambda"), cloud.resources["AuthorizerFunction"], cloud.outputs["UserPoolId"]
     variables = functions.get_function_configuration(FunctionName=name)["Environment"]["Variables"]
     issuer = f"https://cognito-idp.us-east-1.amazonaws.com/{pool}"
@@ -91,7 +91,7 @@ def test_what_is_no_access_token_of_the_pool_is_refused(own: Api) -> None:
 
 
 def test_page_of_the_origin_may_ask_and_read(own: Api) -> None:
-    # The local AWS imports no headers of a preflight's answer: tests/template looks at what SAM makes of them.
+    # The local AWS imports no headers of a preflight's answer: tests/template checks SAM's output for them.
     assert own.http.options("/task/start", headers={"Origin": ORIGIN}).status_code == 200
     answer = own(None, "GET", "/health", Origin=ORIGIN)
     assert (answer.headers["Access-Control-Allow-Origin"], answer.headers["Vary"]) == (ORIGIN, "Origin")

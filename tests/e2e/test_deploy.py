@@ -32,7 +32,7 @@ LISTINGS = {
 
 
 def inventory(cloud: Cloud) -> dict[str, set[str]]:
-    """Return what the account has, by service."""
+    """Return the account's resources, by service."""
     found: dict[str, set[str]] = {}
     for service, (operation, member, key) in LISTINGS.items():
         client = cloud.client(service)
@@ -60,7 +60,7 @@ class Deployment:
         self.before = inventory(cloud)
 
     def sam(self, *arguments: str, answers: str = "") -> str:
-        """Run sam with these answers on its standard input; return what it printed."""
+        """Run sam with these answers on its standard input; return its output."""
         result = subprocess.run(
             [Path(sys.executable).with_name("sam"), *arguments, "--config-file", self.config, "--config-env", "dev"],
             input=answers,
@@ -75,7 +75,7 @@ class Deployment:
         return result.stdout
 
     def left(self) -> dict[str, set[str]]:
-        """Return what the account has now and did not have before."""
+        """Return the resources that the account has now and did not have before."""
         now = inventory(self.cloud)
         return {service: new for service, names in now.items() if (new := names - self.before[service])}
 

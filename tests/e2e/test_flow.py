@@ -1,4 +1,4 @@
-"""What a task can become, from the request to the last audit entry."""
+"""The ways that a task can end, from the request to the last audit entry."""
 
 from __future__ import annotations
 

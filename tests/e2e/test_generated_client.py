@@ -1,4 +1,4 @@
-"""A client that is generated from the API's document runs a transfer, without a line of HTTP of its own."""
+"""A client that is generated from the API's document runs a transfer, without hand-written HTTP code."""
 
 from __future__ import annotations
 

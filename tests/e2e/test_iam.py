@@ -1,4 +1,4 @@
-"""What each role may not do: asked of the deployed roles themselves, with their own sessions."""
+"""The calls that AWS must deny to each role, attempted with sessions of the deployed roles."""
 
 from __future__ import annotations
 
@@ -170,7 +170,7 @@ def test_only_execute_action_and_the_sweeper_invoke_the_recorder(
 
 
 def test_role_may_still_do_its_work(local_cloud: Cloud, session: Callable[[str], boto3.Session]) -> None:
-    """Or the refusals above would say nothing."""
+    """Without this permitted call the refusals above would prove nothing."""
     dynamodb = session("AuditApiFunction").client("dynamodb", endpoint_url=local_cloud.endpoint)
     found = dynamodb.query(
         TableName=local_cloud.resources["AuditEntriesTable"],

@@ -1,4 +1,4 @@
-"""What the API's gateway answers by itself on the deployed template: limits of routes, and errors in the one form."""
+"""Responses of the deployed API's gateway itself: the limits of routes, and errors in the common format."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def test_every_route_has_the_limits_of_the_template(api: Api) -> None:
         route: (settings["throttlingRateLimit"], settings["throttlingBurstLimit"])
         for route, settings in stage["methodSettings"].items()
     }
-    assert limits["/task/start/POST"] == (1000, 1000), "what the local cloud asks for"
-    assert limits["/openapi.json/GET"] == (5, 10), "what this test asks for"
+    assert limits["/task/start/POST"] == (1000, 1000), "the limit of the local cloud"
+    assert limits["/openapi.json/GET"] == (5, 10), "the limit of this test"
     stages = api.cloud.client("apigateway").get_stages(restApiId=api.cloud.outputs["ApiId"])["item"]
     assert [each["stageName"] for each in stages] == ["v1"]
 

@@ -1,4 +1,4 @@
-"""What `make logs` shows of a task on the local cloud, and that its functions were loaded before the first one."""
+"""The lines of `make logs` for a task on the local cloud, and functions that are loaded before the first task."""
 
 from __future__ import annotations
 

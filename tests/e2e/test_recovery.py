@@ -1,4 +1,4 @@
-"""What was left half-way is brought to its end: a decision not delivered, a task not started, an execution stopped."""
+"""Interrupted work ends properly: a decision not delivered, a task not started, an execution stopped."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LONG_AGO = "2026-01-01T00:00:00.000Z"
 
 @pytest.fixture
 def store(api: Api, monkeypatch: pytest.MonkeyPatch) -> Iterator[TaskStore]:
-    """The tasks' table, as this account's root; for what the API does not let one do."""
+    """The tasks' table, as this account's root: for changes that the API does not allow."""
     for name, value in audit_environment(api.cloud).items():
         monkeypatch.setenv(name, value)
     clients.reset()

@@ -1,4 +1,4 @@
-"""What each deployed role may write: every kind of item of every table is attempted with the role's own credentials."""
+"""The write rights of each deployed role: its credentials attempt every kind of item of every table."""
 
 from __future__ import annotations
 

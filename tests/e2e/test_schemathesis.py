@@ -31,7 +31,7 @@ def generated() -> list[int]:
 
 
 def run(api: Api, *arguments: str) -> str:
-    """Run schemathesis, which must find nothing; what it did is in .local/schemathesis-*.log."""
+    """Run schemathesis, which must find nothing; its log is .local/schemathesis-*.log."""
     command = [
         str(Path(sys.executable).with_name("st")),
         "--config-file", "tests/e2e/schemathesis.toml", "run", "docs/openapi.json",
@@ -83,7 +83,7 @@ def test_generated_requests_find_nothing(api: Api, generated: list[int]) -> None
 
 
 def test_walks_along_the_links_find_nothing(api: Api, generated: list[int]) -> None:
-    """What was made is found by what follows: a task by its id, a plan, a transaction."""
+    """Later requests find the objects that earlier requests created: a task by its id, a plan, a transaction."""
     # The tool begins walks with POST /write alone, where it may: it takes a wallet_address for the id of a thing
     # that would have to be made first. Without it, walks begin with a task or a plan.
     walks = ("--phases", "stateful", "--max-examples", str(max(EXAMPLES * 7 // 10, 15)))

@@ -1,4 +1,4 @@
-"""After all that the tests before did: no token and no key is where somebody could read it."""
+"""No token and no key appears in any readable place after all earlier tests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_no_task_token_is_in_a_log_an_answer_or_an_execution(api: Api) -> None:
 
 
 def test_no_jwt_is_in_a_log_or_an_answer(api: Api) -> None:
-    assert A_JWT.search(api.cloud.token("operator")), "what is looked for looks like this"
+    assert A_JWT.search(api.cloud.token("operator")), "the pattern matches a token"
     assert not A_JWT.search("\n".join(api.cloud.service_logs()))
     assert not A_JWT.search("\n".join(api.answers))
 

@@ -24,7 +24,7 @@ from tests.support.template import template
 FIRST = "docs/quick-start.md"
 """Sets the variables that other pages use."""
 PAGES = [str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"))]
-# docs/policy.md is last: it changes what a transfer needs.
+# docs/policy.md is last: it changes the approvals that a transfer needs.
 PAGES.sort(key=lambda page: (page != FIRST, page == "docs/policy.md", page))
 SHELLS = {"bash": ["bash", "--noprofile", "--norc", "-i"], "zsh": ["zsh", "-f", "-i"]}
 BLOCK = re.compile(r"^( *)```(bash|sh|shell|zsh|console)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
@@ -76,14 +76,14 @@ def reason_not_run(block: str) -> str | None:
 
 @dataclass
 class Session:
-    """A copy of the repository with a local cloud of its own, as a new user has it."""
+    """A copy of the repository with a separate local cloud, as a new user has it."""
 
     directory: Path
     environment: dict[str, str]
     carried: dict[str, str] = field(default_factory=dict)
 
     def shell(self, shell: str, lines: list[str], curl: str) -> str:
-        """Paste lines into an interactive shell that ends at the first failure; return what it printed."""
+        """Paste lines into an interactive shell that ends at the first failure; return its output."""
         result = subprocess.run(
             SHELLS[shell],
             input="\n".join(["set -e", *lines, "echo blocks ran: $((40 + 2))", "exit 0", ""]),
@@ -159,7 +159,7 @@ def available(shell: str) -> str:
 @pytest.mark.parametrize("shell", SHELLS)
 @pytest.mark.parametrize("page", PAGES_WITH_BLOCKS)
 def test_shell_blocks_parse(page: str, shell: str) -> None:
-    """Each by itself: a block that ends inside a quotation would swallow what comes after it."""
+    """Parse each block alone: a block that ends inside a quotation would swallow the next one."""
     for block in blocks(page):
         parsed = subprocess.run(
             [available(shell), "-n"], input=block, capture_output=True, text=True, timeout=30, check=False

@@ -1,8 +1,8 @@
 """Every call to AWS on the way from an event to its confirmed anchor fails once: before it takes effect, and after.
 
-The calls are those that are really made, found by instrumenting the client: those of the audit's functions, of the
-ledger's function that they ask, and of its writer. After each, what had failed is delivered again, as AWS does; then
-fsck finds nothing, nothing is lost or there twice, and the network has one transaction for each anchor.
+The client is instrumented to list the real calls: those of the audit functions, of the ledger function that they call,
+and of the transaction worker. After each failure the event is delivered again, as AWS does. Then fsck finds nothing,
+no entry is lost or stored twice, and the network has one transaction for each anchor.
 """
 
 from __future__ import annotations

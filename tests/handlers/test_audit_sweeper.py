@@ -92,7 +92,7 @@ def test_day_late_is_not_too_late(aws: Cloud) -> None:
 
 
 def test_event_that_the_index_shows_late_is_found(aws: Cloud) -> None:
-    """Its timestamp is from before the last run."""
+    """The timestamp is from before the last run."""
     assert sweep() == outcome([], [], 0)
     task_id = start_task()
     swept = log().swept()

@@ -272,7 +272,7 @@ def test_other_clients_are_people(issuer: Issuer, keys: KeyServer, changes: dict
 @pytest.mark.parametrize("claim", ["client_id", "azp"])
 @pytest.mark.parametrize("value", [["crm-agent"], {"id": "crm-agent"}, 7, True, [], {}], ids=str)
 def test_client_that_is_no_text_is_refused(issuer: Issuer, keys: KeyServer, claim: str, value: Any) -> None:
-    """It could be an agent's: this is unknown."""
+    """An agent could own this token: the client is unknown."""
     token = signed(issuer, **{claim: value})
     with pytest.raises(Exception, match=UNAUTHORIZED):
         asking(issuer, keys, **AGENTS)(f"Bearer {token}")

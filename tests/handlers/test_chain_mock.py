@@ -558,8 +558,8 @@ def test_others_who_keep_changing_the_state_end_in_unavailable(
 class Network(RuleBasedStateMachine):
     """Two views of one network, and their invariants under any calls and failures.
 
-    The model says what can be told from outside: what was included once is so for ever; what was absent when its tick
-    had been processed is absent for ever; no transaction executes in any but its own tick, and none twice.
+    The model has the facts that a caller can observe: an included transaction stays included; a transaction that was
+    absent when its tick had been processed stays absent; a transaction executes in its own tick only, and once.
     """
 
     def __init__(self) -> None:

@@ -896,7 +896,7 @@ def test_process_that_has_not_seen_the_newer_version(
     monkeypatch: pytest.MonkeyPatch,
     later: bool,
 ) -> None:
-    """It checks again if HEAD has changed, and after a minute in any case."""
+    """The process checks again if HEAD has changed, and always after a minute."""
     store.in_force()
     seen = dict(trust._seen)
     [head] = [item for item in items(TABLE) if item["sk"]["S"] == "HEAD"]

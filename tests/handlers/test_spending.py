@@ -438,7 +438,7 @@ def refuse(*_: Any) -> None:
 
 
 def test_refusal_is_final_for_its_run(ledger: Ledger) -> None:
-    """It ends the step, so a concurrent signature after it would not be recorded."""
+    """The denial ends the step, so a concurrent signature after it would not be recorded."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Submissions, "_check_balance", refuse)
         assert ledger.refusal("a", 50) == "insufficient_balance"

@@ -194,7 +194,7 @@ def test_sum_of_half_a_day_counts_after_the_upgrade(ledger: Ledger) -> None:
     assert ledger.refusal("a", 41) == "daily_limit_exceeded"
     ledger.transfer("b", 40)
     assert ledger.spent() == 100
-    for _ in range(11):  # no hour of the next day in which less counts than what was sent in the 24 hours before
+    for _ in range(11):  # no hour of the next day in which less counts than was sent in the 24 hours before
         ledger.moment += timedelta(hours=1)
         assert ledger.refusal(f"c{ledger.moment}", 1) == "daily_limit_exceeded"
     ledger.moment = NOON + timedelta(days=1)
@@ -240,7 +240,7 @@ def test_transfer_of_the_release_before_gives_back_its_day(ledger: Ledger) -> No
 
 
 def test_transfer_of_the_release_before_is_signed_again(ledger: Ledger) -> None:
-    """It is in the window already, by its day's sum: there need not be room for it twice."""
+    """The day's sum already has the transfer: the window need not have room for it twice."""
     limits(ledger)
     late(ledger)
     spent_before(TODAY, 60)
@@ -254,7 +254,7 @@ def test_transfer_of_the_release_before_is_signed_again(ledger: Ledger) -> None:
 
 
 def test_transfer_of_the_release_before_expires_days_later(ledger: Ledger) -> None:
-    """Its day does not count any more, so the window must have room for it."""
+    """The day no longer counts, so the window must have room for the transfer."""
     limits(ledger)
     late(ledger)
     spent_before(TODAY, 60)

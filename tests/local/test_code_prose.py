@@ -57,6 +57,11 @@ def test_make_prose_finds_comments_and_help() -> None:
     assert texts == ["a comment", "Start the cloud"]
 
 
+def test_python_prose_leaves_out_quoted_lines() -> None:
+    source = 'a = "nobody can read it"  # quoted\nb = f"nobody can read {a}"  # quoted\nc = "people can read it"\n'
+    assert [found.line for found in code_prose.of_file("a.py", source) if found.text.strip()] == [3]
+
+
 @pytest.mark.parametrize("source", BAD.values(), ids=BAD)
 def test_check_code_reports_construction(source: str) -> None:
     assert list(prose.check_code("a.py", source))

@@ -1,4 +1,4 @@
-"""What the local AWS leaves out of an API, and how it is given to it."""
+"""Parts of an API that the local AWS leaves out, and the local code that adds them."""
 
 from __future__ import annotations
 

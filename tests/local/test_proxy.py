@@ -33,7 +33,7 @@ NODE, CURL = shutil.which("node"), shutil.which("curl")
 
 
 class Upstream(BaseHTTPRequestHandler):
-    """Returns what it received."""
+    """Echoes each request."""
 
     reached, release = threading.Event(), threading.Event()
 

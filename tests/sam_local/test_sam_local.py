@@ -106,7 +106,7 @@ def published(keys: dict[str, Any]) -> Iterator[str]:
 
 
 def test_authorizer_verifies_a_token(sam: SamLocal) -> None:
-    """With what the layer brings compiled, and keys that it fetches."""
+    """The authorizer runs with the layer's compiled packages, and fetches the keys."""
     event = events.load("authorizer/no_token")
     event["authorizationToken"] = f"Bearer {sam.cloud.token('approver')}"
     (sam.logs / "event.json").write_text(json.dumps(event))

@@ -120,7 +120,7 @@ def test_layer_build_adds_unchecked_byte_code(tmp_path: Path) -> None:
     runtime = f"python3.{sys.version_info.minor}"
     shutil.copytree(ROOT / "layers/core", tmp_path / "core", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "bin").mkdir()
-    # What pip installs is not this test's; it gets a package that pip would leave with byte code of its own.
+    # This test replaces pip: the layer gets one package that pip would compile to byte code.
     python = tmp_path / "bin" / runtime
     python.write_text(
         f"""#!/bin/sh

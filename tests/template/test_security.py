@@ -193,7 +193,7 @@ def test_each_operation_of_the_ledger_is_one_functions(template: Any) -> None:
     assert [name for name in template.functions if "LEDGER_OPERATIONS" in environment(name)] == [
         name for name in template.functions if name in LEDGER
     ]
-    # Whoever may follow a wallet's queue may come upon a transfer that waits there.
+    # A function that may advance a wallet's queue may meet a transfer that waits there.
     assert {name for name in template.functions if "ALLOW_TRANSFERS" in environment(name)} == HOLDERS_OF_THE_SEED
 
 
@@ -246,7 +246,7 @@ def test_no_function_on_the_internet_holds_the_seed(template: Any) -> None:
 
 
 def test_no_function_on_the_internet_signs_through_the_table(template: Any) -> None:
-    """The ledger's functions sign again what a submission's item says: such a function may write the policy's alone."""
+    """The ledger signs the content of a submission's item again: this function may write only the policy's."""
     [statement] = [each for each in template.statements("QubicApiFunction") if each.get("Sid") == "ChangeThePolicy"]
     assert statement["Condition"] == {"ForAllValues:StringLike": {"dynamodb:LeadingKeys": ["POLICY#*"]}}
     table = {"Fn::GetAtt": ["LedgerTable", "Arn"]}

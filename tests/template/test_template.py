@@ -324,7 +324,7 @@ def test_api_is_throttled_and_logged(template: Any, name: str) -> None:
 
 
 def test_public_log_takes_no_more_than_what_an_account_bears(template: Any) -> None:
-    """Its limits apply to each route: any client can send this many requests at the operator's cost."""
+    """The log's limits apply to each route: any client can send this many requests at the operator's cost."""
     function, api = template.functions["PublicLogFunction"], template.resources["PublicLogApi"]["Properties"]
     [settings] = api["MethodSettings"]
     assert (settings["ResourcePath"], limits_of(settings)) == ("/*", "Log")

@@ -1,7 +1,7 @@
-"""Attacks on the audit trail, and which check catches each (docs/audit.md, "What the verifier checks").
+"""Attacks on the audit trail, and the check of docs/audit.md that catches each.
 
-Three attackers: one who alters a bundle on its way; one who rewrites the database and computes every hash anew, but has
-not the anchor key; and the operator, who has the key and records what should never have happened.
+There are three attackers. One alters a bundle in transit. One rewrites the database and computes every hash anew, but
+lacks the anchor key. The third is the operator, who has the key and records a history that the rules forbid.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def rewrite(bundle: dict[str, Any], change: Callable[[list[dict[str, Any]]], Non
 
 
 def anchored_with(sent: bytes, bundle: dict[str, Any] = GOOD) -> dict[str, Any]:
-    """The bundle with another transaction, and all that is said of it as it should be."""
+    """The bundle with another transaction, and with every field about that transaction adapted."""
     decoded = transaction.decode(sent)
     anchor = {
         "payload": decoded.payload.hex(),
@@ -134,7 +134,7 @@ def test_field_of_an_entry_altered(field: str) -> None:
     value, check = FIELDS[field]
     bundle = deepcopy(GOOD)
     alter_text(bundle["entries"][6], **{field: value})
-    # What the entry itself does not show, the one after it does.
+    # The next entry shows a change that the entry itself does not show.
     assert caught(bundle) == (check, "entry 8" if check == "prev" and field != "prev" else "entry 7")
 
 
@@ -231,7 +231,7 @@ def test_anchored_tail_truncated(kept: int) -> None:
 
 
 def test_unanchored_tail_truncated() -> None:
-    """What docs/audit.md says plainly: until it is anchored, an entry can be dropped, and no bundle shows it."""
+    """An entry can be dropped until it is anchored, and no bundle shows it: docs/audit.md states this."""
     bundle = transferred().bundle(unanchored=2)
     cut = bundle | {"entries": bundle["entries"][:-1]}
     assert caught(bundle) == ("complete", "entry 13") == caught(cut)
@@ -242,7 +242,7 @@ def test_unanchored_tail_truncated() -> None:
 
 
 def test_unanchored_tail_rewritten() -> None:
-    """It can be: it is worth nothing until it is anchored. What is anchored cannot."""
+    """An entry can be rewritten until it is anchored, and proves nothing until then."""
     bundle = transferred().bundle(unanchored=1)
     tail = rewrite(bundle, lambda entries: alter_text(entries[-1], timestamp="2026-11-24T12:00:00.000Z"))
     assert any("worth nothing so far: entry 14" in line for line in verify(tail, open_=True))
@@ -282,7 +282,7 @@ def test_rewritten_history_without_signature_is_rejected() -> None:
 
 
 def test_two_roots_of_one_size() -> None:
-    """A fork: what one side shows does not pass under the other's anchor, and no proof leads from one to the other."""
+    """A fork: the entries of one side fail under the other's anchor, and no proof leads from one to the other."""
     one, other = Log(), Log()
     mine, yours = transferred().bundle(log=one), transferred().bundle(log=other)
     first, second = one.anchor(), other.anchor()
@@ -345,7 +345,7 @@ def test_anchor_of_another_network() -> None:
     mock = transferred().bundle(OTHER, network="mock")
     assert caught(mock | {"network": "mainnet"}) == ("identity", "anchor")
     assert caught(GOOD | {"network": "testnet"}) == ("format", "bundle")
-    # With one key on both, the word in the bundle is anybody's to change: it is pinned, or is said to be unproved.
+    # With one key on both, any holder can change the bundle's network: it is pinned, or reported as unproved.
     # Where money has moved, the result names the network too.
     said = SMALL | {"network": "mainnet"}
     assert caught(said, network="mock") == ("network", "bundle") == caught(SMALL, network="mainnet")
@@ -357,7 +357,7 @@ def test_anchor_of_another_network() -> None:
 
 
 def test_verifier_reports_node_without_transaction() -> None:
-    """Only a look-up tells: the node of one network has it, that of the other does not."""
+    """Only a look-up shows it: the node of one network has the transaction, the node of the other does not."""
     kept: dict[str, Any] = {}
 
     def node(method: str, path: str, body: bytes, headers: dict[str, str]) -> dict[str, Any]:
@@ -555,9 +555,10 @@ def test_what_is_no_bundle(value: Any) -> None:
 
 
 Output = pytest.CaptureFixture[str]
+UNKNOWN_OUTCOME = "UNKNOWN   what became of step_3 onchain_action, which was begun in run {}: outcome unknown"  # quoted
 MASKS = [0x01, 0x20, 0x80]
 FLIPS = 3
-"""How many bytes of each kind are flipped, by QAES_SEED; in `make fuzz` every byte."""
+"""Number of bytes of each kind that are flipped, by QAES_SEED; `make fuzz` flips every byte."""
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -598,7 +599,7 @@ WHOSE = {
     "format": {"format"}, "log_id": {"log"}, "network": {"format"}, "policies": {"policy", "format"},
     "salt": {"input", "format"}, "task_id": {"task", "format"}, "anchor": {"format"}, "entries": {"format"},
 }  # fmt: skip
-"""The checks that catch a byte altered in a member, beside `json`; its name is told by `format`."""
+"""The checks that catch an altered byte in a member, beside `json`; `format` catches one in its name."""
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
@@ -657,7 +658,7 @@ def rechain(story: Trail) -> None:
     story.entries = entries
 
 
-# What should never have been recorded: the hashes hold, and the story does not
+# Entries that the rules forbid: their hashes hold, and their order does not
 
 
 def planned(**rules: Any) -> Trail:
@@ -693,7 +694,7 @@ def lax_plan() -> Trail:
 
 
 def monitoring(upto: int = 0) -> Trail:
-    """A task for which the pinned policy asks nobody, with so many steps done."""
+    """A task without approvals under the pinned policy, with so many steps done."""
     trail = Trail("monitor_wallet", {"wallet_address": WALLET}).start().check_policy().build()
     for index in range(upto):
         trail.execute(index)
@@ -718,7 +719,7 @@ def with_step(at: int, **changes: Any) -> Trail:
 
 
 def told(trail: Trail, **changes: Any) -> Trail:
-    """The last entry says something else."""
+    """Replace fields of the last entry."""
     text, input_, output = trail.entries[-1]
     trail.entries[-1] = (canonical_json(json.loads(text) | changes), input_, output)
     return trail
@@ -729,7 +730,7 @@ def approved_of(trail: Trail, index: int) -> Trail:
 
 
 def moved(**changes: Any) -> dict[str, Any]:
-    """What is said of the transfer, when it was made."""
+    """The recorded result of the transfer, with changes."""
     trail = planned()
     return trail.result(trail.of_step(2)[0]) | changes
 
@@ -745,7 +746,7 @@ def of_step(trail: Trail, kind: Any, actor: str, status: str, said: dict[str, An
 
 
 def backdated(trail: Trail) -> Trail:
-    """Decided, it says, before it expired; recorded after what happened three days later."""
+    """A decision dated before the expiry, recorded after an event three days later."""
     then = trail.moment
     late(trail, days=3).close("approval_reminder", 2)
     return setattr_(trail, moment=then).decide(2, "bob", True, 1)
@@ -767,9 +768,9 @@ def checked(analysis: dict[str, Any], status: str, decision: PolicyDecision, **f
 
 LIES: dict[str, tuple[Callable[[], Trail], str]] = {
     "one approval where two are needed": (lambda: planned().ask(2).decide(2, "bob", True, 1).begin(2), "step"),
-    "fewer are asked than the policy says": (lambda: planned().ask(2, required=1), "approval"),
+    "fewer are asked than the policy requires": (lambda: planned().ask(2, required=1), "approval"),
     "more approvals are counted than given": (lambda: planned().ask(2).decide(2, "bob", True, 2), "approval"),
-    "nobody is asked, and it decides": (
+    "no approver is asked, and a decision follows": (
         lambda: planned().record(
             "approval_decided", "bob", "approved", {}, {}, step_index=2, step_id="step_3", step_type="onchain_action"
         ),
@@ -795,7 +796,7 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
         "approval",
     ),
     "another actor than the approver": (lambda: planned().ask(2).decide(2, "bob", True, 1, actor="carol"), "output"),
-    "what ran is not what was approved": (swapped_plan, "step"),
+    "another step ran than the approved one": (swapped_plan, "step"),
     "an approval used for a second run": (
         lambda: approved(planned()).execute(2, {"error": "x"}, "failed").end("failed").retry().begin(2),
         "step",
@@ -843,7 +844,7 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
         "plan",
     ),  # type: ignore[union-attr]
     "a plan without steps": (lambda: Trail().start().check_policy().build(steps=()), "plan"),
-    "a plan of what was denied": (lambda: Trail("self_destruct").start().check_policy().build(), "plan"),
+    "a plan for a denied action": (lambda: Trail("self_destruct").start().check_policy().build(), "plan"),
     "a plan without a policy": (lambda: Trail().start().build(), "plan"),
     "another plan's hash": (
         lambda: (
@@ -893,7 +894,7 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
         ),
         "policy",
     ),
-    "not pinned, it says": (
+    "marked as not pinned": (
         lambda: (
             Trail()
             .start()
@@ -917,7 +918,7 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
         "input",
     ),
     "started by another": (lambda: Trail().record("task_started", "mallory", "pending", Trail().request, {}), "input"),
-    # After an end nothing is begun, and what was not begun before has no outcome.
+    # After an end no step begins, and a step that had not begun has no outcome.
     "begun after it was cancelled": (lambda: monitoring().end("cancelled", "alice").begin(0), "end"),
     "begun after it was denied": (lambda: approved(planned()).end("denied").begin(2), "end"),
     "begun after it failed": (lambda: approved(planned()).end("failed").begin(2), "end"),
@@ -949,8 +950,8 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
     "begun as a step of another type": (lambda: told(approved(planned()).begin(2), step_type="policy_check"), "step"),
     "begun with another approval": (lambda: approved(planned()).begin(2, approval=2), "step"),
     "an approval of the run before": (lambda: approved(planned()).end("failed").retry().begin(2, approval=1), "step"),
-    # A person's no counts, whatever the policy asks for.
-    "begun after an expiry that nobody needed": (
+    # A person's rejection counts, regardless of the policy.
+    "begun after an expiry that was not needed": (
         lambda: monitoring(2).ask(2, required=1).close("approval_expired", 2).begin(2),
         "step",
     ),
@@ -986,12 +987,12 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
         lambda: in_force(in_force(monitoring(), 0, risk_level="high").finish(0), 1, version=2, allowed=False),
         "step",
     ),
-    # The plan is what was asked for.
+    # The plan matches the request.
     "a step of a type that there is not": (
         lambda: with_step(2, type="wire_money", requires_approval=False, parameters=TRANSFER),
         "plan",
     ),
-    "a plan that pays somebody else": (
+    "a plan that pays another address": (
         lambda: with_step(2, parameters={"from_address": WALLET, "to_address": WALLET, "amount": 100}),
         "plan",
     ),
@@ -1020,7 +1021,7 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
         ),
         "step",
     ),
-    "nothing is said of what was moved": (lambda: approved(planned()).execute(2, {"ok": True}), "step"),
+    "the moved amount is missing": (lambda: approved(planned()).execute(2, {"ok": True}), "step"),
     # Times.
     "yesterday is no time": (
         lambda: of_step(planned(), "step_executed", "worker", "failed", {}, timestamp="yesterday"),
@@ -1041,7 +1042,7 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
         "time",
     ),
     # Formats.
-    "asked, it says otherwise": (
+    "asked, with another status": (
         lambda: of_step(
             setattr_(planned(), asked=planned().ask(2).asked),
             "approval_requested",
@@ -1091,7 +1092,7 @@ def test_entry_of_a_form_that_there_is_not(at: int, changes: dict[str, Any]) -> 
 
 
 def test_older_policy_in_force_again_is_told() -> None:
-    """Version 4 denies, the trail says so, and the next step is begun under version 3: by design, or it is a lie."""
+    """Version 4 denies, the trail has it, and the next step begins under version 3: intended, or forged."""
     trail = monitoring(1).begin(1)
     text = policy_text(RULES | {"monitoring": RULES["monitoring"].model_copy(update={"allowed": False})}, version=4)
     trail.later = [text]
@@ -1119,11 +1120,11 @@ def test_report_says_what_was_done_and_by_which_document() -> None:
 
 
 def test_transfer_whose_outcome_is_cut_off() -> None:
-    """It was begun, and that is on record: that its outcome is missing shows."""
+    """The trail has the transfer's begin, so the missing outcome shows."""
     bundle = confirmed_late().bundle()
     cut = bundle | {"entries": bundle["entries"][:-1]}
     assert caught(cut) == ("complete", "entry 17")
-    assert any(line.startswith("UNKNOWN   what became of step_3 onchain_action") for line in verify(cut, open_=True))
+    assert UNKNOWN_OUTCOME.format(1) in verify(cut, open_=True)
     assert not any(line.startswith("UNKNOWN") for line in verify(bundle))
 
 
@@ -1134,25 +1135,25 @@ def test_refusal_keeps_step_of_earlier_execution_visible() -> None:
     bundle = trail.end("denied").bundle()
     assert caught(bundle) == ("complete", "entry 15")
     report = verify(bundle, open_=True)
-    assert "UNKNOWN   what became of step_3 onchain_action, which was begun in run 1: outcome unknown" in report
+    assert UNKNOWN_OUTCOME.format(1) in report
     assert "refused   step_3 onchain_action: an approver rejected it" in report
     assert "approved  by bob, carol" in report
     assert any(line.startswith("ran       step_3 onchain_action: 100 QU") for line in verify(late.bundle()))
 
 
 def test_report_names_failed_steps_and_approvers() -> None:
-    """That it failed does not say that no money moved."""
+    """A failed step does not prove that no money moved."""
     error = "moved_unknown: look the transaction up"
     report = verify(approved(planned()).execute(2, {"error": error}, "failed").end("failed").bundle())
     assert f"failed    step_3 onchain_action: {error}" in report and "approved  by bob, carol" in report
-    assert "UNKNOWN   what became of step_3 onchain_action, which was begun in run 1: outcome unknown" in report
+    assert UNKNOWN_OUTCOME.format(1) in report
     unknown = verify(approved(planned()).begin(2).end("failed").bundle(), open_=True)
     assert "approved  by bob, carol" in unknown
     assert "ran       nothing" in verify(monitoring().end("failed").bundle())
 
 
 def test_report_says_submitted_as_for_a_generic_action() -> None:
-    """The ledger may have signed the record again since: that it was written in this transaction nobody knows."""
+    """The ledger may have signed the record again since: this transaction may not be the one that wrote it."""
     report = verify(STORIES["instructed"]().bundle())
     assert any(
         re.search(r"ran .* generic_action: instruction [0-9a-f]{64} submitted as [a-z]{60}$", line) for line in report
@@ -1170,11 +1171,10 @@ def test_report_has_each_transfer_begun_and_never_accounted_for() -> None:
     def unknown(trail: Trail) -> list[str]:
         return [line for line in verify(trail.bundle(), open_=True) if line.startswith("UNKNOWN")]
 
-    line = "UNKNOWN   what became of step_3 onchain_action, which was begun in run {}: outcome unknown"
-    assert unknown(begun(3)) == [line.format(run) for run in (1, 2, 3)]
-    assert unknown(begun(3).finish(2).end("completed")) == [line.format(run) for run in (1, 2)]
+    assert unknown(begun(3)) == [UNKNOWN_OUTCOME.format(run) for run in (1, 2, 3)]
+    assert unknown(begun(3).finish(2).end("completed")) == [UNKNOWN_OUTCOME.format(run) for run in (1, 2)]
     assert unknown(begun(1).finish(2)) == []
-    assert verify(begun(2).finish(2).end("completed").bundle())  # it never reached the ledger, say: no reason to refuse
+    assert verify(begun(2).finish(2).end("completed").bundle())  # it may never have reached the ledger
 
 
 def test_report_has_every_rejection() -> None:
@@ -1249,7 +1249,7 @@ def test_two_histories_of_one_task_under_one_root(tmp_path: Path) -> None:
 
 
 def test_old_bundle_does_not_pass_for_the_present_one(tmp_path: Path) -> None:
-    """Genuine, from before a retry: what it says was so then, and the log shows that more has followed."""
+    """A genuine bundle from before a retry was right then, and the log shows that more entries followed."""
     log, trail = Log(), approved(planned()).execute(2, {"error": "x"}, "failed").end("failed")
     old = trail.bundle(log=log)
     size, count = len(log.texts), len(trail.entries)
@@ -1258,7 +1258,8 @@ def test_old_bundle_does_not_pass_for_the_present_one(tmp_path: Path) -> None:
     approved(trail).execute(2).end("completed")
     log.append(*(text for text, _, _ in trail.entries[count:]))
     folder = log.write(tmp_path / "now")
-    assert any(line.startswith("NOT CHECKED what the log has of the task after") for line in verify(old))
+    later = "NOT CHECKED what the log has of the task after"  # quoted
+    assert any(line.startswith(later) for line in verify(old))
     assert caught(old, log=folder) == ("later", folder)
     assert any(f"LATER: {len(trail.entries) - count} entries" in each for each in verify(old, log=folder, open_=True))
     new = bundle_at(log, trail, len(log.texts))

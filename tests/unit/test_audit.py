@@ -1,4 +1,4 @@
-"""The chain of audit entries, without AWS: what is altered, left out or moved is found, and named."""
+"""The chain of audit entries, without AWS: an altered, missing or moved entry is found, and named."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_text_that_is_no_entry_is_named() -> None:
 
 @given(st.data())
 def test_no_single_change_goes_unnoticed(data: st.DataObject) -> None:
-    """Whatever one field of one entry is changed to, the chain's own head no longer comes out."""
+    """Changing any field of any entry changes the chain's head."""
     chain = links()
     head = chain[-1][1]
     at = data.draw(st.integers(0, len(chain) - 1))

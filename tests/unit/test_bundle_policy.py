@@ -17,7 +17,7 @@ def at(minutes: float) -> str:
 
 
 def events(*of: tuple[float, str, str]) -> list[PolicyEvent]:
-    """Events from (minutes after noon, kind, what it is about)."""
+    """Events from (minutes after noon, kind, subject)."""
     found: list[PolicyEvent] = []
     for minutes, kind, about in of:
         subject = {"policy_id": about} if kind.startswith("policy_") else {"name": about}

@@ -95,7 +95,7 @@ STOPS = {
         (2, CURRENT, changed(APPROVED, plan_hash="0" * 64), "denied"),
         (0, policy(allowed=False), None, "denied"),
         (2, policy(allowed=False), APPROVED, "denied"),
-        # A policy that asks for less by now does not take back what the plan was promised to ask for.
+        # A less strict policy in force does not take back the approvals that the plan promised.
         (2, policy(requires_approval=False), None, "await_approval"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What people decided about a task counts, whatever its own items say."""
+"""The recorded decisions of people count, regardless of the task's items."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_task_has_what_people_decided_and_not_what_its_item_says() -> None:
     task = decisions(RETRIED, event("task_retried", "rita", "executing")).of_task(TASK)
     assert (task.requester, task.parameters, task.agent) == ("alice", {"amount": 5}, None)
     assert (task.run, task.retriers, task.salt) == (3, ("rita",), "0" * 32)
-    assert task.status == "waiting_approval", "the engine says how far it is"
+    assert task.status == "waiting_approval", "the engine reports the progress"
 
 
 def test_cancelled_task_is_cancelled_whatever_its_item_says() -> None:

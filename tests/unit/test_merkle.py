@@ -1,4 +1,4 @@
-"""The tree of RFC 6962: known hashes, and what a proof must not pass for."""
+"""The tree of RFC 6962: known hashes, and proofs that must fail."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from qaes.domain.note import (
 NAME = "PeterNeumann"
 SEED = base64.b64decode("AYEKFALVFGyNhPJEMzD1QIDr+Y7hfZx09iUvxdXHKDFz")[1:]
 KEY = "PeterNeumann+c74f20a3+ARpc2QcUPDhMQegwxbzhKqiBfsVkmqq/LDE4izWy10TW"
-TEXT = "If you think cryptography is the answer to your problem,\nthen you don't know what your problem is.\n"
+TEXT = "If you think cryptography is the answer to your problem,\nthen you don't know what your problem is.\n"  # quoted
 SIGNATURE = "x08go/ZJkuBS9UG/SffcvIAQxVBtiFupLLr8pAcElZInNIuGUgYN1FFYC2pZSNXgKvqfqdngotpRZb6KE6RyyBwJnAM="
 NOTE = f"{TEXT}\n— PeterNeumann {SIGNATURE}\n"
 ROOT = bytes(range(32))
@@ -43,7 +43,7 @@ def test_published_note() -> None:
 
 def test_lines_of_other_keys_are_passed_over() -> None:
     other = sign_note(TEXT, NAME, bytes(32)).removeprefix(TEXT + "\n")
-    unknown = f"— somebody {SIGNATURE}\n— {NAME} AAAAAAAA\n"
+    unknown = f"— unknown {SIGNATURE}\n— {NAME} AAAAAAAA\n"
     assert verify_note(f"{TEXT}\n{other}— {NAME} {SIGNATURE}\n{unknown}", KEY) == TEXT
     assert fails(f"{TEXT}\n{other}{unknown}") == "signature"
 

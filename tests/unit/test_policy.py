@@ -1,4 +1,4 @@
-"""Rules with limits, and the document that is hashed: what an offline verifier reads."""
+"""Rules with limits, and the hashed document, which an offline verifier reads."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_each_limit_counts_as_one(limit: str) -> None:
 
 
 def test_text_of_a_document_to_the_letter() -> None:
-    """What docs/policy.md shows. A change of this text changes every policy's id: it needs another `format`."""
+    """The example of docs/policy.md. A change of this text changes every policy's id: it needs another `format`."""
     rule = Rule(allowed=True, requires_approval=True, risk_level="high", max_amount=500, allowed_addresses=(LEGACY,))
     document = PolicyDocument.write({"transfer_funds": rule}, version=2, proposed_by="olivia", based_on=OTHER_ID)
     assert document.text() == (
@@ -148,7 +148,7 @@ def test_a_document_is_read_as_it_was_written(rules: dict[str, Rule], version: i
     assert policy.rules == rules
     assert policy.policy_id == policy_id_of(version, sha256_hex(document.text()))
     assert version_of(policy.policy_id) == version
-    # What a verifier does, with the standard library.
+    # The steps of a verifier, with the standard library.
     read = json.loads(document.text())
     assert json.dumps(read, sort_keys=True, separators=(",", ":"), ensure_ascii=False) == document.text()
 

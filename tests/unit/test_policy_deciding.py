@@ -128,7 +128,7 @@ def test_evaluate_denies_action_whose_rule_forbids_it() -> None:
     ],
 )
 def test_evaluate_checks_requester(requester: str, agent: str | None, allowed: bool) -> None:
-    """An agent needs an entry of its own: the token of a permitted person is not enough."""
+    """An agent needs a separate entry: the token of a permitted person is not enough."""
     content = with_rule(requesters=["user:ursula", "group:finance", "agent:bot"])
     decision = decided(content, refund(requester=requester, agent=agent))
     assert (decision.allowed, decision.code) == (allowed, "allowed" if allowed else "requester_not_allowed")

@@ -100,7 +100,7 @@ def test_event_of_an_approval_names_its_groups() -> None:
 
 @pytest.mark.parametrize(("subjects", "status"), [(("bob", "carol"), "pending"), (("bob", "dora"), "approved")])
 def test_recorded_decisions_meet_the_groups_or_not(subjects: tuple[str, ...], status: str) -> None:
-    """The status is that of the decisions in their table, whatever the approval's own item says."""
+    """The status follows from the decisions in their table, regardless of the approval's item."""
     approval, events = asked(FINANCE, CFO), {}
     for number, subject in enumerate(subjects, start=2):
         change = decide(approval, subject, task=NOT_RETRIED)

@@ -202,7 +202,7 @@ def test_looser_policy_does_not_take_the_pinned_tier_back() -> None:
 
 
 def test_policy_without_groups_denies_a_pinned_tier_of_a_group() -> None:
-    """Format 1 came into force again: by it, nobody is in the group."""
+    """Format 1 came into force again: the group has no members under it."""
     found = verdict(task_of(), policy(), format_1())
     assert (found.verdict, found.reason.split(":")[0]) == ("denied", "too_few_approvers")
 
@@ -351,7 +351,7 @@ RECORD = lifecycle.StepRecord(
 )
 
 
-# What holds for any two policies
+# Properties of any two policies
 
 PEOPLE = ["alice", "bob", "carol", "dora", "erin"]
 TIERS = st.builds(

@@ -45,7 +45,7 @@ def run(task: Task, steps: Plan, step_index: int, history: History, **changes: A
 
 
 def ran(task: Task, steps: Plan, count: int) -> History:
-    """What is there when the first steps have succeeded."""
+    """The stored items when the first steps have succeeded."""
     history = History(steps)
     for step_index in range(count):
         record = run(task, steps, step_index, history).step
@@ -139,7 +139,7 @@ def decide(task: Task, approval: Approval, subject: str, *, approved: bool = Tru
 
 
 def test_run_step_leaves_a_step_that_people_approved() -> None:
-    """ExecuteAction runs it, whatever the policy asks for by now."""
+    """ExecuteAction runs the step, regardless of the policy now in force."""
     history = ran(WATCHES, MONITORING, 2)
     approval = changed(decide(PAYS, asked(PAYS), "bob"), plan_hash=MONITORING.hash())
     approval = changed(approval, step_hash=MONITORING.steps[2].hash())

@@ -1,4 +1,4 @@
-"""Text that deceives its reader is refused; what people write in any script, with emoji and in lines, is not."""
+"""Deceptive text is refused; ordinary text in any script, with emoji and line breaks, is accepted."""
 
 # ruff: noqa: RUF001 - letters that look like others are what this is about
 from __future__ import annotations

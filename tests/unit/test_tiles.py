@@ -29,7 +29,7 @@ LARGE = made_up(66_000)
 
 
 class Log:
-    """Tiles in memory, as a table would keep them; counts what is read."""
+    """Tiles in memory, as a table would keep them, with a count of reads."""
 
     def __init__(self) -> None:
         self.size = 0
@@ -138,7 +138,7 @@ def test_proofs_around_a_third_level(size: int) -> None:
 @example(65_537, None)
 @example(1_000_000, None)
 def test_proof_reads_each_tile_once_and_few_of_them(size: int, data: st.DataObject | None) -> None:
-    """At most 2 * ceil(log256 n), counted with made-up tiles: how many are read does not depend on what is in them."""
+    """At most 2 * ceil(log256 n), counted with made-up tiles: the number of reads does not depend on their content."""
     reads: Counter[tuple[int, int]] = Counter()
 
     def read(level: int, index: int, width: int) -> bytes:

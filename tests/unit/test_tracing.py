@@ -1,4 +1,4 @@
-"""Coverage counts every line of the product that runs, and no other, whoever removes the trace function meanwhile."""
+"""Coverage counts every line of the product that runs, and no other, even if a test removes the trace function."""
 
 from __future__ import annotations
 

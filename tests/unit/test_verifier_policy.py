@@ -237,7 +237,7 @@ def test_old_version_without_entries_is_a_note() -> None:
     bundle = trail.bundle(anchorer)
     lines = verifier.verify(canonical_json(bundle).encode(), log_id=LOG_ID, anchor_identity=anchorer.identity)
     policy_id = trail.policy.policy_id
-    assert f"NOTE      no entry of the policy says how {policy_id} came into force" in lines
+    assert f"NOTE      no entry of the policy says how {policy_id} came into force" in lines  # quoted
 
 
 def test_version_that_was_superseded_is_a_note() -> None:

@@ -1,7 +1,7 @@
 """One row for each rule of docs/audit.md and docs/policy.md: a trail that breaks this rule, and no other.
 
-The attacker is the operator: what a trail says is hashed anew and anchored with the true key. Each row is verified
-twice: the verifier must refuse it by its rule; and must accept it once that rule, and it alone, is not enforced.
+The attacker is the operator: the altered trail is hashed anew and anchored with the true key. Each row is verified
+twice: the verifier must refuse it by its rule, and must accept it when only that rule is not enforced.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ ANCHORER = Anchorer()
 
 
 class Case(NamedTuple):
-    """What is verified, and how."""
+    """A bundle, and the options of its verification."""
 
     data: dict[str, Any] | bytes
     options: dict[str, Any]
@@ -81,7 +81,7 @@ def approve(trail: Trail, index: int = 2) -> Trail:
 
 
 def monitoring(upto: int = 0) -> Trail:
-    """A task for which the pinned policy asks nobody, with so many steps done."""
+    """A task without approvals under the pinned policy, with so many steps done."""
     trail = Trail("monitor_wallet", {"wallet_address": WALLET}).start().check_policy().build()
     for index in range(upto):
         trail.execute(index)
@@ -94,7 +94,7 @@ def instructed() -> Trail:
 
 
 def edit(trail: Trail, at: int = -1, *, input: Any = None, output: Any = None, **text: Any) -> Trail:  # noqa: A002
-    """Have an entry say something else, and hash and chain the trail anew. A dict is merged into what was said."""
+    """Change an entry, and hash and chain the trail anew. A dict is merged into the entry's input or output."""
     before, input_, output_ = trail.entries[at]
     said = [json.loads(input_), json.loads(output_)]
     for side, changes in enumerate((input, output)):
@@ -308,7 +308,7 @@ ROWS: dict[str, dict[str, Callable[..., Case | Trail]]] = {
         "a member more": lambda: of_bundle(SMALL | {"more": 1}),
         "a member less": lambda: of_bundle(drop(SMALL, "salt")),
         "an index that is a boolean": lambda: of_bundle(with_entry(SMALL, 0, index=True)),
-        "a salt that is none": lambda: of_bundle(SMALL | {"salt": SALT.upper()}),
+        "a malformed salt": lambda: of_bundle(SMALL | {"salt": SALT.upper()}),
         "another network": lambda: of_bundle(SMALL | {"network": "testnet"}),
         "no entries": lambda: of_bundle(SMALL | {"entries": []}),
         "an error response": lambda: of_bundle({"title": "Not Found", "status": 404, "detail": "no such task"}),
@@ -375,7 +375,7 @@ ROWS: dict[str, dict[str, Callable[..., Case | Trail]]] = {
         "a plan of a step": lambda: edit(Trail().start().check_policy().build(), step_id="step_1"),
     },
     "R25 text": {
-        "started by nobody": lambda: edit(Trail().start(), actor="", input={"requester": ""}),
+        "started without a requester": lambda: edit(Trail().start(), actor="", input={"requester": ""}),
         "decided by the worker": lambda: planned().ask(2).decide(2, "worker", True, 1),
         "retried by the reconciler": lambda: planned().end("failed").retry("reconciler"),
         "cancelled by the execution": lambda: planned().end("cancelled", "execution"),
@@ -509,9 +509,9 @@ ROWS: dict[str, dict[str, Callable[..., Case | Trail]]] = {
         "a decision by another": lambda: edit(planned().ask(2).decide(2, "bob", True, 1), actor="dave"),
     },
     "R46 approval": {
-        "nobody was asked": lambda: edit(planned().ask(2).decide(2, "bob", True, 1), input={"round": 9}),
+        "no approver was asked": lambda: edit(planned().ask(2).decide(2, "bob", True, 1), input={"round": 9}),
         "approved after a no": lambda: planned().ask(2).decide(2, "bob", False, 0).decide(2, "carol", True, 1),
-        "a reminder of what was decided": lambda: approve(planned()).close("approval_reminder", 2),
+        "a reminder after the decision": lambda: approve(planned()).close("approval_reminder", 2),
         "undeliverable, and not decided": lambda: planned().ask(2).close("approval_undeliverable", 2),
     },
     "R47 time": {
@@ -574,7 +574,7 @@ ROWS: dict[str, dict[str, Callable[..., Case | Trail]]] = {
         "begun after it was refused": lambda: monitoring().refuse(0).begin(0),
     },
     "R56 step": {
-        "while somebody is asked": lambda: monitoring(2).ask(2, required=1).begin(2, approval=1),
+        "while an approval is pending": lambda: monitoring(2).ask(2, required=1).begin(2, approval=1),
         "after a no": lambda: monitoring(2).ask(2, required=1).decide(2, "bob", False, 0).begin(2),
         "the next step, after a no": lambda: (
             monitoring(1)
@@ -589,7 +589,7 @@ ROWS: dict[str, dict[str, Callable[..., Case | Trail]]] = {
     },
     "R57 step": {
         "another approval": lambda: begun(approval=2),
-        "an approval that nobody gave": lambda: monitoring(2).begin(2, approval=1),
+        "an approval that does not exist": lambda: monitoring(2).begin(2, approval=1),
         "not the one that was given": lambda: begun(approval=None),
         "the approval of another step": lambda: (
             monitoring(1)
@@ -614,7 +614,7 @@ ROWS: dict[str, dict[str, Callable[..., Case | Trail]]] = {
         "no error": lambda: monitoring().execute(0, {}, "failed"),
         "an error that is null": lambda: monitoring().execute(0, {"error": None}, "failed"),
         "an empty error": lambda: monitoring().execute(0, {"error": ""}, "failed"),
-        "an error of what succeeded": lambda: moved(error="expired: its tick passed"),
+        "an error of a successful step": lambda: moved(error="expired: its tick passed"),
         "a result that is a list": lambda: edit(monitoring().execute(0), output=[1]),
     },
     "R61 step": {
@@ -634,7 +634,7 @@ ROWS: dict[str, dict[str, Callable[..., Case | Trail]]] = {
     "R64 step": {
         "an empty txid": lambda: moved(txid=""),
         "no txid": lambda: moved(txid=...),
-        "a txid that is none": lambda: moved(txid="A" * 60),
+        "a malformed txid": lambda: moved(txid="A" * 60),
         "no tick": lambda: moved(tick=...),
         "tick 0": lambda: moved(tick=0),
         "a tick that is true": lambda: moved(tick=True),
@@ -650,8 +650,8 @@ ROWS: dict[str, dict[str, Callable[..., Case | Trail]]] = {
     "R66 step": {
         "another amount": lambda: moved(amount=999),
         "the amount in words": lambda: moved(amount="100"),
-        "to somebody else": lambda: moved(to_address=WALLET),
-        "nobody knows from where": lambda: moved(from_address=None),
+        "to another address": lambda: moved(to_address=WALLET),
+        "without a source address": lambda: moved(from_address=None),
     },
     "R67 step": {
         "by a run that there was not": lambda: moved(run=2),
@@ -669,11 +669,11 @@ ROWS: dict[str, dict[str, Callable[..., Case | Trail]]] = {
     },
     # Ends and retries
     "R70 end": {
-        "what was completed": lambda: transferred().retry(),
-        "what was rejected": lambda: planned().ask(2).decide(2, "bob", False, 0).end("rejected").retry(),
-        "what was cancelled": lambda: planned().end("cancelled", "alice").retry(),
-        "what was denied": lambda: planned().end("denied").retry(),
-        "what has not ended": lambda: planned().retry(),
+        "a completed task": lambda: transferred().retry(),
+        "a rejected task": lambda: planned().ask(2).decide(2, "bob", False, 0).end("rejected").retry(),
+        "a cancelled task": lambda: planned().end("cancelled", "alice").retry(),
+        "a denied task": lambda: planned().end("denied").retry(),
+        "a task that has not ended": lambda: planned().retry(),
     },
     "R71 output": {
         "run 3 after run 1": lambda: edit(planned().end("failed").retry(), output={"run": 3}),
@@ -689,7 +689,7 @@ ROWS: dict[str, dict[str, Callable[..., Case | Trail]]] = {
     },
     "R73 end": {
         "it failed": lambda: planned().ask(2).decide(2, "bob", False, 0).end("failed"),
-        "it failed, says the reconciler": lambda: (
+        "it failed, recorded by the reconciler": lambda: (
             planned().ask(2).decide(2, "bob", False, 0).end("failed", "reconciler")
         ),
         "it was denied": lambda: planned().ask(2).decide(2, "bob", False, 0).end("denied"),
@@ -704,9 +704,9 @@ ROWS: dict[str, dict[str, Callable[..., Case | Trail]]] = {
     "R74 end": {
         "completed, with a step missing": lambda: approve(planned()).end("completed"),
         "completed, without a plan": lambda: Trail().start().check_policy().end("completed"),
-        "rejected by nobody": lambda: planned().end("rejected"),
+        "rejected without a decision": lambda: planned().end("rejected"),
         "rejected in the run before": lambda: approve(planned()).end("failed").retry().end("rejected"),
-        "expired, and nobody had been asked": lambda: planned().end("expired"),
+        "expired, and no approval was pending": lambda: planned().end("expired"),
         "denied, and all was done": lambda: transfer().end("denied"),
     },
     # The policy
@@ -716,8 +716,8 @@ ROWS: dict[str, dict[str, Callable[..., Case | Trail]]] = {
         "version -1": lambda: with_document(lambda document: document.update(version=-1)),
         "a version that is true": lambda: with_document(lambda document: document.update(version=True)),
         "another format": lambda: with_document(lambda document: document.update(format=3)),
-        "rules that are none": lambda: with_document(lambda document: document.update(rules=[])),
-        "a rule that is none": lambda: with_document(lambda document: document["rules"].update(x=None)),
+        "rules that are a list": lambda: with_document(lambda document: document.update(rules=[])),
+        "a rule that is null": lambda: with_document(lambda document: document["rules"].update(x=None)),
         "approvals 0": lambda: with_document(change_rule(approvals=0)),
         "approvals 11": lambda: with_document(change_rule(approvals=11)),
         "approvals null": lambda: with_document(change_rule(approvals=None)),
@@ -731,7 +731,7 @@ ROWS: dict[str, dict[str, Callable[..., Case | Trail]]] = {
         "an address twice": lambda: with_document(change_rule(allowed_addresses=[TARGET, TARGET])),
         "no such risk": lambda: with_document(change_rule(risk_level="none")),
         "allowed is 1": lambda: with_document(change_rule(allowed=1)),
-        "a limit that nobody knows": lambda: with_document(change_rule(weekly_limit=5)),
+        "an unknown limit": lambda: with_document(change_rule(weekly_limit=5)),
         "an empty address": lambda: with_document(change_rule(allowed_addresses=[""])),
         "an address in another spelling": lambda: with_document(change_rule(allowed_addresses=[TARGET.upper()])),
         "a version beyond all": lambda: with_document(lambda document: document.update(version=10**9)),
@@ -740,7 +740,7 @@ ROWS: dict[str, dict[str, Callable[..., Case | Trail]]] = {
         "based on nothing": lambda: with_document(lambda document: document.update(based_on="")),
         "no format": lambda: with_document(lambda document: document.pop("format")),
         "a rule for no action type": lambda: with_document(with_rule("transfer funds")),
-        "a rule for what looks like another": lambda: with_document(with_rule("tr\u0430nsfer_funds")),
+        "a rule with a name that looks like another": lambda: with_document(with_rule("tr\u0430nsfer_funds")),
         "201 rules": lambda: with_document(with_rule(*(f"rule_{number}" for number in range(199)))),
         "more than 64 KiB": lambda: with_document(lambda document: document.update(proposed_by="o" * 65_536)),
     },
@@ -765,9 +765,9 @@ ROWS: dict[str, dict[str, Callable[..., Case | Trail]]] = {
         "another action": other_action,
         "another risk": lambda: edit(Trail().start().check_policy(), input={"risk_level": "low"}),
     },
-    "R81 policy": {"denied, it says": lambda: edit(Trail().start().check_policy(), status="denied")},
-    "R82 plan": {"a plan of what was denied": lambda: Trail("destroy").start().check_policy().build()},
-    "R83 plan": {"nobody is asked": lambda: with_step(2, requires_approval=False)},
+    "R81 policy": {"marked as denied": lambda: edit(Trail().start().check_policy(), status="denied")},
+    "R82 plan": {"a plan for a denied action": lambda: Trail("destroy").start().check_policy().build()},
+    "R83 plan": {"no approval is required": lambda: with_step(2, requires_approval=False)},
     "R84 approval": {"one is asked, and two are needed": lambda: asked(required=1)},
     "R85 approval": {
         "a second too long": lambda: planned().ask(2, seconds=86_401),
@@ -776,12 +776,12 @@ ROWS: dict[str, dict[str, Callable[..., Case | Trail]]] = {
         "31 days, where the policy names no time": lambda: planned(expires_after=None).ask(2, seconds=31 * 86_400),
     },
     "R86 policy": {
-        "not pinned, it says": lambda: edit(monitoring(1).execute(1), output={"pinned": False}),
+        "marked as not pinned": lambda: edit(monitoring(1).execute(1), output={"pinned": False}),
         "pinned is 1": lambda: edit(monitoring(1).execute(1), output={"pinned": 1}),
     },
     "R87 step": {"the policy in force denies it": lambda: under(monitoring(), 0, "monitoring", allowed=False)},
     "R88 step": {
-        "nobody was asked": lambda: planned().begin(2),
+        "no approver was asked": lambda: planned().begin(2),
         "the policy in force asks": lambda: under(monitoring(2), 2, "monitoring", requires_approval=True),
         "the policy in force asks more people": lambda: under(approve(planned()), 2, "transfer_funds", approvals=3),
         "an approval of the run before": lambda: approve(planned()).end("failed").retry().begin(2),
@@ -849,7 +849,7 @@ def test_broken_rule_is_refused_and_no_other(rule: str, name: str, tmp_path: Pat
     assert str(caught.value).endswith(f" [{number}]")
     if number in STRUCTURAL or (rule, name) in NOT_ALONE:
         return
-    with not_enforced(verifier, number), suppress(KeyError, TypeError, AttributeError):  # it used what it did not check
+    with not_enforced(verifier, number), suppress(KeyError, TypeError, AttributeError):  # it used an unchecked value
         assert verify(case)
 
 

@@ -1,11 +1,11 @@
 """Sequences of entries, up to a depth: the verifier accepts those that a small model accepts, and no others.
 
-The model is written from docs/audit.md ("The life of a task") and shares nothing with the verifier. What an entry
-says follows from the entries before it; which entry comes next is what is searched. A sequence that both refuse is not
-continued: the verifier reports the first entry that does not hold, so that whatever follows is refused too.
+The model is written from docs/audit.md ("The life of a task") and shares nothing with the verifier. The search tries
+every kind of entry next; the content of an entry follows from the entries before it. A sequence that both refuse is not
+continued: the verifier reports the first entry that breaks a rule, so every longer sequence is refused too.
 
-The verifier's story is told entry by entry, without a chain, an anchor and a signature around it, which do not depend
-on what the entries say; a sample of the sequences goes through the whole verifier as well.
+The verifier's story receives the entries one by one, without chain, anchor and signature, which do not depend on their
+content. A sample of the sequences goes through the whole verifier as well.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.support.tracing import untraced
 verifier = load_verifier()
 ANCHORER = Anchorer()
 SKIPS = 1_000
-"""Seconds until an approval is said to have expired; it is open for 900."""
+"""Seconds until an approval's expiry is recorded; the approval is open for 900."""
 
 PEOPLE = ("bob", "carol", "olivia", "alice")
 ENDS = ("completed", "denied", "rejected", "expired", "failed", "cancelled")
@@ -40,7 +40,7 @@ EVENTS = (
 
 
 class Model(NamedTuple):
-    """What has happened, as far as it matters to what may follow."""
+    """The state that decides which entries may follow."""
 
     started: bool = False
     policy: bool = False
@@ -50,7 +50,7 @@ class Model(NamedTuple):
     run: int = 1
     ended: str = ""
     asked: str = ""
-    """What became of this run's newest approval: pending, approved, rejected, expired, cancelled, undeliverable."""
+    """The state of this run's newest approval: pending, approved, rejected, expired, cancelled, undeliverable."""
     about: int = -1
     """The step that it is about."""
     yes: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ class Model(NamedTuple):
     rejected: bool = False
     """In this run."""
     begun_in: int = 0
-    """The run that began the step whose outcome is not known; 0 if there is none."""
+    """The run that began the step whose outcome is not known, or 0."""
     over_in: int = 0
     """The run in which the step failed, or was refused."""
     askers: tuple[str, ...] = ("alice",)
@@ -136,7 +136,7 @@ def follow(was: Model, event: str, life: Life) -> Model | None:  # noqa: C901 - 
 
 
 class Writer:
-    """Writes the entry of an event, after what has happened so far."""
+    """Writes the entry of an event, in the state so far."""
 
     def __init__(self, life: Life) -> None:
         trail = life.trail
@@ -242,7 +242,7 @@ class Writer:
 
 
 class Told(NamedTuple):
-    """A sequence that both accept: what the model and the verifier know after it."""
+    """A sequence that both accept, with the states of the model and the verifier after it."""
 
     model: Model
     story: dict[str, Any]
@@ -252,7 +252,7 @@ class Told(NamedTuple):
 
 
 def life(name: str) -> Life:
-    """A generic action, for which two people are needed; or a monitored wallet, for which nobody is."""
+    """Return a generic action, which needs two people, or a monitored wallet, which needs no approval."""
     if name == "paint":
         rule = Rule(allowed=True, requires_approval=True, risk_level="low", approvals=2)
         trail = Trail("paint", {"colour": "green"}, RULES | {"paint": rule})
@@ -265,7 +265,7 @@ def new_story(of: Life) -> Any:
 
 
 def told_by(story: Any, writer: Writer, before: Told, event: str) -> tuple[Told | None, str]:
-    """Let the verifier judge one more entry; what it knows then, or None and why not."""
+    """Let the verifier judge one more entry; return its new state, or None and the reason."""
     clock = before.clock + (SKIPS if event == "expire" else 1)
     entry = writer.write(before.model, event, clock, before.asked)
     story.__dict__ = before.story.copy()
@@ -326,7 +326,7 @@ def verify(bundle: dict[str, Any]) -> None:
 
 DEEPER = 1 if WHOLE else 0
 WIDTH = 1_500
-"""How many sequences of each length are continued in `make test`, by QAES_SEED. Up to eight entries that is all."""
+"""Number of sequences of each length that `make test` continues, by QAES_SEED: all, up to eight entries."""
 BEFORE_THE_ACTION = ("start", "policy", "plan", "begin", "succeed")
 SEARCHES = [("paint", (), 11), ("monitor", (), 10), ("paint", BEFORE_THE_ACTION, 8)]
 """In `make fuzz` 160,000 sequences that both accept, of these lengths alone, and 3.6 million comparisons."""
@@ -359,7 +359,7 @@ NOTICED = (
     "R29", "R30", "R35", "R36", "R40", "R42", "R43", "R46", "R49", "R51", "R55", "R56", "R62", "R63", "R70", "R73",
     "R74", "R88",
 )  # fmt: skip
-"""The rules about what follows what. The others are about what an entry says, which is not searched here."""
+"""The rules about the order of entries. The others are about the content of an entry, which is not searched here."""
 
 
 @pytest.mark.parametrize("rule", NOTICED)

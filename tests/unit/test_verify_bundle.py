@@ -1,4 +1,4 @@
-"""The offline verifier: it accepts what the domain makes, computes the same, and needs nothing of ours."""
+"""The offline verifier: it accepts the domain's bundles, computes the same values, and imports none of the product."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def fails(bundle: dict[str, Any], **options: Any) -> tuple[str, str]:
     return caught.value.check, caught.value.where
 
 
-# What holds
+# Genuine bundles
 
 
 @pytest.mark.parametrize("said", [{"request_hash": sha256_hex("another")}, Trail().request, {}])
@@ -292,7 +292,7 @@ def test_white_space_between_members_says_nothing() -> None:
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    # -I -S: neither our packages nor anybody else's can be imported.
+    # -I -S: no packages outside the standard library can be imported.
     return subprocess.run(
         [sys.executable, "-I", "-S", str(VERIFIER), *arguments], cwd=cwd, capture_output=True, text=True, check=False
     )
@@ -480,7 +480,7 @@ def test_what_a_node_does_not_have_is_not_anchored() -> None:
 
 def test_whole_log_is_read_from_a_folder_or_over_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = Log()
-    log.append(*(f"entry {number} of somebody" for number in range(700)))
+    log.append(*(f"entry {number} of another task" for number in range(700)))
     bundle = monitored().bundle(log=log)
     tiles = log.files()
     log.write(tmp_path)
@@ -501,7 +501,7 @@ def test_whole_log_is_read_from_a_folder_or_over_http(tmp_path: Path, monkeypatc
 def test_full_tile_serves_an_anchor_that_saw_it_partial(tmp_path: Path) -> None:
     log = Log()
     bundle = denied().bundle(log=log)
-    log.append(*(f"entry {number} of somebody" for number in range(249)))
+    log.append(*(f"entry {number} of another task" for number in range(249)))
     assert len(log.texts) == 256
     assert verify(bundle, log=log.write(tmp_path))
 

@@ -1,4 +1,4 @@
-"""K12, FourQ and SchnorrQ against the published vectors, and what verification must refuse."""
+"""K12, FourQ and SchnorrQ against the published vectors, and signatures that verification must refuse."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ def test_twin_signature_is_refused() -> None:
 
 
 def test_public_key_of_low_order_is_refused() -> None:
-    # With the neutral element as the key, R = s G holds for any digest: anybody could sign.
+    # With the neutral element as the key, R = s G holds for any digest: any caller could sign.
     neutral = fourq.encode(fourq.IDENTITY)
     s = 12345
     forged = fourq.encode(fourq.multiply(s)) + s.to_bytes(32, "little")
