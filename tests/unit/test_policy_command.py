@@ -118,11 +118,12 @@ def test_usage_that_no_limit_counts_fails_the_case(tmp_path: Path, capsys: pytes
         (CONTENT | {"actions": {}}, case({"allowed": True}), "policy.json: rules.refund_customer: no action"),
         ("{", case({"allowed": True}), "policy.json: is not JSON"),
         ('{"rules": {}, "rules": {}}', case({"allowed": True}), "policy.json: the name `rules` appears twice"),
-        ('{"groups": {}, "version": 1.0, "rules": {}}', case({"allowed": True}), "`1.0` is not an integer"),
+        ('{"groups": {}, "version": 1.0, "rules": {}}', case({"allowed": True}), "version: `1.0` is not an integer"),
         ("[]", case({"allowed": True}), "policy.json: a policy must be an object"),
         (CONTENT, [], "cases.json: List should have at least 1 item"),
         (CONTENT, "{", "cases.json: is not JSON"),
         (CONTENT, case({}), "cases.json: 0.expect.allowed: Field required"),
+        (CONTENT, '[{"name": "a", "request": {"parameters": {"amount": 1e2}}}]', "0.request.parameters.amount: `1e2`"),
         (CONTENT, case({"allowed": True, "more": 1}), "cases.json: 0.expect.more: the format has no such member"),
         (CONTENT, case({"allowed": True}) * 2, "cases.json: 1.name: another case has the name `a refund`"),
     ],
@@ -136,7 +137,7 @@ def test_file_that_cannot_be_used_ends_with_2(
 
 def test_missing_file_ends_with_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", str(tmp_path / "none.json")]) == 2
-    assert "none.json" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("none.json: No such file or directory\n")
 
 
 def test_schemas_of_the_policy_are_checked_without_cases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -257,6 +257,20 @@ def test_wrong_member_is_named_by_its_path(path: str, value: Any, field: str | N
 
 
 @pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (f"{ACTION}.amount", "amount", "must be a JSON Pointer, such as `/amount` or `/order/total`"),
+        (f"{ACTION}.unit", "EUR cent", "a name has 1 to 64 letters, digits, `_`, `.` or `-`"),
+        (f"{RULE}.limits.0.over", "ask", "must be `deny`, or an object with `approvals` and perhaps `approvers`"),
+        (f"{RULE}.limits.0.over", 1, "must be `deny`, or an object with `approvals` and perhaps `approvers`"),
+    ],
+)  # fmt: skip
+def test_error_states_the_expected_value(path: str, value: Any, message: str) -> None:
+    error = refused(changed(CONTENT, path, value))
+    assert (error.field, error.message) == (path, message)
+
+
+@pytest.mark.parametrize(
     "url",
     [
         "https://127.0.0.1/", "https://10.0.0.1", "https://192.168.1.1:8443/x", "https://169.254.169.254/latest",

@@ -24,7 +24,7 @@ def main(arguments: list[str] | None = None) -> int:
     check = commands.add_parser("check", help="check a policy file, and the decisions that a file of cases expects")
     check.add_argument("policy", type=Path, help="a policy document, or the body of a proposal")
     check.add_argument("cases", type=Path, nargs="?", help="a file of cases; without it, only the policy is checked")
-    check.add_argument("--function-prefix", default=FUNCTION_PREFIX, help="the stack's parameter ActionFunctionPrefix")
+    check.add_argument("--function-prefix", default=FUNCTION_PREFIX, help="prefix of the names of Lambda handlers")
     chosen = parser.parse_args(arguments)
     try:
         policy = _read_policy(chosen.policy, chosen.function_prefix)
@@ -63,8 +63,10 @@ def _read_cases(path: Path) -> list[Case]:
 def _text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
-    except (OSError, UnicodeError) as error:
-        raise _UnusableError(f"{path}: {error}") from error
+    except OSError as error:
+        raise _UnusableError(f"{path}: {error.strerror}") from error
+    except UnicodeError as error:
+        raise _UnusableError(f"{path}: is not UTF-8: {error}") from error
 
 
 def _unusable(path: Path, error: InvalidInputError) -> _UnusableError:

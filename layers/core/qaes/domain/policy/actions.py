@@ -12,14 +12,13 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 
 from qaes.domain.addresses import parse_url
 from qaes.domain.errors import InvalidInputError
-from qaes.domain.policy.names import TRANSFER_ACTION, Name, once
+from qaes.domain.policy.names import POINTER_PATTERN, TRANSFER_ACTION, Name, once
 from qaes.domain.policy.rules import policy_error
 from qaes.domain.step_types import StepType
 
 Effect = Literal["none", "reversible", "irreversible"]
 JsonSchema = dict[str, Any]
 MAX_POINTERS = 50
-POINTER_PATTERN = r"^(/([^/~]|~[01])+){1,16}$"
 
 Pointer = Annotated[str, Field(pattern=POINTER_PATTERN, max_length=512)]
 """A JSON Pointer (RFC 6901) to a member; never to the whole value."""

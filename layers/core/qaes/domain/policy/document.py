@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -243,13 +244,22 @@ def parse_strictly(text: str) -> Any:
             found[name] = value
         return found
 
-    def no_number(token: str) -> Any:
-        raise InvalidInputError(f"`{token}` is not an integer: write integers without a fraction or an exponent")
-
     try:
-        return json.loads(text, object_pairs_hook=members, parse_float=no_number, parse_constant=no_number)
+        value = json.loads(text, object_pairs_hook=members, parse_float=_NoInteger, parse_constant=_NoInteger)
     except (ValueError, RecursionError) as error:
         raise InvalidInputError(f"is not JSON: {error}") from error
+    for path, inner in _walk(value):
+        if isinstance(inner, _NoInteger):
+            flaw = f"`{inner.token}` is not an integer: write integers without a fraction or an exponent"
+            raise InvalidInputError(flaw, field=".".join(path) or None)
+    return value
+
+
+@dataclass(frozen=True)
+class _NoInteger:
+    """Placeholder in a parsed text for a number that is not an integer."""
+
+    token: str
 
 
 def check_values(value: object) -> None:

@@ -16,6 +16,11 @@ TRANSFER_ACTION = "transfer_funds"
 """The one action type whose steps move money: its rule judges every transfer, regardless of the task."""
 ACTION_TYPE_PATTERN = r"^[A-Za-z0-9_.-]{1,64}$"
 POLICY_ID_PATTERN = r"^policy-v[1-9][0-9]{0,8}-[0-9a-f]{64}$"
+POINTER_PATTERN = r"^(/([^/~]|~[01])+){1,16}$"
+_PATTERN_FLAWS = {
+    ACTION_TYPE_PATTERN: "a name has 1 to 64 letters, digits, `_`, `.` or `-`",
+    POINTER_PATTERN: "must be a JSON Pointer, such as `/amount` or `/order/total`",
+}
 MAX_INTEGER = 2**53 - 1
 """The largest integer that every reader of JSON reads alike."""
 MAX_SECONDS = 2_592_000
@@ -64,6 +69,8 @@ def invalid_input(error: ValidationError, within: str = "") -> InvalidInputError
         path = f"{path}.{first['ctx']['at']}"
     if first["type"] == "extra_forbidden":
         message = "the format has no such member"
+    if first["type"] == "string_pattern_mismatch":
+        message = _PATTERN_FLAWS.get(first["ctx"]["pattern"], message)
     return InvalidInputError(message, field=path or None)
 
 

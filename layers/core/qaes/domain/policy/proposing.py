@@ -15,7 +15,7 @@ from qaes.domain.policy.names import invalid_input
 from qaes.domain.policy.rules import Rules, check_enforceable
 
 FUNCTION_PREFIX = "qaes-action-"
-"""The default of the parameter ActionFunctionPrefix."""
+"""The prefix of the names of Lambda handlers."""
 
 
 def is_format_2(content: Mapping[str, Any]) -> bool:

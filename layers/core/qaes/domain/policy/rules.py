@@ -153,8 +153,10 @@ Per = Literal["action", "requester", "source", "destination", "agent"]
 Counts = Literal["amount", "count"]
 
 
-def _kind_of_over(value: Any) -> str:
-    return "<deny>" if isinstance(value, str) else "<approvals>"
+def _kind_of_over(value: Any) -> str | None:
+    if value == "deny":
+        return "<deny>"
+    return "<approvals>" if isinstance(value, Mapping | RequiredApprovals) else None
 
 
 class Limit(BaseModel):
@@ -168,7 +170,11 @@ class Limit(BaseModel):
     per: Per
     over: Annotated[
         Annotated[Literal["deny"], Tag("<deny>")] | Annotated[RequiredApprovals, Tag("<approvals>")],
-        Discriminator(_kind_of_over),
+        Discriminator(
+            _kind_of_over,
+            custom_error_type="over",
+            custom_error_message="must be `deny`, or an object with `approvals` and perhaps `approvers`",
+        ),
     ] = Field(description="`deny`, or the approvals that a request over the limit needs instead")
 
     @model_validator(mode="after")

@@ -225,8 +225,8 @@ def _compile(schema: Schema, path: str) -> None:
     except jsonschema_rs.ValidationError as error:
         place = ".".join([path, *(str(part) for part in error.instance_path)])
         is_pattern = place.endswith(".pattern")
-        text = "is not a pattern of the linear-time engine" if is_pattern else "is not valid JSON Schema 2020-12"
-        raise InvalidInputError(text, field=place) from error
+        text = "is not a pattern of the linear-time engine, which has no look-around and no back-references"
+        raise InvalidInputError(text if is_pattern else "is not valid JSON Schema 2020-12", field=place) from error
 
 
 @lru_cache(256)
