@@ -342,7 +342,12 @@ def guide(found: Document) -> str:
     parts.append(
         "## Errors\n\nEvery error is `application/problem+json` (RFC 9457): `type`, `title`, `status`, `detail`, `instance`, and a\n"
         "`correlation_id` that is in the logs. `errors` names each invalid field; `task_status`, `decided_by` and `code` are present if\n"
-        f"they are known.\n\n| status | when |\n|---|---|\n{rows}\n"
+        "they are known.\n\n"
+        "A `code` is a stable word for the reason, such as `limit_exceeded`: [policy.md](policy.md#how-a-request-is-decided) lists those of\n"
+        "the policy, and [qubic.md](qubic.md#which-transfers-are-refused) those of the ledger. The `error` of a task or step has the reason in\n"
+        "words, and begins with the code and a colon if a window, a schema, a suspension or the ledger caused it. After a denial by the policy\n"
+        "alone, `POST /policy/decide` returns the code.\n\n"
+        f"| status | when |\n|---|---|\n{rows}\n"
     )
     return "\n".join(parts)
 
