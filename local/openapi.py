@@ -54,8 +54,14 @@ ERRORS = {
 Document = dict[str, Any]
 
 
-NOT_FOUND_WITHOUT_AN_ID = {"/plan/create", "/audit/log/checkpoint", "/audit/log/consistency", "/log/checkpoint"}
-"""Operations whose body names a task, or whose log may be missing or shorter."""
+NOT_FOUND_WITHOUT_AN_ID = {
+    "/plan/create",
+    "/policy/decide",
+    "/audit/log/checkpoint",
+    "/audit/log/consistency",
+    "/log/checkpoint",
+}
+"""Operations whose body names a task or a version, or whose log may be missing or shorter."""
 
 
 def document() -> Document:

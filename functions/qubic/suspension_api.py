@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_vali
 from qaes.adapters.http import Caller, require
 from qaes.domain.errors import InvalidInputError, TransientError
 from qaes.domain.policy import ACTION_TYPE_PATTERN, DEFAULT_RULES
+from qaes.domain.policy.actions import TASK_TYPES
 from qaes.domain.policy_events import EVERY_ACTION
 from qaes.domain.text import is_blank
 from qubic.policy.suspending import Status, Suspended, Suspending
@@ -121,6 +122,8 @@ def _check_known(store: Suspending, name: str) -> None:
 
     Raises InvalidInputError for a name that is neither built in, nor in the policy in force, nor suspended.
     """
+    if name in TASK_TYPES:
+        raise InvalidInputError(f"is a type of task, whose action is `{TASK_TYPES[name]}`", field="action")
     if name == EVERY_ACTION or name in DEFAULT_RULES:
         return
     from qubic import wiring
@@ -130,9 +133,8 @@ def _check_known(store: Suspending, name: str) -> None:
     except TransientError:
         return
     if name not in known and all(each.name != name for each in store.suspended()):
-        raise InvalidInputError(
-            "the policy in force has no rule with this name, so it already denies the action", field="action"
-        )
+        text = "the policy in force has no rule with this name, so it already denies the action"
+        raise InvalidInputError(f"{text}: `GET /policy` has the names", field="action")
 
 
 def add_suspension_routes(app: FastAPI) -> None:

@@ -225,7 +225,9 @@ def test_suspend_returns_422_with_the_field_and_writes_nothing(api: Api, body: A
 
 
 def test_resume_returns_422_for_an_unknown_action(api: Api) -> None:
-    assert named(resume(api, "transfer_fund")) == {"action"}
+    refused = resume(api, "transfer_fund")
+    assert named(refused) == {"action"}
+    assert "`GET /policy` has the names" in refused.body["detail"]
 
 
 def test_suspend_waits_for_no_ledger(aws: Cloud, api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,6 +239,8 @@ def test_suspend_waits_for_no_ledger(aws: Cloud, api: Api, monkeypatch: pytest.M
     for action in ("transfer_funds", "an_operators_action", "*"):
         assert suspend(api, action).status == 200
     assert stopped("an_operators_action")
+    refused = suspend(api, "monitor_wallet")
+    assert (refused.status, refused.body["detail"]) == (422, "is a type of task, whose action is `monitoring`")
 
 
 def test_removed_action_can_still_be_resumed(aws: Cloud, api: Api) -> None:

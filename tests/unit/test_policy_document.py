@@ -377,7 +377,7 @@ def test_proposal_with_rules_alone_has_format_1() -> None:
     ("rules", "field"),
     [
         ({"transfer_funds": {"allowed": True}}, "rules.transfer_funds.requires_approval"),
-        ({"transfer_funds": PLAIN}, "rules.transfer_funds.requires_approval"),
+        ({"transfer_funds": PLAIN}, "rules.transfer_funds.tiers"),
         ({"a b": {"allowed": True, "requires_approval": True, "risk_level": "low"}}, "rules.a b"),
         (5, "rules"),
     ],

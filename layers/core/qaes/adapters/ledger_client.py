@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from qaes.adapters import clients, settings
-from qaes.domain.errors import LimitError, PermanentError, TransientError
+from qaes.domain.errors import LimitError, NotFoundError, PermanentError, TransientError
 from qaes.domain.models import WalletBalance
 from qaes.domain.policy import Policy
 from qaes.domain.suspensions import Suspension
@@ -91,8 +91,16 @@ class LedgerClient:
         return _policies(answer), _or_refusal(answer["transfer"], _checked_transfer)
 
     def policy_version(self, version: int) -> tuple[str, Policy]:
-        """Return the status of a version of the policy, proposals included, and the version."""
-        answer = self._call("policy_version", version=version)
+        """Return the status of a version of the policy, proposals included, and the version.
+
+        Raises NotFoundError if the version does not exist.
+        """
+        try:
+            answer = self._call("policy_version", version=version)
+        except PermanentError as error:
+            if error.code == "not_found":
+                raise NotFoundError(error.message, field="version") from error
+            raise
         return str(answer["status"]), Policy.model_validate(answer["policy"])
 
     def suspensions(self) -> dict[str, Suspension]:

@@ -110,6 +110,10 @@ def check_actions(document: PolicyDocumentV2, function_prefix: str = FUNCTION_PR
 
 
 def _format_1_rules(rules: object) -> Rules:
+    for name, rule in rules.items() if isinstance(rules, Mapping) else ():
+        if isinstance(rule, Mapping) and "tiers" in rule:
+            text = "format 1 has no tiers: add `groups` or `actions`, even empty, to propose a policy of format 2"
+            raise InvalidInputError(text, field=f"rules.{name}.tiers")
     try:
         return TypeAdapter(Rules).validate_python(rules)
     except ValidationError as error:
