@@ -1496,7 +1496,7 @@ def look_up(rpc: str, anchor: dict[str, Any], identity: str) -> None:
             "signature": base64.b64decode(found["signature"]) == anchor["bytes"][173:],
         }
     except (*UNREADABLE, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise Failed("R20 rpc", f"the node does not have it: {error}", "anchor") from None
+        raise Failed("R20 rpc", f"the node did not return it: {error}", "anchor") from None
     for name, each in alike.items():
         need(each, "R20 rpc", f"the node has another {name}", "anchor")
 
