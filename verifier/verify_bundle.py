@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import base64
+import functools
 import hashlib
 import http.client
 import json
@@ -312,7 +313,7 @@ def check_inclusion(all_sent: list[dict[str, Any]], entries: list[dict[str, Any]
             entry["where"],
         )
         need(sent["index"] > last, "R15 index", "before the entry before it", entry["where"])
-        last = sent["index"]
+        last = entry["index"] = sent["index"]
     return len(entries)
 
 
@@ -427,6 +428,7 @@ CHANGES = {  # kind: the status of its entries
 }  # fmt: skip
 LEDGER = "ledger"  # the actor where no person acted
 SUSPENSION = {"event": int, "resume_requested_by": TEXT}
+A_DAY = 86_400  # seconds: so long counts a request to resume an action
 
 
 class PolicyStream:
@@ -437,13 +439,17 @@ class PolicyStream:
         self.of_version: dict[str, dict[str, dict[str, Any]]] = {}
         self.in_force: list[tuple[float, float, Any]] = []  # (since, until, policy_id)
         self.suspended: list[tuple[str, float, float]] = []  # (name, since, until)
+        self.during: list[dict[str, Any]] = []  # the entries from before the task began on
+        self.requested: dict[str, float] = {}  # when people requested to resume an action
         self.newest, self.anchored = 0.0, 0
+        self.version: Any = None  # the newest that was in force so far
         for number, sent in enumerate(bundle["policy_entries"], start=1):
             entry = read_entry(sent["text"], ENTRY_2, 2, log_id, f"policy entry {number}")
             disclose(entry, sent, sent["salt"])
             self._check(entry, self.entries[-1] if self.entries else None)
             self.entries.append(entry)
-            self.of_version.setdefault(entry["about"], {})[entry["kind"]] = entry
+            self._check_versions(entry, self.of_version.setdefault(entry["about"], {}))
+            self.of_version[entry["about"]][entry["kind"]] = entry
 
     def _check(self, entry: dict[str, Any], last: dict[str, Any] | None) -> None:
         where, kind, about_action = entry["where"], entry["kind"], not entry["kind"].startswith("policy_")
@@ -452,7 +458,7 @@ class PolicyStream:
         alone = place_of(entry) == (-1, "", kind) and entry["plan_hash"] == ""
         need(alone, "R91 text", "it is about no step and no plan", where)
         of_ledger = entry["actor"] == LEDGER and kind in ("policy_in_force", "policy_rejected")
-        by_person = person(entry["actor"]) not in ("", LEDGER) and kind != "policy_in_force"
+        by_person = is_person(entry["actor"]) and kind != "policy_in_force"
         need(of_ledger or by_person, "R91 text", "no such actor", where)
         about = members(entry["input"], {"name" if about_action else "policy_id": str}, "R91 text", where)
         name = about["name"] if about_action else about["policy_id"]
@@ -462,7 +468,8 @@ class PolicyStream:
         version = state["in_force"]
         need(version is None or has_form(version, "policy"), "R91 text", "no version is in force", where)
         for each in state["suspended"].values():
-            members(each, SUSPENSION, "R91 text", where, exactly=True)
+            by = members(each, SUSPENSION, "R91 text", where, exactly=True)["resume_requested_by"]
+            need(by is None or is_person(by), "R91 text", "nobody requested to resume it", where)
         entry |= {"about": name, "time": moment(entry["timestamp"], where), "state": state}
         need(entry["time"] > self.newest - SKEW, "R28 time", "long before an entry before it", where)
         self.newest = max(self.newest, entry["time"])
@@ -476,6 +483,16 @@ class PolicyStream:
             before = last["state"] if last and follows else {"in_force": state["in_force"], "suspended": {}}
             self._check_change(entry, before, where)
 
+    def _check_versions(self, entry: dict[str, Any], before: dict[str, dict[str, Any]]) -> None:
+        """Check that a version has each change once, and that the version in force is never an older one again."""
+        kind, name, where, version = entry["kind"], entry["about"], entry["where"], entry["state"]["in_force"]
+        over = "policy_rejected" in before or (kind == "policy_rejected" and "policy_in_force" in before)
+        once = not kind.startswith("policy_") or (kind not in before and not over)
+        need(once, "R98 policy", f"{name} was decided already", where)
+        rises = self.version in (None, version) or version_in(version) > version_in(self.version)
+        need(rises, "R98 policy", f"{version} in force after {self.version}", where)
+        self.version = version
+
     def _check_change(self, entry: dict[str, Any], before: dict[str, Any], where: str) -> None:
         """Recompute the state after a change from the state before it."""
         kind, name, suspended = entry["kind"], entry["about"], dict(before["suspended"])
@@ -486,10 +503,14 @@ class PolicyStream:
             need(now is not None, "R94 state", f"{name} was not suspended", where)
         if kind == "resume_requested":
             suspended[name] = suspended[name] | {"resume_requested_by": entry["actor"]}
+            self.requested[name] = entry["time"]
         if kind == "action_resumed":
             asked = suspended.pop(name)["resume_requested_by"]
             need(asked is not None, "R94 state", "nobody had requested it", where)
             need(person(asked) != person(entry["actor"]), "R95 four eyes", "resumed by one person alone", where)
+            # The request itself may be older than the bundle's entries.
+            in_time = entry["time"] - self.requested.get(name, entry["time"]) < A_DAY + SKEW
+            need(in_time, "R95 four eyes", "the request to resume it had ended a day after it was made", where)
         in_force = name if kind == "policy_in_force" else before["in_force"]
         expected = {"in_force": in_force, "suspended": suspended}
         need(same(entry["state"], expected), "R94 state", "the state does not follow from the one before", where)
@@ -502,6 +523,7 @@ class PolicyStream:
         entry, during = self.entries[first], self.entries[first:]
         whole = entry["seq"] == 1 or entry["time"] < began - SKEW
         need(whole, "R96 seq", "entries of the policy from before the task are missing", entry["where"])
+        self.during = during
         self.in_force = periods([(each["time"], each["state"]["in_force"]) for each in during])
         for name in (action, "*"):
             suspended = periods([(each["time"], name in each["state"]["suspended"]) for each in during])
@@ -524,15 +546,22 @@ class PolicyStream:
             (own, f"NOT CHECKED that the parameters obey the JSON Schema of {action}, nor its result"),
         ]
 
-    def check_not_suspended(self, time: float, where: str) -> None:
+    def check_not_suspended(self, action: str, entry: dict[str, Any]) -> str:
+        """Check the times; return a note where the log's order, which no clock makes, is another one."""
+        time, where = moment(entry["timestamp"], entry["where"]), entry["where"]
         for name, since, until in self.suspended:
             need(not since < time < until, "R97 step", f"begun while {name} was suspended", where)
+        before = next((each for each in reversed(self.during) if is_before(each, entry)), None)
+        found = [name for name in (action, "*") if before and name in before["state"]["suspended"]]
+        return f"NOTE      in the log, {found[0]} was suspended when it began ({where})" if found else ""
 
     def check_version(self, policy_id: str, document: dict[str, Any], time: float, where: str) -> str:
         """Check how a version came into force, and that this was before its use; a note where no entry says it."""
         found = self.of_version.get(policy_id, {})
         proposed, approved, in_force = map(found.get, ("policy_proposed", "policy_approved", "policy_in_force"))
-        wanted = [in_force] if document["proposed_by"] is None else [proposed, approved, in_force]
+        # Version 1 alone comes with the system; nobody proposes it.
+        first = document["proposed_by"] is None and document["version"] == 1
+        wanted = [in_force] if first else [proposed, approved, in_force]
         if document["format"] == 1 and None in wanted:
             return f"NOTE      no entry of the policy says how {policy_id} came into force"
         need(None not in wanted, "R98 policy", f"how {policy_id} came into force is missing", where)
@@ -551,8 +580,14 @@ class PolicyStream:
         return ""
 
 
-def version_in(policy_id: str) -> int:
-    return int(policy_id.split("-")[1][1:])
+def is_before(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether the anchored log has one entry before another."""
+    return "index" in one and "index" in other and bool(one["index"] < other["index"])
+
+
+def version_in(policy_id: Any) -> int:
+    """The number of a version; 0 for none."""
+    return int(policy_id.split("-")[1][1:]) if has_form(policy_id, "policy") else 0
 
 
 def periods(changes: list[tuple[float, Any]]) -> list[tuple[float, float, Any]]:
@@ -564,6 +599,11 @@ def periods(changes: list[tuple[float, Any]]) -> list[tuple[float, float, Any]]:
             if place:
                 found[-2] = (found[-2][0], time - SKEW, found[-2][2])
     return found
+
+
+def is_person(name: str) -> bool:
+    """Whether a change of the policy can be by this actor, who is no part of the system."""
+    return person(name) not in ("", LEDGER, *PARTS)
 
 
 def person(name: str) -> str:
@@ -662,10 +702,10 @@ class Document:
         level = [value]
         for _ in range(33):
             named = [name for each in level if isinstance(each, dict) for name in each]
-            for text in [*named, *(each for each in level if isinstance(each, str))]:
-                hidden = any(unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") for letter in text)
-                hidden = hidden or re.search(HIDDEN, text) is not None
-                self._need(not hidden, "a control, bidi, zero-width or another invisible character")
+            letters = "".join(set().union(*named, *(each for each in level if isinstance(each, str))))
+            hidden = any(unicodedata.category(letter) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") for letter in letters)
+            hidden = hidden or re.search(HIDDEN, letters) is not None
+            self._need(not hidden, "a control, bidi, zero-width or another invisible character")
             self._need(not any(isinstance(each, float) for each in level), "a number that is no integer")
             inner = [each.values() if isinstance(each, dict) else each for each in level if type(each) in (dict, list)]
             level = [each for values in inner for each in values]
@@ -804,6 +844,7 @@ def is_contract(known: str) -> bool:
     return int(known, 16) < 1024 if known.startswith("0x") else not any(number_of(known)[8:])
 
 
+@functools.cache
 def wallet_of(text: str) -> str:
     """The identity of a wallet: of an address of the older clients, the one that the mock network derives from it."""
     if not text.startswith(("0x", "0X")):
@@ -930,7 +971,7 @@ class Story:
         self.analysis: dict[str, Any] = {}
         self.policy: dict[str, Any] = {}  # the pinned decision
         self.plan: dict[str, Any] = {}
-        self.plan_hash = self.ended = ""
+        self.plan_hash = self.ended = self.request_hash = ""
         self.approval: dict[str, Any] = {}  # of this run, not used yet
         self.rounds: dict[int, int] = {}  # by step, the round of the newest approval that was asked for
         self.claim: dict[str, Any] = {}  # the step that was begun, and whose outcome is not on record
@@ -972,7 +1013,7 @@ class Story:
             need(first or same(given, self.request), "R31 input", "not the request that was made", where)
         if kind in ("task_retried", "task_ended"):
             given = members(entry["input"], {"request_hash": str}, "R31 input", where)
-            of_it = given["request_hash"] == sha256(canonical(self.request))
+            of_it = given["request_hash"] == self.request_hash
             need(of_it, "R31 input", "of another request", where)
         getattr(self, str(teller))(entry, where)
 
@@ -991,6 +1032,7 @@ class Story:
 
     def _start(self, entry: dict[str, Any], where: str) -> None:
         self.request = entry["input"]
+        self.request_hash = sha256(canonical(self.request))
         self.began = moment(entry["timestamp"], where)
         started = entry["actor"] == self.request["requester"]
         need(started, "R32 input", "not started by the requester", where)
@@ -1033,7 +1075,10 @@ class Story:
         if self.stream:
             time = moment(entry["timestamp"], where)
             note = self.stream.check_version(decision["policy_id"], document, time, where)
-            self.notes += (note,) if note and note not in self.notes else ()
+            in_force = self.stream.of_version.get(decision["policy_id"], {}).get("policy_in_force", entry)
+            late = f"NOTE      in the log, {decision['policy_id']} came into force after its use ({where})"
+            for each in (note, late if is_before(entry, in_force) else ""):
+                self.notes += (each,) if each and each not in self.notes else ()
         if document["format"] == 2:
             evaluated = self._evaluate(decision["policy_id"])
             need(same(value, evaluated.decision), "R103 policy", "not what the document says of the request", where)
@@ -1155,8 +1200,8 @@ class Story:
         need(said["run"] == self.run and said["attempt"] > 0, "R54 step", "begun for another run", where)
         need(not self._tried(), "R55 step", "begun a second time", where)
         output = members(entry["output"], {}, "R79 policy", where)
-        of_format_2 = same(output.get("format"), 2)
-        stated = output.pop("limits", []) if of_format_2 else []
+        of_format_2, acts = same(output.get("format"), 2), step["type"] in NEEDS_APPROVAL
+        stated = output.pop("limits", []) if of_format_2 and acts else []
         policy, approval = self._decision(output, entry), self.approval
         need(policy["allowed"], "R87 step", "begun though the policy in force did not allow it", where)
         held = approval.get("state", "approved") in ("approved", "enough") and self.rejected_in != self.run
@@ -1167,9 +1212,10 @@ class Story:
         if approval:
             late = moment(entry["timestamp"], where) - moment(approval["asked"]["expires_at"], where) >= LATE
             need(not late, "R58 step", "begun long after its approval had expired", where)
-        subjects, acts = approval.get("subjects", ()), step["type"] in NEEDS_APPROVAL
+        subjects = approval.get("subjects", ())
         if acts and self.stream:
-            self.stream.check_not_suspended(moment(entry["timestamp"], where), where)
+            note = self.stream.check_not_suspended(policy["action_type"], entry)
+            self.notes += (note,) if note else ()
         over = self._over_limits(stated, policy, subjects, where) if acts and of_format_2 else False
         if step["requires_approval"] or self._must_ask(step, policy) or over:
             self._check_people(policy, by, subjects, where)
@@ -1545,24 +1591,29 @@ def check_whole_log(
         prefix,
     )
     follow = f"LATER: {later} entries of the task follow" if later else "the task has these entries and no others"
-    if story.stream:
-        check_policy_in_log(prefix, of_policy, story.stream, story.newest, open_)
+    check_policy_in_log(prefix, of_policy, story, open_)
     return [f"log       as of size {size}, root {newest.hex()}: {follow}"]
 
 
-def check_policy_in_log(prefix: str, texts: list[bytes], stream: PolicyStream, newest: float, open_: bool) -> None:
-    """Check that the log has the bundle's entries of the policy, one chain, and no other change while the task ran."""
-    rule, prev, last = "R109 whole log", "0" * 64, stream.entries[-1]["seq"]
-    leaves = {each["seq"]: each["leaf"] for each in stream.entries[: stream.anchored]}
+def check_policy_in_log(prefix: str, texts: list[bytes], story: Story, open_: bool) -> None:
+    """Check that the log has the bundle's entries of the policy, one chain, and no other change that concerns it."""
+    rule, prev, latest, stream = "R109 whole log", "0" * 64, 0.0, story.stream
+    # A bundle of format 1 has no entries: it is from before the first change.
+    numbers = [each["seq"] for each in stream.entries] if stream else [0]
+    leaves = {each["seq"]: each["leaf"] for each in stream.entries[: stream.anchored]} if stream else {}
     for number, text in enumerate(texts, start=1):
-        types = {"seq": int, "prev": str, "timestamp": str}
+        types = {"seq": int, "prev": str, "timestamp": str, "policy_id": str}
         entry = members(parse(text.decode(errors="replace"), prefix, fractions=True), types, rule, prefix)
         linked = (entry["seq"], entry["prev"]) == (number, prev)
         need(linked, rule, f"its entries of the policy are no chain, at {number}", prefix)
         leaf = leaf_hash(text)
         prev = leaf.hex()
         need(leaves.pop(number, leaf) == leaf, rule, f"it has another entry {number} of the policy", prefix)
-        after = number <= last or moment(entry["timestamp"], prefix) > newest
+        time = moment(entry["timestamp"], prefix)
+        need(time > latest - SKEW, rule, f"its entry {number} of the policy is long before an earlier one", prefix)
+        after, latest = number <= numbers[-1] or time > story.newest, max(latest, time)
+        used = stream is not None and entry["policy_id"] in story.policies
+        need(not used or number in numbers, rule, f"entry {number} is about a policy of the task, and left out", prefix)
         need(after or open_, rule, f"entry {number} of the policy, while the task ran: ask for a newer bundle", prefix)
     need(not leaves, rule, "it lacks entries of the policy", prefix)
 

@@ -12,7 +12,8 @@ from unittest.mock import patch
 from qaes.domain.canonical import canonical_json, salted_hash, sha256_hex
 from qaes.domain.merkle import leaf_hash
 from qaes.domain.policy import policy_of
-from tests.support.bundles import SALT, WALLET, Anchorer, Log, Trail
+from qaes.domain.policy_events import LEDGER
+from tests.support.bundles import SALT, WALLET, Anchorer, Log, Trail, approved
 from tests.support.policies import changed
 from tests.support.refunds import ORDER, SMALL, Refund, approve, content, last_of, planned, refunded, text_of
 
@@ -20,9 +21,15 @@ ANCHORER = Anchorer()
 Bundle = dict[str, Any]
 
 
-def rewritten(trail: Trail, change: Callable[[list[dict[str, Any]]], Any], *, drop: tuple[int, ...] = ()) -> Bundle:
+def rewritten(
+    trail: Trail,
+    change: Callable[[list[dict[str, Any]]], Any],
+    *,
+    drop: tuple[int, ...] = (),
+    log: Log | None = None,
+) -> Bundle:
     """Change the policy's entries, and hash, chain and anchor them again; `drop` omits numbers."""
-    log = Log()
+    log = log or Log()
     sent = [
         {"entry": json.loads(each.entry.text), "salt": each.salt}
         | {side: json.loads(getattr(each.entry, side)) for side in ("input", "output")}
@@ -84,6 +91,56 @@ def suspended(*kinds: tuple[str, str], minutes: float = 20) -> Trail:
 def resumed_alone() -> Bundle:
     trail = with_suspension(("action_suspended", "olivia"), ("resume_requested", "oscar"), ("action_resumed", "olivia"))
     return rewritten(ended(trail), say(5, actor="oscar"))
+
+
+PROPOSED, APPROVED = ("policy_proposed", "olivia"), ("policy_approved", "oscar")
+REJECTED, IN_FORCE = ("policy_rejected", "oscar"), ("policy_in_force", LEDGER)
+
+
+def resumed_a_day_late() -> Trail:
+    """Resumed on a request that had ended, two days after it was made."""
+    trail = with_suspension(("action_suspended", "olivia"), ("resume_requested", "oscar"))
+    trail.change("action_resumed", "olivia", name="refund_customer", seconds=2 * 86_400)
+    trail.moment += timedelta(days=3)
+    return trail.end("cancelled", "alice")
+
+
+def requested_by_nobody() -> Bundle:
+    """The state at the beginning has a request to resume that no person made."""
+    trail = Refund()
+    for kind, actor in (("action_suspended", "olivia"), ("resume_requested", "oscar")):
+        trail.change(kind, actor, name="refund_customer", seconds=-7200)
+    trail.start().check_policy().end("cancelled", "alice")
+    return rewritten(
+        trail,
+        lambda sent: sent[3]["output"]["suspended"]["refund_customer"].update(resume_requested_by=""),
+    )
+
+
+def in_force_by(*changes: tuple[str, str], seconds: float = -86_400, **document: Any) -> Trail:
+    """A refund whose version came into force by these changes, or whose document has another author or number."""
+    trail = Refund(enacted=False)
+    trail.policy_text = text_of(content(), **document)
+    trail.policy = policy_of(trail.policy_text)
+    for kind, actor in changes:
+        trail.change(kind, actor, policy_id=trail.policy.policy_id, seconds=seconds)
+    return trail.start().check_policy().end("cancelled", "alice")
+
+
+def with_version(version: int, seconds: float) -> Trail:
+    """A refund, and another version in force from that time on."""
+    trail = Refund()
+    trail.change("policy_in_force", LEDGER, policy_id=f"policy-v{version}-{'0' * 64}", seconds=seconds)
+    return trail.start().check_policy().end("cancelled", "alice")
+
+
+def limited_reader() -> Trail:
+    """The claim of a step that only reads states a limit."""
+    trail = Refund().start().check_policy().build()  # type: ignore[attr-defined]
+    step, fields = trail.of_step(0)
+    said = {"step_hash": step.hash(), "run": 1, "attempt": 1, "approval": None}
+    output = trail.decision().model_dump(mode="json") | {"limits": [{"used": -5}]}
+    return trail.record("step_started", "worker", "running", said, output, **fields)  # type: ignore[no-any-return]
 
 
 def forgotten() -> Bundle:
@@ -203,6 +260,30 @@ def another_in_the_log(folder: Path) -> tuple[Bundle, str]:
     return bundle, log.write(folder)
 
 
+def false_time(folder: Path) -> tuple[Bundle, str]:
+    """The bundle begins with an entry that seems to be from before the task; the log has a suspension before it."""
+    trail, log = approve(planned(), "bob", "carol"), Log()
+    trail.change("action_suspended", name="refund_customer", seconds=1)
+    trail.change("policy_proposed", policy_id=f"policy-v8-{'0' * 64}", seconds=-7200)
+    bundle = rewritten(ended(trail), say(4, output={"suspended": {}}), drop=(4,), log=log)
+    return bundle, log.write(folder)
+
+
+def rejected_before(folder: Path) -> tuple[Bundle, str]:
+    """The version was rejected before another operator approved it; the bundle lacks the rejection."""
+    log = Log()
+    return in_force_by(PROPOSED, REJECTED, APPROVED, IN_FORCE).bundle(ANCHORER, log=log), log.write(folder)
+
+
+def of_format_1(folder: Path) -> tuple[Bundle, str]:
+    """A transfer while it was suspended, without the entries of the policy."""
+    trail, log = approved().change("action_suspended", seconds=1), Log()
+    trail.moment += timedelta(minutes=20)
+    bundle = trail.execute(2).end("completed").bundle(ANCHORER, log=log)
+    del bundle["policy_entries"]
+    return bundle | {"format": "qaes-bundle-1"}, log.write(folder)
+
+
 def guessed() -> Bundle:
     trail = refunded().change("policy_rejected", policy_id=f"policy-v9-{'0' * 64}")
     return rewritten(trail, say(3, kind="policy_guessed", step_type="policy_guessed"))
@@ -249,6 +330,8 @@ POLICY_ROWS: dict[str, dict[str, Callable[[], Any]]] = {
         "about a step": lambda: with_policy(say(0, step_id="step_1")),
         "about a plan": lambda: with_policy(say(0, plan_hash="0" * 64)),
         "by nobody": lambda: with_policy(say(1, actor=" ")),
+        "by a part of the system": lambda: with_policy(say(1, actor="planner")),
+        "a request to resume without a person": requested_by_nobody,
         "approved by the ledger": lambda: with_policy(say(1, actor="ledger")),
         "in force by a person": lambda: with_policy(say(2, actor="olivia")),
         "about another version than its number": lambda: with_policy(say(1, policy_id=f"policy-v3-{'0' * 64}")),
@@ -264,10 +347,13 @@ POLICY_ROWS: dict[str, dict[str, Callable[[], Any]]] = {
     },
     "R94 state": {
         "a suspension that is forgotten": forgotten,
-        "in force without coming into force": lambda: with_policy(say(1, output={"in_force": f"policy-v9-{'0' * 64}"})),
+        "in force without coming into force": lambda: with_policy(say(1, output={"in_force": f"policy-v2-{'0' * 64}"})),
         "resumed without a request": resumed_without_request,
     },
-    "R95 four eyes": {"resumed by the operator who requested it": resumed_alone},
+    "R95 four eyes": {
+        "resumed by the operator who requested it": resumed_alone,
+        "resumed on a request that had ended": resumed_a_day_late,
+    },
     "R96 seq": {"an entry is left out while the task ran": without_baseline},
     "R97 step": {
         "suspended": suspended,
@@ -281,6 +367,12 @@ POLICY_ROWS: dict[str, dict[str, Callable[[], Any]]] = {
         "no coming into force": lambda: with_policy(drop=(3,)),
         "proposed by another person": lambda: with_policy(say(0, actor="otto")),
         "approved before it was proposed": lambda: with_policy(swapped),
+        "a later version without a proposal": lambda: in_force_by(IN_FORCE, version=7, proposed_by=None),
+        "approved twice": lambda: in_force_by(PROPOSED, APPROVED, ("policy_approved", "otto"), IN_FORCE),
+        "rejected": lambda: in_force_by(PROPOSED, APPROVED, REJECTED, IN_FORCE, seconds=-200),
+        "rejected after it was in force": lambda: in_force_by(PROPOSED, APPROVED, IN_FORCE, REJECTED, seconds=-200),
+        "another document of its number in force": lambda: with_version(3, -4000),
+        "an older version in force again": lambda: with_version(2, -4000),
     },
     "R99 four eyes": {"approved by its author": by_the_author},
     "R100 policy": {"used before it was in force": early},
@@ -299,6 +391,7 @@ POLICY_ROWS: dict[str, dict[str, Callable[[], Any]]] = {
         "another group": lambda: decided_as(approvers="cfo"),
         "any approver": lambda: decided_as(approvers=None),
         "more time": lambda: decided_as(expires_after=None),
+        "limits of a step that only reads": limited_reader,
         "another risk": lambda: lied(Refund(), risk_level="low"),
         "beyond every tier": lambda: denied_as_allowed({"order_id": "123456", "amount": 900_000}, content()),
         "no amount": lambda: denied_as_allowed({"order_id": "123456", "amount": "5"}, content()),
@@ -343,5 +436,8 @@ POLICY_ROWS: dict[str, dict[str, Callable[[], Any]]] = {
 IN_LOG: dict[str, Callable[[Path], tuple[Bundle, str]]] = {
     "a change while the task ran": changed_meanwhile,
     "an entry twice": another_in_the_log,
+    "a suspension before an entry with a false time": false_time,
+    "a rejection of the version that the task used": rejected_before,
+    "a suspension, and a bundle of format 1": of_format_1,
 }
 """For rule R109."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import timedelta
@@ -19,7 +20,7 @@ from qaes.domain.policy import ActionRequest, PolicyDocumentV2, evaluate, pinned
 from qaes.domain.qubic.identity import encode_identity
 from tests.support.bundles import LOG_ID, TARGET, WALLET, Anchorer, Trail, load_verifier, policy_text
 from tests.support.policies import changed
-from tests.support.refunds import STORIES, approve, content, last_of, planned
+from tests.support.refunds import STORIES, Refund, approve, content, last_of, planned
 
 verifier = load_verifier()
 IDENTITY, CONTRACT = encode_identity(bytes(range(32))), encode_identity((7).to_bytes(32, "little"))
@@ -261,6 +262,56 @@ def test_suspension_within_clock_skew_is_no_violation(seconds: float, refused: b
     data = canonical_json(trail.execute(last_of(trail)).end("completed").bundle(anchorer)).encode()
     with pytest.raises(verifier.Failed, match=r"\[R97\]") if refused else nullcontext():
         verifier.verify(data, log_id=LOG_ID, anchor_identity=anchorer.identity)
+
+
+@pytest.mark.parametrize("name", ["claims", "retries"])
+def test_verifier_reads_repetitions_in_time(name: str) -> None:
+    """Each wallet is derived once, and the request is hashed once, however often the entries refer to them."""
+    if name == "claims":
+        made = content()
+        pers = [(window, per) for window in range(60, 65) for per in ("source", "destination")]
+        made["rules"]["transfer_funds"] |= {
+            "requesters": None,
+            "tiers": [{"max_amount": None, "approvals": 0}],
+            "limits": [{"window_seconds": at, "max_count": 9, "per": per, "over": "deny"} for at, per in pers],
+        }
+        parameters = {"wallet_address": WALLET, "to_address": TARGET, "amount": 5}
+        trail = planned(parameters, made, task_type="transfer_funds")
+        for _ in range(40):
+            trail.begin(last_of(trail)).end("failed").retry()
+    else:
+        trail = Refund({"order_id": "123456", "amount": 500, "more": ["x" * 10] * 40_000}).start().check_policy()
+        for _ in range(40):
+            trail.end("failed").retry()
+    anchorer = Anchorer()
+    data = canonical_json(trail.end("cancelled", "alice").bundle(anchorer)).encode()
+    started = time.process_time()
+    verifier.verify(data, log_id=LOG_ID, anchor_identity=anchorer.identity, open_=True)
+    assert time.process_time() - started < 5
+
+
+def test_log_order_that_contradicts_the_times_is_a_note() -> None:
+    """The log has a suspension before the action, whose time is earlier."""
+    anchorer = Anchorer()
+    trail = approve(planned(), "bob", "carol")
+    trail.change("action_suspended", name="refund_customer", seconds=30)
+    data = canonical_json(trail.execute(last_of(trail)).end("completed").bundle(anchorer)).encode()
+    lines = verifier.verify(data, log_id=LOG_ID, anchor_identity=anchorer.identity)
+    notes = [line for line in lines if line.startswith("NOTE")]
+    assert notes == ["NOTE      in the log, refund_customer was suspended when it began (entry 9)"]
+
+
+def test_version_after_its_use_in_the_log_is_a_note() -> None:
+    bundle = STORIES["refunded"]().bundle(Anchorer())
+    stream = verifier.PolicyStream(bundle, LOG_ID)
+    for number, entry in enumerate(stream.entries):
+        entry["index"] = 100 + number
+    story = verifier.Story(bundle["policies"], "mock", stream)
+    for number, entry in enumerate(verifier.check_chain(bundle, LOG_ID)):
+        story.tell(entry | {"index": number}, bundle["entries"][number]["output"])
+    assert [note.split(" came ")[1] for note in story.notes] == [
+        f"into force after its use (entry {number})" for number in (2, 4, 5, 9)
+    ]
 
 
 # Decisions
