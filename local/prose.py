@@ -25,6 +25,11 @@ from local.environment import ROOT
 LINE_LENGTH = 100
 TEST_NAME_LENGTH = 60
 """Bound of the 90th percentile."""
+TEST_NAME_WORDS = re.compile(
+    r"^test_(?:who|what|it|there)_|_(?:(?:some|any|every|no)body|tells?|told|says?|said|(?:who|what)ever)(?:_|$)"
+    r"|_(?:and|by|for|in|not|of|on|than|to)_(?:who|what)_"
+)
+"""Words of names without a subject."""
 
 GENERATED = {"docs/api.md", "docs/performance.md"}
 """Written by local/openapi.py and benchmarks/run.py, which do not wrap their lines."""
@@ -249,7 +254,10 @@ def check_fragments(names: list[str]) -> Iterator[Finding]:
 
 
 def check_test_names(names: list[str]) -> Iterator[Finding]:
-    """Yield one finding if the 90th percentile of the names' lengths is above the bound."""
+    """Yield the names without a subject, and one finding if the 90th percentile of the lengths is above the bound."""
+    for name in names:
+        if TEST_NAME_WORDS.search(name):
+            yield Finding("tests", 1, name, "name the unit and its behaviour: test_<unit>_<expected behaviour>")
     lengths = sorted(map(len, names))
     percentile = lengths[len(lengths) * 9 // 10] if lengths else 0
     if percentile > TEST_NAME_LENGTH:

@@ -102,7 +102,7 @@ def test_execute_never_follows_a_request_that_may_have_arrived(pairs: list[tuple
 
 
 @given(st.lists(st.sampled_from(["arrives", "answer lost", "request lost", "delayed", "not sent"]), max_size=60))
-def test_attempt_ends_with_one_effect_or_none(network: list[str]) -> None:
+def test_attempt_ends_with_at_most_one_effect(network: list[str]) -> None:
     """Run an attempt against a handler that keeps the contract, over a network that loses and delays messages."""
     handler, delayed, history, now, fates = Handler(), [], [], START, iter(network)
     for _ in range(400):

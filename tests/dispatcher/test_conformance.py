@@ -196,7 +196,7 @@ def test_kit_passes_a_handler_that_keeps_the_contract() -> None:
     assert [result.check for result in results] == list(CHECKS)
 
 
-def test_kit_needs_effects_to_catch_what_answers_do_not_show() -> None:
+def test_kit_needs_effects_to_catch_hidden_errors() -> None:
     for broken in (sample_handlers.AbortsWithItsClient, sample_handlers.ActsInDryRunWithoutRecord):
         assert failed(check(broken(KEYS), effects=False)) == {}
 
@@ -352,7 +352,7 @@ def test_command_reports_and_exits_with_zero(command: Any, capsys: pytest.Captur
     assert printed.endswith("The handler keeps the contract.\n")
 
 
-def test_command_exits_with_one_and_says_why(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_exits_with_one_and_the_reason(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
     with sample_handlers.serve(sample_handlers.TrustsAnyone(KEYS)) as url:
         assert command(HANDLER=url, ACTION=FOLDER) == 1
     printed = capsys.readouterr().out
@@ -396,7 +396,7 @@ def changed(**members: Any) -> str:
         (changed(), '[{"order_id":"123456","amount":1},{"order_id":"123456","amount":1}]', "two different"),
     ],
 )
-def test_action_folder_is_refused_with_what_to_change(tmp_path: Path, action: str, samples: str, part: str) -> None:
+def test_action_folder_is_refused_with_the_fix(tmp_path: Path, action: str, samples: str, part: str) -> None:
     (tmp_path / "action.json").write_text(action)
     (tmp_path / "samples.json").write_text(samples)
     with pytest.raises(KitError, match=part):

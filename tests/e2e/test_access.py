@@ -101,7 +101,7 @@ def test_without_a_token_there_is_nothing_to_see(api: Api, finished: str) -> Non
         ("auditor", "POST", "/write", {"hash": "a" * 64, "metadata": {}}),
     ],
 )
-def test_who_has_not_the_role_is_told_so(
+def test_request_returns_403_without_the_role(
     api: Api, finished: str, who: str, method: str, path: str, body: dict[str, Any]
 ) -> None:
     answer = api(who, method, path.format(task=finished), body)
@@ -115,7 +115,7 @@ def test_anothers_task_is_not_there_for_a_requester(api: Api, finished: str) -> 
         assert api("requester", "GET", path).status_code == 200
 
 
-def test_nobody_with_every_role_approves_their_own_task(api: Api, waiting: Callable[..., str]) -> None:
+def test_requester_with_every_role_cannot_approve(api: Api, waiting: Callable[..., str]) -> None:
     alice = api.cloud.token("requester approver auditor operator", subject="alice")
     task_id = waiting()
     answer = api(None, "POST", f"/task/{task_id}/approve", {"approved": True, "reason": "I approve it"}, token=alice)
@@ -169,6 +169,6 @@ def test_unknown_id_is_not_found(api: Api, path: str) -> None:
     assert (answer.status_code, answer.headers["Content-Type"]) == (404, "application/problem+json")
 
 
-def test_route_that_is_not_there_is_refused(api: Api) -> None:
+def test_unknown_route_is_refused(api: Api) -> None:
     assert api("operator", "GET", "/no/such/route").status_code in {403, 404}
     assert api("operator", "DELETE", f"/task/{ABSENT}").status_code in {403, 404, 405}

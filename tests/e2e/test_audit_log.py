@@ -33,7 +33,7 @@ def anchored(api: Api) -> str:
     return task_id
 
 
-def test_every_entry_says_that_it_is_anchored(api: Api, anchored: str) -> None:
+def test_every_entry_is_marked_as_anchored(api: Api, anchored: str) -> None:
     body = api("auditor", "GET", f"/audit/{anchored}").json()
     assert {entry["log_status"] for entry in body["logs"]} == {"anchored"}
     assert body["chain"]["verified"] is True
@@ -95,7 +95,7 @@ def test_stock_client_reads_the_public_log(api: Api, anchored: str, waiting: Cal
     assert tlog_client.extends(before.size, before.root, after.size, after.root, proof)
 
 
-def test_public_log_has_no_entries_and_says_what_may_be_kept(api: Api, anchored: str) -> None:
+def test_public_log_has_no_entries_and_sets_cache_headers(api: Api, anchored: str) -> None:
     kept = {
         "/public/log/checkpoint": (200, "public, max-age=5"),
         "/public/log/tile/0/000.p/1": (200, "public, max-age=31536000, immutable"),
@@ -109,7 +109,7 @@ def test_public_log_has_no_entries_and_says_what_may_be_kept(api: Api, anchored:
     assert api(None, "GET", "/log/tile/0/000.p/1").status_code == 401
 
 
-def test_entries_are_compressed_for_who_takes_that(api: Api, anchored: str) -> None:
+def test_entries_compressed_when_client_accepts_gzip(api: Api, anchored: str) -> None:
     answer = api("auditor", "GET", "/log/tile/entries/000.p/8", **OCTETS, Accept_Encoding="gzip")
     assert (answer.status_code, answer.headers["content-encoding"]) == (200, "gzip")
     plain = api("auditor", "GET", "/log/tile/entries/000.p/8", **OCTETS, Accept_Encoding="identity")

@@ -69,7 +69,7 @@ def test_pool_has_the_roles_as_groups(own: Api) -> None:
     assert {group["GroupName"] for group in groups} == {"requester", "approver", "auditor", "operator"}
 
 
-def test_users_of_the_pool_may_do_what_their_groups_say(own: Api) -> None:
+def test_users_of_the_pool_have_their_groups_roles(own: Api) -> None:
     cloud: Any = own.cloud
     alice, her = cloud.user("requester")
     _, his = cloud.user("auditor")
@@ -82,7 +82,7 @@ def test_users_of_the_pool_may_do_what_their_groups_say(own: Api) -> None:
         assert own(None, "POST", "/task/start", dict(MONITORING), token=token).status_code == 403
 
 
-def test_what_is_no_access_token_of_the_pool_is_refused(own: Api) -> None:
+def test_other_tokens_of_the_pool_are_refused(own: Api) -> None:
     cloud: Any = own.cloud
     _, tokens = cloud.user("operator")
     assert own(None, "GET", "/tasks", token=tokens["access"]).status_code == 200

@@ -94,7 +94,7 @@ def test_guided_deploy_succeeds_with_the_default_answers(deployment: Deployment)
     assert {"ParameterKey": "Stage", "ParameterValue": "dev"} in stack["Parameters"]
 
 
-def test_deploy_asks_nothing(deployment: Deployment) -> None:
+def test_deploy_runs_without_questions(deployment: Deployment) -> None:
     printed = deployment.sam("deploy", "--template-file", str(BUILD / "template.yaml"))
     assert f"stack - {STACK}" in printed
 

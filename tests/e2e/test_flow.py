@@ -14,7 +14,7 @@ SECOND_APPROVER = "barbara"
 
 @pytest.mark.usefixtures("nobody_decides")
 @pytest.mark.parametrize("path", HEALTH_PATHS)
-def test_each_service_says_that_it_is_healthy(api: Api, path: str) -> None:
+def test_each_service_is_healthy(api: Api, path: str) -> None:
     answer = api("requester", "GET", path)
     assert answer.status_code == 200
     assert answer.json()["status"] == "healthy"

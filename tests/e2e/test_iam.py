@@ -58,7 +58,7 @@ def test_this_list_has_every_function_of_the_stack(local_cloud: Cloud) -> None:
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_nobody_can_change_or_delete_an_audit_entry(
+def test_no_role_can_change_or_delete_an_audit_entry(
     local_cloud: Cloud, session: Callable[[str], boto3.Session], function: str
 ) -> None:
     dynamodb = session(function).client("dynamodb", endpoint_url=local_cloud.endpoint)
@@ -150,7 +150,7 @@ def test_only_listed_roles_start_or_resume_executions(
 
 
 @pytest.mark.parametrize("function", ["GatewayFunction", "PlannerApiFunction", "RunStepFunction"])
-def test_who_does_not_audit_does_not_read_the_trail(
+def test_only_audit_roles_read_the_trail(
     local_cloud: Cloud, session: Callable[[str], boto3.Session], function: str
 ) -> None:
     dynamodb = session(function).client("dynamodb", endpoint_url=local_cloud.endpoint)
@@ -213,7 +213,7 @@ def test_audit_api_alone_finds_entries_by_a_hash(
 
 
 @pytest.mark.parametrize("function", sorted(set(FUNCTIONS) - {"SequencerFunction"}))
-def test_only_the_sequencer_says_how_far_the_log_is(
+def test_only_the_sequencer_advances_the_log(
     local_cloud: Cloud, session: Callable[[str], boto3.Session], function: str
 ) -> None:
     dynamodb = session(function).client("dynamodb", endpoint_url=local_cloud.endpoint)

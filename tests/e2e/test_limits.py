@@ -55,7 +55,7 @@ def test_every_route_has_the_limits_of_the_template(api: Api) -> None:
     assert [each["stageName"] for each in stages] == ["v1"]
 
 
-def test_what_the_gateway_refuses_is_a_problem_too(api: Api) -> None:
+def test_gateway_refusal_is_a_problem(api: Api) -> None:
     nobody = api(None, "GET", "/tasks")
     is_problem(nobody, 401)
     assert nobody.headers["WWW-Authenticate"] == "Bearer"

@@ -201,7 +201,7 @@ def test_shell_blocks_run_as_pasted(session: Session, page: str, shell: str) -> 
     session.paste(available(shell), page)
 
 
-def test_blocks_that_are_not_run_name_what_exists() -> None:
+def test_blocks_that_are_not_run_name_existing_files() -> None:
     every = [block for page in PAGES_WITH_BLOCKS for block in blocks(page)]
     skipped = [block for block in every if reason_not_run(block) is not None]
     assert len(skipped) == len(NOT_RUN)

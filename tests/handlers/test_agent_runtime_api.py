@@ -55,7 +55,7 @@ def end(store: TaskStore, task_id: str, outcome: Outcome, failed_step: str | Non
     store.end_task(task_id, outcome, actor="execution", reason="because", failed_step=failed_step)
 
 
-def test_task_under_way_has_the_inherited_fields(api: Api, store: TaskStore) -> None:
+def test_running_task_has_the_inherited_fields(api: Api, store: TaskStore) -> None:
     task_id, plan = planned(store)
     run(store, task_id, 0)
     body = status_of(api, task_id)
@@ -79,7 +79,7 @@ def test_task_without_a_plan_has_no_steps_yet(api: Api, store: TaskStore) -> Non
     assert status_of(api, task.task_id) == {"task_id": task.task_id, "status": "pending"} | nothing_yet
 
 
-def test_step_that_is_tried_again_says_how_often(api: Api, store: TaskStore) -> None:
+def test_retried_step_shows_its_attempts(api: Api, store: TaskStore) -> None:
     task_id, plan = planned(store)
     for _ in range(2):
         claim(store, task_id, plan, 0, None, run=1, current=plan.policy)
@@ -174,7 +174,7 @@ def test_completed_task_shows_all_results(api: Api, store: TaskStore) -> None:
     assert all(step["result"] == {"balance": 1000} for step in body["steps"])
 
 
-def test_who_may_know(api: Api, store: TaskStore) -> None:
+def test_status_is_shown_to_participants_only(api: Api, store: TaskStore) -> None:
     task_id, _ = planned(store)
     for caller in (ALICE, BOB, CAROL, OLIVIA):
         assert api("GET", f"/task/{task_id}/status", **caller).status == 200
@@ -185,7 +185,7 @@ def test_who_may_know(api: Api, store: TaskStore) -> None:
     assert (hidden.status, hidden.body["detail"]) == (missing.status, missing.body["detail"]) == (404, "no such task")
 
 
-def test_what_is_no_task_is_not_found(api: Api, store: TaskStore) -> None:
+def test_unknown_task_id_returns_404(api: Api, store: TaskStore) -> None:
     _, plan = planned(store)
     for task_id in ("nonsense", "TASK", UNKNOWN, UNKNOWN.upper(), plan.plan_id):
         assert api("GET", f"/task/{task_id}/status", **OLIVIA).status == 404, task_id
@@ -193,7 +193,7 @@ def test_what_is_no_task_is_not_found(api: Api, store: TaskStore) -> None:
     assert api("GET", f"/task/{UNKNOWN}/state", **OLIVIA).status == 404
 
 
-def test_health_names_what_is_missing(api: Api) -> None:
+def test_health_names_missing_dependencies(api: Api) -> None:
     answer = api("GET", "/agent-runtime/health", **NOBODY)
     assert (answer.status, answer.body["failing"]) == (503, ["state_machine"])
     boto3.client("dynamodb").delete_table(TableName="TasksTable")

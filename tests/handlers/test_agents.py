@@ -48,14 +48,14 @@ def told(task_id: str) -> list[tuple[str, Any, Any]]:
     ]
 
 
-def test_agent_has_an_agent_s_roles_whatever_it_comes_with() -> None:
+def test_agent_never_exceeds_an_agents_roles() -> None:
     everything = frozenset(EVERY_ROLE.split())
     assert Caller("alice", everything, agent="crm-agent").roles == {"requester"}
     assert Caller("alice", everything, agent="").roles == {"requester"}
     assert Caller("alice", everything).roles == everything
 
 
-def test_task_that_an_agent_starts_says_so(api: Api, store: TaskStore) -> None:
+def test_task_started_by_an_agent_names_it(api: Api, store: TaskStore) -> None:
     task_id = start(api, **AGENT)
     task = store.get_task(task_id)
     assert (task.requester, task.agent) == ("alice", "crm-agent")
@@ -82,7 +82,7 @@ def test_person_s_task_has_the_hashes_that_it_always_had(api: Api, store: TaskSt
     assert set(output) == {"status", "reason", "failed_step", "idempotency_key"}
 
 
-def test_agent_s_retry_and_cancellation_say_so(api: Api, store: TaskStore) -> None:
+def test_agents_retry_and_cancellation_name_it(api: Api, store: TaskStore) -> None:
     task_id, _ = planned(store)
     store.end_task(task_id, "failed", actor="test", reason="so")
     assert api("POST", f"/task/{task_id}/retry", **AGENT).status == 202

@@ -52,12 +52,12 @@ def confirmed() -> list[Anchor]:
     return list(log().anchors.all())
 
 
-def test_log_that_is_empty_is_not_anchored(aws: Cloud, ledger: Ledger) -> None:
+def test_empty_log_is_not_anchored(aws: Cloud, ledger: Ledger) -> None:
     assert anchor(aws) == {"sequence": None, "size": 0, "state": "none"}
     assert ledger.submitted == {}
 
 
-def test_what_has_grown_is_sealed_submitted_and_confirmed(aws: Cloud, ledger: Ledger) -> None:
+def test_grown_log_is_anchored_and_confirmed(aws: Cloud, ledger: Ledger) -> None:
     grow(aws, 3)
     assert anchor(aws) == {"sequence": 0, "size": 3, "state": "pending"}
     assert anchor(aws) == {"sequence": 0, "size": 3, "state": "pending"}
@@ -110,7 +110,7 @@ def test_log_that_has_not_grown_is_not_anchored_again(aws: Cloud, ledger: Ledger
     assert len(ledger.submitted) == 1
 
 
-def test_what_is_not_integrated_yet_is_not_anchored(aws: Cloud, ledger: Ledger) -> None:
+def test_unintegrated_entries_are_not_anchored(aws: Cloud, ledger: Ledger) -> None:
     grow(aws, 2)
     boto3.client("dynamodb").update_item(
         TableName="AuditLogTable",
@@ -169,7 +169,7 @@ def test_ledger_of_another_network_is_not_believed(aws: Cloud, ledger: Ledger) -
     assert confirmed() == []
 
 
-def test_what_the_ledger_has_given_up_for_good_is_said(aws: Cloud, ledger: Ledger) -> None:
+def test_anchor_reports_abandoned_submission(aws: Cloud, ledger: Ledger) -> None:
     grow(aws)
     anchor(aws)
     ledger.falsify = {"state": "failed", "error": "no_key: this service does not hold the key"}

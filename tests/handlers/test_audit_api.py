@@ -157,7 +157,7 @@ def test_trail_has_the_inherited_fields_and_the_proofs(get: Get, recorded: str) 
     assert (second["step_index"], second["step_type"]) == (2, "check_balance")
 
 
-def test_each_entry_says_how_far_it_has_come(get: Get, aws: Cloud, recorded: str) -> None:
+def test_each_entry_shows_its_progress(get: Get, aws: Cloud, recorded: str) -> None:
     def statuses() -> list[tuple[str, bool]]:
         logs = get(f"/audit/{recorded}")[1]["logs"]
         return [(log["log_status"], log["qubic_txid"] is not None) for log in logs]
@@ -209,13 +209,13 @@ def test_trail_pages_have_chain_of_whole_trail(get: Get, recorded: str) -> None:
     [("limit", 0), ("limit", MAX_PAGE + 1), ("limit", "x"), ("cursor", "0"), ("cursor", "-1"), ("cursor", "x"),
      ("cursor", "1e3"), ("cursor", "\u0661"), ("cursor", "1234567")],
 )  # fmt: skip
-def test_what_is_no_page_is_refused(get: Get, recorded: str, name: str, value: Any) -> None:
+def test_invalid_page_is_refused(get: Get, recorded: str, name: str, value: Any) -> None:
     status, body = get(f"/audit/{recorded}", **{name: value})
     assert (status, body["errors"][0]["field"]) == (422, name)
 
 
 @pytest.mark.parametrize("roles", ["auditor", "operator", "approver", "requester auditor"])
-def test_who_reads_every_trail(get: Get, recorded: str, roles: str) -> None:
+def test_readers_of_every_trail(get: Get, recorded: str, roles: str) -> None:
     assert get(f"/audit/{recorded}", roles=roles)[0] == 200
 
 
@@ -227,7 +227,7 @@ def test_requester_reads_the_trails_of_their_own_tasks_only(get: Get, recorded: 
     assert body["detail"] == missing["detail"]
 
 
-def test_nobody_reads_without_a_role_or_a_name(get: Get, recorded: str) -> None:
+def test_trail_refused_without_role_or_name(get: Get, recorded: str) -> None:
     assert get(f"/audit/{recorded}", roles="", subject="alice")[0] == 403
     assert get(f"/audit/{recorded}", subject=None)[0] == 401
     assert get(f"/audit/verify/{SOME_HASH}", roles="", subject="alice")[0] == 403
@@ -236,14 +236,14 @@ def test_nobody_reads_without_a_role_or_a_name(get: Get, recorded: str) -> None:
 
 
 @pytest.mark.parametrize("task_id", ["nonsense", "task_1", "TASK", "plan_019ab000-0000-7000-8000-000000000001"])
-def test_what_is_no_task_is_not_found(get: Get, task_id: str) -> None:
+def test_unknown_task_id_returns_404(get: Get, task_id: str) -> None:
     status, body = get(f"/audit/{task_id}")
     assert (status, body["status"]) == (404, 404)
     assert body["detail"]
     assert get(f"/audit/{new_task_id()}")[0] == 404
 
 
-def test_trail_that_was_tampered_with_says_where(get: Get, recorded: str) -> None:
+def test_tampered_trail_names_the_entry(get: Get, recorded: str) -> None:
     second = entries(recorded)[1]
     rewrite(recorded, 2, altered(second, status="failed"), second.leaf)
     status, body = get(f"/audit/{recorded}")
@@ -252,7 +252,7 @@ def test_trail_that_was_tampered_with_says_where(get: Get, recorded: str) -> Non
     assert (body["chain"]["broken"]["seq"], body["chain"]["broken"]["check"]) == (2, "leaf")
 
 
-def test_text_that_is_no_entry_any_more_is_shown_as_it_is(get: Get, recorded: str) -> None:
+def test_unreadable_entry_is_shown_unchanged(get: Get, recorded: str) -> None:
     rewrite(recorded, 2, "{}", leaf_hash("{}"))
     status, body = get(f"/audit/{recorded}")
     assert status == 200
@@ -325,7 +325,7 @@ def test_unknown_hash_is_not_verified_and_has_no_match(get: Get, recorded: str) 
 
 
 @pytest.mark.parametrize("hash_", ["ab", "g" * 64, "a" * 63, "a" * 65, "0x" + "a" * 62])
-def test_what_is_no_hash_is_refused(get: Get, hash_: str) -> None:
+def test_malformed_hash_is_refused(get: Get, hash_: str) -> None:
     status, body = get(f"/audit/verify/{hash_}")
     assert (status, body["errors"][0]["field"]) == (422, "hash")
 
@@ -339,7 +339,7 @@ def test_verify_returns_newest_matches_and_more_flag(get: Get, aws: Cloud) -> No
     assert [match["seq"] for match in body["evidence"]["matches"]] == list(range(MATCHES + 2, 2, -1))
 
 
-def test_requester_verifies_what_is_in_their_own_trails_only(get: Get, recorded: str) -> None:
+def test_requester_verifies_only_entries_of_own_trails(get: Get, recorded: str) -> None:
     leaf = entries(recorded)[0].leaf
     assert get(f"/audit/verify/{leaf}", roles="requester", subject="alice")[1]["verified"] is True
     status, body = get(f"/audit/verify/{leaf}", roles="requester", subject="bob")
@@ -378,7 +378,7 @@ def test_entry_led_to_by_another_hash_is_caught(get: Get, recorded: str, role: s
     assert failing(get, "a" * 64) == {"occurs"}
 
 
-def test_chain_written_anew_is_caught_by_the_proof(get: Get, recorded: str) -> None:
+def test_rewritten_chain_is_caught_by_the_proof(get: Get, recorded: str) -> None:
     """Entries, indexes and tiles are rewritten, each with its right hash; the anchored root is another."""
     client, prev, leaves = boto3.client("dynamodb"), GENESIS, b""
     for entry in entries(recorded):
@@ -421,13 +421,13 @@ def test_anchor_that_was_altered_is_caught(get: Get, recorded: str, name: str, v
     assert failing(get, entries(recorded)[0].leaf) == failed
 
 
-def test_anchor_whose_signature_is_another_is_caught(get: Get, recorded: str) -> None:
+def test_anchor_with_another_signature_is_caught(get: Get, recorded: str) -> None:
     [one] = log().anchors.all()
     change_anchor("encoded", {"B": one.encoded[:-1] + bytes([one.encoded[-1] ^ 1])})
     assert failing(get, entries(recorded)[0].leaf) == {"signature"}
 
 
-def test_entry_that_is_not_anchored_yet_is_not_verified(get: Get, aws: Cloud) -> None:
+def test_unanchored_entry_is_not_verified(get: Get, aws: Cloud) -> None:
     task_id = task_with(2)
     new_recorder().drain(task_id)
     leaf = entries(task_id)[0].leaf
@@ -448,7 +448,7 @@ def test_entry_that_was_taken_away_is_not_verified(get: Get, recorded: str) -> N
     assert (broken["seq"], broken["check"]) == (3, "seq")
 
 
-def test_index_that_is_behind_proves_no_entry(get: Get, recorded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stale_index_proves_no_entry(get: Get, recorded: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The index still has a deleted entry: the entry itself decides."""
     third = entries(recorded)[2]
     stale = [Occurrence(recorded, 3, "leaf")]
@@ -497,7 +497,7 @@ def bundle_of(get: Get, task_id: str, **options: Any) -> dict[str, Any]:
     return body
 
 
-def test_bundle_discloses_what_the_hashes_are_over(get: Get, aws: Cloud) -> None:
+def test_bundle_discloses_the_hashed_values(get: Get, aws: Cloud) -> None:
     task_id = start_task()
     TaskStore("TasksTable").end_task(task_id, "failed", actor="execution", reason="no budget", failed_step=None)
     new_recorder().drain(task_id)
@@ -518,7 +518,7 @@ def test_bundle_discloses_what_the_hashes_are_over(get: Get, aws: Cloud) -> None
     assert [each["index"] for each in bundle["entries"]] == [0, 1]
 
 
-def test_who_retries_as_often_as_they_may_still_gets_the_bundle(get: Get, aws: Cloud) -> None:
+def test_requester_gets_the_bundle_at_the_retry_limit(get: Get, aws: Cloud) -> None:
     """The largest request with the most escapes, and retries that fail at the step with all of it."""
     store = TaskStore("TasksTable")
     task = new_task().model_copy(update={"task_type": "salaries", "parameters": {"note": '"' * 16_000}})
@@ -566,7 +566,7 @@ def test_bundle_before_the_anchor_has_no_proofs(get: Get, aws: Cloud) -> None:
     assert (bundle["anchor"], [each["proof"] for each in bundle["entries"]]) == (None, [None, None])
 
 
-def test_bundle_is_for_auditors_and_who_asked_for_the_task(get: Get, recorded: str) -> None:
+def test_bundle_is_for_auditors_and_the_requester(get: Get, recorded: str) -> None:
     path = f"/audit/{recorded}/bundle"
     assert get(path, roles="requester", subject="alice")[0] == 200
     assert get(path, roles="operator", subject="olivia")[0] == 200
@@ -667,7 +667,7 @@ def test_tiles_are_those_of_the_log(get: Get, recorded: str) -> None:
         ("application/octet-stream", None, False), ("*/*", "gzip", False), (None, "gzip", False),
     ],
 )  # fmt: skip
-def test_entries_are_compressed_for_who_takes_that(
+def test_entries_compressed_when_client_accepts_gzip(
     get: Get, recorded: str, accept: str | None, encoding: str | None, compressed: bool
 ) -> None:
     sent = {name: value for name, value in {"Accept": accept, "Accept-Encoding": encoding}.items() if value}
@@ -713,7 +713,7 @@ def test_full_and_deep_tiles(get: Get, aws: Cloud) -> None:
         "entries/x001/000", "entries/x001/x000/000", "entries/x001/x000/000.p/1", "entries/x", "-1/000",
     ],
 )  # fmt: skip
-def test_what_is_no_tile_is_not_found(get: Get, recorded: str, path: str) -> None:
+def test_malformed_tile_path_returns_404(get: Get, recorded: str, path: str) -> None:
     status, body = get(f"/log/tile/{path}")
     assert (status, body["errors"][0]["field"]) == (404, "path")
 
@@ -754,7 +754,7 @@ def test_sample_events_are_taken(aws: Cloud, name: str, status: int) -> None:
     json.loads(answer["body"])
 
 
-def test_occurrences_say_where_a_hash_occurs_newest_first(aws: Cloud, recorded: str) -> None:
+def test_occurrences_list_a_hash_newest_first(aws: Cloud, recorded: str) -> None:
     assert list(store().occurrences(entries(recorded)[0].leaf)) == [Occurrence(recorded, 1, "leaf")]
     newer = task_with(3)
     new_recorder().drain(newer)

@@ -52,7 +52,7 @@ def check_hashes(store: TaskStore, task_id: str) -> None:
             assert hash_ != hash_of(value)
 
 
-def test_start_says_who_and_what_and_under_which_key(store: TaskStore) -> None:
+def test_start_event_names_requester_request_and_key(store: TaskStore) -> None:
     task, _ = store.start_task(new_task(), KEY)
     event, request, answer = last(task.task_id, "task_started")
     assert (event.actor, request) == (task.requester, task.request())
@@ -66,7 +66,7 @@ def test_two_tasks_have_two_salts_and_so_other_hashes(store: TaskStore) -> None:
     assert store.get_task(first.task_id).salt != store.get_task(second.task_id).salt
 
 
-def test_planning_says_what_was_decided_and_what_the_plan_is(store: TaskStore) -> None:
+def test_planning_event_has_decision_and_plan(store: TaskStore) -> None:
     task_id, plan = planned(store)
     built, request, disclosed = last(task_id, "plan_built")
     assert (disclosed, request) == (plan.model_dump(mode="json"), store.get_task(task_id).request())
@@ -75,7 +75,7 @@ def test_planning_says_what_was_decided_and_what_the_plan_is(store: TaskStore) -
 
 
 @pytest.mark.parametrize("approved", [True, False])
-def test_decision_says_who_why_and_what_it_was_about(store: TaskStore, approved: bool) -> None:
+def test_decision_event_names_approver_reason_and_step(store: TaskStore, approved: bool) -> None:
     task_id, plan = waiting(store)
     key = Idempotency(subject="bob", key="k", body_hash="1" * 64)
     store.decide(task_id, approved=approved, subject="bob", reason="too much", idempotency=key)
@@ -91,7 +91,7 @@ def test_decision_says_who_why_and_what_it_was_about(store: TaskStore, approved:
     check_hashes(store, task_id)
 
 
-def test_end_a_cancellation_and_a_retry_say_who_and_why(store: TaskStore) -> None:
+def test_end_cancel_and_retry_events_name_actor_and_reason(store: TaskStore) -> None:
     task_id, _ = planned(store)
     store.end_task(task_id, "failed", actor="execution", reason="no funds", failed_step="step_1")
     _, _, ended = last(task_id, "task_ended")

@@ -227,7 +227,7 @@ BROKEN: dict[str, tuple[set[str], Callable[[str], Any]]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_broken_is_named(sound: str, name: str) -> None:
+def test_fsck_names_each_broken_invariant(sound: str, name: str) -> None:
     expected, break_it = BROKEN[name]
     break_it(sound)
     assert found() == expected
@@ -238,7 +238,7 @@ def test_every_invariant_is_broken_by_one_of_these(sound: str) -> None:
     assert set(INVARIANTS) - named == {"twice"}
 
 
-def test_entry_that_is_there_twice_is_named(sound: str, aws: Cloud) -> None:
+def test_fsck_names_duplicate_entry(sound: str, aws: Cloud) -> None:
     """The log as a faulty sequencer would write it."""
     head, entry = log().head(), next(store().entries(sound))
     tiles = appended(5, [bytes.fromhex(entry.leaf)], log().tile)
@@ -260,7 +260,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
 
 
-def test_what_is_missing_is_handed_to_recorder_and_sequencer(
+def test_fsck_repairs_through_recorder_and_sequencer(
     aws: Cloud, sound: str, environment: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unsequenced, unrecorded = start_task(), start_task()
@@ -279,7 +279,7 @@ def test_what_is_missing_is_handed_to_recorder_and_sequencer(
     assert [entry.seq for entry in store().entries(unrecorded)] == [1, 2]
 
 
-def test_end_of_a_task_that_nobody_recorded_is_found(aws: Cloud) -> None:
+def test_fsck_finds_unrecorded_end_of_task(aws: Cloud) -> None:
     task_id = start_task()
     new_recorder().drain(task_id)
     end_task(task_id)
@@ -288,7 +288,7 @@ def test_end_of_a_task_that_nobody_recorded_is_found(aws: Cloud) -> None:
     assert [(each.invariant, each.where) for each in report.findings] == [("unrecorded", f"{task_id} 2")]
 
 
-def test_last_event_that_is_gone_is_missed(aws: Cloud) -> None:
+def test_fsck_finds_missing_last_event(aws: Cloud) -> None:
     task_id = start_task()
     end_task(task_id)
     remove(TASKS, task_id, "EVENT#000002")
@@ -331,7 +331,7 @@ def test_event_during_second_read_is_no_finding(
 
 
 @pytest.mark.parametrize("count", [2, 4])
-def test_count_that_is_not_that_of_the_events_is_named(aws: Cloud, sound: str, count: int) -> None:
+def test_fsck_names_wrong_event_count(aws: Cloud, sound: str, count: int) -> None:
     stored = boto3.client("dynamodb").get_item(TableName=TASKS, Key={"pk": {"S": sound}, "sk": {"S": "TASK"}})
     data = json.loads(stored["Item"]["data"]["S"]) | {"events": count}
     change(TASKS, sound, "TASK", data={"S": json.dumps(data)})
@@ -349,7 +349,7 @@ def test_task_that_was_erased_is_no_finding(aws: Cloud, sound: str) -> None:
     assert "1 tasks are erased" in show(report)
 
 
-def test_what_is_found_beyond_the_most_is_counted(aws: Cloud, sound: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fsck_counts_findings_beyond_the_limit(aws: Cloud, sound: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("audit.fsck.MOST_FINDINGS", 1)
     remove(LOG, sound, "INDEX#000003")
     report = check()
@@ -367,7 +367,7 @@ def test_tiles_of_every_level_are_compared(aws: Cloud) -> None:
     assert "tile" in {each.invariant for each in fsck(store(), log(), None, log_id="qaes").findings}
 
 
-def test_it_reads_by_the_page_and_not_by_the_entry(aws: Cloud) -> None:
+def test_fsck_reads_pages_instead_of_entries(aws: Cloud) -> None:
     """A few requests for a task, however many entries it has, and a few for 256 places."""
     for _ in range(2):
         new_recorder().drain(task_with(40))

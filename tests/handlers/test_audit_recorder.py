@@ -113,7 +113,7 @@ def check_complete(task_id: str, count: int) -> None:
             assert (task_id, entry.seq, role) in {(p.task_id, p.seq, p.role) for p in store.occurrences(hash_)}
 
 
-def test_state_records_what_is_outstanding_and_says_how_much(aws: Cloud) -> None:
+def test_state_records_outstanding_events_and_counts_them(aws: Cloud) -> None:
     task_id = start_task()
     assert aws.invoke("RecordEventsFunction", {"task_id": task_id}) == {"recorded": 1, "seq": 1}
     end_task(task_id)
@@ -122,7 +122,7 @@ def test_state_records_what_is_outstanding_and_says_how_much(aws: Cloud) -> None
     check_complete(task_id, 2)
 
 
-def test_entry_says_what_the_event_said(aws: Cloud) -> None:
+def test_entry_has_the_events_fields(aws: Cloud) -> None:
     task_id = task_with(2)
     new_recorder().drain(task_id)
     started, step = (json.loads(entry.text) for entry in entries(task_id))

@@ -81,7 +81,7 @@ def test_entries_get_their_places_and_each_can_be_proved(aws: Cloud) -> None:
     verify_consistency(first=3, second=5, proof=proof, first_root=root, second_root=head.root)
 
 
-def test_what_is_delivered_again_has_its_index_already(aws: Cloud) -> None:
+def test_redelivered_entry_keeps_its_index(aws: Cloud) -> None:
     task_id = recorded(3)
     items = entry_items(task_id)
     assert deliver(aws, items[:2]) == []
@@ -141,7 +141,7 @@ def test_entry_of_another_place_is_refused(aws: Cloud, name: str, value: Any) ->
     check_log(1)
 
 
-def test_entry_that_is_gone_keeps_those_after_it_out(aws: Cloud) -> None:
+def test_missing_entry_blocks_later_entries(aws: Cloud) -> None:
     task_id = recorded(4)
     items = entry_items(task_id)
     boto3.client("dynamodb").delete_item(
@@ -187,7 +187,7 @@ def test_tile_never_gets_narrower_and_an_index_never_another(aws: Cloud) -> None
     check_log(2)
 
 
-def test_batch_whose_root_is_another_is_not_integrated(aws: Cloud) -> None:
+def test_batch_with_another_root_is_not_integrated(aws: Cloud) -> None:
     task_id = recorded(2)
     with patch.object(type(log()), "widen_tile", side_effect=RuntimeError("crash")), pytest.raises(RuntimeError):
         deliver(aws, entry_items(task_id))
@@ -332,7 +332,7 @@ def test_sequencing_again_after_a_crash_between_two_indexes(aws: Cloud) -> None:
     check_log(24)
 
 
-def test_index_is_told_for_many_entries_at_once(aws: Cloud) -> None:
+def test_indexes_are_returned_for_many_entries(aws: Cloud) -> None:
     task_id = put_entries(120)
     deliver(aws, entry_items(task_id))
     found = log().indexes([(task_id, seq) for seq in range(1, 130)])

@@ -64,7 +64,7 @@ def check_in_log(*tasks: str) -> None:
     assert (report.tasks, report.size) == (len(tasks), report.entries)
 
 
-def test_what_no_stream_has_brought_is_recorded_and_sequenced(aws: Cloud) -> None:
+def test_sweeper_handles_undelivered_events(aws: Cloud) -> None:
     task_id = start_task()
     new_recorder().drain(task_id)
     sequence_all(aws)
@@ -76,7 +76,7 @@ def test_what_no_stream_has_brought_is_recorded_and_sequenced(aws: Cloud) -> Non
     check_in_log(task_id)
 
 
-def test_task_that_nobody_ever_recorded_is_found(aws: Cloud) -> None:
+def test_sweeper_finds_unrecorded_task(aws: Cloud) -> None:
     tasks = [task_with(3), start_task()]
     for minutes in (2, 3):
         sweep(minutes * MINUTE)
@@ -100,13 +100,13 @@ def test_event_that_the_index_shows_late_is_found(aws: Cloud) -> None:
     assert sweep(3 * MINUTE).to_record == [task_id]
 
 
-def test_what_is_young_is_left_to_the_streams(aws: Cloud) -> None:
+def test_young_events_are_left_to_the_streams(aws: Cloud) -> None:
     start_task()
     assert sweep(timedelta(0)) == outcome([], [], 0)
     assert store().last_entry(start_task()) is None
 
 
-def test_what_is_in_the_log_costs_one_look_and_nobody_is_called(aws: Cloud) -> None:
+def test_logged_events_cost_one_read_and_no_call(aws: Cloud) -> None:
     for _ in range(12):
         new_recorder().drain(task_with(2))
     sequence_all(aws)
@@ -190,7 +190,7 @@ def test_many_events_are_looked_at_in_several_runs(aws: Cloud, monkeypatch: pyte
     check_in_log(*tasks)
 
 
-def test_sweeper_looks_at_all_events_while_it_has_time(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweeper_reads_all_events_while_time_remains(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeper, "CHUNK", 2)
     tasks = [start_task() for _ in range(25)]
     found = sweep()
@@ -227,7 +227,7 @@ def test_long_list_is_worked_off_before_it_gets_longer(aws: Cloud, monkeypatch: 
     check_in_log(*tasks)
 
 
-def test_of_two_runs_at_once_either_may_store_what_it_saw(aws: Cloud) -> None:
+def test_concurrent_runs_may_both_store_progress(aws: Cloud) -> None:
     """The earlier run stores last, so the later run's events are read again."""
     begin: datetime = now()
     early = Sweeper(
@@ -289,7 +289,7 @@ def test_task_behind_for_a_day_is_counted_separately(aws: Cloud) -> None:
     assert sweep() == outcome([bad, late], [], 1, bad)
 
 
-def test_how_far_back_the_sweeper_is_is_told(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sweeper_reports_its_lag(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeper, "CHUNK", 1)
     for _ in range(3):
         new_recorder().drain(start_task())
@@ -298,14 +298,14 @@ def test_how_far_back_the_sweeper_is_is_told(aws: Cloud, monkeypatch: pytest.Mon
     assert late.behind == 0 and 3590 <= late.lag_seconds <= 3600
 
 
-def test_function_says_how_many_are_behind(aws: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
+def test_function_reports_the_backlog(aws: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
     assert aws.invoke("AuditSweeperFunction", {}) == {"recorded": [], "sequenced": [], "behind": 0, "stuck": 0}
     said = capsys.readouterr().out
     for name, value in (("AuditBacklog", 0.0), ("TasksStuckInAudit", 0.0), ("AuditSweepLagSeconds", 60.0)):
         assert f'"{name}":[{value}]' in said
 
 
-def test_alarms_look_at_what_the_function_says(aws: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
+def test_alarms_use_the_functions_metrics(aws: Cloud, capsys: pytest.CaptureFixture[str]) -> None:
     """Name, namespace and dimensions as in the log: an alarm on anything else is silent for ever."""
     aws.invoke("AuditSweeperFunction", {})
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"_aws"')]
@@ -321,7 +321,7 @@ def test_alarms_look_at_what_the_function_says(aws: Cloud, capsys: pytest.Captur
         assert (resolve(alarm["Namespace"]), alarm["MetricName"], dimensions) in told, name
 
 
-def test_outbox_needs_the_decisions_only_for_what_people_did(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_outbox_reads_decisions_only_for_peoples_events(monkeypatch: pytest.MonkeyPatch) -> None:
     """The sweeper's function has neither the name of their table nor a right to it."""
     monkeypatch.delenv("DECISIONS_TABLE", raising=False)
     assert Outbox("TasksTable").there([]) == set()

@@ -271,7 +271,7 @@ def test_other_clients_are_people(issuer: Issuer, keys: KeyServer, changes: dict
 
 @pytest.mark.parametrize("claim", ["client_id", "azp"])
 @pytest.mark.parametrize("value", [["crm-agent"], {"id": "crm-agent"}, 7, True, [], {}], ids=str)
-def test_client_that_is_no_text_is_refused(issuer: Issuer, keys: KeyServer, claim: str, value: Any) -> None:
+def test_client_claim_that_is_not_text_is_refused(issuer: Issuer, keys: KeyServer, claim: str, value: Any) -> None:
     """An agent could own this token: the client is unknown."""
     token = signed(issuer, **{claim: value})
     with pytest.raises(Exception, match=UNAUTHORIZED):
@@ -301,7 +301,7 @@ def test_foreign_client_of_the_pool_is_still_refused(issuer: Issuer, keys: KeySe
     ],
     ids=["one audience of several", "Cognito's access token", "about to expire", "not valid yet", "issued just now"],
 )
-def test_token_within_a_minute_of_its_time_and_for_us_is_taken(
+def test_token_accepted_within_a_minute_of_its_validity(
     authorize: Authorize, issuer: Issuer, changes: dict[str, Any]
 ) -> None:
     assert authorize(f"Bearer {signed(issuer, **changes)}")["principalId"] == "alice"
@@ -347,7 +347,7 @@ def test_token_within_a_minute_of_its_time_and_for_us_is_taken(
     ],
     ids=str,
 )
-def test_signed_token_whose_claims_are_not_right_is_refused(
+def test_signed_token_with_wrong_claims_is_refused(
     authorize: Authorize, issuer: Issuer, changes: dict[str, Any]
 ) -> None:
     # By hand: PyJWT makes no token whose issuer or subject is not text.
@@ -434,7 +434,7 @@ def test_token_that_the_issuer_did_not_sign_is_refused(authorize: Authorize, iss
     ],
     ids=lambda header: str(header)[:24],
 )
-def test_what_is_no_token_is_refused_and_nobody_is_asked(
+def test_malformed_token_refused_without_fetching_keys(
     authorize: Authorize, keys: KeyServer, header: str | None
 ) -> None:
     with pytest.raises(Exception, match=UNAUTHORIZED):
@@ -442,7 +442,7 @@ def test_what_is_no_token_is_refused_and_nobody_is_asked(
     assert keys.fetches == 0
 
 
-def test_token_that_is_refused_is_not_in_the_logs(
+def test_refused_token_is_not_in_the_logs(
     authorize: Authorize, issuer: Issuer, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -505,7 +505,7 @@ def test_flood_of_made_up_key_ids_is_no_flood_of_fetches(
     assert authorize(f"Bearer {signed(issuer)}")["principalId"] == "alice"
 
 
-def test_made_up_key_ids_do_not_flood_an_issuer_that_is_down(
+def test_forged_key_ids_do_not_flood_an_unavailable_issuer(
     authorize: Authorize, keys: KeyServer, issuer: Issuer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch)
@@ -584,7 +584,7 @@ def test_keys_that_cannot_be_had_are_not_the_callers_fault(
     assert authorize(f"Bearer {signed(issuer)}")["principalId"] == "alice"
 
 
-def test_keys_without_an_id_are_none(authorize: Authorize, keys: KeyServer, issuer: Issuer) -> None:
+def test_keys_without_an_id_are_ignored(authorize: Authorize, keys: KeyServer, issuer: Issuer) -> None:
     [key] = issuer.key_set()["keys"]
     keys.publish({name: value for name, value in key.items() if name != "kid"})
     for headers in ({}, {"kid": issuer.key_id}):
@@ -656,7 +656,7 @@ def test_key_that_was_withdrawn_before_an_outage_is_refused(
     assert authorize(f"Bearer {signed(successor)}")["principalId"] == "alice"
 
 
-def test_issuer_that_is_slow_is_not_waited_for(authorize: Authorize, keys: KeyServer, issuer: Issuer) -> None:
+def test_authorizer_times_out_a_slow_issuer(authorize: Authorize, keys: KeyServer, issuer: Issuer) -> None:
     authorize(f"Bearer {signed(issuer)}")
     verifier = app._verifier()
     assert verifier._keys.timeout <= 3  # the function itself has 10 s
@@ -668,7 +668,7 @@ def test_issuer_that_is_slow_is_not_waited_for(authorize: Authorize, keys: KeySe
     assert time.monotonic() - begun < 5
 
 
-def test_issuer_that_hangs_up_is_an_issuer_that_is_down(issuer: Issuer, authorize: Authorize, keys: KeyServer) -> None:
+def test_issuer_that_closes_connections_is_unavailable(issuer: Issuer, authorize: Authorize, keys: KeyServer) -> None:
     keys.body += b" " * 10
     send = BaseHTTPRequestHandler.send_header
 
@@ -737,7 +737,7 @@ def test_in_stub_mode_everyone_is_demo_user_with_every_role(case: str) -> None:
     ],
     ids=str,
 )
-def test_setting_that_is_missing_or_unsafe_lets_nobody_in(parameters: dict[str, str], issuer: Issuer) -> None:
+def test_missing_or_unsafe_setting_refuses_every_token(parameters: dict[str, str], issuer: Issuer) -> None:
     event = events.load("authorizer/stub") | {"authorizationToken": f"Bearer {signed(issuer)}"}
     app._verifier.cache_clear()
     with pytest.raises(SettingsError):

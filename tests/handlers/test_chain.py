@@ -112,7 +112,7 @@ def test_transaction_is_included_in_its_tick(network: Network) -> None:
     assert network.balances() == [990, 500, 1, 10]
 
 
-def test_hour_without_anybody_asking_changes_nothing(network: Network) -> None:
+def test_hour_without_requests_changes_nothing(network: Network) -> None:
     sent = [network.send(ALICE, DAVE, 10), network.send(BOB, DAVE, 20)]
     network.clock.ticks(3600)
     assert network.balances() == [990, 480, 1, 30]
@@ -145,7 +145,7 @@ def test_same_bytes_can_be_handed_in_at_any_time(network: Network) -> None:
     assert sent_by(network, ALICE) == [sent]
 
 
-def test_one_of_a_source_is_in_flight(network: Network) -> None:
+def test_one_transaction_per_source_is_in_flight(network: Network) -> None:
     """A later tick takes the place; the same tick and an earlier one do not get it."""
     replaced = network.send(ALICE, DAVE, 1, ahead=5)
     kept = network.send(ALICE, DAVE, 2, ahead=6)
@@ -218,7 +218,7 @@ def test_broadcast_executes_once_its_source_has_a_balance(network: Network) -> N
 # Balances
 
 
-def test_what_cannot_be_paid_is_included_and_moves_nothing(network: Network) -> None:
+def test_unpayable_transaction_included_without_effect(network: Network) -> None:
     sent = network.send(ALICE, DAVE, 1001)
     network.clock.ticks(4)
     found = network.chain.transaction(sent.id)
@@ -228,7 +228,7 @@ def test_what_cannot_be_paid_is_included_and_moves_nothing(network: Network) -> 
     assert network.chain.balance(ALICE.identity).number_of_outgoing_transfers == 0
 
 
-def test_what_can_be_paid_is_decided_in_the_tick(network: Network) -> None:
+def test_balance_is_checked_in_the_tick(network: Network) -> None:
     """Carol has nothing of it when she sends, and has it in the tick."""
     network.send(ALICE, CAROL, 100, ahead=2)
     sent = network.send(CAROL, DAVE, 101, ahead=3)
@@ -281,7 +281,7 @@ def test_transfer_to_oneself_moves_nothing(network: Network, amount: int) -> Non
 
 
 @pytest.mark.parametrize("identity", ["", "a" * 60, "A" * 60, "ALICE", ALICE.identity + "A", "A/../B"])
-def test_what_is_no_identity(network: Network, identity: str) -> None:
+def test_malformed_identity_is_refused(network: Network, identity: str) -> None:
     for ask in (network.chain.balance, lambda it: network.chain.sent(it, 0, EVER)):
         with pytest.raises(InvalidInputError) as caught:
             ask(identity)
@@ -289,11 +289,11 @@ def test_what_is_no_identity(network: Network, identity: str) -> None:
 
 
 @pytest.mark.parametrize("txid", ["", "a" * 60, "a" * 59, "A" * 60, ALICE.identity, "ü" * 60])
-def test_what_is_no_transaction_id_is_not_found(network: Network, txid: str) -> None:
+def test_malformed_transaction_id_is_not_found(network: Network, txid: str) -> None:
     assert network.chain.transaction(txid) is None
 
 
-def test_sent_lists_what_the_source_sent_newest_first(network: Network) -> None:
+def test_sent_lists_a_sources_transactions_newest_first(network: Network) -> None:
     sent = []
     for number in range(5):
         sent.append(network.send(ALICE, BOB if number % 2 else ALICE, number, ahead=1))
@@ -322,7 +322,7 @@ def test_sent_lists_more_than_a_page(network: Network, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(("first", "last"), [(5, 4), (-1, 4), (0, 2**32)])
-def test_sent_refuses_what_is_no_range(network: Network, first: int, last: int) -> None:
+def test_sent_refuses_malformed_range(network: Network, first: int, last: int) -> None:
     with pytest.raises(InvalidInputError) as caught:
         network.chain.sent(ALICE.identity, first, last)
     assert caught.value.field == "first_tick"
@@ -375,7 +375,7 @@ def test_node_that_fails_after_accepting_has_accepted(network: Network) -> None:
     assert network.included(sent) == [True]
 
 
-def test_dropped_is_not_told(network: Network) -> None:
+def test_dropped_transaction_is_accepted_but_not_included(network: Network) -> None:
     network.mock.set_faults(Faults(drop=1))
     sent = network.send(ALICE, DAVE)
     network.clock.ticks(4)

@@ -156,7 +156,7 @@ def test_tick_s_duration_comes_from_the_environment(
     assert MockChain(genesis=GENESIS, clock=clock).tick_info().tick == tick + 10
 
 
-def test_another_duration_holds_from_the_present_tick(chain: MockChain, clock: Clock) -> None:
+def test_new_tick_duration_holds_from_the_current_tick(chain: MockChain, clock: Clock) -> None:
     chain.tick_info()
     clock.ticks(7)
     faster = another(clock, tick_milliseconds=100)
@@ -168,7 +168,7 @@ def test_another_duration_holds_from_the_present_tick(chain: MockChain, clock: C
 # Exactly once for any caller
 
 
-def test_many_who_ask_at_once_execute_each_transaction_once(chain: MockChain, clock: Clock) -> None:
+def test_concurrent_callers_execute_a_transaction_once(chain: MockChain, clock: Clock) -> None:
     for number in range(5):
         tick = chain.tick_info().tick
         for each, amount in ((ALICE, 1), (BOB, 1), (CAROL, 0)):
@@ -191,7 +191,7 @@ def test_broadcasts_of_one_source_at_once_leave_one_in_flight(chain: MockChain, 
     assert chain.balance(ALICE.identity).balance == 999
 
 
-def test_who_falls_over_half_way_is_made_good_by_the_next(chain: MockChain, clock: Clock) -> None:
+def test_next_caller_completes_interrupted_execution(chain: MockChain, clock: Clock) -> None:
     """Each call to DynamoDB fails, before and after it took effect."""
     count = 0
     for how in ("before", "after"):
@@ -247,7 +247,7 @@ def test_broadcast_overtaken_by_tick_never_executes(chain: MockChain, clock: Clo
     assert chain.balance(ALICE.identity).balance == 1000
 
 
-def test_what_is_due_is_not_replaced(chain: MockChain, clock: Clock) -> None:
+def test_due_transaction_is_not_replaced(chain: MockChain, clock: Clock) -> None:
     """While a later transaction comes in, the tick of the one that waits passes: both execute."""
     first = ALICE.signed(DAVE, 1, chain.tick_info().tick + 1)
     chain.broadcast(first.encode())
@@ -304,7 +304,7 @@ def test_faults_begin_with_the_tick_in_which_they_are_written(chain: MockChain, 
     assert chain.faults().empty_ticks == 5
 
 
-def test_what_others_execute_in_between_is_not_executed_again(chain: MockChain, clock: Clock) -> None:
+def test_concurrently_executed_transaction_runs_once(chain: MockChain, clock: Clock) -> None:
     spent = ALICE.signed(DAVE, 1, chain.tick_info().tick + 1)
     chain.broadcast(spent.encode())
     clock.ticks(2)
@@ -344,7 +344,7 @@ def test_clocks_that_differ_do_not_take_ticks_back(chain: MockChain, clock: Cloc
     assert another(slow).last_processed_tick().tick == tick - 1
 
 
-def test_what_is_executed_in_one_tick_has_one_order(chain: MockChain, clock: Clock) -> None:
+def test_transactions_in_one_tick_have_one_order(chain: MockChain, clock: Clock) -> None:
     """Carol's money comes from Alice in the same tick, or too late, by the ids alone."""
     seen = set()
     for payload in range(8):
@@ -530,13 +530,13 @@ def test_new_setting_ends_the_one_before(chain: MockChain, clock: Clock) -> None
 # The table
 
 
-def test_table_that_is_not_there(chain: MockChain, clock: Clock) -> None:
+def test_missing_table_is_unavailable(chain: MockChain, clock: Clock) -> None:
     boto3.client("dynamodb").delete_table(TableName=TABLE)
     with pytest.raises(TransientError, match="ResourceNotFound"):
         chain.tick_info()
 
 
-def test_others_who_keep_changing_the_state_end_in_unavailable(
+def test_constant_concurrent_changes_end_in_unavailable(
     chain: MockChain, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chain.tick_info()

@@ -78,7 +78,7 @@ OPERATORS_ONLY = {"rpc_broadcast_transaction", *SWITCHES}
 # Who may call
 
 
-def test_every_route_says_who_may_call_it_and_is_in_the_template() -> None:
+def test_every_route_has_roles_and_is_in_the_template() -> None:
     app = create_app("qubic")
     rpc.add_rpc_routes(app)
     routes = [route for route in app.routes if isinstance(route, APIRoute)]
@@ -93,7 +93,7 @@ def test_every_route_says_who_may_call_it_and_is_in_the_template() -> None:
 
 
 @pytest.mark.parametrize("name", CALLS | SWITCHES)
-def test_who_may_call(call: Call, network: MockChain, name: str) -> None:
+def test_chain_routes_check_their_roles(call: Call, network: MockChain, name: str) -> None:
     for caller in (ALICE, BOB, CAROL):
         status, body, type_ = call(*(CALLS | SWITCHES)[name], **caller)
         assert (status == 403) == (name in OPERATORS_ONLY)
@@ -308,7 +308,7 @@ FILTERS = "creating include filters: "
     ],
     ids=lambda each: json.dumps(each)[:60] if isinstance(each, dict) else "",
 )
-def test_list_refuses_what_the_query_service_refuses(call: Call, fields: dict[str, Any], says: str) -> None:
+def test_list_refuses_as_the_query_service_does(call: Call, fields: dict[str, Any], says: str) -> None:
     status, body, _ = call(*LIST, {"identity": RICH.identity} | fields)
     assert (status, body["code"], body["details"]) == (400, 3, [])
     assert says in body["message"]
@@ -341,7 +341,7 @@ def test_list_refuses_what_the_query_service_refuses(call: Call, fields: dict[st
     ],
     ids=lambda each: json.dumps(each)[:60],
 )
-def test_list_takes_what_the_query_service_takes(
+def test_list_accepts_as_the_query_service_does(
     call: Call, clock: Clock, network: MockChain, fields: dict[str, Any], amounts: list[int]
 ) -> None:
     for amount in (1, 2, 3):
@@ -368,7 +368,7 @@ def test_balance_does_not_look_at_the_checksum(call: Call) -> None:
     assert call("GET", f"/live/v1/balances/{'Z' * 60}")[0] == 200  # its words are beyond 64 bits, and wrap around
 
 
-def test_what_is_no_question_at_all_is_a_problem(call: Call) -> None:
+def test_malformed_request_returns_a_problem(call: Call) -> None:
     large = "{" + " " * 300_000 + "}"
     assert call("POST", "/query/v1/getTransactionByHash", large)[::2] == (413, PROBLEM)
     assert call("POST", "/query/v1/getTransactionByHash", "{}", headers={"Content-Type": "text/plain"})[::2] == (
@@ -377,7 +377,7 @@ def test_what_is_no_question_at_all_is_a_problem(call: Call) -> None:
     )
 
 
-def test_document_knows_the_errors() -> None:
+def test_document_lists_the_errors() -> None:
     app = create_app("qubic")
     rpc.add_rpc_routes(app)
     document = app.openapi()
@@ -395,7 +395,7 @@ def test_network_that_does_not_answer(call: Call, network: MockChain) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_another_network_has_its_own_rpc(call: Call, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_other_network_uses_its_own_rpc(call: Call, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """The response differs from the one for an absent transaction, so that no client confuses them."""
     monkeypatch.setenv("QUBIC_NETWORK", "mainnet")
     status, body, _ = call(*CALLS[name])
@@ -405,9 +405,7 @@ def test_another_network_has_its_own_rpc(call: Call, monkeypatch: pytest.MonkeyP
         assert call(*CALLS[name], **ALICE)[0] == 403
 
 
-def test_chain_that_is_not_the_mock_is_not_served(
-    network: MockChain, call: Call, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_real_network_is_not_served(network: MockChain, call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rpc, "chain", lambda: RpcChain("https://rpc.qubic.org"))
     assert call("GET", "/live/v1/tick-info")[0] == 404
 
@@ -426,7 +424,7 @@ def test_faults_are_set_and_read(call: Call, network: MockChain) -> None:
 
 
 @pytest.mark.parametrize("body", [{"drop": -1}, {"drop": "x"}, {"fall": 1}, {"drop": 10**7}, {"paused": None}])
-def test_faults_that_are_none(call: Call, network: MockChain, body: Any) -> None:
+def test_invalid_faults_are_refused(call: Call, network: MockChain, body: Any) -> None:
     status, answer, type_ = call("PUT", "/mock/faults", body)
     assert (status, type_, answer["errors"][0]["field"]) == (422, PROBLEM, next(iter(body)))
     assert network.faults() == Faults()
@@ -436,7 +434,7 @@ def test_faults_that_are_none(call: Call, network: MockChain, body: Any) -> None
     "variables", [{"STAGE": "dev"}, {"STAGE": "prod"}, {"STAGE": ""}, {"QUBIC_NETWORK": "mainnet"}]
 )
 @pytest.mark.parametrize("name", SWITCHES)
-def test_there_are_no_switches_elsewhere(
+def test_switches_return_404_outside_the_local_stage(
     call: Call, network: MockChain, monkeypatch: pytest.MonkeyPatch, name: str, variables: dict[str, str]
 ) -> None:
     for variable, value in variables.items():

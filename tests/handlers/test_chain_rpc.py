@@ -90,7 +90,7 @@ CALLS: dict[str, Ask] = {
 # Requests
 
 
-def test_what_is_asked_and_how(node: Node) -> None:
+def test_client_sends_documented_requests(node: Node) -> None:
     node.says(404, ABSENT)
     chain = node.chain(headers={"Authorization": "Bearer t0ken"})
     assert chain.network == "mainnet"
@@ -168,14 +168,14 @@ def test_path_before_the_rpc_s(node: Node) -> None:
         "https://[::1",
     ],
 )
-def test_address_that_is_none_or_not_safe(url: str) -> None:
+def test_invalid_or_unsafe_address_is_refused(url: str) -> None:
     with pytest.raises(ValueError, match="RPC") as caught:
         RpcChain(url)
     assert "secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize("url", ["https://rpc.qubic.org", "http://localhost:80/v1", "http://127.0.0.1", "http://[::1]"])
-def test_address_that_is_safe(url: str) -> None:
+def test_safe_address_is_accepted(url: str) -> None:
     assert RpcChain(url).network == "mainnet"
 
 
@@ -184,7 +184,7 @@ def test_address_that_is_safe(url: str) -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("status", [500, 502, 503, 504, 429])
-def test_node_that_is_busy_is_asked_again(node: Node, name: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_busy_node_is_called_again(node: Node, name: str, status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pauses: list[float] = []
     monkeypatch.setattr("time.sleep", pauses.append)
     node.says(status, {"code": 14, "message": "busy"}, **{"Retry-After": "3600"})
@@ -195,7 +195,7 @@ def test_node_that_is_busy_is_asked_again(node: Node, name: str, status: int, mo
     assert len({json.dumps(each[:3]) for each in node.asked}) == 1, "the same, each time"
 
 
-def test_one_failure_is_not_noticed(node: Node) -> None:
+def test_single_failure_is_retried(node: Node) -> None:
     node.says(503, {"code": 14, "message": "busy"})
     node.says(200, TICK_INFO)
     assert node.chain().tick_info().tick == 7
@@ -269,7 +269,7 @@ def test_node_that_drips(monkeypatch: pytest.MonkeyPatch) -> None:
         RpcChain(url).tick_info()
 
 
-def test_nobody_is_there(node: Node) -> None:
+def test_unreachable_node_is_unavailable(node: Node) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with pytest.raises(TransientError, match="does not respond"):
@@ -285,7 +285,7 @@ def test_nobody_is_there(node: Node) -> None:
     ["", "<html>", "{", "null", "[]", "7", '{"tickInfo":null}', "[" * 100_000],
     ids=lambda text: text[:8] or "-",
 )
-def test_what_is_not_as_documented(node: Node, name: str, answer: str) -> None:
+def test_undocumented_response_is_unavailable(node: Node, name: str, answer: str) -> None:
     node.says(200, answer)
     with pytest.raises(TransientError, match=rf"^{name}: the response "):
         CALLS[name](node.chain())
@@ -301,7 +301,7 @@ def test_a_redirect_is_not_followed(node: Node, name: str, status: int) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_answer_that_is_too_large(node: Node, name: str) -> None:
+def test_too_large_response_is_refused(node: Node, name: str) -> None:
     node.says(200, {"padding": "x" * MAX_ANSWER_BYTES})
     with pytest.raises(TransientError, match="larger"):
         CALLS[name](node.chain())
@@ -314,7 +314,7 @@ def test_answer_of_the_largest_size(node: Node) -> None:
 
 
 @pytest.mark.parametrize("tick", [-1, "x", "1_000", " 7", 7.0, True, None, 2**32, 2**64, "1" * 21, [7]])
-def test_number_that_is_none(node: Node, tick: Any) -> None:
+def test_malformed_number_is_refused(node: Node, tick: Any) -> None:
     node.says(200, {"tickInfo": TICK_INFO["tickInfo"] | {"tick": tick}})
     with pytest.raises(
         TransientError, match=r"^tick-info: the response does not match the documentation: tickInfo\.tick$"
@@ -322,7 +322,7 @@ def test_number_that_is_none(node: Node, tick: Any) -> None:
         node.chain().tick_info()
 
 
-def test_another_s_balance(node: Node) -> None:
+def test_balance_of_another_identity_is_refused(node: Node) -> None:
     ticks = ("validForTick", "latestIncomingTransferTick", "latestOutgoingTransferTick")
     numbers = dict.fromkeys((*ticks, "numberOfIncomingTransfers", "numberOfOutgoingTransfers"), 1)
     balance = {"id": BOB.identity, "balance": "5", "incomingAmount": "6", "outgoingAmount": "1"} | numbers
@@ -364,7 +364,7 @@ WHOLE: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]] = {
 
 @pytest.mark.parametrize("name", DECIDES_NOTHING)
 @pytest.mark.parametrize("absent", ["missing", "null"])
-def test_answer_without_what_decides_nothing_is_taken(node: Node, name: str, absent: str) -> None:
+def test_response_without_optional_fields_is_accepted(node: Node, name: str, absent: str) -> None:
     """Protobuf's JSON may omit 0 and false, or have null for them."""
     whole, wrapped = WHOLE[name]
     names = DECIDES_NOTHING[name]
@@ -381,7 +381,7 @@ def test_answer_without_what_decides_nothing_is_taken(node: Node, name: str, abs
         *[("getTransactionsForIdentity", each) for each in ("validForTick", "hits", "transactions")],
     ],
 )  # fmt: skip
-def test_answer_without_what_decides_is_unavailable(node: Node, name: str, member: str) -> None:
+def test_response_without_required_fields_is_unavailable(node: Node, name: str, member: str) -> None:
     """A missing number is never read as 0."""
     whole, wrapped = WHOLE[name]
     for answer in (without(whole, member), whole | {member: None}):
@@ -445,7 +445,7 @@ def test_absent(node: Node) -> None:
         (204, ""),
     ],
 )
-def test_what_does_not_say_that_a_transaction_is_absent(node: Node, status: int, body: Any) -> None:
+def test_only_documented_404_means_absent(node: Node, status: int, body: Any) -> None:
     """A client that treats it as absent would sign it again, and it would execute twice."""
     node.says(status, body)
     with pytest.raises(TransientError):
@@ -485,13 +485,13 @@ def test_node_that_changes_something(node: Node, name: str) -> None:
         ("signature", "ü"),
     ],
 )
-def test_node_that_answers_what_is_no_transaction(node: Node, name: str, value: Any) -> None:
+def test_malformed_transaction_is_refused(node: Node, name: str, value: Any) -> None:
     node.says(200, content(SENT, **{name: value}))
     with pytest.raises(TransientError, match=r"malformed transaction|does not match the documentation: tickNumber"):
         node.chain().transaction(SENT.id)
 
 
-def test_signature_that_is_not_the_source_s(node: Node) -> None:
+def test_signature_of_another_source_is_refused(node: Node) -> None:
     """The id is that of these very bytes, and the source has not signed them."""
     s = int.from_bytes(SENT.signature[32:], "little")
     for signature in (bytes(64), SENT.signature[:32] + (s + fourq.N).to_bytes(32, "little")):
@@ -513,7 +513,7 @@ def test_signature_that_is_not_the_source_s(node: Node) -> None:
         ([content(SENT)] * (PAGE + 1), "more transactions than requested"),
     ],
 )
-def test_list_that_is_not_what_was_asked_for(node: Node, transactions: list[Any], match: str) -> None:
+def test_list_of_other_transactions_is_refused(node: Node, transactions: list[Any], match: str) -> None:
     node.says(200, listing(*transactions))
     with pytest.raises(TransientError, match=match):
         node.chain().sent(ALICE.identity, 1000, 2000)
@@ -549,7 +549,7 @@ def test_number_of_peers_decides_nothing(node: Node) -> None:
     assert base64.b64decode(node.asked[0][2]["encodedTransaction"]) == SENT.encode()
 
 
-def test_broadcast_that_is_refused(node: Node) -> None:
+def test_refused_broadcast_is_permanent(node: Node) -> None:
     node.says(400, {"code": 3, "message": "no balance\n" + "x" * 1000})
     with pytest.raises(PermanentError, match="no balance") as caught:
         node.chain().broadcast(SENT.encode())
@@ -577,7 +577,7 @@ def test_broadcast_of_which_nothing_is_known(node: Node, status: int, body: Any)
         node.chain().broadcast(SENT.encode())
 
 
-def test_what_is_no_transaction_is_not_sent(node: Node) -> None:
+def test_malformed_transaction_is_not_sent(node: Node) -> None:
     node.says(200, {})
     with pytest.raises(PermanentError, match="malformed"):
         node.chain().broadcast(b"x" * 100)

@@ -106,7 +106,7 @@ def test_cloud_has_nothing_of_the_one_before() -> None:
         assert found() == fresh
 
 
-def test_serializer_of_values_returns_what_motos_does() -> None:
+def test_value_serializer_matches_moto() -> None:
     item: dict[str, Any] = {
         "pk": {"S": "one"}, "sk": {"S": "é\u2028"}, "n": {"N": "-12.5"}, "b": {"B": b"\x00\xff"},
         "t": {"BOOL": False}, "z": {"NULL": True}, "e": {"S": ""}, "ss": {"SS": ["a", "b"]}, "ns": {"NS": ["1", "2"]},

@@ -133,7 +133,7 @@ def test_explain_decides_as_a_task_is_decided(
     assert found["reason"]
 
 
-def test_explain_reads_what_the_worker_counted(api: Api, format_2: None) -> None:
+def test_explain_reads_the_workers_counts(api: Api, format_2: None) -> None:
     request = ActionRequest("refund_customer", refund(499_000)["parameters"], "mallory")
     uses = evaluate(policy(changed(CONTENT, "rules.refund_customer.tiers.1.max_amount", 500_000)), request)
     dynamo.transact(LimitsTable("LimitsTable").reserve(uses).writes)
@@ -145,7 +145,7 @@ def test_explain_reads_what_the_worker_counted(api: Api, format_2: None) -> None
     assert [each["used"] for each in explain(api, refund(1_000))["limits"]] == [499_000, 0]
 
 
-def test_explain_reads_what_the_ledger_counted(aws: Cloud, api: Api, format_2: None) -> None:
+def test_explain_reads_the_ledgers_counts(aws: Cloud, api: Api, format_2: None) -> None:
     terms = {"reference": "task_x#step_3", "source": SOURCE, "destination": DESTINATION, "amount": 90, "run": 1}
     moved = aws.invoke("LedgerTransferFunction", {"operation": "transfer", "requester": "alice"} | terms)
     assert moved["ok"] is True, moved
@@ -279,7 +279,7 @@ def test_actions_need_the_role_of_a_requester_to_request(api: Api) -> None:
     assert actions(api, **BOB)["monitoring"]["reason"] == "this needs the role requester"
 
 
-def test_actions_name_what_is_suspended(api: Api, qubic: Api) -> None:
+def test_actions_name_their_suspensions(api: Api, qubic: Api) -> None:
     assert api("GET", "/actions").body["suspended"] == []
     qubic("POST", "/policy/suspend", {"action": "transfer_funds", "reason": "so"}, **OLIVIA)
     assert api("GET", "/actions").body["suspended"] == ["transfer_funds"]

@@ -140,7 +140,7 @@ def test_start_stores_request_with_token_subject(api: Api, store: TaskStore) -> 
     assert task.created_at == task.updated_at
 
 
-def test_what_the_older_clients_send_is_taken(api: Api) -> None:
+def test_requests_of_older_clients_are_accepted(api: Api) -> None:
     taken = {
         "another word": {"task_type": "anything-else_2.0", "description": "x"},
         "nulls": {"task_type": "a", "description": "x" * 4000, "wallet_address": None, "parameters": None},
@@ -298,7 +298,7 @@ def test_bad_input_rejected_with_field_without_write(api: Api) -> None:
     assert items() == []
 
 
-def test_refusal_does_not_repeat_what_was_sent(api: Api) -> None:
+def test_refusal_does_not_repeat_the_input(api: Api) -> None:
     secret = "s3cret-value"
     for body in (
         {**MONITOR, "task_type": f"{secret} "},
@@ -312,7 +312,7 @@ def test_refusal_does_not_repeat_what_was_sent(api: Api) -> None:
         assert secret not in json.dumps(answer.body)
 
 
-def test_recorded_only_action_says_so_from_the_start(api: Api, store: TaskStore) -> None:
+def test_recorded_only_action_is_marked_at_start(api: Api, store: TaskStore) -> None:
     answer = api("POST", "/task/start", NOTE)
     assert "recorded only" in answer.body["message"]
     shown = api("GET", f"/task/{answer.body['task_id']}").body
@@ -352,7 +352,7 @@ def test_text_from_before_the_rules_is_sent_inert(api: Api, store: TaskStore) ->
     assert "\\u202e05\\u202c \\u009b2J\\u200b\\udb40\\udc61" in raw
 
 
-def test_who_may_not_start_a_task_is_told_so(api: Api) -> None:
+def test_start_returns_403_without_the_role(api: Api) -> None:
     for caller in (BOB, CAROL, ALICE | {"roles": ""}, ALICE | {"roles": "Requester admin"}):
         answer = api("POST", "/task/start", MONITOR, **caller)
         assert (answer.status, answer.body["detail"]) == (403, "this needs the role requester")
@@ -371,7 +371,7 @@ def test_without_the_authorizers_word_nothing_but_health_answers(api: Api) -> No
     assert items() == []
 
 
-def test_what_is_no_route_is_a_problem_too(api: Api) -> None:
+def test_unknown_route_returns_a_problem(api: Api) -> None:
     for method, path, status in (
         ("GET", "/no/such/route", 404),
         ("POST", "/", 405),
@@ -422,7 +422,7 @@ def test_key_is_its_callers_own(api: Api) -> None:
     assert start(api, MONITOR) != start(api, MONITOR)
 
 
-def test_key_that_is_none_is_refused(api: Api) -> None:
+def test_malformed_idempotency_key_is_refused(api: Api) -> None:
     for key in ("", " ", "x" * 256, "with space", "é", "tab\tbed"):
         answer = api("POST", "/task/start", MONITOR, headers={"Idempotency-Key": key})
         assert (answer.status, named(answer)) == (422, {"Idempotency-Key"}), key
@@ -482,7 +482,7 @@ def test_gateway_returns_503_without_details_when_table_is_down(
     assert tasks() == {task_id}
 
 
-def test_what_nobody_expected_is_a_500_that_says_nothing_of_it(
+def test_unexpected_error_returns_500_without_details(
     api: Api, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for error in (RuntimeError("s3cret"), QaesError("s3cret")):
@@ -547,7 +547,7 @@ def test_approval_request_shows_step_and_hashes(live: Api) -> None:
     assert approval["balance"]["tick"] >= FIRST_TICK
 
 
-def test_task_that_has_ended_says_why_and_at_which_step(api: Api, store: TaskStore) -> None:
+def test_ended_task_has_its_reason_and_step(api: Api, store: TaskStore) -> None:
     endings: tuple[tuple[Any, str, str | None, dict[str, Any] | None], ...] = (
         ("completed", "", None, None),
         ("failed", "no_wallet: none", "step_2", {"step_id": "step_2", "reason": "no_wallet: none"}),
@@ -573,7 +573,7 @@ def test_requester_sees_other_tasks_as_missing(api: Api) -> None:
     assert api("GET", f"/task/{task_id}", subject="alice", roles="").status == 403
 
 
-def test_what_is_no_task_id_is_not_found_without_a_look(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_malformed_task_id_returns_404_without_a_read(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TaskStore, "get_task", lambda *_: pytest.fail("it was looked for"))
     for task_id in (
         "nonsense", "task_", "TASK", "1", UNKNOWN.upper(), f"{UNKNOWN}x", UNKNOWN.replace("task", "plan"), "task_%00",
@@ -619,7 +619,7 @@ def test_rejection_ends_the_task_with_its_reason(live: Api) -> None:
     assert live("GET", f"/task/{task_id}").body["error"] == {"step_id": None, "reason": NO["reason"]}
 
 
-def test_second_decision_is_told_that_nothing_waits(live: Api) -> None:
+def test_second_decision_returns_409(live: Api) -> None:
     task_id = start_waiting(live)
     assert live("POST", f"/task/{task_id}/approve", YES, **BOB).status == 200
     for caller, body in ((BOB, YES), (OLIVIA, NO)):
@@ -645,7 +645,7 @@ def test_decide_returns_status_when_task_does_not_wait(api: Api, store: TaskStor
     assert items("TasksTable") == before
 
 
-def test_nobody_decides_on_their_own_task_whatever_their_roles(api: Api, store: TaskStore) -> None:
+def test_requester_cannot_decide_with_any_role(api: Api, store: TaskStore) -> None:
     task_id, _ = waiting(store)
     before = items("TasksTable")
     for roles in ("approver", "requester approver", "requester approver auditor operator", "operator"):
@@ -655,7 +655,7 @@ def test_nobody_decides_on_their_own_task_whatever_their_roles(api: Api, store: 
     assert items("TasksTable") == before
 
 
-def test_who_is_no_approver_is_told_so(api: Api, store: TaskStore) -> None:
+def test_decide_returns_403_without_the_approver_role(api: Api, store: TaskStore) -> None:
     task_id, _ = waiting(store)
     before = items("TasksTable")
     for caller in (ALICE, MALLORY, CAROL, BOB | {"roles": ""}):
@@ -734,7 +734,7 @@ def test_undelivered_decision_stands_and_is_delivered(live: Api, monkeypatch: py
     live.aws.wait(task_id, "completed")
 
 
-def test_decision_for_which_nobody_waits_any_more_is_recorded(api: Api, store: TaskStore) -> None:
+def test_decision_is_recorded_when_execution_is_gone(api: Api, store: TaskStore) -> None:
     """The execution is gone, but its task is open: the token resumes nothing, and the approver gets no error."""
     task_id, _ = waiting(store)
     assert api("POST", f"/task/{task_id}/approve", YES, **BOB).status == 200
@@ -744,12 +744,12 @@ def test_decision_for_which_nobody_waits_any_more_is_recorded(api: Api, store: T
 # Health
 
 
-def test_health_says_so_to_everybody(live: Api) -> None:
+def test_health_is_public(live: Api) -> None:
     answer = live("GET", "/health", **NOBODY)
     assert (answer.status, answer.body) == (200, {"status": "healthy", "service": "gateway", "version": VERSION})
 
 
-def test_health_names_what_is_missing_and_says_no_more(api: Api) -> None:
+def test_health_names_only_missing_dependencies(api: Api) -> None:
     answer = api("GET", "/health", **NOBODY)
     assert (answer.status, answer.body["failing"]) == (503, ["state_machine"])
     boto3.client("dynamodb").delete_table(TableName="TasksTable")

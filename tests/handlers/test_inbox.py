@@ -71,7 +71,7 @@ def inbox(api: Api, limit: int = 20, **caller: str) -> list[str]:
     raise AssertionError("the pages do not end")
 
 
-def test_inbox_lists_what_each_person_may_decide(api: Api, store: TaskStore) -> None:
+def test_inbox_lists_tasks_each_person_may_decide(api: Api, store: TaskStore) -> None:
     of_anybody, of_finance, of_cfo = wait(store), wait(store, FINANCE), wait(store, CFO)
     of_both, of_bob = wait(store, FINANCE, CFO), wait(store, FINANCE, requester="bob")
     assert inbox(api, **BOB) == [of_both, of_finance, of_anybody]
@@ -86,7 +86,7 @@ def test_inbox_leaves_out_a_task_when_its_reader_has_decided(api: Api, store: Ta
     assert (inbox(api, **BOB), inbox(api, **DORA)) == ([], [task_id])
 
 
-def test_inbox_leaves_out_what_its_reader_retried(api: Api, store: TaskStore) -> None:
+def test_inbox_leaves_out_tasks_its_reader_retried(api: Api, store: TaskStore) -> None:
     task_id = wait(store, FINANCE)
     store.end_task(task_id, "failed", actor="execution", reason="a test")
     task = store.retry(task_id, subject="bob")

@@ -112,7 +112,7 @@ def test_run_step_writes_nothing_while_its_action_is_suspended(store: TaskStore)
     assert store.step(task.task_id, 2) is None
 
 
-def test_claim_counts_once_however_often_it_is_made(store: TaskStore) -> None:
+def test_repeated_claim_counts_once(store: TaskStore) -> None:
     task, plan, ruling = planned(store, limited())
     for _ in range(3):
         claim(store, store.get_task(task.task_id), plan, ruling)

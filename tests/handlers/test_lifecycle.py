@@ -138,7 +138,7 @@ def test_list_of_one_status_is_an_inbox(api: Api, store: TaskStore, who: dict[st
     assert listed(api, "status=completed", **who) == ([], None)
 
 
-def test_task_in_a_list_says_what_an_approver_looks_for(api: Api, store: TaskStore) -> None:
+def test_listed_task_has_the_approvers_fields(api: Api, store: TaskStore) -> None:
     task_id, _ = waiting(store)
     [task] = api("GET", "/tasks", **BOB).body["tasks"]
     approval = store.open_approval(task_id)
@@ -209,7 +209,7 @@ def test_unstoppable_execution_runs_no_further_step(live: Api, monkeypatch: pyte
     assert balance() == 1000
 
 
-def test_who_may_cancel_and_retry(api: Api, store: TaskStore) -> None:
+def test_cancel_and_retry_check_their_roles(api: Api, store: TaskStore) -> None:
     task_id, _ = waiting(store)
     for verb in ("cancel", "retry"):
         path = f"/task/{task_id}/{verb}"
@@ -335,7 +335,7 @@ def test_task_failed_before_plan_restarts_from_beginning(live: Api) -> None:
     assert kinds(task_id).count("plan_built") == 1
 
 
-def test_end_of_an_execution_before_a_retry_has_no_say(live: Api) -> None:
+def test_end_of_an_earlier_execution_is_ignored(live: Api) -> None:
     store = TaskStore("TasksTable")
     task_id, _ = planned(store)
     store.end_task(task_id, "failed", actor="test", reason="so", execution=task_id)
@@ -385,7 +385,7 @@ def test_decision_is_bound_to_the_plan_that_was_looked_at(api: Api, store: TaskS
     assert api("POST", f"/task/{task_id}/approve", YES | {"plan_hash": plan.hash()}, **BOB).status == 200
 
 
-def test_two_people_approve_when_the_policy_says_so(live: Api, rule: Callable[..., None]) -> None:
+def test_two_people_approve_when_the_policy_requires_it(live: Api, rule: Callable[..., None]) -> None:
     rule(approvals=2)
     task_id = start_waiting(live)
     question = live("GET", f"/task/{task_id}", **BOB).body["approval"]
@@ -404,7 +404,7 @@ def test_two_people_approve_when_the_policy_says_so(live: Api, rule: Callable[..
     assert kinds(task_id).count("approval_decided") == 2
 
 
-def test_one_rejection_ends_what_two_have_to_approve(live: Api, rule: Callable[..., None]) -> None:
+def test_one_rejection_ends_approval_by_two(live: Api, rule: Callable[..., None]) -> None:
     rule(approvals=2)
     task_id = start_waiting(live)
     assert live("POST", f"/task/{task_id}/approve", YES, **BOB).status == 200
@@ -413,7 +413,7 @@ def test_one_rejection_ends_what_two_have_to_approve(live: Api, rule: Callable[.
     assert balance() == 1000
 
 
-def test_who_comes_second_is_told_who_decided(api: Api, store: TaskStore) -> None:
+def test_second_decision_names_the_first_decider(api: Api, store: TaskStore) -> None:
     task_id, _ = waiting(store)
     api("POST", f"/task/{task_id}/approve", NO, **BOB)
     answer = api("POST", f"/task/{task_id}/approve", YES, **BARBARA)
@@ -519,7 +519,7 @@ def test_key_is_forgotten_after_a_day(api: Api, monkeypatch: pytest.MonkeyPatch)
 # Limits
 
 
-def test_who_has_too_many_open_tasks_is_asked_to_come_back(api: Api, store: TaskStore, aws: Cloud) -> None:
+def test_start_returns_429_with_too_many_open_tasks(api: Api, store: TaskStore, aws: Cloud) -> None:
     aws.parameters["MaxOpenTasks"] = "2"
     first, second = start(api), start(api)
     answer = api("POST", "/task/start", TRANSFER)

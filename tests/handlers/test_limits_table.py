@@ -122,7 +122,7 @@ def test_claims_of_two_tasks_at_once_count_both_or_fail(table: LimitsTable) -> N
     assert used(table, "race") == 1
 
 
-def test_reservation_states_what_was_used_before(table: LimitsTable) -> None:
+def test_reservation_states_the_earlier_usage(table: LimitsTable) -> None:
     of = decision("stated", 100, 30, counts="amount")
     for expected in (0, 30, 60):
         reservation = table.reserve_for(f"task_{expected}", 2, of)

@@ -79,7 +79,7 @@ def test_refused_request_is_logged_without_its_content(
         assert secret not in "".join(lines.texts)
 
 
-def test_line_of_one_request_says_nothing_of_another(api: Api, lines: Lines) -> None:
+def test_log_line_has_no_fields_of_another_request(api: Api, lines: Lines) -> None:
     api("POST", "/task/start", MONITOR, **ALICE)
     api("GET", "/tasks", None, **ALICE)
     assert "task_id" not in last(lines)

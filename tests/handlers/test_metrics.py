@@ -122,7 +122,7 @@ def told(aws: Cloud, capsys: pytest.CaptureFixture[str]) -> dict[str, float]:
     return {name: value for name, value, _ in found if name in {"OpenApprovals", "OldestPendingApprovalAge"}}
 
 
-def test_age_of_the_oldest_open_approval_is_told_each_minute(
+def test_oldest_pending_approval_age_sent_each_minute(
     aws: Cloud, store: TaskStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert told(aws, capsys) == {"OpenApprovals": 0, "OldestPendingApprovalAge": 0}
@@ -146,7 +146,7 @@ def test_approval_closed_just_now_is_not_counted(
     assert told(aws, capsys) == {"OpenApprovals": 0, "OldestPendingApprovalAge": 0}
 
 
-def test_execution_that_ended_says_nothing_of_approvals(
+def test_ended_execution_sends_no_approval_metric(
     aws: Cloud, store: TaskStore, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ask(store, ago=5000)
@@ -155,9 +155,7 @@ def test_execution_that_ended_says_nothing_of_approvals(
     assert [name for name, _, _ in metrics(capsys.readouterr().out) if "Open" in name] == []
 
 
-def test_alarms_look_at_the_metrics_that_are_told(
-    aws: Cloud, store: TaskStore, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_alarms_use_published_metrics(aws: Cloud, store: TaskStore, capsys: pytest.CaptureFixture[str]) -> None:
     """Name, namespace and dimensions as in the log: an alarm on anything else is silent for ever."""
     task_id, _ = waiting(store)
     aws.invoke("ReconcilerFunction", {"detail-type": "Scheduled Event"})

@@ -90,7 +90,7 @@ def test_plan_to_watch_needs_nobodys_approval(api: Api) -> None:
     assert not any(step["requires_approval"] for step in plan["steps"])
 
 
-def test_what_the_policy_does_not_know_is_planned_as_denied(api: Api) -> None:
+def test_action_without_a_rule_is_planned_as_denied(api: Api) -> None:
     plan = create(api, {"task_type": "launch_rocket", "description": "x"})
     assert plan["analysis"] == {"action_type": "launch_rocket", "risk_level": "high"}
     assert plan["policy"]["allowed"] is False
@@ -108,7 +108,7 @@ def test_preview_is_stored_for_thirty_days(api: Api) -> None:
     assert days == pytest.approx(30, abs=0.01)
 
 
-def test_plan_of_a_task_is_for_those_who_see_the_task(api: Api, store: TaskStore) -> None:
+def test_plan_is_readable_by_readers_of_its_task(api: Api, store: TaskStore) -> None:
     task_id, plan = planned(store)
     for caller in (ALICE, BOB, CAROL, OLIVIA):
         answer = api("GET", f"/plan/{plan.plan_id}", **caller)
@@ -117,7 +117,7 @@ def test_plan_of_a_task_is_for_those_who_see_the_task(api: Api, store: TaskStore
     assert (hidden.status, hidden.body["detail"]) == (missing.status, missing.body["detail"]) == (404, "no such plan")
 
 
-def test_plan_for_a_task_leaves_the_tasks_own_plan_as_it_is(api: Api, store: TaskStore) -> None:
+def test_plan_preview_leaves_the_tasks_plan_unchanged(api: Api, store: TaskStore) -> None:
     task_id, plan = planned(store)
     preview = create(api, MONITOR | {"task_id": task_id})
     assert (preview["task_id"], preview["plan_id"] == plan.plan_id) == (task_id, False)
@@ -152,7 +152,7 @@ def test_plan_rejects_bad_input_without_storing(api: Api) -> None:
     assert items("TasksTable") == []
 
 
-def test_who_may_plan_and_read_plans(api: Api) -> None:
+def test_plan_routes_check_their_roles(api: Api) -> None:
     plan_id = create(api, **OLIVIA)["plan_id"]
     for caller in (BOB, CAROL, ALICE | {"roles": ""}):
         assert api("POST", "/plan/create", TRANSFER, **caller).status == 403
@@ -161,7 +161,7 @@ def test_who_may_plan_and_read_plans(api: Api) -> None:
         assert api(method, path, body, **NOBODY).status == 401
 
 
-def test_what_is_no_plan_is_not_found(api: Api, store: TaskStore) -> None:
+def test_malformed_plan_id_returns_404(api: Api, store: TaskStore) -> None:
     task_id, _ = planned(store)
     for plan_id in ("nonsense", "plan_", UNKNOWN_PLAN, UNKNOWN_PLAN.upper(), task_id, "create"):
         assert api("GET", f"/plan/{plan_id}", **OLIVIA).status == 404, plan_id
@@ -176,7 +176,7 @@ def test_without_the_ledgers_policy_there_is_no_plan(api: Api) -> None:
     assert items("TasksTable") == []
 
 
-def test_health_names_what_does_not_answer(api: Api) -> None:
+def test_health_names_failing_dependencies(api: Api) -> None:
     answer = api("GET", "/planner/health", **NOBODY)
     assert (answer.status, answer.body) == (200, {"status": "healthy", "service": "planner", "version": VERSION})
     api.aws.faults["LedgerFunction"] = down
@@ -208,7 +208,7 @@ def test_plan_task_called_again_returns_the_same_plan(aws: Cloud, store: TaskSto
     assert (store.get_task(task.task_id), aws.invocations["LedgerFunction"]) == (before, 1)
 
 
-def test_plan_task_leaves_out_what_has_succeeded(aws: Cloud, store: TaskStore) -> None:
+def test_plan_task_leaves_out_finished_steps(aws: Cloud, store: TaskStore) -> None:
     task, _ = store.start_task(new_task())
     event = {"task_id": task.task_id}
     aws.invoke("PlanTaskFunction", event)
@@ -387,7 +387,7 @@ def test_preview_verdict_is_the_started_tasks(
         (IDENTITY, 1, "no_key: "),
     ],
 )
-def test_preview_and_task_deny_what_the_source_cannot_pay(
+def test_preview_and_task_deny_unpayable_transfer(
     api: Api,
     store: TaskStore,
     sent: Sent,
@@ -417,7 +417,7 @@ def test_preview_names_the_limit_that_denies(api: Api, monkeypatch: pytest.Monke
     assert "max_amount" in verdict["reason"] and "100 QU" in verdict["reason"]
 
 
-def test_preview_says_when_the_day_has_no_room(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_preview_warns_when_the_daily_limit_is_used_up(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     rule = Rule(allowed=True, requires_approval=True, risk_level="high", daily_limit=300)
     asks = Policy(policy_id=f"policy-v1-{8:064x}", version=1, rules={"transfer_funds": rule})
     monkeypatch.setattr(Policies, "in_force", lambda _: asks)

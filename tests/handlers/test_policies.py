@@ -131,7 +131,7 @@ def submissions_of_policies() -> list[str]:
 # The first version
 
 
-def test_until_the_first_version_is_confirmed_there_is_none(environment: None) -> None:
+def test_no_policy_in_force_until_version_1_is_confirmed(environment: None) -> None:
     with cloud(state_machine=False, policy=False) as aws:
         with pytest.raises(TransientError, match="not confirmed on the ledger yet"):
             wiring.policies().in_force()
@@ -143,7 +143,7 @@ def test_until_the_first_version_is_confirmed_there_is_none(environment: None) -
         assert (policy.version, policy.rules) == (1, DEFAULT_RULES)
 
 
-def test_whoever_asks_first_submits_the_first_version_once(environment: None) -> None:
+def test_first_reader_submits_the_first_version_once(environment: None) -> None:
     with cloud(state_machine=False, policy=False) as aws:
         found = at_once(*[lambda: wiring.policies().in_force()] * 8)
         assert {type(each) for each in found} == {TransientError}
@@ -153,7 +153,7 @@ def test_whoever_asks_first_submits_the_first_version_once(environment: None) ->
         assert submissions_of_policies() == ["policy:1 ATTEMPT#000001", "policy:1 SUBMISSION"]
 
 
-def test_first_version_whose_confirmation_nobody_told_of(environment: None) -> None:
+def test_first_version_confirmed_without_worker(environment: None) -> None:
     """Without a transaction worker, each caller checks whether the ledger has it."""
     with cloud(state_machine=False, policy=False) as aws:
         with pytest.raises(TransientError):
@@ -202,7 +202,7 @@ def test_document_is_proven_by_its_transaction(aws: Cloud, store: Policies) -> N
 
 
 @pytest.mark.parametrize("policy_id", ["", f"policy-v1-{'0' * 64}", f"policy-v9-{'0' * 64}", "nonsense"])
-def test_document_that_there_is_none_of(store: Policies, policy_id: str) -> None:
+def test_unknown_document_is_not_found(store: Policies, policy_id: str) -> None:
     with pytest.raises(NotFoundError):
         store.document(policy_id)
 
@@ -224,7 +224,7 @@ def test_pages_of_versions(store: Policies) -> None:
 # Who may, and when
 
 
-def test_nobody_approves_their_own_proposal(store: Policies) -> None:
+def test_proposer_cannot_approve_their_own_proposal(store: Policies) -> None:
     store.propose(RULES, subject="olivia")
     with pytest.raises(ForbiddenError):
         store.approve(2, subject="olivia", four_eyes=True)
@@ -283,7 +283,7 @@ def test_approval_is_given_once(aws: Cloud, store: Policies) -> None:
         store.approve(1, subject="oscar", four_eyes=True)
 
 
-def test_what_was_rejected_stays_so(store: Policies) -> None:
+def test_rejected_version_stays_rejected(store: Policies) -> None:
     store.propose(RULES, subject="olivia")
     rejected = store.reject(2, subject="oscar", reason="too strict")
     assert (rejected.status, rejected.rejected_by, rejected.reason) == ("rejected", "oscar", "too strict")
@@ -294,7 +294,7 @@ def test_what_was_rejected_stays_so(store: Policies) -> None:
     assert store.reject(3, subject="olivia").status == "rejected"  # withdrawn
 
 
-def test_what_is_on_its_way_cannot_be_rejected(aws: Cloud, store: Policies) -> None:
+def test_version_being_anchored_cannot_be_rejected(aws: Cloud, store: Policies) -> None:
     store.propose(RULES, subject="olivia")
     store.approve(2, subject="oscar", four_eyes=True)
     with pytest.raises(ConflictError):
@@ -305,7 +305,7 @@ def test_what_is_on_its_way_cannot_be_rejected(aws: Cloud, store: Policies) -> N
     assert store.in_force().version == 2
 
 
-def test_version_that_there_is_none_of(store: Policies) -> None:
+def test_unknown_version_is_not_found(store: Policies) -> None:
     for call in (
         store.get,
         lambda n: store.approve(n, subject="o", four_eyes=True),
@@ -490,7 +490,7 @@ def test_rejected_version_is_never_fallen_back_to(aws: Cloud, store: Policies) -
     assert (store.get(2).status, store.in_force().version) == ("rejected", 1)
 
 
-def test_document_altered_before_it_is_submitted_never_is(
+def test_altered_document_is_never_submitted(
     aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store.propose(RULES, subject="olivia")
@@ -741,7 +741,7 @@ def replace_seed() -> str:
     return before
 
 
-def test_what_a_former_identity_anchored_stays_in_force(
+def test_version_of_a_former_identity_stays_in_force(
     aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     publish(aws, store)
@@ -754,7 +754,7 @@ def test_what_a_former_identity_anchored_stays_in_force(
 
 
 @pytest.mark.parametrize("identities", ["A" * 59 + "B", "x", "A" * 60 + ";"])
-def test_former_identities_that_are_none(
+def test_malformed_former_identities_are_refused(
     aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch, identities: str
 ) -> None:
     forget()
@@ -878,7 +878,7 @@ def test_submission_whose_version_is_missing_is_found(
     assert rolled_back(store, capsys)
 
 
-def test_process_remembers_what_was_in_force(aws: Cloud, store: Policies, capsys: pytest.CaptureFixture[str]) -> None:
+def test_process_remembers_the_policy_in_force(aws: Cloud, store: Policies, capsys: pytest.CaptureFixture[str]) -> None:
     """Regardless of other items that were rolled back with HEAD."""
     publish(aws, store)
     store.in_force()
@@ -923,7 +923,7 @@ def test_confirmed_unsettled_version_is_no_rollback(aws: Cloud, store: Policies)
     assert store.in_force().version == 2
 
 
-def test_proposals_and_what_was_rejected_are_no_rollback(aws: Cloud, store: Policies) -> None:
+def test_proposed_and_rejected_versions_are_no_rollback(aws: Cloud, store: Policies) -> None:
     store.propose(OTHER_RULES, subject="olivia")
     store.approve(2, subject="oscar", four_eyes=True)
     alter_text(2, looser(2))
@@ -953,7 +953,9 @@ def test_version_entering_force_now_is_no_rollback(
     assert "PolicyRefused" not in capsys.readouterr().out
 
 
-def test_reading_what_is_in_force_takes_two_reads(aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_the_policy_in_force_takes_two_reads(
+    aws: Cloud, store: Policies, monkeypatch: pytest.MonkeyPatch
+) -> None:
     publish(aws, store)
     calls: list[str] = []
     original = BaseClient._make_api_call

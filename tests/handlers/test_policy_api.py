@@ -177,7 +177,7 @@ def test_rejected_with_a_reason_or_without(api: Api) -> None:
         ({"surprise": 1}, "rules.transfer_funds.surprise"),
     ],
 )
-def test_rule_that_is_not_acceptable(api: Api, rule: dict[str, Any], field: str) -> None:
+def test_invalid_rule_is_refused(api: Api, rule: dict[str, Any], field: str) -> None:
     answer = propose(api, **rule)
     assert answer.status == 422
     assert field in named(answer)
@@ -198,7 +198,7 @@ def test_rule_that_is_not_acceptable(api: Api, rule: dict[str, Any], field: str)
     ],
     ids=["null", "no id", "no rules", "too many", "too large", "more", "no removals", "no list"],
 )  # fmt: skip
-def test_proposal_that_is_not_acceptable(api: Api, changes: dict[str, Any], field: str) -> None:
+def test_invalid_proposal_is_refused(api: Api, changes: dict[str, Any], field: str) -> None:
     body = {"based_on": in_force(api), "rules": {"transfer_funds": RULE}, "remove": DROPPED} | changes
     answer = api("POST", "/policy", body, **OLIVIA)
     assert (answer.status, named(answer)) == (422, {field})
@@ -235,7 +235,7 @@ def test_proposal_names_each_rule_that_it_drops(api: Api, rules: list[str], remo
     assert len(api("GET", "/policy/versions").body["versions"]) == 1
 
 
-def test_proposal_answers_what_it_changes(api: Api) -> None:
+def test_proposal_returns_its_changes(api: Api) -> None:
     rules = api("GET", "/policy").body["rules"]
     changed = rules["transfer_funds"] | {"max_amount": 5}
     added = rules["monitoring"] | {"risk_level": "high"}
@@ -291,19 +291,19 @@ def test_older_document_with_idle_limit_still_loads() -> None:
     assert policy_of(text).decide("monitoring").max_amount == 5
 
 
-def test_name_that_is_no_action_type(api: Api) -> None:
+def test_invalid_action_type_is_refused(api: Api) -> None:
     answer = api("POST", "/policy", {"based_on": in_force(api), "rules": {"a b": RULE}}, **OLIVIA)
     assert answer.status == 422
     assert all(field.startswith("rules.") for field in named(answer))
 
 
 @pytest.mark.parametrize("version", ["0", "-1", "x", "1.5", "1000000000"])
-def test_version_that_is_none(api: Api, version: str) -> None:
+def test_malformed_version_is_refused(api: Api, version: str) -> None:
     assert api("GET", f"/policy/versions/{version}").status == 422
     assert api("POST", f"/policy/versions/{version}/approve", **OLIVIA).status == 422
 
 
-def test_version_that_is_not_there(api: Api) -> None:
+def test_unknown_version_returns_404(api: Api) -> None:
     assert api("GET", "/policy/versions/9").status == 404
     assert api("POST", "/policy/versions/9/approve", **OLIVIA).status == 404
     assert api("POST", "/policy/versions/9/reject", **OLIVIA).status == 404
@@ -334,7 +334,7 @@ def test_examples_of_the_document(api: Api) -> None:
         assert set(answer.body) == set(EXAMPLES[name]["answer"]), name
 
 
-def test_policy_says_which_actions_are_recorded_only(api: Api) -> None:
+def test_policy_lists_recorded_only_actions(api: Api) -> None:
     assert ask(api, "GET", "/policy", {"action_type": "transaction"}).body["effect"] == "recorded only"
     for action_type in ("transfer_funds", "monitoring"):
         assert ask(api, "GET", "/policy", {"action_type": action_type}).body["effect"] == "performed"

@@ -110,7 +110,7 @@ def test_versions_change_format_in_both_directions(aws: Cloud, api: Api) -> None
     assert api("GET", "/policy").body["format"] == 1
 
 
-def test_format_2_may_have_no_action_of_its_own(aws: Cloud, api: Api) -> None:
+def test_format_2_may_have_no_custom_action(aws: Cloud, api: Api) -> None:
     content = {"groups": {"finance": ["fay"]}, "rules": {"transfer_funds": TRANSFER}}
     enact(aws, api, content, ["monitoring", "transaction"])
     assert api("GET", "/policy").body["format"] == 2
@@ -186,7 +186,7 @@ def test_largest_document_comes_into_force(aws: Cloud, api: Api) -> None:
     assert len(json.dumps(reduced)) < 4000
 
 
-def test_document_that_is_too_large_is_refused(api: Api) -> None:
+def test_too_large_document_is_refused(api: Api) -> None:
     before = items("LedgerTable")
     answer = propose(api, large(MAX_DOCUMENT_V2_BYTES + 40_000))
     assert (answer.status, named(answer)) == (422, {"rules"})

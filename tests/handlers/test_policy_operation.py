@@ -56,7 +56,7 @@ def test_policy_is_whole_without_an_action(call: Call) -> None:
     assert not {"pinned", "suspended"} & set(result)
 
 
-def test_policy_has_what_the_action_needs(call: Call, versions: tuple[str, str]) -> None:
+def test_policy_returns_the_fields_for_the_action(call: Call, versions: tuple[str, str]) -> None:
     first, second = versions
     result = call(action="transfer_funds", pinned=first)["result"]
     assert (result["policy_id"], result["version"], result["format"]) == (second, 2, 1)
@@ -85,7 +85,7 @@ def test_policy_has_no_rule_for_an_unknown_action(call: Call) -> None:
         ({"action": None}, "invalid_input"),
     ],
 )
-def test_policy_refuses_what_was_never_in_force(
+def test_policy_refuses_version_never_in_force(
     call: Call, versions: tuple[str, str], changes: dict[str, Any], code: str
 ) -> None:
     answer = call(**{"action": "transfer_funds", "pinned": versions[0]} | changes)

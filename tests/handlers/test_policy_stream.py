@@ -116,7 +116,7 @@ def test_policy_event_beside_a_broken_task_is_recorded(aws: Cloud) -> None:
     assert len(entries()) == 1
 
 
-def test_sweeper_brings_lost_policy_event_into_the_log(aws: Cloud) -> None:
+def test_sweeper_records_lost_policy_event(aws: Cloud) -> None:
     put_policy_event("action_suspended")
     put_policy_event("resume_requested")
     assert sweep(minutes=0) == [], "it is left to the stream for a minute"
@@ -126,7 +126,7 @@ def test_sweeper_brings_lost_policy_event_into_the_log(aws: Cloud) -> None:
     assert [str(each) for each in check().findings] == []
 
 
-def test_sweeper_brings_lost_policy_entry_into_the_log(aws: Cloud) -> None:
+def test_sweeper_sequences_lost_policy_entry(aws: Cloud) -> None:
     record(aws, put_policy_event("action_suspended"))
     assert sweep() == [STREAM]
     assert log().last_index(STREAM) is not None

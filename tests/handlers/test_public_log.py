@@ -70,7 +70,7 @@ def test_client_verifies_proofs_from_tiles_only(aws: Cloud) -> None:
     assert {"tile/0/000", "tile/0/001.p/47", "tile/1/000.p/1"} <= set(after.fetched)
 
 
-def test_what_cannot_change_may_be_kept_and_what_changes_may_not(aws: Cloud) -> None:
+def test_only_immutable_responses_are_cacheable(aws: Cloud) -> None:
     recorded(aws, 3)
     for path, kept, kind in (
         ("/log/checkpoint", "public, max-age=5", "text/plain; charset=utf-8"),
@@ -81,7 +81,7 @@ def test_what_cannot_change_may_be_kept_and_what_changes_may_not(aws: Cloud) -> 
         assert (headers["cache-control"], headers["content-type"]) == (kept, kind)
 
 
-def test_what_is_not_anchored_is_not_published(aws: Cloud) -> None:
+def test_unanchored_tiles_are_not_published(aws: Cloud) -> None:
     assert ask(aws, "/log/checkpoint")[0] == 404
     put_entries(2)
     sequence_all(aws)
@@ -102,12 +102,12 @@ def test_what_is_not_anchored_is_not_published(aws: Cloud) -> None:
         "/audit/log/checkpoint", "/audit/health", "/log/tile", "/log",
     ],
 )  # fmt: skip
-def test_there_is_nothing_else(aws: Cloud, path: str) -> None:
+def test_other_paths_return_404(aws: Cloud, path: str) -> None:
     recorded(aws, 3)
     assert ask(aws, path)[0] == 404
 
 
-def test_it_reads_no_item_that_names_a_task(aws: Cloud) -> None:
+def test_public_log_reads_no_item_with_a_task(aws: Cloud) -> None:
     """Return the reads that its policy permits: tiles and anchors."""
     recorded(aws, 3)
     seen: list[str] = []

@@ -90,14 +90,14 @@ def test_only_an_operator_writes(request_: Request) -> None:
         [],
     ],
 )
-def test_write_that_is_not_acceptable(request_: Request, body: Any) -> None:
+def test_invalid_write_is_refused(request_: Request, body: Any) -> None:
     status, answer = request_("POST", "/write", roles="operator", body=body)
     assert status == 422
     assert answer["status"] == 422
     assert answer["title"]
 
 
-def test_what_is_not_there(request_: Request) -> None:
+def test_unknown_hash_and_transaction_are_not_found(request_: Request) -> None:
     status, body = request_("GET", f"/verify/{HASH}")
     assert (status, body["verified"], body["txid"], body["timestamp"]) == (200, False, None, None)
     for txid in ("a" * 60, "A" * 60, "short"):

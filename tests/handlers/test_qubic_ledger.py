@@ -75,7 +75,7 @@ def code(answer: dict[str, Any]) -> str:
     return str(answer["error"]["code"])
 
 
-def test_transfer_is_under_way_and_then_confirmed(aws: Cloud, call: Call, transfer: Call) -> None:
+def test_transfer_is_in_flight_and_then_confirmed(aws: Cloud, call: Call, transfer: Call) -> None:
     in_flight = transfer()["result"]
     assert in_flight["state"] == "signed"
     assert in_flight["encoded"] == ""  # not sent yet: who had the bytes could send them
@@ -90,7 +90,7 @@ def test_transfer_is_under_way_and_then_confirmed(aws: Cloud, call: Call, transf
     assert call("balance", address=EMPTY)["result"]["balance"] == 10
 
 
-def test_transfer_that_nobody_asked_for_has_no_state(call: Call) -> None:
+def test_unknown_transfer_has_no_state(call: Call) -> None:
     assert code(call("transfer_state", reference="task#step_9")) == "not_found"
 
 
@@ -122,7 +122,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         ({"reference": "x" * 3000}, "invalid_input"),
     ],
 )
-def test_what_is_refused_leaves_nothing(
+def test_refused_transfer_writes_nothing(
     call: Call, transfer: Call, limited: None, changes: dict[str, Any], expected: str
 ) -> None:
     assert code(transfer(**changes)) == expected
@@ -131,7 +131,7 @@ def test_what_is_refused_leaves_nothing(
 
 
 @pytest.mark.parametrize("changes", [{"amount": 1001}, {"source": EMPTY, "destination": RICH}])
-def test_what_cannot_be_paid_has_failed(call: Call, transfer: Call, changes: dict[str, Any]) -> None:
+def test_unpayable_transfer_has_failed(call: Call, transfer: Call, changes: dict[str, Any]) -> None:
     assert code(transfer(**changes)) == "insufficient_balance"
     for answer in (transfer(**changes), call("transfer_state", reference="task#step_3")):
         state = answer["result"]
@@ -148,7 +148,7 @@ def spent() -> int:
 
 
 @pytest.mark.parametrize(("changes", "expected"), REFUSED)
-def test_check_transfer_refuses_what_transfer_would(call: Call, changes: dict[str, Any], expected: str) -> None:
+def test_check_transfer_refuses_as_transfer_does(call: Call, changes: dict[str, Any], expected: str) -> None:
     terms = {"source": RICH, "destination": EMPTY, "amount": 10}
     assert code(call("check_transfer", **terms | changes)) == expected
     assert call("check_transfer", **terms)["ok"]
@@ -286,12 +286,12 @@ def test_hash_is_verified_when_it_is_confirmed_and_not_before(aws: Cloud, call: 
         {"hash": HASH, "metadata": {"x": 2**60}},
     ],
 )
-def test_what_is_no_hash_is_not_written(call: Call, arguments: dict[str, Any]) -> None:
+def test_malformed_hash_is_not_written(call: Call, arguments: dict[str, Any]) -> None:
     assert code(call("write", **arguments)) == "invalid_input"
     assert call("verify", hash=HASH)["result"]["state"] is None
 
 
-def test_anchor_is_submitted_once_and_told_with_its_bytes(aws: Cloud, call: Call) -> None:
+def test_anchor_is_submitted_once_and_returned_with_bytes(aws: Cloud, call: Call) -> None:
     sent = {"log_id": "qaes", "sequence": 0, "payload": "51414553"}
     assert code(call("anchor_state", log_id="qaes", sequence=0)) == "not_found"
     first = call("submit_anchor", **sent)["result"]
@@ -306,7 +306,7 @@ def test_anchor_is_submitted_once_and_told_with_its_bytes(aws: Cloud, call: Call
 
 
 @pytest.mark.parametrize("changes", [{"payload": "x"}, {"payload": 7}, {"sequence": -1}, {"sequence": True}])
-def test_what_is_no_anchor_is_refused(call: Call, changes: dict[str, Any]) -> None:
+def test_malformed_anchor_is_refused(call: Call, changes: dict[str, Any]) -> None:
     sent = {"log_id": "qaes", "sequence": 0, "payload": "51414553"} | changes
     assert code(call("submit_anchor", **sent)) == "invalid_input"
 
@@ -320,7 +320,7 @@ def test_unknown_operation_is_refused(call: Call, operation: Any) -> None:
 
 
 @pytest.mark.parametrize("function", LEDGER_FUNCTIONS)
-def test_function_does_what_is_its_own_and_nothing_else(aws: Cloud, function: str) -> None:
+def test_function_runs_only_its_own_operations(aws: Cloud, function: str) -> None:
     own = set()
     for operation in _OPERATIONS:
         with suppress(Exception):  # operations without arguments may do their work; the others name their arguments
@@ -330,7 +330,7 @@ def test_function_does_what_is_its_own_and_nothing_else(aws: Cloud, function: st
     assert own == {operation for operation in _OPERATIONS if function_for(operation) == function}
 
 
-def test_function_that_is_told_of_no_operations_does_none(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_function_without_operations_refuses_all(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in environment("LedgerFunction", PARAMETERS).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LEDGER_OPERATIONS", "")
@@ -349,7 +349,7 @@ def test_function_that_is_told_of_no_operations_does_none(aws: Cloud, monkeypatc
         (lambda client: client.submit_anchor(log_id="qaes", sequence=0, payload="00"), "LEDGER_ANCHOR_FUNCTION"),
     ],
 )
-def test_caller_that_has_not_the_name_of_a_function_is_told_so(
+def test_caller_without_function_name_gets_settings_error(
     aws: Cloud, monkeypatch: pytest.MonkeyPatch, asked: Callable[[LedgerClient], Any], missing: str
 ) -> None:
     for name, function in (
@@ -396,7 +396,7 @@ def test_outage_raises(aws: Cloud, call: Call) -> None:
         call("verify", hash=HASH)
 
 
-def test_network_that_is_none_is_a_mistake_in_the_settings(aws: Cloud) -> None:
+def test_unknown_network_is_a_settings_error(aws: Cloud) -> None:
 
     aws.parameters["QubicNetwork"] = "testnet"
     with pytest.raises(RuntimeError, match="testnet"):

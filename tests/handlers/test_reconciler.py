@@ -164,7 +164,7 @@ def test_event_of_no_known_task_changes_nothing(aws: Cloud, store: TaskStore, ev
     assert store.get_task(task_id).status == "executing"
 
 
-def test_approval_that_nobody_has_decided_is_waited_for(aws: Cloud, store: TaskStore) -> None:
+def test_reconciler_keeps_pending_approval(aws: Cloud, store: TaskStore) -> None:
     task, _ = store.start_task(new_task())
     reconcile(aws)
     aws.wait(task.task_id, "waiting_approval")

@@ -181,7 +181,7 @@ def test_transaction_shows_reference_only_to_those_concerned(
     assert found["requested_by"] == ("rita" if shown else None)
 
 
-def test_nobody_without_name_is_the_requester(aws: Cloud, request_: Request, record: Record) -> None:
+def test_record_without_requester_belongs_to_no_caller(aws: Cloud, request_: Request, record: Record) -> None:
     """A record from before requesters were stored belongs to no requester."""
     txid = record(requester="")["txid"]
     assert request_("GET", f"/tx/{txid}", subject="mallory", roles="requester")[1]["metadata"] == {}
@@ -238,7 +238,7 @@ def test_api_signs_nothing_by_itself(aws: Cloud, request_: Request, monkeypatch:
     assert request_("GET", "/qubic/health")[0] == 200
 
 
-def test_api_brings_first_policy_forward_without_key() -> None:
+def test_api_advances_first_policy_without_key() -> None:
     with cloud(state_machine=False, policy=False) as it:
         api = Api(it, "QubicApiFunction")
         assert api("GET", "/policy", None, subject="rita", roles="requester").status == 503

@@ -238,7 +238,7 @@ def test_decision_that_arrives_after_the_retry_decides_nothing(api: Api, store: 
     assert "approval_decided" not in events(task_id)
 
 
-def test_late_request_of_run_1_asks_nothing_in_run_2(aws: Cloud, store: TaskStore) -> None:
+def test_late_request_of_run_1_changes_nothing_in_run_2(aws: Cloud, store: TaskStore) -> None:
     task_id, plan = retried(store)
     for step_index in (0, 1):
         aws.invoke("RunStepFunction", {"task_id": task_id, "step_index": step_index})
@@ -305,7 +305,7 @@ def test_late_wait_of_run_1_does_not_take_run_2_s_token(aws: Cloud, store: TaskS
 # Who retries does not decide
 
 
-def test_decide_returns_403_to_everybody_who_ever_retried(api: Api, store: TaskStore) -> None:
+def test_decide_returns_403_to_everyone_who_retried(api: Api, store: TaskStore) -> None:
     task_id, plan = planned(store)
     for caller in (OLIVIA, ALICE, {"subject": "otto", "roles": "operator"}, ALICE):
         store.end_task(task_id, "failed", actor="test", reason="so")

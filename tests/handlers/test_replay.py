@@ -95,7 +95,7 @@ def test_replay_of_the_version_in_force_changes_nothing(api: Api) -> None:
     assert (found["changes"], found["policy_id"]) == ([], found["compared_with"])
 
 
-def test_replay_leaves_out_what_is_older(api: Api) -> None:
+def test_replay_leaves_out_older_requests(api: Api) -> None:
     ages = [timedelta(days=2, minutes=1), timedelta(days=2, minutes=-1), timedelta(days=89)]
     record([transfer(number, 50, now() - age) for number, age in enumerate(ages)])
     assert again(api, days=2).body["requests"] == 1

@@ -200,14 +200,14 @@ def test_transfer_beyond_the_policy_counts_nothing(ledger: Ledger, limits: dict[
         ({"source": EMPTY, "to": RICH}, PermanentError),
     ],
 )  # fmt: skip
-def test_transfer_that_is_not_signed_counts_nothing(ledger: Ledger, changes: dict[str, Any], error: type) -> None:
+def test_unsigned_transfer_counts_nothing(ledger: Ledger, changes: dict[str, Any], error: type) -> None:
     ledger.policy = policy(daily_limit=10**15)
     with pytest.raises(error):
         ledger.transfer(**{"reference": "a", "amount": 50} | changes)
     assert windows() == []
 
 
-def test_transfer_counts_once_however_often_it_is_asked(ledger: Ledger) -> None:
+def test_repeated_transfer_counts_once(ledger: Ledger) -> None:
     ledger.policy = policy(daily_limit=60)
     first = ledger.transfer("a", 60)
     ledger.policy = policy(daily_limit=10)  # it was submitted before
@@ -290,7 +290,7 @@ def test_twenty_race_for_a_limit_that_has_room_for_three(ledger: Ledger) -> None
     assert ledger.spent() == 90
 
 
-def test_one_reference_many_times_at_once_counts_once(ledger: Ledger) -> None:
+def test_concurrent_calls_with_one_reference_count_once(ledger: Ledger) -> None:
     """The last one that fits: none of its twins may hear that there is no room."""
     ledger.policy = policy(daily_limit=100)
     found = at_once([lambda: ledger.transfer("a", 100).txid] * 12)
@@ -363,7 +363,7 @@ def test_transfer_that_may_have_moved_keeps_counting(ledger: Ledger, monkeypatch
     assert (again.state, again.attempt, ledger.spent()) == ("failed", 1, 50)
 
 
-def test_transfer_that_is_found_after_all_counts_once(ledger: Ledger) -> None:
+def test_late_confirmed_transfer_counts_once(ledger: Ledger) -> None:
     """The network reported it as absent; a later run checks again before it pays."""
     first, real = ledger.transfer("a", 50), MockChain.balance
     with pytest.MonkeyPatch.context() as patch:
@@ -480,7 +480,7 @@ def test_twin_does_not_sign_once_the_other_was_refused(ledger: Ledger) -> None:
     assert windows() == []
 
 
-def test_refusal_does_not_hide_what_was_signed_before(ledger: Ledger) -> None:
+def test_refusal_does_not_hide_earlier_signature(ledger: Ledger) -> None:
     """The first run's transfer was given up, the second run's was refused: the third still finds the first one's."""
     first, real = ledger.transfer("a", 50), MockChain.balance
     with pytest.MonkeyPatch.context() as patch:
@@ -497,7 +497,7 @@ def test_refusal_does_not_hide_what_was_signed_before(ledger: Ledger) -> None:
     assert (found.state, found.txid, ledger.spent()) == ("confirmed", first.txid, 50)
 
 
-def test_call_that_was_cut_off_counts_what_it_has_signed(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_call_counts_its_signature(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     real = Submissions._sign
 
     def cut_off(*arguments: Any) -> None:
@@ -549,7 +549,7 @@ def outcome(aws: Cloud, task_id: str, function: str = "AwaitApprovalFunction") -
     return str(answer.get("verdict") or answer["status"])
 
 
-def test_compliance_agent_denies_what_has_no_room_today(aws: Cloud, sent: list[dict[str, str]]) -> None:
+def test_compliance_denies_transfer_over_the_daily_limit(aws: Cloud, sent: list[dict[str, str]]) -> None:
     publish(aws, daily_limit=8)
     store = TaskStore("TasksTable")
     tasks = [waiting(store)[0], approved_task(store), approved_task(store)]
@@ -586,7 +586,7 @@ def test_ledger_that_does_not_answer_lets_nothing_run(aws: Cloud, sent: list[dic
             outcome(aws, task_id, function)
 
 
-def test_what_is_only_simulated_counts_nothing(ledger: Ledger) -> None:
+def test_simulated_transfer_counts_nothing(ledger: Ledger) -> None:
     ledger.policy = policy(daily_limit=60)
     terms = {"source": RICH, "destination": EMPTY, "amount": 50}
     for _ in range(2):

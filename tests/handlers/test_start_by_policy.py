@@ -92,7 +92,7 @@ def test_start_refuses_a_task_that_too_few_can_approve(aws: Cloud, api: Api) -> 
     assert transfer(api, 10).status == 202  # no approval is needed
 
 
-def test_start_accepts_what_the_policy_denies(api: Api) -> None:
+def test_start_accepts_actions_the_policy_denies(api: Api) -> None:
     """The task is recorded, and ends as denied."""
     assert transfer(api, 501).status == 202
     assert api("POST", "/task/start", {"task_type": "note", "description": "x"}).status == 202
@@ -115,7 +115,7 @@ def test_start_needs_no_ledger(aws: Cloud, api: Api) -> None:
     assert transfer(api, 250).status == 202
 
 
-def test_start_repeats_its_answer_whatever_the_policy_says_now(aws: Cloud, api: Api) -> None:
+def test_start_repeats_its_answer_after_policy_change(aws: Cloud, api: Api) -> None:
     key = {"headers": {"Idempotency-Key": "invoice-1"}}
     first = transfer(api, 250, **key)
     publish(aws, RULES, actions=ACTIONS, groups=GROUPS | {"finance": ["alice", "bob"]})
@@ -148,7 +148,7 @@ def test_preview_shows_the_verdict_of_the_tier(aws: Cloud, api: Api, amount: int
 @pytest.mark.parametrize(
     ("over", "verdict"), [("deny", "denied"), ({"approvals": 1, "approvers": "cfo"}, "await_approval")]
 )
-def test_preview_reads_what_the_limits_have_used(aws: Cloud, api: Api, over: Any, verdict: str) -> None:
+def test_preview_reads_the_limits_usage(aws: Cloud, api: Api, over: Any, verdict: str) -> None:
     limit = {"window_seconds": 3600, "max_amount": 100, "per": "action", "over": over}
     rules = RULES | {"refund_customer": RULES["refund_customer"] | {"limits": [limit]}}
     publish(aws, rules, actions=ACTIONS)
@@ -164,7 +164,7 @@ def test_preview_reads_what_the_limits_have_used(aws: Cloud, api: Api, over: Any
         assert found["reason"].startswith("limit_exceeded: `amount` 60 EUR-cent exceeds the limit of 100")
 
 
-def test_preview_shows_what_the_schema_refuses(aws: Cloud, api: Api) -> None:
+def test_preview_shows_schema_errors(aws: Cloud, api: Api) -> None:
     body = {"task_type": "refund_customer", "description": "x", "parameters": {"order_id": "12", "amount": 5}}
     found = preview(aws, body)
     assert (found["verdict"], found["reason"].split(":")[0]) == ("denied", "invalid_parameters")

@@ -169,7 +169,7 @@ def test_one_transaction_in_flight_and_each_keeps_its_id(ledger, number):
     assert [ledger.it.get(each.key).attempt for each in written] == [1] * 4
 
 
-def test_full_queue_says_so_and_loses_nothing(ledger, number, monkeypatch):
+def test_full_queue_refuses_and_loses_nothing(ledger, number, monkeypatch):
     monkeypatch.setattr("qubic.transactions.submissions.MAX_OPEN", 4)
     monkeypatch.setattr("qubic.transactions.submissions.MAX_OPEN_HASHES", 3)
     for each in range(3):
@@ -335,7 +335,7 @@ def test_record_not_repeated_when_node_is_behind(ledger, number):
     assert len(ledger.on_chain(written.payload)) == 1
 
 
-def test_node_that_is_behind_does_not_make_a_transfer_expired(ledger, number):
+def test_lagging_node_does_not_expire_a_transfer(ledger, number):
     moved = ledger.transfer(f"task{number}", 3)
     replicas = behind(ledger, 30)
     replicas.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
@@ -346,7 +346,7 @@ def test_node_that_is_behind_does_not_make_a_transfer_expired(ledger, number):
     assert ledger.state(moved.key) == "confirmed"
 
 
-def test_what_the_look_up_misses_the_list_has(ledger, number, monkeypatch):
+def test_list_confirms_when_the_look_up_misses(ledger, number, monkeypatch):
     moved = ledger.transfer(f"task{number}", 3)
     monkeypatch.setattr(ledger.chain, "transaction", lambda txid: None)
     ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
@@ -363,7 +363,7 @@ def nothing_is_found(ledger: Ledger) -> Iterator[None]:
         yield
 
 
-def test_balance_has_its_say_too(ledger, number):
+def test_balance_change_prevents_expiry(ledger, number):
     moved = ledger.transfer(f"task{number}", 3)
     ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
     with nothing_is_found(ledger), pytest.raises(TransientError, match="the balance shows"):
@@ -372,7 +372,7 @@ def test_balance_has_its_say_too(ledger, number):
     assert ledger.state(moved.key) == "confirmed"
 
 
-def test_balance_of_before_the_tick_says_nothing(ledger, number, monkeypatch):
+def test_balance_before_the_tick_proves_nothing(ledger, number, monkeypatch):
     ledger.chain.set_faults(Faults(empty_ticks=LEAD_TICKS + 3))
     moved = ledger.transfer(f"task{number}", 3)
     ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
@@ -463,7 +463,7 @@ def test_unsent_transfer_after_its_tick_is_signed_again(ledger, number):
     assert ledger.balance(SOURCE) == before - 3
 
 
-def test_what_would_hardly_get_there_is_not_sent(ledger, number):
+def test_transaction_too_close_to_its_tick_is_not_sent(ledger, number):
     first, second = ledger.transfer(f"task{number}", 1), ledger.transfer(f"task{number + 1}", 2)
     ledger.pass_ticks(2 * LEAD_TICKS - MIN_LEAD_TICKS)
     assert ledger.it.get(second.key).tick - ledger.chain.tick_info().tick == MIN_LEAD_TICKS
@@ -483,7 +483,7 @@ def test_unsent_transfer_bytes_are_not_disclosed(ledger, number):
     assert simulated.answer()["encoded"] == ""
 
 
-def test_it_is_written_that_it_is_sent_before_it_is(ledger, number, monkeypatch):
+def test_broadcast_is_recorded_before_sending(ledger, number, monkeypatch):
     seen = []
     broadcast = ledger.chain.broadcast
 
@@ -654,7 +654,7 @@ def test_record_signed_with_new_key_when_key_was_replaced(ledger, number, monkey
     assert (found.state, found.attempt, found.txid) == ("confirmed", 2, again.txid)
 
 
-def test_key_that_came_back_signs_what_nobody_could(ledger, number, monkeypatch):
+def test_restored_key_signs_waiting_records(ledger, number, monkeypatch):
     ledger.chain.set_faults(Faults(drop=1))
     first = ledger.write(number)
     ledger.pass_ticks(LEAD_TICKS + EXPIRY_MARGIN_TICKS + 2)
@@ -668,7 +668,7 @@ def test_key_that_came_back_signs_what_nobody_could(ledger, number, monkeypatch)
     assert ledger.state(first.key) == "confirmed"
 
 
-def test_what_the_former_key_has_written_stays_written(ledger, number, monkeypatch):
+def test_records_of_the_former_key_stay_written(ledger, number, monkeypatch):
     first = ledger.write(number)
     ledger.run(LEAD_TICKS + 2)
     replace_the_service_key(monkeypatch)
@@ -708,7 +708,7 @@ def test_transfer_above_balance_rejected_without_signature(ledger, number):
     assert (refused.state, refused.txid, refused.attempt) == ("failed", "", 0)
 
 
-def test_what_is_under_way_counts_as_spent(ledger, number):
+def test_in_flight_amount_counts_as_spent(ledger, number):
     balance = ledger.balance(EMPTY)
     for part in range(2):
         ledger.transfer(f"task{number}-{part}", balance // 2, source=EMPTY)
@@ -719,7 +719,7 @@ def test_what_is_under_way_counts_as_spent(ledger, number):
     assert ledger.balance(EMPTY) == balance - 2 * (balance // 2)
 
 
-def test_what_is_moved_already_does_not_count_twice(ledger, number):
+def test_executed_transfer_does_not_count_twice(ledger, number):
     pay(ledger, wallets.service_key(), wallets.demo_key(EMPTY), 100)
     balance = ledger.balance(EMPTY)
     ledger.transfer(f"task{number}", balance - 10, source=EMPTY)
@@ -729,7 +729,7 @@ def test_what_is_moved_already_does_not_count_twice(ledger, number):
     assert (ledger.state(moved.key), ledger.balance(EMPTY)) == ("confirmed", 0)
 
 
-def test_simulation_says_what_is_not_there_too(ledger, number):
+def test_simulation_refuses_insufficient_balance(ledger, number):
     terms = {"source": SOURCE, "destination": DESTINATION}
     assert ledger.it.simulate_transfer(f"task{number}", amount=1, **terms).state == "simulated"
     with pytest.raises(PermanentError) as refused:
@@ -740,7 +740,7 @@ def test_simulation_says_what_is_not_there_too(ledger, number):
     assert ledger.it.get(f"transfer:task{number}") is None
 
 
-def test_of_many_transfers_at_once_only_what_is_there_is_spent(ledger, number):
+def test_concurrent_transfers_spend_only_the_balance(ledger, number):
     balance = ledger.balance(SOURCE)
     share = balance // 3
 
@@ -823,7 +823,7 @@ def test_bad_terms_are_refused_with_nothing_signed(ledger, number, arguments, er
     assert not ledger.it.open_sources()
 
 
-def test_wallet_whose_key_is_not_here_cannot_pay(ledger, number):
+def test_wallet_without_key_cannot_pay(ledger, number):
     stranger = wallets.key_of_seed("z" * 55).identity
     with pytest.raises(PermanentError) as refused:
         ledger.transfer(f"task{number}", 1, source=stranger)
@@ -857,7 +857,7 @@ def test_seed_is_never_shown(ledger, number, caplog, capsys):
     assert wallets.service_key().subseed.hex() not in repr(wallets.service_key())
 
 
-def test_secret_that_is_no_seed_is_refused_without_showing_it(aws):
+def test_malformed_seed_is_refused_without_showing_it(aws):
     wallets._key_of_secret.cache_clear()
     boto3.client("secretsmanager").put_secret_value(SecretId="QubicSeed", SecretString="Not a seed, but secret")
     try:
@@ -877,7 +877,7 @@ class Elsewhere(MockChain):
     network = "mainnet"
 
 
-def test_what_one_network_confirmed_is_nothing_on_another(ledger, number):
+def test_confirmation_is_not_valid_on_another_network(ledger, number):
     written = ledger.write(number)
     ledger.run(LEAD_TICKS + 2)
     elsewhere = Elsewhere(

@@ -73,7 +73,7 @@ def test_transfer_expires_and_its_queue_goes_on(ledger: Ledger) -> None:
     assert ledger.it.open_sources() == []
 
 
-def test_record_is_signed_anew_when_its_tick_is_missed(ledger: Ledger) -> None:
+def test_record_is_signed_again_when_its_tick_is_missed(ledger: Ledger) -> None:
     ledger.mock.set_faults(Faults(drop=10**6))
     written = ledger.it.submit_record("hash:" + "a" * 64, b"\xaa" * 32, kind="hash", metadata={})
     ledger.run(LEAD_TICKS + 1)

@@ -273,7 +273,7 @@ def test_largest_suspensions_are_written(aws: Cloud) -> None:
     assert len(suspensions.suspended()) == MAX_SUSPENDED
 
 
-def test_policy_shows_what_is_suspended_to_everybody(api: Api) -> None:
+def test_policy_shows_suspensions_to_every_caller(api: Api) -> None:
     assert api("GET", "/policy").body["suspended"] == []
     suspend(api)
     suspend(api, "transaction")

@@ -60,7 +60,7 @@ def test_check_holds_again_when_the_action_is_resumed() -> None:
     assert intents() == len(TASKS)
 
 
-def test_check_is_told_apart_from_other_writes() -> None:
+def test_check_is_distinguished_from_other_writes() -> None:
     assert suspensions.is_check(suspensions.check("transfer_funds", "task_1"))
     other = {"ConditionCheck": {"TableName": "ChainTable", "ExpressionAttributeNames": {"#open": "open"}}}
     assert not any(map(suspensions.is_check, [other, *suspensions.puts({})]))
@@ -84,7 +84,7 @@ def test_puts_write_every_copy_that_a_check_reads() -> None:
     }
 
 
-def test_refusal_says_who_suspended_what_and_why() -> None:
+def test_refusal_names_suspension_actor_and_reason() -> None:
     at = "at 2026-11-28T06:00:00.000Z: the key leaked"
     assert refusal("pay", {}) is None
     assert refusal("pay", {"other": STOPPED}) is None

@@ -59,7 +59,7 @@ EVENTS = [
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_event_item_gives_back_what_was_put_into_it(count: int) -> None:
+def test_event_item_survives_a_round_trip(count: int) -> None:
     item = event_item("task_1", 5, EVENTS[:count])
     assert item["sk"]["S"] == f"EVENT#{4 + count:06d}"
     assert list(events_of(item)) == list(enumerate(EVENTS[:count], start=5))
@@ -111,7 +111,7 @@ def test_event_has_no_text_that_another_item_has(store: TaskStore) -> None:
     assert json.loads(disclosed.input)["description"] == TEXT
 
 
-def test_plan_is_not_in_the_event_that_tells_of_it(store: TaskStore) -> None:
+def test_plan_is_not_in_its_event(store: TaskStore) -> None:
     task_id, plan = planned(store)
     built = event_items(task_id)[-1]
     assert "step_3" not in str(built) and item_size(built) <= 1024
@@ -119,7 +119,7 @@ def test_plan_is_not_in_the_event_that_tells_of_it(store: TaskStore) -> None:
 
 
 @pytest.mark.parametrize("gone", ["TASK", "PLAN"])
-def test_text_that_is_gone_is_empty_and_the_rest_is_read(store: TaskStore, gone: str) -> None:
+def test_missing_text_is_empty_and_the_rest_is_read(store: TaskStore, gone: str) -> None:
     task_id, plan = planned(store)
     pk = task_id if gone == "TASK" else plan.plan_id
     boto3.client("dynamodb").delete_item(TableName="TasksTable", Key={"pk": {"S": pk}, "sk": {"S": gone}})

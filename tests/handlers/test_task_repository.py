@@ -142,7 +142,7 @@ def test_task_id_is_not_written_twice(store: TaskStore) -> None:
         store.start_task(task)
 
 
-def test_what_is_not_there_is_not_found(store: TaskStore) -> None:
+def test_missing_item_is_not_found(store: TaskStore) -> None:
     with pytest.raises(NotFoundError):
         store.get_task(new_task_id())
     with pytest.raises(NotFoundError):
@@ -186,7 +186,7 @@ def test_approval_requested_again_when_more_are_required(store: TaskStore) -> No
     assert store.request_approval(store.get_task(task_id), plan, 2, "token-3", 60, required=3).status == "rejected"
 
 
-def test_approval_that_was_used_stays_used_whoever_asks_again(store: TaskStore) -> None:
+def test_used_approval_stays_used(store: TaskStore) -> None:
     """A call with a late response does not overwrite later changes."""
     task_id, plan = waiting(store)
     approval = store.decide(task_id, approved=True, subject="bob", reason="x")
@@ -216,7 +216,7 @@ def test_of_two_decisions_at_the_same_moment_one_wins(store: TaskStore) -> None:
     assert events(task_id).count("approval_decided") == 1
 
 
-def test_decision_a_day_late_is_refused_and_says_so(store: TaskStore) -> None:
+def test_decision_refused_a_day_after_expiry(store: TaskStore) -> None:
     task_id, _ = waiting(store, expires_in=0)
     with pytest.raises(ConflictError) as caught:
         store.decide(task_id, approved=True, subject="bob", reason="late")
@@ -269,7 +269,7 @@ def test_step_is_claimed_counted_and_ended_once(store: TaskStore) -> None:
     assert events(task_id).count("step_executed") == 1
 
 
-def test_claim_tells_what_was_decided(store: TaskStore) -> None:
+def test_claim_returns_the_decision(store: TaskStore) -> None:
     task_id, plan = waiting(store)
     approval = store.decide(task_id, approved=True, subject="bob", reason="ok")
     stricter = plan.policy.model_copy(update={"policy_id": "policy-v2-" + "0" * 64, "approvals": 1})

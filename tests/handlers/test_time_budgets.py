@@ -52,7 +52,7 @@ def later(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sweeper, "now", lambda: now() + timedelta(minutes=2))
 
 
-def test_sweeper_tells_its_metrics_when_handing_over_is_slow(
+def test_sweeper_sends_metrics_when_hand_over_is_slow(
     aws: Cloud,
     clock: Callable[[str, float], list[str]],
     monkeypatch: pytest.MonkeyPatch,
@@ -127,7 +127,7 @@ def test_recorder_gives_events_back_when_time_is_short(aws: Cloud, clock: Callab
     assert failed == [number for task_id in tasks[2:] for number in numbers[task_id]]
 
 
-def test_anchor_tells_its_age_when_the_ledger_does_not_answer(
+def test_anchor_sends_its_age_when_ledger_is_silent(
     aws: Cloud, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     new_recorder().drain(task_with(1))

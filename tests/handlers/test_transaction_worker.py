@@ -177,7 +177,7 @@ def _record(key: str, network: str = "mock", looks: int = 1) -> dict[str, Any]:
     return {"messageId": key, "body": body, "eventSource": "aws:sqs"}
 
 
-def test_submission_is_looked_at_until_it_is_closed():
+def test_submission_is_checked_until_closed():
     with cloud(state_machine=False) as it:
         it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         [before] = _messages()
@@ -195,13 +195,13 @@ def test_submission_is_looked_at_until_it_is_closed():
         assert _messages() == [after]
 
 
-def test_what_cannot_be_followed_is_delivered_again():
+def test_malformed_message_is_delivered_again():
     with cloud(state_machine=False) as it:
         answer = it.invoke("TransactionWorkerFunction", {"Records": [{"messageId": "m", "body": "not JSON"}]})
         assert answer == {"batchItemFailures": [{"itemIdentifier": "m"}]}
 
 
-def test_while_the_network_is_silent_the_writer_comes_back():
+def test_worker_returns_while_the_network_is_silent():
     with cloud(state_machine=False) as it:
         it.invoke("LedgerRecordFunction", {"operation": "write", "hash": digest(1), "metadata": {}})
         chain = MockChain(genesis={}, table="ChainTable", clock=it.clock, tick_milliseconds=1000)

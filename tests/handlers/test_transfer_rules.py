@@ -128,7 +128,7 @@ def _state(aws: Cloud, reference: str) -> dict[str, Any]:
     return dict(answer["result"])
 
 
-def test_ledger_keeps_confirming_what_was_sent_before(aws: Cloud, enforce: Enforce) -> None:
+def test_ledger_confirms_transfers_sent_before(aws: Cloud, enforce: Enforce) -> None:
     """A sent transfer cannot be recalled: its real end is reported."""
     aws.invoke("LedgerTransferFunction", {"operation": "transfer", **TERMS, "run": 1})
     assert _state(aws, "task#step_3")["state"] == "broadcast"

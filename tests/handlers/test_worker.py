@@ -264,7 +264,7 @@ def test_policy_in_force_is_compared_with_the_pinned_one(store: TaskStore, plan_
         (1001, True, "balance 1000 QU is below the threshold of 1001 QU"),
     ],
 )
-def test_monitor_says_what_it_saw(
+def test_monitor_reports_its_observation(
     aws: Cloud, store: TaskStore, plan_for: Plans, threshold: int | None, alert: bool, message: str
 ) -> None:
     parameters = {"wallet_address": SOURCE} | ({} if threshold is None else {"alert_threshold": threshold})
@@ -332,14 +332,14 @@ def spend(amount: int, source: str = SOURCE, destination: str = DESTINATION) -> 
     LedgerClient("LedgerTransferFunction").transfer(reference="another", requester="olivia", **terms)
 
 
-def test_compliance_denies_what_the_wallet_cannot_pay(aws: Cloud, plan_for: Plans, sent: Sent) -> None:
+def test_compliance_denies_unpayable_transfer(aws: Cloud, plan_for: Plans, sent: Sent) -> None:
     task_id, _ = plan_for("transfer_funds", TRANSFER | {"amount": 1001})
     verdict = verdict_on(aws, task_id, sent)
     assert (verdict["verdict"], verdict["balance"]) == ("denied", None)
     assert verdict["reason"] == "insufficient_balance: the wallet holds 1000 QU; the transfer needs 1001 QU"
 
 
-def test_compliance_denies_what_is_promised_elsewhere(aws: Cloud, plan_for: Plans, sent: Sent) -> None:
+def test_compliance_denies_amount_promised_to_transfers(aws: Cloud, plan_for: Plans, sent: Sent) -> None:
     """600 of the 1,000 QU are in a transfer whose tick has not come."""
     spend(600)
     task_id, _ = plan_for("transfer_funds", TRANSFER | {"amount": 401})
@@ -394,7 +394,7 @@ def test_compliance_denies_a_wallet_without_a_key(aws: Cloud, plan_for: Plans, s
     assert verdict["reason"] == "no_key: this service does not hold the key of the source wallet"
 
 
-def test_compliance_denies_what_was_spent_since_the_approval(
+def test_compliance_denies_amount_spent_since_approval(
     aws: Cloud, store: TaskStore, plan_for: Plans, asked: Counter[str], sent: Sent
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
@@ -601,7 +601,7 @@ def test_no_effect_without_the_intent_on_record(
     assert act(aws, task_id) == "submitted"
 
 
-def test_transfer_that_is_only_simulated_is_finished_at_once(
+def test_simulated_transfer_is_finished_at_once(
     aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The ledger does not store it, so no caller could read it later."""
@@ -701,7 +701,7 @@ def test_transfer_end_recorded_before_execution_resumes(
     assert store.get_task(task_id).status == "completed"
 
 
-def test_who_comes_after_the_end_does_not_wait(
+def test_attempt_after_the_end_does_not_wait(
     aws: Cloud, store: TaskStore, plan_for: Plans, woken: Callable[[], list[str]], missed: None
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
@@ -780,7 +780,7 @@ def test_transfer_end_recorded_when_no_execution_waits(
 
 
 @pytest.mark.parametrize("by", ["event", "reconciler"])
-def test_what_a_cancelled_task_has_done_is_put_on_record_once(
+def test_cancelled_tasks_transfer_is_recorded_once(
     aws: Cloud,
     store: TaskStore,
     plan_for: Plans,
@@ -895,7 +895,7 @@ def test_late_confirmed_transfer_raises_alarm_and_retry_repairs(
     assert (record_of(store, task_id).status, balance(DESTINATION)) == ("succeeded", 250)
 
 
-def test_no_alarm_is_raised_for_a_transfer_that_is_on_record(
+def test_recorded_transfer_raises_no_alarm(
     aws: Cloud, store: TaskStore, plan_for: Plans, asked: Counter[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)
@@ -934,7 +934,7 @@ def test_alarm_is_raised_for_a_transfer_of_no_step(aws: Cloud, capsys: pytest.Ca
     assert not_on_record(capsys.readouterr().out) == 1
 
 
-def test_end_that_cannot_be_told_is_delivered_again(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_undeliverable_end_is_delivered_again(aws: Cloud, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TaskStore, "get_task", lambda *key: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         aws.invoke("ExecuteActionFunction", ended("task_none"))
@@ -998,7 +998,7 @@ def test_reconciler_resumes_when_message_was_lost(
     assert reconciler._wake(store.get_task(task_id), store) is False
 
 
-def test_attempt_s_end_told_again_does_not_fail_the_next_run(
+def test_repeated_end_does_not_fail_the_next_run(
     aws: Cloud, store: TaskStore, plan_for: Plans, woken: Callable[[], list[str]]
 ) -> None:
     """The next execution has kept its token, and has not claimed the step yet."""
@@ -1227,7 +1227,7 @@ def test_handler_that_raises_answers_its_token_with_the_error(
         assert sent.pop() == ("send_task_failure", said)
 
 
-def test_refusal_does_not_overrule_an_attempt_that_is_at_work(store: TaskStore, plan_for: Plans) -> None:
+def test_refusal_does_not_overrule_a_running_attempt(store: TaskStore, plan_for: Plans) -> None:
     """Between this attempt's look and its refusal, another one, which had its approval, has begun."""
     task_id, plan = plan_for("transfer_funds", TRANSFER)
     claim(store, task_id, plan, 2)
@@ -1236,7 +1236,7 @@ def test_refusal_does_not_overrule_an_attempt_that_is_at_work(store: TaskStore, 
     assert record_of(store, task_id).status == "running"
 
 
-def test_approval_that_is_too_old_refuses_the_step(
+def test_expired_approval_refuses_the_step(
     aws: Cloud, store: TaskStore, plan_for: Plans, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task_id, plan = plan_for("transfer_funds", TRANSFER)

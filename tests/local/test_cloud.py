@@ -38,14 +38,14 @@ def test_taken_port_is_named_with_the_variable_that_changes_it(listener):
     assert "\n" not in str(raised.value)
 
 
-def test_port_of_the_local_aws_has_a_variable_of_its_own(listener):
+def test_port_of_the_local_aws_has_its_own_variable(listener):
     port = listener.getsockname()[1]
     ports = Ports.from_environment({"QAES_HTTP_PORT": str(Ports.free().http), "QAES_PORT": str(port)})
     with pytest.raises(LocalCloudError, match=f"Port {port}.*QAES_PORT="):
         ports.check()
 
 
-def test_port_is_free_again_once_nobody_listens(listener):
+def test_port_is_free_again_without_listener(listener):
     port = listener.getsockname()[1]
     assert is_taken(port)
     listener.close()
@@ -53,7 +53,7 @@ def test_port_is_free_again_once_nobody_listens(listener):
 
 
 @pytest.mark.parametrize("text", ["0", "65536", "http", "-1", "8000 "])
-def test_what_is_no_port_is_refused(text):
+def test_malformed_port_is_refused(text):
     with pytest.raises(LocalCloudError, match="QAES_HTTP_PORT"):
         Ports.from_environment({"QAES_HTTP_PORT": text})
 
@@ -96,7 +96,7 @@ def test_proxy_is_not_asked_for_the_loopback_interface(tmp_path):
     assert environment["NO_PROXY"] == environment["no_proxy"] == "corp.example,localhost,127.0.0.1"
 
 
-def test_build_is_made_anew_when_what_it_is_made_from_changes(tmp_path):
+def test_build_is_repeated_when_its_sources_change(tmp_path):
     for folder in ("functions/worker", "layers/core", "statemachine"):
         (tmp_path / folder).mkdir(parents=True)
     for name in ("template.yaml", "samconfig.toml", "functions/worker/app.py", "layers/core/requirements.txt"):
@@ -188,5 +188,5 @@ def test_byte_code_is_made_once_for_equal_code(tmp_path, monkeypatch):
         ("STARTED by a person", False),
     ],
 )
-def test_is_platform_tells_lambdas_lines_from_the_services(message, expected):
+def test_is_platform_separates_lambda_and_service_lines(message, expected):
     assert _is_platform(message) is expected

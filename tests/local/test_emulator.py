@@ -72,7 +72,7 @@ def test_environments_share_one_unpacked_copy(start, tmp_path):
     assert not list(tmp_path.rglob("*.zip"))
 
 
-def test_other_code_gets_a_copy_of_its_own(start):
+def test_other_code_gets_its_own_copy(start):
     assert start("one")[1][3] == "hello"
     assert start("two", archive(app="def handler(event, context):\n    return 'other'\n"))[1] == "other"
 

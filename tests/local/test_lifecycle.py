@@ -74,7 +74,7 @@ def test_second_up_explains_how_to_use_the_running_cloud(instance, capsys):
     assert instance.read()["pid"] == pid
 
 
-def test_second_up_in_another_mode_says_what_to_do(instance, capsys):
+def test_second_up_in_another_mode_names_the_fix(instance, capsys):
     start(instance)
     assert lifecycle.up("stub", Ports.free(), instance, ["false"]) == 1
     assert "make down first" in capsys.readouterr().out
@@ -93,7 +93,7 @@ def test_failed_start_shows_why_and_leaves_nothing(instance, capsys):
     assert instance.read() == {}
 
 
-def test_what_a_killed_run_left_is_cleaned_up(instance, capsys):
+def test_leftovers_of_a_killed_run_are_cleaned_up(instance, capsys):
     start(instance)
     stale = instance.read()["pid"]
     os.kill(stale, signal.SIGKILL)
@@ -132,7 +132,7 @@ def test_down_shows_progress_and_removes_everything(instance):
     assert [path.name for path in instance.directory.parent.iterdir()] == ["runs.lock"]
 
 
-def test_down_removes_what_an_earlier_run_left(instance):
+def test_down_removes_leftovers_of_earlier_run(instance):
     (instance.directory / "tmp").mkdir(parents=True)
     (instance.directory / "aws.log").touch()
     said = []
@@ -141,7 +141,7 @@ def test_down_removes_what_an_earlier_run_left(instance):
     assert not instance.directory.exists()
 
 
-def test_status_tells_by_its_exit_code_whether_it_runs(instance):
+def test_status_exit_code_shows_whether_it_runs(instance):
     assert lifecycle.status(instance) == (lifecycle.NOT_RUNNING, 1)
     start(instance)
     text, code = lifecycle.status(instance)
@@ -151,7 +151,7 @@ def test_status_tells_by_its_exit_code_whether_it_runs(instance):
 
 
 @pytest.mark.parametrize("task", ["bogus", "task_1", "task_019ab000-0000-7000-8000-00000000000g", "*"])
-def test_logs_of_what_is_no_task_are_an_error(task):
+def test_logs_fail_for_malformed_task_id(task):
     with pytest.raises(LocalCloudError, match="TASK must be"):
         lifecycle.logs(task)
 
@@ -205,7 +205,7 @@ def test_ctrl_c_while_it_starts_leaves_nothing(instance, capsys):
     assert not instance.directory.exists()
 
 
-def test_what_the_guard_started_ends_with_its_parent(tmp_path):
+def test_guarded_process_ends_with_its_parent(tmp_path):
     (tmp_path / "child.py").write_text(
         "import subprocess, time\n"
         "child = subprocess.Popen(['sleep', '60'])\n"

@@ -43,7 +43,7 @@ def test_make_help_lists_the_commands(make):
     assert {"make up", "make down", "make demo"} <= {" ".join(line.split()[:2]) for line in output.splitlines()}
 
 
-def test_make_up_names_what_is_missing(make):
+def test_make_up_names_missing_programs(make):
     code, output = make("up", "PYTHON=no-such-python")
     assert code != 0
     assert "no-such-python is not installed" in output

@@ -69,6 +69,14 @@ def test_check_test_names_reports_long_names() -> None:
     assert list(prose.check_test_names([short] * 89 + [long] * 11))
 
 
+@pytest.mark.parametrize(
+    "name", ["test_what_is_sent", "test_report_says_more", "test_view_of_what_is_sent", "test_it_ends"]
+)
+def test_check_test_names_reports_names_without_subject(name: str) -> None:
+    assert not list(prose.check_test_names(["test_whole_item_is_read", "test_caller_who_retries_is_refused"]))
+    assert [finding.text for finding in prose.check_test_names(["test_a", name])] == [name]
+
+
 def test_check_links_reports_missing_file_and_heading() -> None:
     good = "# Page\n\n[b](glossary.md#glossary) [c](https://example.com/x)\n"
     assert not list(prose.check_links("docs/page.md", good))

@@ -160,7 +160,7 @@ def test_every_method_is_forwarded(proxy, method):
     assert ask(proxy, method, "/tasks")[0].status == 202
 
 
-def test_public_log_has_an_api_of_its_own(proxy):
+def test_public_log_has_a_separate_api(proxy):
     assert ask(proxy, "GET", "/public/log/checkpoint")[1]["path"] == "/_aws/execute-api/api1/v1/public/log/checkpoint"
     proxy.log_api_id = "log1"
     received = ask(proxy, "GET", "/public/log/checkpoint")[1]
@@ -281,7 +281,7 @@ def test_proxy_stops_without_a_traceback_when_requests_are_open(aws_port, capfd,
 # Rejected requests
 
 
-def test_another_name_for_this_machine_is_refused(proxy):
+def test_other_host_name_is_refused(proxy):
     for name in ("Host", "host"):
         assert ask(proxy, "GET", "/health", headers={name: "evil.example:8000"})[0].status == 421
     assert raw(proxy, b"GET /tasks HTTP/1.0\r\nConnection: close\r\n\r\n").startswith(b"HTTP/1.1 421")
@@ -314,7 +314,7 @@ def test_line_break_is_refused_in_a_path(proxy):
 
 
 @pytest.mark.parametrize("target", [b"*", b"http://localhost/tasks", b"tasks"])
-def test_target_that_is_no_path_is_refused(proxy, target):
+def test_malformed_target_is_refused(proxy, target):
     answer = raw(proxy, b"OPTIONS %s HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n" % target)
     assert answer.startswith(b"HTTP/1.1 400")
 
@@ -363,7 +363,7 @@ def test_keys_are_published(proxy):
         ("localhost:8000@evil.example", False),
     ],
 )
-def test_is_loopback_knows_the_names_of_this_machine(netloc, expected):
+def test_is_loopback_accepts_local_names(netloc, expected):
     assert is_loopback(netloc) is expected
 
 

@@ -47,13 +47,13 @@ def ask(address, text, source="127.0.0.1"):
         return everything(connection)
 
 
-def test_it_passes_on_both_ways_and_the_ends(echo):
+def test_relay_forwards_both_directions_and_closes(echo):
     with Relay(IPv4Interface("127.0.0.1/8"), echo) as relay:
         assert ask(relay.address, b"abc" * 100_000) == b"cba" * 100_000
         assert ask(relay.address, b"again") == b"niaga"
 
 
-def test_who_is_not_on_its_network_gets_nothing(echo):
+def test_relay_refuses_clients_outside_its_network(echo):
     with Relay(IPv4Interface("127.0.0.1/32"), echo) as relay:
         try:
             answer = ask(relay.address, b"abc", source="127.0.0.2")
@@ -62,14 +62,14 @@ def test_who_is_not_on_its_network_gets_nothing(echo):
     assert answer == b""
 
 
-def test_it_is_closed_afterwards(echo):
+def test_relay_is_closed_afterwards(echo):
     with Relay(IPv4Interface("127.0.0.1/8"), echo) as relay:
         address = relay.address
     with pytest.raises(ConnectionRefusedError):
         ask(address, b"abc")
 
 
-def test_server_that_is_gone_ends_the_connection():
+def test_relay_closes_connection_when_server_is_gone():
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         relay = Relay(IPv4Interface("127.0.0.1/8"), closed.getsockname()[1])

@@ -30,7 +30,7 @@ def test_remove_ended_runs_spares_a_run_that_lives(tmp_path):
 
 
 @pytest.mark.parametrize("files", [["running"], ["lock"], ["starting"], ["aws.log"]])
-def test_remove_ended_runs_removes_what_a_run_left(tmp_path, files):
+def test_remove_ended_runs_removes_leftovers(tmp_path, files):
     folder(tmp_path, "demo-999999999", *files)
     assert remove_ended_runs(tmp_path) == ["demo-999999999"]
 
@@ -48,7 +48,7 @@ def test_remove_ended_runs_spares_an_earlier_version_at_work(tmp_path):
     assert remove_ended_runs(tmp_path) == []
 
 
-def test_remove_ended_runs_removes_what_a_killed_run_left(tmp_path):
+def test_remove_ended_runs_removes_leftovers_of_killed_run(tmp_path):
     program = (
         "import pathlib, sys, time\nfrom local.runs import running\n"
         "with running(pathlib.Path(sys.argv[1])):\n    print('runs', flush=True)\n    time.sleep(60)\n"

@@ -21,7 +21,7 @@ def decode(token, issuer):
 
 
 @pytest.mark.parametrize("role", PEOPLE)
-def test_each_role_is_a_person_of_its_own(issuer, role):
+def test_each_role_is_a_separate_person(issuer, role):
     claims = decode(issuer.token(role), issuer)
     assert (claims["sub"], claims["scope"]) == (PEOPLE[role], role)
     assert claims["exp"] - claims["iat"] == LIFETIME_SECONDS
@@ -38,7 +38,7 @@ def test_old_token_has_expired(issuer):
         decode(issuer.token("requester", now=1_600_000_000), issuer)
 
 
-def test_another_issuers_token_is_unknown(issuer):
+def test_token_of_another_issuer_is_unknown(issuer):
     with pytest.raises(KeyError):
         decode(Issuer.create(issuer.url).token("requester"), issuer)
 
@@ -84,6 +84,6 @@ def test_make_token_names_the_wrong_variable(issuer, role, subject, field):
         issuer.requested_token(role, subject)
 
 
-def test_make_token_says_make_up_when_nothing_runs(tmp_path):
+def test_make_token_names_make_up_when_nothing_runs(tmp_path):
     with pytest.raises(LocalCloudError, match="make up"):
         lifecycle.token("operator", "", tmp_path / "issuer.json")

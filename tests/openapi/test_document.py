@@ -22,7 +22,7 @@ def conforms(value: Any, schema: dict[str, Any]) -> None:
     Draft202012Validator(schema | {"components": DOCUMENT["components"]}).validate(value)
 
 
-def test_what_is_committed_is_what_the_code_says() -> None:
+def test_committed_document_matches_the_code() -> None:
     found = document()
     assert (template.ROOT / FILE).read_text() == text_of(found), "make openapi"
     assert (template.ROOT / "docs/openapi.json").samefile(template.ROOT / FILE), "one file, under two names"
@@ -63,7 +63,7 @@ def test_errors_are_in_the_document(operation: Operation, ask: Callable[..., Ans
         conforms(answer.body, DOCUMENT["components"]["schemas"]["Problem"])
 
 
-def test_document_and_its_page_are_served_to_everybody(aws: Cloud) -> None:
+def test_document_and_its_page_are_public(aws: Cloud) -> None:
     api = Api(aws, "GatewayFunction")
     event = api.event("GET", "/openapi.json", subject=None)
     answer = aws.invoke("GatewayFunction", event)

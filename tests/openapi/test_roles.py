@@ -54,7 +54,7 @@ def test_table_of_the_contract() -> None:
 
 @pytest.mark.parametrize("own", [True, False], ids=["own", "other's"])
 @pytest.mark.parametrize("operation", SECURED, ids=lambda operation: operation.id)
-def test_who_may_do_what(operation: Operation, own: bool, ask: Callable[..., Answer]) -> None:
+def test_operations_check_their_roles(operation: Operation, own: bool, ask: Callable[..., Answer]) -> None:
     for role in ROLES:
         answer = ask(operation, subject="alice" if own else "mallory", roles=role)
         assert answer.status == expected(operation, role, own=own), (role, answer)
@@ -65,13 +65,13 @@ AN_AGENT_MAY_CHANGE = {"start_task", "create_plan", "cancel", "retry"}
 READS_BY_POST = {"rpc_transaction", "rpc_transactions", "explain_decision", "replay_version"}
 
 
-def test_what_an_agent_may_not_change_is_for_people() -> None:
+def test_changes_denied_to_agents_are_for_people() -> None:
     changing = {operation.id for operation in SECURED if operation.method != "GET"} - READS_BY_POST
     assert {operation.id for operation in SECURED if operation.deciding} == changing - AN_AGENT_MAY_CHANGE
 
 
 @pytest.mark.parametrize("operation", SECURED, ids=lambda operation: operation.id)
-def test_what_an_agent_with_every_role_gets(operation: Operation, ask: Callable[..., Answer]) -> None:
+def test_agent_with_every_role_gets_an_agents_rights(operation: Operation, ask: Callable[..., Answer]) -> None:
     answer = ask(operation, subject="alice", roles=" ".join(ROLES), agent="crm-agent")
     if operation.deciding:
         assert answer.status == 403 and answer.body["detail"].startswith("only a person can do this")

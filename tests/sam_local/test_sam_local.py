@@ -75,7 +75,7 @@ def test_every_function_is_built_and_has_event() -> None:
     assert {events.function_of(case) for case in events.cases()} == functions
 
 
-def test_what_is_invoked_is_the_build(sam: SamLocal) -> None:
+def test_sam_local_invokes_the_build(sam: SamLocal) -> None:
     built = yaml_parse((BUILD / "template.yaml").read_text())["Resources"]
     code = {name: body["Properties"]["CodeUri"] for name, body in built.items() if "CodeUri" in body["Properties"]}
     assert code == {name: name for name in template.functions()}

@@ -28,7 +28,7 @@ def test_runbook_has_a_paragraph_for_each_alarm() -> None:
 
 
 @pytest.mark.parametrize("name", ALARMS)
-def test_alarm_paragraph_tells_what_fired_and_what_to_do(name: str) -> None:
+def test_alarm_paragraph_has_cause_and_response(name: str) -> None:
     for part in ("- **Fires** ", "- **Means** ", "- **Do"):
         assert paragraphs()[name].count(part) == 1, part
     assert ALARMS[name]["Properties"]["AlarmDescription"].endswith(f" See docs/runbook.md#{name.lower()}")

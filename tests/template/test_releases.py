@@ -94,7 +94,7 @@ def _indexes(*indexes: dict[str, Any]) -> dict[str, Any]:
         pytest.param(_changed("Resources/Function", None), id="no function"),
     ],
 )
-def test_upgrade_accepts_what_an_update_can_change(new: dict[str, Any]) -> None:
+def test_upgrade_accepts_changes_in_place(new: dict[str, Any]) -> None:
     assert faults(RELEASED, new) == []
 
 
@@ -136,5 +136,5 @@ def test_upgrade_accepts_what_an_update_can_change(new: dict[str, Any]) -> None:
         (_changed("Parameters/Stage", None), "Stage: a release has this parameter, so a deployment may set it"),
     ],
 )
-def test_upgrade_refuses_what_fails_or_loses_data(new: dict[str, Any], fault: str) -> None:
+def test_upgrade_refuses_failure_or_data_loss(new: dict[str, Any], fault: str) -> None:
     assert faults(RELEASED, new) == [fault]

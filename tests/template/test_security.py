@@ -126,7 +126,7 @@ def test_only_administrator_creates_users_with_strong_passwords(template: Any) -
     assert all(password[f"Require{kind}"] for kind in ("Lowercase", "Uppercase", "Numbers", "Symbols"))
 
 
-def test_client_has_no_secret_and_does_not_say_who_exists(template: Any) -> None:
+def test_client_has_no_secret_and_hides_existing_users(template: Any) -> None:
     client = template.resources["UserPoolClient"]["Properties"]
     assert client["GenerateSecret"] is False
     assert client["PreventUserExistenceErrors"] == "ENABLED"
@@ -198,7 +198,7 @@ def test_each_operation_of_the_ledger_is_one_functions(template: Any) -> None:
 
 
 @pytest.mark.parametrize(("network", "users"), [("mock", QUBIC), ("mainnet", set())])
-def test_mock_networks_table_is_nobodys_where_there_is_none(template: Any, network: str, users: set[str]) -> None:
+def test_mock_table_has_no_users_on_other_networks(template: Any, network: str, users: set[str]) -> None:
     found = {
         name
         for name, function in template.functions.items()
@@ -364,13 +364,13 @@ def test_api_has_no_second_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [each for each in deployments if "StageName" in each]
 
 
-def test_another_origin_is_another_deployment(template: Any) -> None:
+def test_new_origin_causes_a_deployment(template: Any) -> None:
     """Or a new value of the parameter would never reach the stage: SAM compares the template, not its parameters."""
     for name in ("Api", "PublicLogApi"):
         assert template.resources[name]["Properties"]["AlwaysDeploy"] is True
 
 
-def test_log_that_is_anchored_in_public_has_a_name_of_its_own(template: Any) -> None:
+def test_publicly_anchored_log_needs_its_own_name(template: Any) -> None:
     assert refusals(template, QubicNetwork="mainnet") == {"MainnetNamesItsLog"}
     assert refusals(template, QubicNetwork="mainnet", LogId="acme-payments") == set()
     assert refusals(template) == set()

@@ -43,7 +43,7 @@ def test_every_substitution_is_defined_and_used(template: Any) -> None:
     assert used == set(template.state_machine["DefinitionSubstitutions"])
 
 
-def test_every_state_says_what_it_is_for(states: States) -> None:
+def test_every_state_has_a_comment(states: States) -> None:
     assert [name for name, state in states.items() if not state.get("Comment")] == []
 
 
@@ -102,7 +102,7 @@ STOPPED = {
 
 
 @pytest.mark.parametrize("name", STOPPED)
-def test_what_stops_a_step_ends_the_task_by_its_name(states: States, name: str) -> None:
+def test_stopping_error_ends_the_task_with_its_outcome(states: States, name: str) -> None:
     caught = {error: each for each in states[name]["Catch"] for error in each["ErrorEquals"]}
     assert {error.__name__ for error in STOPPED[name]} == {error for error in caught if error.endswith("Error")}
     for error in STOPPED[name]:
@@ -118,7 +118,7 @@ def test_steps_run_one_at_a_time(states: States) -> None:
     assert all(state["MaxConcurrency"] == 1 for state in maps.values())
 
 
-def test_what_would_meet_the_same_again_is_never_tried_again(states: States) -> None:
+def test_permanent_errors_are_never_retried(states: States) -> None:
     """Errors that stop a step, and that a retry cannot change."""
     for name, state in tasks(states).items():
         first = state["Retry"][0]
@@ -179,7 +179,7 @@ LEDGER_CALLS = {
 """Maximum number of ledger calls of an invocation that does not stop when its time is short."""
 
 
-def test_who_asks_the_ledger_has_the_time_for_it(template: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_callers_of_the_ledger_have_enough_time(template: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     common = template.document["Globals"]["Function"]["Timeout"]
     limit = {name: function.get("Timeout", common) for name, function in template.functions.items()}
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-1")

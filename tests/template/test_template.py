@@ -323,7 +323,7 @@ def test_api_is_throttled_and_logged(template: Any, name: str) -> None:
     assert "authorizationToken" not in api["AccessLogSetting"]["Format"]
 
 
-def test_public_log_takes_no_more_than_what_an_account_bears(template: Any) -> None:
+def test_public_log_limits_stay_below_account_limits(template: Any) -> None:
     """The log's limits apply to each route: any client can send this many requests at the operator's cost."""
     function, api = template.functions["PublicLogFunction"], template.resources["PublicLogApi"]["Properties"]
     [settings] = api["MethodSettings"]
@@ -444,7 +444,7 @@ def test_execute_action_reads_single_entries_and_writes_none(template: Any) -> N
     assert actions == ["dynamodb:GetItem"]
 
 
-def test_audit_api_queries_the_indexes_of_hashes_and_nobody_else(template: Any) -> None:
+def test_only_audit_api_queries_the_hash_indexes(template: Any) -> None:
     indexes = template.resources["AuditEntriesTable"]["Properties"]["GlobalSecondaryIndexes"]
     assert [index["IndexName"] for index in indexes] == ["by_leaf", "by_input", "by_output"]
     arns = [{"Fn::Sub": f"${{AuditEntriesTable.Arn}}/index/{index['IndexName']}"} for index in indexes]
@@ -537,7 +537,7 @@ def test_anchors_are_put_by_the_anchors_role_alone(template: Any) -> None:
     assert log == ["dynamodb:GetItem"]
 
 
-def test_nobody_changes_audit_entries(template: Any) -> None:
+def test_no_role_changes_audit_entries(template: Any) -> None:
     entries = {"Fn::GetAtt": ["AuditEntriesTable", "Arn"]}
     everyone, _ = table_policy(template, "AuditEntriesTable")
     assert (everyone["Effect"], everyone["Principal"], set(everyone["Action"])) == ("Deny", "*", CHANGES)
@@ -553,7 +553,7 @@ def test_table_has_one_owner(template: Any) -> None:
         assert users == owners, table
 
 
-def test_ledger_alone_reads_its_seed_and_nobody_changes_it(template: Any) -> None:
+def test_only_ledger_reads_its_seed_and_no_role_changes_it(template: Any) -> None:
     for name in template.functions:
         secrets = [pair for pair in allowed(template, name) if "QubicSeed" in str(pair)]
         assert secrets == (
@@ -632,7 +632,7 @@ def bus_rules(function: dict[str, Any]) -> list[dict[str, Any]]:
     return [event for event in events if event.get("EventBusName") == {"Ref": "LedgerBus"}]
 
 
-def test_only_who_may_close_a_submission_publishes_its_end(template: Any) -> None:
+def test_only_closers_of_submissions_publish_ends(template: Any) -> None:
     publish = ("events:PutEvents", {"Fn::GetAtt": ["LedgerBus", "Arn"]})
     found = {name: [each for each in allowed(template, name) if each[0] == publish[0]] for name in template.functions}
     assert {name: each for name, each in found.items() if each} == {key: [publish] for key in HOLDERS_OF_THE_SEED}
@@ -657,7 +657,7 @@ def test_events_of_the_ledger_are_not_lost(template: Any) -> None:
     assert template.resources["UndeliveredAlarm"]["Properties"]["Threshold"] == 1
 
 
-def test_nobody_reads_the_ledgers_items_from_a_stream(template: Any) -> None:
+def test_no_function_reads_the_ledgers_stream(template: Any) -> None:
     assert "StreamSpecification" not in template.resources["LedgerTable"]["Properties"]
 
 

@@ -122,7 +122,7 @@ def test_url_is_refused_with_advice(text: str) -> None:
         ("https://metadata/", "complete domain name"),
     ],
 )
-def test_refused_url_names_what_to_change(text: str, part: str) -> None:
+def test_refused_url_names_the_fix(text: str, part: str) -> None:
     with pytest.raises(InvalidInputError, match=part):
         parse_url(text)
 

@@ -43,7 +43,7 @@ def test_bytes_that_are_read_are_written_the_same(data: bytes) -> None:
         assert decode(data).encode() == data
 
 
-def test_what_is_no_anchor_is_refused() -> None:
+def test_malformed_anchor_is_refused() -> None:
     good = ANCHOR.encode()
     for bad in (
         b"",
@@ -62,7 +62,7 @@ def test_what_is_no_anchor_is_refused() -> None:
 @pytest.mark.parametrize(
     "fields", [{"log_id": b""}, {"root": b""}, {"previous": b""}, {"size": 0}, {"size": 1 << 64}, {"sequence": -1}]
 )
-def test_no_anchor_is_made_of_what_is_none(fields: dict[str, int]) -> None:
+def test_anchor_payload_refuses_invalid_fields(fields: dict[str, int]) -> None:
     with pytest.raises(ProofError):
         AnchorPayload(**({"log_id": bytes(8), "size": 1, "root": ROOT} | fields))
 
@@ -73,7 +73,7 @@ def test_log_that_has_not_grown_is_not_anchored_again(size: int) -> None:
         ANCHOR.next(size=size, root=ROOT)
 
 
-def test_first_has_none_before_it() -> None:
+def test_first_anchor_has_no_predecessor() -> None:
     assert ANCHOR.previous == FIRST == bytes(32) and ANCHOR.sequence == 0
 
 

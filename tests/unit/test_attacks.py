@@ -148,7 +148,7 @@ def test_field_altered_and_all_hashes_recomputed(field: str, at: int) -> None:
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
-def test_what_went_in_or_came_out_altered(side: str) -> None:
+def test_altered_input_or_output_is_caught(side: str) -> None:
     bundle = deepcopy(GOOD)
     said = json.loads(bundle["entries"][0]["input"])
     bundle["entries"][0][side] = canonical_json(said | {"description": "another"})
@@ -160,12 +160,12 @@ def test_what_went_in_or_came_out_altered(side: str) -> None:
     assert caught(rewrite(GOOD, change)) == ("proof", "entry 1")
 
 
-def test_another_salt() -> None:
+def test_replaced_salt_is_caught() -> None:
     assert caught(GOOD | {"salt": "0" * 32}) == ("input", "entry 1")
 
 
 @pytest.mark.parametrize("salt", ["", SALT[:-1], SALT.upper(), SALT + "\n", 'x","value":1,"y":"', "\u0660" * 32])
-def test_salt_that_is_none(salt: str) -> None:
+def test_malformed_salt_is_refused(salt: str) -> None:
     """A salt is put into a text as it is: one with quotes would let two values have one hash."""
     assert caught(GOOD | {"salt": salt}) == ("format", "bundle")
 
@@ -372,7 +372,7 @@ def test_verifier_reports_node_without_transaction() -> None:
         assert caught(SMALL, rpc=rpc) == ("rpc", "anchor")  # whose anchor is another one
 
 
-def test_payload_in_a_transaction_that_is_no_anchor() -> None:
+def test_anchor_in_a_transfer_is_refused() -> None:
     payload = payload_of(GOOD)
     for changes in (
         {"amount": 1},
@@ -389,7 +389,7 @@ def test_payload_in_a_transaction_that_is_no_anchor() -> None:
         assert caught(anchored_with(sent)) == ("anchor", "anchor")
 
 
-def test_what_is_said_of_the_anchor_altered() -> None:
+def test_altered_anchor_fields_are_caught() -> None:
     for changes, check in (
         ({"tick": 75_241_801}, "anchor"),
         ({"payload": payload_of(SMALL).hex()}, "anchor"),
@@ -455,7 +455,7 @@ def test_signature_for_one_tick_fails_for_another() -> None:
         (lambda entry: entry.update(index="1"), "format"),
     ],
 )
-def test_proofs_that_are_none(change: Callable[[dict[str, Any]], None], check: str) -> None:
+def test_malformed_proofs_are_refused(change: Callable[[dict[str, Any]], None], check: str) -> None:
     bundle = deepcopy(GOOD)
     change(bundle["entries"][2])
     assert caught(bundle) == (check, "entry 3")
@@ -518,7 +518,7 @@ def test_traps_of_json_in_an_entry(old: str, new: str, check: str) -> None:
 @pytest.mark.parametrize(
     ("new", "check"), [("1.0", ""), ("NaN", "json"), ("-0", ""), ('{"b":1,"a":2}', ""), ('1,"x":2', "json")]
 )
-def test_traps_of_json_in_what_is_disclosed(side: str, new: str, check: str) -> None:
+def test_json_traps_in_disclosed_values_are_caught(side: str, new: str, check: str) -> None:
     bundle = deepcopy(GOOD)
     bundle["entries"][1][side] = new
     assert caught(bundle) == (check or side, "entry 2")
@@ -547,7 +547,7 @@ def test_traps_of_json_in_the_bundle(old: bytes, new: bytes, check: str) -> None
 
 
 @pytest.mark.parametrize("value", [{}, [], None, 1, "x", [GOOD], {"format": "qaes-bundle-1"}])
-def test_what_is_no_bundle(value: Any) -> None:
+def test_malformed_bundle_is_refused(value: Any) -> None:
     assert caught(canonical_json(value).encode())[0] == "format"
 
 
@@ -628,7 +628,7 @@ def test_replaced_value_is_caught_by_check(data: st.DataObject) -> None:
 @untraced
 @settings(max_examples=100, deadline=None)
 @given(st.data())
-def test_whatever_is_recorded_is_judged_and_never_crashes(data: st.DataObject) -> None:
+def test_verifier_never_crashes_on_recorded_entries(data: st.DataObject) -> None:
     """An operator records anything at all, properly hashed, included and anchored."""
     story = STORIES[data.draw(st.sampled_from(sorted(STORIES)))]()
     at = data.draw(st.integers(0, len(story.entries) - 1))
@@ -1058,7 +1058,7 @@ LIES: dict[str, tuple[Callable[[], Trail], str]] = {
 
 
 @pytest.mark.parametrize("kind", ["forgotten", "must_ask", "decision", "__init__", ""])
-def test_kind_that_there_is_not(kind: str) -> None:
+def test_unknown_kind_is_refused(kind: str) -> None:
     trail = Trail().start().end("cancelled", "alice")
     text, input_, output = trail.entries[1]
     trail.entries[1] = (canonical_json(json.loads(text) | {"kind": kind}), input_, output)
@@ -1083,7 +1083,7 @@ def test_kind_that_there_is_not(kind: str) -> None:
         (8, {"actor": "mallory"}),
     ],
 )
-def test_entry_of_a_form_that_there_is_not(at: int, changes: dict[str, Any]) -> None:
+def test_unknown_entry_format_is_refused(at: int, changes: dict[str, Any]) -> None:
     trail = transferred()
     text, input_, output = trail.entries[at - 1]
     trail.entries[at - 1] = (canonical_json(json.loads(text) | changes), input_, output)
@@ -1091,7 +1091,7 @@ def test_entry_of_a_form_that_there_is_not(at: int, changes: dict[str, Any]) -> 
     assert caught(trail.bundle()) == ("text", f"entry {at}")
 
 
-def test_older_policy_in_force_again_is_told() -> None:
+def test_older_policy_in_force_again_is_noted() -> None:
     """Version 4 denies, the trail has it, and the next step begins under version 3: intended, or forged."""
     trail = monitoring(1).begin(1)
     text = policy_text(RULES | {"monitoring": RULES["monitoring"].model_copy(update={"allowed": False})}, version=4)
@@ -1110,7 +1110,7 @@ def test_clocks_may_differ_by_some_minutes() -> None:
     assert timestamp(START) < timestamp(trail.moment)
 
 
-def test_report_says_what_was_done_and_by_which_document() -> None:
+def test_report_names_the_transfer_and_the_policy() -> None:
     report = verify(GOOD)
     said = f"100 QU from {WALLET} to {TARGET}, transaction abcdefghijklmnopqrstuvwxyz"
     assert any(line.startswith(f"ran       step_3 onchain_action: {said}") for line in report)
@@ -1152,7 +1152,7 @@ def test_report_names_failed_steps_and_approvers() -> None:
     assert "ran       nothing" in verify(monitoring().end("failed").bundle())
 
 
-def test_report_says_submitted_as_for_a_generic_action() -> None:
+def test_report_of_generic_action_has_submitted_as() -> None:
     """The ledger may have signed the record again since: this transaction may not be the one that wrote it."""
     report = verify(STORIES["instructed"]().bundle())
     assert any(
@@ -1302,7 +1302,7 @@ def setattr_(trail: Trail, **fields: Any) -> Trail:
 
 
 @pytest.mark.parametrize("name", LIES)
-def test_what_should_never_have_been_recorded(name: str) -> None:
+def test_lie_of_the_operator_is_refused(name: str) -> None:
     make, check = LIES[name]
     trail = make()
     assert caught(trail.bundle(), open_=True) == (check, f"entry {len(trail.entries)}")
@@ -1320,7 +1320,7 @@ def test_denied_task_that_is_carried_out_after_all() -> None:
     assert caught(bundle | {"policies": {}}) == ("policy", "entry 2")
 
 
-def test_documents_that_are_none_or_that_nothing_refers_to() -> None:
+def test_malformed_or_unused_documents_are_refused() -> None:
     good = policy_text()
     texts = (
         "{}",
@@ -1338,7 +1338,7 @@ def test_documents_that_are_none_or_that_nothing_refers_to() -> None:
     assert caught(GOOD | {"policies": {sha256_hex(more): 1}})[0] == "policy"
 
 
-def test_document_whose_hash_begins_like_the_pinned_one_s() -> None:
+def test_document_with_similar_hash_is_refused() -> None:
     """The id has the whole hash: of 48 bits of it, who writes both documents could find two."""
     policy_id = json.loads(GOOD["entries"][1]["text"])["policy_id"]
     [text] = GOOD["policies"].values()

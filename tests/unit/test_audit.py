@@ -72,7 +72,7 @@ def test_event_without_a_step_has_its_kind_as_type() -> None:
     assert (entry(event=STEP).step_index, entry(event=STEP).step_type) == (0, "check_balance")
 
 
-def test_two_entries_of_one_event_cannot_be_told_from_it() -> None:
+def test_two_entries_of_one_event_are_indistinguishable() -> None:
     assert leaf_hash(entry_text(entry())) != leaf_hash(entry_text(entry()))
 
 
@@ -130,7 +130,7 @@ def test_chain_of_another_task_or_log_is_refused() -> None:
     assert broken(links(), task_id="task_019ab000-0000-7000-8000-000000000002") == (1, "log")
 
 
-def test_text_that_is_no_entry_is_named() -> None:
+def test_malformed_entry_is_named() -> None:
     chain = links()
     chain[2] = ("{}", leaf_hash("{}"))
     assert broken(chain) == (3, "text")

@@ -58,7 +58,7 @@ def test_texts_of_rfc_8785(value: Any, text: str) -> None:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 2**53 + 1, -(2**53) - 1, "\ud800", {1, 2}, b"x"])
-def test_what_has_no_canonical_text_is_refused(value: Any) -> None:
+def test_value_without_canonical_text_is_refused(value: Any) -> None:
     with pytest.raises(InvalidInputError):
         canonical_json(value)
 

@@ -139,7 +139,7 @@ def test_decision_counts_when_policy_was_relaxed(changes: dict[str, Any], verdic
     assert compliance.decide(task, monitoring, 2, ruling(task=task), asked).verdict == verdict
 
 
-def test_stricter_policy_asks_anew() -> None:
+def test_stricter_policy_requests_a_new_approval() -> None:
     monitoring = plan("monitor_wallet", {"wallet_address": "0x12"})
     task = changed(MONITORING_TASK, plan_hash=monitoring.hash())
     stricter = policy(action="monitoring", requires_approval=True)
@@ -224,7 +224,7 @@ def test_step_runs_only_if_both_policies_allow_it(
         ({"allowed_addresses": (ELSEWHERE,)}, "allowed_addresses"),
     ],
 )
-def test_beyond_a_limit_nobody_is_asked(which: str, limits: dict[str, Any], named: str) -> None:
+def test_no_approval_requested_beyond_a_limit(which: str, limits: dict[str, Any], named: str) -> None:
     strict = policy("policy-v9-strict", **limits)
     found = verdict(strict if which == "pinned" else POLICY, strict if which == "current" else POLICY)
     assert found.verdict == "denied"
@@ -254,7 +254,7 @@ def test_at_the_limit_an_approver_is_asked(limits: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("amount", [None, True, "5", 5.0, 0, -5])
-def test_amount_that_is_none_is_denied_where_there_are_limits(amount: Any) -> None:
+def test_malformed_amount_is_denied_under_limits(amount: Any) -> None:
     assert verdict(policy(**FREE), policy("policy-v2-now", **FREE, max_amount=10), amount).verdict == "denied"
 
 

@@ -54,14 +54,14 @@ def decisions(*events: Event) -> Decisions:
     return Decisions("0" * 32, dict(enumerate((STARTED, *events), start=1)))
 
 
-def test_task_has_what_people_decided_and_not_what_its_item_says() -> None:
+def test_recorded_decisions_override_the_tasks_item() -> None:
     task = decisions(RETRIED, event("task_retried", "rita", "executing")).of_task(TASK)
     assert (task.requester, task.parameters, task.agent) == ("alice", {"amount": 5}, None)
     assert (task.run, task.retriers, task.salt) == (3, ("rita",), "0" * 32)
     assert task.status == "waiting_approval", "the engine reports the progress"
 
 
-def test_cancelled_task_is_cancelled_whatever_its_item_says() -> None:
+def test_recorded_cancellation_overrides_the_item() -> None:
     assert decisions(event("task_ended", "alice", "cancelled")).of_task(TASK).status == "cancelled"
 
 
@@ -72,14 +72,14 @@ def test_approval_has_the_decisions_that_were_made_on_it() -> None:
 
 
 @pytest.mark.parametrize("status", ["approved", "rejected"])
-def test_approval_is_pending_when_nobody_decided(status: str) -> None:
+def test_approval_is_pending_without_decisions(status: str) -> None:
     forged = APPROVAL.model_copy(update={"status": status, "decisions": decisions(decided()).of_approvals([APPROVAL])})
     [read] = decisions().of_approvals([forged])
     assert (read.status, read.decisions) == ("pending", ())
 
 
 @pytest.mark.parametrize("status", ["expired", "cancelled"])
-def test_engine_closes_approvals_that_nobody_decided_on(status: str) -> None:
+def test_engine_closes_undecided_approvals(status: str) -> None:
     [read] = decisions().of_approvals([APPROVAL.model_copy(update={"status": status})])
     assert read.status == status
 

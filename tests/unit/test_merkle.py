@@ -124,7 +124,7 @@ def included(**changes: object) -> str:
     return caught.value.check
 
 
-def test_what_is_wrong_with_an_inclusion_proof_is_named() -> None:
+def test_inclusion_proof_error_is_named() -> None:
     leaves = made_up(7)
     proof, zeros = path(3, leaves), bytes(32)
     assert included(size=0) == included(size=-1) == included(size=1 << 64) == "size"
@@ -145,7 +145,7 @@ def consistent(**changes: object) -> str:
     return caught.value.check
 
 
-def test_what_is_wrong_with_a_consistency_proof_is_named() -> None:
+def test_consistency_proof_error_is_named() -> None:
     leaves = made_up(7)
     proof, zeros = subproof(3, leaves), bytes(32)
     assert consistent(first=0) == consistent(first=8) == consistent(second=0) == "size"

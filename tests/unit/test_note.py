@@ -62,7 +62,7 @@ def test_text_may_have_empty_lines() -> None:
         NOTE + "— a AAAAAA==\n", "x" * 70_000 + NOTE,
     ],
 )  # fmt: skip
-def test_what_is_no_note_is_refused(note: str) -> None:
+def test_malformed_note_is_refused(note: str) -> None:
     assert fails(note) == "text"
 
 
@@ -73,7 +73,7 @@ def test_what_is_no_note_is_refused(note: str) -> None:
         KEY.replace("c74f20a3", "C74F20A3"), KEY.replace("+ARp", "+AhoA"), "a b" + KEY,
     ],
 )  # fmt: skip
-def test_what_is_no_key_is_refused(key: str) -> None:
+def test_malformed_key_is_refused(key: str) -> None:
     assert fails(NOTE, key) == "key"
 
 
@@ -91,13 +91,13 @@ def test_signature_that_does_not_hold_is_refused() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "a", "a\tb\n", "\ud800\n"])
-def test_what_is_no_text_is_not_signed(text: str) -> None:
+def test_malformed_text_is_not_signed(text: str) -> None:
     with pytest.raises(InvalidInputError):
         sign_note(text, NAME, SEED)
 
 
 @pytest.mark.parametrize("name", ["", "a b", "a+b", "a\n", "a\u2003b"])
-def test_what_is_no_name_does_not_sign(name: str) -> None:
+def test_malformed_name_does_not_sign(name: str) -> None:
     with pytest.raises(InvalidInputError):
         sign_note(TEXT, name, SEED)
 
@@ -129,12 +129,12 @@ def test_checkpoint_is_signed_and_read() -> None:
     ["", "a\n1\n", "a\n1\nAAAA\n", "\n1\nAAAA\n", "a\n01\nROOT\n", "a\n-1\nROOT\n", "a\n1\nROOT", "a\n1\nROOT\n\n",
      "a\n18446744073709551616\nROOT\n", "a\n1 \nROOT\n", "a\n\u0661\nROOT\n"],
 )  # fmt: skip
-def test_what_is_no_checkpoint_is_refused(text: str) -> None:
+def test_malformed_checkpoint_is_refused(text: str) -> None:
     with pytest.raises(ProofError):
         parse_checkpoint(text.replace("ROOT", base64.b64encode(ROOT).decode()))
 
 
-def test_what_cannot_be_a_checkpoint_is_not_written() -> None:
+def test_invalid_checkpoint_is_not_written() -> None:
     for origin, size, root in (("", 1, ROOT), ("a\nb", 1, ROOT), ("a", -1, ROOT), ("a", 1 << 64, ROOT), ("a", 1, b"")):
         with pytest.raises(InvalidInputError):
             checkpoint_text(origin, size, root)

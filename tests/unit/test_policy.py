@@ -204,7 +204,7 @@ def test_document_larger_than_64_kib_is_refused() -> None:
     ["", "{}", "[]", '{"format":2,"rules":{},"version":1}', '{"format":1,"rules":{},"version":0}',
      '{"format":1,"rules":{},"version":1,"more":1}', '{"format":1,"rules":{"x":{}},"version":1}'],
 )  # fmt: skip
-def test_what_is_no_document_is_not_read(text: str) -> None:
+def test_malformed_document_is_not_read(text: str) -> None:
     with pytest.raises(ValueError, match="PolicyDocument"):
         policy_of(text)
 
@@ -212,7 +212,7 @@ def test_what_is_no_document_is_not_read(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", f"policy-v0-{HEX}", f"policy-v1-{HEX[1:]}", f"policy-v1-{HEX[1:]}B", "policy-v1-0123456789ab", "v1"]
 )
-def test_what_is_no_policy_id(text: str) -> None:
+def test_malformed_policy_id_is_refused(text: str) -> None:
     assert version_of(text) is None
 
 

@@ -74,7 +74,7 @@ def test_evaluate_denies_amount_above_every_tier() -> None:
 
 
 @pytest.mark.parametrize("amount", [None, 0, -5, 1.0, True, "5", 2**53])
-def test_evaluate_denies_amount_that_is_no_whole_number(amount: object) -> None:
+def test_evaluate_denies_amount_that_is_not_an_integer(amount: object) -> None:
     decision = decided(CONTENT, refund(amount))
     assert (decision.allowed, decision.code) == (False, "invalid_amount")
     assert decision.reason == "`amount` must be a whole number from 1, in EUR-cent"
@@ -167,7 +167,7 @@ def test_limit_keys_survive_versions_and_other_maxima() -> None:
         ("rules.refund_customer.limits.0.per", "destination"),
     ],
 )
-def test_limit_key_changes_with_what_it_counts(path: str, value: Any) -> None:
+def test_limit_key_changes_with_its_counter(path: str, value: Any) -> None:
     before, after = decided(CONTENT, refund()), decided(changed(CONTENT, path, value), refund())
     assert before.limits[0].key != after.limits[0].key
 

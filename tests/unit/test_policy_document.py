@@ -88,7 +88,7 @@ def test_document_text_has_every_member() -> None:
         ('"finn"', '"fi\\u006en"'),
     ],
 )
-def test_text_that_is_not_the_canonical_one_is_not_read(text: str, message: str) -> None:
+def test_non_canonical_text_is_not_read(text: str, message: str) -> None:
     good = document().text()
     assert text in good
     with pytest.raises(ValueError):  # noqa: PT011 (any reason, and never another error)
@@ -99,7 +99,7 @@ def test_text_that_is_not_the_canonical_one_is_not_read(text: str, message: str)
     "text",
     ['{"format":2}', '{"format":2,"rules":5,"version":1}', '{"format":2,"rules":{},"version":true}', '{"format":2,'],
 )
-def test_text_that_is_no_document_is_not_read(text: str) -> None:
+def test_malformed_document_is_not_read(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011
         policy_of(text)
 

@@ -44,7 +44,7 @@ def test_policy_event_has_its_exact_members() -> None:
     }
 
 
-def test_policy_event_has_a_salt_of_its_own() -> None:
+def test_policy_event_has_its_own_salt() -> None:
     assert suspended().salt != suspended().salt
 
 

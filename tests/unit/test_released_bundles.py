@@ -18,5 +18,5 @@ def test_released_bundle_has_the_same_report(path: Path) -> None:
     assert "\n".join(lines) + "\n" == path.with_suffix(".txt").read_text()
 
 
-def test_there_are_released_bundles() -> None:
+def test_released_bundles_exist() -> None:
     assert len(BUNDLES) == 3

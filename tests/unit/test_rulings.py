@@ -111,7 +111,7 @@ def asked_of(found: compliance.Verdict) -> list[tuple[int, str | None, tuple[str
         (101, [(1, "cfo", ("dora", "erin"))]),
     ],
 )
-def test_tier_of_the_amount_names_who_approves(amount: int, asked: list[Any] | None) -> None:
+def test_tier_of_the_amount_names_its_approvers(amount: int, asked: list[Any] | None) -> None:
     found = verdict(task_of(amount), policy(), policy())
     if asked is None:
         assert found.verdict == "execute"
@@ -190,7 +190,7 @@ def test_plan_that_misquotes_its_document_is_a_conflict() -> None:
         (format_1(max_amount=49), "over max_amount"),
     ],
 )
-def test_stricter_policy_denies_what_was_approved(current: Policy, named: str) -> None:
+def test_stricter_policy_denies_an_approved_step(current: Policy, named: str) -> None:
     found = verdict(task_of(), policy(), current, "bob", "carol")
     assert (found.verdict, named in found.reason) == ("denied", True), found.reason
 

@@ -101,7 +101,7 @@ def test_step_that_fails_ends_the_task() -> None:
     assert (change.task["failed_step"], change.task["reason"]) == ("step_1", "no_wallet: none")
 
 
-def test_run_step_leaves_what_is_finished_as_it_is() -> None:
+def test_run_step_leaves_finished_step_unchanged() -> None:
     history = ran(WATCHES, MONITORING, 1)
     change = run(WATCHES, MONITORING, 0, history)
     assert change.writes_nothing
@@ -224,7 +224,7 @@ def test_quorum_needs_different_people() -> None:
 
 
 @pytest.mark.parametrize("subject", ["alice", "olivia", "oscar"])
-def test_four_eyes_refuses_everybody_who_asked_for_it(subject: str) -> None:
+def test_four_eyes_refuses_every_requester(subject: str) -> None:
     task = changed(PAYS, retriers=("olivia", "oscar"))
     with pytest.raises(ForbiddenError):
         decide(task, asked(task), subject)
@@ -256,7 +256,7 @@ def end(outcome: Outcome, *said: Approval, at: datetime = AT) -> Change:
 
 
 @pytest.mark.parametrize("outcome", ["denied", "expired", "failed", "cancelled", "completed"])
-def test_rejection_is_the_end_whatever_else_is_said(outcome: Outcome) -> None:
+def test_rejection_overrides_later_outcomes(outcome: Outcome) -> None:
     change = end(outcome, decide(PAYS, asked(PAYS), "bob", approved=False))
     assert (change.task["status"], change.task["reason"]) == ("rejected", "so")
 
@@ -288,7 +288,7 @@ def test_end_is_final() -> None:
             lifecycle.refuse_ended(ended)
 
 
-def test_retry_reopens_only_what_failed_or_expired() -> None:
+def test_retry_reopens_only_failed_or_expired_tasks() -> None:
     for status in ("failed", "expired"):
         change = lifecycle.retry_task(changed(PAYS, status=status), [], subject="olivia", at=AT)
         assert (change.opens, change.task["run"], change.task["retriers"]) == (True, 2, ("olivia",))

@@ -131,7 +131,7 @@ def test_no_ignorable_character_is_accepted_alone(letter: str) -> None:
         assert flaw_of(f"a{letter}b") is not None
 
 
-def test_tables_are_what_the_character_database_says() -> None:
+def test_tables_match_the_character_database() -> None:
     assert OUTPUT.read_text() == table()
 
 
@@ -162,13 +162,13 @@ def test_subject_is_normalised() -> None:
     ["", " ", "\u3000", "\u00a0bob", "bob\n", "bob\0", "bob\ufe0f", "b\u202eob", "\u200b", "\u3164", "❤\ufe0f",
      "می\u200cخ", "\u2800", "\u0301", "a\ud800", "a" * 257, "bo\u2009b", "worker", " execution "],
 )  # fmt: skip
-def test_subject_refused_when_it_names_nobody(subject: str) -> None:
+def test_subject_refused_when_it_names_no_person(subject: str) -> None:
     with pytest.raises(ValueError, match="subject"):
         normal_subject(subject)
 
 
 @given(st.text())
-def test_normalised_subject_stays_as_it_is(text: str) -> None:
+def test_normalised_subject_is_unchanged(text: str) -> None:
     try:
         subject = normal_subject(text)
     except ValueError:

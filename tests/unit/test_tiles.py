@@ -181,14 +181,14 @@ def test_short_tile_is_error_and_longer_is_accepted() -> None:
 
 
 @pytest.mark.parametrize(("index", "size"), [(0, 0), (-1, 5), (5, 5), (6, 5)])
-def test_there_is_no_proof_of_what_is_not_there(index: int, size: int) -> None:
+def test_proof_refused_for_missing_leaf(index: int, size: int) -> None:
     with pytest.raises(ProofError) as caught:
         inclusion_proof(index, size, SMALL_LOG.read)
     assert caught.value.check == "index"
 
 
 @pytest.mark.parametrize(("first", "second"), [(0, 5), (6, 5), (-1, 5), (0, 0)])
-def test_there_is_no_consistency_from_nothing_or_backwards(first: int, second: int) -> None:
+def test_consistency_refused_from_empty_or_larger_tree(first: int, second: int) -> None:
     with pytest.raises(ProofError) as caught:
         consistency_proof(first, second, SMALL_LOG.read)
     assert caught.value.check == "size"
@@ -230,7 +230,7 @@ def test_any_other_path_is_refused(path_: str) -> None:
         parse_tile_path(path_)
 
 
-def test_there_is_no_path_of_what_is_no_tile() -> None:
+def test_path_refused_for_malformed_tile() -> None:
     for tile in ((0, 0, 0), (0, 0, 257), (64, 0, 1), (-1, 0, 1), (0, -1, 1)):
         with pytest.raises(InvalidInputError):
             tile_path(*tile)

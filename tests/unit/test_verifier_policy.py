@@ -195,7 +195,7 @@ def test_document_is_judged_alike_across_its_parts(path: str, value: Any, accept
         }}),
     ],
 )  # fmt: skip
-def test_text_that_is_no_document_is_refused_by_both(text: str) -> None:
+def test_malformed_document_is_refused_by_both(text: str) -> None:
     assert not both(text)
 
 
@@ -221,7 +221,7 @@ def test_verifier_accepts_a_genuine_story_of_format_2(story: str) -> None:
     assert any(line.startswith("changes   ") for line in lines)
 
 
-def test_report_names_what_a_bundle_cannot_prove() -> None:
+def test_report_names_claims_a_bundle_cannot_prove() -> None:
     anchorer = Anchorer()
     bundle = STORIES["beyond a limit"]().bundle(anchorer)
     lines = verifier.verify(canonical_json(bundle).encode(), log_id=LOG_ID, anchor_identity=anchorer.identity)

@@ -334,7 +334,7 @@ SEARCHES = [("paint", (), 11), ("monitor", (), 10), ("paint", BEFORE_THE_ACTION,
 
 @pytest.mark.parametrize(("name", "prefix", "depth"), SEARCHES)
 @untraced
-def test_verifier_accepts_what_the_model_accepts(name: str, prefix: tuple[str, ...], depth: int) -> None:
+def test_verifier_accepts_the_same_sequences_as_the_model(name: str, prefix: tuple[str, ...], depth: int) -> None:
     of, chosen, kinds = life(name), random.Random(SEED), set()  # noqa: S311 - a sample that is the same each time
     count, verified, writer, story = 0, [], Writer(of), new_story(of)
     for sequence, told in search(of, prefix, depth + DEEPER, WIDTH):

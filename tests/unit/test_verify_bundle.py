@@ -81,7 +81,7 @@ def test_end_and_a_retry_name_the_request_by_its_hash(said: dict[str, Any]) -> N
     assert fails(again.bundle()) == ("input", "entry 3")
 
 
-def test_who_had_a_task_run_again_does_not_approve_it() -> None:
+def test_retrier_cannot_approve_the_task() -> None:
     def trail(retried_by: str) -> Trail:
         found = Trail().start().check_policy().build().execute(0).execute(1).end("failed").retry(retried_by)
         return found.ask(2).decide(2, "bob", True, 1).decide(2, "carol", True, 2)
@@ -91,13 +91,13 @@ def test_who_had_a_task_run_again_does_not_approve_it() -> None:
 
 
 @pytest.mark.parametrize("name", STORIES)
-def test_what_is_recorded_is_accepted(name: str) -> None:
+def test_genuine_bundle_is_accepted(name: str) -> None:
     bundle = STORIES[name]().bundle()
     Bundle.model_validate(bundle)
     assert verify(bundle, task_id=TASK_ID)
 
 
-def test_report_says_what_was_checked_and_what_was_not() -> None:
+def test_report_lists_checked_and_unchecked_claims() -> None:
     report = "\n".join(verify(transferred().bundle()))
     assert (
         "approved  by bob, carol" in report
@@ -110,7 +110,7 @@ def test_report_says_what_was_checked_and_what_was_not() -> None:
     assert "network: mock!" not in "\n".join(verify(denied().bundle(network="mainnet")))
 
 
-def test_task_that_goes_on_is_accepted_when_that_is_asked_for() -> None:
+def test_open_task_accepted_with_open_option() -> None:
     bundle = transfer().bundle()
     assert fails(bundle) == ("complete", "entry 13")
     assert "ended     not yet, or its end was left out" in verify(bundle, open_=True)
@@ -159,7 +159,7 @@ def test_bundle_is_made_of_an_anchor_and_of_nothing_else() -> None:
         assert caught.value.check == "payload"
 
 
-def test_without_a_policy_there_is_none_to_look_for() -> None:
+def test_bundle_without_policy_check_needs_no_policy() -> None:
     assert policy_ids([TrailEntry(*each, None) for each in Trail().start().entries]) == set()
     assert verify(Trail().start().end("cancelled", "alice").bundle())
 
@@ -259,7 +259,7 @@ def test_proofs_are_judged_the_same(size: int, data: st.DataObject) -> None:
     ['{"a":1,"a":1}', "NaN", "Infinity", "-Infinity", '"\\ud800"', '"\\udc00\\ud800"', "1.0", "1e0", "-0.0", "1E400",
      "", "{", "[1,]", "01", "nul", "'a'", "9007199254740993", "1" * 5000, "[" * 100_000],
 )  # fmt: skip
-def test_json_that_is_not_strict_is_refused(text: str) -> None:
+def test_lenient_json_is_refused(text: str) -> None:
     with pytest.raises(verifier.Failed) as caught:
         verifier.parse(text, "here", fractions=False)
     assert caught.value.check == "json"
@@ -278,12 +278,12 @@ def test_texts_that_are_not_canonical_are_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("value", [2**53 + 1, float("nan"), "\ud800"])
-def test_what_has_no_canonical_text_is_never_recorded(value: Any) -> None:
+def test_value_without_canonical_text_is_not_recorded(value: Any) -> None:
     with pytest.raises(InvalidInputError):
         Trail(parameters={"value": value}).start()
 
 
-def test_white_space_between_members_says_nothing() -> None:
+def test_white_space_between_members_is_ignored() -> None:
     data = json.dumps(denied().bundle(), indent=2).encode()
     assert verifier.verify(data, log_id=LOG_ID, anchor_identity=ANCHORER.identity)
 
@@ -328,7 +328,7 @@ def test_name_cannot_write_lines_of_the_report(tmp_path: Path) -> None:
     assert refused.returncode == 1 and refused.stdout == "FAILED policy (a?OK): not the document of this hash [R75]\n"
 
 
-def test_it_imports_nothing_of_ours_and_we_do_not_import_it() -> None:
+def test_verifier_and_product_do_not_import_each_other() -> None:
     text = VERIFIER.read_text()
     imported = set(re.findall(r"^ *(?:from|import) ([a-z_0-9]+)", text, re.MULTILINE))
     assert imported <= set(sys.stdlib_module_names)
@@ -460,7 +460,7 @@ def test_transaction_is_looked_up() -> None:
         assert "--rpc" not in report
 
 
-def test_what_a_node_does_not_have_is_not_anchored() -> None:
+def test_anchor_refused_when_node_lacks_the_transaction() -> None:
     bundle = transferred().bundle()
     other = base64.b64encode(bytes(64)).decode()
     bodies: list[tuple[int, Any]] = [
@@ -524,7 +524,7 @@ def test_retry_that_was_left_out_is_found_in_the_log(tmp_path: Path) -> None:
     assert fails(cut, log=str(tmp_path))[0] == "later"
 
 
-def test_log_that_may_not_be_read_is_not_one_that_is_not_there() -> None:
+def test_unreadable_log_differs_from_missing_log() -> None:
     bundle = monitored().bundle()
     with serving({"/log/checkpoint": (403, b"no")}) as url, pytest.raises(verifier.Failed, match="403"):
         verify(bundle, log=f"{url}/log")

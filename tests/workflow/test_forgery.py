@@ -109,7 +109,7 @@ def test_forged_approval_moves_no_money(aws: Cloud, task_id: str, forgery: str) 
     verify(aws, task_id)
 
 
-def test_genuine_approval_counts_whatever_the_copies_say(aws: Cloud, task_id: str) -> None:
+def test_genuine_approval_overrides_forged_copies(aws: Cloud, task_id: str) -> None:
     store = TaskStore("TasksTable")
     genuine = store.decide(task_id, approved=False, subject="bob", reason="no")
     task = store.get_task(task_id)
@@ -125,7 +125,7 @@ def test_genuine_approval_counts_whatever_the_copies_say(aws: Cloud, task_id: st
     assert balance(DESTINATION) == 0
 
 
-def test_cancelled_task_stays_cancelled_whatever_its_item_says(aws: Cloud, task_id: str) -> None:
+def test_cancelled_task_stays_cancelled_with_forged_item(aws: Cloud, task_id: str) -> None:
     store = TaskStore("TasksTable")
     store.decide(task_id, approved=True, subject="bob", reason="yes")
     task = store.get_task(task_id)

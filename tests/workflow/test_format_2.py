@@ -68,7 +68,7 @@ def again(aws: Cloud, task_id: str) -> Approval:
     raise AssertionError(f"no new approval was requested: {kinds(aws, task_id)}")
 
 
-def test_tier_without_approvals_asks_nobody(aws: Cloud, transfer: Callable[..., str]) -> None:
+def test_tier_without_approvals_requests_none(aws: Cloud, transfer: Callable[..., str]) -> None:
     publish(aws, TRANSFERS)
     task_id = transfer(10)
     aws.wait(task_id, "completed")
@@ -291,7 +291,7 @@ def test_monitoring_over_its_limit_waits_for_people(aws: Cloud, start: Callable[
 
 
 @pytest.mark.parametrize("name", ["transfer_funds", "*"])
-def test_suspension_denies_what_was_approved(aws: Cloud, transfer: Callable[..., str], name: str) -> None:
+def test_suspension_denies_an_approved_step(aws: Cloud, transfer: Callable[..., str], name: str) -> None:
     publish(aws, TRANSFERS)
     task_id = transfer(250)
     aws.wait(task_id, "waiting_approval")

@@ -165,7 +165,7 @@ def test_rejected_transfer_moves_nothing(aws: Cloud, transfer: Callable[..., str
     assert kinds(aws, task_id)[-2:] == ["approval_decided:rejected", "task_ended:rejected"]
 
 
-def test_approval_that_nobody_decides_expires() -> None:
+def test_undecided_approval_expires() -> None:
     with cloud(parameters={"ApprovalTimeoutSeconds": "2"}) as aws:
         task_id = begin(aws, "transfer_funds")
         task = aws.wait(task_id, "expired")
@@ -244,7 +244,7 @@ def spend_one() -> None:
     ledger.transfer(reference="another", source=SOURCE, destination="0xabcdef1234567890", amount=1, requester="alice")
 
 
-def test_transfer_denied_when_spent_while_it_waits(
+def test_transfer_denied_when_balance_is_spent_while_waiting(
     aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any]
 ) -> None:
     task_id = transfer(1000)
@@ -260,7 +260,7 @@ def test_transfer_denied_when_spent_while_it_waits(
     assert kinds(aws, task_id)[-2:] == ["approval_decided:approved", "task_ended:denied"]
 
 
-def test_transfer_fails_when_spent_as_it_is_submitted(
+def test_transfer_fails_when_balance_is_spent_at_submission(
     aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any]
 ) -> None:
     task_id = transfer(1000)
@@ -280,7 +280,7 @@ def test_transfer_fails_when_spent_as_it_is_submitted(
     assert kinds(aws, task_id)[-2:] == ["step_executed:failed", "task_ended:failed"]
 
 
-def test_ledger_that_is_down_fails_the_task_after_its_retries(aws: Cloud, start: Callable[..., str]) -> None:
+def test_task_fails_after_retries_when_ledger_is_down(aws: Cloud, start: Callable[..., str]) -> None:
     aws.faults["LedgerFunction"] = raise_always
     task_id = start()
     aws.wait(task_id, "failed")
@@ -315,7 +315,7 @@ def test_policy_that_denies_by_now_stops_the_step(
     assert balance(SOURCE) == 1000
 
 
-def test_policy_that_has_become_stricter_asks_for_an_approval(
+def test_stricter_policy_requests_an_approval(
     aws: Cloud, start: Callable[..., str], decide: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     after_planning(monkeypatch, policy_of(monitoring=WITH_APPROVAL))
@@ -334,7 +334,7 @@ def test_policy_that_has_become_stricter_asks_for_an_approval(
     assert aws.invocations["LedgerTransferFunction"] == 0
 
 
-def test_policy_stricter_since_the_approval_asks_anew(
+def test_stricter_policy_requests_approval_again(
     aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     task_id = transfer(250)
@@ -362,7 +362,7 @@ def test_policy_stricter_for_the_first_steps_asks_later(
 
 
 @pytest.mark.parametrize("wakes", ["success", "ApprovalRejectedError", "ApprovalExpiredError"])
-def test_what_wakes_an_execution_decides_nothing(wakes: str) -> None:
+def test_callback_of_an_execution_decides_nothing(wakes: str) -> None:
     """The token reports an expiry without a decision."""
     with cloud(parameters={"ApprovalTimeoutSeconds": "3600"}) as aws:
         task_id = begin(aws, "transfer_funds")
@@ -399,7 +399,7 @@ def test_plan_swapped_during_approval_does_not_run(
 
 
 @pytest.mark.parametrize("crash", ["after the submission", "before the record"])
-def test_step_that_is_run_again_takes_effect_once(
+def test_repeated_step_takes_effect_once(
     aws: Cloud, transfer: Callable[..., str], decide: Callable[..., Any], crash: str
 ) -> None:
     """The worker dies when the ledger has the transfer, or when it is confirmed and before its record is written."""

@@ -45,7 +45,7 @@ def test_one_wrong_letter_is_refused(position: int, letter: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "A" * 59, "A" * 61, IDENTITY.lower(), IDENTITY[:-1] + "1", IDENTITY + "\n"])
-def test_what_is_not_shaped_like_an_identity(text: str) -> None:
+def test_malformed_identity_is_refused(text: str) -> None:
     assert not is_identity_shaped(text)
     with pytest.raises(ValueError, match="60 letters"):
         decode_identity(text)
@@ -93,7 +93,7 @@ def test_addresses(address: str, expected: str) -> None:
         "wallet",
     ],
 )
-def test_what_is_no_address(address: object) -> None:
+def test_malformed_address_is_refused(address: object) -> None:
     with pytest.raises(InvalidInputError):
         check_address(address)
 
@@ -144,6 +144,6 @@ def test_check_payable_takes_a_wallet(address: str) -> None:
 
 
 @pytest.mark.parametrize("address", [None, 5, "", "0x12", IDENTITY[:-1] + "A"])
-def test_check_payable_refuses_what_is_no_address(address: object) -> None:
+def test_check_payable_refuses_malformed_address(address: object) -> None:
     with pytest.raises(InvalidInputError):
         check_payable(address, "source")

@@ -56,7 +56,7 @@ def test_k12_continues_stream_beyond_one_block() -> None:
     assert out[-32:].hex() == "e8dc563642f7228c84684c898405d3a834799158c079b12880277a1d28e2ff6d"
 
 
-def test_k12_refuses_what_does_not_fit_one_chunk() -> None:
+def test_k12_refuses_input_over_one_chunk() -> None:
     with pytest.raises(ValueError, match="8191"):
         k12(bytes(MAX_BYTES + 1))
     with pytest.raises(ValueError, match="negative"):
@@ -94,7 +94,7 @@ def test_point_survives_its_encoding(a: int) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.binary(min_size=32, max_size=32))
-def test_what_decodes_encodes_to_the_same_bytes(data: bytes) -> None:
+def test_decoded_bytes_encode_to_the_same_bytes(data: bytes) -> None:
     try:
         p = fourq.decode(data)
     except ValueError:
@@ -138,7 +138,7 @@ def test_published_signature() -> None:
 
 @settings(max_examples=15, deadline=None)
 @given(st.binary(min_size=32, max_size=32), st.binary(min_size=32, max_size=32))
-def test_what_is_signed_verifies(subseed: bytes, digest: bytes) -> None:
+def test_signature_verifies(subseed: bytes, digest: bytes) -> None:
     public_key = schnorrq.public_key_of(subseed)
     assert schnorrq.verify(public_key, digest, schnorrq.sign(subseed, public_key, digest))
 
@@ -193,7 +193,7 @@ def is_neutral(number: int, point: fourq.Point) -> bool:
 
 
 @pytest.mark.parametrize("s", [fourq.N, fourq.N + 1, 2**256 - 1])
-def test_s_that_is_not_reduced_is_refused(s: int) -> None:
+def test_unreduced_s_is_refused(s: int) -> None:
     assert not schnorrq.verify(PUBLIC_KEY, DIGEST, SIGNATURE[:32] + s.to_bytes(32, "little"))
 
 

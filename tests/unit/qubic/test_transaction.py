@@ -44,7 +44,7 @@ def test_round_trip(transaction: Transaction) -> None:
     st.binary(min_size=6, max_size=6),
     st.binary(max_size=1100),
 )
-def test_what_decodes_encodes_to_the_same_bytes(keys: bytes, amount: int, numbers: bytes, payload: bytes) -> None:
+def test_decoded_bytes_encode_to_the_same_bytes(keys: bytes, amount: int, numbers: bytes, payload: bytes) -> None:
     """There is one spelling of a transaction, and so one id."""
     amount_ = amount.to_bytes(8, "little", signed=True)
     data = keys + amount_ + numbers + len(payload).to_bytes(2, "little") + payload + bytes(64)
@@ -59,7 +59,7 @@ def test_what_decodes_encodes_to_the_same_bytes(keys: bytes, amount: int, number
 
 @settings(max_examples=15, deadline=None)
 @given(transactions)
-def test_what_is_signed_is_the_source_s(transaction: Transaction) -> None:
+def test_signature_belongs_to_the_source(transaction: Transaction) -> None:
     signed = replace(transaction, source=KEY).sign(SUBSEED)
     assert decode(signed.encode()).is_signed_by_source()
     assert not replace(transaction, source=KEY).is_signed_by_source()
