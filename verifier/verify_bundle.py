@@ -1222,6 +1222,8 @@ class Story:
         if step["type"] == "onchain_action":
             for each in (self.policy, policy):
                 self._within_limits(step["parameters"], each, where)
+            if 2 in (self.policy.get("format"), policy.get("format")):
+                self._check_ends(step["parameters"], policy, where)
         if self.claim and step["type"] == "onchain_action":
             self.lost += (self.unknown(self.claim),)
         self.claim, self.approval = {"run": self.run, "step": step}, {}
@@ -1280,15 +1282,20 @@ class Story:
 
     def _within_limits(self, moved: dict[str, Any], policy: dict[str, Any], where: str) -> None:
         if policy.get("format") == 2:  # its amounts and destinations are part of its decision
-            rule = self.policies[policy["policy_id"]]["rules"][policy["action_type"]]
-            ends = [address(moved[name]) for name in ("from_address", "to_address")]
-            payable = rule["smart_contracts"] or not any(end is not None and is_contract(end) for end in ends)
-            need(payable, "R108 step", "moves money to or from a smart contract, or burns it", where)
             return
         most = min(policy[limit] or MOST for limit in ("max_amount", "daily_limit"))
         need(moved["amount"] <= most, "R89 step", "moves more than the policy allows", where)
         known = moved["to_address"] in (policy["allowed_addresses"] or [moved["to_address"]])
         need(known, "R90 step", "moves money to where the policy does not allow", where)
+
+    def _check_ends(self, moved: dict[str, Any], policy: dict[str, Any], where: str) -> None:
+        """Check that no contract pays, and that a contract is paid only if both policies, of format 2, allow it."""
+        rules = [self.policies[each["policy_id"]]["rules"].get("transfer_funds", {}) for each in (self.policy, policy)]
+        payable = all(rule.get("smart_contracts", False) for rule in rules)
+        pays, paid = (address(moved[name]) for name in ("from_address", "to_address"))
+        need(pays is None or not is_contract(pays), "R108 step", "moves money from a smart contract", where)
+        allowed = payable or paid is None or not is_contract(paid)
+        need(allowed, "R108 step", "moves money to a smart contract, or burns it", where)
 
     def _outcome(self, entry: dict[str, Any], where: str) -> None:
         """What became of a step that was begun; or that this execution did not begin it, being refused."""

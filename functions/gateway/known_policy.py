@@ -10,9 +10,11 @@ import time
 
 from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.logs import logger
+from qaes.domain import planning
 from qaes.domain.errors import InvalidInputError, QaesError
 from qaes.domain.models import Task
 from qaes.domain.policy import Policy
+from qaes.domain.requests import check_destination
 from qaes.domain.ruling import TOO_FEW, refusal_by_people, rule
 
 KEPT_SECONDS = 30
@@ -40,7 +42,7 @@ def forget() -> None:
 
 
 def check_request(policy: Policy, task: Task) -> None:
-    """Check a task before it starts: its parameters by the action's schema, and that enough people can approve it.
+    """Check a task before it starts: its parameters, its destination, and that enough people can approve it.
 
     A task that the policy denies is started nevertheless, and ends as `denied`. Raises InvalidInputError.
     """
@@ -48,5 +50,6 @@ def check_request(policy: Policy, task: Task) -> None:
         from qaes.domain.policy.schemas import check_parameters  # it takes a while to import
 
         check_parameters(policy, task.task_type, task.parameters)
+    check_destination(policy, planning.action_type(task.task_type), task.parameters)
     if refusal := refusal_by_people(rule(task, policy, policy).tiers, policy.policy_id):
         raise InvalidInputError(refusal.removeprefix(f"{TOO_FEW}: "), field="task_type", code=TOO_FEW)

@@ -17,7 +17,7 @@ from qaes.domain import compliance, planning
 from qaes.domain.errors import NotFoundError
 from qaes.domain.ids import is_plan_id, is_task_id, new_plan_id, now, timestamp
 from qaes.domain.models import Plan, Task
-from qaes.domain.requests import PlanRequest
+from qaes.domain.requests import PlanRequest, check_destination
 from qaes.domain.ruling import Ruling, rule
 
 app = create_app("planner")
@@ -71,6 +71,7 @@ def create_plan(body: PlanRequest, caller: Annotated[Caller, Depends(require("re
     ledger, action = LedgerClient(), planning.action_type(body.task_type)
     policy = ledger.policy()
     parameters = body.resolved(settings.text("QUBIC_NETWORK"), operators=action in policy.actions)
+    check_destination(policy, action, parameters)
     plan_id, moment = new_plan_id(), timestamp(now())
     task = Task(
         task_id=body.task_id or plan_id,  # nothing else has this id

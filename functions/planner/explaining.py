@@ -19,7 +19,7 @@ from qaes.domain.policy import ACTION_TYPE_PATTERN, TRANSFER_ACTION, Decision, P
 from qaes.domain.policy.actions import TASK_TYPES
 from qaes.domain.policy.describing import ActionDescription, LimitState, describe_actions, limit_state
 from qaes.domain.policy.rules import RiskLevel
-from qaes.domain.requests import TaskRequest
+from qaes.domain.requests import TaskRequest, check_destination
 from qaes.domain.ruling import Ruling, Usage, refusal_by_people, rule
 from qaes.domain.text import MAX_SUBJECT_LENGTH, normal_subject
 
@@ -184,7 +184,9 @@ def _resolved(body: DecideRequest, policy: Policy, action: str) -> dict[str, Any
     """Check the parameters as the start of a task does. Raises InvalidInputError."""
     task_type = _TASK_TYPE_OF.get(body.action, body.action)
     request = TaskRequest(task_type=task_type, description="to explain", parameters=body.parameters)
-    return request.resolved(settings.text("QUBIC_NETWORK"), operators=action in policy.actions)
+    parameters = request.resolved(settings.text("QUBIC_NETWORK"), operators=action in policy.actions)
+    check_destination(policy, action, parameters)
+    return parameters
 
 
 def _task(action: str, parameters: dict[str, Any], requester: str, agent: str | None) -> Task:

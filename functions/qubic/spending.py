@@ -12,10 +12,11 @@ from datetime import UTC, datetime, timedelta
 
 from qaes.adapters.limits import Share, Windows
 from qaes.adapters.logs import logger
-from qaes.domain.errors import PermanentError
+from qaes.domain.errors import InvalidInputError, PermanentError
 from qaes.domain.policy import TRANSFER_ACTION, ActionRequest, Decision, LimitUse, Policy, evaluate
 from qaes.domain.policy.deciding import limit_key
 from qaes.domain.policy.rules import DAY, Limit
+from qaes.domain.qubic.identity import check_payable
 from qubic.items import Item, Items, item_key
 
 
@@ -37,11 +38,17 @@ def rule_for(
     | records data: amount 0, from the service's identity to itself | none: it moves no money and is not a transfer |
     | any other effect, for example the call of a smart contract | none: rejected, because no rule covers it |
 
-    Raises PermanentError: `not_allowed`, or the part of the rule that forbids the transfer at any time.
+    Raises PermanentError: `not_allowed`, `invalid_address` for a smart contract or the zero address unless the rule
+    allows them, or the code of the part of the rule that forbids the transfer at any time.
     """
     if input_type:
         raise PermanentError("not_allowed", f"policy {policy.policy_id} has no rule for input type {input_type}")
     parameters = {"wallet_address": source, "to_address": destination, "amount": amount}
+    if not policy.pays_contracts:
+        try:
+            check_payable(destination, "destination")
+        except InvalidInputError as error:
+            raise PermanentError("invalid_address", error.message) from error
     decision = evaluate(policy, ActionRequest(TRANSFER_ACTION, parameters, requester, agent))
     if not decision.allowed:
         raise PermanentError(decision.code, decision.reason)

@@ -164,12 +164,12 @@ class Wallets:
         Raises
         ------
         InvalidInputError
-            An address is malformed, a smart contract's or the zero address; or both are the same wallet.
+            An address is malformed; the source is a smart contract or the zero address; or both are the same wallet.
+            The policy's rule decides on the destination (`qubic.spending.rule_for`).
         PermanentError
             As `identity` and `key`.
         """
-        for address, field_ in ((source, "source"), (destination, "destination")):
-            check_payable(self.identity(check_payable(address, field_), field_), field_)
+        check_payable(self.identity(check_payable(source, "source"), "source"), "source")
         to = self.identity(destination, "destination")
         self._held(source, "source")
         if self.identity(source, "source") == to:

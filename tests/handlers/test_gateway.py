@@ -209,13 +209,7 @@ BAD: dict[str, tuple[Any, int, set[str]]] = {
     "a malformed destination": (
         {**TRANSFER, "parameters": {"to_address": "0xnot", "amount": 1}}, 422, {"parameters.to_address"},
     ),
-    "a smart contract as the destination": (
-        {**TRANSFER, "parameters": {"to_address": CONTRACT, "amount": 1}}, 422, {"parameters.to_address"},
-    ),
-    "a burn": ({**TRANSFER, "parameters": {"to_address": ZERO, "amount": 1}}, 422, {"parameters.to_address"}),
-    "a burn as the older clients write it": (
-        {**TRANSFER, "parameters": {"to_address": "0x" + "0" * 40, "amount": 1}}, 422, {"parameters.to_address"},
-    ),
+    "a burn as the source": ({**TRANSFER, "wallet_address": ZERO}, 422, {"parameters.wallet_address"}),
     "a smart contract as the source": ({**TRANSFER, "wallet_address": CONTRACT}, 422, {"parameters.wallet_address"}),
     "no destination": ({**TRANSFER, "parameters": {"amount": 1}}, 422, {"parameters.to_address"}),
     "a destination that is null": (

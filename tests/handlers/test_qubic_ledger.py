@@ -105,11 +105,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"source": NOBODY}, "no_key"),
     ({"source": ZERO}, "invalid_address"),
     ({"source": CONTRACT}, "invalid_address"),
+]
+"""Terms that no transfer may have on any day."""
+BY_RULE: list[tuple[dict[str, Any], str]] = [
     ({"destination": ZERO}, "invalid_address"),
     ({"destination": CONTRACT}, "invalid_address"),
     ({"destination": "0x" + "0" * 16}, "invalid_address"),
 ]
-"""Terms that no transfer may have on any day."""
+"""Terms that the policy's rule does not allow."""
 
 
 @pytest.mark.parametrize(
@@ -130,6 +133,17 @@ def test_refused_transfer_writes_nothing(
     assert spent() == 0
 
 
+@pytest.mark.parametrize(("changes", "expected"), BY_RULE)
+def test_transfer_that_the_rule_refuses_has_failed(
+    call: Call, transfer: Call, changes: dict[str, Any], expected: str
+) -> None:
+    assert code(transfer(**changes)) == expected
+    state = call("transfer_state", reference="task#step_3")["result"]
+    assert (state["state"], state["txid"]) == ("failed", "")
+    assert state["error"].startswith(f"{expected}: destination is the ")
+    assert spent() == 0
+
+
 @pytest.mark.parametrize("changes", [{"amount": 1001}, {"source": EMPTY, "destination": RICH}])
 def test_unpayable_transfer_has_failed(call: Call, transfer: Call, changes: dict[str, Any]) -> None:
     assert code(transfer(**changes)) == "insufficient_balance"
@@ -147,7 +161,7 @@ def spent() -> int:
     return sum(int(total["N"]) for buckets in windows for total in buckets.values())
 
 
-@pytest.mark.parametrize(("changes", "expected"), REFUSED)
+@pytest.mark.parametrize(("changes", "expected"), [*REFUSED, *BY_RULE])
 def test_check_transfer_refuses_as_transfer_does(call: Call, changes: dict[str, Any], expected: str) -> None:
     terms = {"source": RICH, "destination": EMPTY, "amount": 10}
     assert code(call("check_transfer", **terms | changes)) == expected

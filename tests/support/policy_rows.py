@@ -18,6 +18,7 @@ from tests.support.policies import changed
 from tests.support.refunds import ORDER, SMALL, Refund, approve, content, last_of, planned, refunded, text_of
 
 ANCHORER = Anchorer()
+ADDRESS_OF_A_CONTRACT = "0x0000000000000001"
 Bundle = dict[str, Any]
 
 
@@ -220,8 +221,8 @@ def claiming(change: Callable[[list[dict[str, Any]]], Any]) -> Trail:
     return trail
 
 
-def to_a_contract() -> Trail:
-    parameters = {"wallet_address": WALLET, "to_address": "0x" + "0" * 15 + "1", "amount": 5}
+def to_a_contract(**changes: str) -> Trail:
+    parameters = {"wallet_address": WALLET, "to_address": ADDRESS_OF_A_CONTRACT, "amount": 5} | changes
     with patch("qaes.domain.planning.check_payable"):
         trail = planned(parameters, task_type="transfer_funds")
     return approve(trail, "bob", "dora").begin(last_of(trail))
@@ -429,7 +430,10 @@ POLICY_ROWS: dict[str, dict[str, Callable[[], Any]]] = {
         "beyond a limit without a request": lambda: used(20),
         "beyond a limit, by another group": lambda: used(20, "erin"),
     },
-    "R108 step": {"to a smart contract": to_a_contract},
+    "R108 step": {
+        "to a smart contract": to_a_contract,
+        "from a smart contract": lambda: to_a_contract(wallet_address=ADDRESS_OF_A_CONTRACT, to_address=WALLET),
+    },
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from qaes.domain.models import Approval, Decision, Task
 from qaes.domain.policy import Policy, Rule
 from qaes.domain.qubic.identity import encode_identity
 from qaes.domain.ruling import Ruling, rule
+from tests.support.policies import of_limits
 from tests.unit.test_planning import POLICY, TRANSFER, plan
 
 PLAN = plan("transfer_funds", TRANSFER)
@@ -246,6 +247,21 @@ def test_decide_denies_a_transfer_with_a_contract_or_a_burn(
     field = "from_address" if name == "wallet_address" else name
     assert found.verdict == "denied"
     assert found.reason.startswith(f"invalid_address: {field} is the {'zero' if not number else 'address of smart'}")
+
+
+@pytest.mark.parametrize(("pinned", "current"), [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("field", ["wallet_address", "to_address"])
+def test_decide_lets_a_contract_be_paid_by_both_policies(field: str, pinned: bool, current: bool) -> None:
+    """The source is never a contract."""
+    address = encode_identity(b"\1" + bytes(31))
+    rules = [of_limits("transfer_funds", smart_contracts=each) for each in (pinned, current)]
+    parameters = TRANSFER | {field: address}
+    ruled = rule(changed(TASK, parameters=parameters), *rules)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qaes.domain.planning.check_payable", lambda *_: None)
+        it = changed(plan("transfer_funds", parameters), policy=ruled.pins)
+    found = compliance.decide(changed(TASK, plan_hash=it.hash()), it, 2, ruled, None)
+    assert found.verdict == ("execute" if pinned and current and field == "to_address" else "denied")
 
 
 @pytest.mark.parametrize("limits", [{"max_amount": 5}, {"daily_limit": 5}, {"allowed_addresses": (DESTINATION,)}])

@@ -15,6 +15,7 @@ from qaes.adapters.ledger_client import LedgerClient
 from qaes.adapters.task_repository import TaskStore
 from qaes.domain.errors import ForbiddenError, PermanentError
 from qaes.domain.models import Approval
+from qaes.domain.qubic.identity import encode_identity
 from qubic import wiring
 from tests.support.api import set_environment
 from tests.support.cloud import Cloud, cloud
@@ -26,6 +27,7 @@ from tests.workflow.test_paths import kinds, retry
 
 FREE = {"max_amount": 10, "approvals": 0}
 BY_FINANCE = {"max_amount": 500, "approvals": 2, "approvers": "finance"}
+CONTRACT = encode_identity(b"\4" + bytes(31))
 ALLOWED = {"allowed": True, "risk_level": "high"}
 TRANSFERS = {"transfer_funds": ALLOWED | {"tiers": [FREE, BY_FINANCE]}}
 
@@ -95,6 +97,27 @@ def test_only_the_tiers_group_approves(aws: Cloud, transfer: Callable[..., str])
         "risk_level": "high", "approvals": 2, "expires_after": None, "format": 2, "tier": 1, "approvers": "finance",
         "signature": False,
     }  # fmt: skip
+
+
+def test_transfer_pays_a_contract_by_a_rule_that_allows_it(aws: Cloud) -> None:
+    rule = {"tiers": [BY_FINANCE], "smart_contracts": True}
+    publish(aws, {"transfer_funds": ALLOWED | rule})
+    paid, late = (begin(aws, "transfer_funds", to_address=CONTRACT, amount=250) for _ in range(2))
+    for task_id in (paid, late):
+        aws.wait(task_id, "waiting_approval")
+    approve(paid, "bob", "carol")
+    aws.wait(paid, "completed")
+    approval = approve(late, "bob", "carol", deliver=False)
+    publish(aws, {"transfer_funds": ALLOWED | rule | {"smart_contracts": False}})
+    Executions.deliver(late, approval)
+    assert aws.wait(late, "denied")["reason"].startswith("invalid_address: to_address is the address of smart contract")
+
+
+def test_transfer_to_a_contract_denied_without_the_rule(aws: Cloud) -> None:
+    publish(aws, {"transfer_funds": ALLOWED | {"tiers": [BY_FINANCE]}})
+    task_id = begin(aws, "transfer_funds", to_address=CONTRACT, amount=250)
+    assert aws.wait(task_id, "denied")["reason"].startswith("invalid_address: ")
+    assert requests(aws, task_id) == 0
 
 
 def test_amount_beyond_every_tier_is_denied_with_its_reason(aws: Cloud, transfer: Callable[..., str]) -> None:

@@ -20,7 +20,7 @@ from qaes.domain.errors import (
 from qaes.domain.ids import parse_timestamp
 from qaes.domain.models import TERMINAL, Approval, Model, Plan, Quorum, Step, Task, Terms, WalletBalance
 from qaes.domain.planning import can_require_approval, step_requires_approval
-from qaes.domain.qubic.identity import check_payable
+from qaes.domain.qubic.identity import check_address, check_payable
 from qaes.domain.ruling import Ruling, Usage, refusal_by_people
 
 REJECTED = "an approver rejected it"
@@ -111,7 +111,7 @@ def _refusals(step: Step, ruling: Ruling) -> Iterator[str]:
             yield denial.reason
     if ruling.flaw:
         yield ruling.flaw
-    if refusal := refusal_by_address(step):
+    if refusal := refusal_by_address(step, ruling):
         yield refusal
     if step.type == "onchain_action":
         yield from (denial.reason for denial in denials)
@@ -205,16 +205,18 @@ def _ask(ruling: Ruling, quorums: tuple[Quorum, ...]) -> Verdict:
     )
 
 
-def refusal_by_address(step: Step) -> str | None:
+def refusal_by_address(step: Step, ruling: Ruling) -> str | None:
     """Return the reason why a transfer cannot use its addresses; None if it can, or without a transfer.
 
-    A task's start checks its parameters. This function also checks plans that were stored before that check existed.
+    A task's start checks its parameters by the policy of that moment. This function checks both policies, and plans
+    that were stored before that check existed.
     """
     if step.type != "onchain_action":
         return None
     try:
-        for field in ("from_address", "to_address"):
-            check_payable(step.parameters.get(field), field)
+        check_payable(step.parameters.get("from_address"), "from_address")
+        check = check_address if ruling.pays_contracts else check_payable
+        check(step.parameters.get("to_address"), "to_address")
     except InvalidInputError as error:
         return f"invalid_address: {error.message}"
     return None

@@ -8,7 +8,7 @@ from qaes.domain.errors import ConflictError, InvalidInputError
 from qaes.domain.models import Analysis, Plan, Step, Task
 from qaes.domain.policy import DENIED, TRANSFER_ACTION, Policy, PolicyDecision
 from qaes.domain.policy.actions import ACTION_STEPS, BUILT_IN, action_of, step_of
-from qaes.domain.qubic.identity import check_payable
+from qaes.domain.qubic.identity import check_address, check_payable
 from qaes.domain.step_types import EFFECT_TYPES, StepType
 
 Effect = Literal["performed", "recorded only"]
@@ -107,8 +107,8 @@ def _action_parameters(action: str, task_type: str, description: str, parameters
         for field in BUILT_IN[action].needs:
             if field not in parameters:
                 raise InvalidInputError(f"a transfer requires {field}", field=f"parameters.{field}")
-        for field in ("wallet_address", "to_address"):
-            check_payable(parameters[field], f"parameters.{field}")
+        check_payable(parameters["wallet_address"], "parameters.wallet_address")
+        check_address(parameters["to_address"], "parameters.to_address")
     return {name: parameters.get(given) for name, given in takes.items()}
 
 

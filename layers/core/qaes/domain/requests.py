@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 from qaes.domain.canonical import canonical_json
 from qaes.domain.errors import InvalidInputError
-from qaes.domain.policy import TRANSFER_ACTION
+from qaes.domain.policy import TRANSFER_ACTION, Policy
 from qaes.domain.policy.actions import BUILT_IN, action_of
 from qaes.domain.qubic import MAX_QU
 from qaes.domain.qubic.demo import is_same_wallet
@@ -65,6 +66,7 @@ class TaskRequest(BaseModel):
         InvalidInputError
             A parameter is missing, malformed or contradicts another; all parameters together are too large; or the task
             can never run: it transfers to the paying wallet, or names an address that the network does not have.
+            `check_destination` checks whether the policy lets a transfer go to a smart contract.
         """
         if operators:
             return self._as_given()
@@ -86,8 +88,8 @@ class TaskRequest(BaseModel):
         for name in BUILT_IN[action].needs if action in BUILT_IN else ():
             if name not in parameters:
                 raise InvalidInputError(f"a task of type {self.task_type} requires {name}", field=f"parameters.{name}")
-        for name in ("wallet_address", "to_address") if action == TRANSFER_ACTION else ():
-            check_payable(parameters[name], f"parameters.{name}")
+        if action == TRANSFER_ACTION:
+            check_payable(parameters["wallet_address"], "parameters.wallet_address")
         if action == TRANSFER_ACTION and is_same_wallet(parameters["wallet_address"], parameters["to_address"]):
             raise InvalidInputError("must not be the paying wallet", field="parameters.to_address")
         _check_size(parameters)
@@ -107,6 +109,15 @@ class PlanRequest(TaskRequest):
     """A requested plan, with or without a task."""
 
     task_id: str | None = Field(None, pattern=r"^[A-Za-z0-9_.-]{1,64}$")
+
+
+def check_destination(policy: Policy, action: str, parameters: Mapping[str, Any]) -> None:
+    """Check that a transfer goes to a wallet, or that the policy allows smart contracts and the zero address.
+
+    Raises InvalidInputError.
+    """
+    if action == TRANSFER_ACTION and not policy.pays_contracts:
+        check_payable(parameters["to_address"], "parameters.to_address")
 
 
 def _check_address(address: object, network: str, field: str) -> str:

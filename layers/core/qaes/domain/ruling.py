@@ -43,6 +43,8 @@ class Ruling:
         The two decisions in the form in which a plan pins them and entries record them.
     tiers
         The approvals that the tiers of the two policies require.
+    pays_contracts
+        Whether both policies let a transfer go to a smart contract or to the zero address.
     flaw
         Reason why the parameters do not fit the action's schema in one of the policies; None if they do.
     involved
@@ -56,6 +58,7 @@ class Ruling:
     tiers: tuple[Quorum, ...]
     involved: tuple[str, ...]
     flaw: str | None = None
+    pays_contracts: bool = False
 
     @property
     def has_terms(self) -> bool:
@@ -135,7 +138,15 @@ def rule(task: Task, pinned: Policy, current: Policy) -> Ruling:
     forms = pinned_form(pinned, then), pinned_form(current, now)
     flaws = (flaw_of(policy, request) for policy, _ in decisions)
     flaw = next((flaw for flaw in flaws if flaw), None)
-    return Ruling(then, now, *forms, tiers=merged(tiers), involved=involved, flaw=flaw)
+    return Ruling(
+        then,
+        now,
+        *forms,
+        tiers=merged(tiers),
+        involved=involved,
+        flaw=flaw,
+        pays_contracts=pinned.pays_contracts and current.pays_contracts,
+    )
 
 
 def flaw_of(policy: Policy, request: ActionRequest) -> str | None:

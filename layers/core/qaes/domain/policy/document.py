@@ -18,6 +18,7 @@ from qaes.domain.policy.names import (
     ACTION_TYPE_PATTERN,
     MAX_INTEGER,
     POLICY_ID_PATTERN,
+    TRANSFER_ACTION,
     Name,
     invalid_input,
     policy_id_of,
@@ -69,6 +70,12 @@ class Policy(BaseModel):
         """Return the rule for an action in its format 2 form; None if the policy has no rule for it."""
         rule = self.rules.get(action)
         return normalised(action, rule) if isinstance(rule, Rule) else rule
+
+    @property
+    def pays_contracts(self) -> bool:
+        """Return whether a transfer can go to a smart contract or to the zero address."""
+        rule = self.rule_for(TRANSFER_ACTION)
+        return rule is not None and rule.smart_contracts
 
     def action(self, name: str) -> Action | BuiltIn | None:
         """Return the definition of an action; None for an action that the policy does not define."""

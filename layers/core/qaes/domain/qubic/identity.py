@@ -139,7 +139,8 @@ def check_payable(address: object, field: str = "address") -> str:
         raise InvalidInputError(f"{name} is the zero address: a transfer to it burns the amount", field=field)
     if number is not None:
         raise InvalidInputError(
-            f"{name} is the address of smart contract {number}: transfers to and from contracts are not supported",
+            f"{name} is the address of smart contract {number}: a transfer never comes from a contract, and goes to "
+            "one only by a rule with `smart_contracts`",
             field=field,
         )
     return address
