@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetJsonSchemaHandler, StringC
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
+from qaes.adapters import settings
 from qaes.adapters.http import EVERY_ROLE, Caller, require
 from qaes.adapters.strict_input import accepts_bytes
 from qaes.domain.planning import RECORDED_ONLY, Effect, action_step, effect_of
@@ -216,6 +217,7 @@ def propose_policy(body: PolicyRequest, caller: Operator) -> PolicyProposalAnswe
         subject=caller.subject,
         based_on=body.based_on,
         remove=body.remove,
+        function_prefix=settings.text("ACTION_FUNCTION_PREFIX"),
     )
     changes = store.difference(proposed.version)
     return PolicyProposalAnswer(network=store.network, difference=changes, **dict(proposed))

@@ -163,6 +163,16 @@ def test_proposal_reads_the_raw_body(api: Api, raw: str, replaced: str, field: s
     assert api("POST", "/policy", text, **OLIVIA).status == 201
 
 
+@pytest.mark.parametrize(("prefix", "status"), [("qaes-action-", 201), ("acme-", 422), ("qaes-action-refund-", 422)])
+def test_proposal_names_functions_of_the_stacks_prefix(aws: Cloud, api: Api, prefix: str, status: int) -> None:
+    aws.parameters["ActionFunctionPrefix"] = prefix
+    answer = propose(api)
+    assert answer.status == status
+    if status == 422:
+        assert named(answer) == {f"actions.{REFUND}.handler.function_name"}
+        assert f"`{prefix}`" in answer.body["detail"]
+
+
 def large(bytes_: int) -> dict[str, Any]:
     """Make a content whose document has about so many bytes."""
     content = copy.deepcopy(CONTENT)

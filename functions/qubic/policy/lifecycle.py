@@ -194,6 +194,7 @@ class Policies(Trust):
         remove: Sequence[str] = (),
         groups: Mapping[str, Any] | None = None,
         actions: Mapping[str, Any] | None = None,
+        function_prefix: str = proposing.FUNCTION_PREFIX,
     ) -> PolicyVersion:
         """Store a new version for another operator to approve. A repeated proposal returns the same version.
 
@@ -207,6 +208,8 @@ class Policies(Trust):
             The `policy_id` of the version that the operator reviewed; by default the one in force.
         remove
             The rules, groups and actions in force that the new version drops: each has to be named.
+        function_prefix
+            Prefix of the functions that an action's handler can name.
 
         Raises
         ------
@@ -221,7 +224,14 @@ class Policies(Trust):
             current = self.in_force()
             self._check_not_stale(head, based_on or current.policy_id, current)
             newest = self._item(head.newest)
-            document = proposing.propose(current, content, version=head.newest + 1, proposed_by=subject, remove=remove)
+            document = proposing.propose(
+                current,
+                content,
+                version=head.newest + 1,
+                proposed_by=subject,
+                remove=remove,
+                function_prefix=function_prefix,
+            )
             if newest is not None and _is_same_proposal(newest, document):
                 return record_of(newest)
             proposed = _new_record(document, timestamp(now()))
