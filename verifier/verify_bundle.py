@@ -335,7 +335,8 @@ INVISIBLE = (  # and printable
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
 BLANK = "\u2800"  # the empty cell of Braille
-PARTS = ("planner", "compliance", "worker", "execution", "reconciler")
+LEDGER = "ledger"  # the actor of a change of the policy that no person made
+PARTS = ("planner", "compliance", "worker", "execution", "reconciler", LEDGER)
 KINDS = {  # kind: who checks it, by whom it is (None: a person, or by its status), what its status may be
     "task_started": ("_start", None, "pending"),
     "policy_checked": ("_policy", "planner", "allowed", "denied"),
@@ -426,7 +427,6 @@ CHANGES = {  # kind: the status of its entries
     "policy_in_force": "in_force", "action_suspended": "suspended", "resume_requested": "requested",
     "action_resumed": "resumed",
 }  # fmt: skip
-LEDGER = "ledger"  # the actor where no person acted
 SUSPENSION = {"event": int, "resume_requested_by": TEXT}
 A_DAY = 86_400  # seconds: so long counts a request to resume an action
 

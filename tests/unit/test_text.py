@@ -14,7 +14,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from local.unicode_tables import OUTPUT, table
-from qaes.domain.text import flaw_of, inert, is_blank, json_inert, normal_subject, same_subject, subject_note
+from qaes.domain.text import (
+    SYSTEM_ACTORS,
+    flaw_of,
+    inert,
+    is_blank,
+    json_inert,
+    normal_subject,
+    same_subject,
+    subject_note,
+)
 
 DECEPTIVE = {
     "bytes that are not UTF-8": "a\ufffdb",
@@ -160,7 +169,7 @@ def test_subject_is_normalised() -> None:
 @pytest.mark.parametrize(
     "subject",
     ["", " ", "\u3000", "\u00a0bob", "bob\n", "bob\0", "bob\ufe0f", "b\u202eob", "\u200b", "\u3164", "❤\ufe0f",
-     "می\u200cخ", "\u2800", "\u0301", "a\ud800", "a" * 257, "bo\u2009b", "worker", " execution "],
+     "می\u200cخ", "\u2800", "\u0301", "a\ud800", "a" * 257, "bo\u2009b", " execution ", "ledger", *SYSTEM_ACTORS],
 )  # fmt: skip
 def test_subject_refused_when_it_names_no_person(subject: str) -> None:
     with pytest.raises(ValueError, match="subject"):

@@ -17,7 +17,10 @@ from hypothesis import strategies as st
 from qaes.domain.canonical import canonical_json, sha256_hex
 from qaes.domain.errors import InvalidInputError
 from qaes.domain.policy import ActionRequest, PolicyDocumentV2, evaluate, pinned_form, policy_of
+from qaes.domain.policy_events import LEDGER
 from qaes.domain.qubic.identity import encode_identity
+from qaes.domain.text import SYSTEM_ACTORS
+from tests.support import policies
 from tests.support.bundles import LOG_ID, TARGET, WALLET, Anchorer, Trail, load_verifier, policy_text
 from tests.support.policies import changed
 from tests.support.refunds import STORIES, Refund, approve, content, last_of, planned
@@ -414,3 +417,15 @@ def test_verifier_decides_as_the_service_does(text: str, wanted: list[ActionRequ
             use["over"] if use["over"] == "deny" else (use["over"]["approvals"], use["over"]["approvers"])
             for use in offline.limits
         ] == overs
+
+
+def test_parts_of_the_system_have_the_same_names_everywhere() -> None:
+    parts = {actor for _, actor, *_ in verifier.KINDS.values() if actor} | {LEDGER}
+    assert parts <= SYSTEM_ACTORS == set(verifier.PARTS)
+
+
+@pytest.mark.parametrize("name", sorted(SYSTEM_ACTORS))
+def test_no_group_has_a_part_of_the_system(name: str) -> None:
+    assert not verifier.is_subject(name)
+    with pytest.raises(InvalidInputError, match="part of the system"):
+        policies.document(policies.CONTENT | {"groups": {"finance": [name, "fay"], "cfo": ["carla"]}})

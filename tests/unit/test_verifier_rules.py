@@ -377,6 +377,7 @@ ROWS: dict[str, dict[str, Callable[..., Case | Trail]]] = {
     "R25 text": {
         "started without a requester": lambda: edit(Trail().start(), actor="", input={"requester": ""}),
         "decided by the worker": lambda: planned().ask(2).decide(2, "worker", True, 1),
+        "decided by the ledger": lambda: planned().ask(2).decide(2, "ledger", True, 1),
         "retried by the reconciler": lambda: planned().end("failed").retry("reconciler"),
         "cancelled by the execution": lambda: planned().end("cancelled", "execution"),
     },

@@ -19,8 +19,8 @@ from functools import cache
 from qaes.domain.generated.unicode_tables import DEFAULT_IGNORABLE, EMOJI, PICTOGRAPHIC
 
 MAX_SUBJECT_LENGTH = 256
-SYSTEM_ACTORS = frozenset({"planner", "compliance", "worker", "execution", "reconciler"})
-"""Actors of the audit trail that are parts of the system. No person may have such a name."""
+SYSTEM_ACTORS = frozenset({"planner", "compliance", "worker", "execution", "reconciler", "ledger"})
+"""Actors of the audit log that are parts of the system. No person may have such a name."""
 
 _NONCHARACTERS = ((0xFDD0, 0xFDEF), *((plane << 16 | 0xFFFE, plane << 16 | 0xFFFF) for plane in range(17)))
 _HIDDEN = (
