@@ -1,7 +1,8 @@
 """Count the consumption of a task, in a run of the deployed definition on moto: `python -m benchmarks.cost`.
 
 A run has phases, which end where the task waits for a person or for the ledger. A stream delivers the writes of a phase
-as one batch to each of its listeners. The anchor is counted separately: as a whole, or shared by a batch's tasks.
+as one batch to each of its listeners. The anchor and the gateway's reading of the policy are counted separately: as a
+whole, or shared by the tasks of a batch, which start within the seconds for which the gateway keeps the policy.
 """
 
 from __future__ import annotations
@@ -18,20 +19,25 @@ from dataclasses import dataclass, field
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import boto3
 
 from benchmarks.units import Units, metered
+from gateway import known_policy
 from qaes.adapters.logs import logger
 from tests.support import template
 from tests.support.api import Api
-from tests.support.cloud import Cloud, cloud
+from tests.support.cloud import PARAMETERS, Cloud, cloud
 
 BASELINE = Path(__file__).with_name("baseline.json")
 """Figures of the workflow with one state for each agent, counted by this program."""
 
 SHARED_BY = 6
-"""Number of tasks that share an anchor in the `_shared` figures."""
+"""Number of tasks that share an anchor, and the gateway's copy of the policy, in the `_shared` figures.
+
+They start in the window of one anchor, which is shorter than `known_policy.KEPT_SECONDS`.
+"""
 PRICES_OF = "2026-11, us-east-1, list prices"
 TRANSITION, INVOCATION, API_REQUEST, EVENT = 25.00e-6, 0.20e-6, 3.50e-6, 1.00e-6
 GB_SECOND = {"x86_64": 16.6667e-6, "arm64": 13.3334e-6}
@@ -97,26 +103,32 @@ class Count:
 
 @dataclass
 class TaskCost:
-    """A task's count without the anchor, the anchor's count, and the functions on the critical path."""
+    """The count of a task alone, of the parts that tasks share, and the functions on the critical path."""
 
     task: Count
     anchor: Count
+    policy: Count
     on_path: list[str]
 
     def figures(self) -> dict[str, Any]:
-        """Return the figures of docs/performance.json, in `_shared` with a sixth of the anchor."""
+        """Return the figures of docs/performance.json, in `_shared` with a sixth of the shared parts."""
         found: dict[str, Any] = {"transitions": self.task.transitions}
         for suffix, part in (("", 1.0), ("_shared", 1 / SHARED_BY)):
             found |= {
-                f"invocations{suffix}": round(self.task.invocations + self.anchor.invocations * part, 1),
-                f"write_units{suffix}": round(self.task.write_units + self.anchor.write_units * part, 1),
-                f"read_units{suffix}": round(self.task.read_units + self.anchor.read_units * part, 1),
-                f"usd_per_million{suffix}": round((self.task.dollars + self.anchor.dollars * part) * 1e6),
+                f"invocations{suffix}": round(self._sum("invocations", part), 1),
+                f"write_units{suffix}": round(self._sum("write_units", part), 1),
+                f"read_units{suffix}": round(self._sum("read_units", part), 1),
+                f"usd_per_million{suffix}": round(self._sum("dollars", part) * 1e6),
             }
-        found["log_bytes"] = round(self.task.log_bytes + self.anchor.log_bytes / SHARED_BY)
+        found["log_bytes"] = round(self._sum("log_bytes", 1 / SHARED_BY))
         found["usd_logs_per_million"] = round(found["log_bytes"] * LOG_GB / 1e9 * 1e6)
         found["usd_traces_per_million"] = round(self._traces() * TRACE * 1e6)
         return found | {"functions_on_path": len(self.on_path), "functions": self.on_path}
+
+    def _sum(self, figure: str, part: float) -> float:
+        """Return a figure of the task with this part of the shared counts."""
+        shared = sum(getattr(each, figure) for each in (self.anchor, self.policy))
+        return float(getattr(self.task, figure) + shared * part)
 
     def _traces(self) -> float:
         """Return the number of traces: of sampled requests and executions, and of batches and events.
@@ -160,6 +172,8 @@ def measure(name: str) -> TaskCost:
         run.streams()  # earlier records do not count
         aws.invocations.clear()
         with metered(run.units), _captured() as written:
+            run.gateway_reads_policy()
+            policy = run.count(written())
             task_id = run.request("POST", "/task/start", TASKS[name])["task_id"]
             if name == "transfer":
                 run.wait(task_id, "waiting_approval")
@@ -175,11 +189,12 @@ def measure(name: str) -> TaskCost:
             run.deliver("TasksTable", "AuditEntriesTable")
             run.request("GET", f"/task/{task_id}", None)
             task = run.count(written())
+            run.anchor()
+            anchor = _difference(run.count(written()), task)
+            task = _difference(task, policy)
             task.transitions = len(aws.history(task_id))
             task.log_bytes += run.state_machine_log(task_id)
-            run.anchor()
-            whole = run.count(written())
-        return TaskCost(task, _difference(whole, task), on_path)
+        return TaskCost(task, anchor, policy, on_path)
 
 
 def listeners_of(*tables: str) -> set[str]:
@@ -214,6 +229,12 @@ class _Run:
         if answer["statusCode"] >= HTTPStatus.MULTIPLE_CHOICES:
             raise RuntimeError(f"{method} {path}: {answer}")
         return json.loads(answer["body"])
+
+    def gateway_reads_policy(self) -> None:
+        """Read the policy as the first start in KEPT_SECONDS does; the task's own start uses this copy."""
+        with patch.dict(os.environ, template.environment("GatewayFunction", PARAMETERS)):
+            if known_policy.policy_in_force() is None:
+                raise RuntimeError("the gateway cannot read the policy")
 
     def wait(self, task_id: str, status: str) -> None:
         with self.units.not_counted():
@@ -323,6 +344,7 @@ def _difference(whole: Count, part: Count) -> Count:
         write_units=whole.write_units - part.write_units,
         read_units=whole.read_units - part.read_units,
         log_bytes=whole.log_bytes - part.log_bytes,
+        api_requests=whole.api_requests - part.api_requests,
         events=whole.events - part.events,
         functions=whole.functions - part.functions,
         operations=whole.operations - part.operations,
@@ -386,7 +408,7 @@ if __name__ == "__main__":
     if "--operations" in sys.argv:
         for name in TASKS:
             found = measure(name)
-            for part, count in (("task", found.task), ("anchor", found.anchor)):
+            for part, count in (("task", found.task), ("anchor", found.anchor), ("policy", found.policy)):
                 print(f"{name}, {part}: {dict(count.functions)}")
                 for (table, operation), units in sorted(count.operations.items(), key=lambda each: -each[1]):
                     print(f"  {units:6} {table} {operation}")

@@ -105,7 +105,8 @@ def costs() -> str:
 `python -m benchmarks.cost` counts a run of the deployed definition on moto by DynamoDB's rules: item sizes, before-images, indexes, transactions,
 each key of a BatchGetItem. The count includes the API's requests (monitoring 2, transfer 4), the authorizer, the streams' batches and the end of
 the execution, but not the mock network's table. "Before" is the workflow with one state for each agent. "Shared" means that six tasks share an
-anchor. Prices: {cost.PRICES_OF}; a call lasts {cost.SECONDS_A_CALL * 1000:.0f} ms with the function's memory. Logs and traces have separate rows.
+anchor and the gateway's copy of the policy: they start within 15 s, an anchor's window, and the gateway keeps its copy for 30 s. Prices:
+{cost.PRICES_OF}; a call lasts {cost.SECONDS_A_CALL * 1000:.0f} ms with the function's memory. Logs and traces have separate rows.
 
 {table(head, rows)}
 
