@@ -17,6 +17,7 @@ from qaes.domain import planning
 from qaes.domain.errors import StepDeniedError, TransientError
 from qaes.domain.ids import new_plan_id, new_task_id, now, timestamp
 from qaes.domain.models import Plan, Task
+from qaes.domain.policy import Policy
 from qaes.domain.ruling import rule
 from tests.support.policies import of_limits
 
@@ -25,7 +26,7 @@ LIMIT = {"window_seconds": 86_400, "max_amount": MAXIMUM, "per": "action", "over
 POLICY = of_limits("transaction", LIMIT)
 
 
-def planned(store: TaskStore, requester: str) -> tuple[Task, Plan]:
+def planned(store: TaskStore, requester: str, policy: Policy = POLICY) -> tuple[Task, Plan]:
     """Start and plan a task that records an instruction about an amount."""
     moment = timestamp(now())
     task, _ = store.start_task(
@@ -47,8 +48,8 @@ def planned(store: TaskStore, requester: str) -> tuple[Task, Plan]:
         task_type=task.task_type,
         description=task.description,
         parameters=task.parameters,
-        analysis=planning.analyze(task.task_type, POLICY),
-        policy=rule(task, POLICY, POLICY).pins,
+        analysis=planning.analyze(task.task_type, policy),
+        policy=rule(task, policy, policy).pins,
     )
     return store.plan_task(task, plan)
 
