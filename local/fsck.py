@@ -28,7 +28,7 @@ def settled(seconds: float, *, log_id: str, ask_ledger: bool = True) -> Report:
     while True:
         ledger = LedgerClient() if ask_ledger else None
         report = fsck(AuditStore(), Log(), ledger, log_id=log_id, outbox=Outbox())
-        found = {each.invariant for each in report.findings}
+        found = {finding.invariant for finding in report.findings}
         if not found or found - IN_FLIGHT or time.monotonic() > deadline:
             return report
         time.sleep(1)
@@ -58,7 +58,7 @@ def show(report: Report) -> str:
     lines = [f"{seen}, {report.anchors} anchors up to {report.anchored}"]
     if report.erased:
         lines.append(f"{report.erased} tasks are erased: only their entries are left")
-    lines += [f"{each}\n    (invariant: {INVARIANTS[each.invariant]})" for each in report.findings]
+    lines += [f"{finding}\n    (invariant: {INVARIANTS[finding.invariant]})" for finding in report.findings]
     if report.not_shown:
         lines.append(f"and {report.not_shown} more, not shown")
     lines.append(f"{len(report.findings) + report.not_shown} findings" if report.findings else "every invariant holds")

@@ -230,10 +230,10 @@ def check_links(path: str, text: str) -> Iterator[Finding]:
                 ROOT if path.startswith("changelog.d/") else (ROOT / path).parent
             )  # a fragment becomes CHANGELOG.md
             file = folder / target
-            found = not target or file.exists()
-            if found and anchor:
-                found = anchor in anchors(file.read_text() if target else text)
-            if not found:
+            exists = not target or file.exists()
+            if exists and anchor:
+                exists = anchor in anchors(file.read_text() if target else text)
+            if not exists:
                 yield Finding(path, token.map[0] + 1 if token.map else 1, link, "a file, and one of its headings")
 
 
@@ -247,7 +247,7 @@ def check_decisions(index: str, names: list[str]) -> Iterator[Finding]:
 def check_fragments(names: list[str]) -> Iterator[Finding]:
     """Yield the fragments of the changelog whose name has no type, which towncrier would leave out."""
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["towncrier"]
-    types = [each["directory"] for each in settings["type"]]
+    types = [kind["directory"] for kind in settings["type"]]
     for name in names:
         if not re.fullmatch(rf"(\+[\w-]+|\d+)\.({'|'.join(types)})\.md", name):
             yield Finding(f"changelog.d/{name}", 1, name, f"+<words>.<type>.md with a type of {', '.join(types)}")

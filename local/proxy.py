@@ -118,7 +118,7 @@ class Proxy:
     async def _serve(self) -> None:
         self._loop.set_exception_handler(self._on_error)
         config = Config()
-        config.bind = [f"fd://{each.detach()}" for each in self._sockets]
+        config.bind = [f"fd://{listener.detach()}" for listener in self._sockets]
         config.loglevel = "WARNING"
         config.include_server_header = False
         config.keep_alive_timeout = IDLE_TIMEOUT_SECONDS

@@ -122,8 +122,8 @@ def _entries(request: Request, groups: tuple[str, ...]) -> Response:
 def takes_gzip(accept_encoding: str) -> bool:
     """Return whether an Accept-Encoding accepts gzip (RFC 9110, 12.5.3)."""
     weights = {}
-    for each in accept_encoding.lower().split(","):
-        coding, _, parameter = each.partition(";")
+    for element in accept_encoding.lower().split(","):
+        coding, _, parameter = element.partition(";")
         weights[coding.strip()] = parameter.replace(" ", "")
     weight = weights.get("gzip", weights.get("*"))
     return weight is not None and re.fullmatch(r"q=0(\.0{0,3})?", weight) is None

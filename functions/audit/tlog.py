@@ -54,7 +54,7 @@ def entries_tile(log: Log, store: AuditStore, groups: tuple[str, ...]) -> bytes:
     leaves = log.leaves(index * TILE_WIDTH, width)
     if len(leaves) < width:
         raise _no_such_tile()
-    texts = store.texts([each.key for each in leaves])
+    texts = store.texts([leaf.key for leaf in leaves])
     parts: list[bytes] = []
     for each in leaves:
         if each.key not in texts:

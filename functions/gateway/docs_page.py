@@ -83,15 +83,15 @@ def _article(path: str, method: str, operation: Document, errors: Document) -> s
     )
     if parameters := operation.get("parameters"):
         rows = "".join(
-            f"<tr><th scope=row><code>{escape(each['name'])}</code></th><td>{escape(each['in'])}"
-            f"{', required' if each['required'] else ''}</td><td>{_text(each.get('description', ''))}</td></tr>"
-            for each in parameters
+            f"<tr><th scope=row><code>{escape(parameter['name'])}</code></th><td>{escape(parameter['in'])}"
+            f"{', required' if parameter['required'] else ''}</td><td>{_text(parameter.get('description', ''))}</td></tr>"
+            for parameter in parameters
         )
         parts.append(f"<h4>Parameters</h4><table>{rows}</table>")
     if body := operation.get("requestBody"):
         content = body["content"]["application/json"]
         parts.append(f"<h4>Request</h4>{_json(content['example'])}" if "example" in content else "")
-    [(status, answer)] = [each for each in operation["responses"].items() if each[0].startswith("2")]
+    [(status, answer)] = [item for item in operation["responses"].items() if item[0].startswith("2")]
     [(kind, content)] = answer["content"].items()
     parts.append(f"<h4>Answer {status}</h4>{_answer(kind, content)}")
     rows = "".join(

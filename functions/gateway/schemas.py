@@ -193,7 +193,7 @@ def question(task: Task, plan: Plan, approval: Approval) -> ApprovalQuestion:
         approvals_required=approval.required,
         tier=approval.terms.tier if approval.terms else None,
         approvers=_only_group(approval),
-        quorums=[QuorumAnswer(approvals=each.approvals, approvers=each.approvers) for each in approval.quorums],
+        quorums=[QuorumAnswer(approvals=quorum.approvals, approvers=quorum.approvers) for quorum in approval.quorums],
         **_amount(step, approval),
         decisions=list(approval.decisions),
         requested_at=approval.requested_at,

@@ -116,7 +116,7 @@ def changes_for(faults: Faults, state: State, moment: int) -> tuple[dict[str, in
     if faults.jump or faults.paused != bool(state.paused):
         changes |= {"origin_tick": tick, "origin_time": moment, "paused": int(faults.paused)}
     # No transaction waits for a closed tick: reading the state executed them.
-    skipped = [each for each in state.skipped if each[1] > state.closed_tick]
+    skipped = [ticks for ticks in state.skipped if ticks[1] > state.closed_tick]
     if faults.jump:
         changes |= {"epoch": state.epoch + 1, "initial_tick": tick}
         skipped.append((state.tick + 1, tick - 1))

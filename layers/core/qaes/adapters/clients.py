@@ -87,8 +87,8 @@ def prepare(*names: Name) -> None:
     if "AWS_LAMBDA_FUNCTION_NAME" not in os.environ:
         return
     told = {name for ending, name in RESOURCES if any(variable.endswith(ending) for variable in os.environ)}
-    for each in sorted({*told, *names}):
-        lambda_client() if each == "lambda" else client(each)
+    for service in sorted({*told, *names}):
+        lambda_client() if service == "lambda" else client(service)
 
 
 def invoke(function: str, event: dict[str, Any], what: str) -> Any:

@@ -46,10 +46,10 @@ class Executions:
         step_functions = clients.client("stepfunctions")
         try:
             with _asking():
-                found = step_functions.describe_execution(executionArn=self._execution(task))
+                execution = step_functions.describe_execution(executionArn=self._execution(task))
         except step_functions.exceptions.ExecutionDoesNotExist:
             return None
-        status: str = found["status"]
+        status: str = execution["status"]
         return status
 
     def running(self, has_time: Callable[[], bool]) -> set[str]:
@@ -62,7 +62,7 @@ class Executions:
         while has_time():
             with _asking():
                 page = clients.client("stepfunctions").list_executions(**arguments)
-            names.update(each["name"] for each in page["executions"])
+            names.update(execution["name"] for execution in page["executions"])
             if not page.get("nextToken"):
                 break
             arguments["nextToken"] = page["nextToken"]

@@ -29,7 +29,7 @@ def put_event(table: str, event: PolicyEvent) -> Item:
 
 def newest_event(table: str) -> PolicyEvent | None:
     """Read the newest event consistently; None before the first."""
-    found = dynamo.call(
+    response = dynamo.call(
         "query",
         TableName=table,
         KeyConditionExpression="pk = :pk AND begins_with(sk, :event)",
@@ -38,12 +38,12 @@ def newest_event(table: str) -> PolicyEvent | None:
         ScanIndexForward=False,
         Limit=1,
     )
-    return next(map(event_of, found["Items"]), None)
+    return next(map(event_of, response["Items"]), None)
 
 
 def events_after(table: str, number: int = 0) -> Iterator[PolicyEvent]:
     """Read the events after that number, in order."""
-    found = dynamo.items(
+    items = dynamo.items(
         TableName=table,
         KeyConditionExpression="pk = :pk AND sk BETWEEN :first AND :last",
         ExpressionAttributeValues={
@@ -53,7 +53,7 @@ def events_after(table: str, number: int = 0) -> Iterator[PolicyEvent]:
         },
         ConsistentRead=True,
     )
-    return map(event_of, found)
+    return map(event_of, items)
 
 
 def event_item(event: PolicyEvent) -> Item:

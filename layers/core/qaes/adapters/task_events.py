@@ -27,7 +27,9 @@ Item = dict[str, Any]
 
 PREFIX = "EVENT#"
 _NOT_OF_THE_EVENT = frozenset({"pk", "sk", "day", "earlier"})
-_DEFAULTS = {name: each.default for name, each in Event.model_fields.items() if not each.is_required()} | {"decided": 0}
+_DEFAULTS = {name: field.default for name, field in Event.model_fields.items() if not field.is_required()} | {
+    "decided": 0
+}
 _HASHES = frozenset({"input_hash", "output_hash", "plan_hash"})
 _NO_TEXTS = frozenset({"input", "output"})
 
@@ -64,7 +66,7 @@ def events_of(item: Item) -> Iterator[tuple[int, Event | Decided]]:
     last = {name: value for name, value in item.items() if name not in _NOT_OF_THE_EVENT}
     earlier = item.get("earlier", {}).get("L", [])
     first = number_of(item) - len(earlier)
-    for number, attributes in enumerate([last | each["M"] for each in earlier] + [last], start=first):
+    for number, attributes in enumerate([last | event["M"] for event in earlier] + [last], start=first):
         fields = {name: _read(value) for name, value in attributes.items()}
         decided = fields.pop("decided", 0)
         yield number, Decided(timestamp=str(fields["timestamp"])) if decided else Event.model_validate(fields)

@@ -54,12 +54,14 @@ def list_tasks(*, status: Status | None, requester: str | None, limit: int, befo
     else:
         index, key, values = "by_kind", "sk", ["TASK"]
     # Each task has one of the keys, so the newest tasks of all keys are among the newest of each key.
-    found = sorted((each for value in values for each in _query(index, key, value, before, limit + 1)), reverse=True)
-    ids = found[:limit]
+    candidates = sorted(
+        (each for value in values for each in _query(index, key, value, before, limit + 1)), reverse=True
+    )
+    ids = candidates[:limit]
     keys = [dynamo.key(task_id, "TASK") for task_id in ids]
     data = {item["pk"]["S"]: item["data"]["S"] for item in dynamo.get_many(settings.text("TASKS_TABLE"), keys)}
     tasks = [Task.model_validate_json(data[task_id]) for task_id in ids if task_id in data]
-    return Page([task for task in tasks if status in (None, task.status)], ids[-1] if len(found) > limit else None)
+    return Page([task for task in tasks if status in (None, task.status)], ids[-1] if len(candidates) > limit else None)
 
 
 def _query(index: str, key: str, value: str, before: str | None, limit: int) -> list[str]:
@@ -69,7 +71,7 @@ def _query(index: str, key: str, value: str, before: str | None, limit: int) -> 
     if before is not None:
         condition += " AND task_id < :before"
         values[":before"] = {"S": before}
-    found = dynamo.items(
+    items = dynamo.items(
         TableName=settings.text("TASKS_TABLE"),
         IndexName=index,
         KeyConditionExpression=condition,
@@ -78,4 +80,4 @@ def _query(index: str, key: str, value: str, before: str | None, limit: int) -> 
         ScanIndexForward=False,
         Limit=limit,
     )
-    return [item["pk"]["S"] for item in islice(found, limit)]
+    return [item["pk"]["S"] for item in islice(items, limit)]

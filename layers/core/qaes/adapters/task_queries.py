@@ -89,8 +89,8 @@ class TaskQueries:
         return self._approvals(task_id, "APPROVAL#", of)
 
     def latest_approval(self, task_id: str, step_index: int, *, of: Task | None = None) -> Approval | None:
-        found = self._approvals(task_id, f"APPROVAL#{step_index:03d}#", of)
-        return found[-1] if found else None
+        approvals = self._approvals(task_id, f"APPROVAL#{step_index:03d}#", of)
+        return approvals[-1] if approvals else None
 
     def open_approval(self, task_id: str, *, of: Task | None = None) -> Approval | None:
         """Return the pending approval."""
@@ -128,8 +128,8 @@ class TaskQueries:
         The read is eventually consistent.
         """
         items = self._by_status(IN_FLIGHT)
-        found = [(item["pk"]["S"], StepRecord.model_validate_json(item["data"]["S"])) for item in items]
-        return [(task_id, record) for task_id, record in found if record.started_at < _ago(older_than_seconds)]
+        steps = [(item["pk"]["S"], StepRecord.model_validate_json(item["data"]["S"])) for item in items]
+        return [(task_id, record) for task_id, record in steps if record.started_at < _ago(older_than_seconds)]
 
     def _by_status(self, status: str) -> list[Item]:
         """Read the items of an index in this status, in the order of their tasks' start."""
@@ -143,20 +143,20 @@ class TaskQueries:
                 ExpressionAttributeValues={":status": {"S": status_key}},
             )
         ]
-        found = dynamo.get_many(self._table, keys, ConsistentRead=False)
-        return sorted(found, key=lambda item: (item["pk"]["S"], item["sk"]["S"]))
+        items = dynamo.get_many(self._table, keys, ConsistentRead=False)
+        return sorted(items, key=lambda item: (item["pk"]["S"], item["sk"]["S"]))
 
     def _get(self, pk: str, sk: str) -> Item | None:
         return dynamo.get(self._table, pk, sk)
 
     def _query(self, pk: str, prefix: str) -> list[Item]:
-        found = dynamo.items(
+        items = dynamo.items(
             TableName=self._table,
             KeyConditionExpression="pk = :pk AND begins_with(sk, :prefix)",
             ExpressionAttributeValues={":pk": {"S": pk}, ":prefix": {"S": prefix}},
             ConsistentRead=True,
         )
-        return list(found)
+        return list(items)
 
 
 def _ago(seconds: int) -> str:

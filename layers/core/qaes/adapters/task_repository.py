@@ -275,7 +275,7 @@ class TaskStore(TaskSteps):
 def decided_answer(task_id: str, approval: Approval) -> dict[str, Any]:
     """Return the response to a decision, also for its replay."""
     last = approval.decisions[-1]
-    given = sum(each.approved for each in approval.decisions)
+    given = sum(decision.approved for decision in approval.decisions)
     message = f"The step has been {approval.status}."
     if approval.status == "pending":
         message = f"Approved {_progress(approval)}; the task still waits for approvals."
@@ -290,7 +290,7 @@ def decided_answer(task_id: str, approval: Approval) -> dict[str, Any]:
 
 def _progress(approval: Approval) -> str:
     """Return how many have approved of how many; of several groups, for each."""
-    of_each = [(each.given(approval.decisions), each.approvals, each.approvers) for each in approval.quorums]
+    of_each = [(quorum.given(approval.decisions), quorum.approvals, quorum.approvers) for quorum in approval.quorums]
     if len(of_each) == 1:
         return "by {} of {}".format(*of_each[0])
     return ", ".join(f"by {given} of {needed} from {group or 'any approvers'}" for given, needed, group in of_each)

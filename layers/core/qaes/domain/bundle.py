@@ -155,14 +155,15 @@ def build_bundle(
         network=network,
         task_id=task_id,
         salt=salt,
-        entries=tuple(_entry(each, size, prove) for each in entries),
+        entries=tuple(_entry(entry, size, prove) for entry in entries),
         anchor=anchor,
         policies={sha256_hex(text): text for text in policies},
     ).model_dump(mode="json")
     if not policy_entries:
         return bundle
     of_the_policy = [
-        _entry(each.entry, size, prove).model_dump(mode="json") | {"salt": each.salt} for each in policy_entries
+        _entry(policy_entry.entry, size, prove).model_dump(mode="json") | {"salt": policy_entry.salt}
+        for policy_entry in policy_entries
     ]
     return bundle | {"format": FORMAT_WITH_POLICY, "policy_entries": of_the_policy}
 
@@ -206,10 +207,12 @@ def policy_ids(entries: Iterable[TrailEntry]) -> set[str]:
     """Return the policies of a task's trail: pinned by its plan, in force at a step's start, or reported by one."""
     found: set[str] = set()
     for entry in entries:
-        said = json.loads(entry.text)
-        found.add(said["policy_id"])
-        sees = said["kind"] == "step_executed" and said["step_type"] == "policy_check" and said["status"] == "succeeded"
-        if said["kind"] == "step_started" or sees:
+        event = json.loads(entry.text)
+        found.add(event["policy_id"])
+        sees = (
+            event["kind"] == "step_executed" and event["step_type"] == "policy_check" and event["status"] == "succeeded"
+        )
+        if event["kind"] == "step_started" or sees:
             found.add(json.loads(entry.output)["policy_id"])
     return found - {""}
 
@@ -232,5 +235,5 @@ def _anchor(encoded: bytes) -> tuple[BundleAnchor, int]:
 def _entry(entry: TrailEntry, size: int | None, prove: Prove) -> BundleEntry:
     index = proof = None
     if size is not None and entry.index is not None and entry.index < size:
-        index, proof = entry.index, tuple(each.hex() for each in prove(entry.index, size))
+        index, proof = entry.index, tuple(node.hex() for node in prove(entry.index, size))
     return BundleEntry(text=entry.text, input=entry.input, output=entry.output, index=index, proof=proof)

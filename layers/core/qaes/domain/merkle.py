@@ -168,5 +168,5 @@ def _check_size(size: int) -> None:
 
 
 def _check_form(hashes: Sequence[bytes]) -> None:
-    if any(len(each) != HASH_BYTES for each in hashes):
+    if any(len(node) != HASH_BYTES for node in hashes):
         raise ProofError("form", f"a hash must have {HASH_BYTES} bytes")

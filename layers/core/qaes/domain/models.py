@@ -207,7 +207,7 @@ class Quorum(Model):
 
     def given(self, decisions: Sequence[Decision]) -> int:
         """Return how many of the people who count have approved."""
-        return len({each.subject for each in decisions if each.approved and self.counts(each.subject)})
+        return len({decision.subject for decision in decisions if decision.approved and self.counts(decision.subject)})
 
     def is_met(self, decisions: Sequence[Decision]) -> bool:
         """Return whether enough of these people have approved."""

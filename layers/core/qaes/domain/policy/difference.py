@@ -109,7 +109,7 @@ def check_removals(before: Content, after: Content, remove: Sequence[str]) -> No
         kind: [name for name in _member(before, kind) if name not in _member(after, kind)]
         for kind in ("rules", "groups", "actions")
     }
-    names = {name for each in dropped.values() for name in each}
+    names = {name for dropped_names in dropped.values() for name in dropped_names}
     in_force = {name for kind in dropped for name in _member(before, kind)}
     wrong = {
         "names twice": [name for name in dict.fromkeys(remove) if remove.count(name) > 1],
