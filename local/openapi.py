@@ -191,7 +191,10 @@ def _add_examples(operation: Document, name: str) -> None:
         elif parameter["required"]:
             raise LookupError(f"{name} has no example of {parameter['name']}")
     if "body" in example:
-        operation["requestBody"]["content"]["application/json"]["example"] = example["body"]
+        requested = operation["requestBody"]["content"]["application/json"]
+        requested["example"] = example["body"]
+        if "also" in example:
+            requested["schema"] |= {"examples": example["also"]}
     _, kind, content = success(operation)
     if kind != OCTETS:
         content["example"] = example["answer"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
+from local.environment import ROOT
 from local.openapi_values import (
     COUNTS,
     DIFFERENCE,
@@ -300,6 +302,7 @@ EXAMPLES: dict[str, dict[str, Any]] = {
     },
     "propose_policy": {
         "body": {"based_on": POLICY_ID, "rules": {"transfer_funds": LIMITED_RULE}, "remove": DROPPED},
+        "also": [{"based_on": POLICY_ID} | json.loads((ROOT / "examples" / "policy" / "policy.json").read_text())],
         "answer": PROPOSED | {"network": "mock", "difference": DIFFERENCE},
     },
     "get_policy_versions": {

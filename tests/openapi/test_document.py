@@ -12,6 +12,7 @@ from jsonschema import Draft202012Validator
 
 from local.openapi import DOCUMENT as FILE
 from local.openapi import GUIDE, document, guide, text_of
+from qaes.domain.policy.proposing import read_policy
 from tests.openapi.conftest import DOCUMENT, OPERATIONS, Operation, routes
 from tests.support import template
 from tests.support.api import Answer, Api
@@ -95,3 +96,12 @@ def test_route_without_a_rule_cannot_be_documented() -> None:
     )
     assert found.returncode != 0
     assert "/secret has no rule for its callers" in found.stderr
+
+
+def test_proposals_have_an_example_of_each_format() -> None:
+    requested = DOCUMENT["paths"]["/policy"]["post"]["requestBody"]["content"]["application/json"]
+    [of_format_2] = requested["schema"]["examples"]
+    for body in (requested["example"], of_format_2):
+        conforms(body, requested["schema"])
+    assert "actions" not in requested["example"]
+    assert read_policy({name: of_format_2[name] for name in ("groups", "actions", "rules")}).format == 2
