@@ -151,10 +151,10 @@ def execute(
 
 
 def _check_claim(store: TaskStore, ledger: LedgerClient, task: Task, plan: Plan, step_index: int) -> Granted:
-    """Check that people approved a claimed step, because other roles can write its record and its event.
+    """Check that people approved a claimed step, and that the worker claimed it within its limits.
 
-    Returns the limits that the approvals allow it to exceed. A transfer that the ledger has was submitted after this
-    check. Raises StoppedError if the approval is missing.
+    Other roles can write its record and its event. Returns the limits that the approvals allow it to exceed. A transfer
+    that the ledger has was submitted after this check. Raises StoppedError if the approval or the claim is missing.
     """
     step = plan.steps[step_index]
     if step.type in CONFIRMED_LATER and transfers.is_submitted(ledger, task.task_id, step.step_id):
@@ -165,6 +165,7 @@ def _check_claim(store: TaskStore, ledger: LedgerClient, task: Task, plan: Plan,
     verdict = compliance.decide(task, plan, step_index, ruling, approval)
     if verdict.verdict != "execute":  # not ApprovalNeededError: a started step requests no approval
         raise StepDeniedError(f"the step was started, but must not continue: {verdict.reason}")
+    Intent(task, step_index, step, ruling).check_claimed()
     return ruling.granted(approval.decisions if approval else ())
 
 

@@ -14,7 +14,7 @@ from qaes.adapters.limits import LimitsTable
 from qaes.domain.errors import ApprovalNeededError, PermanentError, StepDeniedError
 from qaes.domain.models import Decision, Step, Task
 from qaes.domain.ruling import Ruling, Usage
-from qaes.domain.step_types import CONFIRMED_LATER
+from qaes.domain.step_types import CONFIRMED_LATER, EFFECT_TYPES
 from qaes.domain.suspensions import refusal
 from qaes.domain.tasks.lifecycle import Change
 
@@ -45,6 +45,20 @@ class Intent:
         """Return whether the action is counted in LimitsTable."""
         return self.step.type not in CONFIRMED_LATER and bool(self.ruling.current.limits)
 
+    @property
+    def is_proved_here(self) -> bool:
+        """Return whether LimitsTable proves the claim: of each action with an effect except a transfer."""
+        return self.step.type in EFFECT_TYPES - CONFIRMED_LATER
+
+    def check_claimed(self) -> None:
+        """Raise StepDeniedError if the worker never claimed the step: other roles can write its record and event.
+
+        Claims of earlier releases, which had policies of format 1 only, have no proof.
+        """
+        needs_proof = self.is_proved_here and self.ruling.has_terms
+        if needs_proof and not LimitsTable().is_claimed(self.task.task_id, self.step_index, self.task.run):
+            raise StepDeniedError("the step was started, but the worker has not claimed it in this run")
+
     def usage(self) -> Usage:
         """Return the current usage of the limits of the policy in force."""
         if not self.is_counted_here:
@@ -64,12 +78,12 @@ class Intent:
             A limit has no room any more, but people can approve to exceed it.
         """
         check = suspensions.check(self.ruling.current.action, self.task.task_id)
-        if not self.is_counted_here or not counts:
+        if not (self.is_counted_here or self.is_proved_here) or not counts:
             return self.usage(), [check]
         granted = self.ruling.granted(self.decisions)
         try:
             reservation = LimitsTable().reserve_for(
-                self.task.task_id, self.step_index, self.ruling.current, granted=granted
+                self.task.task_id, self.step_index, self.ruling.current, granted=granted, run=self.task.run
             )
         except PermanentError as full:
             if self.ruling.refusal_by_usage(self.usage()) is None:

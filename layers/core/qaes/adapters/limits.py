@@ -2,7 +2,8 @@
 
 Item (pk / sk): LIMIT#<scope><key>/LIMIT, with `buckets` (the sum of each bucket, by its number), and a `version` that
 guards each write. Two tables have such items: the ledger counts transfers in its own, and the worker counts all other
-actions in LimitsTable, which also has the counts of a step's claim under <task_id>/RESERVED#<step>.
+actions in LimitsTable, which also has the counts of a step's claim under <task_id>/RESERVED#<step>, with the
+`run` that claimed it: only the worker's roles can write that item, so it proves a claim.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ Item = dict[str, Any]
 
 _KEPT_SECONDS = 24 * 3600
 """Retention of an item after its last bucket has left the window."""
+_CLAIM_KEPT_SECONDS = 30 * 24 * 3600
+"""Retention of a step's claim after its last bucket has left the window: longer than any execution."""
 
 
 class Share(NamedTuple):
@@ -202,18 +205,24 @@ class LimitsTable(Windows):
         super().__init__(table or settings.text("LIMITS_TABLE"), clock=clock)
 
     def reserve_for(
-        self, task_id: str, step_index: int, decision: Decision, *, granted: Collection[str] = ()
+        self, task_id: str, step_index: int, decision: Decision, *, granted: Collection[str] = (), run: int = 0
     ) -> Reservation:
         """Count a step once, regardless of the number of claims. Raises as `reserve`.
 
-        A claim of a later execution replaces the earlier one, whose outcome may be unknown.
+        A claim of a later execution replaces the earlier one, whose outcome may be unknown. With `run`, the claim is
+        stored even without limits.
         """
-        if not decision.limits:
+        if not decision.limits and not run:
             return Reservation()
         version, held = self._reserved(task_id, step_index)
         reservation = self.reserve(decision, granted=granted, held=held)
-        reserved = self._put_reserved(task_id, step_index, version, reservation.shares)
+        reserved = self._put_reserved(task_id, step_index, version, reservation.shares, run)
         return replace(reservation, writes=(*reservation.writes, reserved))
+
+    def is_claimed(self, task_id: str, step_index: int, run: int) -> bool:
+        """Return whether the worker claimed the step in this run, and has not recorded that it had no effect."""
+        item = dynamo.get(self._table, task_id, _reserved_sk(step_index))
+        return item is not None and "run" in item and int(item["run"]["N"]) == run
 
     def usage(self, decision: Decision, step: tuple[str, int] | None = None) -> dict[str, int]:
         """Read the usage of each limit's window, by the limit's key, without the counts of the task's `step`."""
@@ -225,19 +234,24 @@ class LimitsTable(Windows):
     def give_back_of(self, task_id: str, step_index: int) -> list[Item]:
         """Return the writes that remove the counts of a step's claim, with the record that the step had no effect."""
         version, held = self._reserved(task_id, step_index)
-        return [*self.give_back(held), self._put_reserved(task_id, step_index, version, ())] if held else []
+        return [*self.give_back(held), self._put_reserved(task_id, step_index, version, ())] if version else []
 
     def _reserved(self, task_id: str, step_index: int) -> tuple[int, list[Share]]:
-        item = dynamo.get(self._table, task_id, f"RESERVED#{step_index:03d}")
+        item = dynamo.get(self._table, task_id, _reserved_sk(step_index))
         if item is None:
             return 0, []
         return int(item["version"]["N"]), [Share(*share) for share in json.loads(item["shares"]["S"])]
 
-    def _put_reserved(self, task_id: str, step_index: int, version: int, shares: Sequence[Share]) -> Item:
+    def _put_reserved(self, task_id: str, step_index: int, version: int, shares: Sequence[Share], run: int = 0) -> Item:
         longest = max((share.window_seconds for share in shares), default=0)
-        item = dynamo.key(task_id, f"RESERVED#{step_index:03d}") | {
+        item = dynamo.key(task_id, _reserved_sk(step_index)) | {
             "shares": {"S": json.dumps(shares)},
             "version": {"N": str(version + 1)},
-            "expires_at_epoch": {"N": str(int(self._clock().timestamp()) + 2 * longest + _KEPT_SECONDS)},
+            "run": {"N": str(run)},
+            "expires_at_epoch": {"N": str(int(self._clock().timestamp()) + 2 * longest + _CLAIM_KEPT_SECONDS)},
         }
         return dynamo.put_after(self._table, item, version)
+
+
+def _reserved_sk(step_index: int) -> str:
+    return f"RESERVED#{step_index:03d}"
