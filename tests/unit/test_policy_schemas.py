@@ -11,7 +11,7 @@ import pytest
 from qaes.domain.errors import InvalidInputError
 from qaes.domain.policy import PolicyDocumentV2
 from qaes.domain.policy.proposing import check_actions
-from qaes.domain.policy.schemas import check_parameters, check_schema, is_anchored
+from qaes.domain.policy.schemas import check_parameters, check_schema, check_value, is_anchored
 from tests.support.policies import CONTENT, REFUND, changed, document, policy, with_rule
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -112,6 +112,25 @@ def test_schema_that_grows_by_references_is_refused() -> None:
         accept(closed(a={"$ref": "#/$defs/d0"}) | {"$defs": definitions})
 
 
+def test_long_chain_of_references_is_refused() -> None:
+    names = [f"d{number}" for number in range(500)]
+    definitions: dict[str, Any] = {name: {"$ref": f"#/$defs/{after}"} for name, after in pairwise(names)}
+    definitions[names[-1]] = TEXT
+    with pytest.raises(InvalidInputError, match="more than 32 references"):
+        accept(closed(a={"$ref": "#/$defs/d0"}) | {"$defs": definitions})
+
+
+def test_value_with_many_errors_is_refused_at_once() -> None:
+    """Each of 15,000 elements fits none of 900 choices: all errors together would take gigabytes."""
+    choices = {"type": "array", "items": {"anyOf": [{"const": number} for number in range(900)]}}
+    schema = closed(a=choices)
+    accept(schema)
+    started = time.perf_counter()
+    with pytest.raises(InvalidInputError):
+        check_value(schema, {"a": ["x"] * 15_000}, "parameters")
+    assert time.perf_counter() - started < 2
+
+
 def test_pattern_takes_time_in_proportion_to_the_text() -> None:
     content = changed(CONTENT, f"{PARAMETERS}.properties.order_id.pattern", "^(a+)+$")
     check_actions(PolicyDocumentV2.write(content, version=7))
@@ -180,7 +199,9 @@ def test_destination_of_a_rule_must_fit_the_schema() -> None:
     [
         ("^[0-9]{6}$", True), ("^(a|b)$", True), ("^(?:a|b)c$", True), (r"^a\|b$", True), ("^[|]$", True),
         ("^a|b$", False), ("[0-9]{6}", False), ("^a", False), ("a$", False), (r"^a\$", False), ("(?m)^a$", False),
-        ("^(a$", False), ("(?:^a$)", False), ("^(a)|(b)$", False), ("", False), ("^[[]|x$", False), ("^(?m:a)$", False),
+        ("^(a$", False), ("(?:^a$)", False), ("^?a$", False), ("^*a$", False), ("^{0}a$", False), (r"^[\]]$", True),
+        ("^[](]x|y[])]$", False), ("^[^](]x|y[^])]$", False), (r"^\[[(?]\]$", True),
+        ("^(a)|(b)$", False), ("", False), ("^[[]|x$", False), ("^(?m:a)$", False),
     ],
 )  # fmt: skip
 def test_is_anchored_accepts_patterns_of_the_whole_text(pattern: str, anchored: bool) -> None:

@@ -26,6 +26,8 @@ DIALECT = "https://json-schema.org/draft/2020-12/schema"
 MAX_SCHEMA_BYTES = 16 * 1024
 MAX_EXPANDED = 1000
 """Subschemas of one schema, with each reference expanded."""
+MAX_CHAIN = 32
+"""References that lead through each other."""
 MAX_PATTERNS = 50
 _PATTERN_BYTES = 1024 * 1024
 """Of one compiled pattern."""
@@ -89,7 +91,8 @@ def check_value(schema: Schema, value: Any, field: str) -> None:
             raise InvalidInputError("must be written without a fraction or an exponent", field=path)
         if isinstance(inner, int) and abs(inner) > MAX_INTEGER:
             raise InvalidInputError("must not be beyond 2^53 - 1", field=path)
-    for error in _validator(json.dumps(schema, sort_keys=True)).iter_errors(value):
+    error = _first_error(_validator(json.dumps(schema, sort_keys=True)), value)
+    if error is not None:
         raise _invalid(error, field)
 
 
@@ -191,14 +194,14 @@ def _check_references(schema: Schema, path: str) -> None:
         return total
 
     def size_of_definition(reference: object, place: str) -> int:
-        name = reference.removeprefix("#/$defs/") if isinstance(reference, str) else ""
-        if reference != f"#/$defs/{name}" or name not in definitions:
-            raise InvalidInputError("must be `#/$defs/<name>`, with a name in `$defs`", field=place)
+        name = _definition_of(reference, definitions, place)
         if name in sizes:
             known = sizes[name]
             if known is None:
                 raise InvalidInputError("refers to itself: a schema must not be recursive", field=place)
             return known
+        if list(sizes.values()).count(None) == MAX_CHAIN:
+            raise InvalidInputError(f"leads through more than {MAX_CHAIN} references", field=place)
         sizes[name] = None
         size = sizes[name] = size_of(definitions[name], f"{path}.$defs.{name}")
         return size
@@ -208,11 +211,17 @@ def _check_references(schema: Schema, path: str) -> None:
         size_of_definition(f"#/$defs/{name}", f"{path}.$defs.{name}")
 
 
+def _definition_of(reference: object, definitions: Mapping[str, Any], place: str) -> str:
+    name = reference.removeprefix("#/$defs/") if isinstance(reference, str) else ""
+    if reference != f"#/$defs/{name}" or name not in definitions:
+        raise InvalidInputError("must be `#/$defs/<name>`, with a name in `$defs`", field=place)
+    return name
+
+
 def _check_valid(schema: Schema, path: str) -> None:
     """Check a schema by the schema of JSON Schema 2020-12."""
-    import jsonschema_rs
-
-    for error in jsonschema_rs.Draft202012Validator({"$ref": DIALECT}).iter_errors(schema):
+    error = _first_error(_validator(json.dumps({"$ref": DIALECT})), schema)
+    if error is not None:
         place = ".".join([path, *(str(part) for part in error.instance_path)])
         raise InvalidInputError("is not valid JSON Schema 2020-12", field=place)
 
@@ -284,8 +293,10 @@ def _check_destination(schema: Schema, field: str) -> None:
 
 def is_anchored(pattern: str) -> bool:
     """Return whether a pattern covers the whole text: from ^ to $, without a choice around them and without flags."""
-    bare = re.sub(r"\[[^\]]*\]", "", re.sub(r"\\.", "", pattern))  # without escapes and classes
-    if re.search(r"\(\?(?!:)", bare):
+    plain = re.sub(r"\\.", "x", pattern)
+    # The engine reads `^?` as an optional anchor, and the class `[](]` as one of the characters `]` and `(`.
+    bare = re.sub(r"\[[^\]]*\]", "", plain)
+    if re.search(r"^\^[?*+{]|\[\^?\]", plain) or re.search(r"\(\?(?!:)", bare):
         return False
     while (inner := re.sub(r"\([^()]*\)", "", bare)) != bare:
         bare = inner
@@ -317,6 +328,17 @@ def _numbers(value: object, field: str) -> Iterator[tuple[str, object]]:
             left.extend((f"{path}.{index}", inner) for index, inner in enumerate(each))
         elif isinstance(each, int | float) and not isinstance(each, bool):
             yield path, each
+
+
+def _first_error(validator: Draft202012Validator, value: object) -> ValidationError | None:
+    """Return the first error of a value; `iter_errors` would make all of them at once, with each choice's own."""
+    import jsonschema_rs
+
+    try:
+        validator.validate(value)
+    except jsonschema_rs.ValidationError as error:
+        return error
+    return None
 
 
 def _invalid(error: ValidationError, field: str) -> InvalidInputError:
