@@ -100,8 +100,8 @@ class PolicyProposalAnswer(PolicyVersionAnswer):
 class PolicyDocumentAnswer(PolicyProposalAnswer):
     """A version of the policy, with its document.
 
-    `text` is the document to the letter, whose SHA-256 is `hash`. A document with actions names their handlers, so
-    callers with the role requester alone get null instead of it, and instead of the difference.
+    `text` is the document to the letter, whose SHA-256 is `hash`. Definitions of actions name their handlers, so
+    callers with the role requester alone get null instead of a document or a difference that has any.
     """
 
     text: str | None
@@ -201,9 +201,13 @@ def get_policy_version(version: Version, caller: Annotated[Caller, Depends(EVERY
     """Return a version of the policy with its document and status."""
     store = policies()
     found, text = store.read(version)
-    if not caller.has("approver", "auditor") and has_actions(text):
-        return PolicyDocumentAnswer(network=store.network, text=None, difference=None, **dict(found))
-    return PolicyDocumentAnswer(network=store.network, text=text, difference=store.difference(version), **dict(found))
+    changes = store.difference(version)
+    if not caller.has("approver", "auditor"):
+        hidden = has_actions(text)
+        if hidden or (changes is not None and changes.actions.removed):
+            shown = None if hidden else text
+            return PolicyDocumentAnswer(network=store.network, text=shown, difference=None, **dict(found))
+    return PolicyDocumentAnswer(network=store.network, text=text, difference=changes, **dict(found))
 
 
 @accepts_bytes(MAX_PROPOSAL_BYTES)

@@ -129,6 +129,7 @@ def test_format_2_may_have_no_custom_action(aws: Cloud, api: Api) -> None:
         ("groups", [], "groups"),
         ("actions.refund_customer.handler.function_name", "other", "actions.refund_customer.handler.function_name"),
         ("actions.refund_customer.amount", "/nothing", "actions.refund_customer.amount"),
+        ("actions.refund_customer.title", " \u0301", "actions.refund_customer.title"),
         ("actions.transfer_funds", CONTENT["actions"][REFUND], "actions.transfer_funds"),
         ("roots", [], "roots"),
     ],
@@ -214,6 +215,15 @@ def test_requester_does_not_see_the_handlers(api: Api) -> None:
     for caller in (BOB, CAROL, OLIVIA):
         assert "qaes-action-refund" in api("GET", "/policy/versions/2", **caller).body["text"]
     assert api("GET", "/policy/versions/1", **ALICE).body["text"].startswith('{"based_on":null,"format":1')
+
+
+def test_requester_does_not_see_dropped_handlers(aws: Cloud, api: Api) -> None:
+    enact(aws, api)
+    assert propose(api, {"groups": {}, "rules": {}}, NAMES).status == 201
+    hidden = api("GET", "/policy/versions/3", **ALICE)
+    assert (hidden.status, hidden.body["difference"]) == (200, None)
+    assert "qaes-action" not in json.dumps(hidden.body)
+    assert "qaes-action-refund" in json.dumps(api("GET", "/policy/versions/3", **BOB).body["difference"])
 
 
 def test_altered_format_2_keeps_previous_version_in_force(aws: Cloud, api: Api) -> None:

@@ -15,6 +15,7 @@ from qaes.domain.errors import InvalidInputError
 from qaes.domain.policy.names import POINTER_PATTERN, TRANSFER_ACTION, Name, once
 from qaes.domain.policy.rules import policy_error
 from qaes.domain.step_types import StepType
+from qaes.domain.text import is_blank
 
 Effect = Literal["none", "reversible", "irreversible"]
 JsonSchema = dict[str, Any]
@@ -220,6 +221,13 @@ class Action(BaseModel):
         if self.amount is None and self.unit is not None:
             raise policy_error("has no effect without `amount`: leave it out", "unit")
         return self
+
+    @field_validator("title")
+    @classmethod
+    def _shows_something(cls, title: str) -> str:
+        if is_blank(title):
+            raise ValueError("has no visible character")
+        return title
 
     @field_validator("sensitive")
     @classmethod
