@@ -44,6 +44,7 @@ OTHERWISE = {
     "GET /log/tile/entries/{a}": "404: a full tile needs 256 entries",
     "GET /log/tile/{level}/{a}": "404: a full tile needs 256 entries",
     "POST /policy/versions/{version}/approve": "403: the same operator proposed it",
+    "POST /policy/versions/{version}/replay": "200 404: a later command of the page proposes the version",
     "POST /live/v1/broadcast-transaction": "200 400: the tick that the example names has passed",
     "POST /query/v1/getTransactionByHash": "200 404: the transaction may not be final yet",
 }
