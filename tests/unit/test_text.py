@@ -169,7 +169,7 @@ def test_subject_is_normalised() -> None:
 @pytest.mark.parametrize(
     "subject",
     ["", " ", "\u3000", "\u00a0bob", "bob\n", "bob\0", "bob\ufe0f", "b\u202eob", "\u200b", "\u3164", "❤\ufe0f",
-     "می\u200cخ", "\u2800", "\u0301", "a\ud800", "a" * 257, "bo\u2009b", " execution ", "ledger", *SYSTEM_ACTORS],
+     "می\u200cخ", "\u2800", "\u0301", "a\ud800", "a" * 257, "bo\u2009b", " execution ", *sorted(SYSTEM_ACTORS)],
 )  # fmt: skip
 def test_subject_refused_when_it_names_no_person(subject: str) -> None:
     with pytest.raises(ValueError, match="subject"):
