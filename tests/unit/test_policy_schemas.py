@@ -189,6 +189,13 @@ def test_sensitive_pointer_may_lead_into_parameters_or_result() -> None:
     check_actions(PolicyDocumentV2.write(content, version=7))
 
 
+@pytest.mark.parametrize("name", ["Transfer_Funds", "transfer-funds", "MONITOR.WALLET", "Transaction"])
+def test_action_that_looks_like_a_built_in_one_is_refused(name: str) -> None:
+    error = refused(CONTENT | {"actions": {name: REFUND}, "rules": {name: CONTENT["rules"]["refund_customer"]}})
+    assert error.field == f"actions.{name}"
+    assert "looks like the built-in action" in error.message
+
+
 def test_destination_of_a_rule_must_fit_the_schema() -> None:
     error = refused(with_rule(destinations=["123456", "12345"]))
     assert error.field == "rules.refund_customer.destinations.1"

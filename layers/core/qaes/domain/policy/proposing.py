@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from qaes.domain.errors import InvalidInputError
-from qaes.domain.policy.actions import LambdaHandler
+from qaes.domain.policy.actions import RESERVED, LambdaHandler
 from qaes.domain.policy.difference import check_removals
 from qaes.domain.policy.document import Policy, PolicyDocument, PolicyDocumentV2, policy_of
 from qaes.domain.policy.names import invalid_input
@@ -88,13 +88,17 @@ def read_policy(value: object, function_prefix: str = FUNCTION_PREFIX) -> Policy
 
 
 def check_actions(document: PolicyDocumentV2, function_prefix: str = FUNCTION_PREFIX) -> None:
-    """Check the requirements for new versions only: schemas, pointers and the names of functions.
+    """Check the requirements for new versions only: schemas, pointers, the names of actions and of functions.
 
     Raises InvalidInputError.
     """
     from qaes.domain.policy.schemas import check_schemas, check_value
 
     for name, action in document.actions.items():
+        if (twin := _spelling(name)) in RESERVED:
+            # An approver would take one for the other.
+            text = f"`{name}` looks like the built-in action `{twin}`: choose another name"
+            raise InvalidInputError(text, field=f"actions.{name}")
         if isinstance(action.handler, LambdaHandler) and not action.handler.function_name.startswith(function_prefix):
             text = f"must begin with `{function_prefix}`, the prefix of this system's action functions"
             raise InvalidInputError(text, field=f"actions.{name}.handler.function_name")
@@ -107,6 +111,10 @@ def check_actions(document: PolicyDocumentV2, function_prefix: str = FUNCTION_PR
             schema = schema["properties"][part.replace("~1", "/").replace("~0", "~")]
         for index, destination in enumerate(rule.destinations):
             check_value(schema, destination, f"rules.{name}.destinations.{index}")
+
+
+def _spelling(name: str) -> str:
+    return name.lower().replace("-", "_").replace(".", "_")
 
 
 def _format_1_rules(rules: object) -> Rules:
