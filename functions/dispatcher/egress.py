@@ -73,6 +73,8 @@ class Egress:
     ) -> None:
         self.allow_local = allow_local
         self._context = context or ssl.create_default_context()
+        # Some builds of Python set it: an answer that is cut off would then look complete.
+        self._context.options &= ~ssl.OP_IGNORE_UNEXPECTED_EOF
         self._resolve = resolve or _look_up
         self._connect = connect or _open
 

@@ -218,10 +218,10 @@ class Tracking(Signing):
             self.chain.broadcast(submission.encoded)
         except PermanentError as error:
             # If the rejection persists, its tick passes without it. Before that, its loss is not certain.
-            logger().error(
-                "the network rejects the transaction", extra={"submission": submission.key, "reason": error.message}
-            )
-            if submission.tick > self.chain.tick_info().tick:  # otherwise it came too late, which is no error
+            is_late = submission.tick <= self.chain.tick_info().tick  # which is no error
+            log = logger().warning if is_late else logger().error
+            log("the network rejects the transaction", extra={"submission": submission.key, "reason": error.message})
+            if not is_late:
                 metrics.count_one(REFUSED_METRIC)
         return True
 
