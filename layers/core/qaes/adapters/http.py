@@ -7,6 +7,7 @@ contains a body or a token.
 from __future__ import annotations
 
 import json
+import logging
 import time
 import traceback
 from collections.abc import Callable, Coroutine
@@ -115,6 +116,7 @@ def make_handler(app: FastAPI) -> Callable[[dict[str, Any], LambdaContext], dict
 
     The log has one line for each request: method, route, status, and the task's id if the request concerns a task.
     """
+    logging.getLogger("mangum").setLevel(logging.WARNING)  # its own line for a request has the unchecked path
     mangum = Mangum(
         app, lifespan="off", api_gateway_base_path=BASE_PATH, text_mime_types=["text/", "application/json", PROBLEM]
     )
