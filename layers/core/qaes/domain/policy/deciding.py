@@ -62,7 +62,7 @@ class ActionRequest:
 
 @dataclass(frozen=True)
 class Requirement:
-    """A number of approvals, and the people who can give them; `members` is None for any approver."""
+    """A number of approvals, and the group whose members can give them. Without a group, any approver can."""
 
     approvals: int
     approvers: str | None = None

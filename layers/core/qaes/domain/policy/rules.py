@@ -144,7 +144,8 @@ class Tier(BaseModel):
                     raise policy_error(f"`{name}` has no effect with 0 approvals: leave it out, or require an approval")
         if (self.escalate_after is None) != (self.escalate_to is None):
             raise policy_error("`escalate_after` and `escalate_to` need each other: set both, or neither")
-        if None not in (self.escalate_after, self.expires_after) and self.escalate_after >= self.expires_after:  # type: ignore[operator]
+        after, expires = self.escalate_after, self.expires_after
+        if after is not None and expires is not None and after >= expires:
             raise policy_error("`escalate_after` must be less than `expires_after`, or the approval expires first")
         return self
 
