@@ -6,7 +6,9 @@ import base64
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -160,13 +162,12 @@ def callback(
     body: bytes = BODY,
     key: Ed25519PrivateKey = HANDLER_KEY,
     components: tuple[str, ...] = CALLBACK_COMPONENTS,
-    parameters: str | None = None,
+    parameters: Callable[[], str] | None = None,
 ) -> list[tuple[str, str]]:
     """Sign a callback without the library."""
-    now = int(datetime.now(UTC).timestamp())
     digest = base64.b64encode(hashlib.sha256(body).digest()).decode()
     headers = {"Content-Digest": f"sha-256=:{digest}:"}
-    given = parameters or f'created={now};expires={now + 60};nonce="n1";keyid="handler-1";alg="ed25519"'
+    given = (parameters or partial(at, 0))()
     signature_input = f"({' '.join(chr(34) + name + chr(34) for name in components)});{given}"
     signature = base64.b64encode(key.sign(base_of(method, url, headers, signature_input))).decode()
     headers |= {"Signature-Input": f"sig1={signature_input}", "Signature": f"sig1=:{signature}:"}
@@ -194,16 +195,17 @@ FORGED: dict[str, dict[str, Any]] = {
     "the path instead of the URL": {"components": ("@method", "@path", "content-digest")},
     "the body not covered": {"components": ("@method", "@target-uri")},
     "nothing covered": {"components": ()},
-    "an old signature": {"parameters": at(-400)},
-    "an expired signature": {"parameters": at(-120, -60)},
-    "a signature of the future": {"parameters": at(120, 300)},
-    "no expiry": {"parameters": at(0, None)},
-    "no nonce": {"parameters": at(0, 60, ';keyid="handler-1"')},
-    "no key id": {"parameters": at(0, 60, ';nonce="n"')},
-    "an unknown key id": {"parameters": at(0, 60, ';nonce="n";keyid="handler-2"')},
-    "another algorithm": {"parameters": at(0, 60, ';nonce="n";keyid="handler-1";alg="hmac-sha256"')},
-    "a number as the nonce": {"parameters": at(0, 60, ';nonce=7;keyid="handler-1"')},
+    "an old signature": {"parameters": partial(at, -400)},
+    "an expired signature": {"parameters": partial(at, -120, -60)},
+    "a signature of the future": {"parameters": partial(at, 120, 300)},
+    "no expiry": {"parameters": partial(at, 0, None)},
+    "no nonce": {"parameters": partial(at, 0, 60, ';keyid="handler-1"')},
+    "no key id": {"parameters": partial(at, 0, 60, ';nonce="n"')},
+    "an unknown key id": {"parameters": partial(at, 0, 60, ';nonce="n";keyid="handler-2"')},
+    "another algorithm": {"parameters": partial(at, 0, 60, ';nonce="n";keyid="handler-1";alg="hmac-sha256"')},
+    "a number as the nonce": {"parameters": partial(at, 0, 60, ';nonce=7;keyid="handler-1"')},
 }
+"""`at` is called when the case runs: at the end of a long test run, its future would be past."""
 
 
 @pytest.mark.parametrize("case", FORGED)
